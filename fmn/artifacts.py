@@ -1,0 +1,302 @@
+"""Files that are whole or absent, and that say what they were made from.
+
+A *content key* names what an output depends on: the stage, its algorithm version, its settings and the digests of its
+inputs. An output that carries the key of today's request and whose bytes still have the digests it was written with
+need not be made again. Folders carry both in ``fmn.json``, JSON files in their ``fmn`` entry, the Fisher artifact in its
+Parquet metadata.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from fmn.errors import UserError
+
+MANIFEST = "fmn.json"
+FISHER_FORMAT = 1
+NodeArrays = Mapping[tuple[int, str], Any]
+
+_digests: dict[tuple[Any, ...], str] = {}
+
+
+def digest_bytes(data: bytes) -> str:
+    """sha256 of ``data``, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """JSON bytes that are the same for equal values: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal; read again only when the file was replaced or touched since."""
+    status = path.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if identity not in _digests:
+        with path.open("rb") as file:
+            _digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digests[identity]
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """sha256 of every file below ``folder`` by relative name, in order of name; the manifest and hidden files left out."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path: path.relative_to(folder) for path in files}
+    return {
+        name.as_posix(): digest_file(path)
+        for path, name in names.items()
+        if name.as_posix() != MANIFEST and not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def digest_folder(folder: Path) -> str:
+    """One digest for all that a folder holds; a folder with a manifest must still agree with it.
+
+    Raises UserError naming the file that is missing, was added, or changed.
+    """
+    files = digest_files(folder)
+    manifest = read_manifest(folder)
+    if manifest is not None and (wrong := differing(manifest["files"], files)):
+        raise UserError(f"{folder / wrong}: not what was written there (see {folder / MANIFEST}); make {folder} again")
+    return digest_bytes(canonical(files))
+
+
+def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
+    """The first name whose digests differ or that only one side has."""
+    return next((name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)), None)
+
+
+def content_key(stage: str, algorithm: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """The digest of everything that an output depends on."""
+    parts = {"stage": stage, "algorithm": algorithm, "settings": dict(settings), "inputs": dict(inputs)}
+    return digest_bytes(canonical(parts))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold ``out`` against other processes; the kernel lets go when the holder dies."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(out.with_name(f".{out.name}.lock")):
+        yield
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place to write a file beside ``path``; it takes its name when the block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(partial)
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+        _flush(path.parent)
+    finally:
+        _remove(partial)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path``; it takes its name, in place of an older one, when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "old"))
+    _remove(partial)
+    _remove(old)
+    partial.mkdir()
+    try:
+        yield partial
+        for item in partial.rglob("*"):
+            _flush(item)
+        _flush(partial)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        _flush(path.parent)
+    finally:
+        _remove(partial)
+        _remove(old)
+
+
+def write_manifest(folder: Path, stage: str, key: str, info: Mapping[str, Any]) -> None:
+    """Write ``fmn.json``: the stage, its content key, every file's digest, and ``info``."""
+    manifest = {"format": 1, "stage": stage, "key": key, "files": digest_files(folder), "info": dict(info)}
+    with whole_file(folder / MANIFEST) as file:
+        file.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What ``fmn.json`` in a folder says, or None when there is none that can be read."""
+    manifest = _read_json(folder / MANIFEST)
+    return manifest if manifest is not None and isinstance(manifest.get("files"), dict) else None
+
+
+def folder_is_current(folder: Path, key: str) -> bool:
+    """Whether a folder was made for this content key and is still what was written."""
+    manifest = read_manifest(folder)
+    return (
+        manifest is not None
+        and manifest.get("key") == key
+        and differing(manifest["files"], digest_files(folder)) is None
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict):
+            return content
+    return None
+
+
+def write_json(path: Path, stage: str, key: str, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that carries its stage, content key and digest under ``fmn``."""
+    mark = {"stage": stage, "key": key, "digest": digest_bytes(canonical(content))}
+    with whole_file(path) as file:
+        file.write_text(json.dumps({**content, "fmn": mark}, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file that `write_json` wrote, without its mark; UserError when it is not that any more."""
+    content = _read_json(path)
+    if content is None:
+        raise UserError(f"{path}: no such file, or not JSON")
+    mark = content.pop("fmn", {})
+    if mark.get("digest") != digest_bytes(canonical(content)):
+        raise UserError(f"{path}: its content is not what was written; make it again")
+    return content
+
+
+def json_is_current(path: Path, key: str) -> bool:
+    """Whether a JSON file was made for this content key and is still what was written."""
+    content = _read_json(path)
+    if content is None:
+        return False
+    mark = content.pop("fmn", {})
+    return bool(mark.get("key") == key and mark.get("digest") == digest_bytes(canonical(content)))
+
+
+def _fisher_digest(columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(canonical(metadata))
+    for name in sorted(columns):
+        digest.update(columns[name].tobytes())
+    return digest.hexdigest()
+
+
+def write_fisher(path: Path, fisher: NodeArrays, stderr: NodeArrays | None, metadata: Mapping[str, Any]) -> None:
+    """Write a Fisher artifact: a row per mask node, sorted by (layer, node, index).
+
+    Args:
+        path: the Parquet file.
+        fisher: float64 [nodes] for each (layer, node kind).
+        stderr: the same for the standard errors, or None where the estimator has none.
+        metadata: what goes, as JSON, into the schema metadata under ``fmn`` beside the format and the digest.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sites = sorted(fisher)
+    rows = [len(fisher[site]) for site in sites]
+    columns = {
+        "layer": np.repeat(np.array([site[0] for site in sites], np.int16), rows),
+        "node": np.repeat(np.array([site[1] for site in sites]), rows),
+        "index": np.concatenate([np.arange(count, dtype=np.int32) for count in rows]),
+        "fisher": np.concatenate([np.asarray(fisher[site], np.float64) for site in sites]),
+    }
+    if stderr is not None:
+        columns["stderr"] = np.concatenate([np.asarray(stderr[site], np.float64) for site in sites])
+    stated = {**metadata, "format": FISHER_FORMAT}
+    stated["digest"] = _fisher_digest(columns, stated)
+    errors = pa.array(columns["stderr"]) if stderr is not None else pa.nulls(sum(rows), pa.float64())
+    node = pa.array(columns["node"].tolist()).dictionary_encode()
+    table = pa.table(
+        {name: columns[name] for name in ("layer",)}
+        | {"node": node}
+        | {name: columns[name] for name in ("index", "fisher")}
+        | {"stderr": errors}
+    ).replace_schema_metadata({"fmn": json.dumps(stated, sort_keys=True)})
+    with whole_file(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def read_fisher(
+    path: Path,
+) -> tuple[dict[tuple[int, str], Any], dict[tuple[int, str], Any] | None, dict[str, Any]]:
+    """Read a Fisher artifact: (fisher, stderr or None, metadata); arrays are float64 [nodes] by (layer, node kind).
+
+    Raises UserError for a file that is not a Fisher artifact, was damaged, or holds a value that cannot be a Fisher
+    information (negative, NaN or infinite), naming its node.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such Fisher artifact; `fmn fisher` makes one")
+    try:
+        table = pq.read_table(path)
+        metadata = json.loads((table.schema.metadata or {})[b"fmn"])
+        columns = {
+            "layer": table["layer"].to_numpy().astype(np.int16, casting="safe"),
+            "node": np.array(table["node"].to_pylist(), dtype=str),
+            "index": table["index"].to_numpy().astype(np.int32, casting="safe"),
+            "fisher": table["fisher"].to_numpy().astype(np.float64, casting="safe"),
+        }
+        if not table["stderr"].null_count:
+            columns["stderr"] = table["stderr"].to_numpy().astype(np.float64, casting="safe")
+        digest = metadata.pop("digest")
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a Fisher artifact, or damaged; make it again with `fmn fisher`") from error
+    if metadata.get("format") != FISHER_FORMAT:
+        raise UserError(
+            f"{path}: Fisher format {metadata.get('format')}, this fmn reads {FISHER_FORMAT}; make it again"
+        )
+    if digest != _fisher_digest(columns, metadata):
+        raise UserError(f"{path}: its content is not what was written; make it again with `fmn fisher`")
+
+    sites = list(zip(columns["layer"].tolist(), columns["node"].tolist(), strict=True))
+    for site, index, value in zip(sites, columns["index"], columns["fisher"], strict=True):
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{path}: the Fisher of layer {site[0]}, {site[1]} {index} is {value}; make it again")
+    starts = [row for row in range(len(sites)) if row == 0 or sites[row] != sites[row - 1]]
+    spans = {sites[start]: slice(start, end) for start, end in zip(starts, [*starts[1:], len(sites)], strict=True)}
+    for site, span in spans.items():
+        if columns["index"][span].tolist() != list(range(span.stop - span.start)):
+            raise UserError(f"{path}: the rows of layer {site[0]}, {site[1]} are not numbered 0, 1, 2, ...")
+    fisher = {site: columns["fisher"][span] for site, span in spans.items()}
+    stderr = {site: columns["stderr"][span] for site, span in spans.items()} if "stderr" in columns else None
+    return fisher, stderr, metadata
+
+
+def fisher_is_current(path: Path, key: str) -> bool:
+    """Whether a Fisher artifact was made for this content key and is still what was written."""
+    try:
+        return bool(read_fisher(path)[2].get("key") == key)
+    except UserError:
+        return False
