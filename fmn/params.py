@@ -1,0 +1,238 @@
+"""The settings: each has its name, default and meaning here and nowhere else.
+
+A group of settings is a section of ``params.yaml`` and, with the same names, the options of a command; DVC hands a
+section over whole (``${fisher}`` in ``dvc.yaml`` becomes ``--estimator empirical --samples 1024 ...``).
+"""
+
+import difflib
+import io
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fmn.errors import UserError
+from fmn.tasks import TASKS
+
+Estimator = Literal["empirical", "expected", "sampled", "batch"]
+Mapping = Literal["structured", "paper"]
+Device = str
+Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+Source = str
+
+
+def pairs(items: list[str], option: str) -> dict[str, str]:
+    """``["a=1", "b=2"]`` as a dictionary; UserError for one without ``=`` or said twice."""
+    found: dict[str, str] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"{option} {item}: expected TASK=VALUE")
+        if name in found:
+            raise UserError(f"{option}: {name} is given twice")
+        found[name] = value
+    return found
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"coefficient {text!r} is not a number") from error
+
+
+def _hint(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Settings(BaseModel):
+    """Settings do not change once read, and an unknown one is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Settings):
+    source: Source = Field(
+        "hub",
+        description="hub (nyu-mll/glue), embedded (the miniature GLUE that fmn makes), or a folder; $NAME is read"
+        " from the environment",
+    )
+    revision: str = Field("main", description="revision of the Hub's data set")
+    seed: int = Field(0, ge=0, description="seed of the embedded data")
+
+    @field_validator("source")
+    @classmethod
+    def _from_environment(cls, source: str) -> str:
+        if not source.startswith("$"):
+            return source
+        value = os.environ.get(source[1:])
+        if not value:
+            raise ValueError(f"the environment variable {source[1:]} is not set; it names the folder of the data")
+        return value
+
+
+class FinetuneSettings(Settings):
+    epochs: float = Field(3, gt=0, description="passes over the training examples")
+    learning_rate: float = Field(5e-5, gt=0, description="peak of the linear schedule")
+    batch_size: int = Field(32, ge=1, description="examples a step")
+    examples: int | Literal["all"] = Field("all", description="training rows used at most, drawn by the seed")
+    seed: int = Field(0, ge=0, description="seed of the head, the order and the dropout")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("auto", description="precision of the matrix products; auto: bfloat16 where it pays")
+
+
+class FisherSettings(Settings):
+    estimator: Estimator = Field(
+        "empirical",
+        description="whose labels: the data's (empirical), the model's in exact"
+        " expectation (expected) or by a draw (sampled); batch: the paper's released code",
+    )
+    samples: int | Literal["all", "auto"] = Field(
+        1024, description="examples, drawn without replacement; auto: until the estimate has converged"
+    )
+    stratified: bool = Field(False, description="draw every label in its share")
+    seed: int = Field(0, ge=0, description="seed of the draw")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("auto", description="precision of the matrix products; auto: bfloat16 where it pays")
+
+    @field_validator("samples")
+    @classmethod
+    def _at_least_one(cls, samples: int | str) -> int | str:
+        if isinstance(samples, int) and samples < 1:
+            raise ValueError("at least one example is needed")
+        return samples
+
+
+class ExpertsSettings(Settings):
+    tasks: list[str] = Field(default_factory=list, description="the tasks whose experts are merged; default: all found")
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_once(cls, tasks: list[str]) -> list[str]:
+        for name in tasks:
+            if name not in TASKS:
+                raise ValueError(f"unknown task {name!r}{_hint(name, TASKS)}")
+            if tasks.count(name) > 1:
+                raise ValueError(f"task {name!r} stands there twice")
+        return tasks
+
+
+class MergeSettings(Settings):
+    method: str = Field("mask-fisher", description="the merge method")
+    mapping: Mapping = Field(
+        "structured", description="how node weights spread over parameters: structured, or paper (its released code)"
+    )
+    coefficient: list[str] = Field(
+        default_factory=list, description="TASK=X: the weight lambda of a task's expert; 1 where it is not given"
+    )
+    scale: float | None = Field(None, description="scale of the merged task vector; needs the base")
+    seed: int = Field(0, ge=0, description="seed of the methods that draw at random")
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """lambda by task, for the tasks that state one."""
+        return {task: _number(text) for task, text in pairs(self.coefficient, "--coefficient").items()}
+
+    @model_validator(mode="after")
+    def _coefficients_are_numbers(self) -> "MergeSettings":
+        try:
+            _ = self.coefficients
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+class EvaluateSettings(Settings):
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
+
+
+class RegistrySettings(Settings):
+    name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="name of the registered model")
+    experiment: str = Field("fmn", description="MLflow experiment of the run")
+
+
+class Params(Settings):
+    """``params.yaml``."""
+
+    work: str = Field("data/work", description="folder of everything that a run makes")
+    base: Source = Field(..., description="the model that the experts were fine-tuned from")
+    experts: ExpertsSettings
+    sources: dict[str, Source] = Field(default_factory=dict, description="TASK: where its published expert comes from")
+    finetune: dict[str, FinetuneSettings] = Field(
+        default_factory=dict,
+        description="TASK: how its expert is made from the base; for tasks without a published one",
+    )
+    data: DataSettings = DataSettings()
+    fisher: FisherSettings = FisherSettings()
+    merge: MergeSettings = MergeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    registry: RegistrySettings = Field(..., description="where the merged model is registered")
+
+    @model_validator(mode="after")
+    def _every_task_has_one_expert(self) -> "Params":
+        tasks = self.experts.tasks
+        if not tasks:
+            raise ValueError("experts.tasks names no task")
+        for name in tasks:
+            if (name in self.sources) == (name in self.finetune):
+                raise ValueError(f"task {name!r} must stand under either `sources` or `finetune`")
+        for name in [*self.sources, *self.finetune, *self.merge.coefficients]:
+            if name not in tasks:
+                raise ValueError(f"{name!r} is not one of experts.tasks ({', '.join(tasks)}){_hint(name, tasks)}")
+        return self
+
+
+def load(path: Path) -> Params:
+    """Read and check ``params.yaml``. Raises UserError naming the file, the setting and what is wrong with it."""
+    return validate(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain YAML 1.2: no aliases, tags, or keys said twice."""
+    from ruamel.yaml import YAML, events
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
+            if isinstance(event, events.AliasEvent) or getattr(event, "anchor", None):
+                raise UserError(f"{path}: anchors and aliases are not read here; write the value out")
+            if getattr(event, "tag", None):
+                raise UserError(f"{path}: the tag {event.tag} is not read here; write a plain value")
+        return YAML(typ="safe", pure=True).load(text)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; --params names the settings file") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def validate(content: Any, where: str) -> Params:
+    """Settings from plain data; UserError naming ``where`` and the setting."""
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error, Params)}") from error
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first thing that a validation found wrong, in one line."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown setting{_hint(str(first['loc'][-1]), _siblings(model, first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{place}: missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
+
+
+def _siblings(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    fields: type[BaseModel] = model
+    for part in place:
+        found = next((f for name, f in fields.model_fields.items() if part == name), None)
+        inner = found.annotation if found else FinetuneSettings
+        fields = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else fields
+    return list(fields.model_fields)
