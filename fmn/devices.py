@@ -1,0 +1,52 @@
+"""Where to compute and in which precision: the one rule that fine-tuning, Fisher and evaluation share."""
+
+import torch
+
+from fmn.errors import UserError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this name; "auto" is the first CUDA device, or else the CPU. `UserError` where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"There is no device {name!r}: use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"Device {name!r} is not here ({torch.cuda.device_count()} CUDA devices): use cpu or auto.")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision to compute in: "float32", "bfloat16" (autocast), "float64", or "auto".
+
+    "auto" is bfloat16 where the hardware multiplies it natively, which on a CPU with AVX512-BF16 doubles the speed of
+    MiniLM in training and nearly triples it in inference, and float32 elsewhere.
+    """
+    if name == "auto":
+        return torch.bfloat16 if _native_bfloat16(device) else torch.float32
+    if name not in _DTYPES:
+        raise UserError(f"There is no dtype {name!r}: use auto, {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def place(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a model, in place, to where and how it computes: its weights are float64 for float64, otherwise float32."""
+    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which a model that `place` placed computes in `dtype`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def _native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return False
