@@ -1,0 +1,136 @@
+"""A tiny random model of every architecture, with examples it accepts."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from fmn.batches import Examples
+
+WORDS = 30
+_COMMON: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 20,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Random weights this small give logits that hardly depend on the text; larger ones give real gradients.
+    "initializer_range": 0.3,
+}
+_GROUPED: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2, "head_dim": 8}
+_T5: dict[str, Any] = {
+    "d_model": 24,
+    "d_kv": 8,
+    "num_heads": 4,
+    "d_ff": 20,
+    "num_layers": 2,
+    "num_decoder_layers": 1,
+    "vocab_size": WORDS,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+    "initializer_factor": 3.0,
+}
+
+CONFIGS: Mapping[str, Callable[..., Any]] = {
+    "bert": lambda **own: transformers.BertConfig(**_COMMON, **own),
+    "roberta": lambda **own: transformers.RobertaConfig(**_COMMON, **own),
+    "xlm-roberta": lambda **own: transformers.XLMRobertaConfig(**_COMMON, **own),
+    "camembert": lambda **own: transformers.CamembertConfig(**_COMMON, **own),
+    "electra": lambda **own: transformers.ElectraConfig(**_COMMON, embedding_size=12, **own),
+    "distilbert": lambda **own: transformers.DistilBertConfig(
+        dim=24,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=20,
+        vocab_size=WORDS,
+        max_position_embeddings=40,
+        initializer_range=0.3,
+        **own,
+    ),
+    "mpnet": lambda **own: transformers.MPNetConfig(**_COMMON, **own),
+    "albert": lambda **own: transformers.AlbertConfig(**{**_COMMON, "num_hidden_layers": 3}, embedding_size=12, **own),
+    "albert-groups": lambda **own: transformers.AlbertConfig(
+        **{**_COMMON, "num_hidden_layers": 4}, embedding_size=12, num_hidden_groups=2, inner_group_num=1, **own
+    ),
+    "deberta-v2": lambda **own: transformers.DebertaV2Config(
+        **_COMMON, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, type_vocab_size=0, **own
+    ),
+    "deberta-v3": lambda **own: transformers.DebertaV2Config(
+        **_COMMON,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        type_vocab_size=0,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        **own,
+    ),
+    "modernbert": lambda **own: transformers.ModernBertConfig(
+        **_COMMON, cls_token_id=1, sep_token_id=2, initializer_cutoff_factor=2.0, **own
+    ),
+    "gpt2": lambda **own: transformers.GPT2Config(
+        n_embd=24,
+        n_layer=2,
+        n_head=4,
+        n_inner=20,
+        vocab_size=WORDS,
+        n_positions=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+        **own,
+    ),
+    "llama": lambda **own: transformers.LlamaConfig(**_GROUPED, **own),
+    "mistral": lambda **own: transformers.MistralConfig(**_GROUPED, **own),
+    "qwen2": lambda **own: transformers.Qwen2Config(**{**_COMMON, "num_key_value_heads": 2}, **own),
+    "qwen3": lambda **own: transformers.Qwen3Config(**_GROUPED, **own),
+    "gemma2": lambda **own: transformers.Gemma2Config(**_GROUPED, query_pre_attn_scalar=8, **own),
+    "gemma3": lambda **own: transformers.Gemma3TextConfig(**_GROUPED, query_pre_attn_scalar=8, **own),
+    "t5": lambda **own: transformers.T5Config(**_T5, **own),
+    "t5-gated": lambda **own: transformers.T5Config(**_T5, feed_forward_proj="gated-gelu", **own),
+    "vit": lambda **own: transformers.ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=20,
+        image_size=8,
+        patch_size=4,
+        initializer_range=0.3,
+        **own,
+    ),
+}
+
+
+def tiny_model(name: str, num_labels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A model with a classification head; its biases are random too, as zero ones would hide their paths."""
+    torch.manual_seed(seed)
+    kind = (
+        transformers.AutoModelForImageClassification
+        if name == "vit"
+        else transformers.AutoModelForSequenceClassification
+    )
+    model = kind.from_config(CONFIGS[name](num_labels=num_labels))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def tiny_examples(name: str, count: int, num_labels: int = 3, seed: int = 0, longest: int = 12) -> Examples:
+    """Random examples, every text of 3 to `longest` tokens; `num_labels` 1 is regression."""
+    rng = np.random.default_rng(seed)
+    labels = rng.normal(size=count).astype(np.float32) if num_labels == 1 else rng.integers(0, num_labels, count)
+    if name == "vit":
+        return Examples({"pixel_values": list(rng.normal(size=(count, 3, 8, 8)))}, labels, {})
+    texts = [[1, *rng.integers(3, WORDS, length - 2).tolist(), 2] for length in rng.integers(3, longest + 1, count)]
+    return Examples({"input_ids": texts}, labels, {"input_ids": 0})
