@@ -1,0 +1,280 @@
+"""A small Hub on loopback: the endpoints that huggingface_hub and datasets use to download, and ways to misbehave.
+
+    with Hub() as hub:
+        commit = hub.add("models", "org/name", {"config.json": b"{}"})
+        hub.misbehave("cut", "model.safetensors", times=1)
+        subprocess.run([...], env=hub.environment(tmp_path / "home"))
+
+Repositories live in memory: a commit maps paths to bytes (or to files on disk), a branch names a commit.
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+from urllib.parse import parse_qs, unquote, urlsplit
+
+Kind = Literal["models", "datasets"]
+Content = bytes | Path
+Fault = Literal["wrong bytes", "cut", "slow", "status"]
+
+LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".model", ".h5", ".pt")
+API = re.compile(r"/api/(models|datasets)/(.+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+RESOLVE = re.compile(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)")
+
+
+@dataclass
+class _Repository:
+    commits: dict[str, dict[str, Content]]
+    branches: dict[str, str]
+
+
+@dataclass
+class _Trouble:
+    fault: Fault
+    match: str
+    times: int
+    status: int
+    seconds: float
+
+
+class Hub:
+    """The server and what it serves. `url` is its address; `requests` lists what was asked: "GET /api/models/x"."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        self.gated: set[str] = set()
+        self._repositories: dict[tuple[str, str], _Repository] = {}
+        self._troubles: list[_Trouble] = []
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """This process's environment with the Hub at this server and every cache under `home`: for a subprocess."""
+        ours = {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        return {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | ours
+
+    def add(self, kind: Kind, repo_id: str, files: Mapping[str, Content] | Path, revision: str = "main") -> str:
+        """A commit of these files (a mapping, or every file of a folder) at the tip of a branch; its 40-hex name."""
+        if isinstance(files, Path):
+            files = {str(p.relative_to(files)): p for p in sorted(files.rglob("*")) if p.is_file()}
+        content = dict(files)
+        listing = "".join(f"{name} {_digests(data)['blob']}\n" for name, data in sorted(content.items()))
+        commit = hashlib.sha1(f"{kind}/{repo_id}/{revision}\n{listing}".encode(), usedforsecurity=False).hexdigest()
+        repository = self._repositories.setdefault((kind, repo_id), _Repository({}, {}))
+        repository.commits[commit] = content
+        repository.branches[revision] = commit
+        return commit
+
+    def misbehave(self, fault: Fault, match: str, times: int = 1, status: int = 500, seconds: float = 1.0) -> None:
+        """The next `times` requests whose "METHOD /path" contains `match` go wrong.
+
+        "wrong bytes": the right number of bytes, each one flipped; "cut": half the body, then the connection closes;
+        "slow": the body starts after `seconds`; "status": this HTTP status instead of an answer.
+        """
+        self._troubles.append(_Trouble(fault, match, times, status, seconds))
+
+    def trouble(self, request: str) -> _Trouble | None:
+        with self._lock:
+            self.requests.append(request)
+            for trouble in self._troubles:
+                if trouble.times > 0 and trouble.match in request:
+                    trouble.times -= 1
+                    return trouble
+        return None
+
+    def find(self, kind: str, repo_id: str, revision: str | None) -> tuple[str, dict[str, Content]] | str:
+        """Commit and files, or the Hub's error code."""
+        repository = self._repositories.get((kind, repo_id))
+        if repository is None:
+            return "RepoNotFound"
+        if repo_id in self.gated:
+            return "GatedRepo"
+        commit = repository.branches.get(revision or "main", revision or "main")
+        return (commit, repository.commits[commit]) if commit in repository.commits else "RevisionNotFound"
+
+
+def _read(content: Content) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def _digests(content: Content) -> dict[str, Any]:
+    data = _read(content)
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return {"size": len(data), "blob": blob, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _is_lfs(path: str) -> bool:
+    return path.endswith(LFS_SUFFIXES)
+
+
+def _entry(path: str, content: Content) -> dict[str, Any]:
+    """A file as the tree and paths-info endpoints describe it. The git object of an LFS file is its pointer."""
+    facts = _digests(content)
+    entry = {"type": "file", "path": path, "oid": facts["blob"], "size": facts["size"]}
+    if _is_lfs(path):
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{facts['sha256']}\nsize {facts['size']}\n"
+        entry["oid"] = _digests(pointer.encode())["blob"]
+        entry["lfs"] = {"oid": facts["sha256"], "size": facts["size"], "pointerSize": len(pointer)}
+    return entry
+
+
+def _sibling(path: str, content: Content, blobs: bool) -> dict[str, Any]:
+    """A file as model_info and dataset_info describe it."""
+    if not blobs:
+        return {"rfilename": path}
+    entry = _entry(path, content)
+    sibling = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
+    if "lfs" in entry:
+        sibling["lfs"] = {"sha256": entry["lfs"]["oid"], **{k: entry["lfs"][k] for k in ("size", "pointerSize")}}
+    return sibling
+
+
+def _tree(files: Mapping[str, Content], folder: str, recursive: bool) -> list[dict[str, Any]]:
+    prefix = f"{folder}/" if folder else ""
+    inside = {path: content for path, content in files.items() if path.startswith(prefix)}
+    folders = sorted(
+        {str(p) for path in inside for p in Path(path).parents if str(p).startswith(prefix) and str(p) != "."}
+    )
+    entries: list[dict[str, Any]] = [
+        {"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders if path != folder
+    ]
+    entries += [_entry(path, content) for path, content in inside.items()]
+    return entries if recursive else [e for e in entries if "/" not in e["path"][len(prefix) :]]
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def do_POST(self) -> None:
+            self.answer()
+
+        def answer(self) -> None:
+            address = urlsplit(self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            trouble = hub.trouble(f"{self.command} {unquote(address.path)}")
+            if trouble is not None and trouble.fault == "status":
+                return self.send(trouble.status, b"", {})
+            query = {key: values[-1] for key, values in parse_qs(address.query).items()}
+            if match := RESOLVE.fullmatch(address.path):
+                datasets, repo_id, revision, path = match.groups()
+                return self.file(
+                    "datasets" if datasets else "models", repo_id, unquote(revision), unquote(path), trouble
+                )
+            if match := API.fullmatch(address.path):
+                kind, repo_id, what, revision, path = match.groups()
+                return self.api(kind, repo_id, what, revision and unquote(revision), unquote(path or ""), query, body)
+            return self.send(404, b"", {})
+
+        def api(
+            self, kind: str, repo_id: str, what: str, revision: str, path: str, query: dict[str, str], body: bytes
+        ) -> None:
+            found = hub.find(kind, repo_id, revision)
+            if isinstance(found, str):
+                return self.error(found)
+            commit, files = found
+            answer: Any
+            if what == "tree":
+                answer = _tree(files, path, query.get("recursive", "").lower() in ("true", "1"))
+                if path and not answer:
+                    return self.error("EntryNotFound")
+            elif what == "paths-info":
+                if self.headers.get("Content-Type", "").startswith("application/json"):
+                    wanted = json.loads(body)["paths"]
+                else:
+                    wanted = parse_qs(body.decode()).get("paths", [])
+                listing = _tree(files, "", recursive=True)
+                answer = [entry for entry in listing if entry["path"] in wanted]
+            else:
+                blobs = query.get("blobs", "").lower() in ("true", "1")
+                siblings = [_sibling(name, content, blobs) for name, content in files.items()]
+                answer = {
+                    "id": repo_id,
+                    "sha": commit,
+                    "siblings": siblings,
+                    "private": False,
+                    "gated": False,
+                    "tags": [],
+                }
+            return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+        def file(self, kind: str, repo_id: str, revision: str, path: str, trouble: _Trouble | None) -> None:
+            found = hub.find(kind, repo_id, revision)
+            if isinstance(found, str):
+                return self.error(found)
+            commit, files = found
+            if path not in files:
+                return self.error("EntryNotFound", {"X-Repo-Commit": commit})
+            data, facts = _read(files[path]), _digests(files[path])
+            headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes", "ETag": f'"{facts["blob"]}"'}
+            if _is_lfs(path):
+                headers["X-Linked-Etag"] = f'"{facts["sha256"]}"'
+                headers["X-Linked-Size"] = str(len(data))
+            status = 200
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                start, end = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
+                headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+                status, data = 206, data[start : end + 1]
+            return self.send(status, data, headers, trouble)
+
+        def error(self, code: str, headers: Mapping[str, str] | None = None) -> None:
+            status = {"GatedRepo": 403, "RepoNotFound": 401}.get(code, 404)
+            self.send(status, b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
+
+        def send(self, status: int, data: bytes, headers: Mapping[str, str], trouble: _Trouble | None = None) -> None:
+            if trouble is not None and trouble.fault == "wrong bytes":
+                data = bytes(255 - byte for byte in data)
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            if trouble is not None and trouble.fault == "slow":
+                time.sleep(trouble.seconds)
+            if trouble is not None and trouble.fault == "cut":
+                data = data[: len(data) // 2]
+                self.close_connection = True
+            self.wfile.write(data)
+
+    return Handler
