@@ -1,0 +1,375 @@
+"""safetensors in, safetensors out, in bounded memory: no model is loaded, no tensor is held whole unless a method must.
+
+Everything that can be checked from the headers is checked before the first byte is written. Then the output is written
+in file-offset order, a few megabytes at a time: every expert's rows are read into a buffer, merged in float64, and
+handed to two threads, one that writes them to their place in a file of full size and one that takes its sha256.
+"""
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmn.checkpoints import TensorHeader
+from fmn.errors import UserError
+from fmn.merge import Method, Part, rescale
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WORKING_SET = 16 * 2**20  # bytes, in float64, of all that is held of one part
+SHARD_BYTES = 5 * 10**9
+IN_FLIGHT = 4  # parts merged but not yet both written and hashed
+
+Progress = Callable[[int, int], None]
+
+
+class Slot(NamedTuple):
+    """A tensor of an output file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Span(NamedTuple):
+    """A rectangle of a tensor seen as [rows, columns] whose elements are consecutive in the file."""
+
+    rows: slice
+    columns: slice
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter to merge: where every expert's, and the base's if it takes part, is stored."""
+
+    slot: Slot
+    experts: tuple[TensorHeader, ...]
+    base: TensorHeader | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to merge.
+
+    Attributes:
+        method: one of `fmn.merge.METHODS`.
+        tasks: the experts' tasks, in the order of every sequence that has an item an expert.
+        coefficients: ``lambda_j``.
+        scale: of the merged task vector, or None to leave it.
+        seed: of the methods that draw at random.
+        shares: a parameter's name to every expert's share, float64, broadcastable against the parameter.
+    """
+
+    method: Method
+    tasks: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    scale: float | None
+    seed: int
+    shares: Callable[[str], Sequence[Tensor]]
+
+
+Read = Callable[[TensorHeader, int, int], Tensor]
+
+
+@contextmanager
+def reading(files: Iterable[Path]) -> Iterator[Read]:
+    """A function ``read(stored, first, count)`` to ``count`` consecutive elements of a tensor in one of the files.
+
+    It reads into memory of its own rather than mapping the file: pages of a map count as the process's memory.
+    """
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in set(files)}
+
+        def read(stored: TensorHeader, first: int, count: int) -> Tensor:
+            dtype = DTYPES[stored.dtype]
+            buffer = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+            view = buffer.numpy().data
+            position = stored.start + first * dtype.itemsize
+            while view:
+                got = os.preadv(opened[stored.file], [view], position)
+                if got == 0:
+                    raise UserError(f"{stored.file}: ends before its header says it does; get the file again")
+                view, position = view[got:], position + got
+            return buffer.view(dtype)
+
+        yield read
+
+
+def plan(experts: Mapping[str, Mapping[str, TensorHeader]], base: Mapping[str, TensorHeader] | None) -> list[Parameter]:
+    """The parameters to merge, in the order of the output file, after a check that all experts have the same ones.
+
+    The output's dtype is the widest of the experts' (float16 with bfloat16 gives float32). Parameters are ordered by
+    falling size of their dtype, then by name, as safetensors does, so the result does not depend on the experts' order.
+
+    Args:
+        experts: tensors by name, by task.
+        base: the same of the base model. It may hold more, but must hold every floating-point tensor of the experts.
+
+    Raises:
+        UserError: naming the expert and the tensor that is missing, is extra, or has another shape or dtype.
+    """
+    first, *others = experts
+    names = experts[first]
+    for task in others:
+        for name in sorted({*names, *experts[task]}):
+            if (name in names) != (name in experts[task]):
+                has, lacks = (first, task) if name in names else (task, first)
+                raise UserError(f"expert {lacks}: lacks tensor {name}, which expert {has} has; merge like with like")
+    return sorted(
+        (_parameter(name, {task: tensors[name] for task, tensors in experts.items()}, base) for name in names),
+        key=lambda parameter: (-parameter.slot.dtype.itemsize, parameter.slot.name),
+    )
+
+
+def _parameter(name: str, experts: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader] | None) -> Parameter:
+    first = next(iter(experts.values()))
+    sources = dict(experts)
+    floating = all(stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point for stored in experts.values())
+    if base is not None and floating:
+        if name not in base:
+            raise UserError(f"base: lacks tensor {name}, which the experts have; give the base they were tuned from")
+        sources["base"] = base[name]
+    for task, stored in sources.items():
+        who = "base" if task == "base" else f"expert {task}"
+        if stored.dtype not in DTYPES:
+            raise UserError(f"{who}: tensor {name} has dtype {stored.dtype}, which cannot be merged; convert it")
+        if stored.shape != first.shape:
+            shapes = f"{list(stored.shape)}, not {list(first.shape)} as in expert {next(iter(experts))}"
+            raise UserError(f"{who}: tensor {name} has shape {shapes}; merge experts of one base model")
+        if not floating and stored.dtype != first.dtype:
+            raise UserError(
+                f"{who}: tensor {name} has dtype {stored.dtype}, not {first.dtype} as in expert {next(iter(experts))}"
+            )
+    dtype = reduce(torch.promote_types, (DTYPES[stored.dtype] for stored in experts.values()))
+    return Parameter(Slot(name, dtype, first.shape), tuple(experts.values()), sources.get("base"))
+
+
+def merge(parameters: Sequence[Parameter], recipe: Recipe) -> Iterator[Tensor]:
+    """The merged parameters one after another, as consecutive flat pieces in their output dtype.
+
+    Raises:
+        UserError: where an expert or the base holds NaN or Inf, naming it and the tensor; where the merged values do
+            not fit the output's dtype; where experts differ in a tensor of integers.
+    """
+    files = {stored.file for parameter in parameters for stored in _sources(parameter)}
+    with reading(files) as read:
+        for parameter in parameters:
+            if not parameter.slot.dtype.is_floating_point:
+                yield from _same(parameter, recipe.tasks, read)
+                continue
+            shares = [_columns(share) for share in recipe.shares(parameter.slot.name)]
+            for part in _parts(parameter, recipe, shares, read):
+                merged = recipe.method.combine(part)
+                if recipe.scale is not None and part.base is not None:
+                    merged = rescale(merged, part.base, recipe.scale)
+                piece = merged.to(parameter.slot.dtype)
+                if not finite(piece):
+                    raise UserError(
+                        f"tensor {part.name}: merged values do not fit {NAMES[piece.dtype]}; use a smaller --scale"
+                    )
+                yield piece.flatten()
+
+
+def _sources(parameter: Parameter) -> tuple[TensorHeader, ...]:
+    return parameter.experts if parameter.base is None else (*parameter.experts, parameter.base)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A tensor's shape as [rows, columns]; a vector is a column."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def _columns(share: Tensor) -> Tensor:
+    """A share that broadcasts against a tensor, as one that broadcasts against the tensor seen as [rows, columns]."""
+    return share.reshape(-1, 1) if share.ndim < 2 else share.expand(share.shape[0], *share.shape[1:]).flatten(1)
+
+
+def _spans(rows: int, columns: int, limit: int) -> Iterator[Span]:
+    """Consecutive spans of at most ``limit`` elements: whole rows, or pieces of a row that is too long."""
+    step = max(1, limit // max(columns, 1))
+    width = columns if columns <= limit else limit
+    for row in range(0, rows, step):
+        for column in range(0, columns, max(width, 1)):
+            yield Span(slice(row, min(row + step, rows)), slice(column, min(column + width, columns)))
+
+
+def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read: Read) -> Iterator[Part]:
+    rows, columns = _matrix(parameter.slot.shape)
+    sources = _sources(parameter)
+    names = [*(f"expert {task}" for task in recipe.tasks), "base"]
+    for span in _spans(rows, columns, WORKING_SET // 8 // (len(sources) + 2)):
+        height, width = span.rows.stop - span.rows.start, span.columns.stop - span.columns.start
+        first = span.rows.start * columns + span.columns.start
+        tensors = [read(stored, first, height * width).reshape(height, width) for stored in sources]
+        for who, tensor in zip(names, tensors, strict=False):
+            if not finite(tensor):
+                raise UserError(f"{who}: tensor {parameter.slot.name} holds NaN or Inf; it cannot be merged")
+        count = len(parameter.experts)
+        yield Part(
+            name=parameter.slot.name,
+            tasks=recipe.tasks,
+            experts=tuple(tensors[:count]),
+            base=tensors[count] if parameter.base is not None else None,
+            shares=tuple(_cut(share, span) for share in shares),
+            coefficients=recipe.coefficients,
+        )
+
+
+def _cut(share: Tensor, span: Span) -> Tensor:
+    """The part of a broadcast [rows or 1, columns or 1] that belongs to a span."""
+    share = share[span.rows] if share.shape[0] > 1 else share
+    return share[:, span.columns] if share.shape[1] > 1 else share
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or Inf; one pass over the tensor unless a finite sum overflows."""
+    accumulator = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
+    return bool(tensor.sum(dtype=accumulator).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _same(parameter: Parameter, tasks: Sequence[str], read: Read) -> Iterator[Tensor]:
+    """A tensor of integers, such as positions: every expert must have the same."""
+    for span in _spans(math.prod(parameter.slot.shape), 1, WORKING_SET // 8):
+        first = span.rows.start, span.rows.stop - span.rows.start
+        piece, *others = (read(stored, *first) for stored in parameter.experts)
+        for task, other in zip(tasks[1:], others, strict=True):
+            if not torch.equal(piece, other):
+                raise UserError(
+                    f"expert {task}: tensor {parameter.slot.name} of integers differs from expert {tasks[0]}'s; merge"
+                    " experts of one base model"
+                )
+        yield piece
+
+
+def copy(tensors: Mapping[str, TensorHeader]) -> Iterator[Tensor]:
+    """The tensors as they are stored, one after another, as consecutive flat pieces."""
+    with reading(stored.file for stored in tensors.values()) as read:
+        for stored in tensors.values():
+            for span in _spans(math.prod(stored.shape), 1, WORKING_SET // 8):
+                yield read(stored, span.rows.start, span.rows.stop - span.rows.start)
+
+
+def shards(slots: Sequence[Slot], limit: int = SHARD_BYTES) -> list[list[Slot]]:
+    """The slots in order, cut into files of at most ``limit`` bytes of tensors, or of one larger tensor."""
+    files: list[list[Slot]] = [[]]
+    size = 0
+    for slot in slots:
+        if files[-1] and size + slot.bytes > limit:
+            files.append([])
+            size = 0
+        files[-1].append(slot)
+        size += slot.bytes
+    return files
+
+
+def shard_names(count: int) -> list[str]:
+    """The names that Transformers gives to the files of a checkpoint."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def index(files: Mapping[str, Iterable[Slot]]) -> dict[str, Any]:
+    """What ``model.safetensors.index.json`` says of these files."""
+    return {
+        "metadata": {"total_size": sum(slot.bytes for slots in files.values() for slot in slots)},
+        "weight_map": {slot.name: file for file, slots in files.items() for slot in slots},
+    }
+
+
+def header(slots: Sequence[Slot]) -> bytes:
+    """The first bytes of a safetensors file that holds these tensors one after another."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for slot in slots:
+        entries[slot.name] = {
+            "dtype": NAMES[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [start, start + slot.bytes],
+        }
+        start += slot.bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_file(
+    path: Path, slots: Sequence[Slot], pieces: Iterator[Tensor], advance: Callable[[int], None] | None = None
+) -> str:
+    """Write a safetensors file and return its sha256.
+
+    Args:
+        path: a file that does not exist; after an error it is left incomplete, so write inside
+            `fmn.artifacts.whole_folder`, which also flushes it to the disk.
+        slots: what the file holds.
+        pieces: the tensors' elements in the order of the slots, cut anywhere; only this file's are taken.
+        advance: called with the number of bytes of every piece that was taken.
+
+    Raises:
+        UserError: when the disk has no room for the file, before anything is written.
+    """
+    start = header(slots)
+    total = len(start) + sum(slot.bytes for slot in slots)
+    digest = sha256(start)
+    pending: deque[tuple[Future[Any], Future[Any]]] = deque()
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
+        _reserve(file.fileno(), total, path)
+        file.write(start)
+        position = len(start)
+        while position < total:
+            data = next(pieces).view(torch.uint8).numpy().data
+            pending.append((hasher.submit(digest.update, data), writer.submit(_write, file.fileno(), data, position)))
+            position += len(data)
+            if len(pending) > IN_FLIGHT:
+                _finish(pending.popleft())
+            if advance is not None:
+                advance(len(data))
+        for futures in pending:
+            _finish(futures)
+    if position != total:
+        raise AssertionError(f"{path}: {position} bytes for {total}")
+    return digest.hexdigest()
+
+
+def _reserve(descriptor: int, total: int, path: Path) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, total)
+    except OSError as error:
+        raise UserError(f"{path.parent}: no room for a file of {total} bytes ({error.strerror})") from error
+
+
+def _write(descriptor: int, data: memoryview, position: int) -> None:
+    while data:
+        done = os.pwrite(descriptor, data, position)
+        data, position = data[done:], position + done
+
+
+def _finish(futures: tuple[Future[Any], Future[Any]]) -> None:
+    for future in futures:
+        future.result()

@@ -1,0 +1,310 @@
+"""The merged model's folder, as people load it: with Transformers, without our code."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from fmn import architectures, merged
+from fmn.architectures import NodeValues
+from fmn.errors import UserError
+from tests.tiny import tiny_model
+
+LABELS = {"mrpc": 2, "stsb": 1, "mnli": 3}
+LOAD = """
+import json, sys, torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+assert "fmn" not in sys.modules
+folder, tasks = sys.argv[1], sys.argv[2:]
+_, found = AutoModel.from_pretrained(folder + "/encoder", output_loading_info=True)
+said = {"encoder": {name: sorted(found[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}}
+for task in tasks:
+    load = AutoModelForSequenceClassification.from_pretrained
+    model, found = load(f"{folder}/tasks/{task}", output_loading_info=True)
+    said[task] = {name: sorted(found[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    with torch.no_grad():
+        said[task]["logits"] = model.eval()(torch.tensor([[1, 5, 7, 9, 2], [1, 6, 8, 3, 2]])).logits.tolist()
+print(json.dumps(said))
+"""
+
+
+def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    model.to(dtype).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"name": folder.name}))
+    return folder
+
+
+def experts(folder: Path, name: str = "bert", dtype: torch.dtype = torch.float32) -> dict[str, Path]:
+    return {
+        task: save(tiny_model(name, labels, seed), folder / task, dtype)
+        for seed, (task, labels) in enumerate(LABELS.items())
+    }
+
+
+def fisher(folders: Mapping[str, Path], seed: int = 0) -> dict[str, NodeValues]:
+    rng = np.random.default_rng(seed)
+    values = {}
+    for task, folder in folders.items():
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        values[task] = {site.site: rng.gamma(1.0, size=site.nodes) for site in architectures.mask_sites(model)}
+    return values
+
+
+def by_hand(
+    folders: Mapping[str, Path], values: Mapping[str, NodeValues], coefficients: Mapping[str, float], mapping: str
+) -> dict[str, np.ndarray]:
+    """The merged encoder's parameters in float64 numpy."""
+    models = {
+        task: AutoModelForSequenceClassification.from_pretrained(path).base_model for task, path in folders.items()
+    }
+    tensors = {task: {k: v.double().numpy() for k, v in model.state_dict().items()} for task, model in models.items()}
+    first = next(iter(models.values()))
+    claims = architectures.claims(first.config, {k: v.shape for k, v in first.state_dict().items()}, mapping)
+    result = {}
+    for name, claim in claims.items():
+        weight = {task: coefficients[task] * architectures.weights(claim, values[task]) for task in folders}
+        result[name] = sum(weight[task] * tensors[task][name] for task in folders) / sum(weight.values())
+    return result
+
+
+def loaded(folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """What a process without our code says of the merged model."""
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-c", LOAD, str(folder), *LABELS]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "mapping"),
+    [("bert", "structured"), ("roberta", "paper"), ("distilbert", "structured"), ("electra", "paper")],
+)
+def test_every_task_loads_without_our_code_and_answers_as_a_model_put_together_by_hand(
+    name: str, mapping: str, tmp_path: Path
+) -> None:
+    folders = experts(tmp_path, name)
+    values, coefficients = fisher(folders), {"mrpc": 1.0, "stsb": 0.5, "mnli": 2.0}
+    out = tmp_path / "out"
+    merged.write(out, folders, method="mask-fisher", mapping=mapping, fisher=values, coefficients=coefficients)
+    said = loaded(out, tmp_path)
+
+    # RoBERTa's classifier has no pooler, so its experts have none to merge.
+    lacks = ["pooler.dense.bias", "pooler.dense.weight"] if name == "roberta" else []
+    assert said["encoder"] == {"missing_keys": lacks, "unexpected_keys": [], "mismatched_keys": []}
+    expected = by_hand(folders, values, coefficients, mapping)
+    for task, folder in folders.items():
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        model.base_model.load_state_dict({key: torch.from_numpy(value).float() for key, value in expected.items()})
+        with torch.no_grad():
+            logits = model(torch.tensor([[1, 5, 7, 9, 2], [1, 6, 8, 3, 2]])).logits
+        torch.testing.assert_close(torch.tensor(said[task].pop("logits")), logits, rtol=1e-5, atol=1e-6)
+        assert said[task] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+
+
+def test_the_result_does_not_depend_on_the_order_of_the_experts(tmp_path: Path) -> None:
+    folders = experts(tmp_path)
+    values = fisher(folders)
+    for out, order in (("one", list(folders)), ("two", list(folders)[::-1])):
+        merged.write(
+            tmp_path / out,
+            {task: folders[task] for task in order},
+            method="mask-fisher",
+            fisher={task: values[task] for task in reversed(order)},
+        )
+    digests = [merged.read_recipe(tmp_path / out)["files"] for out in ("one", "two")]
+    assert digests[0] == digests[1]
+
+
+def test_the_encoder_is_on_the_disk_once_and_heads_are_the_experts(tmp_path: Path) -> None:
+    folders = experts(tmp_path)
+    out = tmp_path / "out"
+    merged.write(out, folders, method="average", card="# A model\n")
+    assert (out / "README.md").read_text() == "# A model\n"
+    weights = out / "encoder" / "model.safetensors"
+    for task, folder in folders.items():
+        assert (merged.task_folder(out, task) / "model-00001-of-00002.safetensors").samefile(weights)
+        head, expert = (
+            load_file(out / "tasks" / task / "model-00002-of-00002.safetensors"),
+            load_file(folder / "model.safetensors"),
+        )
+        assert head.keys() == {"classifier.weight", "classifier.bias"}
+        assert all(torch.equal(tensor, expert[name]) for name, tensor in head.items())
+        assert (out / "tasks" / task / "vocab.txt").samefile(out / "encoder" / "vocab.txt")
+        # A tokenizer file that is not the same in all experts stays each task's own.
+        assert json.loads((out / "tasks" / task / "tokenizer_config.json").read_text()) == {"name": task}
+
+
+def test_the_recipe_says_how_it_was_made_and_what_the_caller_adds(tmp_path: Path) -> None:
+    folders = experts(tmp_path)
+    stated = merged.write(
+        tmp_path / "out",
+        folders,
+        method="average",
+        coefficients={"mrpc": 3.0},
+        recipe={"key": "k", "experts": {"mrpc": "r"}},
+    )
+    assert stated == merged.read_recipe(tmp_path / "out")
+    assert {
+        name: stated[name] for name in ("tasks", "method", "mapping", "coefficients", "scale", "key", "experts")
+    } == {
+        "tasks": ["mnli", "mrpc", "stsb"],
+        "method": "average",
+        "mapping": None,
+        "coefficients": {"mnli": 1.0, "mrpc": 3.0, "stsb": 1.0},
+        "scale": None,
+        "key": "k",
+        "experts": {"mrpc": "r"},
+    }
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 20_000])
+def test_a_large_encoder_is_written_in_shards_that_load(tmp_path: Path, shard_bytes: int) -> None:
+    folders = experts(tmp_path)
+    merged.write(tmp_path / "out", folders, method="average", shard_bytes=shard_bytes)
+    merged.write(tmp_path / "whole", folders, method="average")
+    assert len(list((tmp_path / "out" / "encoder").glob("model-*.safetensors"))) > 1
+    for part, auto in (("encoder", AutoModel), ("tasks/mrpc", AutoModelForSequenceClassification)):
+        one, two = (auto.from_pretrained(tmp_path / out / part).state_dict() for out in ("out", "whole"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    merged.verify(tmp_path / "out")
+
+
+def test_sharded_experts_merge_as_whole_ones(tmp_path: Path) -> None:
+    folders = experts(tmp_path / "whole")
+    sharded = {}
+    for task, folder in folders.items():
+        sharded[task] = tmp_path / "sharded" / task
+        AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(sharded[task], max_shard_size=20_000)
+        assert (sharded[task] / "model.safetensors.index.json").is_file()
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out, given in zip(outs, (folders, sharded), strict=True):
+        merged.write(out, given, method="average")
+    one, two = (merged.read_recipe(out)["files"]["encoder/model.safetensors"] for out in outs)
+    assert one == two
+
+
+def test_half_precision_experts_give_a_model_that_loads_as_such(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merged.write(out, experts(tmp_path, dtype=torch.bfloat16), method="average")
+    for part in ("encoder", "tasks/mrpc"):
+        assert json.loads((out / part / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModel.from_pretrained(out / "encoder").dtype == torch.bfloat16
+
+
+def test_a_scale_of_the_merged_task_vector(tmp_path: Path) -> None:
+    folders = experts(tmp_path)
+    base = save(tiny_model("bert", 2, seed=9), tmp_path / "base")
+    merged.write(tmp_path / "out", folders, method="average", base=base, scale=1.5)
+    got = load_file(tmp_path / "out" / "encoder" / "model.safetensors")
+    origin = AutoModel.from_pretrained(base).state_dict()
+    models = [AutoModel.from_pretrained(folder).state_dict() for folder in folders.values()]
+    for name, tensor in got.items():
+        mean = torch.stack([model[name].double() for model in models]).mean(0)
+        expected = origin[name].double() + 1.5 * (mean - origin[name].double())
+        torch.testing.assert_close(tensor, expected.float(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["encoder/model.safetensors", "tasks/mrpc/config.json", "encoder/vocab.txt"])
+def test_verify_names_a_file_that_changed_or_is_missing(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    merged.write(out, experts(tmp_path), method="average", card="a card")
+    (out / "README.md").write_text("an edited card")
+    merged.verify(out)
+    data = bytearray((out / name).read_bytes())
+    data[-2] ^= 1
+    (out / name).write_bytes(data)
+    with pytest.raises(UserError, match="not what was written there"):
+        merged.verify(out)
+    (out / name).unlink()
+    with pytest.raises(UserError, match=name):
+        merged.verify(out)
+
+
+def test_a_merged_model_is_told_from_a_checkpoint(tmp_path: Path) -> None:
+    folders = experts(tmp_path)
+    merged.write(tmp_path / "out", folders, method="average")
+    assert merged.is_merged(tmp_path / "out")
+    assert not merged.is_merged(folders["mrpc"])
+    with pytest.raises(UserError, match="no task 'rte' in this merged model; it has mnli, mrpc, stsb"):
+        merged.task_folder(tmp_path / "out", "rte")
+    with pytest.raises(UserError, match="not a merged model"):
+        merged.task_folder(folders["mrpc"], "mrpc")
+
+
+def settings(**changed: Any) -> dict[str, Any]:
+    return {"method": "average", **changed}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (settings(method="mask-fischer"), "did you mean mask-fisher"),
+        (settings(method="zip"), "choose one of average"),
+        (settings(coefficients={"rte": 1.0}), "no such expert"),
+        (settings(coefficients={"mrpc": -1.0}), "zero or more"),
+        (settings(coefficients={"mrpc": float("nan")}), "finite"),
+        (settings(coefficients={"mrpc": 0.0, "stsb": 0.0, "mnli": 0.0}), "all are zero"),
+        (settings(scale=1.5), "--base"),
+        (settings(method="mask-fisher"), "give --fisher mnli=FILE"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        merged.write(tmp_path / "out", experts(tmp_path), **given)
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda nodes: nodes[:-1], "3 head nodes in layer 1"),
+        (lambda nodes: -nodes, "negative"),
+        (lambda nodes: nodes / 0.0, "infinite"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_fisher_that_does_not_fit_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    folders = experts(tmp_path)
+    values = fisher(folders)
+    site = architectures.Site(1, "head")
+    values["stsb"] = {**values["stsb"], site: damage(values["stsb"][site])}
+    with pytest.raises(UserError, match=f"expert stsb: the Fisher information.*{message}"):
+        merged.write(tmp_path / "out", folders, method="mask-fisher", fisher=values)
+
+
+def test_nan_in_an_expert_is_refused_and_leaves_the_older_model(tmp_path: Path) -> None:
+    folders, out = experts(tmp_path), tmp_path / "out"
+    merged.write(out, folders, method="average")
+    before = merged.read_recipe(out)
+    tensors = load_file(folders["stsb"] / "model.safetensors")
+    tensors["bert.encoder.layer.1.output.dense.weight"][3, 5] = float("nan")
+    save_file(tensors, folders["stsb"] / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"expert stsb: tensor encoder.layer.1.output.dense.weight holds NaN or Inf"):
+        merged.write(out, folders, method="average", coefficients={"stsb": 0.0})
+    assert merged.read_recipe(out) == before
+    merged.verify(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "out"])
+
+
+def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    merged.write(
+        tmp_path / "out", experts(tmp_path), method="average", progress=lambda done, total: seen.append((done, total))
+    )
+    assert (
+        seen[-1][0]
+        == seen[-1][1]
+        == sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / "encoder" / "model.safetensors").values())
+    )
