@@ -26,14 +26,13 @@ def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
     The head depends on `seed` alone. Any head in `base` is left behind.
     """
     torch.manual_seed(seed)
-    names = dict(enumerate(task.labels or (task.name,)))
+    names = dict(enumerate(task.labels or ("score",)))
     model = AutoModelForSequenceClassification.from_pretrained(
         base,
         num_labels=task.num_outputs,
         id2label=names,
         label2id={name: label for label, name in names.items()},
         problem_type="regression" if task.regression else "single_label_classification",
-        finetuning_task=task.name,
         ignore_mismatched_sizes=True,
         local_files_only=True,
         use_safetensors=True,
@@ -96,7 +95,7 @@ def finetune(
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if progress:
             progress(step + 1, steps)
     model.eval()
