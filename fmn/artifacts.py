@@ -2,8 +2,8 @@
 
 A *content key* names what an output depends on: the stage, its algorithm version, its settings and the digests of its
 inputs. An output that carries the key of today's request and whose bytes still have the digests it was written with
-need not be made again. Folders carry both in ``fmn.json``, JSON files in their ``fmn`` entry, the Fisher artifact in its
-Parquet metadata.
+need not be made again. Folders carry both in ``fmn.json``, JSON files in their ``fmn`` entry, the Fisher artifact in
+its Parquet metadata.
 """
 
 import hashlib
@@ -14,15 +14,17 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from fmn.errors import UserError
 
+if TYPE_CHECKING:
+    from fmn.architectures import NodeValues
+
 MANIFEST = "fmn.json"
 FISHER_FORMAT = 1
-NodeArrays = Mapping[tuple[int, str], Any]
 
 _digests: dict[tuple[Any, ...], str] = {}
 
@@ -48,7 +50,7 @@ def digest_file(path: Path) -> str:
 
 
 def digest_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file below ``folder`` by relative name, in order of name; the manifest and hidden files left out."""
+    """sha256 of every file below ``folder`` by relative name, in order of name; no manifest, no hidden files."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -208,7 +210,7 @@ def _fisher_digest(columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> s
     return digest.hexdigest()
 
 
-def write_fisher(path: Path, fisher: NodeArrays, stderr: NodeArrays | None, metadata: Mapping[str, Any]) -> None:
+def write_fisher(path: Path, fisher: "NodeValues", stderr: "NodeValues | None", metadata: Mapping[str, Any]) -> None:
     """Write a Fisher artifact: a row per mask node, sorted by (layer, node, index).
 
     Args:
@@ -245,9 +247,7 @@ def write_fisher(path: Path, fisher: NodeArrays, stderr: NodeArrays | None, meta
         pq.write_table(table, file, compression="zstd")
 
 
-def read_fisher(
-    path: Path,
-) -> tuple[dict[tuple[int, str], Any], dict[tuple[int, str], Any] | None, dict[str, Any]]:
+def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, dict[str, Any]]":
     """Read a Fisher artifact: (fisher, stderr or None, metadata); arrays are float64 [nodes] by (layer, node kind).
 
     Raises UserError for a file that is not a Fisher artifact, was damaged, or holds a value that cannot be a Fisher
@@ -256,6 +256,8 @@ def read_fisher(
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from fmn.architectures import Site
 
     if not path.is_file():
         raise UserError(f"{path}: no such Fisher artifact; `fmn fisher` makes one")
@@ -280,15 +282,15 @@ def read_fisher(
     if digest != _fisher_digest(columns, metadata):
         raise UserError(f"{path}: its content is not what was written; make it again with `fmn fisher`")
 
-    sites = list(zip(columns["layer"].tolist(), columns["node"].tolist(), strict=True))
+    sites = [Site(*site) for site in zip(columns["layer"].tolist(), columns["node"].tolist(), strict=True)]
     for site, index, value in zip(sites, columns["index"], columns["fisher"], strict=True):
         if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{path}: the Fisher of layer {site[0]}, {site[1]} {index} is {value}; make it again")
+            raise UserError(f"{path}: the Fisher of layer {site.layer}, {site.node} {index} is {value}; make it again")
     starts = [row for row in range(len(sites)) if row == 0 or sites[row] != sites[row - 1]]
     spans = {sites[start]: slice(start, end) for start, end in zip(starts, [*starts[1:], len(sites)], strict=True)}
     for site, span in spans.items():
         if columns["index"][span].tolist() != list(range(span.stop - span.start)):
-            raise UserError(f"{path}: the rows of layer {site[0]}, {site[1]} are not numbered 0, 1, 2, ...")
+            raise UserError(f"{path}: the rows of layer {site.layer}, {site.node} are not numbered 0, 1, 2, ...")
     fisher = {site: columns["fisher"][span] for site, span in spans.items()}
     stderr = {site: columns["stderr"][span] for site, span in spans.items()} if "stderr" in columns else None
     return fisher, stderr, metadata

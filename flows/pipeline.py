@@ -1,0 +1,227 @@
+"""The whole pipeline as one Prefect flow over fmn's stages: a task run a stage and expert.
+
+The stages keep their own content keys, so Prefect's result cache is off: a run repeats nothing that an earlier run, the
+command line or DVC has done.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before Prefect is imported: its console output would drown the pipeline's own; its logs keep all of it.
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture, wait
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from fmn import params, stages
+from fmn.errors import UserError
+from fmn.params import MergeSettings, Params
+from fmn.stages import Outcome
+from fmn.terminal import progress_bar, say, show_table
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run keeps its files, below the profile's ``work``; dvc.yaml has the same paths."""
+
+    work: Path
+
+    @property
+    def data(self) -> Path:
+        return self.work / "data"
+
+    @property
+    def base(self) -> Path:
+        return self.work / "base"
+
+    @property
+    def report(self) -> Path:
+        return self.work / "report"
+
+    @property
+    def registered(self) -> Path:
+        return self.work / "registered.json"
+
+    def expert(self, name: str) -> Path:
+        return self.work / "experts" / name
+
+    def fisher(self, name: str) -> Path:
+        return self.work / "fisher" / f"{name}.parquet"
+
+    def merged(self, name: str) -> Path:
+        return self.work / name
+
+    def expert_metrics(self, name: str) -> Path:
+        return self.work / "metrics" / "experts" / f"{name}.json"
+
+    def metrics(self, name: str) -> Path:
+        return self.work / "metrics" / f"{name}.json"
+
+
+STAGES: Mapping[str, Callable[..., Outcome]] = {
+    "fetch": stages.fetch,
+    "data": stages.prepare,
+    "finetune": stages.finetune,
+    "fisher": stages.fisher,
+    "merge": stages.merge,
+    "evaluate": stages.evaluate,
+    "report": stages.write_report,
+    "register": stages.register,
+}
+
+
+@task(task_run_name="{stage} {name}", cache_policy=NO_CACHE)
+def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
+    """Run one stage with these arguments; say what it did in the task's log and on the terminal."""
+    function = STAGES[stage]
+    with progress_bar(f"{stage} {name}") as progress:
+        if "progress" in inspect.signature(function).parameters:
+            arguments = {**arguments, "progress": progress}
+        outcome = function(**arguments)
+    line = f"{stage:<9} {name:<12} " + (f"{outcome.seconds:7.1f} s" if outcome.computed else "already there")
+    get_run_logger().info(line)
+    say(line)
+    return outcome
+
+
+# One stage at a time: each uses every core or the GPU, and training draws from PyTorch's one generator.
+@flow(name="fmn", flow_run_name="{profile}", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
+    """Fetch or fine-tune the experts, compute their Fisher, merge, evaluate and register.
+
+    Args:
+        profile: the settings file; its paths are relative to the working folder.
+
+    Returns:
+        the numbers of the result table, the registered version, and whether anything was computed.
+
+    Raises:
+        UserError: naming every stage that failed, and why; what finished is kept.
+    """
+    settings = params.load(Path(profile))
+    futures = submit_stages(settings, Layout(Path(settings.work)))
+    outcomes = collect(futures)
+    computed = any(outcome.computed for outcome in outcomes.values())
+    keep_dvc_in_step(Path(profile), computed)
+    return {
+        **outcomes["report", ""].summary,
+        "registered": dict(outcomes["register", ""].summary),
+        "computed": computed,
+    }
+
+
+Futures = dict[tuple[str, str], PrefectFuture[Outcome]]
+
+
+def submit_stages(settings: Params, layout: Layout) -> Futures:
+    """Submit every stage's task run, by (stage, name), in an order in which each comes after what it needs."""
+    futures: Futures = {}
+    names = settings.experts.tasks
+    merges = {
+        "average": MergeSettings(method="average"),
+        "merged": settings.merge,
+    }  # what everybody tries first, beside
+
+    def submit(stage: str, name: str, needs: list[tuple[str, str]], **arguments: Any) -> None:
+        after = [futures[need] for need in needs]
+        futures[stage, name] = run_stage.submit(stage, name, arguments, wait_for=after, return_state=False)
+
+    submit("fetch", "base", [], source=settings.base, out=layout.base)
+    for name, source in settings.sources.items():
+        submit("fetch", name, [], source=source, out=layout.expert(name))
+    for name in names:
+        submit("data", name, [], task=name, out=layout.data / name, settings=settings.data)
+    for name in names:
+        expert = layout.expert(name)
+        made = ("fetch", name)
+        if name in settings.finetune:
+            made = ("finetune", name)
+            needs = [("fetch", "base"), ("data", name)]
+            tuning = settings.finetune[name]
+            submit(*made, needs, base=layout.base, task=name, folder=layout.data, out=expert, settings=tuning)
+        needs = [made, ("data", name)]
+        submit(
+            "fisher", name, needs, checkpoint=expert, task=name, folder=layout.data, out=layout.fisher(name),
+            settings=settings.fisher,
+        )  # fmt: skip
+        submit(
+            "evaluate", name, needs, model=expert, names=[name], folder=layout.data, out=layout.expert_metrics(name),
+            settings=settings.evaluate,
+        )  # fmt: skip
+    experts = {name: layout.expert(name) for name in names}
+    fisher_files = {name: layout.fisher(name) for name in names}
+    for model, merging in merges.items():
+        submit(
+            "merge", model, [("fisher", name) for name in names], experts=experts, fisher_files=fisher_files,
+            base=layout.base, out=layout.merged(model), settings=merging,
+        )  # fmt: skip
+        submit(
+            "evaluate", model, [("merge", model)], model=layout.merged(model), names=[], folder=layout.data,
+            out=layout.metrics(model), settings=settings.evaluate,
+        )  # fmt: skip
+    evaluated = [("evaluate", name) for name in [*names, *merges]]
+    submit(
+        "report", "", evaluated, experts={name: layout.expert_metrics(name) for name in names},
+        merged_models={model: layout.metrics(model) for model in merges}, fisher_files=fisher_files,
+        out=layout.report,
+    )  # fmt: skip
+    submit(
+        "register", "", [("report", "")], model=layout.merged("merged"), metrics=layout.metrics("merged"),
+        report_folder=layout.report, out=layout.registered, settings=settings.registry,
+    )  # fmt: skip
+    return futures
+
+
+def collect(futures: Futures) -> dict[tuple[str, str], Outcome]:
+    """What every stage did; UserError with a line for those that failed by themselves."""
+    wait(list(futures.values()))
+    failures = []
+    for (stage, name), future in futures.items():
+        if future.state.is_failed():
+            error = future.result(raise_on_failure=False)
+            reason = " ".join(str(error).split()) if isinstance(error, UserError) else repr(error)
+            failures.append(f"{stage} {name}".strip() + f": {reason}")
+    if failures:
+        raise UserError("; ".join(failures))
+    return {key: future.result() for key, future in futures.items()}
+
+
+def keep_dvc_in_step(profile: Path, computed: bool) -> None:
+    """Record in dvc.lock what the flow made, so that `dvc repro` has nothing to do.
+
+    Only for the profile that dvc.yaml describes, ``params.yaml``, and not inside a DVC stage.
+    """
+    here = profile.resolve() == Path("params.yaml").resolve() and Path("dvc.yaml").is_file() and Path(".dvc").is_dir()
+    if not here or "DVC_STAGE" in os.environ or not (computed or not Path("dvc.lock").is_file()):
+        return
+    commit = subprocess.run(
+        [sys.executable, "-m", "dvc", "commit", "--force", "--quiet"], capture_output=True, text=True, check=False
+    )
+    if commit.returncode:
+        say(f"DVC was not updated: {commit.stderr.strip()}; `dvc commit --force` does it")
+
+
+def run_pipeline(profile: Path) -> dict[str, Any]:
+    """Run the flow and print its table and where to look; what `fmn run` does."""
+    started = time.monotonic()
+    params.load(profile)  # a mistake there is told before Prefect starts
+    outcome: dict[str, Any] = pipeline(str(profile))
+    layout = Layout(Path(params.load(profile).work))
+    show_table(*outcome["table"])
+    registered = outcome["registered"]
+    say(f"report     {layout.report}")
+    say(f"model      {layout.merged('merged')}")
+    say(f"registry   models:/{registered['name']}/{registered['version']} in {registered['store']}")
+    say(f"{time.monotonic() - started:.0f} s" + ("" if outcome["computed"] else ", nothing had changed"))
+    return outcome

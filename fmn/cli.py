@@ -1,0 +1,364 @@
+"""The `fmn` command: explicit paths in, files out, a short summary on the terminal or JSON for machines."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from fmn import __version__, params
+from fmn.errors import UserError
+from fmn.terminal import progress_bar, say, show_table
+
+if TYPE_CHECKING:
+    from fmn.stages import Outcome
+
+ENVIRONMENT = {
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+FLAT = Parameter(name="*")
+Json = Annotated[bool, Parameter(name="--json", help="print the summary as JSON")]
+Data = Annotated[Path, Parameter(help="folder of the task's Parquet files, or of such folders by task")]
+
+app = App(
+    name="fmn",
+    version=__version__,
+    default_parameter=Parameter(consume_multiple=True, negative=""),
+    help="Merge Transformers that were fine-tuned from one base on different tasks into one multi-task model.",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends in one line and exit status 2."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except UserError as error:
+        _fail(str(error), 2)
+    except cyclopts.CycloptsError as error:
+        _fail(f"{_one_line(error)} See `fmn --help`.", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; finished stages are kept", 130)
+    except OSError as error:
+        _fail(f"{error.filename or 'fmn'}: {error.strerror or error}", 1)
+
+
+def _one_line(error: cyclopts.CycloptsError) -> str:
+    from pydantic import ValidationError
+
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ValidationError):
+        first = cause.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-") if first["loc"] else ""
+        return f"--{option}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})."
+    return " ".join(str(error).split())
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"fmn: {message}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(status)
+
+
+def _say(outcome: "Outcome", as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
+    """Print what a stage did."""
+    if as_json:
+        stated = {"stage": outcome.stage, "out": str(outcome.out), "computed": outcome.computed, **outcome.summary}
+        _dump(stated)
+        return
+    done = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
+    say(f"{outcome.stage}: {outcome.out} ({done})")
+    show(outcome.summary)
+
+
+def _dump(content: Any) -> None:
+    print(json.dumps(content, indent=1, default=str))  # noqa: T201
+
+
+def _facts(*names: str) -> Callable[[Mapping[str, Any]], None]:
+    def show(summary: Mapping[str, Any]) -> None:
+        say(*(f"  {name}: {summary[name]}" for name in names if summary.get(name) is not None))
+
+    return show
+
+
+def _by_task(items: Sequence[str], option: str, names: Sequence[str], suffix: str) -> dict[str, Path]:
+    """``TASK=PATH ...``, or one folder that holds ``TASK`` (folders) or ``TASK.parquet``, ``TASK.json`` (files).
+
+    Args:
+        items: as given.
+        option: its name, for messages.
+        names: the tasks wanted; all that are there when empty.
+        suffix: of the files in a folder; empty for folders.
+    """
+    if len(items) == 1 and "=" not in items[0]:
+        folder = Path(items[0])
+        if not folder.is_dir():
+            raise UserError(f"{option} {folder}: neither TASK=PATH nor a folder of them")
+        there = {
+            path.name.removesuffix(suffix): path for path in sorted(folder.iterdir()) if path.name.endswith(suffix)
+        }
+        found = {
+            name: path for name, path in there.items() if path.is_dir() == (not suffix) and not name.startswith(".")
+        }
+    else:
+        found = {name: Path(path) for name, path in params.pairs(list(items), option).items()}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(f"{option}: nothing for task {missing[0]}; there is {', '.join(found) or 'nothing'}")
+    return {name: found[name] for name in names} if names else found
+
+
+@app.command
+def run(
+    *,
+    params_file: Annotated[Path, Parameter(name="--params", help="the settings")] = Path("params.yaml"),
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline as a Prefect flow; ends with the table of results and where to look."""
+    from flows.pipeline import run_pipeline
+
+    results = run_pipeline(params_file)
+    if as_json:
+        _dump(results)
+
+
+@app.command
+def fetch(source: str, /, *, out: Path, as_json: Json = False) -> None:
+    """Fetch a checkpoint, pinned and verified.
+
+    Args:
+        source: hf://org/name@revision, a folder, models:/name@alias, or package:module/path
+        out: the checkpoint's folder
+    """
+    from fmn import stages
+
+    with progress_bar("fetching"):
+        outcome = stages.fetch(source, out)
+    _say(outcome, as_json, _facts("revision", "model_type"))
+
+
+@app.command
+def data(
+    task: str,
+    /,
+    *,
+    out: Path,
+    settings: Annotated[params.DataSettings, FLAT] = params.DataSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Write a task's splits as Parquet, in the Hub's schema.
+
+    Args:
+        task: a GLUE task
+        out: folder of the Parquet files
+    """
+    from fmn import stages
+
+    _say(stages.prepare(task, out, settings), as_json, _facts("rows"))
+
+
+@app.command
+def finetune(
+    base: Path,
+    /,
+    *,
+    task: str,
+    data: Data,
+    out: Path,
+    settings: Annotated[params.FinetuneSettings, FLAT] = params.FinetuneSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Fine-tune an expert from a base model.
+
+    Args:
+        base: the base model's folder, made by `fmn fetch`
+        task: a GLUE task
+        out: the expert's folder
+    """
+    from fmn import stages
+
+    with progress_bar(f"fine-tuning {task}") as progress:
+        outcome = stages.finetune(base, task, data, out, settings, progress)
+    _say(outcome, as_json, _facts("examples", "steps", "loss"))
+
+
+@app.command
+def fisher(
+    checkpoint: Path,
+    /,
+    *,
+    task: str,
+    data: Data,
+    out: Path,
+    settings: Annotated[params.FisherSettings, FLAT] = params.FisherSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Compute the Fisher information of an expert's mask nodes.
+
+    Args:
+        checkpoint: the expert's folder
+        task: its GLUE task
+        out: the Parquet file
+    """
+    from fmn import stages
+
+    with progress_bar(f"Fisher of {task}") as progress:
+        outcome = stages.fisher(checkpoint, task, data, out, settings, progress)
+    _say(outcome, as_json, _facts("estimator", "samples", "dtype", "device", "relative_stderr", "rank_correlation"))
+
+
+@app.command
+def merge(
+    *,
+    expert: list[str],
+    out: Path,
+    fisher: list[str] | None = None,
+    base: Path | None = None,
+    selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
+    settings: Annotated[params.MergeSettings, FLAT] = params.MergeSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Merge experts into one model.
+
+    Args:
+        expert: TASK=DIR for each expert, or one folder that holds DIR/TASK
+        out: the merged model's folder
+        fisher: TASK=FILE for each expert, or one folder that holds DIR/TASK.parquet
+        base: the folder of the model that the experts were fine-tuned from
+    """
+    from fmn import stages
+
+    experts = _by_task(expert, "--expert", selection.tasks, "")
+    files = _by_task(fisher, "--fisher", [], ".parquet") if fisher else {}
+    with progress_bar("merging") as progress:
+        outcome = stages.merge(
+            experts, {name: files[name] for name in experts if name in files}, base, out, settings, progress
+        )
+
+    def show(summary: Mapping[str, Any]) -> None:
+        coefficients = summary["coefficients"]
+        body = [[name, f"{coefficients[name]:g}", entry["revision"]] for name, entry in summary["experts"].items()]
+        show_table(["task", "coefficient", "expert"], body)
+
+    _say(outcome, as_json, show)
+
+
+@app.command
+def evaluate(
+    model: Path,
+    /,
+    *,
+    data: Data,
+    out: Path,
+    task: list[str] | None = None,
+    settings: Annotated[params.EvaluateSettings, FLAT] = params.EvaluateSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Score a merged model, or one checkpoint, with GLUE's own metrics.
+
+    Args:
+        model: a merged model, or an expert
+        task: the tasks; a merged model's own when none is given
+        out: the metrics file, JSON
+    """
+    from fmn import stages
+
+    with progress_bar("evaluating") as progress:
+        outcome = stages.evaluate(model, task or [], data, out, settings, progress)
+
+    def show(summary: Mapping[str, Any]) -> None:
+        body = [
+            [name, metric, f"{100 * value:.2f}", str(entry["examples"])]
+            for name, entry in summary["tasks"].items()
+            for metric, value in entry.items()
+            if metric not in ("examples", "score")
+        ]
+        show_table(["task", "metric", "%", "examples"], body)
+
+    _say(outcome, as_json, show)
+
+
+@app.command
+def report(
+    *,
+    merged: list[str],
+    out: Path,
+    expert: list[str] | None = None,
+    fisher: list[str] | None = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the table and the pictures of a run.
+
+    Args:
+        merged: NAME=FILE: the metrics file of each merged model, by the name to show
+        expert: TASK=FILE: the metrics file of each expert, or one folder that holds DIR/TASK.json
+        fisher: TASK=FILE: the Fisher artifact of each expert, or one folder that holds DIR/TASK.parquet
+        out: folder of the table and the pictures
+    """
+    from fmn import stages
+
+    outcome = stages.write_report(
+        _by_task(expert or [], "--expert", [], ".json"),
+        {name: Path(file) for name, file in params.pairs(merged, "--merged").items()},
+        _by_task(fisher or [], "--fisher", [], ".parquet"),
+        out,
+    )
+    _say(outcome, as_json, lambda summary: show_table(*summary["table"]))
+
+
+@app.command
+def register(
+    model: Path,
+    /,
+    *,
+    metrics: Path,
+    settings: Annotated[params.RegistrySettings, FLAT],
+    report: Path | None = None,
+    out: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Register a merged model, with its metrics, in MLflow.
+
+    Args:
+        model: the merged model's folder
+        metrics: its metrics file, made by `fmn evaluate`
+        report: folder to keep with the run, made by `fmn report`
+        out: a file that records name, version and run
+    """
+    from fmn import stages
+
+    _say(stages.register(model, metrics, report, out, settings), as_json, _facts("name", "version", "run", "store"))
+
+
+@app.command
+def predict(model: Path, /, text: str, text_pair: str | None = None, *, task: str, as_json: Json = False) -> None:
+    """Ask a merged model about a text, or a pair of texts.
+
+    Args:
+        model: the merged model's folder
+        text: the text
+        text_pair: the second text, for tasks on pairs
+        task: one of its tasks
+    """
+    from fmn import stages
+
+    answer = stages.predict(model, task, text, text_pair)
+    if as_json:
+        _dump(answer)
+    else:
+        say(f"{answer['label']} ({answer['score']:.3f})")

@@ -1,0 +1,482 @@
+"""The stages: functions from files to files, each idempotent by content.
+
+A stage computes the content key of its output; where the output is there, intact and carries that key, it returns at
+once. The command line, the Prefect flow and DVC all call these functions, so none repeats what another did.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmn import __version__, artifacts, checkpoints, data, merged, report, tasks
+from fmn.errors import UserError
+from fmn.merge import METHODS
+from fmn.params import DataSettings, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings, RegistrySettings
+
+Progress = Callable[[int, int], None]
+
+# What a stage's output depends on beside its settings and inputs; raised when the same inputs give other outputs.
+# dvc.yaml has these as parameters of its stages.
+FETCH = 1
+DATA = 1
+FINETUNE = 1
+FISHER = 1
+MERGE = 1
+EVALUATE = 1
+REPORT = 1
+REGISTER = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage did.
+
+    Attributes:
+        stage: its name.
+        out: the output.
+        computed: False when the output was there already.
+        seconds: how long it took.
+        summary: figures worth showing.
+    """
+
+    stage: str
+    out: Path
+    computed: bool
+    seconds: float
+    summary: Mapping[str, Any]
+
+
+def _stage(
+    stage: str,
+    out: Path,
+    current: Callable[[], bool],
+    make: Callable[[], None],
+    summarise: Callable[[], Mapping[str, Any]],
+) -> Outcome:
+    """Make ``out`` unless it is current; one process at a time."""
+    started = time.monotonic()
+    with artifacts.locked(out):
+        computed = not current()
+        if computed:
+            make()
+    return Outcome(stage, out, computed, time.monotonic() - started, summarise())
+
+
+def _folder_stage(stage: str, out: Path, key: str, fill: Callable[[Path], Mapping[str, Any]]) -> Outcome:
+    """A stage whose output is a folder that ``fill`` fills; what it returns goes into the manifest."""
+
+    def make() -> None:
+        with artifacts.whole_folder(out) as folder:
+            artifacts.write_manifest(folder, stage, key, fill(folder))
+
+    def summarise() -> Mapping[str, Any]:
+        manifest = artifacts.read_manifest(out)
+        return dict(manifest["info"]) if manifest else {}
+
+    return _stage(stage, out, lambda: artifacts.folder_is_current(out, key), make, summarise)
+
+
+def _json_stage(stage: str, out: Path, key: str, compute: Callable[[], Mapping[str, Any]]) -> Outcome:
+    """A stage whose output is a JSON file."""
+    return _stage(
+        stage,
+        out,
+        lambda: artifacts.json_is_current(out, key),
+        lambda: artifacts.write_json(out, stage, key, compute()),
+        lambda: artifacts.read_json(out),
+    )
+
+
+def _limit(number: int | str) -> Any:
+    return None if number == "all" else number
+
+
+def _lineage(folder: Path) -> dict[str, str]:
+    """Where a checkpoint comes from: the source as given, and its revision pinned."""
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None:
+        return {"source": "folder", "revision": f"sha256:{artifacts.digest_folder(folder)}"}
+    info = manifest["info"]
+    made = f"{manifest['stage']}:{manifest['key'][:16]}"
+    return {"source": str(info.get("source", made)), "revision": str(info.get("revision", made))}
+
+
+def fetch(source: str, out: Path) -> Outcome:
+    """A checkpoint from its source, pinned and verified, as the folder ``out``."""
+    pinned = checkpoints.resolve(source)
+    key = artifacts.content_key("fetch", FETCH, {"source": pinned}, {})
+    return _folder_stage("fetch", out, key, lambda folder: checkpoints.fetch(pinned, folder))
+
+
+def prepare(task: str, out: Path, settings: DataSettings) -> Outcome:
+    """A task's splits as Parquet in the folder ``out``."""
+    found = tasks.task(task)
+    source = settings.source
+    described = {"task": task, "source": source}
+    inputs = {}
+    if source == "embedded":
+        described["seed"] = str(settings.seed)
+    elif source == "hub":
+        described["revision"] = settings.revision
+    else:
+        described["source"] = "folder"
+        inputs = data.digests(Path(source), found, ["train", *data.validation_splits(Path(source), found)])
+    key = artifacts.content_key("data", DATA, described, inputs)
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        rows = data.prepare(found, source, folder, seed=settings.seed, revision=settings.revision)
+        return {"task": task, "source": source, "rows": rows}
+
+    return _folder_stage("data", out, key, fill)
+
+
+def finetune(
+    base: Path, task: str, folder: Path, out: Path, settings: FinetuneSettings, progress: Progress | None = None
+) -> Outcome:
+    """An expert for ``task``, fine-tuned from the checkpoint ``base`` on the training split below ``folder``."""
+    found = tasks.task(task)
+    inputs = {"base": artifacts.digest_folder(base), **data.digests(folder, found, ["train"])}
+    described = settings.model_dump(exclude={"device"})
+    key = artifacts.content_key("finetune", FINETUNE, {"task": task, **described}, inputs)
+
+    def fill(target: Path) -> Mapping[str, Any]:
+        from fmn import batches, finetune
+
+        tokenizer = checkpoints.load_tokenizer(base)
+        examples = data.tokenize(tokenizer, found, data.read(folder, found, "train"))
+        rows = batches.select(examples.labels, _limit(settings.examples), settings.seed)
+        model = finetune.new_expert(base, found, settings.seed)
+        losses = finetune.finetune(
+            model,
+            examples.take(rows),
+            regression=found.regression,
+            progress=progress,
+            **settings.model_dump(exclude={"examples"}),
+        )
+        model.cpu().save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        last = losses[-max(1, len(losses) // 10) :]
+        return {
+            "task": task,
+            "base": _lineage(base),
+            **described,
+            "examples": len(rows),
+            "steps": len(losses),
+            "loss": sum(last) / len(last),
+        }
+
+    return _folder_stage("finetune", out, key, fill)
+
+
+def fisher(
+    checkpoint: Path, task: str, folder: Path, out: Path, settings: FisherSettings, progress: Progress | None = None
+) -> Outcome:
+    """The mask Fisher of an expert on its task's training split, as a Parquet artifact."""
+    found = tasks.task(task)
+    described = {"task": task, **settings.model_dump(exclude={"device"})}
+    inputs = {"checkpoint": artifacts.digest_folder(checkpoint), **data.digests(folder, found, ["train"])}
+    key = artifacts.content_key("fisher", FISHER, described, inputs)
+
+    def make() -> None:
+        from fmn import fisher
+        from fmn.architectures import mask_sites
+
+        model = checkpoints.load_classifier(checkpoint)
+        examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
+        estimate = fisher.estimate(
+            model,
+            examples,
+            estimator=settings.estimator,
+            regression=found.regression,
+            samples=_limit(settings.samples),
+            stratified=settings.stratified,
+            seed=settings.seed,
+            device=settings.device,
+            dtype=settings.dtype,
+            progress=progress,
+        )
+        sites = mask_sites(model)
+        metadata = {
+            "key": key,
+            "task": task,
+            "model_type": model.config.model_type,
+            "layers": len({site.site.layer for site in sites}),
+            "heads": [len(estimate.fisher[site.site]) for site in sites if site.site.node == "head"],
+            "neurons": [len(estimate.fisher[site.site]) for site in sites if site.site.node == "neuron"],
+            "checkpoint": {**_lineage(checkpoint), "digest": inputs["checkpoint"]},
+            "data_digest": inputs["train"],
+            "estimator": settings.estimator,
+            "samples": estimate.samples,
+            "seed": settings.seed,
+            "converged": estimate.converged,
+            "relative_stderr": estimate.relative_error,
+            "rank_correlation": estimate.correlation,
+            "dtype": estimate.dtype,
+            "device": estimate.device,
+            "fmn": __version__,
+        }
+        artifacts.write_fisher(out, estimate.fisher, estimate.stderr, metadata)
+
+    def summarise() -> Mapping[str, Any]:
+        return artifacts.read_fisher(out)[2]
+
+    return _stage("fisher", out, lambda: artifacts.fisher_is_current(out, key), make, summarise)
+
+
+def merge(
+    experts: Mapping[str, Path],
+    fisher_files: Mapping[str, Path],
+    base: Path | None,
+    out: Path,
+    settings: MergeSettings,
+    progress: Progress | None = None,
+) -> Outcome:
+    """The experts merged into the folder ``out``.
+
+    Raises UserError when they do not fit one another or their tasks, or when a Fisher artifact belongs to another
+    checkpoint or task.
+    """
+    uses_fisher = settings.method in METHODS and METHODS[settings.method].fisher
+    digests = {task: artifacts.digest_folder(folder) for task, folder in sorted(experts.items())}
+    base_digest = artifacts.digest_folder(base) if base else None
+    values, statements = {}, {}
+    for task in digests if uses_fisher else ():
+        if task not in fisher_files:
+            raise UserError(
+                f"--fisher {task}=FILE is missing: method {settings.method} weighs every expert by its Fisher"
+            )
+        values[task], _, stated = artifacts.read_fisher(fisher_files[task])
+        if stated["task"] != task:
+            raise UserError(f"{fisher_files[task]}: the Fisher of task {stated['task']}, given for {task}")
+        if stated["checkpoint"]["digest"] != digests[task]:
+            raise UserError(
+                f"{fisher_files[task]}: the Fisher of another checkpoint than {experts[task]}; make it again"
+            )
+        names = ("estimator", "samples", "seed", "dtype", "key")
+        statements[task] = {
+            "digest": artifacts.digest_file(fisher_files[task]),
+            **{name: stated[name] for name in names},
+        }
+
+    described = settings.model_dump(exclude=set() if uses_fisher else {"mapping"})
+    inputs = {f"expert {task}": digest for task, digest in digests.items()}
+    inputs |= {f"fisher {task}": stated["digest"] for task, stated in statements.items()}
+    inputs |= {"base": base_digest} if base_digest else {}
+    key = artifacts.content_key("merge", MERGE, described, inputs)
+
+    def make() -> None:
+        checkpoints.check_experts(experts, base)
+        recipe: dict[str, Any] = {
+            "fmn": __version__,
+            "key": key,
+            "experts": {task: {**_lineage(experts[task]), "digest": digest} for task, digest in digests.items()},
+            "fisher": statements,
+            "base": {**_lineage(base), "digest": base_digest} if base else None,
+        }
+        merged.write(
+            out,
+            experts,
+            method=settings.method,
+            mapping=settings.mapping,
+            fisher=values,
+            coefficients=settings.coefficients,
+            base=base,
+            scale=settings.scale,
+            seed=settings.seed,
+            recipe=recipe,
+            progress=progress,
+        )
+        _write_card(out, None)
+
+    def current() -> bool:
+        try:
+            merged.verify(out)
+        except UserError:
+            return False
+        return bool(merged.read_recipe(out).get("key") == key)
+
+    return _stage("merge", out, current, make, lambda: merged.read_recipe(out))
+
+
+def _write_card(folder: Path, metrics: Mapping[str, Any] | None) -> None:
+    text = report.card(merged.read_recipe(folder), metrics)
+    path = folder / merged.CARD
+    if not path.is_file() or path.read_text() != text:
+        with artifacts.whole_file(path) as file:
+            file.write_text(text)
+
+
+def evaluate(
+    model: Path,
+    names: Sequence[str],
+    folder: Path,
+    out: Path,
+    settings: EvaluateSettings,
+    progress: Progress | None = None,
+) -> Outcome:
+    """The metrics of a merged model, or of one checkpoint, on the validation splits below ``folder``.
+
+    Args:
+        model: a merged model, or an expert.
+        names: the tasks; a merged model's own when empty.
+        folder: of one task, or of tasks.
+        out: the metrics file. A merged model's card gets the metrics too.
+    """
+    is_merged = merged.is_merged(model)
+    if is_merged:
+        merged.verify(model)
+        digest = artifacts.digest_file(model / merged.RECIPE)
+    else:
+        digest = artifacts.digest_folder(model)
+    chosen = list(names) or (merged.read_recipe(model)["tasks"] if is_merged else [])
+    if not chosen:
+        raise UserError(f"{model}: not a merged model, so say which task it is for: --task TASK")
+    found = {name: tasks.task(name) for name in chosen}
+    inputs = {"model": digest}
+    splits = {}
+    for name, task in found.items():
+        digests = data.digests(folder, task, data.validation_splits(folder, task))
+        splits[name] = list(digests)
+        inputs |= {f"{name} {split}": value for split, value in digests.items()}
+    key = artifacts.content_key("evaluate", EVALUATE, settings.model_dump(exclude={"device"}), inputs)
+
+    def compute() -> Mapping[str, Any]:
+        entries = {}
+        for name, task in found.items():
+            checkpoint = merged.task_folder(model, name) if is_merged else model
+            tables = {split: data.read(folder, task, split) for split in splits[name]}
+            entries[name] = _scores(checkpoint, task, tables, settings, progress)
+        return {"tasks": entries, "score": sum(entry["score"] for entry in entries.values()) / len(entries)}
+
+    outcome = _json_stage("evaluate", out, key, compute)
+    if is_merged:
+        _write_card(model, outcome.summary)
+    return outcome
+
+
+def _scores(
+    checkpoint: Path, task: tasks.Task, tables: Mapping[str, Any], settings: EvaluateSettings, progress: Progress | None
+) -> dict[str, float]:
+    """A task's metrics on its validation splits, given as tables; the first split's have the metrics' plain names."""
+    from fmn.evaluate import predict, score
+
+    tokenizer, model = checkpoints.load_tokenizer(checkpoint), checkpoints.load_classifier(checkpoint)
+    entry: dict[str, float] = {}
+    scores = []
+    for split, table in tables.items():
+        examples = data.tokenize(tokenizer, task, table)
+        logits = predict(model, examples, device=settings.device, dtype=settings.dtype, progress=progress)
+        found = score(task, logits, examples.labels)
+        scores.append(found.pop("score"))
+        suffix = split.removeprefix(task.validation[0].rsplit("_", 1)[0]) if entry else ""
+        entry |= {f"{name}{suffix}": value for name, value in found.items()}
+        entry["examples"] = entry.get("examples", 0) + len(examples)
+    return {**entry, "score": sum(scores) / len(scores)}
+
+
+def write_report(
+    experts: Mapping[str, Path], merged_models: Mapping[str, Path], fisher_files: Mapping[str, Path], out: Path
+) -> Outcome:
+    """Table and pictures in the folder ``out``.
+
+    Args:
+        experts: metrics files of the experts by task.
+        merged_models: metrics files of the merged models by the name that the table gives them.
+        fisher_files: Fisher artifacts by task.
+    """
+    if not merged_models:
+        raise UserError("--merged NAME=FILE: at least one metrics file of a merged model is needed")
+    files = {"expert": experts, "merged": merged_models, "fisher": fisher_files}
+    inputs = {
+        f"{kind} {name}": artifacts.digest_file(_there(file))
+        for kind, named in files.items()
+        for name, file in named.items()
+    }
+    key = artifacts.content_key("report", REPORT, {"order": list(inputs)}, inputs)
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        return report.write(
+            folder,
+            {task: artifacts.read_json(file) for task, file in experts.items()},
+            {name: artifacts.read_json(file) for name, file in merged_models.items()},
+            {task: artifacts.read_fisher(file)[0] for task, file in fisher_files.items()},
+        )
+
+    return _folder_stage("report", out, key, fill)
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return path
+
+
+def register(
+    model: Path, metrics: Path, report_folder: Path | None, out: Path | None, settings: RegistrySettings
+) -> Outcome:
+    """The merged model as a new version in the MLflow registry, with a run that holds its metrics and report.
+
+    The version that these very files have already is not made again. ``out``, where given, records where it stands.
+    """
+    from fmn import registry
+
+    started = time.monotonic()
+    merged.verify(model)
+    recipe = merged.read_recipe(model)
+    found = artifacts.read_json(metrics)
+    inputs = {"merged": artifacts.digest_file(model / merged.RECIPE), "metrics": artifacts.digest_file(metrics)}
+    key = artifacts.content_key("register", REGISTER, settings.model_dump(), inputs)
+    experts = recipe["experts"]
+    registered = registry.register(
+        model,
+        name=settings.name,
+        experiment=settings.experiment,
+        key=key,
+        params={
+            **{name: recipe[name] for name in ("method", "mapping", "scale", "seed") if recipe[name] is not None},
+            "tasks": ", ".join(recipe["tasks"]),
+            **{f"coefficient.{task}": value for task, value in recipe["coefficients"].items()},
+            **{
+                f"fisher.{task}.{name}": stated[name]
+                for task, stated in recipe["fisher"].items()
+                for name in ("estimator", "samples")
+            },
+        },
+        metrics={
+            "score": found["score"],
+            **{f"{task}.{name}": value for task, entry in found["tasks"].items() for name, value in entry.items()},
+        },
+        artifacts={
+            "merged": model / merged.RECIPE,
+            "metrics": metrics,
+            **({"report": report_folder} if report_folder else {}),
+        },
+        tags={f"expert.{task}": entry["revision"] for task, entry in experts.items()},
+    )
+    summary = {
+        "name": registered.name,
+        "version": registered.version,
+        "run": registered.run_id,
+        "store": registered.tracking_uri,
+    }
+    if out is not None and not artifacts.json_is_current(out, key):
+        artifacts.write_json(out, "register", key, summary)
+    return Outcome("register", out or model, registered.new, time.monotonic() - started, summary)
+
+
+def predict(model: Path, task: str, text: str, second: str | None) -> dict[str, Any]:
+    """A merged model's answer for one text, or a pair: its label, its score, all probabilities."""
+    import torch
+
+    from fmn.served import answers
+
+    found = tasks.task(task)
+    if (len(found.columns) == 2) != (second is not None):
+        raise UserError(f"task {task} takes {len(found.columns)} texts: {', '.join(found.columns)}")
+    folder = merged.task_folder(model, task)
+    classifier = checkpoints.load_classifier(folder).eval()
+    inputs = checkpoints.load_tokenizer(folder)(text, second, truncation=True, max_length=128, return_tensors="pt")
+    with torch.inference_mode():
+        return answers(classifier(**inputs).logits.float(), classifier.config.id2label)[0]

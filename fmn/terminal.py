@@ -1,0 +1,37 @@
+"""What a person at a terminal sees: lines, tables, progress bars."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def say(*lines: object) -> None:
+    """Print lines as they are, without wrapping or colouring them."""
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for line in lines:
+        console.print(line)
+
+
+def show_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """Print a table: the first column is words, the others are aligned as numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, name in enumerate(header):
+        table.add_column(name, justify="left" if place == 0 else "right")
+    for row in body:
+        table.add_row(*row)
+    say(table)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere. Yields what takes (done, total)."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
