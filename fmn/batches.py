@@ -67,14 +67,19 @@ def select(labels: np.ndarray, samples: int | None, seed: int, stratified: bool 
     total = len(labels)
     if samples is None or samples >= total:
         return np.arange(total, dtype=np.int64)
-    order = np.random.default_rng(seed).permutation(total)
+    return random_order(labels, seed, stratified)[:samples]
+
+
+def random_order(labels: np.ndarray, seed: int, stratified: bool = False) -> np.ndarray:
+    """All rows in the order in which `select` takes them, int64 [N]."""
+    order = np.random.default_rng(seed).permutation(len(labels)).astype(np.int64)
     if stratified:
-        place = np.empty(total)
+        place = np.empty(len(labels))
         for label in np.unique(labels):
             members = np.flatnonzero(labels[order] == label)
             place[members] = (np.arange(len(members)) + 0.5) / len(members)
         order = order[np.argsort(place, kind="stable")]
-    return order[:samples].astype(np.int64)
+    return order
 
 
 def pad_batch(examples: Examples, rows: np.ndarray, width: int) -> Batch:
