@@ -141,7 +141,7 @@ def fetch(source: str, out: Path, *, patience: float = PATIENCE, progress: Progr
             ``package:module/path``.
         out: the folder to write; an older one is replaced.
         patience: seconds within which faults of the network that may pass are tried again.
-        progress: called with (bytes taken, bytes in all).
+        progress: called with (bytes taken, bytes in all) of the file that is coming from the Hub.
 
     Returns:
         source; revision (the source pinned); files (sha256 by name); converted_from (names of pickled files, or None);
@@ -444,8 +444,8 @@ def _take(origin: _Origin, name: str, folder: Path, source: str) -> None:
         if expected in (None, digest.hexdigest()):
             return
     raise UserError(
-        f"{source}: {name} is not what its digest says ({expected}); the copy was damaged on its way or in the cache"
-        f" ({path}), so delete that file and try again later"
+        f"{source}: {name} is not what its digest says; damaged on its way, or in the cache ({path}); try again later"
+        " with the network"
     )
 
 
@@ -504,7 +504,7 @@ def _unpickle(path: Path) -> dict[str, "torch.Tensor"]:
         if not isinstance(name, str) or not plain or value.is_quantized or value.device.type != "cpu":
             raise UserError(f"{path}: {name!r:.80} is not a plain tensor; save the model's state_dict alone")
         if value.nbytes > size:  # strides of zero make a small storage look huge
-            raise UserError(f"{path}: {name:.80} is larger than the file; refused")
+            raise UserError(f"{path}: {name!r:.80} is larger than the file; refused")
         tensor = value.detach().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in taken else tensor
@@ -559,12 +559,12 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     for path in files:
         for name, header in _file_headers(path).items():
             if name in headers:
-                raise UserError(f"{path}: {name:.80} is in {headers[name].file.name} too; save the checkpoint again")
+                raise UserError(f"{path}: {name!r:.80} is in {headers[name].file.name} too; save the checkpoint again")
             if stated.get(name) != path.name:
-                raise UserError(f"{folder / INDEX}: does not say that {name:.80} is in {path.name}; save it again")
+                raise UserError(f"{folder / INDEX}: does not say that {name!r:.80} is in {path.name}; save it again")
             headers[name] = header
     if absent := sorted(set(stated) - set(headers)):
-        raise UserError(f"{folder / INDEX}: {absent[0]:.80} is not in {stated[absent[0]]}; get the checkpoint again")
+        raise UserError(f"{folder / INDEX}: {absent[0]!r:.80} is not in {stated[absent[0]]}; get the checkpoint again")
     return headers
 
 
@@ -591,7 +591,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for tensor, shard in stated.items():
         if not (isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard) and shard.endswith(suffix)):
             raise UserError(
-                f"{index}: {tensor:.80} is said to be in {shard!r:.80}, which is no name of a {suffix} file"
+                f"{index}: {tensor!r:.80} is said to be in {shard!r:.80}, which is no name of a {suffix} file"
             )
     return stated
 
@@ -622,22 +622,24 @@ def _file_headers(path: Path) -> dict[str, TensorHeader]:
     begin = 8 + length
     headers = {}
     for name, entry in header.items():
+        if not name.isprintable():
+            raise wrong(f"the name {name!r:.80} is not printable")
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise wrong(f"{name:.80} does not state dtype, shape and data_offsets alone")
+            raise wrong(f"{name!r:.80} does not state dtype, shape and data_offsets alone")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-            raise wrong(f"{name:.80} has the unknown dtype {dtype!r:.40}")
+            raise wrong(f"{name!r:.80} has the unknown dtype {dtype!r:.40}")
         if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-            raise wrong(f"{name:.80} has a shape or data_offsets that are not whole numbers from 0 on")
+            raise wrong(f"{name!r:.80} has a shape or data_offsets that are not whole numbers from 0 on")
         start, end = offsets
         if end - start != math.prod(shape) * ITEM_SIZES[dtype]:
-            raise wrong(f"{name:.80} of shape {shape!s:.80} and dtype {dtype} cannot have {end - start} bytes")
+            raise wrong(f"{name!r:.80} of shape {shape!s:.80} and dtype {dtype} cannot have {end - start} bytes")
         headers[name] = TensorHeader(path, dtype, tuple(shape), begin + start, begin + end)
     position = begin
     for name, one in sorted(headers.items(), key=lambda item: (item[1].start, item[1].end)):
         if one.start != position:
             fault = "overlaps the tensor before it" if one.start < position else "leaves a gap before it"
-            raise wrong(f"{name:.80} {fault}")
+            raise wrong(f"{name!r:.80} {fault}")
         position = one.end
     if position != size:
         raise wrong(f"its tensors end at byte {position}, the file at {size}")
@@ -720,26 +722,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: the weights are quantized (quantization_config); use a checkpoint in full precision"
         )
     for key, value in _items(raw):
-        if "attn_implementation" in key and isinstance(value, str) and re.search(r"[^\w]", value):
+        if "_implementation" in key and isinstance(value, str) and re.search(r"[^\w]", value):
             raise UserError(f"{folder}: {CONFIG} asks for code from elsewhere ({key}: {value:.80}), which is never run")
         if isinstance(value, int) and not isinstance(value, bool):
             most = _MOST_LAYERS if re.search(r"layers?$|blocks$|groups?$|inner_group_num$", key) else _LARGEST_SIZE
-            most = _MOST_LABELS if key == "num_labels" else most
+            most = _MOST_LABELS if key.endswith("num_labels") else most
             if abs(value) > most:
                 raise UserError(f"{folder}: {CONFIG} has {key} = {value!s:.40}, beyond anything real ({most})")
     return raw
 
 
-def _items(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value inside a JSON value, with the innermost key that it stands under."""
+def _items(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value inside a JSON value, with the keys that lead to it, joined by dots."""
     if isinstance(content, dict):
         for name, value in content.items():
-            yield from _items(value, name)
+            yield from _items(value, f"{path}.{name}" if path else name)
     elif isinstance(content, list):
         for value in content:
-            yield from _items(value, key)
+            yield from _items(value, path)
     else:
-        yield key, content
+        yield path, content
 
 
 @contextlib.contextmanager

