@@ -1,14 +1,19 @@
-"""The merge rule and the other merge methods: pure functions from tensors to a tensor.
+"""The merge rule and the other merge methods: pure functions from tensors to a tensor, and a table of them.
 
 Every function takes tensors of any floating dtype, computes in float64 and returns float64; nothing is changed in
 place. Float64 is what makes the merge of identical experts the expert, bit for bit, in every stored dtype, and the
 order of the experts invisible after rounding.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import reduce
+from hashlib import sha256
+from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,29 +52,201 @@ def rescale(merged: Tensor, base: Tensor, scale: float) -> Tensor:
     return torch.lerp(base.double(), merged.double(), scale)
 
 
+def task_vectors(experts: Sequence[Tensor], base: Tensor) -> list[Tensor]:
+    """What fine-tuning added to the base, an expert each (Ilharco et al. 2023, arXiv 2212.04089)."""
+    return [expert.double() - base.double() for expert in experts]
+
+
+def task_arithmetic(experts: Sequence[Tensor], base: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """``base + sum_j lambda_j tau_j`` (Ilharco et al. 2023, arXiv 2212.04089, section 4)."""
+    vectors = task_vectors(experts, base)
+    return base.double() + weighted_sum(vectors, [torch.tensor(value) for value in coefficients])
+
+
+def magnitude(vector: Tensor) -> Tensor:
+    """The float32 that `kth_largest` and `trim` compare entries by."""
+    return vector.abs().float()
+
+
+def kth_largest(passes: Callable[[], Iterable[Tensor]], k: int) -> Tensor:
+    """The k-th largest entry of each row of a matrix too large to hold, exact, in two passes over its columns.
+
+    Floats at least zero are ordered as the integers that their bits spell, so the first pass counts the upper halves of
+    those integers, and the second the lower halves where the upper half is the one that holds the k-th largest.
+
+    Args:
+        passes: begins a new pass: float32 [rows, some columns], at least zero, in any division of the columns.
+        k: from 1 to the number of columns.
+
+    Returns:
+        float32 [rows, 1].
+    """
+    half, size = 16, 1 << 16
+
+    def counts(upper: Tensor | None) -> Tensor:
+        total = torch.zeros(0, size, dtype=torch.int64)
+        for piece in passes():
+            bits = piece.contiguous().view(torch.int32)  # [rows, columns]
+            rows = [
+                (row >> half) if upper is None else row[(row >> half) == upper[number]] & (size - 1)
+                for number, row in enumerate(bits)
+            ]
+            counted = torch.stack([row.bincount(minlength=size) for row in rows])
+            total = counted if not len(total) else total + counted
+        return total  # [rows, size]
+
+    def locate(total: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """The value whose count takes in the entry of a rank from the top, and the rank among its equals."""
+        above = total.flip(1).cumsum(1)  # [rows, size]
+        place = torch.searchsorted(above, ranks)  # [rows, 1]
+        value = size - 1 - place
+        return value, ranks - above.gather(1, place) + total.gather(1, value)
+
+    first = counts(None)
+    upper, ranks = locate(first, torch.full((len(first), 1), k))
+    lower, _ = locate(counts(upper), ranks)
+    return (upper << half | lower).int().view(torch.float32)
+
+
+def trim(vector: Tensor, threshold: Tensor) -> Tensor:
+    """The task vector with zeros where its magnitude is below the threshold (TIES, step 1)."""
+    return torch.where(magnitude(vector) >= threshold, vector, 0.0)
+
+
+def drop(vector: Tensor, kept: Tensor, density: float) -> Tensor:
+    """The task vector without the entries not kept, the others rescaled (DARE; Yu et al. 2024, arXiv 2311.03099)."""
+    return torch.where(kept, vector / density, 0.0)
+
+
+def kept(seed: int, name: str, task: str, first: int, count: int, density: float) -> Tensor:
+    """Which entries DARE keeps, of ``count`` from flat position ``first`` of a parameter: bool, true with ``density``.
+
+    Every entry has a random number of its own, addressed by (seed, parameter, task, position) with a counter-based
+    generator, so what is kept depends neither on the order of the experts nor on how a parameter is cut into pieces.
+    """
+    key = int.from_bytes(sha256(f"{seed}/{task}/{name}".encode()).digest()[:16])
+    block, skipped = divmod(first, 4)  # a count of Philox gives four numbers
+    numbers = np.random.Philox(key=key, counter=block).random_raw(skipped + count)[skipped:]
+    return torch.from_numpy(numbers >> np.uint64(11) < density * 2.0**53)
+
+
+def agree(vectors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """The mean of the entries whose sign is the elected one (TIES, steps 2 and 3; Yadav et al. 2023, arXiv 2306.01708).
+
+    The sign of ``sum_j lambda_j tau_j`` is elected; the mean is weighted by ``lambda_j``. Where no entry is left, or
+    they cancel exactly, the result is zero.
+    """
+    elected = weighted_sum(vectors, [torch.tensor(value) for value in coefficients]).sign()
+    total, weight = torch.zeros_like(elected), torch.zeros_like(elected)
+    for vector, coefficient in zip(vectors, coefficients, strict=True):
+        chosen = coefficient * ((vector.sign() == elected) & (elected != 0))
+        total.addcmul_(vector, chosen)
+        weight += chosen
+    return torch.where(weight > 0, total / weight, 0.0)
+
+
+def isotropic(gram: Tensor) -> Tensor:
+    """The matrix P such that ``Delta P`` is Delta with every singular value replaced by their mean.
+
+    Iso-C (Marczak et al. 2025, arXiv 2502.04959, eq. 4) without a decomposition of Delta itself: with
+    ``Delta^T Delta = V S^2 V^T``, P is ``mean(S) V S^-1 V^T``. Directions without any signal are left without.
+
+    Args:
+        gram: ``Delta^T Delta``, float64 [n, n].
+    """
+    values, vectors, inverse = _spectrum(gram)
+    return values.mean() * (vectors * inverse) @ vectors.T
+
+
+def separated(grams: Tensor, strengths: Sequence[float]) -> list[Tensor]:
+    """Matrices P_j such that ``sum_j tau_j P_j`` is the merge by task singular vectors of the task matrices tau_j.
+
+    TSV-M (Gargiulo et al. 2025, arXiv 2412.00081, algorithm 1): of each of m tasks the first 1/m of the singular
+    triplets are kept, and the left and the right singular vectors of all tasks are replaced by the orthonormal ones
+    nearest to them. Everything that takes is in the Gram matrices, as ``U_j = tau_j V_j S_j^-1``.
+
+    Args:
+        grams: ``tau_i^T tau_j`` at [i, j], float64 [m, m, n, n], where tau_j is [n or more, n].
+        strengths: a factor of every task's singular values; 1 for each in the paper.
+    """
+    tasks = range(len(strengths))
+    rank = grams.shape[-1] // len(strengths)
+    values, right, inverse = zip(*(_spectrum(grams[j, j], rank) for j in tasks), strict=True)
+    scaled = [right[j] * inverse[j] for j in tasks]  # [n, rank]: tau_j @ scaled_j = U_j
+    overlaps = torch.cat([torch.cat([scaled[i].T @ grams[i, j] @ scaled[j] for j in tasks], 1) for i in tasks])
+    singular = torch.cat([strength * value for strength, value in zip(strengths, values, strict=True)])
+    both = torch.cat(right, 1)  # [n, m * rank]
+    core = _inverse_root(overlaps) * singular @ _inverse_root(both.T @ both) @ both.T  # [m * rank, n]
+    return [scale @ block for scale, block in zip(scaled, core.reshape(len(scaled), rank, -1), strict=True)]
+
+
+def _spectrum(gram: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values, their right singular vectors [n, rank], and their inverses; all 0 where lost."""
+    squares, vectors = torch.linalg.eigh(gram)  # ascending
+    values, vectors = squares.clamp(min=0).sqrt().flip(0)[:rank], vectors.flip(1)[:, :rank]
+    found = values > values[:1] * math.sqrt(len(gram) * torch.finfo(torch.float64).eps)
+    return values * found, vectors * found, torch.where(found, 1 / values, 0.0)
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """``gram^(-1/2)``, with 0 for the directions that it does not have."""
+    _, vectors, inverse = _spectrum(gram)
+    return (vectors * inverse) @ vectors.T
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a method may ask for beside tensors.
+
+    Attributes:
+        tasks: the experts' tasks, in the order of the experts.
+        coefficients: ``lambda_j``, in the order of the experts.
+        density: the part of every task vector that a method which makes it sparse keeps.
+        seed: of the methods that draw at random.
+    """
+
+    tasks: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    density: float
+    seed: int
+
+
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows of one parameter, the same rows of every expert: what a method sees at a time.
+    """Consecutive elements of one parameter, the same of every expert: what a method sees at a time.
 
     Attributes:
         name: the parameter's name.
-        tasks: the experts' tasks.
+        shape: the whole parameter's shape.
+        first: the flat position of the part's first element in the parameter.
         experts: each [rows, columns] in its stored dtype; a vector is a matrix of one column.
-        base: the same rows of the base model, where the method or the scale asks for them.
+        base: the same of the base model, where the method or the scale asks for it.
         shares: from `shares`, broadcastable against the experts.
-        coefficients: ``lambda_j``, one an expert.
+        settings: what is the same for all parts.
     """
 
     name: str
-    tasks: tuple[str, ...]
+    shape: tuple[int, ...]
+    first: int
     experts: tuple[Tensor, ...]
     base: Tensor | None
     shares: tuple[Tensor, ...]
-    coefficients: tuple[float, ...]
+    settings: Settings
+
+    @property
+    def origin(self) -> Tensor:
+        """The base model's part; only for methods that say they need it."""
+        if self.base is None:
+            raise AssertionError(f"{self.name}: no base")
+        return self.base
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        return task_vectors(self.experts, self.origin)
 
 
-class Combine(Protocol):
-    def __call__(self, part: Part, /) -> Tensor: ...
+Passes = Callable[[], Iterator[Part]]
+"""Begins a new pass over all parts of one parameter."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +254,113 @@ class Method:
     """A merge method as data.
 
     Attributes:
-        combine: a part of a parameter to the same part of the merged one.
+        combine: a part of a parameter, and what was measured, to the same part of the merged parameter.
+        measure: what must be known of the whole parameter before.
         fisher: whether the shares come from the Fisher information of mask nodes; else from the coefficients alone.
         base: whether it needs the base model.
         random: whether it draws at random, and so depends on the seed.
+        density: the part of a task vector that is kept unless told otherwise; None where all is.
+        whole: whether matrices of more columns than rows must be seen whole; all else may come in parts.
     """
 
-    combine: Combine
+    combine: Callable[[Part, Any], Tensor]
+    measure: Callable[[Passes], Any] = lambda passes: None
     fisher: bool = False
     base: bool = False
     random: bool = False
+    density: float | None = None
+    whole: bool = False
+
+
+def _thresholds(passes: Passes) -> Tensor:
+    """The magnitude of the last entry of each task vector that TIES keeps, [experts, 1]."""
+    part = next(passes())
+    k = max(1, int(part.settings.density * math.prod(part.shape)))
+    return kth_largest(
+        lambda: (torch.stack([magnitude(vector).flatten() for vector in part.vectors]) for part in passes()), k
+    )
+
+
+def _ties(part: Part, thresholds: Tensor) -> Tensor:
+    trimmed = [trim(vector, threshold) for vector, threshold in zip(part.vectors, thresholds, strict=True)]
+    return part.origin.double() + agree(trimmed, part.settings.coefficients)
+
+
+def _dare_ties(part: Part, measured: None) -> Tensor:
+    settings = part.settings
+    dropped = [
+        drop(
+            vector,
+            kept(settings.seed, part.name, task, part.first, vector.numel(), settings.density).view_as(vector),
+            settings.density,
+        )
+        for task, vector in zip(settings.tasks, part.vectors, strict=True)
+    ]
+    return part.origin.double() + agree(dropped, settings.coefficients)
+
+
+def _upright(part: Part) -> list[Tensor]:
+    """The task matrices, turned where they are wider than high (then the part is the whole parameter)."""
+    return [vector.T if _wide(part) else vector for vector in part.vectors]
+
+
+def _wide(part: Part) -> bool:
+    return part.shape[0] < part.shape[1]
+
+
+def _turned_back(part: Part, merged: Tensor) -> Tensor:
+    return part.origin.double() + (merged.T if _wide(part) else merged)
+
+
+def _strengths(part: Part) -> list[float]:
+    """Every expert's coefficient, with mean one."""
+    coefficients = part.settings.coefficients
+    return [value * len(coefficients) / sum(coefficients) for value in coefficients]
+
+
+def _added(part: Part) -> Tensor:
+    return sum(
+        (strength * vector for strength, vector in zip(_strengths(part), _upright(part), strict=True)),
+        start=torch.zeros(()),
+    )
+
+
+def _isotropic(passes: Passes) -> Tensor | None:
+    if len(next(passes()).shape) != 2:
+        return None
+    return isotropic(reduce(torch.add, (added.T @ added for added in map(_added, passes()))))
+
+
+def _iso_c(part: Part, factor: Tensor | None) -> Tensor:
+    return weighted_sum(part.experts, part.shares) if factor is None else _turned_back(part, _added(part) @ factor)
+
+
+def _separated(passes: Passes) -> list[Tensor] | None:
+    part = next(passes())
+    if len(part.shape) != 2:
+        return None
+    size, count = min(part.shape), len(part.experts)
+    grams = torch.zeros(count, count, size, size, dtype=torch.float64)
+    for vectors in map(_upright, passes()):
+        for i, j in product(range(count), repeat=2):
+            grams[i, j].addmm_(vectors[i].T, vectors[j])
+    return separated(grams, _strengths(part))
+
+
+def _tsv_m(part: Part, factors: list[Tensor] | None) -> Tensor:
+    if factors is None:
+        return weighted_sum(part.experts, part.shares)
+    return _turned_back(part, reduce(torch.add, map(torch.matmul, _upright(part), factors)))
 
 
 METHODS: Mapping[str, Method] = {
-    "average": Method(lambda part: weighted_sum(part.experts, part.shares)),
-    "mask-fisher": Method(lambda part: weighted_sum(part.experts, part.shares), fisher=True),
+    "average": Method(lambda part, _: weighted_sum(part.experts, part.shares)),
+    "mask-fisher": Method(lambda part, _: weighted_sum(part.experts, part.shares), fisher=True),
+    "task-arithmetic": Method(
+        lambda part, _: task_arithmetic(part.experts, part.origin, part.settings.coefficients), base=True
+    ),
+    "ties": Method(_ties, _thresholds, base=True, density=0.2),
+    "dare-ties": Method(_dare_ties, base=True, random=True, density=0.5),
+    "tsv-m": Method(_tsv_m, _separated, base=True, whole=True),
+    "iso-c": Method(_iso_c, _isotropic, base=True, whole=True),
 }

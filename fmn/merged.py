@@ -31,7 +31,7 @@ from fmn.architectures import NodeValues, Site
 from fmn.artifacts import differing, digest_files, whole_folder
 from fmn.checkpoints import CONFIG, INDEX, TOKENIZER_FILES, TensorHeader
 from fmn.errors import UserError
-from fmn.merge import METHODS, Method, shares
+from fmn.merge import METHODS, Method, Settings, shares
 from fmn.stream import DTYPES, Parameter, Progress, Recipe, Slot
 
 RECIPE = "merge.json"
@@ -51,6 +51,7 @@ def write(
     coefficients: Mapping[str, float] | None = None,
     base: Path | None = None,
     scale: float | None = None,
+    density: float | None = None,
     seed: int = 0,
     recipe: Mapping[str, Any] | None = None,
     card: str | None = None,
@@ -68,6 +69,7 @@ def write(
         coefficients: ``lambda_j`` by task, at least zero; one where a task is left out.
         base: the folder of the model that the experts were tuned from, for methods that take it and for ``scale``.
         scale: the merged parameters become ``base + scale * (merged - base)``.
+        density: the part of a task vector that methods which make it sparse keep; None: the method's own default.
         seed: of the methods that draw at random.
         recipe: what else ``merge.json`` is to say, such as the experts' revisions and digests.
         card: the text of the model card.
@@ -87,7 +89,8 @@ def write(
     original = _tensors(base).encoder if base is not None and (chosen.base or scale is not None) else None
     parameters = stream.plan({task: tensors[task].encoder for task in tasks}, original)
     share = _shares(chosen, mapping, experts[tasks[0]], parameters, lambdas, {t: (fisher or {}).get(t) for t in tasks})
-    pieces = stream.merge(parameters, Recipe(chosen, tasks, lambdas, scale, seed, share))
+    settings = Settings(tasks, lambdas, _density(chosen, density), seed)
+    pieces = stream.merge(parameters, Recipe(chosen, settings, scale, share))
     with whole_folder(out) as folder:
         encoder = _write_encoder(folder / "encoder", experts[tasks[0]], parameters, pieces, shard_bytes, progress)
         for task in tasks:
@@ -101,6 +104,7 @@ def write(
             "mapping": mapping if chosen.fisher else None,
             "coefficients": dict(zip(tasks, lambdas, strict=True)),
             "scale": scale,
+            "density": settings.density if chosen.density is not None else None,
             "seed": seed if chosen.random else None,
             **(recipe or {}),
             "files": _digests(folder),
@@ -173,6 +177,15 @@ def _coefficients(tasks: Sequence[str], given: Mapping[str, float]) -> tuple[flo
     if not any(coefficients):
         raise UserError("--coefficient: all are zero; at least one expert must count")
     return coefficients
+
+
+def _density(method: Method, given: float | None) -> float:
+    density = method.density if given is None else given
+    if density is None:
+        return 1.0
+    if not 0 < density <= 1:
+        raise UserError(f"density {density}: must be above 0 and at most 1")
+    return density
 
 
 class _Tensors(NamedTuple):

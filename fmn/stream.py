@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fmn.checkpoints import TensorHeader
 from fmn.errors import UserError
-from fmn.merge import Method, Part, rescale
+from fmn.merge import Method, Part, Settings, rescale
 
 DTYPES = {
     "F64": torch.float64,
@@ -79,18 +79,14 @@ class Recipe:
 
     Attributes:
         method: one of `fmn.merge.METHODS`.
-        tasks: the experts' tasks, in the order of every sequence that has an item an expert.
-        coefficients: ``lambda_j``.
+        settings: of the method; every sequence that has an item an expert is in the order of its tasks.
         scale: of the merged task vector, or None to leave it.
-        seed: of the methods that draw at random.
         shares: a parameter's name to every expert's share, float64, broadcastable against the parameter.
     """
 
     method: Method
-    tasks: tuple[str, ...]
-    coefficients: tuple[float, ...]
+    settings: Settings
     scale: float | None
-    seed: int
     shares: Callable[[str], Sequence[Tensor]]
 
 
@@ -181,11 +177,13 @@ def merge(parameters: Sequence[Parameter], recipe: Recipe) -> Iterator[Tensor]:
     with reading(files) as read:
         for parameter in parameters:
             if not parameter.slot.dtype.is_floating_point:
-                yield from _same(parameter, recipe.tasks, read)
+                yield from _same(parameter, recipe.settings.tasks, read)
                 continue
             shares = [_columns(share) for share in recipe.shares(parameter.slot.name)]
-            for part in _parts(parameter, recipe, shares, read):
-                merged = recipe.method.combine(part)
+            passes = partial(_parts, parameter, recipe, shares, read)
+            measured = recipe.method.measure(passes) if math.prod(parameter.slot.shape) else None
+            for part in passes():
+                merged = recipe.method.combine(part, measured)
                 if recipe.scale is not None and part.base is not None:
                     merged = rescale(merged, part.base, recipe.scale)
                 piece = merged.to(parameter.slot.dtype)
@@ -222,8 +220,9 @@ def _spans(rows: int, columns: int, limit: int) -> Iterator[Span]:
 def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read: Read) -> Iterator[Part]:
     rows, columns = _matrix(parameter.slot.shape)
     sources = _sources(parameter)
-    names = [*(f"expert {task}" for task in recipe.tasks), "base"]
-    for span in _spans(rows, columns, WORKING_SET // 8 // (len(sources) + 2)):
+    names = [*(f"expert {task}" for task in recipe.settings.tasks), "base"]
+    whole = recipe.method.whole and len(parameter.slot.shape) == 2 and rows < columns
+    for span in _spans(rows, columns, rows * columns if whole else WORKING_SET // 8 // (len(sources) + 2)):
         height, width = span.rows.stop - span.rows.start, span.columns.stop - span.columns.start
         first = span.rows.start * columns + span.columns.start
         tensors = [read(stored, first, height * width).reshape(height, width) for stored in sources]
@@ -233,11 +232,12 @@ def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read:
         count = len(parameter.experts)
         yield Part(
             name=parameter.slot.name,
-            tasks=recipe.tasks,
+            shape=parameter.slot.shape,
+            first=first,
             experts=tuple(tensors[:count]),
             base=tensors[count] if parameter.base is not None else None,
             shares=tuple(_cut(share, span) for share in shares),
-            coefficients=recipe.coefficients,
+            settings=recipe.settings,
         )
 
 
