@@ -36,7 +36,7 @@ _T5: dict[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": 2,
     "decoder_start_token_id": 0,
-    "initializer_factor": 3.0,
+    "initializer_factor": 1.5,
 }
 
 CONFIGS: Mapping[str, Callable[..., Any]] = {
