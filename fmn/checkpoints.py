@@ -40,6 +40,7 @@ T = TypeVar("T")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Files that hold a vocabulary; the others only describe how to use it.
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -164,7 +165,7 @@ def fetch(source: str, out: Path, *, patience: float = PATIENCE, progress: Progr
             from fmn import registry
 
             revision = str(registry.download(source, Path(scratch)))
-            origin = replace(_folder_origin(Path(scratch), source), revision=revision)
+            origin = replace(_folder_origin(_only_checkpoint(Path(scratch), source), source), revision=revision)
         else:
             origin = _origin(source, patience, progress)
         try:
@@ -213,6 +214,18 @@ def _folder_origin(folder: Path, source: str) -> _Origin:
         return path
 
     return _Origin(source, {path.name: _File(path.lstat().st_size, None) for path in root.iterdir()}, get)
+
+
+def _only_checkpoint(folder: Path, source: str) -> Path:
+    """The one checkpoint in a registered model: of a model that fmn registered, the merged encoder."""
+    weights = (WEIGHTS, INDEX, *PICKLED)
+    found = sorted(
+        path.parent for path in folder.rglob(CONFIG) if any((path.parent / name).exists() for name in weights)
+    )
+    if len(found) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+        raise UserError(f"{source}: holds not one checkpoint but {names}; register one, or give its folder instead")
+    return found[0]
 
 
 def _package_origin(source: str, module: str, path: str, version: str | None) -> _Origin:
@@ -392,9 +405,7 @@ def _take_checkpoint(origin: _Origin, folder: Path, source: str) -> list[str]:
         if name in names:
             _take(origin, name, folder, source)
     _read_config(folder)  # refuse what cannot be used before its weights are downloaded
-    single, index = (
-        (WEIGHTS, INDEX) if names & {WEIGHTS, INDEX} else ("pytorch_model.bin", "pytorch_model.bin.index.json")
-    )
+    single, index = (WEIGHTS, INDEX) if names & {WEIGHTS, INDEX} else PICKLED
     if single in names:
         weights = [single]
     elif index in names:
@@ -428,7 +439,7 @@ def _no_weights(names: Iterable[str]) -> str:
         name for name in names if name.endswith((".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt", ".pt"))
     )
     found = f" (only {other[0]}, which cannot be used)" if other else ""
-    return f"has neither {WEIGHTS} nor pytorch_model.bin{found}; save it with `save_pretrained`"
+    return f"has neither {WEIGHTS} nor {PICKLED[0]}{found}; save it with `save_pretrained`"
 
 
 def _take(origin: _Origin, name: str, folder: Path, source: str) -> None:
@@ -702,6 +713,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if CONFIG not in names:
         raise UserError(f"{folder}: {_no_checkpoint(names)}" if folder.is_dir() else f"{folder}: no such folder")
+    if "adapter_config.json" in names:  # Transformers would apply it to the weights
+        raise UserError(
+            f"{folder}: holds a PEFT adapter beside a model; keep only one of them, `fmn fetch` copies the model"
+        )
     raw = _read_json(folder / CONFIG)
 
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES

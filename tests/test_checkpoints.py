@@ -181,6 +181,27 @@ def test_a_failed_fetch_leaves_the_older_folder(copy: Path, tmp_path: Path) -> N
         fetch(str(copy), tmp_path)
 
 
+@pytest.mark.slow
+def test_the_checkpoint_in_a_registered_model_is_found(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    shutil.copytree(bert, tmp_path / "registered" / "artifacts" / "merged" / "encoder")
+    (tmp_path / "registered" / "artifacts" / "config.json").write_text("{}")
+    (tmp_path / "registered" / "MLmodel").write_text("flavors: {}")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client.create_registered_model("merged")
+    client.create_model_version("merged", str(tmp_path / "registered"))
+    client.set_registered_model_alias("merged", "champion", "1")
+    info = fetch("models:/merged@champion", tmp_path / "out")
+    assert info["revision"] == resolve("models:/merged@champion") == resolve("models:/merged/1") == "models:/merged/1"
+    assert info["files"] == {path.name: digest_file(path) for path in bert.iterdir()}
+    with pytest.raises(UserError, match="no-such"):
+        fetch("models:/no-such@champion", tmp_path / "other")
+
+
 # The Hub
 
 
@@ -717,9 +738,11 @@ def test_experts_without_parts_are_named(bert: Path, copy: Path) -> None:
     (copy / "vocab.txt").unlink()
     with pytest.raises(UserError, match=r"the base: .* has no tokenizer files"):
         checkpoints.check_experts({"mrpc": bert}, base=copy)
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="adapter beside a model"):
+        checkpoints.load_classifier(copy)
     (copy / "model.safetensors").unlink()
     (copy / "config.json").unlink()
-    (copy / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"rte: .*PEFT adapter alone"):
         checkpoints.check_experts({"mrpc": bert, "rte": copy})
     with pytest.raises(UserError, match="no experts"):
