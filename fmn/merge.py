@@ -260,7 +260,7 @@ class Method:
         base: whether it needs the base model.
         random: whether it draws at random, and so depends on the seed.
         density: the part of a task vector that is kept unless told otherwise; None where all is.
-        whole: whether matrices of more columns than rows must be seen whole; all else may come in parts.
+        rows: whether it must see whole rows, and matrices of more columns than rows whole; else parts may be any.
     """
 
     combine: Callable[[Part, Any], Tensor]
@@ -269,7 +269,7 @@ class Method:
     base: bool = False
     random: bool = False
     density: float | None = None
-    whole: bool = False
+    rows: bool = False
 
 
 def _thresholds(passes: Passes) -> Tensor:
@@ -361,6 +361,6 @@ METHODS: Mapping[str, Method] = {
     ),
     "ties": Method(_ties, _thresholds, base=True, density=0.2),
     "dare-ties": Method(_dare_ties, base=True, random=True, density=0.5),
-    "tsv-m": Method(_tsv_m, _separated, base=True, whole=True),
-    "iso-c": Method(_iso_c, _isotropic, base=True, whole=True),
+    "tsv-m": Method(_tsv_m, _separated, base=True, rows=True),
+    "iso-c": Method(_iso_c, _isotropic, base=True, rows=True),
 }

@@ -179,7 +179,7 @@ def merge(parameters: Sequence[Parameter], recipe: Recipe) -> Iterator[Tensor]:
             if not parameter.slot.dtype.is_floating_point:
                 yield from _same(parameter, recipe.settings.tasks, read)
                 continue
-            shares = [_columns(share) for share in recipe.shares(parameter.slot.name)]
+            shares = [_columns(share, parameter.slot.shape) for share in recipe.shares(parameter.slot.name)]
             passes = partial(_parts, parameter, recipe, shares, read)
             measured = recipe.method.measure(passes) if math.prod(parameter.slot.shape) else None
             for part in passes():
@@ -203,9 +203,9 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
-def _columns(share: Tensor) -> Tensor:
-    """A share that broadcasts against a tensor, as one that broadcasts against the tensor seen as [rows, columns]."""
-    return share.reshape(-1, 1) if share.ndim < 2 else share.expand(share.shape[0], *share.shape[1:]).flatten(1)
+def _columns(share: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A share that broadcasts against a tensor of this shape, as one for the tensor seen as [rows, columns]."""
+    return share.reshape(-1, 1) if share.ndim < 2 else share.expand(share.shape[0], *shape[1:]).flatten(1)
 
 
 def _spans(rows: int, columns: int, limit: int) -> Iterator[Span]:
@@ -221,8 +221,10 @@ def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read:
     rows, columns = _matrix(parameter.slot.shape)
     sources = _sources(parameter)
     names = [*(f"expert {task}" for task in recipe.settings.tasks), "base"]
-    whole = recipe.method.whole and len(parameter.slot.shape) == 2 and rows < columns
-    for span in _spans(rows, columns, rows * columns if whole else WORKING_SET // 8 // (len(sources) + 2)):
+    limit = max(1, WORKING_SET // 8 // (len(sources) + 2))
+    if recipe.method.rows:
+        limit = max(limit, columns if rows >= columns or len(parameter.slot.shape) != 2 else rows * columns)
+    for span in _spans(rows, columns, limit):
         height, width = span.rows.stop - span.rows.start, span.columns.stop - span.columns.start
         first = span.rows.start * columns + span.columns.start
         tensors = [read(stored, first, height * width).reshape(height, width) for stored in sources]

@@ -127,7 +127,7 @@ def run(
     chosen, shape = METHODS[method], tuple(base.shape)
     tensors = [tensor.reshape(shape[0] if shape else 1, -1) for tensor in (*experts, base)]
     height, width = tensors[0].shape
-    whole = rows is None or (chosen.whole and len(shape) == 2 and height < width)
+    whole = rows is None or (chosen.rows and len(shape) == 2 and height < width)
     settings = Settings(tuple(tasks), tuple(coefficients), density, seed=5)
     even = shares([doubles([1.0]).reshape(1, 1)] * len(experts), coefficients)
 
