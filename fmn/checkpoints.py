@@ -299,7 +299,7 @@ def _cached_origin(repo: str, revision: str, source: str) -> _Origin:
     config = huggingface_hub.try_to_load_from_cache(repo, CONFIG, revision=revision)
     if not isinstance(config, str):
         raise UserError(
-            f"{source}: not in the Hub's cache, and HF_HUB_OFFLINE is set; give the commit that was fetched, or unset it"
+            f"{source}: not in the Hub's cache, and HF_HUB_OFFLINE is set; give the commit fetched before, or unset it"
         )
     snapshot = Path(config).parent
 
