@@ -300,6 +300,7 @@ def report(
     out: Path,
     expert: list[str] | None = None,
     fisher: list[str] | None = None,
+    selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
     """Draw the table and the pictures of a run.
@@ -313,9 +314,9 @@ def report(
     from fmn import stages
 
     outcome = stages.write_report(
-        _by_task(expert or [], "--expert", [], ".json"),
+        _by_task(expert, "--expert", selection.tasks, ".json") if expert else {},
         {name: Path(file) for name, file in params.pairs(merged, "--merged").items()},
-        _by_task(fisher or [], "--fisher", [], ".parquet"),
+        _by_task(fisher, "--fisher", selection.tasks, ".parquet") if fisher else {},
         out,
     )
     _say(outcome, as_json, lambda summary: show_table(*summary["table"]))

@@ -3,6 +3,7 @@
 The store is what ``MLFLOW_TRACKING_URI`` names, otherwise ``mlflow.db`` (sqlite) in the working folder.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -21,11 +22,15 @@ from fmn.errors import UserError
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+for name in ("mlflow", "alembic"):
+    logging.getLogger(name).setLevel(logging.WARNING)
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
 KEY = "fmn.key"

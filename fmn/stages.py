@@ -107,7 +107,7 @@ def fetch(source: str, out: Path) -> Outcome:
     """A checkpoint from its source, pinned and verified, as the folder ``out``."""
     pinned = checkpoints.resolve(source)
     key = artifacts.content_key("fetch", FETCH, {"source": pinned}, {})
-    return _folder_stage("fetch", out, key, lambda folder: checkpoints.fetch(pinned, folder))
+    return _folder_stage("fetch", out, key, lambda folder: {**checkpoints.fetch(pinned, folder), "source": source})
 
 
 def prepare(task: str, out: Path, settings: DataSettings) -> Outcome:

