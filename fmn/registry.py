@@ -9,9 +9,10 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version as installed
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def register(
                     signature=SIGNATURE,
                     pip_requirements=requirements(),
                 )
-        version = mlflow.register_model(logged.model_uri, name, tags={**tags, KEY: key})
+        with redirect_stderr(StringIO()):  # MLflow says there what the caller says better
+            version = mlflow.register_model(logged.model_uri, name, tags={**tags, KEY: key})
         for metric, value in metrics.items():
             client.set_model_version_tag(name, version.version, f"metric.{metric}", f"{value:.4f}")
         card = merged / "README.md"
