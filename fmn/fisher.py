@@ -13,12 +13,14 @@ layer's attention output projection.
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +48,7 @@ over nodes, at most the second part of its value. `batch` has no standard error:
 
 _FIRST_LOOK = 256  # examples before `auto` first asks whether that holds; then whenever they have doubled
 _CHUNK = 4096  # examples that are sorted by length together; a multiple of GROUP
-_MOST_TOKENS = {"cpu": 4096, "cuda": 32768}  # of a batch: larger ones are no faster
+_MOST_TOKENS = {"cpu": 2048, "cuda": 32768}  # of a batch: larger ones are no faster
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def estimate(
         }
     )
     if state is None or state.settings != settings:
-        state = _nothing_yet(settings, sites, estimator, _token_budget(sites, examples, where))
+        state = _nothing_yet(settings, sites, estimator, _token_budget(sites, examples, where, precision))
     sums = _Sums(state, where)
     saved = time.monotonic()
     with _prepared(model, examples, where, precision) as runner:
@@ -250,17 +252,14 @@ class _Runner:
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, C]."""
-        inputs = {name: self.place(tensor) for name, tensor in batch.inputs.items()}
+        floats = _float(self.precision)
+        inputs = {
+            name: _place(tensor, self.where, floats if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in batch.inputs.items()
+        }
         with torch.autocast(self.where.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             found: Tensor = functional_call(self.model, dict(self.tensors), (), inputs).logits
         return found
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, floating point in the model's; the copy does not hold up the work queued there."""
-        if self.where.type == "cuda":
-            tensor = tensor.pin_memory()
-        floating = tensor.is_floating_point()
-        return tensor.to(self.where, _float(self.precision) if floating else tensor.dtype, non_blocking=True)
 
 
 @contextmanager
@@ -281,19 +280,31 @@ def _prepared(model: PreTrainedModel, examples: Examples, where: torch.device, p
         tensors[name] = tensor.detach().to(where, kind if tensor.is_floating_point() else tensor.dtype)
     training = [module for module in model.modules() if module.training]
     config = model.config
+    attention = config._attn_implementation
     settings = {name: getattr(config, name) for name in ("use_cache", "pad_token_id") if hasattr(config, name)}
     model.eval()
     try:
+        if where.type == "cpu" and attention == "sdpa":  # whose backward pass is slow there: half the speed in bfloat16
+            model.set_attn_implementation("eager")
         if settings.get("use_cache"):
             config.use_cache = False
         if settings.get("pad_token_id", 0) is None:  # decoders look for the last token that is no padding
             config.pad_token_id = examples.pad.get("input_ids")
         yield _Runner(model, tensors, where, precision)
     finally:
+        if config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
         for name, value in settings.items():
             setattr(config, name, value)
         for module in training:
             module.training = True
+
+
+def _place(tensor: Tensor, where: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor on the device; the copy does not wait for the work that is queued there."""
+    if where.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(where, dtype, non_blocking=True)
 
 
 def _per_example(
@@ -309,8 +320,8 @@ def _per_example(
     gradients = torch.zeros(len(batch.rows), _nodes(sites), dtype=kind, device=runner.where)
     with torch.enable_grad(), _tapped(runner.model, sites, gradients) as leaves:
         logits = runner.logits(batch)
-        labels = runner.place(batch.labels)
-        uniform = None if draws is None else runner.place(torch.from_numpy(draws))
+        labels = _place(batch.labels, runner.where, kind if regression else torch.int64)
+        uniform = None if draws is None else _place(torch.from_numpy(draws), runner.where, kind)
         directions = _directions(logits.detach().to(kind), labels, uniform, estimator, regression)
         found = torch.zeros_like(gradients)
         for i, direction in enumerate(directions):
@@ -379,7 +390,7 @@ def _directions(
         if estimator == "expected":
             return [torch.ones_like(logits)]
         if uniform is not None:  # the label is drawn from N(y, 1), and log p = -(label - y)^2 / 2
-            return [torch.special.ndtri(uniform).to(logits)[:, None]]
+            return [torch.special.ndtri(uniform)[:, None]]
         return [2 * (logits - labels[:, None])]
     log_p = logits.log_softmax(1)
     if estimator == "expected":
@@ -429,10 +440,10 @@ class _Sums:
             groups = places // GROUP
             share = np.zeros((len(self.pending), len(places)))
             share[groups, np.arange(len(places))] = 1 / np.minimum(GROUP, chunk - groups * GROUP)  # of the mean loss
-            self.pending += torch.from_numpy(share).to(found.device) @ terms  # [G, B] @ [B, P]
+            self.pending += _place(torch.from_numpy(share), found.device, torch.float64) @ terms  # [G, B] @ [B, P]
         else:
             halves = np.stack([places % 2 == 0, places % 2 == 1]).astype(np.float64)
-            sums = torch.from_numpy(halves).to(found.device) @ terms  # [2, B] @ [B, P]
+            sums = _place(torch.from_numpy(halves), found.device, torch.float64) @ terms  # [2, B] @ [B, P]
             squares = terms.square_().sum(0)
             self.sums += sums
             self.squares += squares
@@ -554,26 +565,35 @@ def _half_correlation(halves: np.ndarray, layout: Sequence[tuple[Site, int]]) ->
 # ---- memory ----
 
 
-def _token_budget(sites: Sequence[MaskSite], examples: Examples, where: torch.device) -> int:
+def _token_budget(sites: Sequence[MaskSite], examples: Examples, where: torch.device, precision: str) -> int:
     """Tokens of a batch (padding included) that surely fit the free memory: a power of two, so that it seldom changes.
 
-    For each token an attention keeps about 16 values a channel and, with its gradient, 3 a head and position;
-    a feed-forward block 6 values a neuron; the terms of an example are 6 more a node.
+    For each token an attention keeps up to 8 values a channel and 2 a head and position, a feed-forward block 3 a
+    neuron; the terms of an example take 6 values a node.
     """
     lengths = examples.lengths
+    size = _float(precision).itemsize  # bfloat16 too: its activations are kept beside their casts
     floats = 0.0
     for site in sites:
         if site.site.node == "neuron":
-            floats += 6 * site.nodes
+            floats += 3 * site.nodes
         else:
-            floats += 16 * site.nodes * site.channels + 3 * site.nodes * int(lengths.max())
+            floats += 8 * site.nodes * site.channels + 2 * site.nodes * int(lengths.max())
     floats += 6 * _nodes(sites) / max(float(lengths.mean()), 1)
-    if where.type == "cuda":
-        free = torch.cuda.mem_get_info(where)[0] // 2
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    fitting = max(int(free / (4 * floats)), 1)
+    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else _free_memory()
+    fitting = max(int(free / 2 / (size * floats)), 1)
     return min(1 << (fitting.bit_length() - 1), _MOST_TOKENS.get(where.type, _MOST_TOKENS["cpu"]))
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take, by the system's account and its container's."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError):
+        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        available = int(found[1]) * 1024 if found else available
+    with suppress(OSError, ValueError):  # the file is missing outside of containers, and may say "max"
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available
 
 
 def _halved(batch: Batch, error: Exception) -> int:
