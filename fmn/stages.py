@@ -470,8 +470,6 @@ def predict(model: Path, task: str, text: str, second: str | None) -> dict[str, 
     """A merged model's answer for one text, or a pair: its label, its score, all probabilities."""
     import torch
 
-    from fmn.served import answers
-
     found = tasks.task(task)
     if (len(found.columns) == 2) != (second is not None):
         raise UserError(f"task {task} takes {len(found.columns)} texts: {', '.join(found.columns)}")
@@ -479,4 +477,9 @@ def predict(model: Path, task: str, text: str, second: str | None) -> dict[str, 
     classifier = checkpoints.load_classifier(folder).eval()
     inputs = checkpoints.load_tokenizer(folder)(text, second, truncation=True, max_length=128, return_tensors="pt")
     with torch.inference_mode():
-        return answers(classifier(**inputs).logits.float(), classifier.config.id2label)[0]
+        logits = classifier(**inputs).logits[0].float()  # [C]
+    if found.regression:
+        return {"label": "score", "score": logits.item()}
+    shares = {classifier.config.id2label[label]: share for label, share in enumerate(logits.softmax(-1).tolist())}
+    best = max(shares, key=shares.__getitem__)
+    return {"label": best, "score": shares[best], "probabilities": shares}

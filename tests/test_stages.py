@@ -1,0 +1,209 @@
+"""Stages: files to files, made once, made again when and only when something they depend on changed."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from fmn import artifacts, stages
+from fmn.errors import UserError
+from fmn.params import DataSettings, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings
+from tests.conftest import FISHER, TASKS, TUNING
+
+EVALUATE = EvaluateSettings(device="cpu")
+
+
+@pytest.fixture
+def work(tiny_work: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny work folder that a test may change."""
+    return Path(shutil.copytree(tiny_work, tmp_path / "work"))
+
+
+def experts(work: Path) -> dict[str, Path]:
+    return {task: work / "experts" / task for task in TASKS}
+
+
+def fisher_files(work: Path) -> dict[str, Path]:
+    return {task: work / "fisher" / f"{task}.parquet" for task in TASKS}
+
+
+def merge(work: Path, settings: MergeSettings | None = None) -> stages.Outcome:
+    return stages.merge(experts(work), fisher_files(work), work / "base", work / "merged", settings or MergeSettings())
+
+
+def run_all(work: Path) -> dict[str, bool]:
+    """Every stage with the settings that `tiny_work` was made with, and whether it computed anything."""
+    done = (
+        {"fetch": stages.fetch(str(work.parent / "source"), work / "base")} if (work.parent / "source").exists() else {}
+    )
+    for task in TASKS:
+        expert = work / "experts" / task
+        done[f"data {task}"] = stages.prepare(task, work / "data" / task, DataSettings(source="embedded"))
+        done[f"finetune {task}"] = stages.finetune(work / "base", task, work / "data", expert, TUNING)
+        done[f"fisher {task}"] = stages.fisher(expert, task, work / "data", fisher_files(work)[task], FISHER)
+        done[f"evaluate {task}"] = stages.evaluate(expert, [task], work / "data", work / f"{task}.json", EVALUATE)
+    done["merge"] = merge(work)
+    done["evaluate"] = stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
+    done["report"] = stages.write_report(
+        {task: work / f"{task}.json" for task in TASKS},
+        {"merged": work / "merged.json"},
+        fisher_files(work),
+        work / "report",
+    )
+    return {name: outcome.computed for name, outcome in done.items()}
+
+
+def test_a_second_run_computes_nothing(work: Path) -> None:
+    first = run_all(work)
+    assert first["merge"]
+    assert first["report"]
+    assert not any(run_all(work).values())
+
+
+@pytest.mark.parametrize(
+    ("damaged", "again"),
+    [
+        ("data/sst2/train.parquet", {"data sst2"}),
+        ("experts/mrpc/model.safetensors", {"finetune mrpc"}),
+        ("fisher/stsb.parquet", {"fisher stsb"}),
+        ("merged/encoder/model.safetensors", {"merge"}),
+        ("merged/merge.json", {"merge"}),
+        ("merged.json", {"evaluate"}),
+        ("report/table.md", {"report"}),
+    ],
+)
+def test_a_damaged_output_alone_is_made_again_with_the_same_bytes(work: Path, damaged: str, again: set[str]) -> None:
+    run_all(work)
+    path = work / damaged
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert {name for name, computed in run_all(work).items() if computed} == again
+    assert path.read_bytes() == before
+
+
+def test_a_new_setting_makes_what_depends_on_it_again(work: Path) -> None:
+    run_all(work)
+    assert merge(work, MergeSettings(mapping="paper")).computed
+    changed = run_all(work)
+    assert {name for name, computed in changed.items() if computed} == {"merge"}, "back to the first bytes"
+
+
+def test_the_method_average_depends_neither_on_fisher_nor_on_mapping(work: Path) -> None:
+    settings = MergeSettings(method="average", mapping="structured")
+    assert merge(work, settings).computed
+    shutil.rmtree(work / "fisher")
+    (work / "fisher").mkdir()
+    assert not stages.merge(
+        experts(work), {}, work / "base", work / "merged", MergeSettings(method="average", mapping="paper")
+    ).computed
+
+
+def test_the_fisher_artifact_says_what_it_was_made_of(work: Path) -> None:
+    fisher, stderr, stated = artifacts.read_fisher(fisher_files(work)["mrpc"])
+    assert (stated["task"], stated["estimator"], stated["samples"], stated["seed"]) == ("mrpc", "empirical", 32, 0)
+    assert (stated["layers"], stated["heads"], stated["neurons"]) == (2, [4, 4], [24, 24])
+    assert stated["checkpoint"]["digest"] == artifacts.digest_folder(work / "experts" / "mrpc")
+    assert stderr is not None
+    assert {site: len(nodes) for site, nodes in fisher.items()} == {site: len(nodes) for site, nodes in stderr.items()}
+
+
+def test_the_merged_model_says_where_it_comes_from(work: Path) -> None:
+    recipe = merge(work).summary
+    assert list(recipe["experts"]) == sorted(TASKS)
+    assert recipe["experts"]["mrpc"]["digest"] == artifacts.digest_folder(work / "experts" / "mrpc")
+    assert recipe["fisher"]["mrpc"]["digest"] == artifacts.digest_file(fisher_files(work)["mrpc"])
+    assert (recipe["method"], recipe["mapping"]) == ("mask-fisher", "structured")
+    assert "mrpc" in (work / "merged" / "README.md").read_text()
+
+
+def test_evaluation_puts_the_metrics_into_the_model_card(work: Path) -> None:
+    merge(work)
+    metrics = stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE).summary
+    assert set(metrics["tasks"]) == set(TASKS)
+    card = (work / "merged" / "README.md").read_text()
+    assert f"{100 * metrics['tasks']['mrpc']['f1']:.1f}" in card
+    assert set(metrics["tasks"]["stsb"]) == {"pearson", "spearmanr", "score", "examples"}
+
+
+def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mnli"
+    stages.prepare("mrpc", folder, DataSettings(source="embedded"))
+    import pyarrow.parquet as pq
+
+    table = (
+        pq.read_table(folder / "train.parquet").slice(0, 40).rename_columns(["premise", "hypothesis", "label", "idx"])
+    )
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        pq.write_table(table, folder / f"{split}.parquet")
+    expert = tmp_path / "expert"
+    stages.finetune(work / "base", "mnli", folder, expert, TUNING)
+    entry = stages.evaluate(expert, ["mnli"], folder, tmp_path / "m.json", EVALUATE).summary["tasks"]["mnli"]
+    assert entry["examples"] == 80
+    assert entry["accuracy"] == entry["accuracy_mismatched"] == entry["score"]
+
+
+def _swap_fisher(work: Path) -> None:
+    shutil.copyfile(fisher_files(work)["sst2"], fisher_files(work)["mrpc"])
+
+
+def _other_expert(work: Path) -> None:
+    settings = FinetuneSettings(**{**TUNING.model_dump(), "seed": 1})
+    stages.finetune(work / "base", "mrpc", work / "data", work / "experts" / "mrpc", settings)
+
+
+def _no_fisher(work: Path) -> None:
+    fisher_files(work)["mrpc"].unlink()
+
+
+def _rot(work: Path) -> None:
+    path = work / "experts" / "mrpc" / "model.safetensors"
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_swap_fisher, "the Fisher of task sst2, given for mrpc"),
+        (_other_expert, "the Fisher of another checkpoint"),
+        (_no_fisher, "no such Fisher artifact"),
+        (_rot, "not what was written there"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_merged(work: Path, change: object, says: str) -> None:
+    assert callable(change)
+    change(work)
+    with pytest.raises(UserError, match=says):
+        merge(work)
+    assert not (work / "merged").exists()
+
+
+def test_a_model_that_is_not_merged_needs_a_task(work: Path) -> None:
+    with pytest.raises(UserError, match="--task"):
+        stages.evaluate(work / "experts" / "mrpc", [], work / "data", work / "m.json", EVALUATE)
+
+
+def test_predict_answers_in_the_tasks_own_words(work: Path) -> None:
+    merge(work)
+    answer = stages.predict(work / "merged", "sst2", "a warm and funny film", None)
+    assert answer["label"] in ("negative", "positive")
+    shares: Mapping[str, float] = answer["probabilities"]
+    assert shares.keys() == {"negative", "positive"}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    assert isinstance(stages.predict(work / "merged", "stsb", "one text", "another")["score"], float)
+    with pytest.raises(UserError, match="takes 2 texts"):
+        stages.predict(work / "merged", "mrpc", "one text", None)
+    with pytest.raises(UserError, match="rte"):
+        stages.predict(work / "merged", "rte", "one text", "another")
+
+
+def test_all_estimators_have_artifacts_of_their_own(work: Path) -> None:
+    out = work / "f.parquet"
+    expert = work / "experts" / "sst2"
+    for estimator in ("empirical", "expected", "sampled", "batch"):
+        settings = FisherSettings(estimator=estimator, samples=32, device="cpu", dtype="float32")
+        assert stages.fisher(expert, "sst2", work / "data", out, settings).computed
+        _, stderr, stated = artifacts.read_fisher(out)
+        assert stated["estimator"] == estimator
+        assert (stderr is None) == (estimator == "batch")
