@@ -42,8 +42,9 @@ def shares(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tens
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """``sum_j w_j theta_j`` with weights that broadcast against the tensors."""
     total = tensors[0].double() * weights[0]
+    wide = torch.empty_like(total)
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total.addcmul_(tensor.double(), weight)
+        total.addcmul_(wide.copy_(tensor), weight)
     return total
 
 

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from fmn import architectures, checkpoints, stream
 from fmn.architectures import NodeValues, Site
-from fmn.artifacts import differing, digest_files, whole_folder
+from fmn.artifacts import differing, digest_file, digest_files, whole_folder
 from fmn.checkpoints import CONFIG, INDEX, TOKENIZER_FILES, TensorHeader
 from fmn.errors import UserError
 from fmn.merge import METHODS, Method, Settings, shares
@@ -107,7 +107,9 @@ def write(
             "density": settings.density if chosen.density is not None else None,
             "seed": seed if chosen.random else None,
             **(recipe or {}),
-            "files": _digests(folder),
+            "files": _stated_digests(
+                folder, {folder / "encoder" / name: file.digest for name, file in encoder.items()}
+            ),
         }
         (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
     return content
@@ -139,7 +141,8 @@ def task_folder(folder: Path, task: str) -> Path:
 
 def verify(folder: Path) -> None:
     """Raise UserError naming the first file of a merged model that is missing, was added, or changed."""
-    wrong = differing(read_recipe(folder)["files"], _digests(folder))
+    found = {name: digest for name, digest in digest_files(folder).items() if name not in (RECIPE, CARD)}
+    wrong = differing(read_recipe(folder)["files"], found)
     if wrong is not None:
         raise UserError(f"{folder / wrong}: not what was written there (see {folder / RECIPE}); merge again")
 
@@ -244,6 +247,13 @@ def _checked(task: str, values: NodeValues | None, counts: Mapping[Site, int]) -
     return found
 
 
+class _File(NamedTuple):
+    """A file of weights as it was written."""
+
+    slots: list[Slot]
+    digest: str
+
+
 def _write_encoder(
     folder: Path,
     expert: Path,
@@ -251,15 +261,16 @@ def _write_encoder(
     pieces: Iterator[Tensor],
     shard_bytes: int,
     progress: Progress | None,
-) -> dict[str, list[Slot]]:
-    """Write the encoder; returns its files' tensors, in order. Configuration and tokenizer are those of `expert`."""
+) -> dict[str, _File]:
+    """Write the encoder; returns its files of weights, in order. Configuration and tokenizer are those of `expert`."""
     folder.mkdir()
     slots = [parameter.slot for parameter in parameters]
     parts = stream.shards(slots, shard_bytes)
     files = dict(zip(stream.shard_names(len(parts)), parts, strict=True))
     advance = _counter(sum(slot.bytes for slot in slots), progress)
-    for file, part in files.items():
-        stream.write_file(folder / file, part, pieces, advance)
+    written = {
+        name: _File(part, stream.write_file(folder / name, part, pieces, advance)) for name, part in files.items()
+    }
     if len(files) > 1:
         _write_json(folder / INDEX, stream.index(files))
     config = {key: value for key, value in _config(expert, slots).items() if key not in HEAD_SETTINGS}
@@ -269,11 +280,11 @@ def _write_encoder(
     _write_json(folder / CONFIG, config)
     for source in _tokenizer_files(expert):
         shutil.copyfile(source, folder / source.name)
-    return files
+    return written
 
 
 def _write_task(
-    folder: Path, expert: Path, head: Mapping[str, TensorHeader], encoder: Path, files: Mapping[str, list[Slot]]
+    folder: Path, expert: Path, head: Mapping[str, TensorHeader], encoder: Path, files: Mapping[str, _File]
 ) -> None:
     """Write a task's checkpoint: links to the encoder's files, and the expert's head, configuration and tokenizer."""
     folder.mkdir(parents=True)
@@ -282,8 +293,9 @@ def _write_task(
         os.link(encoder / source, folder / name)
     slots = [Slot(name, DTYPES[stored.dtype], stored.shape) for name, stored in head.items()]
     stream.write_file(folder / last, slots, stream.copy(head))
-    _write_json(folder / INDEX, stream.index(dict(zip(names, files.values(), strict=True)) | {last: slots}))
-    _write_json(folder / CONFIG, _config(expert, [slot for part in files.values() for slot in part]))
+    shards = {name: file.slots for name, file in zip(names, files.values(), strict=True)}
+    _write_json(folder / INDEX, stream.index(shards | {last: slots}))
+    _write_json(folder / CONFIG, _config(expert, [slot for file in files.values() for slot in file.slots]))
     for file in _tokenizer_files(expert):
         shared = encoder / file.name
         if shared.is_file() and shared.read_bytes() == file.read_bytes():
@@ -316,9 +328,11 @@ def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
     return advance
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """sha256 by name of every file but the recipe, which holds them, and the model card, which people may edit."""
-    return {name: digest for name, digest in digest_files(folder).items() if name not in (RECIPE, CARD)}
+def _stated_digests(folder: Path, known: Mapping[Path, str]) -> dict[str, str]:
+    """sha256 by name of every file but the model card, which people may edit; links to a known file are not read."""
+    same = {path.stat().st_ino: digest for path, digest in known.items()}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD)
+    return {path.relative_to(folder).as_posix(): same.get(path.stat().st_ino) or digest_file(path) for path in files}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,12 +11,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WORKING_SET = 16 * 2**20  # bytes, in float64, of all that is held of one part
+WORKING_SET = 4 * 2**20  # bytes, in float64, of all that is held of one part
 SHARD_BYTES = 5 * 10**9
 IN_FLIGHT = 4  # parts merged but not yet both written and hashed
 
@@ -90,21 +90,30 @@ class Recipe:
     shares: Callable[[str], Sequence[Tensor]]
 
 
-Read = Callable[[TensorHeader, int, int], Tensor]
+class Read(Protocol):
+    def __call__(self, stored: TensorHeader, first: int, count: int, seat: int | None = None) -> Tensor: ...
 
 
 @contextmanager
 def reading(files: Iterable[Path]) -> Iterator[Read]:
-    """A function ``read(stored, first, count)`` to ``count`` consecutive elements of a tensor in one of the files.
+    """A function to read consecutive elements, ``first`` to ``first + count``, of a tensor in one of the files.
 
-    It reads into memory of its own rather than mapping the file: pages of a map count as the process's memory.
+    They come in memory of their own or, with a ``seat``, in memory that the next reading into the same seat overwrites:
+    fresh memory costs as much as the reading. Files are not mapped, as pages of a map count as the process's memory.
     """
+    seats: dict[int, Tensor] = {}
     with ExitStack() as stack:
         opened = {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in set(files)}
 
-        def read(stored: TensorHeader, first: int, count: int) -> Tensor:
+        def read(stored: TensorHeader, first: int, count: int, seat: int | None = None) -> Tensor:
             dtype = DTYPES[stored.dtype]
-            buffer = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+            size = count * dtype.itemsize
+            if seat is None:
+                buffer = torch.empty(size, dtype=torch.uint8)
+            else:
+                if seat not in seats or len(seats[seat]) < size:
+                    seats[seat] = torch.empty(size, dtype=torch.uint8)
+                buffer = seats[seat][:size]
             view = buffer.numpy().data
             position = stored.start + first * dtype.itemsize
             while view:
@@ -174,7 +183,7 @@ def merge(parameters: Sequence[Parameter], recipe: Recipe) -> Iterator[Tensor]:
             not fit the output's dtype; where experts differ in a tensor of integers.
     """
     files = {stored.file for parameter in parameters for stored in _sources(parameter)}
-    with reading(files) as read:
+    with reading(files) as read, nullcontext() if recipe.method.rows else _one_thread():
         for parameter in parameters:
             if not parameter.slot.dtype.is_floating_point:
                 yield from _same(parameter, recipe.settings.tasks, read)
@@ -192,6 +201,17 @@ def merge(parameters: Sequence[Parameter], recipe: Recipe) -> Iterator[Tensor]:
                         f"tensor {part.name}: merged values do not fit {NAMES[piece.dtype]}; use a smaller --scale"
                     )
                 yield piece.flatten()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums over parts that fit the cache gain nothing from threads, and wait long for them on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _sources(parameter: Parameter) -> tuple[TensorHeader, ...]:
@@ -227,7 +247,9 @@ def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read:
     for span in _spans(rows, columns, limit):
         height, width = span.rows.stop - span.rows.start, span.columns.stop - span.columns.start
         first = span.rows.start * columns + span.columns.start
-        tensors = [read(stored, first, height * width).reshape(height, width) for stored in sources]
+        tensors = [
+            read(stored, first, height * width, seat).reshape(height, width) for seat, stored in enumerate(sources)
+        ]
         for who, tensor in zip(names, tensors, strict=False):
             if not finite(tensor):
                 raise UserError(f"{who}: tensor {parameter.slot.name} holds NaN or Inf; it cannot be merged")

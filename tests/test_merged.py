@@ -2,9 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,27 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from fmn import architectures, merged
 from fmn.architectures import NodeValues
 from fmn.errors import UserError
+from fmn.merge import METHODS
 from tests.tiny import tiny_model
 
 LABELS = {"mrpc": 2, "stsb": 1, "mnli": 3}
+MODELS = {"bert": "structured", "roberta": "paper", "distilbert": "structured", "electra": "paper"}
 LOAD = """
 import json, sys, torch
 from transformers import AutoModel, AutoModelForSequenceClassification
+
+def load(kind, folder):
+    model, found = kind.from_pretrained(folder, output_loading_info=True)
+    return model.eval(), {name: sorted(found[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+
+said, tasks, folders = {}, sys.argv[1].split(","), sys.argv[2:]
+for folder in folders:
+    said[folder] = {"encoder": load(AutoModel, folder + "/encoder")[1]}
+    for task in tasks:
+        model, said[folder][task] = load(AutoModelForSequenceClassification, f"{folder}/tasks/{task}")
+        with torch.no_grad():
+            said[folder][task]["logits"] = model(torch.tensor([[1, 5, 7, 9, 2], [1, 6, 8, 3, 2]])).logits.tolist()
 assert "fmn" not in sys.modules
-folder, tasks = sys.argv[1], sys.argv[2:]
-_, found = AutoModel.from_pretrained(folder + "/encoder", output_loading_info=True)
-said = {"encoder": {name: sorted(found[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}}
-for task in tasks:
-    load = AutoModelForSequenceClassification.from_pretrained
-    model, found = load(f"{folder}/tasks/{task}", output_loading_info=True)
-    said[task] = {name: sorted(found[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    with torch.no_grad():
-        said[task]["logits"] = model.eval()(torch.tensor([[1, 5, 7, 9, 2], [1, 6, 8, 3, 2]])).logits.tolist()
 print(json.dumps(said))
 """
 
@@ -77,39 +83,37 @@ def by_hand(
     return result
 
 
-def loaded(folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """What a process without our code says of the merged model."""
+def loaded(folders: Iterable[Path], elsewhere: Path) -> dict[str, Any]:
+    """What a process without our code says of merged models, by their folders."""
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-c", LOAD, str(folder), *LABELS]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-P", "-c", LOAD, ",".join(LABELS), *map(str, folders)]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True)
     said: dict[str, Any] = json.loads(done.stdout)
     return said
 
 
-@pytest.mark.parametrize(
-    ("name", "mapping"),
-    [("bert", "structured"), ("roberta", "paper"), ("distilbert", "structured"), ("electra", "paper")],
-)
-def test_every_task_loads_without_our_code_and_answers_as_a_model_put_together_by_hand(
-    name: str, mapping: str, tmp_path: Path
-) -> None:
-    folders = experts(tmp_path, name)
-    values, coefficients = fisher(folders), {"mrpc": 1.0, "stsb": 0.5, "mnli": 2.0}
-    out = tmp_path / "out"
-    merged.write(out, folders, method="mask-fisher", mapping=mapping, fisher=values, coefficients=coefficients)
-    said = loaded(out, tmp_path)
+def test_every_task_loads_without_our_code_and_answers_as_a_model_put_together_by_hand(tmp_path: Path) -> None:
+    coefficients = {"mrpc": 1.0, "stsb": 0.5, "mnli": 2.0}
+    made = {name: (experts(tmp_path / name, name), tmp_path / name / "out") for name in MODELS}
+    values = {name: fisher(folders) for name, (folders, _) in made.items()}
+    for name, (folders, out) in made.items():
+        settings: dict[str, Any] = {"mapping": MODELS[name], "fisher": values[name], "coefficients": coefficients}
+        merged.write(out, folders, method="mask-fisher", **settings)
+    said = loaded((out for _, out in made.values()), tmp_path)
 
-    # RoBERTa's classifier has no pooler, so its experts have none to merge.
-    lacks = ["pooler.dense.bias", "pooler.dense.weight"] if name == "roberta" else []
-    assert said["encoder"] == {"missing_keys": lacks, "unexpected_keys": [], "mismatched_keys": []}
-    expected = by_hand(folders, values, coefficients, mapping)
-    for task, folder in folders.items():
-        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        model.base_model.load_state_dict({key: torch.from_numpy(value).float() for key, value in expected.items()})
-        with torch.no_grad():
-            logits = model(torch.tensor([[1, 5, 7, 9, 2], [1, 6, 8, 3, 2]])).logits
-        torch.testing.assert_close(torch.tensor(said[task].pop("logits")), logits, rtol=1e-5, atol=1e-6)
-        assert said[task] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+    for name, (folders, out) in made.items():
+        found = said[str(out)]
+        # RoBERTa's classifier has no pooler, so its experts have none to merge.
+        lacks = ["pooler.dense.bias", "pooler.dense.weight"] if name == "roberta" else []
+        assert found["encoder"] == {"missing_keys": lacks, "unexpected_keys": [], "mismatched_keys": []}
+        expected = by_hand(folders, values[name], coefficients, MODELS[name])
+        for task, folder in folders.items():
+            model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+            model.base_model.load_state_dict({key: torch.from_numpy(value).float() for key, value in expected.items()})
+            with torch.no_grad():
+                logits = model(torch.tensor([[1, 5, 7, 9, 2], [1, 6, 8, 3, 2]])).logits
+            torch.testing.assert_close(torch.tensor(found[task].pop("logits")), logits, rtol=1e-5, atol=1e-6)
+            assert found[task] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
 
 def test_the_result_does_not_depend_on_the_order_of_the_experts(tmp_path: Path) -> None:
@@ -308,3 +312,38 @@ def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
         == seen[-1][1]
         == sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / "encoder" / "model.safetensors").values())
     )
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.base])
+def test_every_method_that_takes_the_base_gives_a_model(method: str, tmp_path: Path) -> None:
+    base = save(tiny_model("bert", 2, seed=9), tmp_path / "base")
+    out = tmp_path / "out"
+    stated = merged.write(out, experts(tmp_path), method=method, base=base, scale=0.5, density=0.4)
+    assert stated["density"] == (0.4 if METHODS[method].density else None)
+    merged.verify(out)
+    with pytest.raises(UserError, match="density 0: must be above 0"):
+        merged.write(out, experts(tmp_path / "more"), method="ties", base=base, density=0)
+    with pytest.raises(UserError, match=f"method {method} needs the model"):
+        merged.write(out, experts(tmp_path / "again"), method=method)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fmn import merged
+folder = Path(sys.argv[1])
+experts = {task: folder / task for task in ("mrpc", "stsb", "mnli")}
+merged.write(folder / "out", experts, method="average", progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_merge_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    folders, out = experts(tmp_path), tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(Path(merged.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    merged.write(out, folders, method="average")
+    merged.verify(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "out"])

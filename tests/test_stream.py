@@ -229,7 +229,7 @@ def peak():
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 folder, method = Path(sys.argv[2]), METHODS[sys.argv[3]]
 tasks = tuple("abcd")
-shares = [torch.full((1, 1), 0.25, dtype=torch.float64)] * 4
+shares = [torch.tensor(0.25, dtype=torch.float64)] * 4
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
 parameters = stream.plan({task: tensor_headers(folder / task) for task in tasks}, tensor_headers(folder / "base"))
