@@ -80,10 +80,11 @@ def test_the_folder_holds_table_numbers_and_pictures(tmp_path: Path) -> None:
 
 def test_the_card_is_one_that_the_hub_reads() -> None:
     card = ModelCard(report.card(RECIPE, MERGED["merged"]))
-    front = ModelCardData(**card.data.to_dict())
+    content: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    front = ModelCardData(**content)
     assert front.base_model == ["hf://org/cola@" + "a" * 40]
     assert front.datasets == ["nyu-mll/glue"]
-    results = model_index_to_eval_results(card.data.to_dict()["model-index"])[1]
+    results = model_index_to_eval_results(content["model-index"])[1]
     found = {(entry.dataset_config, entry.metric_type): entry.metric_value for entry in results}
     assert found == {("mrpc", "accuracy"): 0.7, ("mrpc", "f1"): 0.8, ("cola", "matthews_correlation"): 0.2}
     assert "| mrpc | `finetune:0123456789abcdef` | 0.5 |" in card.text
@@ -91,5 +92,5 @@ def test_the_card_is_one_that_the_hub_reads() -> None:
 
 def test_a_card_without_metrics_says_nothing_of_them() -> None:
     card = ModelCard(report.card(RECIPE, None))
-    assert "model-index" not in card.data.to_dict()
+    assert "model-index" not in card.content
     assert "Scores" not in card.text
