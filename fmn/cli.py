@@ -147,8 +147,8 @@ def fetch(source: str, /, *, out: Path, as_json: Json = False) -> None:
     """
     from fmn import stages
 
-    with progress_bar("fetching"):
-        outcome = stages.fetch(source, out)
+    with progress_bar("fetching") as progress:
+        outcome = stages.fetch(source, out, progress)
     _say(outcome, as_json, _facts("revision", "model_type"))
 
 

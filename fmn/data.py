@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 
 from fmn import embedded
 from fmn.artifacts import digest_bytes, digest_file, whole_file
-from fmn.batches import Examples
 from fmn.errors import UserError
 from fmn.tasks import Task
+
+if TYPE_CHECKING:
+    from fmn.batches import Examples
 
 HUB = "nyu-mll/glue"
 MAX_LENGTH = 128  # tokens; longer texts are cut
@@ -91,11 +93,13 @@ def checked(table: pa.Table, task: Task, where: str) -> pa.Table:
     return pa.table(columns, schema=schema(task)).combine_chunks()
 
 
-def tokenize(tokenizer: Any, task: Task, table: pa.Table, max_length: int = MAX_LENGTH) -> Examples:
+def tokenize(tokenizer: Any, task: Task, table: pa.Table, max_length: int = MAX_LENGTH) -> "Examples":
     """The texts of a table that `read` gave, as tokens, and its labels.
 
     Where a text or a pair has more than `max_length` tokens, special ones included, the longer text is cut first.
     """
+    from fmn.batches import Examples
+
     texts = [table[name].to_pylist() for name in task.columns]
     inputs: Mapping[str, list[list[int]]] = tokenizer(
         *texts, truncation="longest_first", max_length=max_length, padding=False, return_attention_mask=False

@@ -252,24 +252,16 @@ Passes = Callable[[], Iterator[Part]]
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method as data.
+    """How a merge method computes; `fmn.methods` says what it needs.
 
     Attributes:
         combine: a part of a parameter, and what was measured, to the same part of the merged parameter.
         measure: what must be known of the whole parameter before.
-        fisher: whether the shares come from the Fisher information of mask nodes; else from the coefficients alone.
-        base: whether it needs the base model.
-        random: whether it draws at random, and so depends on the seed.
-        density: the part of a task vector that is kept unless told otherwise; None where all is.
         rows: whether it must see whole rows, and matrices of more columns than rows whole; else parts may be any.
     """
 
     combine: Callable[[Part, Any], Tensor]
     measure: Callable[[Passes], Any] = lambda passes: None
-    fisher: bool = False
-    base: bool = False
-    random: bool = False
-    density: float | None = None
     rows: bool = False
 
 
@@ -338,7 +330,7 @@ def _iso_c(part: Part, factor: Tensor | None) -> Tensor:
 
 def _separated(passes: Passes) -> list[Tensor] | None:
     part = next(passes())
-    if len(part.shape) != 2:
+    if len(part.shape) != 2 or min(part.shape) < len(part.experts):  # not a singular triplet for each task
         return None
     size, count = min(part.shape), len(part.experts)
     grams = torch.zeros(count, count, size, size, dtype=torch.float64)
@@ -356,12 +348,10 @@ def _tsv_m(part: Part, factors: list[Tensor] | None) -> Tensor:
 
 METHODS: Mapping[str, Method] = {
     "average": Method(lambda part, _: weighted_sum(part.experts, part.shares)),
-    "mask-fisher": Method(lambda part, _: weighted_sum(part.experts, part.shares), fisher=True),
-    "task-arithmetic": Method(
-        lambda part, _: task_arithmetic(part.experts, part.origin, part.settings.coefficients), base=True
-    ),
-    "ties": Method(_ties, _thresholds, base=True, density=0.2),
-    "dare-ties": Method(_dare_ties, base=True, random=True, density=0.5),
-    "tsv-m": Method(_tsv_m, _separated, base=True, rows=True),
-    "iso-c": Method(_iso_c, _isotropic, base=True, rows=True),
+    "mask-fisher": Method(lambda part, _: weighted_sum(part.experts, part.shares)),
+    "task-arithmetic": Method(lambda part, _: task_arithmetic(part.experts, part.origin, part.settings.coefficients)),
+    "ties": Method(_ties, _thresholds),
+    "dare-ties": Method(_dare_ties),
+    "tsv-m": Method(_tsv_m, _separated, rows=True),
+    "iso-c": Method(_iso_c, _isotropic, rows=True),
 }

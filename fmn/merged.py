@@ -28,15 +28,15 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from fmn import architectures, checkpoints, stream
 from fmn.architectures import NodeValues, Site
-from fmn.artifacts import differing, digest_file, digest_files, whole_folder
-from fmn.checkpoints import CONFIG, INDEX, TOKENIZER_FILES, TensorHeader
+from fmn.artifacts import digest_file, whole_folder
+from fmn.checkpoints import CONFIG, TOKENIZER_FILES
 from fmn.errors import UserError
-from fmn.merge import METHODS, Method, Settings, shares
+from fmn.headers import INDEX, TensorHeader, tensor_headers
+from fmn.merge import METHODS, Settings, shares
+from fmn.methods import NEEDS, Needs
+from fmn.recipe import CARD, FORMAT, RECIPE
 from fmn.stream import DTYPES, Parameter, Progress, Recipe, Slot
 
-RECIPE = "merge.json"
-CARD = "README.md"
-FORMAT = 1
 HEAD_SETTINGS = ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params")
 LOCAL_SETTINGS = ("_name_or_path", "auto_map", "torch_dtype")
 
@@ -63,7 +63,7 @@ def write(
     Args:
         out: the merged model's folder; an older one is replaced.
         experts: checkpoint folders by task.
-        method: one of `fmn.merge.METHODS`.
+        method: one of `fmn.methods.NEEDS`.
         mapping: "structured" or "paper": how node weights spread over parameters, for methods that take Fisher.
         fisher: the Fisher information of every expert's mask nodes by task, for methods that take it.
         coefficients: ``lambda_j`` by task, at least zero; one where a task is left out.
@@ -83,14 +83,14 @@ def write(
         UserError: when the experts cannot be merged so; nothing is left behind then.
     """
     tasks = _tasks(experts)
-    chosen = _method(method, base, scale)
+    needs = _needs(method, base, scale)
     lambdas = _coefficients(tasks, coefficients or {})
     tensors = {task: _tensors(experts[task]) for task in tasks}
-    original = _tensors(base).encoder if base is not None and (chosen.base or scale is not None) else None
+    original = _tensors(base).encoder if base is not None and (needs.base or scale is not None) else None
     parameters = stream.plan({task: tensors[task].encoder for task in tasks}, original)
-    share = _shares(chosen, mapping, experts[tasks[0]], parameters, lambdas, {t: (fisher or {}).get(t) for t in tasks})
-    settings = Settings(tasks, lambdas, _density(chosen, density), seed)
-    pieces = stream.merge(parameters, Recipe(chosen, settings, scale, share))
+    share = _shares(needs, mapping, experts[tasks[0]], parameters, lambdas, {t: (fisher or {}).get(t) for t in tasks})
+    settings = Settings(tasks, lambdas, _density(needs, density), seed)
+    pieces = stream.merge(parameters, Recipe(METHODS[method], settings, scale, share))
     with whole_folder(out) as folder:
         encoder = _write_encoder(folder / "encoder", experts[tasks[0]], parameters, pieces, shard_bytes, progress)
         for task in tasks:
@@ -101,11 +101,11 @@ def write(
             "format": FORMAT,
             "tasks": list(tasks),
             "method": method,
-            "mapping": mapping if chosen.fisher else None,
+            "mapping": mapping if needs.fisher else None,
             "coefficients": dict(zip(tasks, lambdas, strict=True)),
             "scale": scale,
-            "density": settings.density if chosen.density is not None else None,
-            "seed": seed if chosen.random else None,
+            "density": settings.density if needs.density is not None else None,
+            "seed": seed if needs.random else None,
             **(recipe or {}),
             "files": _stated_digests(
                 folder, {folder / "encoder" / name: file.digest for name, file in encoder.items()}
@@ -113,38 +113,6 @@ def write(
         }
         (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
     return content
-
-
-def is_merged(folder: Path) -> bool:
-    """Whether a folder holds a merged model rather than a checkpoint of one model."""
-    return (folder / RECIPE).is_file()
-
-
-def read_recipe(folder: Path) -> dict[str, Any]:
-    """The content of ``merge.json``; UserError where there is none that can be read."""
-    try:
-        content = json.loads((folder / RECIPE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a merged model ({RECIPE} missing or damaged); `fmn merge` makes one") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{folder / RECIPE}: not of format {FORMAT}, which this fmn reads; merge again")
-    return content
-
-
-def task_folder(folder: Path, task: str) -> Path:
-    """The checkpoint of one task of a merged model; UserError for a task that it does not have."""
-    tasks = read_recipe(folder)["tasks"]
-    if task not in tasks:
-        raise UserError(f"{folder}: no task {task!r} in this merged model; it has {', '.join(tasks)}")
-    return folder / "tasks" / task
-
-
-def verify(folder: Path) -> None:
-    """Raise UserError naming the first file of a merged model that is missing, was added, or changed."""
-    found = {name: digest for name, digest in digest_files(folder).items() if name not in (RECIPE, CARD)}
-    wrong = differing(read_recipe(folder)["files"], found)
-    if wrong is not None:
-        raise UserError(f"{folder / wrong}: not what was written there (see {folder / RECIPE}); merge again")
 
 
 def _tasks(experts: Mapping[str, Path]) -> tuple[str, ...]:
@@ -157,17 +125,17 @@ def _tasks(experts: Mapping[str, Path]) -> tuple[str, ...]:
     return tuple(sorted(experts))
 
 
-def _method(name: str, base: Path | None, scale: float | None) -> Method:
-    if name not in METHODS:
-        close = get_close_matches(name, METHODS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(METHODS)}"
-        raise UserError(f"merge method {name!r} is unknown; {hint}")
+def _needs(method: str, base: Path | None, scale: float | None) -> Needs:
+    if method not in NEEDS:
+        close = get_close_matches(method, NEEDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(NEEDS)}"
+        raise UserError(f"merge method {method!r} is unknown; {hint}")
     if scale is not None and not math.isfinite(scale):
         raise UserError(f"--scale {scale} is not a finite number")
-    for wanted, what in ((METHODS[name].base, f"method {name}"), (scale is not None, "--scale")):
+    for wanted, what in ((NEEDS[method].base, f"method {method}"), (scale is not None, "--scale")):
         if wanted and base is None:
             raise UserError(f"{what} needs the model that the experts were tuned from; give --base DIR")
-    return METHODS[name]
+    return NEEDS[method]
 
 
 def _coefficients(tasks: Sequence[str], given: Mapping[str, float]) -> tuple[float, ...]:
@@ -182,8 +150,8 @@ def _coefficients(tasks: Sequence[str], given: Mapping[str, float]) -> tuple[flo
     return coefficients
 
 
-def _density(method: Method, given: float | None) -> float:
-    density = method.density if given is None else given
+def _density(needs: Needs, given: float | None) -> float:
+    density = needs.density if given is None else given
     if density is None:
         return 1.0
     if not 0 < density <= 1:
@@ -199,14 +167,14 @@ class _Tensors(NamedTuple):
 
 
 def _tensors(folder: Path) -> _Tensors:
-    headers = checkpoints.tensor_headers(folder)
+    headers = tensor_headers(folder)
     names = checkpoints.encoder_names(checkpoints.load_config(folder), headers)
     encoder, head = ({name: headers[stored] for name, stored in part.items()} for part in names)
     return _Tensors(encoder, head)
 
 
 def _shares(
-    method: Method,
+    needs: Needs,
     mapping: str,
     folder: Path,
     parameters: Sequence[Parameter],
@@ -214,7 +182,7 @@ def _shares(
     fisher: Mapping[str, NodeValues | None],
 ) -> Callable[[str], Sequence[Tensor]]:
     """A parameter's name to the experts' shares of it; the Fisher information is checked against the model first."""
-    if not method.fisher:
+    if not needs.fisher:
         ones = torch.ones((), dtype=torch.float64)
         uniform = shares([ones] * len(coefficients), coefficients)
         return lambda name: uniform

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmn import __version__, artifacts, checkpoints, data, merged, report, tasks
+from fmn import __version__, artifacts, checkpoints, data, recipe, report, sources, tasks
 from fmn.errors import UserError
-from fmn.merge import METHODS
+from fmn.methods import NEEDS
 from fmn.params import DataSettings, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings, RegistrySettings
 
 Progress = Callable[[int, int], None]
@@ -103,11 +103,16 @@ def _lineage(folder: Path) -> dict[str, str]:
     return {"source": str(info.get("source", made)), "revision": str(info.get("revision", made))}
 
 
-def fetch(source: str, out: Path) -> Outcome:
+def fetch(source: str, out: Path, progress: Progress | None = None) -> Outcome:
     """A checkpoint from its source, pinned and verified, as the folder ``out``."""
-    pinned = checkpoints.resolve(source)
-    key = artifacts.content_key("fetch", FETCH, {"source": pinned}, {})
-    return _folder_stage("fetch", out, key, lambda folder: {**checkpoints.fetch(pinned, folder), "source": source})
+    pinned = sources.resolve(source)
+    digest = sources.folder_digest(pinned)
+    key = artifacts.content_key("fetch", FETCH, {"source": pinned}, {"folder": digest} if digest else {})
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        return {**sources.fetch(pinned, folder, progress=progress), "source": source}
+
+    return _folder_stage("fetch", out, key, fill)
 
 
 def prepare(task: str, out: Path, settings: DataSettings) -> Outcome:
@@ -238,7 +243,7 @@ def merge(
     Raises UserError when they do not fit one another or their tasks, or when a Fisher artifact belongs to another
     checkpoint or task.
     """
-    uses_fisher = settings.method in METHODS and METHODS[settings.method].fisher
+    uses_fisher = settings.method in NEEDS and NEEDS[settings.method].fisher
     digests = {task: artifacts.digest_folder(folder) for task, folder in sorted(experts.items())}
     base_digest = artifacts.digest_folder(base) if base else None
     values, statements = {}, {}
@@ -267,8 +272,10 @@ def merge(
     key = artifacts.content_key("merge", MERGE, described, inputs)
 
     def make() -> None:
+        from fmn import merged
+
         checkpoints.check_experts(experts, base)
-        recipe: dict[str, Any] = {
+        stated: dict[str, Any] = {
             "fmn": __version__,
             "key": key,
             "experts": {task: {**_lineage(experts[task]), "digest": digest} for task, digest in digests.items()},
@@ -285,24 +292,24 @@ def merge(
             base=base,
             scale=settings.scale,
             seed=settings.seed,
-            recipe=recipe,
+            recipe=stated,
             progress=progress,
         )
         _write_card(out, None)
 
     def current() -> bool:
         try:
-            merged.verify(out)
+            recipe.verify(out)
         except UserError:
             return False
-        return bool(merged.read_recipe(out).get("key") == key)
+        return bool(recipe.read_recipe(out).get("key") == key)
 
-    return _stage("merge", out, current, make, lambda: merged.read_recipe(out))
+    return _stage("merge", out, current, make, lambda: recipe.read_recipe(out))
 
 
 def _write_card(folder: Path, metrics: Mapping[str, Any] | None) -> None:
-    text = report.card(merged.read_recipe(folder), metrics)
-    path = folder / merged.CARD
+    text = report.card(recipe.read_recipe(folder), metrics)
+    path = folder / recipe.CARD
     if not path.is_file() or path.read_text() != text:
         with artifacts.whole_file(path) as file:
             file.write_text(text)
@@ -324,13 +331,13 @@ def evaluate(
         folder: of one task, or of tasks.
         out: the metrics file. A merged model's card gets the metrics too.
     """
-    is_merged = merged.is_merged(model)
+    is_merged = recipe.is_merged(model)
     if is_merged:
-        merged.verify(model)
-        digest = artifacts.digest_file(model / merged.RECIPE)
+        recipe.verify(model)
+        digest = artifacts.digest_file(model / recipe.RECIPE)
     else:
         digest = artifacts.digest_folder(model)
-    chosen = list(names) or (merged.read_recipe(model)["tasks"] if is_merged else [])
+    chosen = list(names) or (recipe.read_recipe(model)["tasks"] if is_merged else [])
     if not chosen:
         raise UserError(f"{model}: not a merged model, so say which task it is for: --task TASK")
     found = {name: tasks.task(name) for name in chosen}
@@ -345,7 +352,7 @@ def evaluate(
     def compute() -> Mapping[str, Any]:
         entries = {}
         for name, task in found.items():
-            checkpoint = merged.task_folder(model, name) if is_merged else model
+            checkpoint = recipe.task_folder(model, name) if is_merged else model
             tables = {split: data.read(folder, task, split) for split in splits[name]}
             entries[name] = _scores(checkpoint, task, tables, settings, progress)
         return {"tasks": entries, "score": sum(entry["score"] for entry in entries.values()) / len(entries)}
@@ -423,24 +430,24 @@ def register(
     from fmn import registry
 
     started = time.monotonic()
-    merged.verify(model)
-    recipe = merged.read_recipe(model)
+    recipe.verify(model)
+    made = recipe.read_recipe(model)
     found = artifacts.read_json(metrics)
-    inputs = {"merged": artifacts.digest_file(model / merged.RECIPE), "metrics": artifacts.digest_file(metrics)}
+    inputs = {"merged": artifacts.digest_file(model / recipe.RECIPE), "metrics": artifacts.digest_file(metrics)}
     key = artifacts.content_key("register", REGISTER, settings.model_dump(), inputs)
-    experts = recipe["experts"]
+    experts = made["experts"]
     registered = registry.register(
         model,
         name=settings.name,
         experiment=settings.experiment,
         key=key,
         params={
-            **{name: recipe[name] for name in ("method", "mapping", "scale", "seed") if recipe[name] is not None},
-            "tasks": ", ".join(recipe["tasks"]),
-            **{f"coefficient.{task}": value for task, value in recipe["coefficients"].items()},
+            **{name: made[name] for name in ("method", "mapping", "scale", "seed") if made[name] is not None},
+            "tasks": ", ".join(made["tasks"]),
+            **{f"coefficient.{task}": value for task, value in made["coefficients"].items()},
             **{
                 f"fisher.{task}.{name}": stated[name]
-                for task, stated in recipe["fisher"].items()
+                for task, stated in made["fisher"].items()
                 for name in ("estimator", "samples")
             },
         },
@@ -449,7 +456,7 @@ def register(
             **{f"{task}.{name}": value for task, entry in found["tasks"].items() for name, value in entry.items()},
         },
         artifacts={
-            "merged": model / merged.RECIPE,
+            "merged": model / recipe.RECIPE,
             "metrics": metrics,
             **({"report": report_folder} if report_folder else {}),
         },
@@ -473,7 +480,7 @@ def predict(model: Path, task: str, text: str, second: str | None) -> dict[str, 
     found = tasks.task(task)
     if (len(found.columns) == 2) != (second is not None):
         raise UserError(f"task {task} takes {len(found.columns)} texts: {', '.join(found.columns)}")
-    folder = merged.task_folder(model, task)
+    folder = recipe.task_folder(model, task)
     classifier = checkpoints.load_classifier(folder).eval()
     inputs = checkpoints.load_tokenizer(folder)(text, second, truncation=True, max_length=128, return_tensors="pt")
     with torch.inference_mode():

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fmn.checkpoints import TensorHeader
 from fmn.errors import UserError
+from fmn.headers import TensorHeader
 from fmn.merge import Method, Part, Settings, rescale
 
 DTYPES = {

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 
 from fmn import stages
 from fmn.params import DataSettings, FinetuneSettings, FisherSettings
+from tests.folders import tiny_bert
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("sst2", "mrpc", "stsb")
@@ -46,6 +47,18 @@ def tiny_work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         expert = work / "experts" / task
         stages.fisher(expert, task, work / "data", work / "fisher" / f"{task}.parquet", FISHER)
     return work
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a random BERT classifier of ten words; not to be changed by a test."""
+    return tiny_bert(tmp_path_factory.mktemp("checkpoints") / "bert")
+
+
+@pytest.fixture
+def copy(bert: Path, tmp_path: Path) -> Path:
+    """The same checkpoint, for a test to change."""
+    return Path(shutil.copytree(bert, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="session")

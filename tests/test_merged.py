@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from fmn import architectures, merged
+from fmn import architectures, merged, recipe
 from fmn.architectures import NodeValues
 from fmn.errors import UserError
-from fmn.merge import METHODS
+from fmn.methods import NEEDS
 from tests.tiny import tiny_model
 
 LABELS = {"mrpc": 2, "stsb": 1, "mnli": 3}
@@ -126,7 +126,7 @@ def test_the_result_does_not_depend_on_the_order_of_the_experts(tmp_path: Path) 
             method="mask-fisher",
             fisher={task: values[task] for task in reversed(order)},
         )
-    digests = [merged.read_recipe(tmp_path / out)["files"] for out in ("one", "two")]
+    digests = [recipe.read_recipe(tmp_path / out)["files"] for out in ("one", "two")]
     assert digests[0] == digests[1]
 
 
@@ -137,7 +137,7 @@ def test_the_encoder_is_on_the_disk_once_and_heads_are_the_experts(tmp_path: Pat
     assert (out / "README.md").read_text() == "# A model\n"
     weights = out / "encoder" / "model.safetensors"
     for task, folder in folders.items():
-        assert (merged.task_folder(out, task) / "model-00001-of-00002.safetensors").samefile(weights)
+        assert (recipe.task_folder(out, task) / "model-00001-of-00002.safetensors").samefile(weights)
         head, expert = (
             load_file(out / "tasks" / task / "model-00002-of-00002.safetensors"),
             load_file(folder / "model.safetensors"),
@@ -158,7 +158,7 @@ def test_the_recipe_says_how_it_was_made_and_what_the_caller_adds(tmp_path: Path
         coefficients={"mrpc": 3.0},
         recipe={"key": "k", "experts": {"mrpc": "r"}},
     )
-    assert stated == merged.read_recipe(tmp_path / "out")
+    assert stated == recipe.read_recipe(tmp_path / "out")
     assert {
         name: stated[name] for name in ("tasks", "method", "mapping", "coefficients", "scale", "key", "experts")
     } == {
@@ -182,7 +182,7 @@ def test_a_large_encoder_is_written_in_shards_that_load(tmp_path: Path, shard_by
         one, two = (auto.from_pretrained(tmp_path / out / part).state_dict() for out in ("out", "whole"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
-    merged.verify(tmp_path / "out")
+    recipe.verify(tmp_path / "out")
 
 
 def test_sharded_experts_merge_as_whole_ones(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_sharded_experts_merge_as_whole_ones(tmp_path: Path) -> None:
     outs = [tmp_path / "one", tmp_path / "two"]
     for out, given in zip(outs, (folders, sharded), strict=True):
         merged.write(out, given, method="average")
-    one, two = (merged.read_recipe(out)["files"]["encoder/model.safetensors"] for out in outs)
+    one, two = (recipe.read_recipe(out)["files"]["encoder/model.safetensors"] for out in outs)
     assert one == two
 
 
@@ -225,26 +225,26 @@ def test_verify_names_a_file_that_changed_or_is_missing(tmp_path: Path, name: st
     out = tmp_path / "out"
     merged.write(out, experts(tmp_path), method="average", card="a card")
     (out / "README.md").write_text("an edited card")
-    merged.verify(out)
+    recipe.verify(out)
     data = bytearray((out / name).read_bytes())
     data[-2] ^= 1
     (out / name).write_bytes(data)
     with pytest.raises(UserError, match="not what was written there"):
-        merged.verify(out)
+        recipe.verify(out)
     (out / name).unlink()
     with pytest.raises(UserError, match=name):
-        merged.verify(out)
+        recipe.verify(out)
 
 
 def test_a_merged_model_is_told_from_a_checkpoint(tmp_path: Path) -> None:
     folders = experts(tmp_path)
     merged.write(tmp_path / "out", folders, method="average")
-    assert merged.is_merged(tmp_path / "out")
-    assert not merged.is_merged(folders["mrpc"])
+    assert recipe.is_merged(tmp_path / "out")
+    assert not recipe.is_merged(folders["mrpc"])
     with pytest.raises(UserError, match="no task 'rte' in this merged model; it has mnli, mrpc, stsb"):
-        merged.task_folder(tmp_path / "out", "rte")
+        recipe.task_folder(tmp_path / "out", "rte")
     with pytest.raises(UserError, match="not a merged model"):
-        merged.task_folder(folders["mrpc"], "mrpc")
+        recipe.task_folder(folders["mrpc"], "mrpc")
 
 
 def settings(**changed: Any) -> dict[str, Any]:
@@ -291,14 +291,14 @@ def test_fisher_that_does_not_fit_is_refused(tmp_path: Path, damage: Any, messag
 def test_nan_in_an_expert_is_refused_and_leaves_the_older_model(tmp_path: Path) -> None:
     folders, out = experts(tmp_path), tmp_path / "out"
     merged.write(out, folders, method="average")
-    before = merged.read_recipe(out)
+    before = recipe.read_recipe(out)
     tensors = load_file(folders["stsb"] / "model.safetensors")
     tensors["bert.encoder.layer.1.output.dense.weight"][3, 5] = float("nan")
     save_file(tensors, folders["stsb"] / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"expert stsb: tensor encoder.layer.1.output.dense.weight holds NaN or Inf"):
         merged.write(out, folders, method="average", coefficients={"stsb": 0.0})
-    assert merged.read_recipe(out) == before
-    merged.verify(out)
+    assert recipe.read_recipe(out) == before
+    recipe.verify(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "out"])
 
 
@@ -314,13 +314,13 @@ def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.base])
+@pytest.mark.parametrize("method", [name for name, needs in NEEDS.items() if needs.base])
 def test_every_method_that_takes_the_base_gives_a_model(method: str, tmp_path: Path) -> None:
     base = save(tiny_model("bert", 2, seed=9), tmp_path / "base")
     out = tmp_path / "out"
     stated = merged.write(out, experts(tmp_path), method=method, base=base, scale=0.5, density=0.4)
-    assert stated["density"] == (0.4 if METHODS[method].density else None)
-    merged.verify(out)
+    assert stated["density"] == (0.4 if NEEDS[method].density else None)
+    recipe.verify(out)
     with pytest.raises(UserError, match="density 0: must be above 0"):
         merged.write(out, experts(tmp_path / "more"), method="ties", base=base, density=0)
     with pytest.raises(UserError, match=f"method {method} needs the model"):
@@ -345,5 +345,5 @@ def test_a_killed_merge_leaves_nothing_that_looks_finished(tmp_path: Path) -> No
     assert done.returncode == -signal.SIGKILL
     assert not out.exists()
     merged.write(out, folders, method="average")
-    merged.verify(out)
+    recipe.verify(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "out"])

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmn import stream
-from fmn.checkpoints import TensorHeader, tensor_headers
 from fmn.errors import UserError
+from fmn.headers import TensorHeader, tensor_headers
 from fmn.merge import METHODS, Settings
+from fmn.methods import NEEDS
 from fmn.stream import Recipe, Slot
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -48,7 +49,7 @@ def merge(
 ) -> dict[str, Tensor]:
     """Merge into one file and load it with the safetensors library."""
     parameters = stream.plan(experts, base)
-    settings = Settings(tuple(experts), (1.0,) * len(experts), METHODS[method].density or 1.0, 0)
+    settings = Settings(tuple(experts), (1.0,) * len(experts), NEEDS[method].density or 1.0, 0)
     recipe = Recipe(METHODS[method], settings, scale, shares or (lambda name: even(len(experts))))
     digest = stream.write_file(out, [parameter.slot for parameter in parameters], stream.merge(parameters, recipe))
     assert digest == hashlib.sha256(out.read_bytes()).hexdigest()
@@ -222,7 +223,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from fmn import stream
-from fmn.checkpoints import tensor_headers
+from fmn.headers import tensor_headers
 from fmn.merge import METHODS, Settings
 def peak():
     status = Path("/proc/self/status").read_text()
