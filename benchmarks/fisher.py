@@ -37,6 +37,7 @@ from fmn.fisher import GROUP, estimate
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 LABELS = {
     "forward": "(a) forward pass alone",
@@ -101,7 +102,8 @@ def build(name: str, classes: int) -> tuple[PreTrainedModel, int]:
         config = AutoConfig.for_model("bert", num_labels=classes)  # its defaults are BERT-base
         model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
-        model.classifier.weight.normal_(0, 0.5)  # a fresh head hardly depends on the text
+        # As after fine-tuning, the logits depend on the text, by a few units; those of a fresh head hardly do.
+        model.classifier.weight.normal_(0, 2 / model.config.hidden_size**0.5)
     return model.eval(), model.config.vocab_size
 
 
@@ -305,6 +307,8 @@ def plot(results: list[dict[str, object]], path: Path) -> None:
         axis.set_yticks(places, [LABELS[name] for name in speeds])
         axis.invert_yaxis()
         axis.set_xscale("log")
+        axis.set_xlim(min(middle) / 3, max(middle) * 3)
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("examples per second")
         axis.set_title(f"{result['model']}, {result['dtype']}")
     figure.savefig(path, dpi=150)

@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain, pairwise
@@ -266,13 +266,16 @@ class _Runner:
 def _prepared(model: PreTrainedModel, examples: Examples, where: torch.device, precision: str) -> Iterator[_Runner]:
     """The model in evaluation mode, without a cache, with its tensors on the device; afterwards as it was.
 
-    For bfloat16 the matrices are cast here, once: autocast would cast them again in every pass.
+    For bfloat16 the encoder's matrices are cast here, once: autocast would cast them again in every pass. The head
+    stays in float32, as logits rounded to bfloat16 would blur the probabilities of confident models.
     """
+    linear = {path: module for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    encoder = {path for path in linear if path.startswith(f"{model.base_model_prefix}.")}
     matrices = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if precision == "bfloat16" and isinstance(module, (nn.Linear, Conv1D))
-        for name, _ in module.named_parameters(recurse=False)
+        f"{path}.{name}"
+        for path in encoder
+        if precision == "bfloat16"
+        for name, _ in linear[path].named_parameters(recurse=False)
     }
     tensors = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -290,7 +293,10 @@ def _prepared(model: PreTrainedModel, examples: Examples, where: torch.device, p
             config.use_cache = False
         if settings.get("pad_token_id", 0) is None:  # decoders look for the last token that is no padding
             config.pad_token_id = examples.pad.get("input_ids")
-        yield _Runner(model, tensors, where, precision)
+        with ExitStack() as hooks:
+            for path in linear.keys() - encoder:
+                hooks.enter_context(_without_autocast(linear[path], where))
+            yield _Runner(model, tensors, where, precision)
     finally:
         if config._attn_implementation != attention:
             model.set_attn_implementation(attention)
@@ -298,6 +304,26 @@ def _prepared(model: PreTrainedModel, examples: Examples, where: torch.device, p
             setattr(config, name, value)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _without_autocast(module: nn.Module, where: torch.device) -> Iterator[None]:
+    """The module computes in the number format of its weights."""
+    off = ExitStack()
+
+    def enter(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        off.enter_context(torch.autocast(where.type, enabled=False))
+        return tuple(tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in args)
+
+    def leave(_module: nn.Module, _args: object, _output: object) -> None:
+        off.close()
+
+    handles = module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _place(tensor: Tensor, where: torch.device, dtype: torch.dtype) -> Tensor:
