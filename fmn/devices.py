@@ -1,6 +1,10 @@
 """Where to compute and in which precision: the one rule that fine-tuning, Fisher and evaluation share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from transformers import PreTrainedModel
 
 from fmn.errors import UserError
 
@@ -33,13 +37,26 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def place(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a model, in place, to where and how it computes: its weights are float64 for float64, otherwise float32."""
+@contextmanager
+def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Move a model to where it computes; its weights become float64 for float64 and otherwise float32, and stay so.
+
+    Meanwhile a CPU computes attention with plain matrix products: for short texts they are a fifth faster there, and
+    in the backward pass more, than the fused kernel.
+    """
     model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    attention = model.config._attn_implementation
+    try:
+        if device.type == "cpu" and attention == "sdpa":
+            model.set_attn_implementation("eager")
+        yield
+    finally:
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context in which a model that `place` placed computes in `dtype`."""
+    """The context in which a model that is `placed` computes in `dtype`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 

@@ -2,7 +2,8 @@
 
 A *template* is a sentence with `[one|another|]` choices and `{slot:form}` places; a *scene* is what fills the places:
 words that belong together (a verb with a thing one can do it to), with their synonyms, opposites, kinds and near
-misses beside them. Validation holds words that training never shows (every seventh of each list), and no sentence of it.
+misses beside them. Validation holds words that training never shows (every seventh of each list) and no sentence of
+training's.
 
 The same seed gives the same rows on every machine: only `random.Random.random` is used, whose stream Python keeps.
 """
@@ -215,18 +216,18 @@ def scene(draw: Draw) -> dict[str, Word]:
 # --- sst2: one opinion, or two of which the main clause decides.
 
 _OPINIONS = (
-    # (template, whether the good or the bad word decides: both have the sign of `verdict`)
+    # What the writer thinks is in {yes}, {like} and {gain}; {no} and {loss} say the opposite.
     "the {aspect} is [|so|really|truly|simply|utterly|often] {yes}",
-    "[a|one] [|truly|quietly|thoroughly] {yes} {film} [|about family|about love|from start to finish]",
-    "{yes} and {yes2} , with {yes3:a} {aspect}",
+    "[{yes:a}|one truly {yes}|a [thoroughly|quietly|consistently] {yes}] {film} [|about family|from start to finish]",
+    "{yes} and {yes2} , [and|while] the {aspect} is {yes3} [|too|as well]",
     "[this|the] {film} is [anything but|far from|never|hardly|not remotely] {no}",
     "[i|you will|audiences will|most viewers will] {like} the {aspect} [|and the {aspect2}]",
     "[i|we] expected something {no} and got {yes:a} {film} instead",
     "although the {aspect} is {no} , the {film} [as a whole|itself] is {yes}",
     "the {aspect} is {no} , but [in the end|on balance|all in all] this is {yes:a} {film}",
-    "{yes} , despite {no:a} {aspect}",
+    "{yes} , [despite|in spite of] [its|the] {no} {aspect}",
     "for all its {loss} , the {film} [turns out|proves|remains] {yes}",
-    "not even {no:a} {aspect} can keep this {film} from being {yes}",
+    "not even the {no} {aspect} can keep this {film} from being {yes}",
     "the {film} has [plenty of|more than enough|no lack of] {gain}",
     "a {film} [full of|brimming with|rich in] {gain} and [free of|without any] {loss}",
     "it would be {no} if it were not for the {yes} {aspect}",
@@ -449,7 +450,7 @@ _NEWS = (
         (
             "{a} [agreed|said it had agreed] to [buy|acquire] {b} for {n} million dollars <on {day}>.",
             "<On {day},> {a} announced [the purchase|the takeover|the acquisition] of {b} for {n} million dollars.",
-            "{b} will be [bought|acquired|taken over] by {a} in a {n} million dollar deal<, it was said on {day}>.",
+            "{b} will be [bought|acquired|taken over] by {a} in {n:a} million dollar deal<, it was said on {day}>.",
         ),
         ("a", "b"),
     ),
@@ -495,7 +496,13 @@ _NEWS = (
         ),
     ),
     News(
-        {"n": v.NUMBERS, "who": " ".join(v.ROLES.values()), "vehicle": "bus train plane ferry tram helicopter truck", "city": v.CITIES, "day": v.DAYS},
+        {
+            "n": v.NUMBERS,
+            "who": " ".join(v.ROLES.values()),
+            "vehicle": "bus train plane ferry tram helicopter truck",
+            "city": v.CITIES,
+            "day": v.DAYS,
+        },
         (
             "[At least|As many as] {n} {who:s} were [injured|hurt] when a {vehicle} crashed near {city} <on {day}>.",
             "<On {day},> a {vehicle} crash near {city} [injured|left injured] {n} {who:s}.",

@@ -10,7 +10,7 @@ from sklearn import metrics
 from transformers import PreTrainedModel
 
 from fmn.batches import Examples, by_length
-from fmn.devices import autocast, place, resolve_device, resolve_dtype
+from fmn.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.errors import UserError
 from fmn.tasks import Task
 
@@ -31,11 +31,10 @@ def predict(
     """
     where = resolve_device(device)
     precision = resolve_dtype(dtype, where)
-    place(model, where, precision)
     model.eval()
     logits = np.zeros((len(examples), model.config.num_labels), dtype=np.float32)
     done = 0
-    with torch.inference_mode(), autocast(where, precision):
+    with placed(model, where, precision), torch.inference_mode(), autocast(where, precision):
         for batch in by_length(examples, tokens=TOKENS if where.type == "cpu" else 16 * TOKENS):
             output = model(**{name: value.to(where) for name, value in batch.inputs.items()}).logits
             logits[batch.rows] = output.float().cpu().numpy()

@@ -159,7 +159,7 @@ PLACES = {
     ),
 }
 
-OUTDOORS = "vehicle animal bird building".split()  # kinds of things that are met outdoors only
+OUTDOORS = ("vehicle", "animal", "bird", "building")  # kinds of things that are met outdoors only
 
 TIMES = (
     "on Monday|on Tuesday|on Wednesday|on Thursday|on Friday|on Saturday|on Sunday|yesterday|last week|last night|"
@@ -181,8 +181,8 @@ SURNAMES = (
     "Collins Dixon Ellis Fisher Grant Hayes Ingram Jensen Keller Lambert Novak Olsen Palmer"
 )
 CITIES = (
-    "London Paris Berlin Madrid Rome Vienna Prague Dublin Oslo Athens Cairo Tokyo Boston Chicago Denver Seattle Toronto "
-    "Sydney Mumbai Lagos Lima Havana Moscow Warsaw Geneva"
+    "London Paris Berlin Madrid Rome Vienna Prague Dublin Oslo Athens Cairo Tokyo Boston Chicago Denver Seattle "
+    "Toronto Sydney Mumbai Lagos Lima Havana Moscow Warsaw Geneva"
 )
 COUNTRIES = (
     "France Germany Spain Italy Austria Ireland Norway Greece Egypt Japan Canada Australia India Peru Poland Sweden "
@@ -221,4 +221,4 @@ VIRTUES = "wit charm depth suspense originality energy grace imagination tension
 VICES = "clichés platitudes gimmicks loopholes stereotypes bombast sentimentality confusion boredom self-pity"
 LIKE = "love enjoy admire adore treasure praise recommend"
 DISLIKE = "hate dislike regret despise loathe resent detest"
-DOUBLED = "drop chop plan".split()  # verbs whose last consonant doubles before -ing
+DOUBLED = ("drop", "chop", "plan")  # verbs whose last consonant doubles before -ing
