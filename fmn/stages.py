@@ -5,15 +5,19 @@ once. The command line, the Prefect flow and DVC all call these functions, so no
 """
 
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fmn import __version__, artifacts, checkpoints, data, recipe, report, sources, tasks
 from fmn.errors import UserError
 from fmn.methods import NEEDS
 from fmn.params import DataSettings, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings, RegistrySettings
+
+if TYPE_CHECKING:
+    from fmn.fisher import State
 
 Progress = Callable[[int, int], None]
 
@@ -160,8 +164,9 @@ def finetune(
             progress=progress,
             **settings.model_dump(exclude={"examples"}),
         )
-        model.cpu().save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        with checkpoints.no_bars():
+            model.cpu().save_pretrained(target)
+            tokenizer.save_pretrained(target)
         last = losses[-max(1, len(losses) // 10) :]
         return {
             "task": task,
@@ -175,14 +180,45 @@ def finetune(
     return _folder_stage("finetune", out, key, fill)
 
 
+def _write_state(path: Path, key: str, state: "State") -> None:
+    import numpy as np
+
+    with artifacts.whole_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, key=np.asarray(key), **state.arrays())
+
+
+def _read_state(path: Path, key: str) -> "State | None":
+    """The partial sums of a killed run for the same content key; None where there are none that can be read."""
+    import numpy as np
+
+    from fmn.fisher import State
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return State.from_arrays(arrays) if str(arrays["key"]) == key else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
 def fisher(
-    checkpoint: Path, task: str, folder: Path, out: Path, settings: FisherSettings, progress: Progress | None = None
+    checkpoint: Path,
+    task: str,
+    folder: Path,
+    out: Path,
+    settings: FisherSettings,
+    progress: Progress | None = None,
+    save_seconds: float = 30.0,
 ) -> Outcome:
-    """The mask Fisher of an expert on its task's training split, as a Parquet artifact."""
+    """The mask Fisher of an expert on its task's training split, as a Parquet artifact.
+
+    Every ``save_seconds`` the partial sums are saved beside ``out``; a run that was killed goes on from them and gives
+    the same bytes.
+    """
     found = tasks.task(task)
     described = {"task": task, **settings.model_dump(exclude={"device"})}
     inputs = {"checkpoint": artifacts.digest_folder(checkpoint), **data.digests(folder, found, ["train"])}
     key = artifacts.content_key("fisher", FISHER, described, inputs)
+    sums = out.with_name(f".{out.name}.partial-sums")  # of a run that was killed; it goes on from there
 
     def make() -> None:
         from fmn import fisher
@@ -201,6 +237,9 @@ def fisher(
             device=settings.device,
             dtype=settings.dtype,
             progress=progress,
+            state=_read_state(sums, key),
+            save=lambda state: _write_state(sums, key, state),
+            save_seconds=save_seconds,
         )
         sites = mask_sites(model)
         metadata = {
@@ -223,6 +262,7 @@ def fisher(
             "fmn": __version__,
         }
         artifacts.write_fisher(out, estimate.fisher, estimate.stderr, metadata)
+        sums.unlink(missing_ok=True)
 
     def summarise() -> Mapping[str, Any]:
         return artifacts.read_fisher(out)[2]

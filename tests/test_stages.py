@@ -1,6 +1,8 @@
 """Stages: files to files, made once, made again when and only when something they depend on changed."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -207,3 +209,31 @@ def test_all_estimators_have_artifacts_of_their_own(work: Path) -> None:
         _, stderr, stated = artifacts.read_fisher(out)
         assert stated["estimator"] == estimator
         assert (stderr is None) == (estimator == "batch")
+
+
+def test_a_killed_fisher_run_goes_on_and_gives_the_same_bytes(work: Path) -> None:
+    expert, data, whole, killed = (
+        work / "experts" / "sst2",
+        work / "data",
+        work / "whole.parquet",
+        work / "killed.parquet",
+    )
+    settings = FisherSettings(samples="all", device="cpu", dtype="float32")
+    stages.fisher(expert, "sst2", data, whole, settings)
+    code = (
+        "import sys; from pathlib import Path; from fmn import stages; from fmn.params import FisherSettings\n"
+        "settings = FisherSettings(samples='all', device='cpu', dtype='float32')\n"
+        "expert, data, out = map(Path, sys.argv[1:])\n"
+        "stages.fisher(expert, 'sst2', data, out, settings, lambda done, total: print(done, flush=True), 0.0)\n"
+    )
+    command = [sys.executable, "-c", code, str(expert), str(data), str(killed)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen = [int(next(process.stdout)) for _ in range(4)][-1]
+        process.kill()
+    assert not killed.exists()
+    reported: list[int] = []
+    stages.fisher(expert, "sst2", data, killed, settings, lambda done, total: reported.append(done))
+    assert reported[0] >= seen, "finished batches are not repeated"  # the last one seen may not have been saved
+    assert killed.read_bytes() == whole.read_bytes()
+    assert not [path for path in work.iterdir() if "partial" in path.name]
