@@ -412,15 +412,21 @@ def _recognised(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]])
     numbered = [match for match in (re.match(r"(.*?)\.\d+\.(.+)", name) for name in shapes) if match]
     matrices = {match[0] for match in numbered if len(shapes[match[0]]) > 1}
     blocks = dict.fromkeys(block for stacks in ARCHITECTURES.values() for stack in stacks for block in stack.blocks)
+    hidden = getattr(config, "hidden_size", None)
     fits: dict[tuple[int, int], list[Stack]] = {}
     for path in sorted({match[1] + ".{}" for match in numbered}):
         for head, neuron in product(blocks, blocks):
             if (head.node, neuron.node) != ("head", "neuron") or set(head.norms) & set(neuron.norms):
                 continue
-            modules = [*_modules(head), *_modules(neuron)]
+            layers = _layers(path, shapes)
+            outputs = [
+                (shapes.get(f"{layer}.{block.output}.weight"), block) for layer in layers for block in (head, neuron)
+            ]
+            if not all(shape and shape[1 if block.transposed else 0] == hidden for shape, block in outputs):
+                continue
             explained: set[str] = set()
             missing = 0
-            for layer, module in product(_layers(path, shapes), modules):
+            for layer, module in product(layers, [*_modules(head), *_modules(neuron)]):
                 names = {f"{layer}.{module}.{kind}" for kind in ("weight", "bias")} & shapes.keys()
                 explained |= names
                 missing += not names

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,10 +33,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fmn.architectures import MaskSite, NodeValues, Site, mask_sites
 from fmn.batches import Batch, Examples, by_length, random_order, select
+from fmn.devices import autocast, resolve_device, resolve_dtype
 from fmn.errors import UserError
 
 ESTIMATORS = ("empirical", "expected", "sampled", "batch")
-DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 GROUP = 32
 """Examples in a batch of the `batch` estimator, as in the released code."""
@@ -62,7 +62,7 @@ class State:
     done: np.ndarray  # int64 []: examples taken in
     tokens: np.ndarray  # int64 []: of a batch, at most
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Any]:
         return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
 
     @staticmethod
@@ -99,7 +99,7 @@ def estimate(
     *,
     estimator: str,
     regression: bool,
-    samples: int | str | None = None,
+    samples: int | Literal["auto"] | None = None,
     stratified: bool = False,
     seed: int = 0,
     part: tuple[int, int] = (0, 1),
@@ -126,7 +126,8 @@ def estimate(
     `dtype`: "auto" (bfloat16 on GPUs and on CPUs with instructions for it, else float32), "float32", "bfloat16",
     "float64". bfloat16 is that of autocast: sums, normalisations and residuals stay in float32.
     `save` gets the state every `save_seconds` and at the end; with such a `state` the run goes on from there, and on a
-    CPU gives the same bits as a run without a break. A state of another run is left unused.
+    CPU gives the same bits as a run without a break. A state of other settings or another sample is left unused; that
+    model and texts are the same is the caller's to see to.
     `progress` gets the number of examples taken in and to be taken in.
 
     The result does not depend on batch size, device or number of parts, but for rounding. Batches are as large as free
@@ -138,13 +139,13 @@ def estimate(
     if samples == "auto" and part != (0, 1):
         raise UserError('samples="auto" cannot be split into parts: the number of examples is not known beforehand')
     sites = mask_sites(model)
-    where = _device(device)
-    precision = _dtype(dtype, where)
+    where = resolve_device(device)
+    precision = resolve_dtype(dtype, where)
     _check_labels(model, examples, estimator, regression)
     if auto := samples == "auto":
         rows = random_order(examples.labels, seed, stratified)
     else:
-        rows = select(examples.labels, None if samples is None else int(samples), seed, stratified)
+        rows = select(examples.labels, None if samples is None else samples, seed, stratified)
     first, last = _share(len(rows), part)
     settings = json.dumps(
         {
@@ -154,7 +155,7 @@ def estimate(
             "seed": seed,
             "auto": auto,
             "device": where.type,
-            "dtype": precision,
+            "dtype": str(precision).removeprefix("torch."),
             "sample": _digest(rows, examples.labels, examples.lengths),
             "part": part,
         }
@@ -248,7 +249,7 @@ class _Runner:
     model: PreTrainedModel
     tensors: Mapping[str, Tensor]
     where: torch.device
-    precision: str
+    precision: torch.dtype
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, C]."""
@@ -257,13 +258,15 @@ class _Runner:
             name: _place(tensor, self.where, floats if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in batch.inputs.items()
         }
-        with torch.autocast(self.where.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with autocast(self.where, self.precision):
             found: Tensor = functional_call(self.model, dict(self.tensors), (), inputs).logits
         return found
 
 
 @contextmanager
-def _prepared(model: PreTrainedModel, examples: Examples, where: torch.device, precision: str) -> Iterator[_Runner]:
+def _prepared(
+    model: PreTrainedModel, examples: Examples, where: torch.device, precision: torch.dtype
+) -> Iterator[_Runner]:
     """The model in evaluation mode, without a cache, with its tensors on the device; afterwards as it was.
 
     For bfloat16 the encoder's matrices are cast here, once: autocast would cast them again in every pass. The head
@@ -274,7 +277,7 @@ def _prepared(model: PreTrainedModel, examples: Examples, where: torch.device, p
     matrices = {
         f"{path}.{name}"
         for path in encoder
-        if precision == "bfloat16"
+        if precision == torch.bfloat16
         for name, _ in linear[path].named_parameters(recurse=False)
     }
     tensors = {}
@@ -342,7 +345,7 @@ def _per_example(
     regression: bool,
 ) -> Tensor:
     """The estimator's term of every example, [B, P]: squared gradients; for `batch` the gradients themselves."""
-    kind = torch.float64 if runner.precision == "float64" else torch.float32
+    kind = _float(runner.precision)
     gradients = torch.zeros(len(batch.rows), _nodes(sites), dtype=kind, device=runner.where)
     with torch.enable_grad(), _tapped(runner.model, sites, gradients) as leaves:
         logits = runner.logits(batch)
@@ -493,32 +496,9 @@ def _nodes(sites: Sequence[MaskSite]) -> int:
     return sum(site.nodes for site in sites)
 
 
-def _float(precision: str) -> torch.dtype:
-    return torch.float64 if precision == "float64" else torch.float32
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device {device!r} is unknown: choose auto, cpu, cuda or cuda:N") from error
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device!r} is not there: {torch.cuda.device_count()} CUDA devices are")
-    return where
-
-
-def _dtype(dtype: str, where: torch.device) -> str:
-    """What "auto" stands for: bfloat16 where the processor multiplies matrices in it."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-    if dtype != "auto":
-        return dtype
-    if where.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(where) >= (8, 0) else "float32"
-    can = torch.cpu.get_capabilities() if where.type == "cpu" else {}
-    return "bfloat16" if can.get("amx_bf16") or can.get("avx512_bf16") else "float32"
+def _float(precision: torch.dtype) -> torch.dtype:
+    """Of weights, sums and logits; the matrix products of bfloat16 alone are narrower."""
+    return torch.float64 if precision == torch.float64 else torch.float32
 
 
 def _check_labels(model: PreTrainedModel, examples: Examples, estimator: str, regression: bool) -> None:
@@ -591,7 +571,7 @@ def _half_correlation(halves: np.ndarray, layout: Sequence[tuple[Site, int]]) ->
 # ---- memory ----
 
 
-def _token_budget(sites: Sequence[MaskSite], examples: Examples, where: torch.device, precision: str) -> int:
+def _token_budget(sites: Sequence[MaskSite], examples: Examples, where: torch.device, precision: torch.dtype) -> int:
     """Tokens of a batch (padding included) that surely fit the free memory: a power of two, so that it seldom changes.
 
     For each token an attention keeps up to 8 values a channel and 2 a head and position, a feed-forward block 3 a

@@ -204,6 +204,7 @@ def test_owned_rows_and_columns_switch_their_node_off() -> None:
 
 class _Unknown(transformers.PretrainedConfig):  # type: ignore[misc]
     model_type = "unheard-of"
+    hidden_size = 24
     num_attention_heads = 4
     num_key_value_heads: int | None = None
 
@@ -221,6 +222,32 @@ def test_an_unrecognisable_architecture_is_refused_with_the_lines_to_add() -> No
     shapes = {"tower.0.alpha.weight": (8, 8), "tower.0.beta.weight": (8, 8)}
     with pytest.raises(UserError, match=r'unheard-of.*ARCHITECTURES.*two lines, Block\("head".*Block\("neuron"'):
         claims(_Unknown(), shapes, "structured")
+
+
+def test_weights_stored_the_other_way_round_are_not_taken_for_the_known_ones() -> None:
+    shapes = shapes_of(tiny_model("gpt2").base_model)
+    turned = {name: shape[::-1] if name.startswith("h.") else shape for name, shape in shapes.items()}
+    with pytest.raises(UserError, match="unheard-of"):
+        claims(_Unknown(), turned, "structured")
+
+
+def test_models_built_like_the_described_ones_need_no_lines_of_their_own() -> None:
+    for kind, like in (("ernie", "bert"), ("olmo2", "gemma2")):
+        own = {name: getattr(CONFIGS["llama"](), name) for name in ("hidden_size", "intermediate_size", "vocab_size")}
+        config = transformers.AutoConfig.for_model(
+            kind, **own, num_hidden_layers=2, num_attention_heads=4, num_labels=2, pad_token_id=0
+        )
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        found = claims(config, shapes_of(model.base_model), "structured")
+        assert kind not in ARCHITECTURES
+        assert [site.site for site in mask_sites(model)] == [
+            Site(i, node) for i in range(2) for node in ("head", "neuron")
+        ]
+        after_attention = {
+            "bert": "encoder.layer.0.attention.output.LayerNorm",
+            "gemma2": "layers.0.post_attention_layernorm",
+        }
+        assert found[f"{after_attention[like]}.weight"].parts[0].site == Site(0, "head")
 
 
 def test_a_layer_with_matrices_nobody_claims_is_not_recognised() -> None:
