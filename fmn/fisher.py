@@ -156,6 +156,7 @@ def estimate(
             "auto": auto,
             "device": where.type,
             "dtype": str(precision).removeprefix("torch."),
+            "samples": len(rows),
             "sample": _digest(rows, examples.labels, examples.lengths),
             "part": part,
         }
@@ -197,9 +198,10 @@ def combine(states: Sequence[State]) -> State:
     """The state of the whole sample from those of all its parts, in any order. Raises UserError if one is missing."""
     asked = [json.loads(state.settings) for state in states]
     parts = sorted(tuple(settings.pop("part")) for settings in asked)
-    if not states or parts != [(i, len(parts)) for i in range(len(parts))] or any(other != asked[0] for other in asked):
+    whole = parts == [(i, len(parts)) for i in range(len(parts))] and all(other == asked[0] for other in asked)
+    if not states or not whole or sum(int(state.done) for state in states) != asked[0]["samples"]:
         raise UserError(
-            f"parts {parts} are not all the parts of one run: estimate every part (i, n) with the same settings"
+            f"parts {parts} are not all the parts of one run: estimate every part (i, n), to its end and alike"
         )
     first = states[0]
     return State(
@@ -224,7 +226,7 @@ def summarise(state: State) -> Estimate:
         fisher = total
         certain = correlation is not None
     else:
-        fisher = total / samples
+        fisher = total / max(samples, 1)  # a part of a small sample may be empty
         spread = np.maximum(state.squares - samples * fisher**2, 0)
         stderr = np.sqrt(spread / (samples - 1) / samples) if samples > 1 else np.full_like(fisher, np.nan)
         positive = fisher > 0

@@ -299,14 +299,22 @@ def test_parts_add_up(estimator: str) -> None:
     assert found.samples == 90
     if estimator == "expected":
         np.testing.assert_allclose(flat(found.stderr), flat(whole.stderr), rtol=1e-6)
-    for wrong in (
-        [],
-        states[:2],
-        [states[0], *states[:2]],
-        [replace(states[0], settings=states[0].settings.replace("90", "91"))],
-    ):
+    other = replace(states[0], settings=states[0].settings.replace('"seed": 0', '"seed": 1'))
+    unfinished = replace(states[0], done=np.asarray(3))
+    for wrong in ([], states[:2], [states[0], *states[:2]], [other, *states[1:]], [unfinished, *states[1:]]):
         with pytest.raises(UserError, match="are not all the parts of one run"):
             combine(wrong)
+
+
+def test_a_part_of_a_small_sample_may_be_empty() -> None:
+    model = tiny_model("bert")
+    examples = tiny_examples("bert", 5)
+    states: list[State] = []
+    for i in range(2):
+        estimate(model, examples, estimator="expected", regression=False, part=(i, 2), device="cpu", save=states.append)
+    assert [int(state.done) for state in states] == [0, 5]
+    whole = estimate(model, examples, estimator="expected", regression=False, device="cpu")
+    np.testing.assert_array_equal(flat(summarise(combine(states)).fisher), flat(whole.fisher))
 
 
 def test_running_out_of_memory_halves_the_batch() -> None:
