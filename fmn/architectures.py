@@ -8,12 +8,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from transformers import PretrainedConfig, PreTrainedModel
 
 from fmn.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Site(NamedTuple):
@@ -257,7 +259,7 @@ class _Place:
     nodes: int
 
 
-def mask_sites(model: PreTrainedModel) -> tuple[MaskSite, ...]:
+def mask_sites(model: "PreTrainedModel") -> tuple[MaskSite, ...]:
     """The modules of `model` whose inputs the mask nodes multiply, with `module` a path in `model` itself.
 
     Raises UserError for an architecture that is neither described nor recognised.
@@ -272,12 +274,12 @@ def mask_sites(model: PreTrainedModel) -> tuple[MaskSite, ...]:
     )
 
 
-def node_counts(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[Site, int]:
+def node_counts(config: "PretrainedConfig", shapes: Mapping[str, tuple[int, ...]]) -> dict[Site, int]:
     """How many mask nodes every site of a model has; `shapes` as for `claims`."""
     return {place.site: place.nodes for place in _places(config, shapes)}
 
 
-def claims(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]], mapping: str) -> dict[str, Claim]:
+def claims(config: "PretrainedConfig", shapes: Mapping[str, tuple[int, ...]], mapping: str) -> dict[str, Claim]:
     """For every parameter of an encoder, the nodes that weigh it.
 
     `shapes`: the parameters by their names in the base model ("encoder.layer.0.attention.self.query.weight").
@@ -322,7 +324,7 @@ def _groups(part: Part, values: NodeValues) -> np.ndarray:
 
 
 def _place_claims(
-    place: _Place, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]], structured: bool
+    place: _Place, config: "PretrainedConfig", shapes: Mapping[str, tuple[int, ...]], structured: bool
 ) -> list[tuple[str, Claim]]:
     """The claims of one block in one layer, by parameter name."""
     block, site, nodes = place.block, place.site, place.nodes
@@ -363,7 +365,7 @@ def _place_claims(
     return made
 
 
-def _key_value_heads(config: PretrainedConfig, heads: int) -> int:
+def _key_value_heads(config: "PretrainedConfig", heads: int) -> int:
     return getattr(config, "num_key_value_heads", None) or heads
 
 
@@ -372,7 +374,7 @@ def _width(block: Block, shape: tuple[int, ...]) -> int:
     return shape[0 if block.transposed else 1]
 
 
-def _places(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[_Place]:
+def _places(config: "PretrainedConfig", shapes: Mapping[str, tuple[int, ...]]) -> list[_Place]:
     """Every block of every layer, layers numbered through all stacks."""
     stacks = ARCHITECTURES.get(config.model_type) or (_recognised(config, shapes),)
     places: list[_Place] = []
@@ -403,7 +405,7 @@ def _layers(path: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     return [path.format(*layer) for layer in sorted(numbers)]
 
 
-def _recognised(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> Stack:
+def _recognised(config: "PretrainedConfig", shapes: Mapping[str, tuple[int, ...]]) -> Stack:
     """The stack of an undescribed model, put together from blocks that described architectures have.
 
     It must explain every matrix of every numbered layer. Among several that do (they differ in their normalisations),
