@@ -190,24 +190,21 @@ def scene(draw: Draw) -> dict[str, Word]:
     slots["adj"], slots["anti"] = draw.opposites(v.ADJECTIVES)
     slots["adj_syn"] = _synonym(draw, slots["adj"])
     slots["mood"], slots["unmood"] = draw.opposites(v.MOODS)
-    slots["colour"], slots["colour2"] = draw.words(v.COLOURS, 2)
-    here, there = ("outdoors", "indoors") if kind in v.OUTDOORS or draw.chance(0.3) else ("indoors", "outdoors")
+    slots["colour"] = draw.words(v.COLOURS)[0]
+    here = "outdoors" if kind in v.OUTDOORS or draw.chance(0.3) else "indoors"
     slots["place"], slots["place2"] = draw.words(v.PLACES[here], 2)
-    slots["time"], slots["time2"] = draw.words(v.TIMES, 2)
-    slots["day"], slots["day2"] = draw.words(v.DAYS, 2)
-    slots["adverb"] = draw.words(v.ADVERBS)[0]
-    slots["woman"], slots["woman2"] = draw.words(v.WOMEN, 2)
-    slots["man"], slots["man2"] = draw.words(v.MEN, 2)
+    slots["time"] = draw.words(v.TIMES)[0]
+    slots["day"] = draw.words(v.DAYS)[0]
+    slots["woman"] = draw.words(v.WOMEN)[0]
+    slots["man"] = draw.words(v.MEN)[0]
     slots["name"], slots["name2"], slots["name3"] = draw.words(f"{v.WOMEN} {v.MEN}", 3)
-    slots["surname"], slots["surname2"] = draw.words(v.SURNAMES, 2)
+    slots["surname"] = draw.words(v.SURNAMES)[0]
     slots["city"], slots["city2"] = draw.words(v.CITIES, 2)
-    slots["country"], slots["country2"] = draw.words(v.COUNTRIES, 2)
     slots["company"], slots["company2"], slots["company3"] = draw.words(v.COMPANIES, 3)
     numbers = v.NUMBERS.split()
     low, middle, high = sorted(draw.some(range(len(numbers)), 3))
     slots["n_less"], slots["n"], slots["n_more"] = (Word(numbers[place]) for place in (low, middle, high))
-    year = int(draw.uniform(1950, 2015))
-    slots["year"], slots["year2"] = Word(year), Word(year + int(draw.uniform(1, 9)))
+    slots["year"] = Word(int(draw.uniform(1950, 2015)))
     slots["strict"] = draw.words(v.STRICT_VERBS)[0]
     return slots
 

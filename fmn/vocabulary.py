@@ -78,13 +78,6 @@ THINGS = {
 # Without a synonym or a past like the base form; none of them stands without an object.
 STRICT_VERBS = "devour repair avoid contain discover destroy fix mention inspect purchase describe praise"
 
-OPPOSITE_VERBS = (
-    "buy/sell open/close praise/criticize accept/reject find/lose hire/dismiss help/hinder lift/drop lock/unlock "
-    "arrest/release attack/defend approve/oppose remember/forget"
-)
-
-SPEECH_VERBS = "say=state announce confirm explain report"
-
 IRREGULAR_VERBS = {
     "eat": "ate eaten",
     "buy": "bought bought",
@@ -100,21 +93,10 @@ IRREGULAR_VERBS = {
     "draw": "drew drawn",
     "lose": "lost lost",
     "break": "broke broken",
-    "find": "found found",
-    "forget": "forgot forgotten",
-    "say": "said said",
-    "see": "saw seen",
-    "give": "gave given",
-    "take": "took taken",
-    "know": "knew known",
-    "choose": "chose chosen",
     "hang": "hung hung",
-    "forgive": "forgave forgiven",
     "drop": "dropped dropped",
     "chop": "chopped chopped",
     "plan": "planned planned",
-    "beat": "beat beaten",
-    "begin": "began begun",
 }
 
 IRREGULAR_NOUNS = {
@@ -135,17 +117,12 @@ IRREGULAR_NOUNS = {
     "mango": "mangoes",
 }
 
-# Nouns that are not counted, or whose plural equals them.
-MASS = "coffee tea milk juice beer wine cider lemonade sheep"
-
 ADJECTIVES = (
     "old/new big=large/small=little heavy/light cheap/expensive=costly clean/dirty=filthy famous/unknown "
     "beautiful/ugly wonderful/terrible strange/ordinary valuable/worthless"
 )
 COLOURS = "red blue green yellow white black brown grey purple orange pink golden"
 MOODS = "happy/sad young/old rich=wealthy/poor tall/short quiet/loud kind/cruel brave/timid clever/foolish"
-
-ADVERBS = "quickly slowly carefully quietly gladly proudly secretly patiently calmly eagerly"
 
 # Places by the kind of place they are.
 PLACES = {
