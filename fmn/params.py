@@ -95,6 +95,9 @@ class FisherSettings(Settings):
     )
     stratified: bool = Field(False, description="draw every label in its share")
     seed: int = Field(0, ge=0, description="seed of the draw")
+    workers: int = Field(
+        1, ge=1, description="processes that share the examples, each on a GPU of its own where there are several"
+    )
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field("auto", description="precision of the matrix products; auto: bfloat16 where it pays")
 

@@ -4,9 +4,12 @@ A stage computes the content key of its output; where the output is there, intac
 once. The command line, the Prefect flow and DVC all call these functions, so none repeats what another did.
 """
 
+import multiprocessing
+import os
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,6 +203,55 @@ def _read_state(path: Path, key: str) -> "State | None":
         return None
 
 
+def _sum_part(
+    checkpoint: Path,
+    task: str,
+    folder: Path,
+    settings: FisherSettings,
+    index: int,
+    key: str,
+    sums: Path,
+    save_seconds: float,
+    progress: Progress | None = None,
+) -> "State":
+    """The partial sums of one worker's part of the sample; they are saved in ``sums``, and taken up from there."""
+    import torch
+
+    from fmn import fisher
+
+    device, parts = settings.device, settings.workers
+    if parts > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
+        if device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{index % torch.cuda.device_count()}"
+    found = tasks.task(task)
+    model = checkpoints.load_classifier(checkpoint)
+    examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
+    ends: list[State] = []
+
+    def save(state: "State") -> None:
+        _write_state(sums, key, state)
+        ends[:] = [state]
+
+    fisher.estimate(
+        model,
+        examples,
+        estimator=settings.estimator,
+        regression=found.regression,
+        samples=_limit(settings.samples),
+        stratified=settings.stratified,
+        seed=settings.seed,
+        part=(index, parts),
+        device=device,
+        dtype=settings.dtype,
+        progress=progress,
+        state=_read_state(sums, key),
+        save=save,
+        save_seconds=save_seconds,
+    )
+    return ends[0]
+
+
 def fisher(
     checkpoint: Path,
     task: str,
@@ -215,40 +267,31 @@ def fisher(
     the same bytes.
     """
     found = tasks.task(task)
-    described = {"task": task, **settings.model_dump(exclude={"device"})}
+    described = {"task": task, **settings.model_dump(exclude={"device", "workers"})}
     inputs = {"checkpoint": artifacts.digest_folder(checkpoint), **data.digests(folder, found, ["train"])}
     key = artifacts.content_key("fisher", FISHER, described, inputs)
-    sums = out.with_name(f".{out.name}.partial-sums")  # of a run that was killed; it goes on from there
+    parts = settings.workers
+    # Of a run that was killed; it goes on from there.
+    sums = [out.with_name(f".{out.name}.{index}-{parts}.partial-sums") for index in range(parts)]
 
     def make() -> None:
         from fmn import fisher
-        from fmn.architectures import mask_sites
 
-        model = checkpoints.load_classifier(checkpoint)
-        examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
-        estimate = fisher.estimate(
-            model,
-            examples,
-            estimator=settings.estimator,
-            regression=found.regression,
-            samples=_limit(settings.samples),
-            stratified=settings.stratified,
-            seed=settings.seed,
-            device=settings.device,
-            dtype=settings.dtype,
-            progress=progress,
-            state=_read_state(sums, key),
-            save=lambda state: _write_state(sums, key, state),
-            save_seconds=save_seconds,
-        )
-        sites = mask_sites(model)
+        jobs = [(checkpoint, task, folder, settings, index, key, sums[index], save_seconds) for index in range(parts)]
+        if parts == 1:
+            states = [_sum_part(*jobs[0], progress)]
+        else:
+            with ProcessPoolExecutor(parts, multiprocessing.get_context("spawn")) as pool:
+                states = [job.result() for job in [pool.submit(_sum_part, *job) for job in jobs]]
+        estimate = fisher.summarise(fisher.combine(states))
+        sites = sorted(estimate.fisher)
         metadata = {
             "key": key,
             "task": task,
-            "model_type": model.config.model_type,
-            "layers": len({site.site.layer for site in sites}),
-            "heads": [len(estimate.fisher[site.site]) for site in sites if site.site.node == "head"],
-            "neurons": [len(estimate.fisher[site.site]) for site in sites if site.site.node == "neuron"],
+            "model_type": checkpoints.load_config(checkpoint).model_type,
+            "layers": len({site.layer for site in sites}),
+            "heads": [len(estimate.fisher[site]) for site in sites if site.node == "head"],
+            "neurons": [len(estimate.fisher[site]) for site in sites if site.node == "neuron"],
             "checkpoint": {**_lineage(checkpoint), "digest": inputs["checkpoint"]},
             "data_digest": inputs["train"],
             "estimator": settings.estimator,
@@ -262,7 +305,8 @@ def fisher(
             "fmn": __version__,
         }
         artifacts.write_fisher(out, estimate.fisher, estimate.stderr, metadata)
-        sums.unlink(missing_ok=True)
+        for path in sums:
+            path.unlink(missing_ok=True)
 
     def summarise() -> Mapping[str, Any]:
         return artifacts.read_fisher(out)[2]

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from fmn import artifacts, stages
 from fmn.errors import UserError
-from fmn.params import DataSettings, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings
+from fmn.params import DataSettings, Estimator, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings
 from tests.conftest import FISHER, TASKS, TUNING
 
 EVALUATE = EvaluateSettings(device="cpu")
@@ -237,3 +238,20 @@ def test_a_killed_fisher_run_goes_on_and_gives_the_same_bytes(work: Path) -> Non
     assert reported[0] >= seen, "finished batches are not repeated"  # the last one seen may not have been saved
     assert killed.read_bytes() == whole.read_bytes()
     assert not [path for path in work.iterdir() if "partial" in path.name]
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "batch"])
+def test_workers_share_the_examples_and_change_nothing_but_rounding(work: Path, estimator: Estimator) -> None:
+    expert, data = work / "experts" / "sst2", work / "data"
+    found = []
+    for workers in (1, 3):
+        out = work / f"{workers}.parquet"
+        settings = FisherSettings(estimator=estimator, samples=200, workers=workers, device="cpu", dtype="float32")
+        stages.fisher(expert, "sst2", data, out, settings)
+        found.append(artifacts.read_fisher(out))
+        assert not [path for path in work.iterdir() if "partial" in path.name]
+    (one, _, said), (three, _, also) = found
+    assert said["samples"] == also["samples"] == 200
+    assert said["key"] == also["key"], "the number of workers is no part of what is asked"
+    for site, nodes in one.items():
+        np.testing.assert_allclose(three[site], nodes, rtol=1e-5)
