@@ -1,0 +1,50 @@
+"""What a merged model's folder says of itself, and whether it is still so."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fmn import recipe
+from fmn.artifacts import digest_files
+from fmn.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "tasks" / "mrpc").mkdir(parents=True)
+    (tmp_path / "tasks" / "mrpc" / "config.json").write_text("{}")
+    content = {"format": recipe.FORMAT, "tasks": ["mrpc"], "files": digest_files(tmp_path)}
+    (tmp_path / recipe.RECIPE).write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_a_merged_model_is_told_from_a_checkpoint(folder: Path) -> None:
+    assert recipe.is_merged(folder)
+    assert not recipe.is_merged(folder / "tasks" / "mrpc")
+
+
+def test_an_unchanged_folder_is_accepted_and_its_card_may_change(folder: Path) -> None:
+    (folder / recipe.CARD).write_text("a new card")
+    recipe.verify(folder)
+
+
+@pytest.mark.parametrize("change", ["change", "add", "remove"])
+def test_the_file_that_changed_is_named(folder: Path, change: str) -> None:
+    file = folder / "tasks" / "mrpc" / ("extra.json" if change == "add" else "config.json")
+    file.unlink(missing_ok=True) if change == "remove" else file.write_text('{"a": 1}')
+    with pytest.raises(UserError, match=file.name):
+        recipe.verify(folder)
+
+
+def test_a_task_that_is_not_there_is_named_with_those_that_are(folder: Path) -> None:
+    assert recipe.task_folder(folder, "mrpc") == folder / "tasks" / "mrpc"
+    with pytest.raises(UserError, match=r"'rte'.*mrpc"):
+        recipe.task_folder(folder, "rte")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}'])
+def test_what_is_no_recipe_is_refused(folder: Path, text: str) -> None:
+    (folder / recipe.RECIPE).write_text(text)
+    with pytest.raises(UserError, match="merge"):
+        recipe.read_recipe(folder)
