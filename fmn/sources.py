@@ -38,6 +38,7 @@ from fmn.headers import (
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import HfApi
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -81,6 +82,21 @@ def resolve(source: str, *, patience: float = PATIENCE) -> str:
     if (hub := _HUB.fullmatch(source)) and _COMMIT.fullmatch(hub["revision"] or ""):
         return source
     return _origin(source, patience, None).revision
+
+
+def resolve_dataset(repo: str, revision: str, *, patience: float = PATIENCE) -> str:
+    """The commit of a data set's revision on the Hub; offline, the revision as it stands. UserError as for `fetch`."""
+    if _COMMIT.fullmatch(revision):
+        return revision
+    api, endpoint = _hub()
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    source = f"hf://datasets/{repo}@{revision}"
+    try:
+        info = _patiently(lambda: api.dataset_info(repo, revision=revision, timeout=10), source, endpoint, patience)
+    except OfflineModeIsEnabled:
+        return revision
+    return info.sha or revision
 
 
 def folder_digest(source: str) -> str | None:
@@ -227,15 +243,22 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
 # The Hub
 
 
-def _hub_origin(repo: str, revision: str, patience: float, progress: Progress | None) -> _Origin:
+def _hub() -> "tuple[HfApi, str]":
+    """The Hub's interface, and its address."""
     # Xet would fetch from hosts of its own; plain HTTP works with every mirror. Read when the library is imported.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    from huggingface_hub import HfApi, constants
+
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+    return HfApi(endpoint=endpoint), endpoint
+
+
+def _hub_origin(repo: str, revision: str, patience: float, progress: Progress | None) -> _Origin:
+    api, endpoint = _hub()
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     source = f"hf://{repo}@{revision}"
-    endpoint = os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT).rstrip("/")
-    api = huggingface_hub.HfApi(endpoint=endpoint)
     try:
         info = _patiently(
             lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=10), source, endpoint, patience

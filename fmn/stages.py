@@ -125,21 +125,21 @@ def fetch(source: str, out: Path, progress: Progress | None = None) -> Outcome:
 def prepare(task: str, out: Path, settings: DataSettings) -> Outcome:
     """A task's splits as Parquet in the folder ``out``."""
     found = tasks.task(task)
-    source = settings.source
+    source, revision = settings.source, settings.revision
     described = {"task": task, "source": source}
     inputs = {}
     if source == "embedded":
         described["seed"] = str(settings.seed)
     elif source == "hub":
-        described["revision"] = settings.revision
+        described["revision"] = revision = sources.resolve_dataset(data.HUB, revision)
     else:
         described["source"] = "folder"
         inputs = data.digests(Path(source), found, ["train", *data.validation_splits(Path(source), found)])
     key = artifacts.content_key("data", DATA, described, inputs)
 
     def fill(folder: Path) -> Mapping[str, Any]:
-        rows = data.prepare(found, source, folder, seed=settings.seed, revision=settings.revision)
-        return {"task": task, "source": source, "rows": rows}
+        rows = data.prepare(found, source, folder, seed=settings.seed, revision=revision)
+        return {**described, "source": source, "rows": rows}
 
     return _folder_stage("data", out, key, fill)
 

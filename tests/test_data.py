@@ -1,5 +1,6 @@
 """Task data: sources, checks, tokens."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,26 @@ configs:
     assert refused.stdout.startswith("refused: mrpc of nyu-mll/glue at 0000")
     assert refused.stdout.count("\n") == 1
     assert not (tmp_path / "other").exists()
+
+
+def test_the_hubs_main_is_pinned_to_a_commit_and_followed(tmp_path: Path) -> None:
+    card = "---\nconfigs:\n- config_name: sst2\n  data_files:\n  - {split: train, path: t.parquet}\n"
+    card += "  - {split: validation, path: t.parquet}\n---\n"
+    command = [sys.executable, "-m", "fmn", "data", "sst2", "--source", "hub", "--out", str(tmp_path / "out"), "--json"]
+    found = []
+    with Hub() as hub:
+        for text in ("one", "other", "other"):
+            folder = tmp_path / text
+            pq.write_table(pa.table({"sentence": [text], "label": [1], "idx": [0]}), folder.with_suffix(".parquet"))
+            files = {"README.md": card.encode(), "t.parquet": folder.with_suffix(".parquet").read_bytes()}
+            commit = hub.add("datasets", data.HUB, files)
+            environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": str(Path(data.__file__).parent.parent)}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert not done.stderr
+            found.append(json.loads(done.stdout))
+            assert found[-1]["revision"] == commit
+            assert data.read(tmp_path / "out", task("sst2"), "train")["sentence"].to_pylist() == [text]
+    assert [one["computed"] for one in found] == [True, True, False]
 
 
 def test_tokens_are_the_tokenizers_own(tiny_base: Path) -> None:
