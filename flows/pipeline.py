@@ -4,7 +4,6 @@ The stages keep their own content keys, so Prefect's result cache is off: a run 
 command line or DVC has done.
 """
 
-import inspect
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows import workers
 from fmn import params, stages
 from fmn.errors import UserError
 from fmn.params import MergeSettings, Params
@@ -79,19 +79,15 @@ STAGES: Mapping[str, Callable[..., Outcome]] = {
 @task(task_run_name="{stage} {name}", cache_policy=NO_CACHE)
 def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
     """Run one stage with these arguments; say what it did in the task's log and on the terminal."""
-    function = STAGES[stage]
     with progress_bar(f"{stage} {name}") as progress:
-        if "progress" in inspect.signature(function).parameters:
-            arguments = {**arguments, "progress": progress}
-        outcome = function(**arguments)
+        outcome = workers.run(STAGES[stage], arguments, progress)
     line = f"{stage:<9} {name:<12} " + (f"{outcome.seconds:7.1f} s" if outcome.computed else "already there")
     get_run_logger().info(line)
     say(line)
     return outcome
 
 
-# One stage at a time: each uses every core or the GPU, and training draws from PyTorch's one generator.
-@flow(name="fmn", flow_run_name="{profile}", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+@flow(name="fmn", flow_run_name="{profile}", task_runner=ThreadPoolTaskRunner(max_workers=workers.count()))  # type: ignore[arg-type]
 def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
     """Fetch or fine-tune the experts, compute their Fisher, merge, evaluate and register.
 
@@ -120,13 +116,14 @@ Futures = dict[tuple[str, str], PrefectFuture[Outcome]]
 
 
 def submit_stages(settings: Params, layout: Layout) -> Futures:
-    """Submit every stage's task run, by (stage, name), in an order in which each comes after what it needs."""
+    """Submit every stage's task run, by (stage, name).
+
+    Each comes after what it needs, and stage by stage: a run that waits for its expert holds a worker's place.
+    """
     futures: Futures = {}
     names = settings.experts.tasks
-    merges = {
-        "average": MergeSettings(method="average"),
-        "merged": settings.merge,
-    }  # what everybody tries first, beside
+    # What everybody tries first stands beside what the profile asks for.
+    merges = {"average": MergeSettings(method="average"), "merged": settings.merge}
 
     def submit(stage: str, name: str, needs: list[tuple[str, str]], **arguments: Any) -> None:
         after = [futures[need] for need in needs]
@@ -137,22 +134,20 @@ def submit_stages(settings: Params, layout: Layout) -> Futures:
         submit("fetch", name, [], source=source, out=layout.expert(name))
     for name in names:
         submit("data", name, [], task=name, out=layout.data / name, settings=settings.data)
-    for name in names:
-        expert = layout.expert(name)
-        made = ("fetch", name)
-        if name in settings.finetune:
-            made = ("finetune", name)
-            needs = [("fetch", "base"), ("data", name)]
-            tuning = settings.finetune[name]
-            submit(*made, needs, base=layout.base, task=name, folder=layout.data, out=expert, settings=tuning)
-        needs = [made, ("data", name)]
+    made = {name: ("finetune" if name in settings.finetune else "fetch", name) for name in names}
+    for name, tuning in settings.finetune.items():
         submit(
-            "fisher", name, needs, checkpoint=expert, task=name, folder=layout.data, out=layout.fisher(name),
-            settings=settings.fisher,
+            *made[name], [("fetch", "base"), ("data", name)], base=layout.base, task=name, folder=layout.data,
+            out=layout.expert(name), settings=tuning,
+        )  # fmt: skip
+    for name in names:
+        submit(
+            "fisher", name, [made[name], ("data", name)], checkpoint=layout.expert(name), task=name,
+            folder=layout.data, out=layout.fisher(name), settings=settings.fisher,
         )  # fmt: skip
         submit(
-            "evaluate", name, needs, model=expert, names=[name], folder=layout.data, out=layout.expert_metrics(name),
-            settings=settings.evaluate,
+            "evaluate", name, [made[name], ("data", name)], model=layout.expert(name), names=[name],
+            folder=layout.data, out=layout.expert_metrics(name), settings=settings.evaluate,
         )  # fmt: skip
     experts = {name: layout.expert(name) for name in names}
     fisher_files = {name: layout.fisher(name) for name in names}

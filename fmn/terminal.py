@@ -1,5 +1,6 @@
 """What a person at a terminal sees: lines, tables, progress bars."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,13 +26,31 @@ def show_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
     say(table)
 
 
+_bars = Progress(
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+    console=Console(stderr=True),
+    transient=True,
+)
+_changing = threading.Lock()
+
+
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere. Yields what takes (done, total)."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """A progress bar on a terminal, beside those that are there; nothing elsewhere. Yields what takes (done, total)."""
+    if not _bars.console.is_terminal:
+        yield lambda done, total: None
+        return
+    with _changing:
+        task = _bars.add_task(title, total=None)
+        _bars.start()
+    try:
+        yield lambda done, total: _bars.update(task, completed=done, total=total)
+    finally:
+        with _changing:
+            _bars.remove_task(task)
+            if not _bars.task_ids:
+                _bars.stop()

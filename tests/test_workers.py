@@ -1,0 +1,96 @@
+"""Stages in worker processes: results, progress and mistakes come back; nothing outlives its owner."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import workers
+from fmn.errors import UserError
+from fmn.stages import Outcome, Progress
+
+
+def count_to(total: int, out: Path, progress: Progress | None = None) -> Outcome:
+    """Stands for a stage: it counts, and says in which process and with how many threads."""
+    for done in range(1, total + 1):
+        time.sleep(0.05)
+        if progress:
+            progress(done, total)
+    said = {"process": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
+    return Outcome("count", out, True, 0.0, said)
+
+
+def make_a_mistake(out: Path) -> Outcome:
+    raise UserError(f"{out}: no such thing")
+
+
+def die(out: Path) -> Outcome:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return Outcome("die", out, True, 0.0, {})
+
+
+def test_a_stage_runs_elsewhere_and_reports(tmp_path: Path) -> None:
+    reported: list[tuple[int, int]] = []
+    outcome = workers.run(count_to, {"total": 10, "out": tmp_path}, lambda done, total: reported.append((done, total)))
+    assert outcome.out == tmp_path
+    assert outcome.summary["process"] != os.getpid()
+    if not workers.gpus():
+        assert outcome.summary["threads"] == "1", "workers share the cores, and do not fight for them"
+    assert reported
+    assert reported == sorted(reported)
+
+
+def test_a_users_mistake_stays_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such thing"):
+        workers.run(make_a_mistake, {"out": tmp_path}, lambda done, total: None)
+
+
+OWNER = """
+import threading, time
+from pathlib import Path
+from flows import workers
+from fmn.errors import UserError
+from tests import test_workers
+
+def main():
+    {body}
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def owner(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER.format(body=body))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_worker_that_was_killed_is_told_in_one_line(tmp_path: Path) -> None:
+    body = """
+    try:
+        workers.run(test_workers.die, {"out": Path("x")}, lambda done, total: None)
+    except UserError as error:
+        print(error)
+"""
+    with owner(tmp_path, body.strip()) as process:
+        said = process.communicate(timeout=60)[0]
+    assert "run again to go on" in said
+
+
+def test_workers_end_when_their_owner_is_killed(tmp_path: Path) -> None:
+    body = 'workers.run(test_workers.count_to, {"total": 10000, "out": Path("x")}, lambda d, t: print(d, flush=True))'
+    with owner(tmp_path, body) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        assert children
+        _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
