@@ -100,6 +100,24 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_replaceable(out: Path) -> None:
+    """Refuse an output that would replace what fmn did not make: UserError that names it.
+
+    A folder must be empty or hold a manifest or a recipe; a file must be Parquet or JSON as its name says, and JSON
+    that can be read must carry fmn's mark.
+    """
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out}: name a folder or file of its own")
+    made = not out.exists()
+    if out.is_dir():
+        made = (out / MANIFEST).is_file() or (out / "merge.json").is_file() or not any(out.iterdir())
+    elif out.is_file():
+        content = _read_json(out)
+        made = out.suffix in (".parquet", ".json") and (content is None or "fmn" in content)
+    if not made:
+        raise UserError(f"--out {out}: something that fmn did not make is there; choose another --out, or remove it")
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold ``out`` against other processes; the kernel lets go when the holder dies."""

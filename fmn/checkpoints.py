@@ -289,12 +289,7 @@ def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None
         except UserError as error:
             raise UserError(f"{who}: {error}") from error
         if who in tasks.TASKS:
-            task = tasks.task(who)
-            if config.num_labels != task.num_outputs:
-                raise UserError(
-                    f"{who}: {folder} has a head of {config.num_labels} outputs, the task needs {task.num_outputs};"
-                    " give an expert of this task"
-                )
+            check_head(folder, config, tasks.task(who))
         if max(vocabulary.values(), default=-1) >= config.vocab_size:
             raise UserError(
                 f"{who}: {folder}: the tokenizer has token ids up to {max(vocabulary.values())}, the model only"
@@ -308,6 +303,26 @@ def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None
                 f"{who}: {folder} and {first.who} ({first.folder}) were not fine-tuned from one base: {difference};"
                 " choose experts of the same base model"
             )
+
+
+def check_head(folder: Path, config: "PretrainedConfig", task: tasks.Task) -> None:
+    """Refuse a head whose outputs are not the task's, or, where the configuration names them, not in its order."""
+    if config.num_labels != task.num_outputs:
+        raise UserError(
+            f"{task.name}: {folder} has a head of {config.num_labels} outputs, the task needs {task.num_outputs};"
+            " give an expert of this task"
+        )
+    names = [_plain(str(config.id2label[label])) for label in range(task.num_outputs)]
+    wanted = [_plain(label) for label in task.labels]
+    if names != wanted and sorted(names) == sorted(wanted):
+        raise UserError(
+            f"{task.name}: the outputs of {folder} are in the order {', '.join(names)}, the task's are"
+            f" {', '.join(wanted)}; reorder the rows of its head and its id2label"
+        )
+
+
+def _plain(label: str) -> str:
+    return "".join(letter for letter in label.lower() if letter.isalnum())
 
 
 class _Candidate(NamedTuple):

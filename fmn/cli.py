@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,8 +74,10 @@ def _one_line(error: cyclopts.CycloptsError) -> str:
     cause = error.__cause__ or error.__context__
     if isinstance(cause, ValidationError):
         first = cause.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-") if first["loc"] else ""
-        return f"--{option}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})."
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # of several options together
+            return f"{message}."
+        return f"--{str(first['loc'][0]).replace('_', '-')}: {message} (got {first['input']!r})."
     return " ".join(str(error).split())
 
 
@@ -141,7 +144,8 @@ def run(
     """Run the whole pipeline as a Prefect flow; ends with the table of results and where to look."""
     from flows.pipeline import run_pipeline
 
-    results = run_pipeline(params_file)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        results = run_pipeline(params_file)
     if as_json:
         _dump(results)
 
@@ -290,14 +294,15 @@ def evaluate(
     with progress_bar("evaluating") as progress:
         outcome = stages.evaluate(model, task or [], data, out, settings, progress)
 
+    from fmn.report import measured
+
     def show(summary: Mapping[str, Any]) -> None:
         body = [
-            [name, metric, f"{100 * value:.2f}", str(entry["examples"])]
+            [name, metric, split, f"{100 * value:.2f}", str(examples)]
             for name, entry in summary["tasks"].items()
-            for metric, value in entry.items()
-            if metric not in ("examples", "score")
+            for split, metric, value, examples in measured(name, entry)
         ]
-        show_table(["task", "metric", "%", "examples"], body)
+        show_table(["task", "metric", "split", "%", "examples"], body)
 
     _say(outcome, as_json, show)
 

@@ -29,7 +29,7 @@ def pairs(items: list[str], option: str) -> dict[str, str]:
     for item in items:
         name, equals, value = item.partition("=")
         if not (name and equals and value):
-            raise UserError(f"{option} {item}: expected TASK=VALUE")
+            raise UserError(f"{option} {item}: expected NAME=VALUE")
         if name in found:
             raise UserError(f"{option}: {name} is given twice")
         found[name] = value
@@ -99,7 +99,7 @@ class FisherSettings(Settings):
         1, ge=1, description="processes that share the examples, each on a GPU of its own where there are several"
     )
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field("auto", description="precision of the matrix products; auto: bfloat16 where it pays")
+    dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
 
     @field_validator("samples")
     @classmethod
@@ -107,6 +107,12 @@ class FisherSettings(Settings):
         if isinstance(samples, int) and samples < 1:
             raise ValueError("at least one example is needed")
         return samples
+
+    @model_validator(mode="after")
+    def _auto_is_one_run(self) -> "FisherSettings":
+        if self.samples == "auto" and self.workers > 1:
+            raise ValueError("samples auto looks at the result as it grows, so it cannot be shared: take workers 1")
+        return self
 
 
 class ExpertsSettings(Settings):

@@ -19,6 +19,7 @@ from typing import Any
 import filelock
 
 from fmn.errors import UserError
+from fmn.recipe import CARD
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -131,7 +132,7 @@ def register(
             version = mlflow.register_model(logged.model_uri, name, tags={**tags, KEY: key})
         for metric, value in metrics.items():
             client.set_model_version_tag(name, version.version, f"metric.{metric}", f"{value:.4f}")
-        card = merged / "README.md"
+        card = merged / CARD
         if card.is_file():
             client.update_model_version(name, version.version, description=card.read_text())
         return Registered(name, str(version.version), run.info.run_id, tracking_uri(), new=True)

@@ -43,11 +43,22 @@ def rows(experts: Mapping[str, Mapping[str, Any]], merged: Mapping[str, Mapping[
         Row(
             task,
             " + ".join(TASKS[task].metrics),
-            int(entry["examples"]),
+            sum(int(count) for name, count in entry.items() if name.startswith("examples")),
             experts[task]["tasks"][task]["score"] if task in experts else None,
             {name: content["tasks"][task]["score"] for name, content in merged.items()},
         )
         for task, entry in first.items()
+    ]
+
+
+def measured(task: str, entry: Mapping[str, Any]) -> list[tuple[str, str, float, int]]:
+    """What was measured on a task: (split, metric, value, examples)."""
+    suffixes = {split: TASKS[task].suffix(split) for split in TASKS[task].validation}
+    return [
+        (split, metric, entry[metric + suffix], entry["examples" + suffix])
+        for split, suffix in suffixes.items()
+        for metric in TASKS[task].metrics
+        if metric + suffix in entry
     ]
 
 
@@ -105,8 +116,8 @@ def _with_share(value: float, share: float | None) -> str:
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the columns from the third on are numbers."""
-    rule = ["---" if column < 2 else "---:" for column in range(len(header))]
+    """A Markdown table."""
+    rule = ["---"] * len(header)
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body)) + "\n"
 
 
@@ -212,12 +223,12 @@ def card(recipe: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
                 dataset_type="nyu-mll/glue",
                 dataset_name=f"GLUE {task}",
                 dataset_config=task,
-                dataset_split="validation",
-                metric_type=name,
-                metric_value=round(entry[name], 6),
+                dataset_split=split,
+                metric_type=metric,
+                metric_value=round(value, 6),
             )
             for task, entry in evaluated.items()
-            for name in TASKS[task].metrics
+            for split, metric, value, _ in measured(task, entry)
         ]
         or None,
     )
@@ -245,11 +256,11 @@ def card(recipe: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     ]
     if evaluated:
         body = [
-            [task, name, str(entry["examples"]), _percent(entry[name])]
+            [task, split, metric, str(examples), _percent(value)]
             for task, entry in evaluated.items()
-            for name in TASKS[task].metrics
+            for split, metric, value, examples in measured(task, entry)
         ]
-        header = ["task", "metric", "examples", "score"]
+        header = ["task", "split", "metric", "examples", "score"]
         lines += ["## Scores on the validation splits, in percent", "", markdown(header, body)]
     lines += [
         "## Limits",

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from fmn.methods import NEEDS
 from fmn.params import DataSettings, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings, RegistrySettings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from fmn.fisher import State
 
 Progress = Callable[[int, int], None]
@@ -62,13 +64,26 @@ def _stage(
     make: Callable[[], None],
     summarise: Callable[[], Mapping[str, Any]],
 ) -> Outcome:
-    """Make ``out`` unless it is current; one process at a time."""
+    """Make ``out`` unless it is current; one process at a time. What fmn did not make is not replaced."""
     started = time.monotonic()
+    artifacts.check_replaceable(out)
     with artifacts.locked(out):
         computed = not current()
         if computed:
             make()
     return Outcome(stage, out, computed, time.monotonic() - started, summarise())
+
+
+def _apart(out: Path, inputs: Iterable[Path | None]) -> None:
+    """Refuse an output that would replace what is read, or lie within a model that is read."""
+    where = out.resolve()
+    for path in inputs:
+        given = path.resolve() if path is not None else None
+        if given is None or path is None:
+            continue
+        model = any((given / name).is_file() for name in (recipe.RECIPE, checkpoints.CONFIG))
+        if where == given or where in given.parents or (model and given in where.parents):
+            raise UserError(f"--out {out}: would change {path}, which is read; choose another --out")
 
 
 def _folder_stage(stage: str, out: Path, key: str, fill: Callable[[Path], Mapping[str, Any]]) -> Outcome:
@@ -112,6 +127,7 @@ def _lineage(folder: Path) -> dict[str, str]:
 
 def fetch(source: str, out: Path, progress: Progress | None = None) -> Outcome:
     """A checkpoint from its source, pinned and verified, as the folder ``out``."""
+    _apart(out, [Path(source)])
     pinned = sources.resolve(source)
     digest = sources.folder_digest(pinned)
     key = artifacts.content_key("fetch", FETCH, {"source": pinned}, {"folder": digest} if digest else {})
@@ -124,6 +140,7 @@ def fetch(source: str, out: Path, progress: Progress | None = None) -> Outcome:
 
 def prepare(task: str, out: Path, settings: DataSettings) -> Outcome:
     """A task's splits as Parquet in the folder ``out``."""
+    _apart(out, [Path(settings.source)])
     found = tasks.task(task)
     source, revision = settings.source, settings.revision
     described = {"task": task, "source": source}
@@ -148,6 +165,7 @@ def finetune(
     base: Path, task: str, folder: Path, out: Path, settings: FinetuneSettings, progress: Progress | None = None
 ) -> Outcome:
     """An expert for ``task``, fine-tuned from the checkpoint ``base`` on the training split below ``folder``."""
+    _apart(out, [base, folder])
     found = tasks.task(task)
     inputs = {"base": artifacts.digest_folder(base), **data.digests(folder, found, ["train"])}
     described = settings.model_dump(exclude={"device"})
@@ -203,6 +221,11 @@ def _read_state(path: Path, key: str) -> "State | None":
         return None
 
 
+def _classifier(checkpoint: Path, task: tasks.Task) -> "PreTrainedModel":
+    checkpoints.check_head(checkpoint, checkpoints.load_config(checkpoint), task)
+    return checkpoints.load_classifier(checkpoint)
+
+
 def _sum_part(
     checkpoint: Path,
     task: str,
@@ -225,7 +248,7 @@ def _sum_part(
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{index % torch.cuda.device_count()}"
     found = tasks.task(task)
-    model = checkpoints.load_classifier(checkpoint)
+    model = _classifier(checkpoint, found)
     examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
     ends: list[State] = []
 
@@ -266,6 +289,7 @@ def fisher(
     Every ``save_seconds`` the partial sums are saved beside ``out``; a run that was killed goes on from them and gives
     the same bytes.
     """
+    _apart(out, [checkpoint, folder])
     found = tasks.task(task)
     described = {"task": task, **settings.model_dump(exclude={"device", "workers"})}
     inputs = {"checkpoint": artifacts.digest_folder(checkpoint), **data.digests(folder, found, ["train"])}
@@ -290,8 +314,9 @@ def fisher(
             "task": task,
             "model_type": checkpoints.load_config(checkpoint).model_type,
             "layers": len({site.layer for site in sites}),
-            "heads": [len(estimate.fisher[site]) for site in sites if site.node == "head"],
-            "neurons": [len(estimate.fisher[site]) for site in sites if site.node == "neuron"],
+            # Of a layer; of the largest where they differ.
+            "heads": max(len(estimate.fisher[site]) for site in sites if site.node == "head"),
+            "neurons": max(len(estimate.fisher[site]) for site in sites if site.node == "neuron"),
             "checkpoint": {**_lineage(checkpoint), "digest": inputs["checkpoint"]},
             "data_digest": inputs["train"],
             "estimator": settings.estimator,
@@ -327,6 +352,7 @@ def merge(
     Raises UserError when they do not fit one another or their tasks, or when a Fisher artifact belongs to another
     checkpoint or task.
     """
+    _apart(out, [*experts.values(), *fisher_files.values(), base])
     uses_fisher = settings.method in NEEDS and NEEDS[settings.method].fisher
     digests = {task: artifacts.digest_folder(folder) for task, folder in sorted(experts.items())}
     base_digest = artifacts.digest_folder(base) if base else None
@@ -380,7 +406,6 @@ def merge(
             recipe=stated,
             progress=progress,
         )
-        _write_card(out, None)
 
     def current() -> bool:
         try:
@@ -389,7 +414,10 @@ def merge(
             return False
         return bool(recipe.read_recipe(out).get("key") == key)
 
-    return _stage("merge", out, current, make, lambda: recipe.read_recipe(out))
+    outcome = _stage("merge", out, current, make, lambda: recipe.read_recipe(out))
+    if not (out / recipe.CARD).is_file():
+        _write_card(out, None)
+    return outcome
 
 
 def _write_card(folder: Path, metrics: Mapping[str, Any] | None) -> None:
@@ -416,6 +444,7 @@ def evaluate(
         folder: of one task, or of tasks.
         out: the metrics file. A merged model's card gets the metrics too.
     """
+    _apart(out, [model, folder])
     is_merged = recipe.is_merged(model)
     if is_merged:
         recipe.verify(model)
@@ -440,10 +469,11 @@ def evaluate(
             checkpoint = recipe.task_folder(model, name) if is_merged else model
             tables = {split: data.read(folder, task, split) for split in splits[name]}
             entries[name] = _scores(checkpoint, task, tables, settings, progress)
-        return {"tasks": entries, "score": sum(entry["score"] for entry in entries.values()) / len(entries)}
+        score = sum(entry["score"] for entry in entries.values()) / len(entries)
+        return {"model": digest, "tasks": entries, "score": score}
 
     outcome = _json_stage("evaluate", out, key, compute)
-    if is_merged:
+    if is_merged and set(chosen) == set(recipe.read_recipe(model)["tasks"]):
         _write_card(model, outcome.summary)
     return outcome
 
@@ -454,17 +484,15 @@ def _scores(
     """A task's metrics on its validation splits, given as tables; the first split's have the metrics' plain names."""
     from fmn.evaluate import predict, score
 
-    tokenizer, model = checkpoints.load_tokenizer(checkpoint), checkpoints.load_classifier(checkpoint)
+    tokenizer, model = checkpoints.load_tokenizer(checkpoint), _classifier(checkpoint, task)
     entry: dict[str, float] = {}
     scores = []
     for split, table in tables.items():
         examples = data.tokenize(tokenizer, task, table)
         logits = predict(model, examples, device=settings.device, dtype=settings.dtype, progress=progress)
-        found = score(task, logits, examples.labels)
+        found = {**score(task, logits, examples.labels), "examples": len(examples)}
         scores.append(found.pop("score"))
-        suffix = split.removeprefix(task.validation[0].rsplit("_", 1)[0]) if entry else ""
-        entry |= {f"{name}{suffix}": value for name, value in found.items()}
-        entry["examples"] = entry.get("examples", 0) + len(examples)
+        entry |= {f"{name}{task.suffix(split)}": value for name, value in found.items()}
     return {**entry, "score": sum(scores) / len(scores)}
 
 
@@ -520,6 +548,8 @@ def register(
     found = artifacts.read_json(metrics)
     inputs = {"merged": artifacts.digest_file(model / recipe.RECIPE), "metrics": artifacts.digest_file(metrics)}
     key = artifacts.content_key("register", REGISTER, settings.model_dump(), inputs)
+    if found.get("model") != inputs["merged"] or set(found["tasks"]) != set(made["tasks"]):
+        raise UserError(f"{metrics}: not the metrics of all tasks of {model}; make them with `fmn evaluate {model}`")
     experts = made["experts"]
     registered = registry.register(
         model,
@@ -567,9 +597,12 @@ def predict(model: Path, task: str, text: str, second: str | None) -> dict[str, 
     found = tasks.task(task)
     if (len(found.columns) == 2) != (second is not None):
         raise UserError(f"task {task} takes {len(found.columns)} texts: {', '.join(found.columns)}")
+    recipe.verify(model)
     folder = recipe.task_folder(model, task)
     classifier = checkpoints.load_classifier(folder).eval()
-    inputs = checkpoints.load_tokenizer(folder)(text, second, truncation=True, max_length=128, return_tensors="pt")
+    inputs = checkpoints.load_tokenizer(folder)(
+        text, second, truncation=True, max_length=data.MAX_LENGTH, return_tensors="pt"
+    )
     with torch.inference_mode():
         logits = classifier(**inputs).logits[0].float()  # [C]
     if found.regression:

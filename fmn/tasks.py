@@ -36,6 +36,10 @@ class Task:
         """The splits that fmn reads; GLUE's test splits carry no labels."""
         return ("train", *self.validation)
 
+    def suffix(self, split: str) -> str:
+        """What a validation split adds to the names of its metrics; nothing for the first."""
+        return "" if split == self.validation[0] else split.removeprefix("validation")
+
 
 _ENTAILMENT = ("entailment", "not_entailment")
 

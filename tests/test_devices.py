@@ -15,7 +15,7 @@ def test_auto_is_a_device_that_is_here() -> None:
     assert resolve_device("cpu") == CPU
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", ""])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "mps", "meta", ""])
 def test_a_device_that_is_not_here_is_a_users_mistake(name: str) -> None:
     with pytest.raises(UserError):
         resolve_device(name)

@@ -54,6 +54,7 @@ def test_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
         ("fisher: {estimater: batch}", "fisher.estimater: unknown setting; did you mean 'estimator'"),
         ("fisher: {estimator: bath}", "fisher.estimator"),
         ("fisher: {samples: 0}", "at least one example"),
+        ("fisher: {samples: auto, workers: 2}", "take workers 1"),
         ("fishr: {}", "fishr: unknown setting; did you mean 'fisher'"),
         ("merge: {method: mask-fischer}", "did you mean 'mask-fisher'"),
         ("merge: {coefficient: [mrpc=x]}", "'x' is not a number"),

@@ -1,5 +1,6 @@
 """The whole pipeline in a project of its own: a flow, DVC, and each in step with the other."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -43,8 +44,8 @@ def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *command: str, fails: bool = False) -> str:
-    """What a command prints; it runs with its own Prefect home and the project's code."""
+def run(folder: Path, *command: str, fails: bool = False, stdout: bool = False) -> str:
+    """What a command prints (on standard output alone); it runs with its own Prefect home and the project's code."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
@@ -57,11 +58,11 @@ def run(folder: Path, *command: str, fails: bool = False) -> str:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, said
-    return said
+    return done.stdout if stdout else said
 
 
-def flow(folder: Path, *arguments: str, fails: bool = False) -> str:
-    return run(folder, sys.executable, "-m", "fmn", "run", *arguments, fails=fails)
+def flow(folder: Path, *arguments: str, fails: bool = False, stdout: bool = False) -> str:
+    return run(folder, sys.executable, "-m", "fmn", "run", *arguments, fails=fails, stdout=stdout)
 
 
 def dvc(folder: Path, *arguments: str) -> str:
@@ -80,6 +81,9 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     assert second.count("already there") == len([line for line in first.splitlines() if line.endswith(" s")]) - 1
     assert "nothing had changed" in second
     assert "models:/tiny/1" in second, "nothing new is registered"
+
+    stated = json.loads(flow(project, "--json", stdout=True))
+    assert (stated["computed"], stated["registered"]["version"]) == (False, "1")
 
     assert "Data and pipelines are up to date" in dvc(project, "repro")
     assert "up to date" in dvc(project, "status")

@@ -94,3 +94,12 @@ def test_a_card_without_metrics_says_nothing_of_them() -> None:
     card = ModelCard(report.card(RECIPE, None))
     assert "model-index" not in card.content
     assert "Scores" not in card.text
+
+
+def test_every_split_of_mnli_stands_for_itself() -> None:
+    entry = {"accuracy": 0.7, "examples": 30, "accuracy_mismatched": 0.6, "examples_mismatched": 20, "score": 0.65}
+    assert report.measured("mnli", entry) == [
+        ("validation_matched", "accuracy", 0.7, 30),
+        ("validation_mismatched", "accuracy", 0.6, 20),
+    ]
+    assert report.rows({}, {"merged": {"tasks": {"mnli": entry}}})[0].examples == 50

@@ -1,5 +1,6 @@
 """Stages: files to files, made once, made again when and only when something they depend on changed."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from fmn import artifacts, stages
 from fmn.errors import UserError
-from fmn.params import DataSettings, Estimator, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings
+from fmn.params import (
+    DataSettings,
+    Estimator,
+    EvaluateSettings,
+    FinetuneSettings,
+    FisherSettings,
+    MergeSettings,
+    RegistrySettings,
+)
 from tests.conftest import FISHER, TASKS, TUNING
 
 EVALUATE = EvaluateSettings(device="cpu")
@@ -106,7 +115,7 @@ def test_the_method_average_depends_neither_on_fisher_nor_on_mapping(work: Path)
 def test_the_fisher_artifact_says_what_it_was_made_of(work: Path) -> None:
     fisher, stderr, stated = artifacts.read_fisher(fisher_files(work)["mrpc"])
     assert (stated["task"], stated["estimator"], stated["samples"], stated["seed"]) == ("mrpc", "empirical", 32, 0)
-    assert (stated["layers"], stated["heads"], stated["neurons"]) == (2, [4, 4], [24, 24])
+    assert (stated["layers"], stated["heads"], stated["neurons"]) == (2, 4, 24)
     assert stated["checkpoint"]["digest"] == artifacts.digest_folder(work / "experts" / "mrpc")
     assert stderr is not None
     assert {site: len(nodes) for site, nodes in fisher.items()} == {site: len(nodes) for site, nodes in stderr.items()}
@@ -143,7 +152,7 @@ def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
     expert = tmp_path / "expert"
     stages.finetune(work / "base", "mnli", folder, expert, TUNING)
     entry = stages.evaluate(expert, ["mnli"], folder, tmp_path / "m.json", EVALUATE).summary["tasks"]["mnli"]
-    assert entry["examples"] == 80
+    assert entry["examples"] == entry["examples_mismatched"] == 40
     assert entry["accuracy"] == entry["accuracy_mismatched"] == entry["score"]
 
 
@@ -255,3 +264,59 @@ def test_workers_share_the_examples_and_change_nothing_but_rounding(work: Path, 
     assert said["key"] == also["key"], "the number of workers is no part of what is asked"
     for site, nodes in one.items():
         np.testing.assert_allclose(three[site], nodes, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "out", ["experts", "experts/mrpc", "experts/mrpc/merged", "fisher/mrpc.parquet", "base", "notes", "."]
+)
+def test_nothing_that_is_read_or_was_not_made_here_is_replaced(
+    work: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (work / "notes").mkdir()
+    (work / "notes" / "thesis.txt").write_text("years of work")
+    monkeypatch.chdir(work)
+    before = artifacts.digest_files(work)
+    with pytest.raises(UserError, match="--out"):
+        stages.merge(experts(work), fisher_files(work), work / "base", Path(out), MergeSettings())
+    assert artifacts.digest_files(work) == before
+
+
+def test_a_file_that_was_not_made_here_is_not_replaced(work: Path) -> None:
+    for name in ("experts/sst2/config.json", "data/sst2/train.parquet", "notes.txt"):
+        path = work / name
+        path.touch()
+        with pytest.raises(UserError, match="--out"):
+            stages.evaluate(work / "experts" / "sst2", ["sst2"], path, path, EVALUATE)
+
+
+def test_metrics_of_another_model_are_not_registered(work: Path) -> None:
+    merge(work)
+    stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
+    stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
+    merge(work, MergeSettings(mapping="paper"))
+    for metrics in ("merged.json", "part.json"):
+        with pytest.raises(UserError, match="not the metrics"):
+            stages.register(work / "merged", work / metrics, None, None, RegistrySettings(name="demo"))
+
+
+def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back(work: Path) -> None:
+    merge(work)
+    stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
+    card = work / "merged" / "README.md"
+    before = card.read_text()
+    stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
+    assert card.read_text() == before
+    card.unlink()
+    assert not merge(work).computed
+    assert card.is_file()
+
+
+def test_a_head_whose_outputs_are_in_another_order_is_refused(work: Path) -> None:
+    config = work / "experts" / "sst2" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "id2label": {"0": "Positive", "1": "negative"}}))
+    (work / "experts" / "sst2" / "fmn.json").unlink()
+    with pytest.raises(UserError, match=r"order positive, negative"):
+        stages.fisher(work / "experts" / "sst2", "sst2", work / "data", work / "f.parquet", FISHER)
+    with pytest.raises(UserError, match=r"order positive, negative"):
+        stages.merge(experts(work), {}, None, work / "merged", MergeSettings(method="average"))
