@@ -282,7 +282,7 @@ def fisher(
     out: Path,
     settings: FisherSettings,
     progress: Progress | None = None,
-    save_seconds: float = 30.0,
+    save_seconds: float = 5.0,
 ) -> Outcome:
     """The mask Fisher of an expert on its task's training split, as a Parquet artifact.
 
