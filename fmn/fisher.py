@@ -165,7 +165,7 @@ def estimate(
         state = _nothing_yet(settings, sites, estimator, _token_budget(sites, examples, where, precision))
     sums = _Sums(state, where)
     saved = time.monotonic()
-    with _prepared(model, examples, where, precision) as runner:
+    with prepared(model, examples, where, precision) as runner:
         for start, stop in pairwise(_cuts(first, last, auto)):
             if first + sums.done >= stop:
                 continue
@@ -174,7 +174,7 @@ def estimate(
             chunk = examples.take(rows[start:stop])
             while first + sums.done < stop:
                 batch = next(by_length(chunk, tokens=sums.tokens, start=first + sums.done - start))
-                draws = _uniform(seed, rows[start + batch.rows]) if estimator == "sampled" else None
+                draws = draws_of(seed, rows[start + batch.rows]) if estimator == "sampled" else None
                 try:
                     found = _per_example(runner, sites, batch, draws, estimator, regression)
                     sums.add(found, batch.rows, stop - start)
@@ -245,7 +245,7 @@ def summarise(state: State) -> Estimate:
 
 
 @dataclass(frozen=True)
-class _Runner:
+class Runner:
     """A model made ready to run: `tensors` stand in for its parameters and buffers."""
 
     model: PreTrainedModel
@@ -266,9 +266,9 @@ class _Runner:
 
 
 @contextmanager
-def _prepared(
+def prepared(
     model: PreTrainedModel, examples: Examples, where: torch.device, precision: torch.dtype
-) -> Iterator[_Runner]:
+) -> Iterator[Runner]:
     """The model in evaluation mode, without a cache, with its tensors on the device; afterwards as it was.
 
     For bfloat16 the encoder's matrices are cast here, once: autocast would cast them again in every pass. The head
@@ -301,7 +301,7 @@ def _prepared(
         with ExitStack() as hooks:
             for path in linear.keys() - encoder:
                 hooks.enter_context(_without_autocast(linear[path], where))
-            yield _Runner(model, tensors, where, precision)
+            yield Runner(model, tensors, where, precision)
     finally:
         if config._attn_implementation != attention:
             model.set_attn_implementation(attention)
@@ -339,7 +339,7 @@ def _place(tensor: Tensor, where: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _per_example(
-    runner: _Runner,
+    runner: Runner,
     sites: Sequence[MaskSite],
     batch: Batch,
     draws: np.ndarray | None,
@@ -351,9 +351,7 @@ def _per_example(
     gradients = torch.zeros(len(batch.rows), _nodes(sites), dtype=kind, device=runner.where)
     with torch.enable_grad(), _tapped(runner.model, sites, gradients) as leaves:
         logits = runner.logits(batch)
-        labels = _place(batch.labels, runner.where, kind if regression else torch.int64)
-        uniform = None if draws is None else _place(torch.from_numpy(draws), runner.where, kind)
-        directions = _directions(logits.detach().to(kind), labels, uniform, estimator, regression)
+        directions = directions_of(runner, logits, batch, draws, estimator, regression)
         found = torch.zeros_like(gradients)
         for i, direction in enumerate(directions):
             gradients.zero_()
@@ -408,6 +406,19 @@ def _tapped(model: PreTrainedModel, sites: Sequence[MaskSite], gradients: Tensor
             handle.remove()
 
 
+def directions_of(
+    runner: Runner, logits: Tensor, batch: Batch, draws: np.ndarray | None, estimator: str, regression: bool
+) -> list[Tensor]:
+    """Vectors [B, C] at the logits of a batch: the estimator sums the squares of the gradients of direction . logits.
+
+    `draws` [B], of "sampled" alone: from `draws_of`.
+    """
+    kind = _float(runner.precision)
+    labels = _place(batch.labels, runner.where, kind if regression else torch.int64)
+    uniform = None if draws is None else _place(torch.from_numpy(draws), runner.where, kind)
+    return _directions(logits.detach().to(kind), labels, uniform, estimator, regression)
+
+
 def _directions(
     logits: Tensor, labels: Tensor, uniform: Tensor | None, estimator: str, regression: bool
 ) -> list[Tensor]:
@@ -438,7 +449,7 @@ def _directions(
     return [p.scatter_add(1, labels[:, None], -torch.ones_like(p[:, :1]))]
 
 
-def _uniform(seed: int, rows: np.ndarray) -> np.ndarray:
+def draws_of(seed: int, rows: np.ndarray) -> np.ndarray:
     """A number in (0, 1) for each row, float64 [B], that depends on nothing else but the seed (SplitMix64)."""
     z = rows.astype(np.uint64) + np.uint64(1)
     for salt in (np.uint64(seed % 2**64), np.uint64(0)):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -41,40 +41,50 @@ HEAD_SETTINGS = ("id2label", "label2id", "num_labels", "problem_type", "finetuni
 LOCAL_SETTINGS = ("_name_or_path", "auto_map", "torch_dtype")
 
 
-def write(
-    out: Path,
-    experts: Mapping[str, Path],
-    *,
-    method: str,
-    mapping: str = "structured",
-    fisher: Mapping[str, NodeValues] | None = None,
-    coefficients: Mapping[str, float] | None = None,
-    base: Path | None = None,
-    scale: float | None = None,
-    density: float | None = None,
-    seed: int = 0,
-    recipe: Mapping[str, Any] | None = None,
-    card: str | None = None,
-    progress: Progress | None = None,
-    shard_bytes: int = stream.SHARD_BYTES,
-) -> dict[str, Any]:
-    """Merge experts into a folder, whole or not at all; the result does not depend on the experts' order.
+class Options(TypedDict, total=False):
+    """How to merge, for `write` and `in_memory`.
 
-    Args:
-        out: the merged model's folder; an older one is replaced.
-        experts: checkpoint folders by task.
+    Attributes:
         method: one of `fmn.methods.NEEDS`.
-        mapping: "structured" or "paper": how node weights spread over parameters, for methods that take Fisher.
+        mapping: "structured" (the default) or "paper": how node weights spread over parameters.
         fisher: the Fisher information of every expert's mask nodes by task, for methods that take it.
         coefficients: ``lambda_j`` by task, at least zero; one where a task is left out.
         base: the folder of the model that the experts were tuned from, for methods that take it and for ``scale``.
         scale: the merged parameters become ``base + scale * (merged - base)``.
         density: the part of a task vector that methods which make it sparse keep; None: the method's own default.
         seed: of the methods that draw at random.
+    """
+
+    method: Required[str]
+    mapping: str
+    fisher: Mapping[str, NodeValues] | None
+    coefficients: Mapping[str, float] | None
+    base: Path | None
+    scale: float | None
+    density: float | None
+    seed: int
+
+
+def write(
+    out: Path,
+    experts: Mapping[str, Path],
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    progress: Progress | None = None,
+    shard_bytes: int = stream.SHARD_BYTES,
+    **options: Unpack[Options],
+) -> dict[str, Any]:
+    """Merge experts into a folder, whole or not at all; the result does not depend on the experts' order.
+
+    Args:
+        out: the merged model's folder; an older one is replaced.
+        experts: checkpoint folders by task.
         recipe: what else ``merge.json`` is to say, such as the experts' revisions and digests.
         card: the text of the model card.
         progress: called with the bytes of the encoder that are done and that are to be done.
         shard_bytes: a larger encoder is written in several files.
+        options: how to merge.
 
     Returns:
         the content of ``merge.json``.
@@ -82,30 +92,24 @@ def write(
     Raises:
         UserError: when the experts cannot be merged so; nothing is left behind then.
     """
-    tasks = _tasks(experts)
-    needs = _needs(method, base, scale)
-    lambdas = _coefficients(tasks, coefficients or {})
-    tensors = {task: _tensors(experts[task]) for task in tasks}
-    original = _tensors(base).encoder if base is not None and (needs.base or scale is not None) else None
-    parameters = stream.plan({task: tensors[task].encoder for task in tasks}, original)
-    share = _shares(needs, mapping, experts[tasks[0]], parameters, lambdas, {t: (fisher or {}).get(t) for t in tasks})
-    settings = Settings(tasks, lambdas, _density(needs, density), seed)
-    pieces = stream.merge(parameters, Recipe(METHODS[method], settings, scale, share))
+    plan = _plan(experts, **options)
+    settings, tasks, needs = plan.settings, plan.settings.tasks, NEEDS[options["method"]]
+    pieces = stream.merge(plan.parameters, plan.recipe)
     with whole_folder(out) as folder:
-        encoder = _write_encoder(folder / "encoder", experts[tasks[0]], parameters, pieces, shard_bytes, progress)
+        encoder = _write_encoder(folder / "encoder", experts[tasks[0]], plan.parameters, pieces, shard_bytes, progress)
         for task in tasks:
-            _write_task(folder / "tasks" / task, experts[task], tensors[task].head, folder / "encoder", encoder)
+            _write_task(folder / "tasks" / task, experts[task], plan.tensors[task].head, folder / "encoder", encoder)
         if card is not None:
             (folder / CARD).write_text(card)
         content = {
             "format": FORMAT,
             "tasks": list(tasks),
-            "method": method,
-            "mapping": mapping if needs.fisher else None,
-            "coefficients": dict(zip(tasks, lambdas, strict=True)),
-            "scale": scale,
+            "method": options["method"],
+            "mapping": options.get("mapping", "structured") if needs.fisher else None,
+            "coefficients": dict(zip(tasks, settings.coefficients, strict=True)),
+            "scale": plan.recipe.scale,
             "density": settings.density if needs.density is not None else None,
-            "seed": seed if needs.random else None,
+            "seed": settings.seed if needs.random else None,
             **(recipe or {}),
             "files": _stated_digests(
                 folder, {folder / "encoder" / name: file.digest for name, file in encoder.items()}
@@ -113,6 +117,43 @@ def write(
         }
         (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
     return content
+
+
+def in_memory(experts: Mapping[str, Path], **options: Unpack[Options]) -> dict[str, Tensor]:
+    """The merged encoder's tensors by their names in the base model, as `write` would write them, kept in memory."""
+    plan = _plan(experts, **options)
+    pieces = stream.merge(plan.parameters, plan.recipe)
+    tensors = {}
+    for slot in (parameter.slot for parameter in plan.parameters):
+        parts = [torch.empty(0, dtype=slot.dtype)]
+        while sum(map(len, parts)) < math.prod(slot.shape):
+            parts.append(next(pieces))
+        tensors[slot.name] = torch.cat(parts).reshape(slot.shape)
+    return tensors
+
+
+class _Plan(NamedTuple):
+    """A merge that was checked and not yet computed."""
+
+    settings: Settings
+    tensors: "dict[str, _Tensors]"
+    parameters: list[Parameter]
+    recipe: Recipe
+
+
+def _plan(experts: Mapping[str, Path], **options: Unpack[Options]) -> _Plan:
+    method, base, scale = options["method"], options.get("base"), options.get("scale")
+    tasks = _tasks(experts)
+    needs = _needs(method, base, scale)
+    lambdas = _coefficients(tasks, options.get("coefficients") or {})
+    tensors = {task: _tensors(experts[task]) for task in tasks}
+    original = _tensors(base).encoder if base is not None and (needs.base or scale is not None) else None
+    parameters = stream.plan({task: tensors[task].encoder for task in tasks}, original)
+    fisher = options.get("fisher") or {}
+    mapping = options.get("mapping", "structured")
+    share = _shares(needs, mapping, experts[tasks[0]], parameters, lambdas, {task: fisher.get(task) for task in tasks})
+    settings = Settings(tasks, lambdas, _density(needs, options.get("density")), options.get("seed", 0))
+    return _Plan(settings, tensors, parameters, Recipe(METHODS[method], settings, scale, share))
 
 
 def _tasks(experts: Mapping[str, Path]) -> tuple[str, ...]:

@@ -155,12 +155,12 @@ def test_sampled_is_unbiased_for_expected(classes: int) -> None:
 
 def test_draws_are_uniform_and_belong_to_their_row() -> None:
     rows = np.arange(5000)
-    draws = fisher._uniform(3, rows)
+    draws = fisher.draws_of(3, rows)
     assert kstest(draws, "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.05
-    assert abs(np.corrcoef(draws, fisher._uniform(4, rows))[0, 1]) < 0.05
+    assert abs(np.corrcoef(draws, fisher.draws_of(4, rows))[0, 1]) < 0.05
     order = np.random.default_rng(0).permutation(5000)
-    np.testing.assert_array_equal(fisher._uniform(3, rows[order]), draws[order])
+    np.testing.assert_array_equal(fisher.draws_of(3, rows[order]), draws[order])
 
 
 @given(st.lists(st.floats(-800, 800), min_size=2, max_size=6))

@@ -1,0 +1,63 @@
+"""Trying a merged encoder out in memory: each expert's classifier and texts are loaded once, and lend their head."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fmn import checkpoints, data
+from fmn.batches import Examples, random_order
+from fmn.evaluate import predict, score
+from fmn.tasks import Task
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A task's expert and the texts that encoders are tried on.
+
+    `logits`: the expert's own, float32 [N, C]; `score`: what it scores with them.
+    """
+
+    task: Task
+    model: PreTrainedModel
+    examples: Examples
+    logits: np.ndarray
+    score: float
+
+
+def contender(
+    checkpoint: Path, task: Task, folder: Path, split: str, rows: int | None, seed: int, device: str, dtype: str
+) -> Contender:
+    """An expert with `rows` rows of a split below `folder`, drawn by `seed` (all when None), and its score there."""
+    model = checkpoints.load_classifier(checkpoint)
+    examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), task, data.read(folder, task, split))
+    examples = examples.take(np.sort(random_order(examples.labels, seed)[:rows]))
+    logits = predict(model, examples, device=device, dtype=dtype)
+    return Contender(task, model, examples, logits, score(task, logits, examples.labels)["score"])
+
+
+def logits(one: Contender, encoder: Mapping[str, Tensor], device: str, dtype: str) -> np.ndarray:
+    """What the expert's head says with another encoder below it, float32 [N, C]."""
+    with _in_place(one.model.base_model, encoder):
+        return predict(one.model, one.examples, device=device, dtype=dtype)
+
+
+@contextmanager
+def _in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model's parameters and buffers of these names have these values meanwhile."""
+    mine = model.state_dict()
+    before = {name: mine[name].clone() for name in tensors}
+    model.load_state_dict(dict(tensors), strict=False)
+    try:
+        yield
+    finally:
+        model.load_state_dict(before, strict=False)
+
+
+def relative(scores: Mapping[str, float], contenders: Mapping[str, Contender]) -> float:
+    """The mean over tasks of the score relative to the expert's."""
+    return sum(scores[name] / contenders[name].score for name in scores) / len(scores)
