@@ -39,12 +39,13 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def digest_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal; read again only when the file was replaced or touched since."""
+def digest_file(path: Path, start: int = 0) -> str:
+    """sha256 of a file's bytes from ``start`` on, in hexadecimal; read again only when the file was touched since."""
     status = path.stat()
-    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, start)
     if identity not in _digests:
         with path.open("rb") as file:
+            file.seek(start)
             _digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
     return _digests[identity]
 
@@ -103,8 +104,8 @@ def _remove(path: Path) -> None:
 def check_replaceable(out: Path) -> None:
     """Refuse an output that would replace what fmn did not make: UserError that names it.
 
-    A folder must be empty or hold a manifest or a recipe; a file must be Parquet or JSON as its name says, and JSON
-    that can be read must carry fmn's mark.
+    A folder must be empty or hold a manifest or a recipe; a file must be Parquet, JSON or safetensors as its name says,
+    and JSON that can be read, and safetensors, must carry fmn's mark.
     """
     if out.name in ("", ".."):
         raise UserError(f"--out {out}: name a folder or file of its own")
@@ -114,6 +115,9 @@ def check_replaceable(out: Path) -> None:
     elif out.is_file():
         content = _read_json(out)
         made = out.suffix in (".parquet", ".json") and (content is None or "fmn" in content)
+        if out.suffix == ".safetensors":
+            with out.open("rb") as file:
+                made = b'{"__metadata__":{"fmn":' in file.read(64)
     if not made:
         raise UserError(f"--out {out}: something that fmn did not make is there; choose another --out, or remove it")
 

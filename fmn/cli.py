@@ -236,6 +236,56 @@ def fisher(
 
 
 @app.command
+def full_fisher(
+    checkpoint: Path,
+    /,
+    *,
+    task: str,
+    data: Data,
+    out: Path,
+    settings: Annotated[params.FullFisherSettings, FLAT] = params.FullFisherSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Compute the exact Fisher information of all of an expert's parameters, for `fmn merge --method fisher`.
+
+    Args:
+        checkpoint: the expert's folder
+        task: its GLUE task
+        out: the safetensors file
+    """
+    from fmn import stages
+
+    with progress_bar(f"full Fisher of {task}") as progress:
+        outcome = stages.full_fisher(checkpoint, task, data, out, settings, progress)
+    _say(outcome, as_json, _facts("estimator", "samples", "dtype"))
+
+
+@app.command
+def gram(
+    checkpoint: Path,
+    /,
+    *,
+    task: str,
+    data: Data,
+    out: Path,
+    settings: Annotated[params.GramSettings, FLAT] = params.GramSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Compute the Gram matrices of what an expert's linear maps read, for the methods regmean and fisher-regmean.
+
+    Args:
+        checkpoint: the expert's folder
+        task: its GLUE task
+        out: the safetensors file
+    """
+    from fmn import stages
+
+    with progress_bar(f"Gram matrices of {task}") as progress:
+        outcome = stages.gram(checkpoint, task, data, out, settings, progress)
+    _say(outcome, as_json, _facts("samples", "dtype"))
+
+
+@app.command
 def merge(
     *,
     expert: list[str],

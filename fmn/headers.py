@@ -90,6 +90,11 @@ def weight_map(index: Path) -> dict[str, str]:
 
 def file_headers(path: Path) -> dict[str, TensorHeader]:
     """Every tensor of one file; UserError where its header is not valid or does not fit its size."""
+    return read_file(path)[0]
+
+
+def read_file(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
+    """Every tensor of one file, and its metadata; UserError as `file_headers`."""
 
     def wrong(what: str) -> UserError:
         return UserError(f"{path}: not a valid safetensors file: {what}; get it again")
@@ -137,7 +142,7 @@ def file_headers(path: Path) -> dict[str, TensorHeader]:
         position = one.end
     if position != size:
         raise wrong(f"its tensors end at byte {position}, the file at {size}")
-    return headers
+    return headers, metadata
 
 
 def _are_counts(value: Any) -> bool:

@@ -48,6 +48,12 @@ def _hint(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def _at_least_one(samples: int | str) -> int | str:
+    if isinstance(samples, int) and samples < 1:
+        raise ValueError("at least one example is needed")
+    return samples
+
+
 class Settings(BaseModel):
     """Settings do not change once read, and an unknown one is an error."""
 
@@ -101,18 +107,32 @@ class FisherSettings(Settings):
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
 
-    @field_validator("samples")
-    @classmethod
-    def _at_least_one(cls, samples: int | str) -> int | str:
-        if isinstance(samples, int) and samples < 1:
-            raise ValueError("at least one example is needed")
-        return samples
+    _some = field_validator("samples")(_at_least_one)
 
     @model_validator(mode="after")
     def _auto_is_one_run(self) -> "FisherSettings":
         if self.samples == "auto" and self.workers > 1:
             raise ValueError("samples auto looks at the result as it grows, so it cannot be shared: take workers 1")
         return self
+
+
+class FullFisherSettings(Settings):
+    estimator: Literal["empirical", "expected", "sampled"] = Field("empirical", description="as for the mask Fisher")
+    samples: int | Literal["all"] = Field(256, description="examples, drawn without replacement")
+    seed: int = Field(0, ge=0, description="seed of the draw")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
+
+    _some = field_validator("samples")(_at_least_one)
+
+
+class GramSettings(Settings):
+    samples: int | Literal["all"] = Field(1024, description="examples, drawn without replacement; labels are not read")
+    seed: int = Field(0, ge=0, description="seed of the draw")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
+
+    _some = field_validator("samples")(_at_least_one)
 
 
 class ExpertsSettings(Settings):

@@ -14,14 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmn import __version__, artifacts, checkpoints, data, recipe, report, sources, tasks
+from fmn import __version__, artifacts, checkpoints, data, recipe, report, sources, statistics, tasks
 from fmn.errors import UserError
 from fmn.methods import NEEDS
-from fmn.params import DataSettings, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings, RegistrySettings
+from fmn.params import (
+    DataSettings,
+    EvaluateSettings,
+    FinetuneSettings,
+    FisherSettings,
+    FullFisherSettings,
+    GramSettings,
+    MergeSettings,
+    RegistrySettings,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from fmn.batches import Examples
     from fmn.fisher import State
 
 Progress = Callable[[int, int], None]
@@ -32,6 +43,8 @@ FETCH = 1
 DATA = 1
 FINETUNE = 1
 FISHER = 1
+FULL_FISHER = 1
+GRAM = 1
 MERGE = 1
 EVALUATE = 1
 REPORT = 1
@@ -337,6 +350,77 @@ def fisher(
         return artifacts.read_fisher(out)[2]
 
     return _stage("fisher", out, lambda: artifacts.fisher_is_current(out, key), make, summarise)
+
+
+def _large_statistic(
+    kind: str,
+    algorithm: int,
+    checkpoint: Path,
+    task: str,
+    folder: Path,
+    out: Path,
+    settings: FullFisherSettings | GramSettings,
+    compute: "Callable[[PreTrainedModel, Examples], tuple[Mapping[str, Tensor], Mapping[str, Any]]]",
+) -> Outcome:
+    """A statistic of an expert on its task's training split, as safetensors; `compute` gives tensors and metadata."""
+    _apart(out, [checkpoint, folder])
+    found = tasks.task(task)
+    described = {"task": task, **settings.model_dump(exclude={"device"})}
+    inputs = {"checkpoint": artifacts.digest_folder(checkpoint), **data.digests(folder, found, ["train"])}
+    key = artifacts.content_key(kind, algorithm, described, inputs)
+
+    def make() -> None:
+        examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
+        tensors, metadata = compute(_classifier(checkpoint, found), examples)
+        stated = {
+            **described,
+            "key": key,
+            "model_type": checkpoints.load_config(checkpoint).model_type,
+            "checkpoint": {**_lineage(checkpoint), "digest": inputs["checkpoint"]},
+            "data_digest": inputs["train"],
+            "samples": len(examples) if settings.samples == "all" else min(settings.samples, len(examples)),
+            "fmn": __version__,
+            **metadata,
+        }
+        statistics.write(out, kind, tensors, stated)
+
+    def summarise() -> Mapping[str, Any]:
+        return statistics.read(out, kind)[1]
+
+    return _stage(kind, out, lambda: statistics.is_current(out, kind, key), make, summarise)
+
+
+def full_fisher(
+    checkpoint: Path, task: str, folder: Path, out: Path, settings: FullFisherSettings, progress: Progress | None = None
+) -> Outcome:
+    """The exact diagonal Fisher information of all of an expert's parameters, as safetensors."""
+
+    def compute(model: "PreTrainedModel", examples: "Examples") -> "tuple[Mapping[str, Tensor], Mapping[str, Any]]":
+        from fmn import diagonal
+
+        regression = tasks.task(task).regression
+        described = settings.model_dump(exclude={"samples"})
+        samples = _limit(settings.samples)
+        return diagonal.estimate(
+            model, examples, regression=regression, samples=samples, progress=progress, **described
+        ), {}
+
+    return _large_statistic("full-fisher", FULL_FISHER, checkpoint, task, folder, out, settings, compute)
+
+
+def gram(
+    checkpoint: Path, task: str, folder: Path, out: Path, settings: GramSettings, progress: Progress | None = None
+) -> Outcome:
+    """The Gram matrices of what an expert's linear maps read, as safetensors."""
+
+    def compute(model: "PreTrainedModel", examples: "Examples") -> "tuple[Mapping[str, Tensor], Mapping[str, Any]]":
+        from fmn import gram
+
+        described = settings.model_dump(exclude={"samples"})
+        found = gram.estimate(model, examples, samples=_limit(settings.samples), progress=progress, **described)
+        return found.moments, {"inputs": found.inputs, "transposed": sorted(found.transposed)}
+
+    return _large_statistic("gram", GRAM, checkpoint, task, folder, out, settings, compute)
 
 
 def merge(
