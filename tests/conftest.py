@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import BertConfig, BertModel
 
 from fmn import stages
@@ -19,6 +20,8 @@ TUNING = FinetuneSettings(epochs=1, examples=64, learning_rate=1e-3, device="cpu
 FISHER = FisherSettings(samples=32, device="cpu", dtype="float32")
 
 torch.set_num_threads(1)
+settings.register_profile("fmn", deadline=None)  # a busy machine is no failure
+settings.load_profile("fmn")
 
 
 @pytest.fixture(scope="session")
