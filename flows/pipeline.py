@@ -54,6 +54,9 @@ class Layout:
     def fisher(self, name: str) -> Path:
         return self.work / "fisher" / f"{name}.parquet"
 
+    def gram(self, name: str) -> Path:
+        return self.work / "fisher" / f"{name}.gram.safetensors"
+
     def merged(self, name: str) -> Path:
         return self.work / name
 
@@ -69,6 +72,7 @@ STAGES: Mapping[str, Callable[..., Outcome]] = {
     "data": stages.prepare,
     "finetune": stages.finetune,
     "fisher": stages.fisher,
+    "gram": stages.gram,
     "merge": stages.merge,
     "evaluate": stages.evaluate,
     "report": stages.write_report,
@@ -149,12 +153,18 @@ def submit_stages(settings: Params, layout: Layout) -> Futures:
             "evaluate", name, [made[name], ("data", name)], model=layout.expert(name), names=[name],
             folder=layout.data, out=layout.expert_metrics(name), settings=settings.evaluate,
         )  # fmt: skip
+    for name, settled in settings.gram.items():
+        submit(
+            "gram", name, [made[name], ("data", name)], checkpoint=layout.expert(name), task=name, folder=layout.data,
+            out=layout.gram(name), settings=settled,
+        )  # fmt: skip
     experts = {name: layout.expert(name) for name in names}
     fisher_files = {name: layout.fisher(name) for name in names}
+    statistics = [("fisher", name) for name in names] + [("gram", name) for name in settings.gram]
     for model, merging in merges.items():
         submit(
-            "merge", model, [("fisher", name) for name in names], experts=experts, fisher_files=fisher_files,
-            base=layout.base, out=layout.merged(model), settings=merging,
+            "merge", model, statistics, experts=experts, fisher_files=fisher_files, base=layout.base,
+            out=layout.merged(model), settings=merging, gram_files={name: layout.gram(name) for name in settings.gram},
         )  # fmt: skip
         submit(
             "evaluate", model, [("merge", model)], model=layout.merged(model), names=[], folder=layout.data,

@@ -310,6 +310,38 @@ def weights(claim: Claim, values: NodeValues) -> np.ndarray:
     return np.concatenate(runs).reshape([-1 if axis == claim.axis else 1 for axis in range(claim.ndim)])
 
 
+def output_weights(claim: Claim, values: NodeValues, transposed: bool = False) -> np.ndarray:
+    """The weights of a matrix's output rows, float64 [rows], or [1] where all rows have the same.
+
+    A matrix whose columns the nodes own, not its rows (a projection after mask nodes), has their mean.
+    `transposed`: the matrix is stored [in, out].
+    """
+    if claim.axis is None or claim.axis == (1 if transposed else 0):
+        return np.ravel(weights(claim, values))
+    return np.array([np.mean([np.mean(values[part.site]) for part in claim.parts])])
+
+
+def tempered(values: NodeValues, normalise: str, exponent: float) -> NodeValues:
+    """An expert's Fisher information to a power, then divided so that experts can be compared.
+
+    `normalise`: "none"; "expert": by its universal weight (see `weights`); "kind": by its mean over all nodes of a
+    kind; "site": by its mean over the nodes of a kind in one layer. Experts differ in the scale of their losses, and
+    without a common scale the one with the largest loss would own every node. All-zero Fisher information stays so.
+    """
+    raised = {site: np.asarray(nodes, np.float64) ** exponent for site, nodes in values.items()}
+    if normalise == "none":
+        return raised
+    if normalise == "expert":
+        scales = dict.fromkeys(raised, float(weights(Claim(), raised)))
+    else:
+        groups: dict[Site | str, list[np.ndarray]] = {}
+        group = {site: site.node if normalise == "kind" else site for site in raised}
+        for site, nodes in raised.items():
+            groups.setdefault(group[site], []).append(nodes)
+        scales = {site: float(np.concatenate(groups[group[site]]).mean()) for site in raised}
+    return {site: nodes / (scales[site] or 1.0) for site, nodes in raised.items()}
+
+
 def _groups(part: Part, values: NodeValues) -> np.ndarray:
     """The mean of each group of the part's nodes, [groups]."""
     layer, node = part.site

@@ -14,6 +14,7 @@ from cyclopts import App, Parameter
 
 from fmn import __version__, params
 from fmn.errors import UserError
+from fmn.methods import NEEDS
 from fmn.terminal import progress_bar, say, show_table
 
 if TYPE_CHECKING:
@@ -291,6 +292,7 @@ def merge(
     expert: list[str],
     out: Path,
     fisher: list[str] | None = None,
+    gram: list[str] | None = None,
     base: Path | None = None,
     selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
     settings: Annotated[params.MergeSettings, FLAT] = params.MergeSettings(),  # noqa: B008
@@ -301,17 +303,23 @@ def merge(
     Args:
         expert: TASK=DIR for each expert, or one folder that holds DIR/TASK
         out: the merged model's folder
-        fisher: TASK=FILE for each expert, or one folder that holds DIR/TASK.parquet
+        fisher: TASK=FILE for each expert, or one folder that holds DIR/TASK.parquet; for method fisher the full Fisher,
+            DIR/TASK.safetensors
+        gram: TASK=FILE for each expert, or one folder that holds DIR/TASK.gram.safetensors; for regmean,
+            fisher-regmean
         base: the folder of the model that the experts were fine-tuned from
     """
     from fmn import stages
 
     experts = _by_task(expert, "--expert", selection.tasks, "")
-    files = _by_task(fisher, "--fisher", [], ".parquet") if fisher else {}
+    suffix = ".safetensors" if NEEDS[settings.method].fisher == "parameters" else ".parquet"
+    given = {
+        "fisher": _by_task(fisher, "--fisher", [], suffix) if fisher else {},
+        "gram": _by_task(gram, "--gram", [], ".gram.safetensors") if gram else {},
+    }
+    files = {kind: {name: found[name] for name in experts if name in found} for kind, found in given.items()}
     with progress_bar("merging") as progress:
-        outcome = stages.merge(
-            experts, {name: files[name] for name in experts if name in files}, base, out, settings, progress
-        )
+        outcome = stages.merge(experts, files["fisher"], base, out, settings, progress, files["gram"])
 
     def show(summary: Mapping[str, Any]) -> None:
         coefficients = summary["coefficients"]

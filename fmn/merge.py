@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmn.regmean import damped, regress
+
 
 def shares(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
     """Each expert's share of every node, ``lambda_j F_j / sum_j lambda_j F_j`` (Matena and Raffel 2022, eq. 4).
@@ -204,12 +206,29 @@ class Settings:
         coefficients: ``lambda_j``, in the order of the experts.
         density: the part of every task vector that a method which makes it sparse keeps.
         seed: of the methods that draw at random.
+        damping: factor of the off-diagonal entries of Gram matrices.
     """
 
     tasks: tuple[str, ...]
     coefficients: tuple[float, ...]
     density: float
     seed: int
+    damping: float = 1.0
+
+
+@dataclass(frozen=True)
+class Regression:
+    """What RegMean needs of a matrix beside its values.
+
+    Attributes:
+        gram: an expert's number to the Gram matrix of its inputs, float64 [n, n].
+        weights: of every expert's output rows, [experts, rows] or [experts, 1].
+        transposed: the matrix is stored [n, rows].
+    """
+
+    gram: Callable[[int], Tensor]
+    weights: Tensor
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -224,6 +243,9 @@ class Part:
         base: the same of the base model, where the method or the scale asks for it.
         shares: from `shares`, broadcastable against the experts.
         settings: what is the same for all parts.
+        fisher: every expert's full Fisher information of these elements, where the method takes it.
+        regression: where the method is a regression and the parameter a matrix whose inputs are known; then the part is
+            the whole matrix.
     """
 
     name: str
@@ -233,6 +255,8 @@ class Part:
     base: Tensor | None
     shares: tuple[Tensor, ...]
     settings: Settings
+    fisher: tuple[Tensor, ...] = ()
+    regression: Regression | None = None
 
     @property
     def origin(self) -> Tensor:
@@ -346,9 +370,25 @@ def _tsv_m(part: Part, factors: list[Tensor] | None) -> Tensor:
     return _turned_back(part, reduce(torch.add, map(torch.matmul, _upright(part), factors)))
 
 
+def _fisher(part: Part, measured: None) -> Tensor:
+    return weighted_sum(part.experts, shares(part.fisher, part.settings.coefficients))
+
+
+def _regmean(part: Part, measured: None) -> Tensor:
+    given = part.regression
+    if given is None:
+        return weighted_sum(part.experts, part.shares)
+    experts = [expert.T if given.transposed else expert for expert in part.experts]
+    merged = regress(experts, lambda number: damped(given.gram(number), part.settings.damping), given.weights)
+    return merged.T if given.transposed else merged
+
+
 METHODS: Mapping[str, Method] = {
     "average": Method(lambda part, _: weighted_sum(part.experts, part.shares)),
     "mask-fisher": Method(lambda part, _: weighted_sum(part.experts, part.shares)),
+    "fisher": Method(_fisher),
+    "regmean": Method(_regmean),
+    "fisher-regmean": Method(_regmean),
     "task-arithmetic": Method(lambda part, _: task_arithmetic(part.experts, part.origin, part.settings.coefficients)),
     "ties": Method(_ties, _thresholds),
     "dare-ties": Method(_dare_ties),

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
@@ -33,9 +34,9 @@ from fmn.checkpoints import CONFIG, TOKENIZER_FILES
 from fmn.errors import UserError
 from fmn.headers import INDEX, TensorHeader, tensor_headers
 from fmn.merge import METHODS, Settings, shares
-from fmn.methods import NEEDS, Needs
+from fmn.methods import DAMPING, NEEDS, Needs, Tuning, tuned
 from fmn.recipe import CARD, FORMAT, RECIPE
-from fmn.stream import DTYPES, Parameter, Progress, Recipe, Slot
+from fmn.stream import DTYPES, Parameter, Progress, Recipe, Slot, StoredRegression
 
 HEAD_SETTINGS = ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params")
 LOCAL_SETTINGS = ("_name_or_path", "auto_map", "torch_dtype")
@@ -48,9 +49,13 @@ class Options(TypedDict, total=False):
         method: one of `fmn.methods.NEEDS`.
         mapping: "structured" (the default) or "paper": how node weights spread over parameters.
         fisher: the Fisher information of every expert's mask nodes by task, for methods that take it.
+        full_fisher: where every expert's full Fisher information lies, by parameter, by task, for methods that take it.
+        grams: every expert's Gram matrices by task, for methods that take them.
+        normalise, exponent: of the Fisher information of mask nodes (see `fmn.methods.tuned`); "auto" unless given.
+        damping: factor of the off-diagonal entries of Gram matrices.
         coefficients: ``lambda_j`` by task, at least zero; one where a task is left out.
         base: the folder of the model that the experts were tuned from, for methods that take it and for ``scale``.
-        scale: the merged parameters become ``base + scale * (merged - base)``.
+        scale: the merged parameters become ``base + scale * (merged - base)``; "auto": as `fmn.methods.tuned` says.
         density: the part of a task vector that methods which make it sparse keep; None: the method's own default.
         seed: of the methods that draw at random.
     """
@@ -58,9 +63,14 @@ class Options(TypedDict, total=False):
     method: Required[str]
     mapping: str
     fisher: Mapping[str, NodeValues] | None
+    full_fisher: Mapping[str, Mapping[str, TensorHeader]] | None
+    grams: "Mapping[str, StoredGrams] | None"
+    normalise: str
+    exponent: float | str
+    damping: float
     coefficients: Mapping[str, float] | None
     base: Path | None
-    scale: float | None
+    scale: float | str
     density: float | None
     seed: int
 
@@ -105,9 +115,12 @@ def write(
             "format": FORMAT,
             "tasks": list(tasks),
             "method": options["method"],
-            "mapping": options.get("mapping", "structured") if needs.fisher else None,
+            "mapping": options.get("mapping", "structured") if needs.fisher == "nodes" else None,
+            "normalise": plan.tuning.normalise if needs.fisher == "nodes" else None,
+            "exponent": plan.tuning.exponent if needs.fisher == "nodes" else None,
+            "damping": settings.damping if needs.gram else None,
             "coefficients": dict(zip(tasks, settings.coefficients, strict=True)),
-            "scale": plan.recipe.scale,
+            "scale": plan.tuning.scale,
             "density": settings.density if needs.density is not None else None,
             "seed": settings.seed if needs.random else None,
             **(recipe or {}),
@@ -132,28 +145,42 @@ def in_memory(experts: Mapping[str, Path], **options: Unpack[Options]) -> dict[s
     return tensors
 
 
+class StoredGrams(NamedTuple):
+    """Gram matrices on the disk: `moments` by input, the input by module, and the modules that are transposed."""
+
+    moments: Mapping[str, TensorHeader]
+    inputs: Mapping[str, str]
+    transposed: Sequence[str]
+
+
 class _Plan(NamedTuple):
     """A merge that was checked and not yet computed."""
 
     settings: Settings
+    tuning: Tuning
     tensors: "dict[str, _Tensors]"
     parameters: list[Parameter]
     recipe: Recipe
 
 
 def _plan(experts: Mapping[str, Path], **options: Unpack[Options]) -> _Plan:
-    method, base, scale = options["method"], options.get("base"), options.get("scale")
+    method, mapping, base = options["method"], options.get("mapping", "structured"), options.get("base")
     tasks = _tasks(experts)
-    needs = _needs(method, base, scale)
+    needs = _needs(method, base, options.get("scale", "auto"))
+    auto = (options.get("normalise", "auto"), options.get("exponent", "auto"), options.get("scale", "auto"))
+    tuning = tuned(method, mapping, len(tasks), base is not None, *auto)
     lambdas = _coefficients(tasks, options.get("coefficients") or {})
     tensors = {task: _tensors(experts[task]) for task in tasks}
-    original = _tensors(base).encoder if base is not None and (needs.base or scale is not None) else None
+    original = _tensors(base).encoder if base is not None and (needs.base or tuning.scale != 1) else None
     parameters = stream.plan({task: tensors[task].encoder for task in tasks}, original)
-    fisher = options.get("fisher") or {}
-    mapping = options.get("mapping", "structured")
-    share = _shares(needs, mapping, experts[tasks[0]], parameters, lambdas, {task: fisher.get(task) for task in tasks})
-    settings = Settings(tasks, lambdas, _density(needs, options.get("density")), options.get("seed", 0))
-    return _Plan(settings, tensors, parameters, Recipe(METHODS[method], settings, scale, share))
+    weigh = _Weigher(needs, mapping, experts[tasks[0]], parameters, lambdas, tuning, options.get("fisher") or {}, tasks)
+    if needs.fisher == "parameters":
+        parameters = _with_fisher(parameters, tasks, options.get("full_fisher") or {})
+    if needs.gram:
+        parameters = _with_grams(parameters, tasks, options.get("grams") or {}, weigh)
+    damping = options.get("damping", DAMPING)
+    settings = Settings(tasks, lambdas, _density(needs, options.get("density")), options.get("seed", 0), damping)
+    return _Plan(settings, tuning, tensors, parameters, Recipe(METHODS[method], settings, tuning.scale, weigh.shares))
 
 
 def _tasks(experts: Mapping[str, Path]) -> tuple[str, ...]:
@@ -166,14 +193,15 @@ def _tasks(experts: Mapping[str, Path]) -> tuple[str, ...]:
     return tuple(sorted(experts))
 
 
-def _needs(method: str, base: Path | None, scale: float | None) -> Needs:
+def _needs(method: str, base: Path | None, scale: float | str) -> Needs:
     if method not in NEEDS:
         close = get_close_matches(method, NEEDS, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(NEEDS)}"
         raise UserError(f"merge method {method!r} is unknown; {hint}")
-    if scale is not None and not math.isfinite(scale):
+    factor = 1.0 if isinstance(scale, str) else scale
+    if not math.isfinite(factor):
         raise UserError(f"--scale {scale} is not a finite number")
-    for wanted, what in ((NEEDS[method].base, f"method {method}"), (scale is not None, "--scale")):
+    for wanted, what in ((NEEDS[method].base, f"method {method}"), (factor != 1, "--scale")):
         if wanted and base is None:
             raise UserError(f"{what} needs the model that the experts were tuned from; give --base DIR")
     return NEEDS[method]
@@ -214,27 +242,103 @@ def _tensors(folder: Path) -> _Tensors:
     return _Tensors(encoder, head)
 
 
-def _shares(
-    needs: Needs,
-    mapping: str,
-    folder: Path,
-    parameters: Sequence[Parameter],
-    coefficients: Sequence[float],
-    fisher: Mapping[str, NodeValues | None],
-) -> Callable[[str], Sequence[Tensor]]:
-    """A parameter's name to the experts' shares of it; the Fisher information is checked against the model first."""
-    if not needs.fisher:
-        ones = torch.ones((), dtype=torch.float64)
-        uniform = shares([ones] * len(coefficients), coefficients)
-        return lambda name: uniform
-    config = checkpoints.load_config(folder)
-    shapes = {parameter.slot.name: parameter.slot.shape for parameter in parameters}
-    claims = architectures.claims(config, shapes, mapping)
-    counts = architectures.node_counts(config, shapes)
-    values = {task: _checked(task, nodes, counts) for task, nodes in fisher.items()}
-    return lambda name: shares(
-        [torch.from_numpy(architectures.weights(claims[name], nodes)) for nodes in values.values()], coefficients
-    )
+class _Weigher:
+    """What weighs the experts: their coefficients and, where the method takes it, the Fisher of their mask nodes.
+
+    The Fisher information is checked against the model first.
+    """
+
+    def __init__(
+        self,
+        needs: Needs,
+        mapping: str,
+        folder: Path,
+        parameters: Sequence[Parameter],
+        coefficients: Sequence[float],
+        tuning: Tuning,
+        fisher: Mapping[str, NodeValues],
+        tasks: Sequence[str],
+    ) -> None:
+        self.coefficients = coefficients
+        self.values: list[NodeValues] = []
+        if needs.fisher != "nodes":
+            return
+        config = checkpoints.load_config(folder)
+        shapes = {parameter.slot.name: parameter.slot.shape for parameter in parameters}
+        self.claims = architectures.claims(config, shapes, mapping)
+        counts = architectures.node_counts(config, shapes)
+        self.values = [
+            architectures.tempered(nodes, tuning.normalise, tuning.exponent)
+            for nodes in (_checked(task, fisher.get(task), counts) for task in tasks)
+        ]
+
+    def shares(self, name: str) -> Sequence[Tensor]:
+        """The experts' shares of a parameter, broadcastable against it."""
+        if not self.values:
+            ones = torch.ones((), dtype=torch.float64)
+            return shares([ones] * len(self.coefficients), self.coefficients)
+        claim = self.claims[name]
+        fisher = [torch.from_numpy(architectures.weights(claim, nodes)) for nodes in self.values]
+        return shares(fisher, self.coefficients)
+
+    def rows(self, name: str, transposed: bool) -> Tensor:
+        """The experts' weights of a matrix's output rows, float64 [experts, rows] or [experts, 1]."""
+        lambdas = torch.tensor(self.coefficients, dtype=torch.float64)[:, None]
+        if not self.values:
+            return lambdas
+        claim = self.claims[name]
+        found = [architectures.output_weights(claim, nodes, transposed) for nodes in self.values]
+        return lambdas * torch.from_numpy(np.stack(found))
+
+
+def _with_fisher(
+    parameters: Sequence[Parameter], tasks: Sequence[str], fisher: Mapping[str, Mapping[str, TensorHeader]]
+) -> list[Parameter]:
+    """The parameters with every expert's full Fisher information of them."""
+    _all_there(tasks, fisher, "full Fisher information; give --fisher {}=FILE, made by `fmn full-fisher`")
+    found = []
+    for parameter in parameters:
+        name, dtype, shape = parameter.slot
+        stored = {task: fisher[task].get(name) for task in tasks} if dtype.is_floating_point else {}
+        for task, header in stored.items():
+            if header is None or header.shape != shape:
+                raise UserError(f"expert {task}: its full Fisher has no {name} of shape {list(shape)}; make it again")
+        found.append(replace(parameter, fisher=tuple(header for header in stored.values() if header is not None)))
+    return found
+
+
+def _all_there(tasks: Sequence[str], given: Mapping[str, Any], what: str) -> None:
+    for task in tasks:
+        if task not in given:
+            raise UserError(f"expert {task}: no {what.format(task)}")
+
+
+def _with_grams(
+    parameters: Sequence[Parameter], tasks: Sequence[str], grams: Mapping[str, StoredGrams], weigh: _Weigher
+) -> list[Parameter]:
+    """The parameters, matrices of linear maps with the Gram matrices of their inputs and the weights of their rows."""
+    _all_there(tasks, grams, "Gram matrices; give --gram {}=FILE, made by `fmn gram`")
+    first = grams[tasks[0]]
+    found = []
+    for parameter in parameters:
+        name, _, shape = parameter.slot
+        module = name.removesuffix(".weight")
+        if module == name or module not in first.inputs:
+            found.append(parameter)
+            continue
+        transposed = module in first.transposed
+        size = shape[0 if transposed else 1] + 1
+        moments = []
+        for task in tasks:
+            stored = grams[task].moments.get(grams[task].inputs.get(module, ""))
+            if stored is None or stored.shape != (size, size):
+                raise UserError(
+                    f"expert {task}: its Gram matrices are not those of {name}; make them again with `fmn gram`"
+                )
+            moments.append(stored)
+        regression = StoredRegression(tuple(moments), weigh.rows(name, transposed), transposed)
+        found.append(replace(parameter, regression=regression))
+    return found
 
 
 def _checked(task: str, values: NodeValues | None, counts: Mapping[Site, int]) -> NodeValues:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fmn.errors import UserError
-from fmn.methods import NEEDS
+from fmn.methods import DAMPING, NEEDS
 from fmn.tasks import TASKS
 
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
@@ -157,7 +157,16 @@ class MergeSettings(Settings):
     coefficient: list[str] = Field(
         default_factory=list, description="TASK=X: the weight lambda of a task's expert; 1 where it is not given"
     )
-    scale: float | None = Field(None, description="scale of the merged task vector; needs the base")
+    normalise: Literal["auto", "none", "expert", "kind", "site"] = Field(
+        "auto",
+        description="what an expert's Fisher is divided by: nothing, its mean over all nodes, over a kind of nodes, or"
+        " over a kind in one layer; auto: the method's own",
+    )
+    exponent: float | Literal["auto"] = Field("auto", ge=0, description="of the Fisher; auto: the method's own")
+    damping: float = Field(DAMPING, ge=0, le=1, description="factor of the off-diagonal entries of Gram matrices")
+    scale: float | Literal["auto"] = Field(
+        "auto", description="scale of the merged task vector, 1 leaves it; auto: the method's own. Needs the base"
+    )
     density: float | None = Field(
         None,
         gt=0,
@@ -212,6 +221,9 @@ class Params(Settings):
     )
     data: DataSettings = DataSettings()
     fisher: FisherSettings = FisherSettings()
+    gram: dict[str, GramSettings] = Field(
+        default_factory=dict, description="TASK: how its expert's Gram matrices are made; for regmean, fisher-regmean"
+    )
     merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     registry: RegistrySettings = Field(..., description="where the merged model is registered")
@@ -224,9 +236,16 @@ class Params(Settings):
         for name in tasks:
             if (name in self.sources) == (name in self.finetune):
                 raise ValueError(f"task {name!r} must stand under either `sources` or `finetune`")
-        for name in [*self.sources, *self.finetune, *self.merge.coefficients]:
+        for name in [*self.sources, *self.finetune, *self.gram, *self.merge.coefficients]:
             if name not in tasks:
                 raise ValueError(f"{name!r} is not one of experts.tasks ({', '.join(tasks)}){_hint(name, tasks)}")
+        needs = NEEDS[self.merge.method]
+        if needs.fisher == "parameters":
+            raise ValueError(f"method {self.merge.method} is for `fmn merge` alone; a pipeline merges with another")
+        if needs.gram and (without := [name for name in tasks if name not in self.gram]):
+            raise ValueError(
+                f"method {self.merge.method} needs Gram matrices of every expert: add {without[0]!r} to `gram`"
+            )
         return self
 
 

@@ -11,12 +11,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn import __version__, artifacts, checkpoints, data, recipe, report, sources, statistics, tasks
 from fmn.errors import UserError
-from fmn.methods import NEEDS
+from fmn.methods import NEEDS, Needs
 from fmn.params import (
     DataSettings,
     EvaluateSettings,
@@ -423,6 +424,57 @@ def gram(
     return _large_statistic("gram", GRAM, checkpoint, task, folder, out, settings, compute)
 
 
+def _statistics(
+    needs: Needs,
+    experts: Mapping[str, Path],
+    digests: Mapping[str, str],
+    fisher_files: Mapping[str, Path],
+    gram_files: Mapping[str, Path],
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What a method takes beside the experts, as options of `fmn.merged`, and what the recipe says of it.
+
+    Every statistic must be there, and be of the very checkpoint and task that it is given for.
+    """
+    options: dict[str, Any] = {}
+    stated: dict[str, dict[str, Any]] = {"fisher": {}, "gram": {}}
+
+    def take(kind: str, option: str, command: str, files: Mapping[str, Path], read: Callable[[Path], Any]) -> None:
+        found = {}
+        for task, digest in digests.items():
+            if task not in files:
+                raise UserError(f"--{kind} {task}=FILE is missing: this method weighs by it; `fmn {command}` makes it")
+            found[task], metadata = read(files[task])
+            if metadata["task"] != task:
+                raise UserError(f"{files[task]}: the {kind} of task {metadata['task']}, given for {task}")
+            if metadata["checkpoint"]["digest"] != digest:
+                raise UserError(f"{files[task]}: the {kind} of another checkpoint than {experts[task]}; make it again")
+            names = ("estimator", "samples", "seed", "dtype", "key")
+            stated[kind][task] = {
+                "digest": artifacts.digest_file(files[task]),
+                **{name: metadata[name] for name in names if name in metadata},
+            }
+        options[option] = found
+
+    def nodes(path: Path) -> tuple[Any, Any]:
+        values, _, metadata = artifacts.read_fisher(path)
+        return values, metadata
+
+    def grams(path: Path) -> tuple[Any, Any]:
+        from fmn.merged import StoredGrams
+
+        headers, metadata = statistics.read(path, "gram")
+        return StoredGrams(headers, metadata["inputs"], metadata["transposed"]), metadata
+
+    if needs.fisher == "nodes":
+        take("fisher", "fisher", "fisher", fisher_files, nodes)
+    if needs.fisher == "parameters":
+        read_full = partial(statistics.read, kind="full-fisher")
+        take("fisher", "full_fisher", "full-fisher", fisher_files, read_full)
+    if needs.gram:
+        take("gram", "grams", "gram", gram_files, grams)
+    return options, stated
+
+
 def merge(
     experts: Mapping[str, Path],
     fisher_files: Mapping[str, Path],
@@ -430,38 +482,22 @@ def merge(
     out: Path,
     settings: MergeSettings,
     progress: Progress | None = None,
+    gram_files: Mapping[str, Path] | None = None,
 ) -> Outcome:
     """The experts merged into the folder ``out``.
 
-    Raises UserError when they do not fit one another or their tasks, or when a Fisher artifact belongs to another
-    checkpoint or task.
+    Raises UserError when they do not fit one another or their tasks, or when a statistic belongs to another checkpoint
+    or task.
     """
-    _apart(out, [*experts.values(), *fisher_files.values(), base])
-    uses_fisher = settings.method in NEEDS and NEEDS[settings.method].fisher
+    given = gram_files or {}
+    _apart(out, [*experts.values(), *fisher_files.values(), *given.values(), base])
     digests = {task: artifacts.digest_folder(folder) for task, folder in sorted(experts.items())}
     base_digest = artifacts.digest_folder(base) if base else None
-    values, statements = {}, {}
-    for task in digests if uses_fisher else ():
-        if task not in fisher_files:
-            raise UserError(
-                f"--fisher {task}=FILE is missing: method {settings.method} weighs every expert by its Fisher"
-            )
-        values[task], _, stated = artifacts.read_fisher(fisher_files[task])
-        if stated["task"] != task:
-            raise UserError(f"{fisher_files[task]}: the Fisher of task {stated['task']}, given for {task}")
-        if stated["checkpoint"]["digest"] != digests[task]:
-            raise UserError(
-                f"{fisher_files[task]}: the Fisher of another checkpoint than {experts[task]}; make it again"
-            )
-        names = ("estimator", "samples", "seed", "dtype", "key")
-        statements[task] = {
-            "digest": artifacts.digest_file(fisher_files[task]),
-            **{name: stated[name] for name in names},
-        }
-
-    described = settings.model_dump(exclude=set() if uses_fisher else {"mapping"})
+    needs = NEEDS[settings.method]
+    options, stated = _statistics(needs, experts, digests, fisher_files, given)
+    described = settings.model_dump(exclude=set() if needs.fisher == "nodes" else {"mapping", "normalise", "exponent"})
     inputs = {f"expert {task}": digest for task, digest in digests.items()}
-    inputs |= {f"fisher {task}": stated["digest"] for task, stated in statements.items()}
+    inputs |= {f"{kind} {task}": entry["digest"] for kind, entries in stated.items() for task, entry in entries.items()}
     inputs |= {"base": base_digest} if base_digest else {}
     key = artifacts.content_key("merge", MERGE, described, inputs)
 
@@ -469,26 +505,24 @@ def merge(
         from fmn import merged
 
         checkpoints.check_experts(experts, base)
-        stated: dict[str, Any] = {
+        lineage: dict[str, Any] = {
             "fmn": __version__,
             "key": key,
             "experts": {task: {**_lineage(experts[task]), "digest": digest} for task, digest in digests.items()},
-            "fisher": statements,
+            **stated,
             "base": {**_lineage(base), "digest": base_digest} if base else None,
         }
+        described = settings.model_dump(exclude={"coefficient"})
+        coefficients = settings.coefficients
         merged.write(
             out,
             experts,
-            method=settings.method,
-            mapping=settings.mapping,
-            fisher=values,
-            coefficients=settings.coefficients,
-            base=base,
-            scale=settings.scale,
-            density=settings.density,
-            seed=settings.seed,
-            recipe=stated,
+            recipe=lineage,
             progress=progress,
+            base=base,
+            coefficients=coefficients,
+            **options,
+            **described,
         )
 
     def current() -> bool:

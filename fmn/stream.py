@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fmn.errors import UserError
 from fmn.headers import TensorHeader
-from fmn.merge import Method, Part, Settings, rescale
+from fmn.merge import Method, Part, Regression, Settings, rescale
 
 DTYPES = {
     "F64": torch.float64,
@@ -68,11 +68,27 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter to merge: where every expert's, and the base's if it takes part, is stored."""
+    """A parameter to merge: where every expert's is stored, the base's if it takes part, and every expert's statistics.
+
+    Attributes:
+        fisher: the full Fisher information of the parameter, where the method takes it.
+        regression: what a regression needs of a matrix, where the method is one.
+    """
 
     slot: Slot
     experts: tuple[TensorHeader, ...]
     base: TensorHeader | None
+    fisher: tuple[TensorHeader, ...] = ()
+    regression: "StoredRegression | None" = None
+
+
+@dataclass(frozen=True)
+class StoredRegression:
+    """`fmn.merge.Regression` on the disk. `moments`: of each expert, [n + 1, n + 1] (see `fmn.gram.Grams`)."""
+
+    moments: tuple[TensorHeader, ...]
+    weights: Tensor
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -82,13 +98,13 @@ class Recipe:
     Attributes:
         method: one of `fmn.merge.METHODS`.
         settings: of the method; every sequence that has an item an expert is in the order of its tasks.
-        scale: of the merged task vector, or None to leave it.
+        scale: of the merged task vector; 1 leaves it.
         shares: a parameter's name to every expert's share, float64, broadcastable against the parameter.
     """
 
     method: Method
     settings: Settings
-    scale: float | None
+    scale: float
     shares: Callable[[str], Sequence[Tensor]]
 
 
@@ -184,7 +200,7 @@ def merge(parameters: Sequence[Parameter], recipe: Recipe) -> Iterator[Tensor]:
         UserError: where an expert or the base holds NaN or Inf, naming it and the tensor; where the merged values do
             not fit the output's dtype; where experts differ in a tensor of integers.
     """
-    files = {stored.file for parameter in parameters for stored in _sources(parameter)}
+    files = {file for parameter in parameters for file in _files(parameter)}
     with reading(files) as read, nullcontext() if recipe.method.rows else _one_thread():
         for parameter in parameters:
             if not parameter.slot.dtype.is_floating_point:
@@ -195,7 +211,7 @@ def merge(parameters: Sequence[Parameter], recipe: Recipe) -> Iterator[Tensor]:
             measured = recipe.method.measure(passes) if math.prod(parameter.slot.shape) else None
             for part in passes():
                 merged = recipe.method.combine(part, measured)
-                if recipe.scale is not None and part.base is not None:
+                if recipe.scale != 1 and part.base is not None:
                     merged = rescale(merged, part.base, recipe.scale)
                 piece = merged.to(parameter.slot.dtype)
                 if not finite(piece):
@@ -217,7 +233,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def _sources(parameter: Parameter) -> tuple[TensorHeader, ...]:
-    return parameter.experts if parameter.base is None else (*parameter.experts, parameter.base)
+    base = () if parameter.base is None else (parameter.base,)
+    return (*parameter.experts, *base, *parameter.fisher)
+
+
+def _files(parameter: Parameter) -> set[Path]:
+    moments = parameter.regression.moments if parameter.regression is not None else ()
+    return {stored.file for stored in (*_sources(parameter), *moments)}
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -242,17 +264,22 @@ def _spans(rows: int, columns: int, limit: int) -> Iterator[Span]:
 def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read: Read) -> Iterator[Part]:
     rows, columns = _matrix(parameter.slot.shape)
     sources = _sources(parameter)
-    names = [*(f"expert {task}" for task in recipe.settings.tasks), "base"]
+    tasks = recipe.settings.tasks
+    names = [f"expert {task}" for task in tasks]
+    names += ["base"] if parameter.base is not None else []
+    names += [f"the full Fisher of {task}" for task in tasks] if parameter.fisher else []
     limit = max(1, WORKING_SET // 8 // (len(sources) + 2))
     if recipe.method.rows:
         limit = max(limit, columns if rows >= columns or len(parameter.slot.shape) != 2 else rows * columns)
+    if parameter.regression is not None:
+        limit = rows * columns
     for span in _spans(rows, columns, limit):
         height, width = span.rows.stop - span.rows.start, span.columns.stop - span.columns.start
         first = span.rows.start * columns + span.columns.start
         tensors = [
             read(stored, first, height * width, seat).reshape(height, width) for seat, stored in enumerate(sources)
         ]
-        for who, tensor in zip(names, tensors, strict=False):
+        for who, tensor in zip(names, tensors, strict=True):
             if not finite(tensor):
                 raise UserError(f"{who}: tensor {parameter.slot.name} holds NaN or Inf; it cannot be merged")
         count = len(parameter.experts)
@@ -264,7 +291,21 @@ def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read:
             base=tensors[count] if parameter.base is not None else None,
             shares=tuple(_cut(share, span) for share in shares),
             settings=recipe.settings,
+            fisher=tuple(tensors[len(tensors) - len(parameter.fisher) :]),
+            regression=_regression(parameter.regression, read),
         )
+
+
+def _regression(stored: StoredRegression | None, read: Read) -> Regression | None:
+    if stored is None:
+        return None
+
+    def gram(number: int) -> Tensor:
+        header = stored.moments[number]
+        moments = read(header, 0, math.prod(header.shape)).reshape(header.shape)
+        return moments[:-1, :-1].double()
+
+    return Regression(gram, stored.weights, stored.transposed)
 
 
 def _cut(share: Tensor, span: Span) -> Tensor:

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from fmn import architectures, merged, recipe
+from fmn import architectures, diagonal, gram, merged, recipe, statistics
 from fmn.architectures import NodeValues
 from fmn.errors import UserError
 from fmn.methods import NEEDS
-from tests.tiny import tiny_model
+from fmn.regmean import rounded
+from tests.tiny import tiny_examples, tiny_model
 
 LABELS = {"mrpc": 2, "stsb": 1, "mnli": 3}
 MODELS = {"bert": "structured", "roberta": "paper", "distilbert": "structured", "electra": "paper"}
@@ -166,7 +167,7 @@ def test_the_recipe_says_how_it_was_made_and_what_the_caller_adds(tmp_path: Path
         "method": "average",
         "mapping": None,
         "coefficients": {"mnli": 1.0, "mrpc": 3.0, "stsb": 1.0},
-        "scale": None,
+        "scale": 1.0,
         "key": "k",
         "experts": {"mrpc": "r"},
     }
@@ -347,3 +348,95 @@ def test_a_killed_merge_leaves_nothing_that_looks_finished(tmp_path: Path) -> No
     merged.write(out, folders, method="average")
     recipe.verify(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "out"])
+
+
+def statistics_of(folders: Mapping[str, Path], where: Path) -> tuple[dict[str, Any], dict[str, merged.StoredGrams]]:
+    """The full Fisher and the Gram matrices of every expert on random texts, on the disk."""
+    where.mkdir()
+    full, grams = {}, {}
+    for seed, (task, folder) in enumerate(folders.items()):
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        examples = tiny_examples("bert", 30, LABELS[task], seed)
+        squares = diagonal.estimate(model, examples, estimator="expected", regression=task == "stsb", device="cpu")
+        statistics.write(where / f"{task}.full", "full-fisher", squares, {})
+        full[task] = statistics.read(where / f"{task}.full", "full-fisher")[0]
+        found = gram.estimate(model, examples, device="cpu")
+        statistics.write(where / f"{task}.gram", "gram", found.moments, {})
+        grams[task] = merged.StoredGrams(
+            statistics.read(where / f"{task}.gram", "gram")[0], found.inputs, sorted(found.transposed)
+        )
+    return full, grams
+
+
+def test_the_full_fisher_weighs_every_entry_by_itself(tmp_path: Path) -> None:
+    folders = experts(tmp_path)
+    full, _ = statistics_of(folders, tmp_path / "statistics")
+    lambdas = {"mrpc": 2.0, "stsb": 0.5, "mnli": 1.0}
+    got = merged.in_memory(folders, method="fisher", full_fisher=full, coefficients=lambdas)
+    weights = {task: load_file(tmp_path / "statistics" / f"{task}.full") for task in folders}
+    for name, tensor in got.items():
+        total = sum(lambdas[task] * weights[task][name].double() for task in folders)
+        values = {task: load_file(folder / "model.safetensors")[f"bert.{name}"] for task, folder in folders.items()}
+        expected = sum(lambdas[task] * weights[task][name].double() * values[task] for task in folders) / total
+        mean = sum(lambdas[task] * values[task] for task in folders) / sum(lambdas.values())
+        torch.testing.assert_close(tensor, torch.where(total > 0, expected, mean).float(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="expert stsb: no full Fisher information"):
+        merged.in_memory(folders, method="fisher", full_fisher={task: full[task] for task in ("mrpc", "mnli")})
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher-regmean"])
+def test_regression_of_every_linear_map(method: str, tmp_path: Path) -> None:
+    folders = experts(tmp_path)
+    _, grams = statistics_of(folders, tmp_path / "statistics")
+    nodes = fisher(folders)
+    got = merged.in_memory(
+        folders, method=method, grams=grams, fisher=nodes, normalise="kind", exponent=1.0, damping=0.7
+    )
+    moments = {task: load_file(tmp_path / "statistics" / f"{task}.gram") for task in folders}
+    stored = {task: load_file(folder / "model.safetensors") for task, folder in folders.items()}
+    values = {task: architectures.tempered(nodes[task], "kind", 1.0) for task in folders}
+    heads = {task: values[task][architectures.Site(1, "head")] for task in folders}
+    neurons = {task: values[task][architectures.Site(1, "neuron")] for task in folders}
+    layer = "encoder.layer.1"
+    rows = {  # of 4 heads with 6 channels; 20 neurons; the mean for what follows the nodes
+        f"{layer}.attention.self.value": {task: np.repeat(heads[task], 6) for task in folders},
+        f"{layer}.attention.output.dense": {task: np.full(24, heads[task].mean()) for task in folders},
+        f"{layer}.intermediate.dense": neurons,
+        f"{layer}.output.dense": {task: np.full(24, neurons[task].mean()) for task in folders},
+    }
+    for module, weights in rows.items():
+        if method == "regmean":
+            weights = {task: np.ones_like(one) for task, one in weights.items()}
+        ratios = rounded(torch.from_numpy(np.stack(list(weights.values())))).numpy()
+        names = {task: grams[task].inputs[module] for task in folders}
+        second = {task: moments[task][names[task]][:-1, :-1].double().numpy() for task in folders}
+        second = {task: 0.7 * one + 0.3 * np.diag(np.diag(one)) for task, one in second.items()}
+        matrix = {task: stored[task][f"bert.{module}.weight"].double().numpy() for task in folders}
+        for row in range(len(matrix["mrpc"])):
+            weighed = {task: ratio[row] * second[task] for task, ratio in zip(folders, ratios, strict=True)}
+            expected = np.linalg.solve(
+                sum(weighed.values()), sum(weighed[task] @ matrix[task][row] for task in folders)
+            )
+            np.testing.assert_allclose(got[f"{module}.weight"][row], expected, rtol=2e-3, atol=2e-3)
+    with pytest.raises(UserError, match="expert mnli: no Gram matrices"):
+        merged.in_memory(folders, method=method, fisher=nodes)
+
+
+def test_gpt2_whose_weights_are_transposed_is_regressed_alike(tmp_path: Path) -> None:
+    folders = {task: save(tiny_model("gpt2", 2, seed), tmp_path / task) for seed, task in enumerate(("mrpc", "rte"))}
+    grams = {}
+    for seed, (task, folder) in enumerate(folders.items()):
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        found = gram.estimate(model, tiny_examples("gpt2", 30, 2, seed), device="cpu")
+        statistics.write(tmp_path / f"{task}.gram", "gram", found.moments, {})
+        grams[task] = merged.StoredGrams(
+            statistics.read(tmp_path / f"{task}.gram", "gram")[0], found.inputs, sorted(found.transposed)
+        )
+    got = merged.in_memory(folders, method="regmean", grams=grams, damping=1.0)["h.1.mlp.c_fc.weight"].double()
+    second = {t: load_file(tmp_path / f"{t}.gram")[grams[t].inputs["h.1.mlp.c_fc"]][:-1, :-1].double() for t in folders}
+    stored = {
+        t: load_file(f / "model.safetensors")["transformer.h.1.mlp.c_fc.weight"].double() for t, f in folders.items()
+    }
+    # At the optimum the outputs' errors are uncorrelated with the inputs: sum_j G_j (W - W_j) = 0.
+    residual = sum(second[task] @ (got - stored[task]) for task in folders)
+    assert residual.abs().max() < 1e-4 * (second["mrpc"] @ stored["mrpc"]).abs().max()

@@ -44,7 +44,7 @@ def merge(
     experts: Mapping[str, Mapping[str, TensorHeader]],
     base: Mapping[str, TensorHeader] | None = None,
     method: str = "average",
-    scale: float | None = None,
+    scale: float = 1.0,
     shares: Any = None,
 ) -> dict[str, Tensor]:
     """Merge into one file and load it with the safetensors library."""
