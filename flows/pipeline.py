@@ -72,9 +72,12 @@ STAGES: Mapping[str, Callable[..., Outcome]] = {
     "data": stages.prepare,
     "finetune": stages.finetune,
     "fisher": stages.fisher,
+    "full-fisher": stages.full_fisher,
     "gram": stages.gram,
     "merge": stages.merge,
     "evaluate": stages.evaluate,
+    "compare": stages.compare,
+    "comparison": stages.write_comparison,
     "report": stages.write_report,
     "register": stages.register,
 }
@@ -117,22 +120,22 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
 
 
 Futures = dict[tuple[str, str], PrefectFuture[Outcome]]
+Submit = Callable[..., None]
 
 
-def submit_stages(settings: Params, layout: Layout) -> Futures:
-    """Submit every stage's task run, by (stage, name).
-
-    Each comes after what it needs, and stage by stage: a run that waits for its expert holds a worker's place.
-    """
-    futures: Futures = {}
-    names = settings.experts.tasks
-    # What everybody tries first stands beside what the profile asks for.
-    merges = {"average": MergeSettings(method="average"), "merged": settings.merge}
+def submitter(futures: Futures) -> Submit:
+    """What submits a stage's task run into `futures`, by (stage, name), after those that it needs."""
 
     def submit(stage: str, name: str, needs: list[tuple[str, str]], **arguments: Any) -> None:
         after = [futures[need] for need in needs]
         futures[stage, name] = run_stage.submit(stage, name, arguments, wait_for=after, return_state=False)
 
+    return submit
+
+
+def submit_experts(submit: Submit, settings: Params, layout: Layout) -> dict[str, tuple[str, str]]:
+    """Submit base, data and experts; returns the stage that makes each task's expert."""
+    names = settings.experts.tasks
     submit("fetch", "base", [], source=settings.base, out=layout.base)
     for name, source in settings.sources.items():
         submit("fetch", name, [], source=source, out=layout.expert(name))
@@ -144,6 +147,20 @@ def submit_stages(settings: Params, layout: Layout) -> Futures:
             *made[name], [("fetch", "base"), ("data", name)], base=layout.base, task=name, folder=layout.data,
             out=layout.expert(name), settings=tuning,
         )  # fmt: skip
+    return made
+
+
+def submit_stages(settings: Params, layout: Layout) -> Futures:
+    """Submit every stage's task run, by (stage, name).
+
+    Each comes after what it needs, and stage by stage: a run that waits for its expert holds a worker's place.
+    """
+    futures: Futures = {}
+    names = settings.experts.tasks
+    # What everybody tries first stands beside what the profile asks for.
+    merges = {"average": MergeSettings(method="average"), "merged": settings.merge}
+    submit = submitter(futures)
+    made = submit_experts(submit, settings, layout)
     for name in names:
         submit(
             "fisher", name, [made[name], ("data", name)], checkpoint=layout.expert(name), task=name,

@@ -152,6 +152,21 @@ def run(
 
 
 @app.command
+def compare(
+    *,
+    params_file: Annotated[Path, Parameter(name="--params", help="the settings, with a section compare")],
+    as_json: Json = False,
+) -> None:
+    """Compare merge methods over all pairs of experts and all together; every cell is computed once."""
+    from flows.compare import run_compare
+
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        found = run_compare(params_file)
+    if as_json:
+        _dump(found)
+
+
+@app.command
 def fetch(source: str, /, *, out: Path, as_json: Json = False) -> None:
     """Fetch a checkpoint, pinned and verified.
 

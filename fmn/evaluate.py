@@ -56,9 +56,15 @@ def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float
         raise UserError(f"{task.name}: there are no examples to score.")
     if not np.isfinite(logits).all():
         raise UserError(f"{task.name}: the model's outputs are not finite, so it cannot be scored.")
-    predicted = logits[:, 0] if task.regression else logits.argmax(axis=1)
-    scores = {name: float(METRICS[name](labels, predicted)) for name in task.metrics}
+    answers = predicted(task, logits)
+    scores = {name: float(METRICS[name](labels, answers)) for name in task.metrics}
     return {**scores, "score": sum(scores.values()) / len(scores)}
+
+
+def predicted(task: Task, logits: np.ndarray) -> np.ndarray:
+    """What logits [N, C] answer, [N]: class ids, or values for a regression task."""
+    answers: np.ndarray = logits[:, 0] if task.regression else logits.argmax(axis=1)
+    return answers
 
 
 def _correlation(function: Callable[..., tuple[float, float]]) -> Callable[[np.ndarray, np.ndarray], float]:

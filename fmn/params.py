@@ -203,6 +203,28 @@ class EvaluateSettings(Settings):
     dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
 
 
+class ComparedSettings(MergeSettings):
+    estimator: Estimator | None = Field(None, description="of the mask Fisher; default: that of the section fisher")
+
+
+class CompareSettings(Settings):
+    sets: list[Literal["pairs", "triples", "all"]] = Field(
+        ["pairs", "all"], min_length=1, description="which experts are merged with which"
+    )
+    split: Literal["validation", "train"] = Field(
+        "validation",
+        description="train: rows of the training split that the expert was not fine-tuned on, where there are some;"
+        " that is where settings are chosen, the validation split is for the final table alone",
+    )
+    rows: int | Literal["all"] = Field("all", description="rows of a task, drawn by the seed")
+    seed: int = Field(0, ge=0, description="seed of the draw")
+    methods: dict[str, ComparedSettings] = Field(..., min_length=1, description="NAME: how to merge")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
+
+    _some = field_validator("rows")(_at_least_one)
+
+
 class RegistrySettings(Settings):
     name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="name of the registered model")
     experiment: str = Field("fmn", description="MLflow experiment of the run")
@@ -226,6 +248,8 @@ class Params(Settings):
     )
     merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    full_fisher: FullFisherSettings = FullFisherSettings()
+    compare: CompareSettings | None = Field(None, description="what `fmn compare` compares")
     registry: RegistrySettings = Field(..., description="where the merged model is registered")
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from fmn import __version__, artifacts, checkpoints, data, recipe, report, sourc
 from fmn.errors import UserError
 from fmn.methods import NEEDS, Needs
 from fmn.params import (
+    CompareSettings,
     DataSettings,
     EvaluateSettings,
     FinetuneSettings,
@@ -49,6 +50,8 @@ GRAM = 1
 MERGE = 1
 EVALUATE = 1
 REPORT = 1
+COMPARE = 1
+COMPARISON = 1
 REGISTER = 1
 
 
@@ -612,6 +615,87 @@ def _scores(
         scores.append(found.pop("score"))
         entry |= {f"{name}{task.suffix(split)}": value for name, value in found.items()}
     return {**entry, "score": sum(scores) / len(scores)}
+
+
+def compare(
+    experts: Mapping[str, Path],
+    fisher_files: Mapping[str, Path],
+    gram_files: Mapping[str, Path],
+    base: Path,
+    folder: Path,
+    out: Path,
+    merging: MergeSettings,
+    settings: CompareSettings,
+    tuned_on: Mapping[str, tuple[int | None, int]],
+) -> Outcome:
+    """A cell of a comparison: some experts merged in one way, in memory, and tried on their tasks.
+
+    Args:
+        tuned_on: by task, how many training rows the expert was fine-tuned on and the seed that drew them.
+    """
+    needs = NEEDS[merging.method]
+    digests = {task: artifacts.digest_folder(path) for task, path in sorted(experts.items())}
+    options, stated = _statistics(needs, experts, digests, fisher_files, gram_files)
+    splits = {
+        task: data.validation_splits(folder, tasks.task(task))[0] if settings.split == "validation" else "train"
+        for task in digests
+    }
+    inputs = {f"expert {task}": digest for task, digest in digests.items()} | {"base": artifacts.digest_folder(base)}
+    inputs |= {f"{kind} {task}": entry["digest"] for kind, entries in stated.items() for task, entry in entries.items()}
+    inputs |= {task: data.digests(folder, tasks.task(task), [split])[split] for task, split in splits.items()}
+    described = {
+        "merge": merging.model_dump(),
+        "rows": settings.model_dump(include={"split", "rows", "seed", "dtype"}),
+        "tuned on": {task: list(tuned_on[task]) for task in digests} if settings.split == "train" else None,
+    }
+    key = artifacts.content_key("compare", COMPARE, described, inputs)
+
+    def compute() -> Mapping[str, Any]:
+        from fmn import merged, trial
+        from fmn.evaluate import predicted, score
+
+        started = time.monotonic()
+        how = merging.model_dump(exclude={"coefficient", "estimator"})
+        how |= {**options, "coefficients": merging.coefficients, "base": base}
+        encoder = merged.in_memory(experts, **how)
+        seconds = time.monotonic() - started
+        entries = {}
+        for task, split in splits.items():
+            limit = (_limit(settings.rows), settings.seed, settings.device, settings.dtype)
+            one = trial.contender(experts[task], tasks.task(task), folder, split, *limit, tuned_on[task])
+            outputs = trial.logits(one, encoder, settings.device, settings.dtype)
+            reached = score(one.task, outputs, one.examples.labels)["score"]
+            entries[task] = {
+                "score": reached,
+                "expert": one.score,
+                "relative": reached / one.score if one.score > 0 else None,
+                "labels": one.examples.labels.tolist(),
+                "predictions": predicted(one.task, outputs).tolist(),
+                "expert predictions": predicted(one.task, one.logits).tolist(),
+            }
+        return {"tasks": entries, "seconds": seconds}
+
+    return _json_stage("compare", out, key, compute)
+
+
+def write_comparison(cells: Mapping[str, Mapping[str, Path]], out: Path) -> Outcome:
+    """The tables of a comparison in the folder ``out``, from its cells' files by set and method."""
+    inputs = {
+        f"{name}/{method}": artifacts.digest_file(_there(path))
+        for name, row in cells.items()
+        for method, path in row.items()
+    }
+    key = artifacts.content_key("comparison", COMPARISON, {"order": list(inputs)}, inputs)
+
+    def fill(target: Path) -> Mapping[str, Any]:
+        from fmn import comparison
+
+        read = {
+            name: {method: artifacts.read_json(path) for method, path in row.items()} for name, row in cells.items()
+        }
+        return comparison.write(target, read)
+
+    return _folder_stage("comparison", out, key, fill)
 
 
 def write_report(

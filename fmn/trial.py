@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn import checkpoints, data
-from fmn.batches import Examples, random_order
+from fmn.batches import Examples, random_order, select
 from fmn.evaluate import predict, score
 from fmn.tasks import Task
 
@@ -30,14 +30,30 @@ class Contender:
 
 
 def contender(
-    checkpoint: Path, task: Task, folder: Path, split: str, rows: int | None, seed: int, device: str, dtype: str
+    checkpoint: Path,
+    task: Task,
+    folder: Path,
+    split: str,
+    rows: int | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    tuned_on: tuple[int | None, int] = (None, 0),
 ) -> Contender:
-    """An expert with `rows` rows of a split below `folder`, drawn by `seed` (all when None), and its score there."""
+    """An expert with `rows` rows of a split below `folder`, drawn by `seed` (all when None), and its score there.
+
+    `tuned_on`: how many rows of the training split the expert was fine-tuned on, and the seed that drew them; of that
+    split only other rows are taken, where there are any.
+    """
     model = checkpoints.load_classifier(checkpoint)
-    examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), task, data.read(folder, task, split))
-    examples = examples.take(np.sort(random_order(examples.labels, seed)[:rows]))
-    logits = predict(model, examples, device=device, dtype=dtype)
-    return Contender(task, model, examples, logits, score(task, logits, examples.labels)["score"])
+    table = data.read(folder, task, split)
+    labels = table["label"].to_numpy()
+    order = random_order(labels, seed)
+    unseen = np.setdiff1d(order, select(labels, *tuned_on)) if split == "train" else order
+    order = order[np.isin(order, unseen)] if len(unseen) else order
+    examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(np.sort(order[:rows])))
+    own = predict(model, examples, device=device, dtype=dtype)
+    return Contender(task, model, examples, own, score(task, own, examples.labels)["score"])
 
 
 def logits(one: Contender, encoder: Mapping[str, Tensor], device: str, dtype: str) -> np.ndarray:
