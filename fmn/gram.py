@@ -1,7 +1,7 @@
 """Gram matrices of the inputs of an encoder's linear maps: what RegMean needs of every expert.
 
-For a linear map y = W x + b, the second moment E[x x^T] and the mean E[x] over all tokens that are no padding
-(Jin et al. 2023, arXiv 2212.09849, section 3). Maps that read the same input (query, key, value) share one.
+For a linear map y = W x + b, the second moment E[x x^T] over all tokens that are no padding (Jin et al. 2023, arXiv
+2212.09849, section 3). Maps that read the same input (query, key, value) share one.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,8 +25,7 @@ TOKENS = {"cpu": 2048, "cuda": 32768}  # of a batch
 class Grams:
     """What `estimate` finds.
 
-    `moments`: by input, float32 [n + 1, n + 1]: the mean of z z^T over tokens, where z is x and, last, a one; so the
-    last column is (E[x], 1).
+    `moments`: by input, float32 [n, n]: the mean of x x^T over tokens.
     `inputs`: by module path in the base model, the input that it reads.
     `transposed`: the modules whose weights are stored [in, out].
     """
@@ -46,7 +45,6 @@ class _Sums:
     def add(self, tokens: Tensor) -> None:
         """Takes in tokens [N, n]."""
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        wide = torch.cat([wide, wide.new_ones(len(wide), 1)], 1)  # [N, n + 1]
         if self.total is None:
             self.total = wide.new_zeros(wide.shape[1], wide.shape[1])
         self.total.addmm_(wide.T, wide)

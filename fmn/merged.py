@@ -327,7 +327,7 @@ def _with_grams(
             found.append(parameter)
             continue
         transposed = module in first.transposed
-        size = shape[0 if transposed else 1] + 1
+        size = shape[0 if transposed else 1]
         moments = []
         for task in tasks:
             stored = grams[task].moments.get(grams[task].inputs.get(module, ""))

@@ -84,7 +84,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class StoredRegression:
-    """`fmn.merge.Regression` on the disk. `moments`: of each expert, [n + 1, n + 1] (see `fmn.gram.Grams`)."""
+    """`fmn.merge.Regression` on the disk. `moments`: of each expert, [n, n]."""
 
     moments: tuple[TensorHeader, ...]
     weights: Tensor
@@ -302,8 +302,7 @@ def _regression(stored: StoredRegression | None, read: Read) -> Regression | Non
 
     def gram(number: int) -> Tensor:
         header = stored.moments[number]
-        moments = read(header, 0, math.prod(header.shape)).reshape(header.shape)
-        return moments[:-1, :-1].double()
+        return read(header, 0, math.prod(header.shape)).reshape(header.shape).double()
 
     return Regression(gram, stored.weights, stored.transposed)
 

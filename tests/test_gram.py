@@ -11,7 +11,7 @@ from tests.tiny import tiny_examples, tiny_model
 
 
 def by_hand(name: str, count: int) -> dict[str, torch.Tensor]:
-    """E[z z^T], z = (x, 1), of what every linear map of the encoder reads, one unpadded example at a time."""
+    """E[x x^T] of what every linear map of the encoder reads, one unpadded example at a time."""
     model, examples = tiny_model(name), tiny_examples(name, count)
     read: dict[str, list[torch.Tensor]] = {}
     for path, module in model.base_model.named_modules():
@@ -24,8 +24,7 @@ def by_hand(name: str, count: int) -> dict[str, torch.Tensor]:
     found = {}
     for path, parts in read.items():
         x = torch.cat(parts)
-        z = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-        found[path] = z.T @ z / len(z)
+        found[path] = x.T @ x / len(x)
     return found
 
 
