@@ -41,9 +41,9 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WORKING_SET = 12 * 2**20  # bytes, in float64, of all that is held of one part
 SHARD_BYTES = 5 * 10**9
-FLUSHED = 16 * 2**20  # bytes between two requests to begin writing to the disk
+FLUSHED = 8 * 2**20  # bytes between two requests to begin writing to the disk
 BATCH = 2 * 2**20  # bytes, or one piece more, that are hashed and written together
-IN_FLIGHT = 4  # batches merged but not yet hashed and written
+IN_FLIGHT = 8  # batches merged but not yet hashed and written
 KEPT = 31 * 2**20  # bytes; a block of this size, once freed, makes glibc keep what is freed after it
 
 Progress = Callable[[int, int], None]
