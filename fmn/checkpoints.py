@@ -4,6 +4,7 @@ Nothing in it is ever executed: ``trust_remote_code`` is never true.
 """
 
 import contextlib
+import json
 import logging
 import re
 import warnings
@@ -41,6 +42,8 @@ _SUMMARY = 160  # characters of another library's error that fit into one line o
 _MOST_LAYERS = 1000
 _MOST_LABELS = 100_000
 _LARGEST_SIZE = 2**31
+# What a configuration says that changes no tensor's name or shape.
+_NAMING = ("id2label", "label2id", "_name_or_path")
 # Sizes as every configuration answers to them, whatever it calls them in its file.
 _SIZES = (
     "hidden_size",
@@ -235,14 +238,20 @@ def check_tensors(folder: Path, config: "PretrainedConfig", *, head: bool) -> tu
     return names, headers
 
 
-def _skeleton(
-    config: "PretrainedConfig", where: str
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], str]:
+_Skeleton = tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], str]
+_skeletons: dict[str, _Skeleton] = {}
+
+
+def _skeleton(config: "PretrainedConfig", where: str) -> _Skeleton:
     """Shapes of the encoder (base model names) and of the head of the classifier that a configuration describes, and
-    the prefix that the encoder has in it. Built without memory for weights."""
+    the prefix that the encoder has in it. Built without memory for weights, once for experts of one shape."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    described = {key: value for key, value in config.to_dict().items() if key not in _NAMING}
+    key = json.dumps([described, config.num_labels], sort_keys=True, default=str)
+    if key in _skeletons:
+        return _skeletons[key]
     try:
         with quiet("transformers"), torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
@@ -254,7 +263,9 @@ def _skeleton(
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     encoder = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-    return encoder, {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}, prefix
+    head = {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
+    _skeletons[key] = encoder, head, prefix
+    return _skeletons[key]
 
 
 def _family(name: str) -> str:

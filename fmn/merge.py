@@ -1,8 +1,7 @@
 """The merge rule and the other merge methods: pure functions from tensors to a tensor, and a table of them.
 
-Every function takes tensors of any floating dtype, computes in float64 and returns float64; nothing is changed in
-place. Float64 is what makes the merge of identical experts the expert, bit for bit, in every stored dtype, and the
-order of the experts invisible after rounding.
+Every function takes tensors of any floating dtype and changes none. Weighted means, which must keep up with the disk,
+are computed in float32, or in float64 where a tensor is; all else is in float64.
 """
 
 import math
@@ -41,8 +40,34 @@ def shares(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tens
     return list(logits.softmax(0).unbind(0))
 
 
+def weighted_mean(tensors: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
+    """``sum_j s_j theta_j`` with shares that sum to one and broadcast against the tensors, as a running mean.
+
+    Every step moves the mean towards one expert, ``m += s_j / (s_1 + ... + s_j) (theta_j - m)`` (West 1979, "Updating
+    mean and variance estimates"), which takes one pass over memory and no accumulator wider than float32. Experts that
+    are the same give the expert bit for bit, as does one that has the whole share; the order of the experts changes
+    the result by rounding alone. NaN and Inf are never lost, whatever the share.
+
+    Args:
+        tensors: of any floating dtypes.
+        shares: from `shares`, one shape for all.
+
+    Returns:
+        a tensor of its own, float32 or, where a tensor is, float64.
+    """
+    wide = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    parts = np.stack([share.numpy() for share in shares])  # [experts, *nodes]
+    totals = parts.cumsum(0)
+    steps = np.divide(parts, totals, out=np.zeros_like(parts), where=totals > 0)[1:]
+    weights = steps.ravel().tolist() if steps.size == len(steps) else torch.from_numpy(steps).to(wide)
+    mean = tensors[0].to(wide, copy=len(tensors) == 1)
+    for tensor, weight in zip(tensors[1:], weights, strict=True):
+        mean = torch.lerp(mean, tensor.to(wide), weight)
+    return mean
+
+
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """``sum_j w_j theta_j`` with weights that broadcast against the tensors."""
+    """``sum_j w_j theta_j`` in float64, with weights that broadcast against the tensors."""
     total = tensors[0].double() * weights[0]
     wide = torch.empty_like(total)
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
@@ -51,8 +76,11 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor
 
 
 def rescale(merged: Tensor, base: Tensor, scale: float) -> Tensor:
-    """``base + scale * (merged - base)``: averaging shrinks the task vector, a scale above one restores it."""
-    return torch.lerp(base.double(), merged.double(), scale)
+    """``base + scale * (merged - base)``: averaging shrinks the task vector, a scale above one restores it.
+
+    In the dtype of ``merged``, which is float32 or float64.
+    """
+    return torch.lerp(base.to(merged.dtype), merged, scale)
 
 
 def task_vectors(experts: Sequence[Tensor], base: Tensor) -> list[Tensor]:
@@ -282,11 +310,14 @@ class Method:
         combine: a part of a parameter, and what was measured, to the same part of the merged parameter.
         measure: what must be known of the whole parameter before.
         rows: whether it must see whole rows, and matrices of more columns than rows whole; else parts may be any.
+        propagates: whether NaN or Inf in an expert, whatever its share, is NaN or Inf in the result, so that checking
+            the result checks the experts.
     """
 
     combine: Callable[[Part, Any], Tensor]
     measure: Callable[[Passes], Any] = lambda passes: None
     rows: bool = False
+    propagates: bool = False
 
 
 def _thresholds(passes: Passes) -> Tensor:
@@ -349,7 +380,7 @@ def _isotropic(passes: Passes) -> Tensor | None:
 
 
 def _iso_c(part: Part, factor: Tensor | None) -> Tensor:
-    return weighted_sum(part.experts, part.shares) if factor is None else _turned_back(part, _added(part) @ factor)
+    return weighted_mean(part.experts, part.shares) if factor is None else _turned_back(part, _added(part) @ factor)
 
 
 def _separated(passes: Passes) -> list[Tensor] | None:
@@ -366,26 +397,26 @@ def _separated(passes: Passes) -> list[Tensor] | None:
 
 def _tsv_m(part: Part, factors: list[Tensor] | None) -> Tensor:
     if factors is None:
-        return weighted_sum(part.experts, part.shares)
+        return weighted_mean(part.experts, part.shares)
     return _turned_back(part, reduce(torch.add, map(torch.matmul, _upright(part), factors)))
 
 
 def _fisher(part: Part, measured: None) -> Tensor:
-    return weighted_sum(part.experts, shares(part.fisher, part.settings.coefficients))
+    return weighted_mean(part.experts, shares(part.fisher, part.settings.coefficients))
 
 
 def _regmean(part: Part, measured: None) -> Tensor:
     given = part.regression
     if given is None:
-        return weighted_sum(part.experts, part.shares)
+        return weighted_mean(part.experts, part.shares)
     experts = [expert.T if given.transposed else expert for expert in part.experts]
     merged = regress(experts, lambda number: damped(given.gram(number), part.settings.damping), given.weights)
     return merged.T if given.transposed else merged
 
 
 METHODS: Mapping[str, Method] = {
-    "average": Method(lambda part, _: weighted_sum(part.experts, part.shares)),
-    "mask-fisher": Method(lambda part, _: weighted_sum(part.experts, part.shares)),
+    "average": Method(lambda part, _: weighted_mean(part.experts, part.shares), propagates=True),
+    "mask-fisher": Method(lambda part, _: weighted_mean(part.experts, part.shares), propagates=True),
     "fisher": Method(_fisher),
     "regmean": Method(_regmean),
     "fisher-regmean": Method(_regmean),

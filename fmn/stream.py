@@ -1,8 +1,8 @@
 """safetensors in, safetensors out, in bounded memory: no model is loaded, no tensor is held whole unless a method must.
 
 Everything that can be checked from the headers is checked before the first byte is written. Then the output is written
-in file-offset order, a few megabytes at a time: every expert's rows are read into a buffer, merged in float64, and
-handed to two threads, one that writes them to their place in a file of full size and one that takes its sha256.
+in file-offset order, a few megabytes at a time: every expert's rows are read into a buffer that stays, merged, and
+handed to a thread that takes their sha256 and writes them to their place in a file of full size.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from hashlib import sha256
 from pathlib import Path
@@ -39,10 +39,12 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WORKING_SET = 4 * 2**20  # bytes, in float64, of all that is held of one part
+WORKING_SET = 12 * 2**20  # bytes, in float64, of all that is held of one part
 SHARD_BYTES = 5 * 10**9
-FLUSHED = 16 * 2**20  # bytes between two requests to begin writing to the disk
-IN_FLIGHT = 8  # parts merged but not yet both written and hashed
+FLUSHED = 8 * 2**20  # bytes between two requests to begin writing to the disk
+BATCH = 2 * 2**20  # bytes, or one piece more, that are hashed and written together
+IN_FLIGHT = 8  # batches merged but not yet hashed and written
+KEPT = 31 * 2**20  # bytes; a block of this size, once freed, makes glibc keep what is freed after it
 
 Progress = Callable[[int, int], None]
 
@@ -119,27 +121,27 @@ def reading(files: Iterable[Path]) -> Iterator[Read]:
     They come in memory of their own or, with a ``seat``, in memory that the next reading into the same seat overwrites:
     fresh memory costs as much as the reading. Files are not mapped, as pages of a map count as the process's memory.
     """
-    seats: dict[int, Tensor] = {}
+    seats: dict[int, tuple[str, Tensor, memoryview]] = {}
     with ExitStack() as stack:
         opened = {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in set(files)}
 
         def read(stored: TensorHeader, first: int, count: int, seat: int | None = None) -> Tensor:
             dtype = DTYPES[stored.dtype]
             size = count * dtype.itemsize
-            if seat is None:
-                buffer = torch.empty(size, dtype=torch.uint8)
-            else:
-                if seat not in seats or len(seats[seat]) < size:
-                    seats[seat] = torch.empty(size, dtype=torch.uint8)
-                buffer = seats[seat][:size]
-            view = buffer.numpy().data
+            taken = seats.get(seat) if seat is not None else None
+            if taken is None or taken[0] != stored.dtype or len(taken[2]) != size:
+                tensor = torch.empty(count, dtype=dtype)
+                taken = stored.dtype, tensor, tensor.view(torch.uint8).numpy().data
+                if seat is not None:
+                    seats[seat] = taken
+            _, tensor, view = taken
             position = stored.start + first * dtype.itemsize
             while view:
                 got = os.preadv(opened[stored.file], [view], position)
                 if got == 0:
                     raise UserError(f"{stored.file}: ends before its header says it does; get the file again")
                 view, position = view[got:], position + got
-            return buffer.view(dtype)
+            return tensor
 
         yield read
 
@@ -201,6 +203,9 @@ def merge(parameters: Sequence[Parameter], recipe: Recipe) -> Iterator[Tensor]:
             not fit the output's dtype; where experts differ in a tensor of integers.
     """
     files = {file for parameter in parameters for file in _files(parameter)}
+    # Fresh pages cost more than the sums. Having freed a block of this size, glibc no longer gives smaller ones back to
+    # the system and asks for them again (mallopt(3), M_MMAP_THRESHOLD, "dynamic").
+    torch.empty(KEPT, dtype=torch.uint8)
     with reading(files) as read, nullcontext() if recipe.method.rows else _one_thread():
         for parameter in parameters:
             if not parameter.slot.dtype.is_floating_point:
@@ -210,15 +215,38 @@ def merge(parameters: Sequence[Parameter], recipe: Recipe) -> Iterator[Tensor]:
             passes = partial(_parts, parameter, recipe, shares, read)
             measured = recipe.method.measure(passes) if math.prod(parameter.slot.shape) else None
             for part in passes():
-                merged = recipe.method.combine(part, measured)
-                if recipe.scale != 1 and part.base is not None:
-                    merged = rescale(merged, part.base, recipe.scale)
+                merged = _combined(part, recipe, measured)
                 piece = merged.to(parameter.slot.dtype)
-                if not finite(piece):
-                    raise UserError(
-                        f"tensor {part.name}: merged values do not fit {NAMES[piece.dtype]}; use a smaller --scale"
-                    )
+                if not (_surely_fits(merged, piece.dtype) or finite(piece)):
+                    _refuse_not_finite(part)
+                    # The difference of two float32 may overflow where their mean does not.
+                    wide = replace(part, experts=tuple(expert.double() for expert in part.experts))
+                    piece = _combined(wide, recipe, measured).to(parameter.slot.dtype)
+                    if not finite(piece):
+                        raise UserError(
+                            f"tensor {part.name}: merged values do not fit {NAMES[piece.dtype]}; use a smaller --scale"
+                        )
                 yield piece.flatten()
+
+
+def _combined(part: Part, recipe: Recipe, measured: Any) -> Tensor:
+    merged = recipe.method.combine(part, measured)
+    return merged if recipe.scale == 1 or part.base is None else rescale(merged, part.base, recipe.scale)
+
+
+def _surely_fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all is finite and fits a dtype, as no element is above the norm; False where that does not tell."""
+    return float(torch.linalg.vector_norm(tensor)) < torch.finfo(dtype).max / 2
+
+
+def _refuse_not_finite(part: Part) -> None:
+    tasks = part.settings.tasks
+    sources = [(f"expert {task}", tensor) for task, tensor in zip(tasks, part.experts, strict=True)]
+    sources += [("base", part.base)] if part.base is not None else []
+    sources += [(f"the full Fisher of {task}", tensor) for task, tensor in zip(tasks, part.fisher, strict=False)]
+    for who, tensor in sources:
+        if not finite(tensor):
+            raise UserError(f"{who}: tensor {part.name} holds NaN or Inf; it cannot be merged")
 
 
 @contextmanager
@@ -249,7 +277,8 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _columns(share: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A share that broadcasts against a tensor of this shape, as one for the tensor seen as [rows, columns]."""
-    return share.reshape(-1, 1) if share.ndim < 2 else share.expand(share.shape[0], *shape[1:]).flatten(1)
+    by_row = math.prod(share.shape[1:]) == 1
+    return share.reshape(-1, 1) if by_row else share.expand(share.shape[0], *shape[1:]).flatten(1)
 
 
 def _spans(rows: int, columns: int, limit: int) -> Iterator[Span]:
@@ -264,10 +293,6 @@ def _spans(rows: int, columns: int, limit: int) -> Iterator[Span]:
 def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read: Read) -> Iterator[Part]:
     rows, columns = _matrix(parameter.slot.shape)
     sources = _sources(parameter)
-    tasks = recipe.settings.tasks
-    names = [f"expert {task}" for task in tasks]
-    names += ["base"] if parameter.base is not None else []
-    names += [f"the full Fisher of {task}" for task in tasks] if parameter.fisher else []
     limit = max(1, WORKING_SET // 8 // (len(sources) + 2))
     if recipe.method.rows:
         limit = max(limit, columns if rows >= columns or len(parameter.slot.shape) != 2 else rows * columns)
@@ -279,11 +304,8 @@ def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read:
         tensors = [
             read(stored, first, height * width, seat).reshape(height, width) for seat, stored in enumerate(sources)
         ]
-        for who, tensor in zip(names, tensors, strict=True):
-            if not finite(tensor):
-                raise UserError(f"{who}: tensor {parameter.slot.name} holds NaN or Inf; it cannot be merged")
         count = len(parameter.experts)
-        yield Part(
+        part = Part(
             name=parameter.slot.name,
             shape=parameter.slot.shape,
             first=first,
@@ -294,6 +316,9 @@ def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read:
             fisher=tuple(tensors[len(tensors) - len(parameter.fisher) :]),
             regression=_regression(parameter.regression, read),
         )
+        if not recipe.method.propagates:
+            _refuse_not_finite(part)
+        yield part
 
 
 def _regression(stored: StoredRegression | None, read: Read) -> Regression | None:
@@ -395,7 +420,7 @@ def write_file(
             `fmn.artifacts.whole_folder`, which also flushes it to the disk.
         slots: what the file holds.
         pieces: the tensors' elements in the order of the slots, cut anywhere; only this file's are taken.
-        advance: called with the number of bytes of every piece that was taken.
+        advance: called with the number of bytes of every batch of pieces that was taken.
 
     Raises:
         UserError: when the disk has no room for the file, before anything is written.
@@ -403,21 +428,21 @@ def write_file(
     start = header(slots)
     total = len(start) + sum(slot.bytes for slot in slots)
     digest = sha256(start)
-    pending: deque[tuple[Future[Any], Future[Any]]] = deque()
-    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
+    pending: deque[Future[None]] = deque()
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as thread:
         _reserve(file.fileno(), total, path)
         file.write(start)
         position = len(start)
-        while position < total:
-            data = next(pieces).view(torch.uint8).numpy().data
-            pending.append((hasher.submit(digest.update, data), writer.submit(_write, file.fileno(), data, position)))
-            position += len(data)
+        for batch in _batches(pieces, total - position):
+            pending.append(thread.submit(_hash_and_write, file.fileno(), batch, position, digest))
+            size = sum(map(len, batch))
+            position += size
             if len(pending) > IN_FLIGHT:
-                _finish(pending.popleft())
+                pending.popleft().result()
             if advance is not None:
-                advance(len(data))
-        for futures in pending:
-            _finish(futures)
+                advance(size)
+        for future in pending:
+            future.result()
     if position != total:
         raise AssertionError(f"{path}: {position} bytes for {total}")
     return digest.hexdigest()
@@ -434,17 +459,27 @@ def _reserve(descriptor: int, total: int, path: Path) -> None:
         raise UserError(f"{path.parent}: no room for a file of {total} bytes ({error.strerror})") from error
 
 
-def _write(descriptor: int, data: memoryview, position: int) -> None:
-    block, end = position // FLUSHED, position + len(data)
-    while data:
-        done = os.pwrite(descriptor, data, position)
-        data, position = data[done:], position + done
-    if sys.platform == "linux" and block != end // FLUSHED:
+def _batches(pieces: Iterator[Tensor], total: int) -> Iterator[list[memoryview]]:
+    """The bytes of the next pieces, ``total`` in all, in lists of about BATCH: a thread takes long to wake up."""
+    batch, size = [], 0
+    while total > 0:
+        data = next(pieces).view(torch.uint8).numpy().data
+        batch.append(data)
+        size += len(data)
+        total -= len(data)
+        if size >= BATCH or total <= 0:
+            yield batch
+            batch, size = [], 0
+
+
+def _hash_and_write(descriptor: int, batch: Sequence[memoryview], position: int, digest: Any) -> None:
+    first = position // FLUSHED
+    for data in batch:
+        digest.update(data)
+        while data:
+            done = os.pwrite(descriptor, data, position)
+            data, position = data[done:], position + done
+    if sys.platform == "linux" and (blocks := position // FLUSHED - first):
         # Linux begins to write these pages to the disk, so the flush at the end has little to wait for. It would drop
         # clean ones, but these are not clean yet.
-        os.posix_fadvise(descriptor, block * FLUSHED, FLUSHED, os.POSIX_FADV_DONTNEED)
-
-
-def _finish(futures: tuple[Future[Any], Future[Any]]) -> None:
-    for future in futures:
-        future.result()
+        os.posix_fadvise(descriptor, first * FLUSHED, blocks * FLUSHED, os.POSIX_FADV_DONTNEED)

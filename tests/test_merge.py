@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from fmn.merge import METHODS, Part, Settings, drop, kept, kth_largest, rescale, shares, weighted_sum
+from fmn.merge import METHODS, Part, Settings, drop, kept, kth_largest, rescale, shares, weighted_mean
 from fmn.methods import NEEDS
 
 FLOAT32 = st.floats(-1e6, 1e6, width=32)
@@ -33,7 +33,7 @@ def problems(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], list[float]]:
 
 
 def merge(experts: Sequence[Tensor], fisher: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    return weighted_sum(experts, shares(fisher, coefficients))
+    return weighted_mean(experts, shares(fisher, coefficients))
 
 
 def test_the_rule_is_the_weighted_mean_of_the_paper() -> None:
@@ -54,7 +54,7 @@ def test_a_merge_does_not_depend_on_the_order_and_changes_no_input(
     experts, fisher, coefficients = problem
     merged, turned = merge(experts, fisher, coefficients), merge(experts[::-1], fisher[::-1], coefficients[::-1])
     largest = max(tensor.abs().max() for tensor in experts)
-    torch.testing.assert_close(merged, turned, rtol=1e-13, atol=1e-13 * float(largest))
+    torch.testing.assert_close(merged, turned, rtol=1e-6, atol=1e-6 * float(largest))
     assert all(torch.equal(a, b) for a, b in zip(before, [*problem[0], *problem[1]], strict=True))
 
 
@@ -67,6 +67,33 @@ def test_identical_experts_give_the_expert_bit_for_bit(
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         expert = experts[0].clamp(-6e4, 6e4).to(dtype)
         assert torch.equal(merge([expert] * len(experts), fisher, coefficients).to(dtype), expert)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_an_expert_with_the_whole_share_is_the_mean(dtype: torch.dtype) -> None:
+    experts = [torch.tensor([0.1, -3.0, 7e-5]).to(dtype) * 10.0**power for power in (-2, 3, 0)]
+    for chosen, expert in enumerate(experts):
+        mean = weighted_mean(experts, [doubles([float(number == chosen)]) for number in range(3)])
+        assert mean.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.equal(mean.to(dtype), expert)
+
+
+def test_the_mean_of_one_expert_is_a_tensor_of_its_own() -> None:
+    expert = torch.zeros(3)
+    weighted_mean([expert], [doubles([1.0])]).add_(1)
+    assert not expert.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("given", [(0.0, 0.5, 0.5), (1.0, 0.0, 0.0), (0.2, 0.8, 0.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_what_is_not_finite_is_never_lost(by_row: bool, given: tuple[float, ...], value: float) -> None:
+    for bad in range(3):
+        experts = [float32((40, 9), seed) for seed in range(3)]
+        experts[bad][17, 4] = value
+        mean = weighted_mean(experts, [torch.full((40 if by_row else 1, 1), share).double() for share in given])
+        assert not mean[17, 4].isfinite()
+        assert int(mean.isfinite().sum()) == 40 * 9 - 1
 
 
 @settings(deadline=None)
@@ -195,7 +222,8 @@ def test_a_method_is_its_published_formula_whole_and_in_parts(method: str, shape
     expected = base.double().numpy() + reference(method, vectors, lambdas, 0.3)
     for rows in (None, 1, 2, 4):
         got = run(method, experts, base, lambdas.tolist(), rows=rows)
-        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
+        tolerance = 1e-9 if got.dtype == np.float64 else 1e-6  # a method that falls back on the mean
+        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("method", [name for name, needs in NEEDS.items() if not needs.fisher])
@@ -203,7 +231,8 @@ def test_no_method_depends_on_the_order_of_the_experts(method: str) -> None:
     experts, base, lambdas = [float32((9, 6), seed) for seed in range(3)], float32((9, 6), 9), [1.0, 0.5, 2.0]
     one = run(method, experts, base, lambdas)
     two = run(method, experts[::-1], base, lambdas[::-1], tasks=TASKS[::-1])
-    np.testing.assert_allclose(one, two, rtol=1e-12, atol=1e-12)
+    tolerance = 1e-12 if one.dtype == np.float64 else 1e-6
+    np.testing.assert_allclose(one, two, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("method", [name for name, needs in NEEDS.items() if needs.base])

@@ -92,7 +92,7 @@ def test_the_result_does_not_depend_on_the_parts(method: str, tmp_path: Path) ->
         torch.testing.assert_close(got[name], whole[name], rtol=1e-6, atol=1e-6)
         if method == "average":
             mean = torch.stack([tensors[name].double() for tensors in values[:3]]).mean(0)
-            torch.testing.assert_close(got[name], mean.float(), rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(got[name], mean.float(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("working_set")
@@ -104,7 +104,7 @@ def test_shares_by_row_column_and_leading_axis(tmp_path: Path) -> None:
     got = merge(tmp_path / "out", experts, shares=lambda name: [first[name], 1 - first[name]])
     for name, share in first.items():
         expected = share * values[0][name].double() + (1 - share) * values[1][name].double()
-        torch.testing.assert_close(got[name], expected.float(), rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(got[name], expected.float(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,19 @@ def test_the_widest_dtype_is_written(one: torch.dtype, two: torch.dtype, out: to
     experts = {task: checkpoint(tmp_path / task, {"w": value}) for task, value in zip("ab", values, strict=True)}
     got = merge(tmp_path / "out", experts)["w"]
     assert got.dtype == out
-    assert torch.equal(got, torch.stack([value.double() for value in values]).mean(0).to(out))
+    mean = torch.stack([value.double() for value in values]).mean(0).to(out)
+    tolerance = 2e-7 if out == torch.float32 else 0.0  # narrower ones are rounded once, from float32
+    torch.testing.assert_close(got, mean, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("working_set")
+def test_a_single_expert_and_equal_ones_come_out_bit_for_bit(tmp_path: Path) -> None:
+    values = {name: random(*shape) for name, shape in SHAPES.items()}
+    values |= {f"{name} {dtype}": values[name].to(dtype) for name in SHAPES for dtype in (torch.half, torch.bfloat16)}
+    expert = checkpoint(tmp_path / "expert", values)
+    for tasks in ("a", "abc"):
+        got = merge(tmp_path / tasks, dict.fromkeys(tasks, expert))
+        assert all(torch.equal(got[name], value) for name, value in values.items())
 
 
 def test_tensors_are_laid_out_as_the_safetensors_library_does(tmp_path: Path) -> None:
@@ -184,6 +196,24 @@ def test_finite_values_whose_sum_is_not_are_accepted(tmp_path: Path) -> None:
     values = torch.full((50,), torch.finfo(torch.float32).max)
     experts = {task: checkpoint(tmp_path / task, {"w": values}) for task in "ab"}
     assert torch.equal(merge(tmp_path / "out", experts)["w"], values)
+
+
+def test_finite_values_whose_difference_is_not_are_accepted(tmp_path: Path) -> None:
+    most = torch.finfo(torch.float32).max
+    experts = {
+        task: checkpoint(tmp_path / task, {"w": torch.full((50,), value)})
+        for task, value in (("a", most), ("b", -most))
+    }
+    assert torch.equal(merge(tmp_path / "out", experts)["w"], torch.zeros(50))
+
+
+def test_an_expert_without_a_share_must_be_finite_too(tmp_path: Path) -> None:
+    values = {"a": random(40, 30), "b": random(40, 30), "c": random(40, 30)}
+    values["b"][7, 3] = float("inf")
+    experts = {task: checkpoint(tmp_path / task, {"w": value}) for task, value in values.items()}
+    given = [torch.tensor(share, dtype=torch.float64) for share in (0.5, 0.0, 0.5)]
+    with pytest.raises(UserError, match="expert b: tensor w holds NaN or Inf"):
+        merge(tmp_path / "out", experts, shares=lambda name: given)
 
 
 def test_merged_values_that_do_not_fit_the_dtype_are_refused(tmp_path: Path) -> None:
