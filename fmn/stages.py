@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from fmn.batches import Examples
     from fmn.fisher import State
+    from fmn.trial import Contender
 
 Progress = Callable[[int, int], None]
 
@@ -230,6 +231,7 @@ def _read_state(path: Path, key: str) -> "State | None":
     import numpy as np
 
     from fmn.fisher import State
+    from fmn.trial import Contender
 
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -617,6 +619,14 @@ def _scores(
     return {**entry, "score": sum(scores) / len(scores)}
 
 
+@lru_cache(maxsize=16)
+def _contender(_expert: str, _data: str, checkpoint: Path, task: str, *rest: Any) -> "Contender":
+    """`trial.contender`, once a process for the cells that share it; the digests see to it that it is the same."""
+    from fmn import trial
+
+    return trial.contender(checkpoint, tasks.task(task), *rest)
+
+
 def compare(
     experts: Mapping[str, Path],
     fisher_files: Mapping[str, Path],
@@ -662,7 +672,7 @@ def compare(
         entries = {}
         for task, split in splits.items():
             limit = (_limit(settings.rows), settings.seed, settings.device, settings.dtype)
-            one = trial.contender(experts[task], tasks.task(task), folder, split, *limit, tuned_on[task])
+            one = _contender(digests[task], inputs[task], experts[task], task, folder, split, *limit, tuned_on[task])
             outputs = trial.logits(one, encoder, settings.device, settings.dtype)
             reached = score(one.task, outputs, one.examples.labels)["score"]
             entries[task] = {
