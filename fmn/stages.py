@@ -231,7 +231,6 @@ def _read_state(path: Path, key: str) -> "State | None":
     import numpy as np
 
     from fmn.fisher import State
-    from fmn.trial import Contender
 
     try:
         with np.load(path, allow_pickle=False) as arrays:
