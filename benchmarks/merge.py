@@ -1,14 +1,18 @@
 """Our merge beside plain file copies and beside mergekit's linear merge, on the same files in one run.
 
-    python benchmarks/merge.py --work DIR --out result.json [--rounds 5] [--experts 4] [--layers 12] [--no-mergekit]
+    python benchmarks/merge.py --work DIR --out result.json [--rounds 5] [--experts 4 16] [--mergekit-env DIR]
+    python benchmarks/merge.py --work DIR --out result.json --llama 28 --rounds 1 --no-mergekit --cold
 
-Experts of BERT-base's sizes with random weights are written below DIR. Every round runs each contestant once, in a
-process of its own, copy first, so the page cache is warm for all others. Times are of the work alone, without starting
-Python or importing libraries; memory is the peak of the resident set above what it was when the work began.
+Experts of BERT-base's sizes in fp32, or with `--llama LAYERS` of Llama 3.2 3B's sizes in bf16 and in shards, are
+written below DIR; their weights are slices of one random block. Every round runs each contestant once, in a process of
+its own, copy first, so the page cache is warm for all others; with `--cold` the inputs are dropped from it before each.
+Times are of the work alone, without starting Python or importing libraries (each contestant first merges two tiny
+experts); memory is the peak of the resident set above what it was when the work began.
 
 - copy: every input read through one buffer, and the bytes of one of them written and flushed to the disk.
 - average, mask-fisher: `fmn.merged.write`, which also flushes to the disk, takes digests and writes the heads.
-- mergekit: its linear merge through its own Python interface, from an environment made for it below DIR.
+- mergekit: its linear merge through its own Python interface, from an environment made for it; it does not flush,
+  so the time until its files are flushed is given too.
 
 mergekit's tensors must equal those of `average` to 1e-6, else the benchmark fails.
 """
@@ -30,90 +34,139 @@ ROOT = Path(__file__).resolve().parent.parent
 MERGEKIT = ("torch==2.13.0", "mergekit")
 
 MEASURE = """
-import json, time
+import json, os, time
 from pathlib import Path
 def resident(name):
     status = Path("/proc/self/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
+inputs, out, tiny = sys.argv[2:-2], sys.argv[-2], sys.argv[-1]
+work([f"{tiny}/0", f"{tiny}/1"], out)  # imports whatever it needs
+shutil.rmtree(out)
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before, began, cpu = resident("VmRSS:"), time.perf_counter(), time.process_time()
-work()
+work(inputs, out)
 spent = {"seconds": time.perf_counter() - began, "cpu seconds": time.process_time() - cpu}
+for path in Path(out).rglob("*"):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+spent["seconds until all is on the disk"] = time.perf_counter() - began
 print(json.dumps({**spent, "bytes": resident("VmHWM:") - before}))
 """
 COPY = """
-import os, sys
-def work():
-    inputs, out = sys.argv[1:-1], sys.argv[-1]
+import os, shutil, sys
+from pathlib import Path
+def work(inputs, out):
+    os.makedirs(out)
     buffer = memoryview(bytearray(4 << 20))
-    with open(out, "wb", buffering=0) as target:
-        for number, name in enumerate(inputs):
-            with open(f"{name}/model.safetensors", "rb", buffering=0) as source:
-                while count := source.readinto(buffer):
-                    if number == 0:
+    for name in inputs:
+        for path in sorted(Path(name).glob("*.safetensors")):
+            with open(path, "rb", buffering=0) as source:
+                if name != inputs[0]:
+                    while source.readinto(buffer):
+                        pass
+                    continue
+                with open(f"{out}/{path.name}", "wb", buffering=0) as target:
+                    while count := source.readinto(buffer):
                         target.write(buffer[:count])
-        os.fsync(target.fileno())
+                    os.fsync(target.fileno())
 """
 OURS = """
-import sys
+import shutil, sys
 from pathlib import Path
 import numpy as np
 from fmn import merged
 from fmn.architectures import Site
-method, *inputs, out = sys.argv[1:]
-experts = {Path(name).name: Path(name) for name in inputs}
-config = merged.checkpoints.load_config(Path(inputs[0]))
-random = np.random.default_rng(0)
-sizes = {"head": config.num_attention_heads, "neuron": config.intermediate_size}
-fisher = {
-    task: {
-        Site(layer, node): random.gamma(1.0, size=size)
-        for layer in range(config.num_hidden_layers)
-        for node, size in sizes.items()
+method = sys.argv[1]
+def fisher(folder, tasks):
+    config = merged.checkpoints.load_config(folder)
+    random = np.random.default_rng(0)
+    sizes = {"head": config.num_attention_heads, "neuron": config.intermediate_size}
+    layers = range(config.num_hidden_layers)
+    return {
+        task: {Site(layer, node): random.gamma(1.0, size=size) for layer in layers for node, size in sizes.items()}
+        for task in tasks
     }
-    for task in experts
-}
-def work():
-    merged.write(Path(out), experts, method=method, fisher=fisher if method == "mask-fisher" else None)
+def work(inputs, out):
+    experts = {Path(name).name: Path(name) for name in inputs}
+    given = fisher(Path(inputs[0]), experts) if method == "mask-fisher" else None
+    merged.write(Path(out), experts, method=method, fisher=given)
 """
 THEIRS = """
-import sys
-import yaml
+import shutil, sys
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-*inputs, out = sys.argv[1:]
-config = MergeConfiguration.model_validate({
-    "merge_method": "linear",
-    "dtype": "float32",
-    "parameters": {"weight": 1.0},
-    "models": [{"model": name} for name in inputs],
-})
-def work():
+def work(inputs, out):
+    config = MergeConfiguration.model_validate({
+        "merge_method": "linear",
+        "dtype": sys.argv[1],
+        "parameters": {"weight": 1.0},
+        "models": [{"model": name} for name in inputs],
+    })
     run_merge(config, out, MergeOptions(copy_tokenizer=False, write_model_card=False))
 """
 MAKE = """
-import sys
+import json, sys
 from pathlib import Path
 import torch
-from transformers import BertConfig, BertForSequenceClassification
-layers, *outs = sys.argv[1:]
-for seed, out in enumerate(outs):
-    torch.manual_seed(seed)
-    BertForSequenceClassification(BertConfig(num_hidden_layers=int(layers))).save_pretrained(out)
-    (Path(out) / "vocab.txt").write_text("[PAD]\\n")
+from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig
+from fmn import stream
+kind, layers, width, *outs = sys.argv[1:]
+layers, width = int(layers), int(width)
+if kind == "llama":
+    config = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=24 * width, intermediate_size=64 * width, num_attention_heads=24,
+        num_key_value_heads=8, vocab_size=128256 if width > 1 else 99, tie_word_embeddings=True, num_labels=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="bfloat16",
+    )
+    dtype = torch.bfloat16
+else:
+    config = BertConfig(
+        num_hidden_layers=layers, hidden_size=12 * width, intermediate_size=48 * width, num_labels=2,
+        vocab_size=30522 if width > 1 else 99, dtype="float32",
+    )
+    dtype = torch.float32
+with torch.device("meta"):
+    model = AutoModelForSequenceClassification.from_config(config)
+config.architectures = [type(model).__name__]
+slots = [stream.Slot(name, dtype, tuple(tensor.shape)) for name, tensor in sorted(model.state_dict().items())]
+block = (0.02 * torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))).to(dtype)
+def pieces(seed):
+    at = seed * 1_000_003  # every tensor of every expert begins elsewhere in the block
+    for slot in slots:
+        left = slot.bytes // dtype.itemsize
+        while left:
+            at %= len(block) - 1
+            piece = block[at : at + min(left, 1 << 20)]
+            yield piece
+            at, left = at + len(piece), left - len(piece)
+for seed, out in enumerate(map(Path, outs)):
+    out.mkdir(parents=True)
+    files = stream.shards(slots)
+    names = stream.shard_names(len(files))
+    parts = pieces(seed)
+    for name, file in zip(names, files):
+        stream.write_file(out / name, file, parts)
+    if len(files) > 1:
+        (out / "model.safetensors.index.json").write_text(json.dumps(stream.index(dict(zip(names, files)))))
+    config.save_pretrained(out)
+    (out / "vocab.txt").write_text("[PAD]\\n")
+print(sum(slot.bytes for slot in slots))
 """
 COMPARE = """
 import sys
+from pathlib import Path
 import torch
 from safetensors import safe_open
 def tensors(path):
     with safe_open(path, "pt") as file:
         for name in file.keys():
-            yield name.removeprefix("bert."), file.get_tensor(name)
-ours = dict(tensors(sys.argv[1]))
+            yield name.removeprefix("bert.").removeprefix("model."), file.get_tensor(name)
+encoder, theirs = map(Path, sys.argv[1:])
+ours = {name: tensor for path in encoder.glob("*.safetensors") for name, tensor in tensors(path)}
 worst, compared = 0.0, 0
-for path in sys.argv[2:]:
+for path in theirs.glob("*.safetensors"):
     for name, tensor in tensors(path):
         if name in ours:
             worst, compared = max(worst, float((tensor - ours[name]).abs().max())), compared + 1
@@ -149,13 +202,24 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
+def drop(folder: Path) -> None:
+    """Take a checkpoint's weights out of the page cache."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder on the disk to measure; removed at the end")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument(
+        "--experts", type=int, nargs="+", default=[4], help="how many; for more than one number, the memory of each"
+    )
+    parser.add_argument("--layers", type=int, default=12, help="of the BERT experts")
+    parser.add_argument("--llama", type=int, metavar="LAYERS", help="Llama experts instead; 28 layers have 3.2 billion")
+    parser.add_argument("--cold", action="store_true", help="inputs are read from the disk, not from the page cache")
     parser.add_argument("--no-mergekit", action="store_true")
     parser.add_argument(
         "--mergekit-env", type=Path, help="where mergekit is or will be installed; default: below --work"
@@ -163,31 +227,55 @@ def main() -> None:
     given = parser.parse_args()
 
     here = Path(sys.executable)
-    files = given.work / "files"
-    inputs = [files / f"expert{number}" for number in range(given.experts)]
+    files, tiny = given.work / "files", given.work / "files" / "tiny"
+    kind, layers, dtype = ("bert", given.layers, "float32")
+    if given.llama:
+        kind, layers, dtype = "llama", given.llama, "bfloat16"
+    contestants: dict[str, tuple[Path, str, str]] = {
+        "copy": (here, COPY, ""),
+        "average": (here, OURS, "average"),
+        "mask-fisher": (here, OURS, "mask-fisher"),
+    }
+    theirs = None if given.no_mergekit else mergekit(given.mergekit_env or given.work / "mergekit")
+    if theirs is not None:
+        contestants["mergekit"] = (theirs[0], THEIRS, dtype)
+
+    def measure(name: str, inputs: list[Path]) -> dict[str, float]:
+        python, code, setting = contestants[name]
+        if (files / name).exists():
+            shutil.rmtree(files / name)
+        if given.cold:
+            for folder in inputs:
+                drop(folder)
+        measured: dict[str, float] = json.loads(run(python, code + MEASURE, setting, *inputs, files / name, tiny))
+        return measured
+
     files.mkdir(parents=True)
     try:
-        run(here, MAKE + "print()", given.layers, *inputs)
-        contestants: dict[str, tuple[Path, str, list[object]]] = {
-            "copy": (here, COPY, [*inputs, files / "copy"]),
-            "average": (here, OURS, ["average", *inputs, files / "average"]),
-            "mask-fisher": (here, OURS, ["mask-fisher", *inputs, files / "mask-fisher"]),
+        everyone = [files / f"expert{number}" for number in range(max(given.experts))]
+        run(here, MAKE, kind, 1, 1, tiny / "0", tiny / "1")
+        size = int(run(here, MAKE, kind, layers, 128 if kind == "llama" else 64, *everyone))
+        inputs = everyone[: given.experts[0]]
+        measured = {name: [measure(name, inputs)] for name in contestants}
+        for _ in range(given.rounds - 1):
+            for name, runs in measured.items():
+                runs.append(measure(name, inputs))
+        result = {
+            "model": f"{kind}, {layers} layers, {dtype}",
+            "bytes of an expert": size,
+            "page cache": "inputs dropped" if given.cold else "warm",
+            "mergekit": theirs[1] if theirs else "not measured: not asked for, or it could not be installed",
+            **report(measured, len(inputs)),
         }
-        theirs = None if given.no_mergekit else mergekit(given.mergekit_env or given.work / "mergekit")
         if theirs is not None:
-            contestants["mergekit"] = (theirs[0], THEIRS, [*inputs, files / "mergekit"])
-        measured: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
-        for _ in range(given.rounds):
-            for name, (python, code, arguments) in contestants.items():
-                output = files / name
-                shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
-                measured[name].append(json.loads(run(python, code + MEASURE, *arguments)))
-        result = report(measured, inputs, theirs[1] if theirs else None)
-        if theirs is not None:
-            written = sorted((files / "mergekit").glob("*.safetensors"))
-            result["largest difference from mergekit"] = float(
-                run(here, COMPARE, files / "average" / "encoder" / "model.safetensors", *written)
-            )
+            worst = run(here, COMPARE, files / "average" / "encoder", files / "mergekit")
+            result["largest difference from mergekit"] = float(worst)
+        if len(given.experts) > 1:
+            result["peak bytes above start, by number of experts"] = {
+                f"{name}, {count}": measure(name, everyone[:count])["bytes"]
+                for name in ("average", "mask-fisher")
+                for count in given.experts
+            }
     finally:
         shutil.rmtree(files)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -196,18 +284,16 @@ def main() -> None:
         sys.exit("the outputs differ")
 
 
-def report(measured: dict[str, list[dict[str, float]]], inputs: list[Path], version: str | None) -> dict[str, Any]:
+def report(measured: dict[str, list[dict[str, float]]], experts: int) -> dict[str, Any]:
     pairs = [("average", "copy"), ("mask-fisher", "copy"), ("mergekit", "average"), ("mergekit", "mask-fisher")]
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "load": os.getloadavg(),
-        "mergekit": version or "not measured: not asked for, or it could not be installed",
-        "experts": len(inputs),
-        "bytes of an expert": (inputs[0] / "model.safetensors").stat().st_size,
+        "experts": experts,
         "peak bytes above start": {name: max(run["bytes"] for run in runs) for name, runs in measured.items()},
     }
-    for unit in ("seconds", "cpu seconds"):
+    for unit in ("seconds", "seconds until all is on the disk", "cpu seconds"):
         values = {name: [run[unit] for run in runs] for name, runs in measured.items()}
         result[unit] = {name: summary(each) for name, each in values.items()}
         result[f"ratios of {unit}, round by round"] = {

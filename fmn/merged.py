@@ -261,6 +261,8 @@ class _Weigher:
     ) -> None:
         self.coefficients = coefficients
         self.values: list[NodeValues] = []
+        ones = torch.ones((), dtype=torch.float64)
+        self.even = shares([ones] * len(coefficients), coefficients)
         if needs.fisher != "nodes":
             return
         config = checkpoints.load_config(folder)
@@ -275,8 +277,7 @@ class _Weigher:
     def shares(self, name: str) -> Sequence[Tensor]:
         """The experts' shares of a parameter, broadcastable against it."""
         if not self.values:
-            ones = torch.ones((), dtype=torch.float64)
-            return shares([ones] * len(self.coefficients), self.coefficients)
+            return self.even
         claim = self.claims[name]
         fisher = [torch.from_numpy(architectures.weights(claim, nodes)) for nodes in self.values]
         return shares(fisher, self.coefficients)
