@@ -8,7 +8,7 @@ import difflib
 import io
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -162,7 +162,9 @@ class MergeSettings(Settings):
         description="what an expert's Fisher is divided by: nothing, its mean over all nodes, over a kind of nodes, or"
         " over a kind in one layer; auto: the method's own",
     )
-    exponent: float | Literal["auto"] = Field("auto", ge=0, description="of the Fisher; auto: the method's own")
+    exponent: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="of the Fisher; auto: the method's own"
+    )
     damping: float = Field(DAMPING, ge=0, le=1, description="factor of the off-diagonal entries of Gram matrices")
     scale: float | Literal["auto"] = Field(
         "auto", description="scale of the merged task vector, 1 leaves it; auto: the method's own. Needs the base"
