@@ -302,7 +302,7 @@ def test_partial_sums_recombine_to_the_merge_with_any_coefficients(
     part = Part("p", experts[0].shape, 0, tuple(experts), None, tuple(equal), Settings(tasks, (), 1.0, 0))
     found = recombine(Sums({"p": summands(part).float()}, {"p": torch.stack(equal)}, {}, {}), lambdas)["p"]
     largest = max(float(tensor.abs().max()) for tensor in experts)
-    torch.testing.assert_close(found.double(), merge(experts, fisher, lambdas), rtol=1e-5, atol=1e-5 * largest)
+    torch.testing.assert_close(found, merge(experts, fisher, lambdas), rtol=1e-5, atol=1e-5 * largest)
 
 
 def test_partial_sums_of_nodes_without_fisher_are_averaged_by_lambda() -> None:
