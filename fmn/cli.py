@@ -136,6 +136,19 @@ def _by_task(items: Sequence[str], option: str, names: Sequence[str], suffix: st
     return {name: found[name] for name in names} if names else found
 
 
+def _statistics(
+    method: str, experts: Mapping[str, Path], fisher: list[str] | None, gram: list[str] | None
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The files of the experts' Fisher information and Gram matrices, as given, by task."""
+    suffix = ".safetensors" if NEEDS[method].fisher == "parameters" else ".parquet"
+    given = (
+        _by_task(fisher, "--fisher", [], suffix) if fisher else {},
+        _by_task(gram, "--gram", [], ".gram.safetensors") if gram else {},
+    )
+    fisher_files, gram_files = ({name: found[name] for name in experts if name in found} for found in given)
+    return fisher_files, gram_files
+
+
 @app.command
 def run(
     *,
@@ -302,6 +315,53 @@ def gram(
 
 
 @app.command
+def search(
+    *,
+    expert: list[str],
+    data: Data,
+    out: Path,
+    fisher: list[str] | None = None,
+    gram: list[str] | None = None,
+    base: Path | None = None,
+    selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
+    merging: Annotated[params.MergeSettings, FLAT] = params.MergeSettings(),  # noqa: B008
+    settings: Annotated[params.SearchSettings, FLAT] = params.SearchSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Search the coefficients of a merge, on rows of the training data.
+
+    Args:
+        expert: TASK=DIR for each expert, or one folder that holds DIR/TASK
+        out: the file of coefficients, JSON, for `fmn merge --coefficients`
+        fisher: as for `fmn merge`
+        gram: as for `fmn merge`
+        base: the folder of the model that the experts were fine-tuned from
+    """
+    from fmn import stages
+
+    experts = _by_task(expert, "--expert", selection.tasks, "")
+    files = _statistics(merging.method, experts, fisher, gram)
+    with progress_bar("searching") as progress:
+        outcome = stages.search(experts, *files, base, data, out, merging, settings, progress)
+
+    def show(summary: Mapping[str, Any]) -> None:
+        body = [
+            [
+                name,
+                f"{summary['coefficients'][name]:.3f}",
+                f"{100 * entry['uniform']:.1f}",
+                f"{100 * entry['found']:.1f}",
+            ]
+            for name, entry in summary["tasks"].items()
+        ]
+        means = ["mean", "", f"{100 * summary['uniform']:.1f}", f"{100 * summary['score']:.1f}"]
+        show_table(["task", "coefficient", "uniform, % of expert", "found, % of expert"], [*body, means])
+        _facts("scale")(summary)
+
+    _say(outcome, as_json, show)
+
+
+@app.command
 def merge(
     *,
     expert: list[str],
@@ -309,6 +369,7 @@ def merge(
     fisher: list[str] | None = None,
     gram: list[str] | None = None,
     base: Path | None = None,
+    coefficients: Path | None = None,
     selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
     settings: Annotated[params.MergeSettings, FLAT] = params.MergeSettings(),  # noqa: B008
     as_json: Json = False,
@@ -323,18 +384,14 @@ def merge(
         gram: TASK=FILE for each expert, or one folder that holds DIR/TASK.gram.safetensors; for regmean,
             fisher-regmean
         base: the folder of the model that the experts were fine-tuned from
+        coefficients: a file made by `fmn search`, which gives coefficients and scale
     """
     from fmn import stages
 
     experts = _by_task(expert, "--expert", selection.tasks, "")
-    suffix = ".safetensors" if NEEDS[settings.method].fisher == "parameters" else ".parquet"
-    given = {
-        "fisher": _by_task(fisher, "--fisher", [], suffix) if fisher else {},
-        "gram": _by_task(gram, "--gram", [], ".gram.safetensors") if gram else {},
-    }
-    files = {kind: {name: found[name] for name in experts if name in found} for kind, found in given.items()}
+    fisher_files, gram_files = _statistics(settings.method, experts, fisher, gram)
     with progress_bar("merging") as progress:
-        outcome = stages.merge(experts, files["fisher"], base, out, settings, progress, files["gram"])
+        outcome = stages.merge(experts, fisher_files, base, out, settings, progress, gram_files, coefficients)
 
     def show(summary: Mapping[str, Any]) -> None:
         coefficients = summary["coefficients"]

@@ -303,6 +303,47 @@ Passes = Callable[[], Iterator[Part]]
 
 
 @dataclass(frozen=True)
+class Sums:
+    """What a method of `LINEAR` adds up, kept so that other coefficients are tried without the experts.
+
+    Attributes:
+        numerators: float32 [experts, *shape] by parameter: ``D_j theta_j``, or ``D_j tau_j`` where there is a base.
+        denominators: ``D_j``, the experts' shares under equal coefficients, float64 [experts, ...] with the shape of a
+            share; empty where the task vectors are only added.
+        base: float32 [*shape] by parameter; empty where no base takes part.
+        same: tensors of integers, which every expert has alike.
+    """
+
+    numerators: Mapping[str, Tensor]
+    denominators: Mapping[str, Tensor]
+    base: Mapping[str, Tensor]
+    same: Mapping[str, Tensor]
+
+
+def recombine(sums: Sums, coefficients: Sequence[float], scale: float = 1.0) -> dict[str, Tensor]:
+    """``sum_j lambda_j N_j / sum_j lambda_j D_j`` by parameter, float32; on top of the base, and scaled, where it is.
+
+    As shares under equal coefficients, the ``D_j`` of a node whose Fisher is zero for every expert are equal, so that
+    its parameters become the lambda-weighted average, as in `shares`.
+
+    Args:
+        sums: of the experts.
+        coefficients: ``lambda_j``, all above zero.
+        scale: of the merged task vector, where there is a base.
+    """
+    lambdas = torch.tensor(coefficients, dtype=torch.float64)
+    encoder = dict(sums.same)
+    for name, numerators in sums.numerators.items():
+        merged = torch.tensordot(lambdas.float(), numerators, 1)  # [experts] x [experts, *shape] -> [*shape]
+        if name in sums.denominators:
+            merged /= torch.tensordot(lambdas, sums.denominators[name], 1).float()
+        if name in sums.base:
+            merged = torch.add(sums.base[name], merged, alpha=scale)
+        encoder[name] = merged
+    return encoder
+
+
+@dataclass(frozen=True)
 class Method:
     """How a merge method computes; `fmn.methods` says what it needs.
 
@@ -426,3 +467,13 @@ METHODS: Mapping[str, Method] = {
     "tsv-m": Method(_tsv_m, _separated, rows=True),
     "iso-c": Method(_iso_c, _isotropic, rows=True),
 }
+
+LINEAR = ("average", "mask-fisher", "task-arithmetic")
+"""The methods that `recombine` computes."""
+
+
+def summands(part: Part) -> Tensor:
+    """What `recombine` takes of a part, [experts, rows, columns], and the base in a row more where it takes part."""
+    tensors = part.experts if part.base is None else part.vectors
+    weighted = [tensor.double() * share for tensor, share in zip(tensors, part.shares, strict=True)]
+    return torch.stack(weighted if part.base is None else [*weighted, part.base.double()])

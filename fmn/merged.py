@@ -33,7 +33,7 @@ from fmn.artifacts import digest_file, whole_folder
 from fmn.checkpoints import CONFIG, TOKENIZER_FILES
 from fmn.errors import UserError
 from fmn.headers import INDEX, TensorHeader, tensor_headers
-from fmn.merge import METHODS, Settings, shares
+from fmn.merge import LINEAR, METHODS, Method, Settings, Sums, recombine, shares, summands
 from fmn.methods import DAMPING, NEEDS, Needs, Tuning, tuned
 from fmn.recipe import CARD, FORMAT, RECIPE
 from fmn.stream import DTYPES, Parameter, Progress, Recipe, Slot, StoredRegression
@@ -136,13 +136,72 @@ def in_memory(experts: Mapping[str, Path], **options: Unpack[Options]) -> dict[s
     """The merged encoder's tensors by their names in the base model, as `write` would write them, kept in memory."""
     plan = _plan(experts, **options)
     pieces = stream.merge(plan.parameters, plan.recipe)
-    tensors = {}
-    for slot in (parameter.slot for parameter in plan.parameters):
-        parts = [torch.empty(0, dtype=slot.dtype)]
-        while sum(map(len, parts)) < math.prod(slot.shape):
-            parts.append(next(pieces))
-        tensors[slot.name] = torch.cat(parts).reshape(slot.shape)
-    return tensors
+    slots = [parameter.slot for parameter in plan.parameters]
+    return {slot.name: _assemble(pieces, slot, 1)[0] for slot in slots}
+
+
+def recombiner(
+    experts: Mapping[str, Path], scaled: bool, **options: Unpack[Options]
+) -> Callable[[Mapping[str, float], float], dict[str, Tensor]]:
+    """A function from coefficients by task, all above zero, and a scale to the merged encoder, as `in_memory` gives it.
+
+    The experts are read once for the methods of `fmn.merge.LINEAR`, at each call for the others.
+
+    Args:
+        experts: checkpoint folders by task.
+        scaled: whether scales other than 1 will be asked for, which needs the base.
+        options: how to merge; coefficients and scale are left out of account.
+    """
+    if options["method"] in LINEAR:
+        equal: Options = {**options, "coefficients": None, "scale": 2.0 if scaled else 1.0}
+        sums, tasks = _partial_sums(experts, **equal), sorted(experts)
+        return lambda coefficients, scale: recombine(sums, [coefficients[task] for task in tasks], scale)
+
+    def anew(coefficients: Mapping[str, float], scale: float) -> dict[str, Tensor]:
+        tried: Options = {**options, "coefficients": coefficients, "scale": scale}
+        return in_memory(experts, **tried)
+
+    return anew
+
+
+def _partial_sums(experts: Mapping[str, Path], **options: Unpack[Options]) -> Sums:
+    """What a merge with these options, and equal coefficients, adds up, for every expert in order of task."""
+    plan = _plan(experts, **options)
+    count = len(plan.settings.tasks)
+    added = options["method"] == "task-arithmetic"
+    ones = [torch.ones((), dtype=torch.float64)] * count
+    weights = (lambda name: ones) if added else plan.recipe.shares
+    floating = {parameter.slot.name: parameter.slot.dtype.is_floating_point for parameter in plan.parameters}
+    parameters = [
+        replace(parameter, slot=parameter.slot._replace(dtype=torch.float32))
+        if floating[parameter.slot.name]
+        else parameter
+        for parameter in plan.parameters
+    ]
+    recipe = Recipe(Method(lambda part, _: summands(part)), plan.settings, 1.0, weights)
+    pieces = stream.merge(parameters, recipe)
+    numerators, denominators, base, same = {}, {}, {}, {}
+    for parameter in parameters:
+        name, based = parameter.slot.name, parameter.base is not None
+        if not floating[name]:
+            same[name] = _assemble(pieces, parameter.slot, 1)[0]
+            continue
+        tensors = _assemble(pieces, parameter.slot, count + based)
+        numerators[name] = tensors[:count]
+        if based:
+            base[name] = tensors[count]
+        if not added:
+            denominators[name] = torch.stack(list(weights(name)))
+    return Sums(numerators, denominators, base, same)
+
+
+def _assemble(pieces: Iterator[Tensor], slot: Slot, count: int) -> Tensor:
+    """The next tensor of the pieces, or ``count`` of which every piece has the same elements: [count, *shape]."""
+    size = math.prod(slot.shape)
+    parts = [torch.empty(count, 0, dtype=slot.dtype)]
+    while sum(part.shape[1] for part in parts) < size:
+        parts.append(next(pieces).reshape(count, -1))
+    return torch.cat(parts, 1).reshape(count, *slot.shape)  # [count, size] -> [count, *shape]
 
 
 class StoredGrams(NamedTuple):

@@ -8,7 +8,7 @@ import difflib
 import io
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -162,7 +162,9 @@ class MergeSettings(Settings):
         description="what an expert's Fisher is divided by: nothing, its mean over all nodes, over a kind of nodes, or"
         " over a kind in one layer; auto: the method's own",
     )
-    exponent: float | Literal["auto"] = Field("auto", ge=0, description="of the Fisher; auto: the method's own")
+    exponent: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="of the Fisher; auto: the method's own"
+    )
     damping: float = Field(DAMPING, ge=0, le=1, description="factor of the off-diagonal entries of Gram matrices")
     scale: float | Literal["auto"] = Field(
         "auto", description="scale of the merged task vector, 1 leaves it; auto: the method's own. Needs the base"
@@ -223,6 +225,27 @@ class CompareSettings(Settings):
     dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
 
     _some = field_validator("rows")(_at_least_one)
+
+
+class SearchSettings(Settings):
+    trials: int = Field(60, ge=1, description="coefficients tried, the uniform ones among them")
+    rows: int | Literal["all"] = Field(256, description="training rows of every task that a trial is scored on")
+    search_seed: int = Field(0, ge=0, description="seed of the trials and of the rows' draw")
+    scale_range: tuple[float, float] | None = Field(
+        None, description="LOW HIGH: where the scale of the merged task vector is searched too; needs the base"
+    )
+    experiment: str = Field("fmn", description="MLflow experiment of the trials")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
+
+    _some = field_validator("rows")(_at_least_one)
+
+    @field_validator("scale_range")
+    @classmethod
+    def _range(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is not None and not (0 <= ends[0] < ends[1] < float("inf")):
+            raise ValueError("LOW must be zero or more, and HIGH above it")
+        return ends
 
 
 class RegistrySettings(Settings):

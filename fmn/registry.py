@@ -7,8 +7,9 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -27,9 +28,11 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 for name in ("mlflow", "alembic"):
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -136,6 +139,47 @@ def register(
         if card.is_file():
             client.update_model_version(name, version.version, description=card.read_text())
         return Registered(name, str(version.version), run.info.run_id, tracking_uri(), new=True)
+
+
+def log_trials(
+    trials: Sequence[Mapping[str, float]], *, name: str, experiment: str, key: str, params: Mapping[str, Any]
+) -> str:
+    """Log the trials of a search: a nested run for each, and above them one whose metrics are the best trial's so far.
+
+    Trials that are there already are not logged again, so the list may be given anew whenever it has grown.
+
+    Args:
+        trials: the metrics of each; "score" is the objective, and the first of equal ones is the better.
+        name, params: of the run above.
+        experiment: of the runs.
+        key: content key of the search; a tag of the run above.
+
+    Returns:
+        the id of the run above.
+
+    Raises:
+        UserError: the store refuses or cannot be reached.
+    """
+    with _client() as client:
+        place = mlflow.set_experiment(experiment).experiment_id
+        known = client.search_runs([place], f"tags.`{KEY}` = '{key}'", max_results=1)
+        if known:
+            parent = known[0].info.run_id
+        else:
+            parent = client.create_run(place, run_name=f"{name} {key[:8]}", tags={KEY: key}).info.run_id
+            client.log_batch(parent, params=[Param(item, str(value)) for item, value in params.items()])
+        logged = int(client.get_run(parent).data.metrics.get("trials", 0))
+        now = int(time.time() * 1000)
+        for number, metrics in enumerate(trials[logged:], logged):
+            # A kill between the two leaves a nested run twice rather than not at all.
+            nested = client.create_run(place, run_name=f"trial {number}", tags={MLFLOW_PARENT_RUN_ID: parent})
+            client.log_batch(nested.info.run_id, [Metric(item, value, now, 0) for item, value in metrics.items()])
+            client.set_terminated(nested.info.run_id)
+            best = max(trials[: number + 1], key=lambda trial: trial["score"])
+            shown = {**best, "trials": number + 1}
+            client.log_batch(parent, [Metric(item, value, now, number) for item, value in shown.items()])
+        client.set_terminated(parent)
+        return str(parent)
 
 
 def find(client: mlflow.MlflowClient, name: str, key: str) -> Registered | None:

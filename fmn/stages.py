@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmn import __version__, artifacts, checkpoints, data, recipe, report, sources, statistics, tasks
 from fmn.errors import UserError
-from fmn.methods import NEEDS, Needs
+from fmn.methods import NEEDS, Needs, tuned
 from fmn.params import (
     CompareSettings,
     DataSettings,
@@ -28,6 +28,7 @@ from fmn.params import (
     GramSettings,
     MergeSettings,
     RegistrySettings,
+    SearchSettings,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from fmn.batches import Examples
     from fmn.fisher import State
+    from fmn.search import Trial
     from fmn.trial import Contender
 
 Progress = Callable[[int, int], None]
@@ -48,6 +50,7 @@ FINETUNE = 1
 FISHER = 1
 FULL_FISHER = 1
 GRAM = 1
+SEARCH = 1
 MERGE = 2
 EVALUATE = 1
 REPORT = 1
@@ -479,6 +482,172 @@ def _statistics(
     return options, stated
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a merge is made from, checked.
+
+    Attributes:
+        experts: digests by task.
+        base: digest of the base.
+        options: the statistics as `fmn.merged` takes them.
+        stated: what the recipe says of them.
+    """
+
+    experts: Mapping[str, str]
+    base: str | None
+    options: Mapping[str, Any]
+    stated: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        named = {f"expert {task}": digest for task, digest in self.experts.items()}
+        for kind, entries in self.stated.items():
+            named |= {f"{kind} {task}": entry["digest"] for task, entry in entries.items()}
+        return named | ({"base": self.base} if self.base else {})
+
+
+def _inputs(
+    experts: Mapping[str, Path],
+    fisher_files: Mapping[str, Path],
+    gram_files: Mapping[str, Path],
+    base: Path | None,
+    settings: MergeSettings,
+) -> _Inputs:
+    digests = {task: artifacts.digest_folder(folder) for task, folder in sorted(experts.items())}
+    base_digest = artifacts.digest_folder(base) if base else None
+    return _Inputs(
+        digests, base_digest, *_statistics(NEEDS[settings.method], experts, digests, fisher_files, gram_files)
+    )
+
+
+def _described(settings: MergeSettings, *without: str) -> dict[str, Any]:
+    """The settings that a merge depends on, but for those named."""
+    unused = () if NEEDS[settings.method].fisher == "nodes" else ("mapping", "normalise", "exponent")
+    return settings.model_dump(exclude={*unused, *without})
+
+
+def search(
+    experts: Mapping[str, Path],
+    fisher_files: Mapping[str, Path],
+    gram_files: Mapping[str, Path],
+    base: Path | None,
+    folder: Path,
+    out: Path,
+    merging: MergeSettings,
+    settings: SearchSettings,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Coefficients for a merge, found by search, as a JSON file that `merge` takes.
+
+    They are chosen by the mean over tasks of the score relative to the expert's, on rows of the training splits below
+    ``folder``, those that the expert was not fine-tuned on where there are some; equal coefficients are the first
+    trial. Trials are logged to MLflow, and kept beside ``out``: a search that was killed, or is given a larger budget,
+    goes on from them.
+
+    Raises UserError as `merge` does, and where an expert scores nothing that others could be compared with.
+    """
+    _apart(out, [*experts.values(), *fisher_files.values(), *gram_files.values(), base, folder])
+    searched = settings.scale_range is not None
+    for option, given in (("coefficient", merging.coefficient), ("scale", searched and merging.scale != "auto")):
+        if given:
+            raise UserError(f"--{option}: the search is to find it; leave it out")
+    if len(experts) < 2 and not searched:
+        raise UserError("one expert has no coefficients to search; give more as --expert TASK=DIR, or --scale-range")
+    if searched and base is None:
+        raise UserError("--scale-range needs the model that the experts were tuned from; give --base DIR")
+    inputs = _inputs(experts, fisher_files, gram_files, base, merging)
+    found = {task: tasks.task(task) for task in sorted(experts)}
+    tuned_on = {task: _tuned_on(path) for task, path in sorted(experts.items())}
+    how = merging.model_dump(include={"method", "mapping", "normalise", "exponent", "scale"})
+    scale = tuned(experts=len(experts), base=base is not None, **how).scale
+    described = {
+        "merge": _described(merging, "coefficient"),
+        **settings.model_dump(exclude={"trials", "experiment", "device"}),
+        "scale": scale,
+        "tuned on": {task: list(rows) for task, rows in tuned_on.items()},
+    }
+    rows = {f"data {name}": data.digests(folder, task, ["train"])["train"] for name, task in found.items()}
+    study = artifacts.content_key("search", SEARCH, described, {**inputs.digests, **rows})
+    key = artifacts.content_key("search", SEARCH, {"study": study, "trials": settings.trials}, {})
+
+    def compute() -> Mapping[str, Any]:
+        from fmn import merged, registry, search, trial
+
+        checkpoints.check_experts(experts, base)
+        options = {**inputs.options, **merging.model_dump(exclude={"coefficient"}), "base": base}
+        encoder = merged.recombiner(experts, searched or scale != 1, **options)
+        limit = (_limit(settings.rows), settings.search_seed, settings.device, settings.dtype)
+        contenders = {
+            name: trial.contender(experts[name], task, folder, "train", *limit, tuned_on[name])
+            for name, task in found.items()
+        }
+        for name, one in contenders.items():
+            if one.score <= 0:
+                raise UserError(
+                    f"expert {name}: scores {one.score:.3f} on {len(one.examples)} rows of its training data, which no"
+                    " merge can be compared with; give more --rows, or a better expert"
+                )
+
+        def attempt(coefficients: Mapping[str, float], scale: float) -> dict[str, float]:
+            return trial.relative_scores(contenders, encoder(coefficients, scale), settings.device, settings.dtype)
+
+        params = {**described["merge"], **settings.model_dump(exclude={"trials", "experiment"}), "scale": scale}
+
+        def log(done: "Sequence[Trial]") -> None:
+            registry.log_trials(
+                [_metrics(one) for one in done],
+                name=f"search {', '.join(found)}",
+                experiment=settings.experiment,
+                key=study,
+                params={**params, "tasks": ", ".join(found)},
+            )
+            if progress:
+                progress(len(done), settings.trials)
+
+        trials = search.search(
+            attempt, list(found), settings.scale_range, scale=scale, trials=settings.trials,
+            seed=settings.search_seed, file=out.with_name(f".{out.name}.trials"), name=study, report=log,
+        )  # fmt: skip
+        best, uniform = max(trials, key=lambda one: one.score), trials[0]
+        return {
+            "coefficients": best.coefficients,
+            "scale": best.scale,
+            "score": best.score,
+            "uniform": uniform.score,
+            "tasks": {
+                name: {"expert": one.score, "uniform": uniform.scores[name], "found": best.scores[name]}
+                for name, one in contenders.items()
+            },
+            "rows": {name: len(one.examples) for name, one in contenders.items()},
+            "experts": inputs.experts,
+            "merge": _described(merging, "coefficient", "scale"),
+            "trials": [
+                {"coefficients": one.coefficients, "scale": one.scale, "score": one.score, "tasks": one.scores}
+                for one in trials
+            ],
+        }
+
+    return _json_stage("search", out, key, compute)
+
+
+def _tuned_on(expert: Path) -> tuple[int | None, int]:
+    """How many training rows an expert was fine-tuned on, and the seed that drew them; (None, 0), all, if not known."""
+    manifest = artifacts.read_manifest(expert)
+    if manifest is None or manifest["stage"] != "finetune":
+        return None, 0
+    return int(manifest["info"]["examples"]), int(manifest["info"]["seed"])
+
+
+def _metrics(one: "Trial") -> dict[str, float]:
+    """A trial as MLflow shows it."""
+    return {
+        "score": one.score,
+        "scale": one.scale,
+        **{f"coefficient.{name}": value for name, value in one.coefficients.items()},
+        **{f"relative.{name}": value for name, value in one.scores.items()},
+    }
+
+
 def merge(
     experts: Mapping[str, Path],
     fisher_files: Mapping[str, Path],
@@ -487,23 +656,21 @@ def merge(
     settings: MergeSettings,
     progress: Progress | None = None,
     gram_files: Mapping[str, Path] | None = None,
+    coefficients: Path | None = None,
 ) -> Outcome:
     """The experts merged into the folder ``out``.
 
-    Raises UserError when they do not fit one another or their tasks, or when a statistic belongs to another checkpoint
-    or task.
+    ``coefficients``: a file that `search` made, which gives coefficients and scale.
+
+    Raises UserError when they do not fit one another or their tasks, or when a statistic or the coefficients belong to
+    other checkpoints or tasks.
     """
     given = gram_files or {}
-    _apart(out, [*experts.values(), *fisher_files.values(), *given.values(), base])
-    digests = {task: artifacts.digest_folder(folder) for task, folder in sorted(experts.items())}
-    base_digest = artifacts.digest_folder(base) if base else None
-    needs = NEEDS[settings.method]
-    options, stated = _statistics(needs, experts, digests, fisher_files, given)
-    described = settings.model_dump(exclude=set() if needs.fisher == "nodes" else {"mapping", "normalise", "exponent"})
-    inputs = {f"expert {task}": digest for task, digest in digests.items()}
-    inputs |= {f"{kind} {task}": entry["digest"] for kind, entries in stated.items() for task, entry in entries.items()}
-    inputs |= {"base": base_digest} if base_digest else {}
-    key = artifacts.content_key("merge", MERGE, described, inputs)
+    _apart(out, [*experts.values(), *fisher_files.values(), *given.values(), base, coefficients])
+    inputs = _inputs(experts, fisher_files, given, base, settings)
+    found = _searched(coefficients, inputs, settings) if coefficients else None
+    digests = inputs.digests | ({"coefficients": found["digest"]} if found else {})
+    key = artifacts.content_key("merge", MERGE, _described(settings), digests)
 
     def make() -> None:
         from fmn import merged
@@ -512,22 +679,20 @@ def merge(
         lineage: dict[str, Any] = {
             "fmn": __version__,
             "key": key,
-            "experts": {task: {**_lineage(experts[task]), "digest": digest} for task, digest in digests.items()},
-            **stated,
-            "base": {**_lineage(base), "digest": base_digest} if base else None,
+            "experts": {task: {**_lineage(experts[task]), "digest": digest} for task, digest in inputs.experts.items()},
+            **inputs.stated,
+            "base": {**_lineage(base), "digest": inputs.base} if base else None,
         }
-        described = settings.model_dump(exclude={"coefficient"})
-        coefficients = settings.coefficients
-        merged.write(
-            out,
-            experts,
-            recipe=lineage,
-            progress=progress,
-            base=base,
-            coefficients=coefficients,
-            **options,
-            **described,
-        )
+        options = {
+            **inputs.options,
+            **settings.model_dump(exclude={"coefficient"}),
+            "coefficients": settings.coefficients,
+            "base": base,
+        }
+        if found:
+            lineage["search"] = {name: found[name] for name in ("digest", "score", "uniform")}
+            options |= {"coefficients": found["coefficients"], "scale": found["scale"]}
+        merged.write(out, experts, recipe=lineage, progress=progress, **options)
 
     def current() -> bool:
         try:
@@ -540,6 +705,21 @@ def merge(
     if not (out / recipe.CARD).is_file():
         _write_card(out, None)
     return outcome
+
+
+def _searched(file: Path, inputs: _Inputs, settings: MergeSettings) -> dict[str, Any]:
+    """What `search` found, with the file's digest; UserError where it was for another merge than this."""
+    found = artifacts.read_json(file)
+    if "coefficients" not in found:
+        raise UserError(f"{file}: not coefficients; `fmn search` makes them")
+    if settings.coefficient or settings.scale != "auto":
+        raise UserError(f"--coefficients {file} gives coefficients and scale; leave out --coefficient and --scale")
+    if wrong := artifacts.differing(found["experts"], inputs.experts):
+        raise UserError(f"{file}: coefficients of other experts than these (see {wrong}); search again")
+    wanted, there = _described(settings, "coefficient", "scale"), found["merge"]
+    if wrong := next((name for name in {**wanted, **there} if wanted.get(name) != there.get(name)), None):
+        raise UserError(f"{file}: coefficients for a merge with another {wrong}; search again, or merge like that")
+    return {**found, "digest": artifacts.digest_file(file)}
 
 
 def _write_card(folder: Path, metrics: Mapping[str, Any] | None) -> None:

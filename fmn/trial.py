@@ -62,6 +62,16 @@ def logits(one: Contender, encoder: Mapping[str, Tensor], device: str, dtype: st
         return predict(one.model, one.examples, device=device, dtype=dtype)
 
 
+def relative_scores(
+    contenders: Mapping[str, Contender], encoder: Mapping[str, Tensor], device: str, dtype: str
+) -> dict[str, float]:
+    """What every expert's head scores with another encoder below it, relative to the expert's score, by task."""
+    return {
+        name: score(one.task, logits(one, encoder, device, dtype), one.examples.labels)["score"] / one.score
+        for name, one in contenders.items()
+    }
+
+
 @contextmanager
 def _in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """The model's parameters and buffers of these names have these values meanwhile."""
@@ -72,8 +82,3 @@ def _in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
         yield
     finally:
         model.load_state_dict(before, strict=False)
-
-
-def relative(scores: Mapping[str, float], contenders: Mapping[str, Contender]) -> float:
-    """The mean over tasks of the score relative to the expert's."""
-    return sum(scores[name] / contenders[name].score for name in scores) / len(scores)

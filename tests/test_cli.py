@@ -12,7 +12,19 @@ import pytest
 from fmn import cli
 from tests.conftest import TASKS
 
-COMMANDS = ("run", "fetch", "data", "finetune", "fisher", "merge", "evaluate", "register", "predict", "report")
+COMMANDS = (
+    "run",
+    "fetch",
+    "data",
+    "finetune",
+    "fisher",
+    "search",
+    "merge",
+    "evaluate",
+    "register",
+    "predict",
+    "report",
+)
 
 
 def fmn(*arguments: object) -> None:
@@ -129,6 +141,13 @@ def test_a_summary_without_json_is_for_people(
             ["merge", "--expert", "mrpc=a", "--out", "x", "--coefficient", "mrpc=much"],
             "fmn: coefficient 'much' is not a number",
         ),
+        (["merge", "--expert", "mrpc=a", "--out", "x", "--coefficients", "nowhere.json"], "a: no such folder"),
+        (["search", "--expert", "mrpc=a", "sst2=b", "--data", "x", "--out", "y", "--method", "average"], "a: no such"),
+        (
+            ["search", "--expert", "mrpc=a", "sst2=b", "--data", "x", "--out", "y", "--scale_range", "2", "1"],
+            "LOW must be zero or more, and HIGH above it",
+        ),
+        (["search", "--expert", "mrpc=a", "sst2=b", "--data", "x", "--out", "y", "--rows", "0"], "rows"),
         (["evaluate", "nowhere", "--data", "x", "--out", "y"], "nowhere"),
         (["register", "nowhere", "--metrics", "x", "--name", "demo"], "nowhere"),
         (["register", "nowhere", "--metrics", "x", "--name", "../demo"], "name"),

@@ -9,7 +9,18 @@ import pytest
 
 import fmn
 
-HEAVY = ("torch", "transformers", "mlflow", "sklearn", "scipy", "matplotlib", "prefect", "datasets", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "transformers",
+    "mlflow",
+    "optuna",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "prefect",
+    "datasets",
+    "huggingface_hub",
+)
 MODULES = sorted(Path(fmn.__file__).parent.glob("*.py"))
 
 

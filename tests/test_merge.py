@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from fmn.merge import METHODS, Part, Settings, drop, kept, kth_largest, rescale, shares, weighted_mean
+from fmn.merge import (
+    METHODS,
+    Part,
+    Settings,
+    Sums,
+    drop,
+    kept,
+    kth_largest,
+    recombine,
+    rescale,
+    shares,
+    summands,
+    weighted_mean,
+)
 from fmn.methods import NEEDS
 
 FLOAT32 = st.floats(-1e6, 1e6, width=32)
@@ -275,3 +288,26 @@ def test_dare_keeps_the_task_vector_in_expectation() -> None:
     dropped = drop(vector, kept(0, "w", "rte", 0, 20_000, 0.25), 0.25)
     assert set(dropped.tolist()) == {0.0, 8.0}
     assert float(dropped.mean()) == pytest.approx(2.0, rel=0.05)
+
+
+@settings(deadline=None)
+@given(problems(), st.data())
+def test_partial_sums_recombine_to_the_merge_with_any_coefficients(
+    problem: tuple[list[Tensor], list[Tensor], list[float]], data: st.DataObject
+) -> None:
+    experts, fisher, _ = problem
+    lambdas = data.draw(st.lists(st.floats(0.05, 20), min_size=len(experts), max_size=len(experts)))
+    equal = shares(fisher, [1.0] * len(experts))
+    tasks = tuple(map(str, range(len(experts))))
+    part = Part("p", experts[0].shape, 0, tuple(experts), None, tuple(equal), Settings(tasks, (), 1.0, 0))
+    found = recombine(Sums({"p": summands(part).float()}, {"p": torch.stack(equal)}, {}, {}), lambdas)["p"]
+    largest = max(float(tensor.abs().max()) for tensor in experts)
+    torch.testing.assert_close(found, merge(experts, fisher, lambdas), rtol=1e-5, atol=1e-5 * largest)
+
+
+def test_partial_sums_of_nodes_without_fisher_are_averaged_by_lambda() -> None:
+    experts, none = [torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0, 4.0]])], [torch.zeros(1, 1)] * 2
+    equal = shares(none, [1.0, 1.0])
+    part = Part("p", (1, 2), 0, tuple(experts), None, tuple(equal), Settings(("a", "b"), (), 1.0, 0))
+    found = recombine(Sums({"p": summands(part).float()}, {"p": torch.stack(equal)}, {}, {}), [3.0, 1.0])["p"]
+    torch.testing.assert_close(found, torch.tensor([[2.0, 2.5]]))

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from fmn import architectures, diagonal, gram, merged, recipe, statistics
 from fmn.architectures import NodeValues
 from fmn.errors import UserError
+from fmn.merge import LINEAR
 from fmn.methods import NEEDS
 from fmn.regmean import rounded
 from tests.tiny import tiny_examples, tiny_model
@@ -326,6 +327,27 @@ def test_every_method_that_takes_the_base_gives_a_model(method: str, tmp_path: P
         merged.write(out, experts(tmp_path / "more"), method="ties", base=base, density=0)
     with pytest.raises(UserError, match=f"method {method} needs the model"):
         merged.write(out, experts(tmp_path / "again"), method=method)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", [*LINEAR, "ties"])
+def test_recombined_encoders_are_those_merged_anew(method: str, name: str, tmp_path: Path) -> None:
+    folders, base = experts(tmp_path, name), save(tiny_model(name, 2, seed=9), tmp_path / "base")
+    values = fisher(folders)
+    for nodes in values.values():
+        nodes[min(nodes)][0] = 0.0  # no expert has any there
+    options: merged.Options = {"method": method, "fisher": values, "mapping": MODELS[name], "base": base}
+    recombiners = {scaled: merged.recombiner(folders, scaled, **options) for scaled in (False, True)}
+    rng = np.random.default_rng(0)
+    for scale in (1.0, 0.3, 1.7):
+        coefficients = {task: float(value) for task, value in zip(folders, rng.uniform(0.05, 5, 3), strict=True)}
+        tried: merged.Options = {**options, "coefficients": coefficients, "scale": scale}
+        expected = merged.in_memory(folders, **tried)
+        for scaled in {scale != 1, True}:
+            found = recombiners[scaled](coefficients, scale)
+            assert found.keys() == expected.keys()
+            for tensor, value in expected.items():
+                torch.testing.assert_close(found[tensor], value, rtol=1e-5, atol=2e-6)
 
 
 KILLED = """
