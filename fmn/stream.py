@@ -324,7 +324,7 @@ def _regression(stored: StoredRegression | None, read: Read) -> Regression | Non
 
     def gram(number: int) -> Tensor:
         header = stored.moments[number]
-        return read(header, 0, math.prod(header.shape)).reshape(header.shape).double()
+        return read(header, 0, header.shape).double()
 
     return Regression(gram, stored.weights, stored.transposed)
 
