@@ -446,15 +446,15 @@ def _statistics(
     stated: dict[str, dict[str, Any]] = {"fisher": {}, "gram": {}}
 
     def take(kind: str, option: str, command: str, files: Mapping[str, Path], read: Callable[[Path], Any]) -> None:
-        found = {}
+        found, title = {}, {"fisher": "Fisher", "gram": "Gram matrices"}[kind]
         for task, digest in digests.items():
             if task not in files:
                 raise UserError(f"--{kind} {task}=FILE is missing: this method weighs by it; `fmn {command}` makes it")
             found[task], metadata = read(files[task])
             if metadata["task"] != task:
-                raise UserError(f"{files[task]}: the {kind} of task {metadata['task']}, given for {task}")
+                raise UserError(f"{files[task]}: the {title} of task {metadata['task']}, given for {task}")
             if metadata["checkpoint"]["digest"] != digest:
-                raise UserError(f"{files[task]}: the {kind} of another checkpoint than {experts[task]}; make it again")
+                raise UserError(f"{files[task]}: the {title} of another checkpoint than {experts[task]}; make it again")
             names = ("estimator", "samples", "seed", "dtype", "key")
             stated[kind][task] = {
                 "digest": artifacts.digest_file(files[task]),
