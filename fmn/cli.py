@@ -294,15 +294,16 @@ def evaluate(
     with progress_bar("evaluating") as progress:
         outcome = stages.evaluate(model, task or [], data, out, settings, progress)
 
-    from fmn.report import measured
+    from fmn.report import MACRO, measured, span
 
     def show(summary: Mapping[str, Any]) -> None:
         body = [
-            [name, metric, split, f"{100 * value:.2f}", str(examples)]
+            [name, metric, split, f"{100 * value:.2f}", span(interval), str(examples)]
             for name, entry in summary["tasks"].items()
-            for split, metric, value, examples in measured(name, entry)
+            for split, metric, value, examples, interval in measured(name, entry)
         ]
-        show_table(["task", "metric", "split", "%", "examples"], body)
+        body.append([MACRO, "score", "", f"{100 * summary['score']:.2f}", span(summary["interval"]), ""])
+        show_table(["task", "metric", "split", "%", "95 % interval", "examples"], body)
 
     _say(outcome, as_json, show)
 

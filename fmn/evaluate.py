@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fmn.batches import Examples, by_length
 from fmn.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.errors import UserError
+from fmn.intervals import Answers
 from fmn.tasks import Task
 
 TOKENS = 2048  # of a batch on a CPU, where larger ones leave the caches; a GPU takes sixteen times as many
@@ -44,19 +45,24 @@ def predict(
     return logits
 
 
-def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The task's metrics by name, as fractions, and "score", their mean.
-
-    `logits` [N, C] are a model's outputs, `labels` [N] the class ids, or the target values of a regression task.
-    Correlations (and `matthews_correlation`) lie in -1..1 and are 0 where either side is constant; the rest in 0..1.
-    """
+def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
+    """What the outputs `logits` [N, C] say: class ids, or values of a regression task; beside `labels` [N]."""
     if logits.shape != (len(labels), task.num_outputs):
         raise ValueError(f"{task.name}: logits {logits.shape} for {len(labels)} labels and {task.num_outputs} outputs")
     if not len(labels):
         raise UserError(f"{task.name}: there are no examples to score.")
     if not np.isfinite(logits).all():
         raise UserError(f"{task.name}: the model's outputs are not finite, so it cannot be scored.")
-    predicted = logits[:, 0] if task.regression else logits.argmax(axis=1)
+    return Answers(logits[:, 0] if task.regression else logits.argmax(axis=1), labels)
+
+
+def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's metrics by name, as fractions, and "score", their mean.
+
+    `logits` [N, C] are a model's outputs, `labels` [N] the class ids, or the target values of a regression task.
+    Correlations (and `matthews_correlation`) lie in -1..1 and are 0 where either side is constant; the rest in 0..1.
+    """
+    predicted, labels = answers(task, logits, labels)
     scores = {name: float(METRICS[name](labels, predicted)) for name in task.metrics}
     return {**scores, "score": sum(scores.values()) / len(scores)}
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fmn.fisher import State
+    from fmn.intervals import Answers
 
 Progress = Callable[[int, int], None]
 
@@ -33,7 +34,7 @@ DATA = 1
 FINETUNE = 1
 FISHER = 1
 MERGE = 1
-EVALUATE = 1
+EVALUATE = 2
 REPORT = 1
 REGISTER = 1
 
@@ -98,17 +99,6 @@ def _folder_stage(stage: str, out: Path, key: str, fill: Callable[[Path], Mappin
         return dict(manifest["info"]) if manifest else {}
 
     return _stage(stage, out, lambda: artifacts.folder_is_current(out, key), make, summarise)
-
-
-def _json_stage(stage: str, out: Path, key: str, compute: Callable[[], Mapping[str, Any]]) -> Outcome:
-    """A stage whose output is a JSON file."""
-    return _stage(
-        stage,
-        out,
-        lambda: artifacts.json_is_current(out, key),
-        lambda: artifacts.write_json(out, stage, key, compute()),
-        lambda: artifacts.read_json(out),
-    )
 
 
 def _limit(number: int | str) -> Any:
@@ -438,13 +428,18 @@ def evaluate(
 ) -> Outcome:
     """The metrics of a merged model, or of one checkpoint, on the validation splits below ``folder``.
 
+    Each has its 95 % bootstrap interval. The predictions lie beside the metrics, for paired tests between models.
+
     Args:
         model: a merged model, or an expert.
         names: the tasks; a merged model's own when empty.
         folder: of one task, or of tasks.
         out: the metrics file. A merged model's card gets the metrics too.
     """
-    _apart(out, [model, folder])
+    predictions = artifacts.predictions_file(out)
+    for path in (out, predictions):
+        _apart(path, [model, folder])
+    artifacts.check_replaceable(predictions)
     is_merged = recipe.is_merged(model)
     if is_merged:
         recipe.verify(model)
@@ -463,16 +458,33 @@ def evaluate(
         inputs |= {f"{name} {split}": value for split, value in digests.items()}
     key = artifacts.content_key("evaluate", EVALUATE, settings.model_dump(exclude={"device"}), inputs)
 
-    def compute() -> Mapping[str, Any]:
-        entries = {}
+    def make() -> None:
+        from fmn import intervals
+
+        entries, given = {}, {}
         for name, task in found.items():
             checkpoint = recipe.task_folder(model, name) if is_merged else model
             tables = {split: data.read(folder, task, split) for split in splits[name]}
-            entries[name] = _scores(checkpoint, task, tables, settings, progress)
-        score = sum(entry["score"] for entry in entries.values()) / len(entries)
-        return {"model": digest, "tasks": entries, "score": score}
+            entries[name], given[name] = _scores(checkpoint, task, tables, settings, progress)
+        draws = {name: intervals.resampled(task, given[name]) for name, task in found.items()}
+        for name, values in draws.items():
+            entries[name]["interval"] = {metric: intervals.interval(values[metric]) for metric in values}
+        artifacts.write_predictions(predictions, given)
+        content = {
+            "model": digest,
+            "tasks": entries,
+            "score": sum(entry["score"] for entry in entries.values()) / len(entries),
+            "interval": intervals.interval(intervals.macro({name: values["score"] for name, values in draws.items()})),
+            "predictions": artifacts.digest_file(predictions),
+        }
+        artifacts.write_json(out, "evaluate", key, content)
 
-    outcome = _json_stage("evaluate", out, key, compute)
+    def current() -> bool:
+        if not (artifacts.json_is_current(out, key) and predictions.is_file()):
+            return False
+        return bool(artifacts.read_json(out)["predictions"] == artifacts.digest_file(predictions))
+
+    outcome = _stage("evaluate", out, current, make, lambda: artifacts.read_json(out))
     if is_merged and set(chosen) == set(recipe.read_recipe(model)["tasks"]):
         _write_card(model, outcome.summary)
     return outcome
@@ -480,20 +492,25 @@ def evaluate(
 
 def _scores(
     checkpoint: Path, task: tasks.Task, tables: Mapping[str, Any], settings: EvaluateSettings, progress: Progress | None
-) -> dict[str, float]:
-    """A task's metrics on its validation splits, given as tables; the first split's have the metrics' plain names."""
-    from fmn.evaluate import predict, score
+) -> tuple[dict[str, Any], dict[str, "Answers"]]:
+    """A task's metrics on its validation splits, given as tables, and the answers that they are of.
+
+    The metrics of the first split have their plain names.
+    """
+    from fmn.evaluate import answers, predict, score
 
     tokenizer, model = checkpoints.load_tokenizer(checkpoint), _classifier(checkpoint, task)
     entry: dict[str, float] = {}
+    given = {}
     scores = []
     for split, table in tables.items():
         examples = data.tokenize(tokenizer, task, table)
         logits = predict(model, examples, device=settings.device, dtype=settings.dtype, progress=progress)
+        given[split] = answers(task, logits, examples.labels)
         found = {**score(task, logits, examples.labels), "examples": len(examples)}
         scores.append(found.pop("score"))
         entry |= {f"{name}{task.suffix(split)}": value for name, value in found.items()}
-    return {**entry, "score": sum(scores) / len(scores)}
+    return {**entry, "score": sum(scores) / len(scores)}, given
 
 
 def write_report(
@@ -570,7 +587,20 @@ def register(
         },
         metrics={
             "score": found["score"],
-            **{f"{task}.{name}": value for task, entry in found["tasks"].items() for name, value in entry.items()},
+            **{
+                f"{task}.{name}": value
+                for task, entry in found["tasks"].items()
+                for name, value in entry.items()
+                if name != "interval"
+            },
+        },
+        intervals={
+            "score": found["interval"],
+            **{
+                f"{task}.{name}": ends
+                for task, entry in found["tasks"].items()
+                for name, ends in entry["interval"].items()
+            },
         },
         artifacts={
             "merged": model / recipe.RECIPE,
