@@ -95,6 +95,10 @@ def _say(outcome: "Outcome", as_json: bool, show: Callable[[Mapping[str, Any]], 
     done = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
     say(f"{outcome.stage}: {outcome.out} ({done})")
     show(outcome.summary)
+    if "labels" in outcome.summary:
+        from fmn import labels
+
+        say(*labels.notes(outcome.summary["labels"]))
 
 
 def _dump(content: Any) -> None:

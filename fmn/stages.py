@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmn import __version__, artifacts, checkpoints, data, recipe, report, sources, tasks
+from fmn import __version__, artifacts, checkpoints, data, labels, recipe, report, sources, tasks
 from fmn.errors import UserError
 from fmn.methods import NEEDS
 from fmn.params import DataSettings, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings, RegistrySettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from fmn.architectures import NodeValues
     from fmn.fisher import State
     from fmn.intervals import Answers
 
@@ -32,8 +31,8 @@ Progress = Callable[[int, int], None]
 FETCH = 1
 DATA = 1
 FINETUNE = 1
-FISHER = 1
-MERGE = 1
+FISHER = 2
+MERGE = 2
 EVALUATE = 2
 REPORT = 1
 REGISTER = 1
@@ -211,16 +210,12 @@ def _read_state(path: Path, key: str) -> "State | None":
         return None
 
 
-def _classifier(checkpoint: Path, task: tasks.Task) -> "PreTrainedModel":
-    checkpoints.check_head(checkpoint, checkpoints.load_config(checkpoint), task)
-    return checkpoints.load_classifier(checkpoint)
-
-
 def _sum_part(
     checkpoint: Path,
     task: str,
     folder: Path,
     settings: FisherSettings,
+    aligned: labels.Labels,
     index: int,
     key: str,
     sums: Path,
@@ -238,7 +233,7 @@ def _sum_part(
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{index % torch.cuda.device_count()}"
     found = tasks.task(task)
-    model = _classifier(checkpoint, found)
+    model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
     examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
     ends: list[State] = []
 
@@ -291,7 +286,11 @@ def fisher(
     def make() -> None:
         from fmn import fisher
 
-        jobs = [(checkpoint, task, folder, settings, index, key, sums[index], save_seconds) for index in range(parts)]
+        aligned = labels.decide(checkpoint, found, folder, settings.device)
+        jobs = [
+            (checkpoint, task, folder, settings, aligned, index, key, sums[index], save_seconds)
+            for index in range(parts)
+        ]
         if parts == 1:
             states = [_sum_part(*jobs[0], progress)]
         else:
@@ -309,6 +308,7 @@ def fisher(
             "neurons": max(len(estimate.fisher[site]) for site in sites if site.node == "neuron"),
             "checkpoint": {**_lineage(checkpoint), "digest": inputs["checkpoint"]},
             "data_digest": inputs["train"],
+            "labels": {task: aligned},
             "estimator": settings.estimator,
             "samples": estimate.samples,
             "seed": settings.seed,
@@ -352,20 +352,15 @@ def merge(
             raise UserError(
                 f"--fisher {task}=FILE is missing: method {settings.method} weighs every expert by its Fisher"
             )
-        values[task], _, stated = artifacts.read_fisher(fisher_files[task])
-        if stated["task"] != task:
-            raise UserError(f"{fisher_files[task]}: the Fisher of task {stated['task']}, given for {task}")
-        if stated["checkpoint"]["digest"] != digests[task]:
-            raise UserError(
-                f"{fisher_files[task]}: the Fisher of another checkpoint than {experts[task]}; make it again"
-            )
+        values[task], stated = _read_fisher(fisher_files[task], task, experts[task], digests[task])
         names = ("estimator", "samples", "seed", "dtype", "key")
         statements[task] = {
             "digest": artifacts.digest_file(fisher_files[task]),
             **{name: stated[name] for name in names},
         }
+    aligned = {task: _aligned(experts[task], task, fisher_files.get(task), digests[task]) for task in digests}
 
-    described = settings.model_dump(exclude=set() if uses_fisher else {"mapping"})
+    described = settings.model_dump(exclude=set() if uses_fisher else {"mapping"}) | {"labels": aligned}
     inputs = {f"expert {task}": digest for task, digest in digests.items()}
     inputs |= {f"fisher {task}": stated["digest"] for task, stated in statements.items()}
     inputs |= {"base": base_digest} if base_digest else {}
@@ -380,6 +375,7 @@ def merge(
             "key": key,
             "experts": {task: {**_lineage(experts[task]), "digest": digest} for task, digest in digests.items()},
             "fisher": statements,
+            "labels": aligned,
             "base": {**_lineage(base), "digest": base_digest} if base else None,
         }
         merged.write(
@@ -393,6 +389,7 @@ def merge(
             scale=settings.scale,
             density=settings.density,
             seed=settings.seed,
+            labels={task: labels.names_by_output(tasks.task(task), found) for task, found in aligned.items()},
             recipe=stated,
             progress=progress,
         )
@@ -408,6 +405,26 @@ def merge(
     if not (out / recipe.CARD).is_file():
         _write_card(out, None)
     return outcome
+
+
+def _read_fisher(path: Path, task: str, expert: Path, digest: str) -> "tuple[NodeValues, dict[str, Any]]":
+    """The Fisher and the metadata of an artifact, which must be of this task and of the checkpoint with this digest."""
+    values, _, stated = artifacts.read_fisher(path)
+    if stated["task"] != task:
+        raise UserError(f"{path}: the Fisher of task {stated['task']}, given for {task}")
+    if stated["checkpoint"]["digest"] != digest:
+        raise UserError(f"{path}: the Fisher of another checkpoint than {expert}; make it again")
+    return values, stated
+
+
+def _aligned(expert: Path, task: str, fisher_file: Path | None, digest: str) -> labels.Labels:
+    """How an expert's outputs stand for the task's labels, without data: by names, or as its Fisher artifact says."""
+    found = tasks.task(task)
+    named = labels.by_names(found, labels.output_names(expert))
+    if named is not None or fisher_file is None:
+        return named or labels.as_they_stand(found)
+    recorded: labels.Labels | None = _read_fisher(fisher_file, task, expert, digest)[1].get("labels", {}).get(task)
+    return recorded or labels.as_they_stand(found)
 
 
 def _write_card(folder: Path, metrics: Mapping[str, Any] | None) -> None:
@@ -455,17 +472,22 @@ def evaluate(
     for name, task in found.items():
         digests = data.digests(folder, task, data.validation_splits(folder, task))
         splits[name] = list(digests)
+        # Outputs without a name that means something are told apart by the training split.
+        if not is_merged and not labels.by_names(task, labels.output_names(model)) and data.has(folder, task, "train"):
+            digests |= data.digests(folder, task, ["train"])
         inputs |= {f"{name} {split}": value for split, value in digests.items()}
     key = artifacts.content_key("evaluate", EVALUATE, settings.model_dump(exclude={"device"}), inputs)
 
     def make() -> None:
         from fmn import intervals
 
-        entries, given = {}, {}
+        entries, given, aligned = {}, {}, {}
         for name, task in found.items():
             checkpoint = recipe.task_folder(model, name) if is_merged else model
+            # What a merged model's outputs mean was decided when it was merged, and its configuration says it.
+            aligned[name] = labels.decide(checkpoint, task, None if is_merged else folder, settings.device)
             tables = {split: data.read(folder, task, split) for split in splits[name]}
-            entries[name], given[name] = _scores(checkpoint, task, tables, settings, progress)
+            entries[name], given[name] = _scores(checkpoint, task, aligned[name], tables, settings, progress)
         draws = {name: intervals.resampled(task, given[name]) for name, task in found.items()}
         for name, values in draws.items():
             entries[name]["interval"] = {metric: intervals.interval(values[metric]) for metric in values}
@@ -476,6 +498,7 @@ def evaluate(
             "score": sum(entry["score"] for entry in entries.values()) / len(entries),
             "interval": intervals.interval(intervals.macro({name: values["score"] for name, values in draws.items()})),
             "predictions": artifacts.digest_file(predictions),
+            "labels": aligned,
         }
         artifacts.write_json(out, "evaluate", key, content)
 
@@ -491,7 +514,12 @@ def evaluate(
 
 
 def _scores(
-    checkpoint: Path, task: tasks.Task, tables: Mapping[str, Any], settings: EvaluateSettings, progress: Progress | None
+    checkpoint: Path,
+    task: tasks.Task,
+    aligned: labels.Labels,
+    tables: Mapping[str, Any],
+    settings: EvaluateSettings,
+    progress: Progress | None,
 ) -> tuple[dict[str, Any], dict[str, "Answers"]]:
     """A task's metrics on its validation splits, given as tables, and the answers that they are of.
 
@@ -499,7 +527,8 @@ def _scores(
     """
     from fmn.evaluate import answers, predict, score
 
-    tokenizer, model = checkpoints.load_tokenizer(checkpoint), _classifier(checkpoint, task)
+    tokenizer = checkpoints.load_tokenizer(checkpoint)
+    model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
     entry: dict[str, float] = {}
     given = {}
     scores = []

@@ -1,6 +1,5 @@
 """Stages: files to files, made once, made again when and only when something they depend on changed."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -342,14 +341,3 @@ def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back
     card.unlink()
     assert not merge(work).computed
     assert card.is_file()
-
-
-def test_a_head_whose_outputs_are_in_another_order_is_refused(work: Path) -> None:
-    config = work / "experts" / "sst2" / "config.json"
-    content = json.loads(config.read_text())
-    config.write_text(json.dumps({**content, "id2label": {"0": "Positive", "1": "negative"}}))
-    (work / "experts" / "sst2" / "fmn.json").unlink()
-    with pytest.raises(UserError, match=r"order positive, negative"):
-        stages.fisher(work / "experts" / "sst2", "sst2", work / "data", work / "f.parquet", FISHER)
-    with pytest.raises(UserError, match=r"order positive, negative"):
-        stages.merge(experts(work), {}, None, work / "merged", MergeSettings(method="average"))
