@@ -62,8 +62,12 @@ def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float
     `logits` [N, C] are a model's outputs, `labels` [N] the class ids, or the target values of a regression task.
     Correlations (and `matthews_correlation`) lie in -1..1 and are 0 where either side is constant; the rest in 0..1.
     """
-    predicted, labels = answers(task, logits, labels)
-    scores = {name: float(METRICS[name](labels, predicted)) for name in task.metrics}
+    return score_answers(task, answers(task, logits, labels))
+
+
+def score_answers(task: Task, given: Answers) -> dict[str, float]:
+    """The same of answers, such as `artifacts.read_predictions` gives."""
+    scores = {name: float(METRICS[name](given.labels, given.predicted)) for name in task.metrics}
     return {**scores, "score": sum(scores.values()) / len(scores)}
 
 

@@ -525,7 +525,7 @@ def _scores(
 
     The metrics of the first split have their plain names.
     """
-    from fmn.evaluate import answers, predict, score
+    from fmn.evaluate import answers, predict, score_answers
 
     tokenizer = checkpoints.load_tokenizer(checkpoint)
     model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
@@ -536,7 +536,7 @@ def _scores(
         examples = data.tokenize(tokenizer, task, table)
         logits = predict(model, examples, device=settings.device, dtype=settings.dtype, progress=progress)
         given[split] = answers(task, logits, examples.labels)
-        found = {**score(task, logits, examples.labels), "examples": len(examples)}
+        found = {**score_answers(task, given[split]), "examples": len(examples)}
         scores.append(found.pop("score"))
         entry |= {f"{name}{task.suffix(split)}": value for name, value in found.items()}
     return {**entry, "score": sum(scores) / len(scores)}, given
