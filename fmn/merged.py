@@ -79,6 +79,7 @@ def write(
     out: Path,
     experts: Mapping[str, Path],
     *,
+    labels: Mapping[str, Sequence[str]] | None = None,
     recipe: Mapping[str, Any] | None = None,
     card: str | None = None,
     progress: Progress | None = None,
@@ -90,6 +91,7 @@ def write(
     Args:
         out: the merged model's folder; an older one is replaced.
         experts: checkpoint folders by task.
+        labels: the names of the outputs by task, for its configuration; the expert's own where a task is left out.
         recipe: what else ``merge.json`` is to say, such as the experts' revisions and digests.
         card: the text of the model card.
         progress: called with the bytes of the encoder that are done and that are to be done.
@@ -108,7 +110,8 @@ def write(
     with whole_folder(out) as folder:
         encoder = _write_encoder(folder / "encoder", experts[tasks[0]], plan.parameters, pieces, shard_bytes, progress)
         for task in tasks:
-            _write_task(folder / "tasks" / task, experts[task], plan.tensors[task].head, folder / "encoder", encoder)
+            names, head = (labels or {}).get(task), plan.tensors[task].head
+            _write_task(folder / "tasks" / task, experts[task], head, names, folder / "encoder", encoder)
         if card is not None:
             (folder / CARD).write_text(card)
         content = {
@@ -457,9 +460,17 @@ def _write_encoder(
 
 
 def _write_task(
-    folder: Path, expert: Path, head: Mapping[str, TensorHeader], encoder: Path, files: Mapping[str, _File]
+    folder: Path,
+    expert: Path,
+    head: Mapping[str, TensorHeader],
+    labels: Sequence[str] | None,
+    encoder: Path,
+    files: Mapping[str, _File],
 ) -> None:
-    """Write a task's checkpoint: links to the encoder's files, and the expert's head, configuration and tokenizer."""
+    """Write a task's checkpoint: links to the encoder's files, and the expert's head, configuration and tokenizer.
+
+    The configuration calls the outputs by `labels`, where they are given.
+    """
     folder.mkdir(parents=True)
     *names, last = stream.shard_names(len(files) + 1)
     for source, name in zip(files, names, strict=True):
@@ -468,7 +479,11 @@ def _write_task(
     stream.write_file(folder / last, slots, stream.copy(head))
     shards = {name: file.slots for name, file in zip(names, files.values(), strict=True)}
     _write_json(folder / INDEX, stream.index(shards | {last: slots}))
-    _write_json(folder / CONFIG, _config(expert, [slot for file in files.values() for slot in file.slots]))
+    config = _config(expert, [slot for file in files.values() for slot in file.slots])
+    if labels is not None:
+        config["id2label"] = {str(output): name for output, name in enumerate(labels)}
+        config["label2id"] = {name: output for output, name in enumerate(labels)}
+    _write_json(folder / CONFIG, config)
     for file in _tokenizer_files(expert):
         shared = encoder / file.name
         if shared.is_file() and shared.read_bytes() == file.read_bytes():
