@@ -60,10 +60,10 @@ def weighted_mean(tensors: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor
     totals = parts.cumsum(0)
     steps = np.divide(parts, totals, out=np.zeros_like(parts), where=totals > 0)[1:]
     weights = steps.ravel().tolist() if steps.size == len(steps) else torch.from_numpy(steps).to(wide)
-    mean = tensors[0].to(wide, copy=len(tensors) == 1)
-    for tensor, weight in zip(tensors[1:], weights, strict=True):
-        mean = torch.lerp(mean, tensor.to(wide), weight)
-    return mean
+    mean, *others = (tensor if tensor.dtype == wide else tensor.to(wide) for tensor in tensors)
+    for tensor, weight in zip(others, weights, strict=True):
+        mean = torch.lerp(mean, tensor, weight)
+    return mean if others else mean.clone()
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

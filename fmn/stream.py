@@ -111,30 +111,29 @@ class Recipe:
 
 
 class Read(Protocol):
-    def __call__(self, stored: TensorHeader, first: int, count: int, seat: int | None = None) -> Tensor: ...
+    def __call__(self, stored: TensorHeader, first: int, shape: tuple[int, ...], seat: int | None = None) -> Tensor: ...
 
 
 @contextmanager
 def reading(files: Iterable[Path]) -> Iterator[Read]:
-    """A function to read consecutive elements, ``first`` to ``first + count``, of a tensor in one of the files.
+    """A function to read consecutive elements, from ``first`` on, of a tensor in one of the files.
 
     They come in memory of their own or, with a ``seat``, in memory that the next reading into the same seat overwrites:
     fresh memory costs as much as the reading. Files are not mapped, as pages of a map count as the process's memory.
     """
-    seats: dict[int, tuple[str, Tensor, memoryview]] = {}
+    seats: dict[int | None, tuple[Tensor, memoryview]] = {}
     with ExitStack() as stack:
         opened = {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in set(files)}
 
-        def read(stored: TensorHeader, first: int, count: int, seat: int | None = None) -> Tensor:
+        def read(stored: TensorHeader, first: int, shape: tuple[int, ...], seat: int | None = None) -> Tensor:
             dtype = DTYPES[stored.dtype]
-            size = count * dtype.itemsize
-            taken = seats.get(seat) if seat is not None else None
-            if taken is None or taken[0] != stored.dtype or len(taken[2]) != size:
-                tensor = torch.empty(count, dtype=dtype)
-                taken = stored.dtype, tensor, tensor.view(torch.uint8).numpy().data
+            taken = seats.get(seat)
+            if taken is None or taken[0].dtype != dtype or taken[0].shape != shape:
+                tensor = torch.empty(shape, dtype=dtype)
+                taken = tensor, tensor.view(-1).view(torch.uint8).numpy().data
                 if seat is not None:
                     seats[seat] = taken
-            _, tensor, view = taken
+            tensor, view = taken
             position = stored.start + first * dtype.itemsize
             while view:
                 got = os.preadv(opened[stored.file], [view], position)
@@ -301,9 +300,7 @@ def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read:
     for span in _spans(rows, columns, limit):
         height, width = span.rows.stop - span.rows.start, span.columns.stop - span.columns.start
         first = span.rows.start * columns + span.columns.start
-        tensors = [
-            read(stored, first, height * width, seat).reshape(height, width) for seat, stored in enumerate(sources)
-        ]
+        tensors = [read(stored, first, (height, width), seat) for seat, stored in enumerate(sources)]
         count = len(parameter.experts)
         part = Part(
             name=parameter.slot.name,
@@ -347,8 +344,8 @@ def finite(tensor: Tensor) -> bool:
 def _same(parameter: Parameter, tasks: Sequence[str], read: Read) -> Iterator[Tensor]:
     """A tensor of integers, such as positions: every expert must have the same."""
     for span in _spans(math.prod(parameter.slot.shape), 1, WORKING_SET // 8):
-        first = span.rows.start, span.rows.stop - span.rows.start
-        piece, *others = (read(stored, *first) for stored in parameter.experts)
+        place = span.rows.start, (span.rows.stop - span.rows.start,)
+        piece, *others = (read(stored, *place) for stored in parameter.experts)
         for task, other in zip(tasks[1:], others, strict=True):
             if not torch.equal(piece, other):
                 raise UserError(
@@ -363,7 +360,7 @@ def copy(tensors: Mapping[str, TensorHeader]) -> Iterator[Tensor]:
     with reading(stored.file for stored in tensors.values()) as read:
         for stored in tensors.values():
             for span in _spans(math.prod(stored.shape), 1, WORKING_SET // 8):
-                yield read(stored, span.rows.start, span.rows.stop - span.rows.start)
+                yield read(stored, span.rows.start, (span.rows.stop - span.rows.start,))
 
 
 def shards(slots: Sequence[Slot], limit: int = SHARD_BYTES) -> list[list[Slot]]:
