@@ -34,7 +34,7 @@ from fmn.checkpoints import CONFIG, TOKENIZER_FILES
 from fmn.errors import UserError
 from fmn.headers import INDEX, TensorHeader, tensor_headers
 from fmn.merge import LINEAR, METHODS, Method, Settings, Sums, recombine, shares, summands
-from fmn.methods import DAMPING, NEEDS, Needs, Tuning, tuned
+from fmn.methods import NEEDS, Needs, Tuning, tuned
 from fmn.recipe import CARD, FORMAT, RECIPE
 from fmn.stream import DTYPES, Parameter, Progress, Recipe, Slot, StoredRegression
 
@@ -67,7 +67,7 @@ class Options(TypedDict, total=False):
     grams: "Mapping[str, StoredGrams] | None"
     normalise: str
     exponent: float | str
-    damping: float
+    damping: float | str
     coefficients: Mapping[str, float] | None
     base: Path | None
     scale: float | str
@@ -123,7 +123,7 @@ def write(
             "exponent": plan.tuning.exponent if needs.fisher == "nodes" else None,
             "damping": settings.damping if needs.gram else None,
             "coefficients": dict(zip(tasks, settings.coefficients, strict=True)),
-            "scale": plan.tuning.scale,
+            "scale": plan.recipe.scale,
             "density": settings.density if needs.density is not None else None,
             "seed": settings.seed if needs.random else None,
             **(recipe or {}),
@@ -165,6 +165,11 @@ def recombiner(
         return in_memory(experts, **tried)
 
     return anew
+
+
+def scale(experts: Mapping[str, Path], **options: Unpack[Options]) -> float:
+    """The scale of the merged task vector that these options stand for."""
+    return _plan(experts, **options).recipe.scale
 
 
 def _partial_sums(experts: Mapping[str, Path], **options: Unpack[Options]) -> Sums:
@@ -229,20 +234,24 @@ def _plan(experts: Mapping[str, Path], **options: Unpack[Options]) -> _Plan:
     method, mapping, base = options["method"], options.get("mapping", "structured"), options.get("base")
     tasks = _tasks(experts)
     needs = _needs(method, base, options.get("scale", "auto"))
-    auto = (options.get("normalise", "auto"), options.get("exponent", "auto"), options.get("scale", "auto"))
-    tuning = tuned(method, mapping, len(tasks), base is not None, *auto)
+    auto = (options.get("normalise", "auto"), options.get("exponent", "auto"), options.get("damping", "auto"))
+    tuning = tuned(method, mapping, base is not None, *auto)
+    given = options.get("scale", "auto")
+    scaled = tuning.growth > 0 if isinstance(given, str) else given != 1
     lambdas = _coefficients(tasks, options.get("coefficients") or {})
     tensors = {task: _tensors(experts[task]) for task in tasks}
-    original = _tensors(base).encoder if base is not None and (needs.base or tuning.scale != 1) else None
+    original = _tensors(base).encoder if base is not None and (needs.base or scaled) else None
     parameters = stream.plan({task: tensors[task].encoder for task in tasks}, original)
+    scale = given if not isinstance(given, str) else 1.0
+    if isinstance(given, str) and scaled:
+        scale = tuning.scale(stream.effective_number(parameters))
     weigh = _Weigher(needs, mapping, experts[tasks[0]], parameters, lambdas, tuning, options.get("fisher") or {}, tasks)
     if needs.fisher == "parameters":
         parameters = _with_fisher(parameters, tasks, options.get("full_fisher") or {})
     if needs.gram:
         parameters = _with_grams(parameters, tasks, options.get("grams") or {}, weigh)
-    damping = options.get("damping", DAMPING)
-    settings = Settings(tasks, lambdas, _density(needs, options.get("density")), options.get("seed", 0), damping)
-    return _Plan(settings, tuning, tensors, parameters, Recipe(METHODS[method], settings, tuning.scale, weigh.shares))
+    settings = Settings(tasks, lambdas, _density(needs, options.get("density")), options.get("seed", 0), tuning.damping)
+    return _Plan(settings, tuning, tensors, parameters, Recipe(METHODS[method], settings, scale, weigh.shares))
 
 
 def _tasks(experts: Mapping[str, Path]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmn import __version__, artifacts, checkpoints, data, labels, recipe, report, sources, statistics, tasks
 from fmn.errors import UserError
-from fmn.methods import NEEDS, Needs, tuned
+from fmn.methods import NEEDS, Needs
 from fmn.params import (
     CompareSettings,
     DataSettings,
@@ -568,12 +568,9 @@ def search(
     inputs = _inputs(experts, fisher_files, gram_files, base, merging)
     found = {task: tasks.task(task) for task in sorted(experts)}
     tuned_on = {task: _tuned_on(path) for task, path in sorted(experts.items())}
-    how = merging.model_dump(include={"method", "mapping", "normalise", "exponent", "scale"})
-    scale = tuned(experts=len(experts), base=base is not None, **how).scale
     described = {
         "merge": _described(merging, "coefficient"),
         **settings.model_dump(exclude={"trials", "experiment", "device"}),
-        "scale": scale,
         "tuned on": {task: list(rows) for task, rows in tuned_on.items()},
     }
     rows = {f"data {name}": data.digests(folder, task, ["train"])["train"] for name, task in found.items()}
@@ -585,6 +582,7 @@ def search(
 
         checkpoints.check_experts(experts, base)
         options = {**inputs.options, **merging.model_dump(exclude={"coefficient"}), "base": base}
+        scale = merged.scale(experts, **options)
         encoder = merged.recombiner(experts, searched or scale != 1, **options)
         limit = (_limit(settings.rows), settings.search_seed, settings.device, settings.dtype)
         contenders = {
