@@ -170,15 +170,21 @@ def run(
 
 @app.command
 def compare(
+    name: str,
+    /,
     *,
-    params_file: Annotated[Path, Parameter(name="--params", help="the settings, with a section compare")],
+    params_file: Annotated[Path, Parameter(name="--params", help="the settings")] = Path("params.yaml"),
     as_json: Json = False,
 ) -> None:
-    """Compare merge methods over all pairs of experts and all together; every cell is computed once."""
+    """Compare merge methods over all pairs of experts and all together; every cell is computed once.
+
+    Args:
+        name: of an entry in the settings' section compare
+    """
     from flows.compare import run_compare
 
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        found = run_compare(params_file)
+        found = run_compare(params_file, name)
     if as_json:
         _dump(found)
 

@@ -274,7 +274,7 @@ class Params(Settings):
     merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     full_fisher: FullFisherSettings = FullFisherSettings()
-    compare: CompareSettings | None = Field(None, description="what `fmn compare` compares")
+    compare: dict[str, CompareSettings] = Field(default_factory=dict, description="NAME: what `fmn compare` compares")
     registry: RegistrySettings = Field(..., description="where the merged model is registered")
 
     @model_validator(mode="after")
