@@ -1,6 +1,6 @@
 """The tables of docs/results.md, from stored results of comparisons.
 
-    python -m benchmarks.results --add study-0 data/study-0/compare/study/tables --command "fmn compare study --params ..."
+    python -m benchmarks.results --add study-0 data/study-0/compare/study/tables --command "fmn compare study ..."
     python -m benchmarks.results        # what `make results` does: writes every table anew from docs/results/
 
 `--add` keeps a comparison's tables under docs/results/ with the commit, the machine and the date of today. A table of
