@@ -19,8 +19,9 @@ SIZES = {"pairs": 2, "triples": 3}
 
 
 def sets(tasks: Sequence[str], kinds: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The sets of experts to merge, by name ("mrpc+rte"), in order; `kinds`: of "pairs", "triples", "all"."""
+    """The sets of experts to merge, by name ("mrpc+rte"); `kinds`: "pairs", "triples", "all", or such names."""
     chosen = [pick for kind in kinds if kind in SIZES for pick in combinations(tasks, SIZES[kind])]
+    chosen += [tuple(kind.split("+")) for kind in kinds if "+" in kind]
     chosen += [tuple(tasks)] if "all" in kinds else []
     return {"+".join(pick): pick for pick in dict.fromkeys(chosen)}
 

@@ -16,6 +16,7 @@ from fmn.errors import UserError
 from fmn.methods import NEEDS
 from fmn.tasks import TASKS
 
+SETS = ("pairs", "triples", "all")
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 Mapping = Literal["structured", "paper"]
 Device = str
@@ -212,8 +213,8 @@ class ComparedSettings(MergeSettings):
 
 
 class CompareSettings(Settings):
-    sets: list[Literal["pairs", "triples", "all"]] = Field(
-        ["pairs", "all"], min_length=1, description="which experts are merged with which"
+    sets: list[str] = Field(
+        ["pairs", "all"], min_length=1, description="experts merged with one another: pairs, triples, all, or TASK+TASK"
     )
     split: Literal["validation", "train"] = Field(
         "validation",
@@ -288,6 +289,13 @@ class Params(Settings):
         for name in [*self.sources, *self.finetune, *self.gram, *self.merge.coefficients]:
             if name not in tasks:
                 raise ValueError(f"{name!r} is not one of experts.tasks ({', '.join(tasks)}){_hint(name, tasks)}")
+        for comparing in self.compare.values():
+            for chosen in comparing.sets:
+                wrong = [name for name in chosen.split("+") if name not in tasks]
+                if chosen not in SETS and (wrong or "+" not in chosen):
+                    raise ValueError(
+                        f"compare: {chosen!r} is neither {', '.join(SETS)} nor of experts.tasks, TASK+TASK"
+                    )
         needs = NEEDS[self.merge.method]
         if needs.fisher == "parameters":
             raise ValueError(f"method {self.merge.method} is for `fmn merge` alone; a pipeline merges with another")

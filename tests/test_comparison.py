@@ -36,6 +36,7 @@ CELLS = {
 def test_pairs_triples_and_all_without_doubles() -> None:
     assert list(comparison.sets(["a", "b", "c"], ["pairs", "triples", "all"])) == ["a+b", "a+c", "b+c", "a+b+c"]
     assert comparison.sets(["a", "b"], ["all", "pairs"]) == {"a+b": ("a", "b")}
+    assert list(comparison.sets(["a", "b", "c"], ["all", "c+b"])) == ["c+b", "a+b+c"]
 
 
 def test_means_over_the_sets_of_each_size() -> None:
