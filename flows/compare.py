@@ -19,22 +19,28 @@ from fmn.stages import Outcome
 from fmn.terminal import say, show_table
 
 
-@flow(name="fmn-compare", flow_run_name="{profile}", task_runner=ThreadPoolTaskRunner(max_workers=workers.count()))  # type: ignore[arg-type]
-def compare(profile: str) -> dict[tuple[str, str], Outcome]:
-    """Merge the sets of experts that the profile's section `compare` asks for with each of its methods, and try them.
+@flow(
+    name="fmn-compare",
+    flow_run_name="{name} of {profile}",
+    task_runner=ThreadPoolTaskRunner(max_workers=workers.count()),  # type: ignore[arg-type]
+)
+def compare(profile: str, name: str) -> dict[tuple[str, str], Outcome]:
+    """Merge the sets of experts that an entry of the profile's section `compare` asks for, each with all its methods.
 
     Raises:
         UserError: naming every stage that failed, and why; cells that finished are kept.
     """
-    settings, comparing = _settings(Path(profile))
-    return collect(submit_comparison(settings, comparing, Layout(Path(settings.work))))
+    settings, comparing = _settings(Path(profile), name)
+    layout = Layout(Path(settings.work))
+    return collect(submit_comparison(settings, comparing, layout, layout.work / "compare" / name))
 
 
-def _settings(profile: Path) -> tuple[Params, CompareSettings]:
+def _settings(profile: Path, name: str) -> tuple[Params, CompareSettings]:
     settings = params.load(profile)
-    if settings.compare is None:
-        raise UserError(f"{profile}: has no section compare, which says what to compare")
-    return settings, settings.compare
+    if name not in settings.compare:
+        there = ", ".join(settings.compare) or "nothing"
+        raise UserError(f"{profile}: its section compare has no {name!r}; it has {there}")
+    return settings, settings.compare[name]
 
 
 class Statistic(NamedTuple):
@@ -64,12 +70,12 @@ def statistics(merging: ComparedSettings, settings: Params) -> dict[str, Statist
     return found
 
 
-def submit_comparison(settings: Params, comparing: CompareSettings, layout: Layout) -> Futures:
-    """Submit experts, the statistics that any of the methods takes, the cells and the tables."""
+def submit_comparison(settings: Params, comparing: CompareSettings, layout: Layout, out: Path) -> Futures:
+    """Submit experts, the statistics that any of the methods takes, the cells and, into `out`, the tables."""
     futures: Futures = {}
     submit = submitter(futures)
     made = submit_experts(submit, settings, layout)
-    names, out = settings.experts.tasks, layout.work / "compare"
+    names = settings.experts.tasks
     takes = {method: statistics(merging, settings) for method, merging in comparing.methods.items()}
 
     def file(statistic: Statistic, task: str) -> Path:
@@ -108,11 +114,11 @@ def _file(method: str) -> str:
     return re.sub(r"[^\w.-]+", "-", method)
 
 
-def run_compare(profile: Path) -> dict[str, Any]:
+def run_compare(profile: Path, name: str) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn compare` does."""
     started = time.monotonic()
-    settings, _ = _settings(profile)  # a mistake there is told before Prefect starts
-    found = dict(compare(str(profile))["comparison", ""].summary)
+    settings, _ = _settings(profile, name)  # a mistake there is told before Prefect starts
+    found = dict(compare(str(profile), name)["comparison", ""].summary)
     show_table(*found["table"])
-    say(f"tables     {Path(settings.work) / 'compare' / 'tables'}", f"{time.monotonic() - started:.0f} s")
+    say(f"tables     {Path(settings.work) / 'compare' / name / 'tables'}", f"{time.monotonic() - started:.0f} s")
     return found

@@ -19,7 +19,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import workers
-from fmn import params, stages
+from fmn import labels, params, stages
 from fmn.errors import UserError
 from fmn.params import MergeSettings, Params
 from fmn.stages import Outcome
@@ -91,6 +91,9 @@ def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
     line = f"{stage:<9} {name:<12} " + (f"{outcome.seconds:7.1f} s" if outcome.computed else "already there")
     get_run_logger().info(line)
     say(line)
+    for note in labels.notes(outcome.summary.get("labels", {})):
+        get_run_logger().warning(note)
+        say(note)
     return outcome
 
 

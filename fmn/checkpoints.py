@@ -317,23 +317,12 @@ def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None
 
 
 def check_head(folder: Path, config: "PretrainedConfig", task: tasks.Task) -> None:
-    """Refuse a head whose outputs are not the task's, or, where the configuration names them, not in its order."""
+    """Refuse a head that has not one output for each label of the task; `fmn.labels` finds which is which."""
     if config.num_labels != task.num_outputs:
         raise UserError(
             f"{task.name}: {folder} has a head of {config.num_labels} outputs, the task needs {task.num_outputs};"
             " give an expert of this task"
         )
-    names = [_plain(str(config.id2label[label])) for label in range(task.num_outputs)]
-    wanted = [_plain(label) for label in task.labels]
-    if names != wanted and sorted(names) == sorted(wanted):
-        raise UserError(
-            f"{task.name}: the outputs of {folder} are in the order {', '.join(names)}, the task's are"
-            f" {', '.join(wanted)}; reorder the rows of its head and its id2label"
-        )
-
-
-def _plain(label: str) -> str:
-    return "".join(letter for letter in label.lower() if letter.isalnum())
 
 
 class _Candidate(NamedTuple):

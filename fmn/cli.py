@@ -96,6 +96,10 @@ def _say(outcome: "Outcome", as_json: bool, show: Callable[[Mapping[str, Any]], 
     done = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
     say(f"{outcome.stage}: {outcome.out} ({done})")
     show(outcome.summary)
+    if "labels" in outcome.summary:
+        from fmn import labels
+
+        say(*labels.notes(outcome.summary["labels"]))
 
 
 def _dump(content: Any) -> None:
@@ -166,15 +170,21 @@ def run(
 
 @app.command
 def compare(
+    name: str,
+    /,
     *,
-    params_file: Annotated[Path, Parameter(name="--params", help="the settings, with a section compare")],
+    params_file: Annotated[Path, Parameter(name="--params", help="the settings")] = Path("params.yaml"),
     as_json: Json = False,
 ) -> None:
-    """Compare merge methods over all pairs of experts and all together; every cell is computed once."""
+    """Compare merge methods over all pairs of experts and all together; every cell is computed once.
+
+    Args:
+        name: of an entry in the settings' section compare
+    """
     from flows.compare import run_compare
 
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        found = run_compare(params_file)
+        found = run_compare(params_file, name)
     if as_json:
         _dump(found)
 
@@ -424,15 +434,16 @@ def evaluate(
     with progress_bar("evaluating") as progress:
         outcome = stages.evaluate(model, task or [], data, out, settings, progress)
 
-    from fmn.report import measured
+    from fmn.report import MACRO, measured, span
 
     def show(summary: Mapping[str, Any]) -> None:
         body = [
-            [name, metric, split, f"{100 * value:.2f}", str(examples)]
+            [name, metric, split, f"{100 * value:.2f}", span(interval), str(examples)]
             for name, entry in summary["tasks"].items()
-            for split, metric, value, examples in measured(name, entry)
+            for split, metric, value, examples, interval in measured(name, entry)
         ]
-        show_table(["task", "metric", "split", "%", "examples"], body)
+        body.append([MACRO, "score", "", f"{100 * summary['score']:.2f}", span(summary["interval"]), ""])
+        show_table(["task", "metric", "split", "%", "95 % interval", "examples"], body)
 
     _say(outcome, as_json, show)
 

@@ -9,6 +9,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fmn.intervals import Answers, Difference, compare
 from fmn.report import markdown
 
 Cell = Mapping[str, Any]
@@ -16,8 +19,9 @@ SIZES = {"pairs": 2, "triples": 3}
 
 
 def sets(tasks: Sequence[str], kinds: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The sets of experts to merge, by name ("mrpc+rte"), in order; `kinds`: of "pairs", "triples", "all"."""
+    """The sets of experts to merge, by name ("mrpc+rte"); `kinds`: "pairs", "triples", "all", or such names."""
     chosen = [pick for kind in kinds if kind in SIZES for pick in combinations(tasks, SIZES[kind])]
+    chosen += [tuple(kind.split("+")) for kind in kinds if "+" in kind]
     chosen += [tuple(tasks)] if "all" in kinds else []
     return {"+".join(pick): pick for pick in dict.fromkeys(chosen)}
 
@@ -50,8 +54,27 @@ def summary(cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, floa
     return found
 
 
+def answers(cell: Cell) -> dict[str, dict[str, Answers]]:
+    """What the merged model of a cell answered, by task, as `fmn.intervals` takes it."""
+    return {
+        task: {"tried": Answers(np.array(entry["predictions"]), np.array(entry["labels"]))}
+        for task, entry in cell["tasks"].items()
+    }
+
+
+def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
+    """How every method's mean score over the tasks of a set differs from the first method's, on the same examples."""
+    given = {method: answers(cell) for method, cell in row.items()}
+    first = next(iter(given.values()))
+    return {method: compare(one, first) for method, one in list(given.items())[1:]}
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _points(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
 
 
 def write(out: Path, cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
@@ -70,6 +93,11 @@ def write(out: Path, cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
     ]
     experts = cells[last][next(iter(means))]["tasks"]
     by_task.append(["expert", *(f"{100 * experts[task]['expert']:.1f}" for task in tasks)])
+    first, *_ = means
+    against = [
+        [method, f"{100 * one.difference:+.1f}", _points(one.interval), f"{one.p_value:.3f}"]
+        for method, one in differences(cells[last]).items()
+    ]
     by_set = [[name, *(f"{100 * relative(row[method]):.1f}" for method in means)] for name, row in cells.items()]
     kept = {
         name: {
@@ -89,6 +117,10 @@ def write(out: Path, cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
         f"Scores in percent of {last}:",
         "",
         markdown(["method", *tasks], by_task),
+        f"Mean score of {last}, its difference from {first} in points, the 95 % interval of that and the p-value of the"
+        " paired bootstrap on the same examples:",
+        "",
+        markdown(["method", "difference", "interval", "p"], against),
         "Mean of the score relative to the expert, in percent:",
         "",
         markdown(["experts", *means], by_set),

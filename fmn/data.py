@@ -125,6 +125,11 @@ def digests(folder: Path, task: Task, splits: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def has(folder: Path, task: Task, split: str) -> bool:
+    """Whether the folder holds this split."""
+    return bool(_files(folder, task, split))
+
+
 def _missing(folder: Path, task: Task, split: str) -> UserError:
     file = _home(folder, task) / f"{split}.parquet"
     return UserError(f"{file} is missing: write it with `fmn data {task.name}`, or check --data.")

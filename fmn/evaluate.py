@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fmn.batches import Examples, by_length
 from fmn.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.errors import UserError
+from fmn.intervals import Answers
 from fmn.tasks import Task
 
 TOKENS = 2048  # of a batch on a CPU, where larger ones leave the caches; a GPU takes sixteen times as many
@@ -44,27 +45,30 @@ def predict(
     return logits
 
 
-def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The task's metrics by name, as fractions, and "score", their mean.
-
-    `logits` [N, C] are a model's outputs, `labels` [N] the class ids, or the target values of a regression task.
-    Correlations (and `matthews_correlation`) lie in -1..1 and are 0 where either side is constant; the rest in 0..1.
-    """
+def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
+    """What the outputs `logits` [N, C] say: class ids, or values of a regression task; beside `labels` [N]."""
     if logits.shape != (len(labels), task.num_outputs):
         raise ValueError(f"{task.name}: logits {logits.shape} for {len(labels)} labels and {task.num_outputs} outputs")
     if not len(labels):
         raise UserError(f"{task.name}: there are no examples to score.")
     if not np.isfinite(logits).all():
         raise UserError(f"{task.name}: the model's outputs are not finite, so it cannot be scored.")
-    answers = predicted(task, logits)
-    scores = {name: float(METRICS[name](labels, answers)) for name in task.metrics}
+    return Answers(logits[:, 0] if task.regression else logits.argmax(axis=1), labels)
+
+
+def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's metrics by name, as fractions, and "score", their mean.
+
+    `logits` [N, C] are a model's outputs, `labels` [N] the class ids, or the target values of a regression task.
+    Correlations (and `matthews_correlation`) lie in -1..1 and are 0 where either side is constant; the rest in 0..1.
+    """
+    return score_answers(task, answers(task, logits, labels))
+
+
+def score_answers(task: Task, given: Answers) -> dict[str, float]:
+    """The same of answers, such as `artifacts.read_predictions` gives."""
+    scores = {name: float(METRICS[name](given.labels, given.predicted)) for name in task.metrics}
     return {**scores, "score": sum(scores.values()) / len(scores)}
-
-
-def predicted(task: Task, logits: np.ndarray) -> np.ndarray:
-    """What logits [N, C] answer, [N]: class ids, or values for a regression task."""
-    answers: np.ndarray = logits[:, 0] if task.regression else logits.argmax(axis=1)
-    return answers
 
 
 def _correlation(function: Callable[..., tuple[float, float]]) -> Callable[[np.ndarray, np.ndarray], float]:

@@ -34,7 +34,7 @@ from fmn.checkpoints import CONFIG, TOKENIZER_FILES
 from fmn.errors import UserError
 from fmn.headers import INDEX, TensorHeader, tensor_headers
 from fmn.merge import LINEAR, METHODS, Method, Settings, Sums, recombine, shares, summands
-from fmn.methods import DAMPING, NEEDS, Needs, Tuning, tuned
+from fmn.methods import NEEDS, Needs, Tuning, tuned
 from fmn.recipe import CARD, FORMAT, RECIPE
 from fmn.stream import DTYPES, Parameter, Progress, Recipe, Slot, StoredRegression
 
@@ -67,7 +67,7 @@ class Options(TypedDict, total=False):
     grams: "Mapping[str, StoredGrams] | None"
     normalise: str
     exponent: float | str
-    damping: float
+    damping: float | str
     coefficients: Mapping[str, float] | None
     base: Path | None
     scale: float | str
@@ -79,6 +79,7 @@ def write(
     out: Path,
     experts: Mapping[str, Path],
     *,
+    labels: Mapping[str, Sequence[str]] | None = None,
     recipe: Mapping[str, Any] | None = None,
     card: str | None = None,
     progress: Progress | None = None,
@@ -90,6 +91,7 @@ def write(
     Args:
         out: the merged model's folder; an older one is replaced.
         experts: checkpoint folders by task.
+        labels: the names of the outputs by task, for its configuration; the expert's own where a task is left out.
         recipe: what else ``merge.json`` is to say, such as the experts' revisions and digests.
         card: the text of the model card.
         progress: called with the bytes of the encoder that are done and that are to be done.
@@ -108,7 +110,8 @@ def write(
     with whole_folder(out) as folder:
         encoder = _write_encoder(folder / "encoder", experts[tasks[0]], plan.parameters, pieces, shard_bytes, progress)
         for task in tasks:
-            _write_task(folder / "tasks" / task, experts[task], plan.tensors[task].head, folder / "encoder", encoder)
+            names, head = (labels or {}).get(task), plan.tensors[task].head
+            _write_task(folder / "tasks" / task, experts[task], head, names, folder / "encoder", encoder)
         if card is not None:
             (folder / CARD).write_text(card)
         content = {
@@ -120,7 +123,7 @@ def write(
             "exponent": plan.tuning.exponent if needs.fisher == "nodes" else None,
             "damping": settings.damping if needs.gram else None,
             "coefficients": dict(zip(tasks, settings.coefficients, strict=True)),
-            "scale": plan.tuning.scale,
+            "scale": plan.recipe.scale,
             "density": settings.density if needs.density is not None else None,
             "seed": settings.seed if needs.random else None,
             **(recipe or {}),
@@ -162,6 +165,11 @@ def recombiner(
         return in_memory(experts, **tried)
 
     return anew
+
+
+def scale(experts: Mapping[str, Path], **options: Unpack[Options]) -> float:
+    """The scale of the merged task vector that these options stand for."""
+    return _plan(experts, **options).recipe.scale
 
 
 def _partial_sums(experts: Mapping[str, Path], **options: Unpack[Options]) -> Sums:
@@ -226,20 +234,24 @@ def _plan(experts: Mapping[str, Path], **options: Unpack[Options]) -> _Plan:
     method, mapping, base = options["method"], options.get("mapping", "structured"), options.get("base")
     tasks = _tasks(experts)
     needs = _needs(method, base, options.get("scale", "auto"))
-    auto = (options.get("normalise", "auto"), options.get("exponent", "auto"), options.get("scale", "auto"))
-    tuning = tuned(method, mapping, len(tasks), base is not None, *auto)
+    auto = (options.get("normalise", "auto"), options.get("exponent", "auto"), options.get("damping", "auto"))
+    tuning = tuned(method, mapping, base is not None, *auto)
+    given = options.get("scale", "auto")
+    scaled = tuning.growth > 0 if isinstance(given, str) else given != 1
     lambdas = _coefficients(tasks, options.get("coefficients") or {})
     tensors = {task: _tensors(experts[task]) for task in tasks}
-    original = _tensors(base).encoder if base is not None and (needs.base or tuning.scale != 1) else None
+    original = _tensors(base).encoder if base is not None and (needs.base or scaled) else None
     parameters = stream.plan({task: tensors[task].encoder for task in tasks}, original)
+    scale = given if not isinstance(given, str) else 1.0
+    if isinstance(given, str) and scaled:
+        scale = tuning.scale(stream.effective_number(parameters))
     weigh = _Weigher(needs, mapping, experts[tasks[0]], parameters, lambdas, tuning, options.get("fisher") or {}, tasks)
     if needs.fisher == "parameters":
         parameters = _with_fisher(parameters, tasks, options.get("full_fisher") or {})
     if needs.gram:
         parameters = _with_grams(parameters, tasks, options.get("grams") or {}, weigh)
-    damping = options.get("damping", DAMPING)
-    settings = Settings(tasks, lambdas, _density(needs, options.get("density")), options.get("seed", 0), damping)
-    return _Plan(settings, tuning, tensors, parameters, Recipe(METHODS[method], settings, tuning.scale, weigh.shares))
+    settings = Settings(tasks, lambdas, _density(needs, options.get("density")), options.get("seed", 0), tuning.damping)
+    return _Plan(settings, tuning, tensors, parameters, Recipe(METHODS[method], settings, scale, weigh.shares))
 
 
 def _tasks(experts: Mapping[str, Path]) -> tuple[str, ...]:
@@ -457,9 +469,17 @@ def _write_encoder(
 
 
 def _write_task(
-    folder: Path, expert: Path, head: Mapping[str, TensorHeader], encoder: Path, files: Mapping[str, _File]
+    folder: Path,
+    expert: Path,
+    head: Mapping[str, TensorHeader],
+    labels: Sequence[str] | None,
+    encoder: Path,
+    files: Mapping[str, _File],
 ) -> None:
-    """Write a task's checkpoint: links to the encoder's files, and the expert's head, configuration and tokenizer."""
+    """Write a task's checkpoint: links to the encoder's files, and the expert's head, configuration and tokenizer.
+
+    The configuration calls the outputs by `labels`, where they are given.
+    """
     folder.mkdir(parents=True)
     *names, last = stream.shard_names(len(files) + 1)
     for source, name in zip(files, names, strict=True):
@@ -468,7 +488,11 @@ def _write_task(
     stream.write_file(folder / last, slots, stream.copy(head))
     shards = {name: file.slots for name, file in zip(names, files.values(), strict=True)}
     _write_json(folder / INDEX, stream.index(shards | {last: slots}))
-    _write_json(folder / CONFIG, _config(expert, [slot for file in files.values() for slot in file.slots]))
+    config = _config(expert, [slot for file in files.values() for slot in file.slots])
+    if labels is not None:
+        config["id2label"] = {str(output): name for output, name in enumerate(labels)}
+        config["label2id"] = {name: output for output, name in enumerate(labels)}
+    _write_json(folder / CONFIG, config)
     for file in _tokenizer_files(expert):
         shared = encoder / file.name
         if shared.is_file() and shared.read_bytes() == file.read_bytes():

@@ -1,5 +1,6 @@
 """The merge methods by name, and what each needs; `fmn.merge` is how they compute. Loads nothing heavy."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -40,40 +41,47 @@ NEEDS: Mapping[str, Needs] = {
 
 
 class Tuning(NamedTuple):
-    """Settings whose `auto` depends on the method.
+    """What "auto" stands for where it depends on the method.
 
     Attributes:
         normalise: how the Fisher information of mask nodes is made comparable (`fmn.architectures.tempered`).
         exponent: of the Fisher information.
-        scale: of the merged task vector; 1 leaves it.
+        growth: the scale of the merged task vector is the effective number of task vectors to this power
+            (`fmn.stream.effective_number`); 0 leaves it.
+        most: the largest such scale.
+        damping: of Gram matrices (`fmn.regmean.damped`).
     """
 
     normalise: str
     exponent: float
-    scale: float
+    growth: float = 0.0
+    most: float = math.inf
+    damping: float = 0.9
+
+    def scale(self, effective: float) -> float:
+        """Of the merged task vector; 1 where the experts are all the same."""
+        return min(math.pow(effective, self.growth), self.most)
 
 
-DAMPING = 0.9
-"""Of Gram matrices (`fmn.regmean.damped`)."""
+PLAIN = Tuning("none", 1.0)
 
-PLAIN = Tuning("none", 1.0, 1.0)
+# Chosen on rows of training splits that experts were not tuned on: docs/results.md.
+AUTO: Mapping[str, Tuning] = {
+    "mask-fisher": Tuning("kind", 1.0, growth=0.7),
+    "fisher-regmean": Tuning("kind", 1.0, growth=0.55, most=1.6, damping=0.5),
+}
 
 
-def tuned(
-    method: str, mapping: str, experts: int, base: bool, normalise: str, exponent: float | str, scale: float | str
-) -> Tuning:
+def tuned(method: str, mapping: str, base: bool, normalise: str, exponent: float | str, damping: float | str) -> Tuning:
     """The settings with every "auto" replaced.
 
-    mask-fisher without the base, and the mapping "paper", are the plain rule of the paper. The rest was chosen on
-    held-out rows of training splits: docs/results.md.
+    The mapping "paper", and mask-fisher where the base is not given, are the plain rule of the paper.
     """
-    auto = PLAIN
-    if method == "fisher-regmean":
-        auto = Tuning("kind", 0.5, 1.5 if base else 1.0)
-    elif method == "mask-fisher" and mapping == "structured" and base:
-        auto = Tuning("kind", 1.0, 1.5)
-    return Tuning(
-        auto.normalise if normalise == "auto" else normalise,
-        auto.exponent if isinstance(exponent, str) else exponent,
-        auto.scale if isinstance(scale, str) else scale,
+    plain = mapping == "paper" or (method == "mask-fisher" and not base)
+    auto = PLAIN if plain else AUTO.get(method, PLAIN)
+    return auto._replace(
+        normalise=auto.normalise if normalise == "auto" else normalise,
+        exponent=auto.exponent if isinstance(exponent, str) else exponent,
+        growth=auto.growth if base else 0.0,
+        damping=auto.damping if isinstance(damping, str) else damping,
     )

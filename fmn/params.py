@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fmn.errors import UserError
-from fmn.methods import DAMPING, NEEDS
+from fmn.methods import NEEDS
 from fmn.tasks import TASKS
 
+SETS = ("pairs", "triples", "all")
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 Mapping = Literal["structured", "paper"]
 Device = str
@@ -165,7 +166,9 @@ class MergeSettings(Settings):
     exponent: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="of the Fisher; auto: the method's own"
     )
-    damping: float = Field(DAMPING, ge=0, le=1, description="factor of the off-diagonal entries of Gram matrices")
+    damping: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        "auto", description="factor of the off-diagonal entries of Gram matrices; auto: the method's own"
+    )
     scale: float | Literal["auto"] = Field(
         "auto", description="scale of the merged task vector, 1 leaves it; auto: the method's own. Needs the base"
     )
@@ -210,8 +213,8 @@ class ComparedSettings(MergeSettings):
 
 
 class CompareSettings(Settings):
-    sets: list[Literal["pairs", "triples", "all"]] = Field(
-        ["pairs", "all"], min_length=1, description="which experts are merged with which"
+    sets: list[str] = Field(
+        ["pairs", "all"], min_length=1, description="experts merged with one another: pairs, triples, all, or TASK+TASK"
     )
     split: Literal["validation", "train"] = Field(
         "validation",
@@ -272,7 +275,7 @@ class Params(Settings):
     merge: MergeSettings = MergeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     full_fisher: FullFisherSettings = FullFisherSettings()
-    compare: CompareSettings | None = Field(None, description="what `fmn compare` compares")
+    compare: dict[str, CompareSettings] = Field(default_factory=dict, description="NAME: what `fmn compare` compares")
     registry: RegistrySettings = Field(..., description="where the merged model is registered")
 
     @model_validator(mode="after")
@@ -286,6 +289,13 @@ class Params(Settings):
         for name in [*self.sources, *self.finetune, *self.gram, *self.merge.coefficients]:
             if name not in tasks:
                 raise ValueError(f"{name!r} is not one of experts.tasks ({', '.join(tasks)}){_hint(name, tasks)}")
+        for comparing in self.compare.values():
+            for chosen in comparing.sets:
+                wrong = [name for name in chosen.split("+") if name not in tasks]
+                if chosen not in SETS and (wrong or "+" not in chosen):
+                    raise ValueError(
+                        f"compare: {chosen!r} is neither {', '.join(SETS)} nor of experts.tasks, TASK+TASK"
+                    )
         needs = NEEDS[self.merge.method]
         if needs.fisher == "parameters":
             raise ValueError(f"method {self.merge.method} is for `fmn merge` alone; a pipeline merges with another")

@@ -96,6 +96,7 @@ def register(
     key: str,
     params: Mapping[str, Any],
     metrics: Mapping[str, float],
+    intervals: Mapping[str, Sequence[float]],
     artifacts: Mapping[str, Path],
     tags: Mapping[str, str],
 ) -> Registered:
@@ -107,6 +108,7 @@ def register(
         experiment: of the run.
         key: content key of the registration; a tag of run and version.
         params, metrics, tags: of the run.
+        intervals: the (low, high) of metrics, logged as METRIC.low and METRIC.high.
         artifacts: folder or file to log, by the name of the run's artifact folder.
 
     Raises:
@@ -119,7 +121,12 @@ def register(
         mlflow.set_experiment(experiment)
         with mlflow.start_run(run_name=f"{name} {key[:8]}", tags={**tags, KEY: key}) as run:
             mlflow.log_params(dict(params))
-            mlflow.log_metrics(dict(metrics))
+            ends = {
+                f"{name}.{end}": x
+                for name, pair in intervals.items()
+                for end, x in zip(("low", "high"), pair, strict=True)
+            }
+            mlflow.log_metrics({**metrics, **ends})
             for folder, path in artifacts.items():
                 (mlflow.log_artifacts if path.is_dir() else mlflow.log_artifact)(str(path), folder)
             with tempfile.TemporaryDirectory() as scratch:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.tasks import TASKS
 
@@ -51,11 +51,22 @@ def rows(experts: Mapping[str, Mapping[str, Any]], merged: Mapping[str, Mapping[
     ]
 
 
-def measured(task: str, entry: Mapping[str, Any]) -> list[tuple[str, str, float, int]]:
-    """What was measured on a task: (split, metric, value, examples)."""
+class Measured(NamedTuple):
+    """A metric of a validation split, and its 95 % interval where the metrics file has one."""
+
+    split: str
+    metric: str
+    value: float
+    examples: int
+    interval: Sequence[float] | None = None
+
+
+def measured(task: str, entry: Mapping[str, Any]) -> list[Measured]:
+    """What was measured on a task."""
+    ends = entry.get("interval", {})
     suffixes = {split: TASKS[task].suffix(split) for split in TASKS[task].validation}
     return [
-        (split, metric, entry[metric + suffix], entry["examples" + suffix])
+        Measured(split, metric, entry[metric + suffix], entry["examples" + suffix], ends.get(metric + suffix))
         for split, suffix in suffixes.items()
         for metric in TASKS[task].metrics
         if metric + suffix in entry
@@ -109,6 +120,11 @@ def cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
+
+
+def span(interval: Sequence[float] | None) -> str:
+    """An interval in percent."""
+    return "" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}"
 
 
 def _with_share(value: float, share: float | None) -> str:
@@ -228,7 +244,7 @@ def card(recipe: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
                 metric_value=round(value, 6),
             )
             for task, entry in evaluated.items()
-            for split, metric, value, _ in measured(task, entry)
+            for split, metric, value, *_ in measured(task, entry)
         ]
         or None,
     )
@@ -256,11 +272,11 @@ def card(recipe: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     ]
     if evaluated:
         body = [
-            [task, split, metric, str(examples), _percent(value)]
+            [task, split, metric, str(examples), _percent(value), span(interval)]
             for task, entry in evaluated.items()
-            for split, metric, value, examples in measured(task, entry)
+            for split, metric, value, examples, interval in measured(task, entry)
         ]
-        header = ["task", "split", "metric", "examples", "score"]
+        header = ["task", "split", "metric", "examples", "score", "95 % interval"]
         lines += ["## Scores on the validation splits, in percent", "", markdown(header, body)]
     lines += [
         "## Limits",

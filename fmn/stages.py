@@ -15,9 +15,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmn import __version__, artifacts, checkpoints, data, recipe, report, sources, statistics, tasks
+from fmn import __version__, artifacts, checkpoints, data, labels, recipe, report, sources, statistics, tasks
 from fmn.errors import UserError
-from fmn.methods import NEEDS, Needs, tuned
+from fmn.methods import NEEDS, Needs
 from fmn.params import (
     CompareSettings,
     DataSettings,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from fmn.batches import Examples
     from fmn.fisher import State
+    from fmn.intervals import Answers
     from fmn.search import Trial
     from fmn.trial import Contender
 
@@ -47,12 +48,12 @@ Progress = Callable[[int, int], None]
 FETCH = 1
 DATA = 1
 FINETUNE = 1
-FISHER = 1
+FISHER = 2
 FULL_FISHER = 1
 GRAM = 1
 SEARCH = 1
 MERGE = 2
-EVALUATE = 1
+EVALUATE = 2
 REPORT = 1
 COMPARE = 1
 COMPARISON = 1
@@ -242,16 +243,12 @@ def _read_state(path: Path, key: str) -> "State | None":
         return None
 
 
-def _classifier(checkpoint: Path, task: tasks.Task) -> "PreTrainedModel":
-    checkpoints.check_head(checkpoint, checkpoints.load_config(checkpoint), task)
-    return checkpoints.load_classifier(checkpoint)
-
-
 def _sum_part(
     checkpoint: Path,
     task: str,
     folder: Path,
     settings: FisherSettings,
+    aligned: labels.Labels,
     index: int,
     key: str,
     sums: Path,
@@ -269,7 +266,7 @@ def _sum_part(
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{index % torch.cuda.device_count()}"
     found = tasks.task(task)
-    model = _classifier(checkpoint, found)
+    model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
     examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
     ends: list[State] = []
 
@@ -322,7 +319,11 @@ def fisher(
     def make() -> None:
         from fmn import fisher
 
-        jobs = [(checkpoint, task, folder, settings, index, key, sums[index], save_seconds) for index in range(parts)]
+        aligned = labels.decide(checkpoint, found, folder, settings.device)
+        jobs = [
+            (checkpoint, task, folder, settings, aligned, index, key, sums[index], save_seconds)
+            for index in range(parts)
+        ]
         if parts == 1:
             states = [_sum_part(*jobs[0], progress)]
         else:
@@ -340,6 +341,7 @@ def fisher(
             "neurons": max(len(estimate.fisher[site]) for site in sites if site.node == "neuron"),
             "checkpoint": {**_lineage(checkpoint), "digest": inputs["checkpoint"]},
             "data_digest": inputs["train"],
+            "labels": {task: aligned},
             "estimator": settings.estimator,
             "samples": estimate.samples,
             "seed": settings.seed,
@@ -379,13 +381,15 @@ def _large_statistic(
 
     def make() -> None:
         examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
-        tensors, metadata = compute(_classifier(checkpoint, found), examples)
+        aligned = labels.decide(checkpoint, found, folder, settings.device)
+        tensors, metadata = compute(labels.ordered(checkpoints.load_classifier(checkpoint), aligned), examples)
         stated = {
             **described,
             "key": key,
             "model_type": checkpoints.load_config(checkpoint).model_type,
             "checkpoint": {**_lineage(checkpoint), "digest": inputs["checkpoint"]},
             "data_digest": inputs["train"],
+            "labels": {task: aligned},
             "samples": len(examples) if settings.samples == "all" else min(settings.samples, len(examples)),
             "fmn": __version__,
             **metadata,
@@ -431,6 +435,15 @@ def gram(
     return _large_statistic("gram", GRAM, checkpoint, task, folder, out, settings, compute)
 
 
+def _belongs(path: Path, kind: str, stated: Mapping[str, Any], task: str, expert: Path, digest: str) -> None:
+    """Refuse a statistic of another task, or of another checkpoint than the expert with this digest."""
+    title = {"fisher": "Fisher", "gram": "Gram matrices"}[kind]
+    if stated["task"] != task:
+        raise UserError(f"{path}: the {title} of task {stated['task']}, given for {task}")
+    if stated["checkpoint"]["digest"] != digest:
+        raise UserError(f"{path}: the {title} of another checkpoint than {expert}; make it again")
+
+
 def _statistics(
     needs: Needs,
     experts: Mapping[str, Path],
@@ -451,10 +464,7 @@ def _statistics(
             if task not in files:
                 raise UserError(f"--{kind} {task}=FILE is missing: this method weighs by it; `fmn {command}` makes it")
             found[task], metadata = read(files[task])
-            if metadata["task"] != task:
-                raise UserError(f"{files[task]}: the {kind} of task {metadata['task']}, given for {task}")
-            if metadata["checkpoint"]["digest"] != digest:
-                raise UserError(f"{files[task]}: the {kind} of another checkpoint than {experts[task]}; make it again")
+            _belongs(files[task], kind, metadata, task, experts[task], digest)
             names = ("estimator", "samples", "seed", "dtype", "key")
             stated[kind][task] = {
                 "digest": artifacts.digest_file(files[task]),
@@ -558,12 +568,9 @@ def search(
     inputs = _inputs(experts, fisher_files, gram_files, base, merging)
     found = {task: tasks.task(task) for task in sorted(experts)}
     tuned_on = {task: _tuned_on(path) for task, path in sorted(experts.items())}
-    how = merging.model_dump(include={"method", "mapping", "normalise", "exponent", "scale"})
-    scale = tuned(experts=len(experts), base=base is not None, **how).scale
     described = {
         "merge": _described(merging, "coefficient"),
         **settings.model_dump(exclude={"trials", "experiment", "device"}),
-        "scale": scale,
         "tuned on": {task: list(rows) for task, rows in tuned_on.items()},
     }
     rows = {f"data {name}": data.digests(folder, task, ["train"])["train"] for name, task in found.items()}
@@ -575,6 +582,7 @@ def search(
 
         checkpoints.check_experts(experts, base)
         options = {**inputs.options, **merging.model_dump(exclude={"coefficient"}), "base": base}
+        scale = merged.scale(experts, **options)
         encoder = merged.recombiner(experts, searched or scale != 1, **options)
         limit = (_limit(settings.rows), settings.search_seed, settings.device, settings.dtype)
         contenders = {
@@ -670,7 +678,8 @@ def merge(
     inputs = _inputs(experts, fisher_files, given, base, settings)
     found = _searched(coefficients, inputs, settings) if coefficients else None
     digests = inputs.digests | ({"coefficients": found["digest"]} if found else {})
-    key = artifacts.content_key("merge", MERGE, _described(settings), digests)
+    aligned = {task: _aligned(experts[task], task, fisher_files.get(task), inputs.experts[task]) for task in experts}
+    key = artifacts.content_key("merge", MERGE, _described(settings) | {"labels": aligned}, digests)
 
     def make() -> None:
         from fmn import merged
@@ -681,6 +690,7 @@ def merge(
             "key": key,
             "experts": {task: {**_lineage(experts[task]), "digest": digest} for task, digest in inputs.experts.items()},
             **inputs.stated,
+            "labels": aligned,
             "base": {**_lineage(base), "digest": inputs.base} if base else None,
         }
         options = {
@@ -688,6 +698,7 @@ def merge(
             **settings.model_dump(exclude={"coefficient"}),
             "coefficients": settings.coefficients,
             "base": base,
+            "labels": {task: labels.names_by_output(tasks.task(task), one) for task, one in aligned.items()},
         }
         if found:
             lineage["search"] = {name: found[name] for name in ("digest", "score", "uniform")}
@@ -722,6 +733,19 @@ def _searched(file: Path, inputs: _Inputs, settings: MergeSettings) -> dict[str,
     return {**found, "digest": artifacts.digest_file(file)}
 
 
+def _aligned(expert: Path, task: str, fisher_file: Path | None, digest: str) -> labels.Labels:
+    """How an expert's outputs stand for the task's labels, without data: by names, or as its Fisher artifact says."""
+    found = tasks.task(task)
+    named = labels.by_names(found, labels.output_names(expert))
+    if named is not None or fisher_file is None:
+        return named or labels.as_they_stand(found)
+    large = fisher_file.suffix == ".safetensors"
+    stated = statistics.read(fisher_file, "full-fisher")[1] if large else artifacts.read_fisher(fisher_file)[2]
+    _belongs(fisher_file, "fisher", stated, task, expert, digest)
+    recorded: labels.Labels | None = stated.get("labels", {}).get(task)
+    return recorded or labels.as_they_stand(found)
+
+
 def _write_card(folder: Path, metrics: Mapping[str, Any] | None) -> None:
     text = report.card(recipe.read_recipe(folder), metrics)
     path = folder / recipe.CARD
@@ -740,13 +764,18 @@ def evaluate(
 ) -> Outcome:
     """The metrics of a merged model, or of one checkpoint, on the validation splits below ``folder``.
 
+    Each has its 95 % bootstrap interval. The predictions lie beside the metrics, for paired tests between models.
+
     Args:
         model: a merged model, or an expert.
         names: the tasks; a merged model's own when empty.
         folder: of one task, or of tasks.
         out: the metrics file. A merged model's card gets the metrics too.
     """
-    _apart(out, [model, folder])
+    predictions = artifacts.predictions_file(out)
+    for path in (out, predictions):
+        _apart(path, [model, folder])
+    artifacts.check_replaceable(predictions)
     is_merged = recipe.is_merged(model)
     if is_merged:
         recipe.verify(model)
@@ -762,40 +791,74 @@ def evaluate(
     for name, task in found.items():
         digests = data.digests(folder, task, data.validation_splits(folder, task))
         splits[name] = list(digests)
+        # Outputs without a name that means something are told apart by the training split.
+        if not is_merged and not labels.by_names(task, labels.output_names(model)) and data.has(folder, task, "train"):
+            digests |= data.digests(folder, task, ["train"])
         inputs |= {f"{name} {split}": value for split, value in digests.items()}
     key = artifacts.content_key("evaluate", EVALUATE, settings.model_dump(exclude={"device"}), inputs)
 
-    def compute() -> Mapping[str, Any]:
-        entries = {}
+    def make() -> None:
+        from fmn import intervals
+
+        entries, given, aligned = {}, {}, {}
         for name, task in found.items():
             checkpoint = recipe.task_folder(model, name) if is_merged else model
+            # What a merged model's outputs mean was decided when it was merged, and its configuration says it.
+            aligned[name] = labels.decide(checkpoint, task, None if is_merged else folder, settings.device)
             tables = {split: data.read(folder, task, split) for split in splits[name]}
-            entries[name] = _scores(checkpoint, task, tables, settings, progress)
-        score = sum(entry["score"] for entry in entries.values()) / len(entries)
-        return {"model": digest, "tasks": entries, "score": score}
+            entries[name], given[name] = _scores(checkpoint, task, aligned[name], tables, settings, progress)
+        draws = {name: intervals.resampled(task, given[name]) for name, task in found.items()}
+        for name, values in draws.items():
+            entries[name]["interval"] = {metric: intervals.interval(values[metric]) for metric in values}
+        artifacts.write_predictions(predictions, given)
+        content = {
+            "model": digest,
+            "tasks": entries,
+            "score": sum(entry["score"] for entry in entries.values()) / len(entries),
+            "interval": intervals.interval(intervals.macro({name: values["score"] for name, values in draws.items()})),
+            "predictions": artifacts.digest_file(predictions),
+            "labels": aligned,
+        }
+        artifacts.write_json(out, "evaluate", key, content)
 
-    outcome = _json_stage("evaluate", out, key, compute)
+    def current() -> bool:
+        if not (artifacts.json_is_current(out, key) and predictions.is_file()):
+            return False
+        return bool(artifacts.read_json(out)["predictions"] == artifacts.digest_file(predictions))
+
+    outcome = _stage("evaluate", out, current, make, lambda: artifacts.read_json(out))
     if is_merged and set(chosen) == set(recipe.read_recipe(model)["tasks"]):
         _write_card(model, outcome.summary)
     return outcome
 
 
 def _scores(
-    checkpoint: Path, task: tasks.Task, tables: Mapping[str, Any], settings: EvaluateSettings, progress: Progress | None
-) -> dict[str, float]:
-    """A task's metrics on its validation splits, given as tables; the first split's have the metrics' plain names."""
-    from fmn.evaluate import predict, score
+    checkpoint: Path,
+    task: tasks.Task,
+    aligned: labels.Labels,
+    tables: Mapping[str, Any],
+    settings: EvaluateSettings,
+    progress: Progress | None,
+) -> tuple[dict[str, Any], dict[str, "Answers"]]:
+    """A task's metrics on its validation splits, given as tables, and the answers that they are of.
 
-    tokenizer, model = checkpoints.load_tokenizer(checkpoint), _classifier(checkpoint, task)
+    The metrics of the first split have their plain names.
+    """
+    from fmn.evaluate import answers, predict, score_answers
+
+    tokenizer = checkpoints.load_tokenizer(checkpoint)
+    model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
     entry: dict[str, float] = {}
+    given = {}
     scores = []
     for split, table in tables.items():
         examples = data.tokenize(tokenizer, task, table)
         logits = predict(model, examples, device=settings.device, dtype=settings.dtype, progress=progress)
-        found = {**score(task, logits, examples.labels), "examples": len(examples)}
+        given[split] = answers(task, logits, examples.labels)
+        found = {**score_answers(task, given[split]), "examples": len(examples)}
         scores.append(found.pop("score"))
         entry |= {f"{name}{task.suffix(split)}": value for name, value in found.items()}
-    return {**entry, "score": sum(scores) / len(scores)}
+    return {**entry, "score": sum(scores) / len(scores)}, given
 
 
 @lru_cache(maxsize=16)
@@ -841,7 +904,7 @@ def compare(
 
     def compute() -> Mapping[str, Any]:
         from fmn import merged, trial
-        from fmn.evaluate import predicted, score
+        from fmn.evaluate import answers, score
 
         started = time.monotonic()
         how = merging.model_dump(exclude={"coefficient", "estimator"})
@@ -859,8 +922,8 @@ def compare(
                 "expert": one.score,
                 "relative": reached / one.score if one.score > 0 else None,
                 "labels": one.examples.labels.tolist(),
-                "predictions": predicted(one.task, outputs).tolist(),
-                "expert predictions": predicted(one.task, one.logits).tolist(),
+                "predictions": answers(one.task, outputs, one.examples.labels).predicted.tolist(),
+                "expert predictions": answers(one.task, one.logits, one.examples.labels).predicted.tolist(),
             }
         return {"tasks": entries, "seconds": seconds}
 
@@ -961,7 +1024,20 @@ def register(
         },
         metrics={
             "score": found["score"],
-            **{f"{task}.{name}": value for task, entry in found["tasks"].items() for name, value in entry.items()},
+            **{
+                f"{task}.{name}": value
+                for task, entry in found["tasks"].items()
+                for name, value in entry.items()
+                if name != "interval"
+            },
+        },
+        intervals={
+            "score": found["interval"],
+            **{
+                f"{task}.{name}": ends
+                for task, entry in found["tasks"].items()
+                for name, ends in entry["interval"].items()
+            },
         },
         artifacts={
             "merged": model / recipe.RECIPE,

@@ -248,6 +248,32 @@ def _refuse_not_finite(part: Part) -> None:
             raise UserError(f"{who}: tensor {part.name} holds NaN or Inf; it cannot be merged")
 
 
+def effective_number(parameters: Sequence[Parameter]) -> float:
+    """How many times averaging shrinks the squared length of the task vectors: ``mean_j |tau_j|^2 / |mean_j tau_j|^2``.
+
+    The number of experts where their task vectors are orthogonal and equally long, 1 where they are the same. One pass
+    over all parameters that have a base.
+    """
+    files = {file for parameter in parameters for file in _files(parameter)}
+    single = together = 0.0
+    count = len(parameters[0].experts)
+    with reading(files) as read, _one_thread():
+        for parameter in parameters:
+            if parameter.base is None:
+                continue
+            total = math.prod(parameter.slot.shape)
+            for span in _spans(total, 1, WORKING_SET // 8 // (count + 3)):
+                where = span.rows.start, (span.rows.stop - span.rows.start,)
+                base = read(parameter.base, *where, count).float()
+                added = torch.zeros_like(base)
+                for seat, stored in enumerate(parameter.experts):
+                    vector = read(stored, *where, seat).float() - base
+                    single += float(vector.dot(vector))
+                    added += vector
+                together += float(added.dot(added))
+    return count * single / together if together else 1.0
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Sums over parts that fit the cache gain nothing from threads, and wait long for them on a busy machine."""

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fmn import checkpoints, data
+from fmn import checkpoints, data, labels
 from fmn.batches import Examples, random_order, select
 from fmn.evaluate import predict, score
 from fmn.tasks import Task
@@ -45,11 +45,11 @@ def contender(
     `tuned_on`: how many rows of the training split the expert was fine-tuned on, and the seed that drew them; of that
     split only other rows are taken, where there are any.
     """
-    model = checkpoints.load_classifier(checkpoint)
+    model = labels.ordered(checkpoints.load_classifier(checkpoint), labels.decide(checkpoint, task, folder, device))
     table = data.read(folder, task, split)
-    labels = table["label"].to_numpy()
-    order = random_order(labels, seed)
-    unseen = np.setdiff1d(order, select(labels, *tuned_on)) if split == "train" else order
+    given = table["label"].to_numpy()
+    order = random_order(given, seed)
+    unseen = np.setdiff1d(order, select(given, *tuned_on)) if split == "train" else order
     order = order[np.isin(order, unseen)] if len(unseen) else order
     examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(np.sort(order[:rows])))
     own = predict(model, examples, device=device, dtype=dtype)

@@ -18,6 +18,9 @@ COMMANDS = (
     "data",
     "finetune",
     "fisher",
+    "full-fisher",
+    "gram",
+    "compare",
     "search",
     "merge",
     "evaluate",
@@ -173,3 +176,39 @@ def test_no_traceback_reaches_a_terminal(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_methods_with_statistics_of_their_own(
+    tiny_work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [f"{task}={tiny_work / 'experts' / task}" for task in TASKS]
+    statistics = tmp_path / "statistics"
+    for task in TASKS:
+        of = (tiny_work / "experts" / task, "--task", task, "--data", tiny_work / "data", "--device", "cpu")
+        full = answer(capsys, "full-fisher", *of, "--samples", 4, "--out", statistics / f"{task}.safetensors")
+        assert (full["kind"], full["samples"], full["computed"]) == ("full-fisher", 4, True)
+        made = answer(capsys, "gram", *of, "--samples", 16, "--out", statistics / f"{task}.gram.safetensors")
+        assert (made["kind"], made["task"], made["samples"]) == ("gram", task, 16)
+    given = ("--expert", *pairs, "--base", tiny_work / "base")
+    nodes = ("--fisher", tiny_work / "fisher")
+    options: dict[str, tuple[object, ...]] = {
+        "fisher": ("--fisher", statistics),
+        "regmean": ("--gram", statistics),
+        "fisher-regmean": (*nodes, "--gram", statistics),
+        "mask-fisher": nodes,
+    }
+    for method, more in options.items():
+        stated = answer(capsys, "merge", *given, "--method", method, *more, "--out", tmp_path / method)
+        assert stated["method"] == method
+        assert {kind for kind in ("fisher", "gram") if stated[kind]} == {
+            option.removeprefix("--") for option in map(str, more) if option.startswith("--")
+        }
+    assert "--gram mrpc=FILE is missing" in mistake(
+        capsys, "merge", *given, "--method", "regmean", "--out", tmp_path / "without"
+    )
+    other = statistics / "mrpc.gram.safetensors"
+    assert "the Gram matrices of task mrpc, given for sst2" in mistake(
+        capsys, "merge", *given, "--method", "regmean", "--gram", *(f"{task}={other}" for task in TASKS),
+        "--out", tmp_path / "without",
+    )  # fmt: skip
+    assert not (tmp_path / "without").exists()

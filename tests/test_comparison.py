@@ -13,8 +13,15 @@ def cell(seconds: float = 1.0, **relative: float | None) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "tasks": {
-            task: {"score": 0.8 * (share or 0.0), "expert": 0.8 if share is not None else 0.0, "relative": share}
+            task: {
+                "score": 0.8 * (share or 0.0),
+                "expert": 0.8 if share is not None else 0.0,
+                "relative": share,
+                "labels": [0, 1] * 50,
+                "predictions": [0, 1] * right + [1, 0] * (50 - right),
+            }
             for task, share in relative.items()
+            for right in (int(40 * (share or 0.0)),)
         },
     }
 
@@ -29,6 +36,7 @@ CELLS = {
 def test_pairs_triples_and_all_without_doubles() -> None:
     assert list(comparison.sets(["a", "b", "c"], ["pairs", "triples", "all"])) == ["a+b", "a+c", "b+c", "a+b+c"]
     assert comparison.sets(["a", "b"], ["all", "pairs"]) == {"a+b": ("a", "b")}
+    assert list(comparison.sets(["a", "b", "c"], ["all", "c+b"])) == ["c+b", "a+b+c"]
 
 
 def test_means_over_the_sets_of_each_size() -> None:
@@ -38,6 +46,14 @@ def test_means_over_the_sets_of_each_size() -> None:
     assert means["mine"] == pytest.approx({"pairs": 0.85, "all": 0.6, "mean": 0.725, "seconds": 2})
 
 
+def test_a_difference_is_told_from_chance_on_the_same_examples() -> None:
+    found = comparison.differences({"first": cell(rte=0.5), "better": cell(rte=1.0), "same": cell(rte=0.5)})
+    assert found.keys() == {"better", "same"}
+    assert found["better"].difference == pytest.approx(0.4)
+    assert found["better"].p_value < 0.01
+    assert (found["same"].difference, found["same"].p_value) == (0, 1)
+
+
 def test_the_tables_are_written_for_people_and_machines(tmp_path: Path) -> None:
     header, body = comparison.write(tmp_path, CELLS)["table"]
     assert header == ["method", "pairs", "all", "mean", "seconds"]
@@ -45,5 +61,6 @@ def test_the_tables_are_written_for_people_and_machines(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     assert "| expert | 80.0 | 80.0 | 80.0 |" in text
     assert "| cola+sst2 | 50.0 | 80.0 |" in text
+    assert "| mine | +" in text
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["sets"]["cola+rte"]["mine"]["rte"]["relative"] == 0.8

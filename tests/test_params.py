@@ -1,5 +1,6 @@
 """params.yaml: what is right is read, what is wrong is named."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,19 @@ def test_no_content_at_all_raises_anything_but_a_user_error(content: object) -> 
         params.validate(content, "params.yaml")
     except UserError as error:
         assert "params.yaml" in str(error)  # noqa: PT017 - either outcome is right
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("merge: {method: fisher}", "for `fmn merge` alone"),
+        ("merge: {method: regmean}", "add 'sst2' to `gram`"),
+        ("merge: {method: fisher-regmean}\ngram: {sst2: {}}", "add 'mrpc' to `gram`"),
+        ("compare: {one: {sets: [sst2+rte], methods: {a: {method: average}}}}", "sst2+rte"),
+        ("compare: {one: {sets: [sst2], methods: {a: {method: average}}}}", "'sst2' is neither pairs"),
+        ("compare: {one: {methods: {a: {method: avarage}}}}", "did you mean 'average'"),
+    ],
+)
+def test_what_a_method_or_a_comparison_lacks_is_named(tmp_path: Path, more: str, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        load(tmp_path, GOOD + more)

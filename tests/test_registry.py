@@ -52,6 +52,9 @@ def test_a_model_is_registered_once_with_its_metrics(merged: Path, store: str) -
     metrics = json.loads((merged / "metrics.json").read_text())
     assert run.data.metrics["mrpc.f1"] == metrics["tasks"]["mrpc"]["f1"]
     assert run.data.metrics["score"] == metrics["score"]
+    low, high = metrics["tasks"]["mrpc"]["interval"]["f1"]
+    assert (run.data.metrics["mrpc.f1.low"], run.data.metrics["mrpc.f1.high"]) == (low, high)
+    assert run.data.metrics["score.low"] <= run.data.metrics["score"] <= run.data.metrics["score.high"]
     assert run.data.params["method"] == "mask-fisher"
     assert run.data.tags["expert.mrpc"].startswith("finetune:")
     version = mlflow.MlflowClient(store).get_model_version("demo", first.summary["version"])

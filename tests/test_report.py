@@ -17,7 +17,7 @@ EXPERTS = {
     "mrpc": {"tasks": {"mrpc": {"accuracy": 0.8, "f1": 0.9, "score": 0.85, "examples": 408}}},
     "cola": {"tasks": {"cola": {"matthews_correlation": 0.0, "score": 0.0, "examples": 1043}}},
 }
-MERGED = {
+MERGED: dict[str, dict[str, Any]] = {
     "average": {
         "tasks": {
             "mrpc": {"accuracy": 0.6, "f1": 0.7, "score": 0.65, "examples": 408},
@@ -26,7 +26,13 @@ MERGED = {
     },
     "merged": {
         "tasks": {
-            "mrpc": {"accuracy": 0.7, "f1": 0.8, "score": 0.75, "examples": 408},
+            "mrpc": {
+                "accuracy": 0.7,
+                "f1": 0.8,
+                "score": 0.75,
+                "examples": 408,
+                "interval": {"accuracy": [0.651, 0.749], "f1": [0.76, 0.84], "score": [0.71, 0.79]},
+            },
             "cola": {"matthews_correlation": 0.2, "score": 0.2, "examples": 1043},
         }
     },
@@ -88,6 +94,7 @@ def test_the_card_is_one_that_the_hub_reads() -> None:
     found = {(entry.dataset_config, entry.metric_type): entry.metric_value for entry in results}
     assert found == {("mrpc", "accuracy"): 0.7, ("mrpc", "f1"): 0.8, ("cola", "matthews_correlation"): 0.2}
     assert "| mrpc | `finetune:0123456789abcdef` | 0.5 |" in card.text
+    assert "| mrpc | validation | accuracy | 408 | 70.0 | 65.1 to 74.9 |" in card.text
 
 
 def test_a_card_without_metrics_says_nothing_of_them() -> None:
@@ -98,8 +105,9 @@ def test_a_card_without_metrics_says_nothing_of_them() -> None:
 
 def test_every_split_of_mnli_stands_for_itself() -> None:
     entry = {"accuracy": 0.7, "examples": 30, "accuracy_mismatched": 0.6, "examples_mismatched": 20, "score": 0.65}
-    assert report.measured("mnli", entry) == [
-        ("validation_matched", "accuracy", 0.7, 30),
-        ("validation_mismatched", "accuracy", 0.6, 20),
+    spans = {"accuracy": [0.5, 0.8], "accuracy_mismatched": [0.4, 0.7]}
+    assert report.measured("mnli", {**entry, "interval": spans}) == [
+        ("validation_matched", "accuracy", 0.7, 30, [0.5, 0.8]),
+        ("validation_mismatched", "accuracy", 0.6, 20, [0.4, 0.7]),
     ]
     assert report.rows({}, {"merged": {"tasks": {"mnli": entry}}})[0].examples == 50

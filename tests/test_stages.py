@@ -1,6 +1,5 @@
 """Stages: files to files, made once, made again when and only when something they depend on changed."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fmn import artifacts, stages
+from fmn import artifacts, intervals, stages, tasks
+from fmn.data import read
 from fmn.errors import UserError
 from fmn.params import (
     DataSettings,
@@ -83,6 +83,7 @@ def test_a_second_run_computes_nothing(work: Path) -> None:
         ("merged/encoder/model.safetensors", {"merge"}),
         ("merged/merge.json", {"merge"}),
         ("merged.json", {"evaluate"}),
+        ("merged.predictions.parquet", {"evaluate"}),
         ("report/table.md", {"report"}),
     ],
 )
@@ -136,7 +137,38 @@ def test_evaluation_puts_the_metrics_into_the_model_card(work: Path) -> None:
     assert set(metrics["tasks"]) == set(TASKS)
     card = (work / "merged" / "README.md").read_text()
     assert f"{100 * metrics['tasks']['mrpc']['f1']:.1f}" in card
-    assert set(metrics["tasks"]["stsb"]) == {"pearson", "spearmanr", "score", "examples"}
+    assert set(metrics["tasks"]["stsb"]) == {"pearson", "spearmanr", "score", "examples", "interval"}
+
+
+def test_every_metric_has_its_interval_and_the_predictions_lie_beside(work: Path) -> None:
+    merge(work)
+    metrics = stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE).summary
+    for name, entry in metrics["tasks"].items():
+        assert set(entry["interval"]) == {*tasks.task(name).metrics, "score"}
+        for metric, (low, high) in entry["interval"].items():
+            assert low <= entry[metric] <= high
+    low, high = metrics["interval"]
+    assert low < metrics["score"] < high
+    predictions = artifacts.read_predictions(work / "merged.json")
+    for name, splits in predictions.items():
+        assert intervals.score(tasks.task(name), splits) == pytest.approx(metrics["tasks"][name]["score"])
+        table = read(work / "data", tasks.task(name), "validation")
+        np.testing.assert_array_equal(splits["validation"].labels, table["label"].to_numpy())
+    assert intervals.compare(predictions, predictions).p_value == 1.0
+    shutil.copyfile(work / "merged.predictions.parquet", work / "other.predictions.parquet")
+    stages.evaluate(work / "experts" / "sst2", ["sst2"], work / "data", work / "merged.json", EVALUATE)
+    shutil.move(work / "other.predictions.parquet", work / "merged.predictions.parquet")
+    with pytest.raises(UserError, match="not the predictions"):
+        artifacts.read_predictions(work / "merged.json")
+
+
+def test_lost_predictions_are_made_again(work: Path) -> None:
+    expert, out = work / "experts" / "stsb", work / "stsb.json"
+    stages.evaluate(expert, ["stsb"], work / "data", out, EVALUATE)
+    before = [path.read_bytes() for path in (out, artifacts.predictions_file(out))]
+    artifacts.predictions_file(out).unlink()
+    assert stages.evaluate(expert, ["stsb"], work / "data", out, EVALUATE).computed
+    assert [path.read_bytes() for path in (out, artifacts.predictions_file(out))] == before
 
 
 def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
@@ -309,14 +341,3 @@ def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back
     card.unlink()
     assert not merge(work).computed
     assert card.is_file()
-
-
-def test_a_head_whose_outputs_are_in_another_order_is_refused(work: Path) -> None:
-    config = work / "experts" / "sst2" / "config.json"
-    content = json.loads(config.read_text())
-    config.write_text(json.dumps({**content, "id2label": {"0": "Positive", "1": "negative"}}))
-    (work / "experts" / "sst2" / "fmn.json").unlink()
-    with pytest.raises(UserError, match=r"order positive, negative"):
-        stages.fisher(work / "experts" / "sst2", "sst2", work / "data", work / "f.parquet", FISHER)
-    with pytest.raises(UserError, match=r"order positive, negative"):
-        stages.merge(experts(work), {}, None, work / "merged", MergeSettings(method="average"))

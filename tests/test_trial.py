@@ -34,7 +34,6 @@ def test_its_own_encoder_gives_the_experts_answers(tiny_work: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     own = {name.removeprefix("bert."): tensor for name, tensor in stored.items() if name.startswith("bert.")}
     np.testing.assert_array_equal(trial.logits(one, own, *CPU), one.logits)
-    assert trial.relative({"stsb": one.score}, {"stsb": one}) == 1
 
 
 def test_training_rows_that_the_expert_saw_are_left_out_while_there_are_others(tiny_work: Path) -> None:

@@ -1,0 +1,153 @@
+"""How fast `fmn.evaluate.predict` is beside `transformers.Trainer.predict` with its defaults, and how exact.
+
+    python -m benchmarks.evaluate --expert sst2=DIR mrpc=DIR --data path/to/glue
+
+The same model predicts the same tokenised validation examples, in rounds in which the contestants alternate. Trainer's
+defaults are batches of 8 in the order of the data, each padded to its longest text, in float32. Agreement is the share
+of examples with the class that Trainer predicts (for regression: a value within 0.05, a hundredth of the scale).
+Needs `accelerate`, as Trainer does.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from fmn import checkpoints, data, evaluate, labels
+from fmn.batches import Examples
+from fmn.devices import resolve_device, resolve_dtype
+from fmn.intervals import Answers
+from fmn.params import pairs
+from fmn.tasks import task
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Examples as Trainer takes them."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {name: values[row] for name, values in self.examples.inputs.items()}
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    found = []
+    for name, folder in pairs(options.expert, "--expert").items():
+        found.append(measure(name, Path(folder), options))
+        print(table(found[-1]), flush=True)
+    report = {"machine": machine(options.device), "options": {k: str(v) for k, v in vars(options).items()}}
+    if options.out:
+        options.out.write_text(json.dumps({**report, "results": found}, indent=2) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--expert", nargs="+", required=True, metavar="TASK=DIR")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' Parquet files")
+    parser.add_argument("--examples", type=int, default=1024, help="of a round, at most, drawn at random")
+    parser.add_argument("--dtypes", nargs="+", default=["auto"], help="bfloat16 crawls on a CPU that lacks it")
+    parser.add_argument("--cpu-time", action="store_true", help="time of this process alone, for a busy machine")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="a JSON file of all figures")
+    return parser.parse_args()
+
+
+def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Examples a second of every contestant in every round, and the agreement of the predictions with Trainer's."""
+    one, device = task(name), resolve_device(options.device)
+    tokenizer = checkpoints.load_tokenizer(folder)
+    model = checkpoints.load_classifier(folder)
+    labels.ordered(model, labels.decide(folder, one, options.data, options.device)).to(device)
+    table = data.read(options.data, one, one.validation[0])
+    rows = np.random.default_rng(0).permutation(table.num_rows)[: options.examples]
+    examples = data.tokenize(tokenizer, one, table.take(rows))
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = TrainingArguments(
+            scratch, report_to="none", disable_tqdm=True, use_cpu=device.type == "cpu", label_names=["labels"]
+        )
+        trainer = Trainer(model=model, args=settings, processing_class=tokenizer)
+
+        def by_trainer() -> np.ndarray:
+            logits: np.ndarray = trainer.predict(Rows(examples)).predictions
+            return logits
+
+        def by_fmn(dtype: str) -> Callable[[], np.ndarray]:
+            return lambda: evaluate.predict(model, examples, device=options.device, dtype=dtype)
+
+        contestants = {"Trainer.predict": by_trainer, **{f"fmn, {dtype}": by_fmn(dtype) for dtype in options.dtypes}}
+        answers: dict[str, Answers] = {}
+        speeds: dict[str, list[float]] = {who: [] for who in contestants}
+        for _ in range(options.rounds):
+            for who, run in contestants.items():
+                start = clock()
+                logits = run()
+                speeds[who].append(len(examples) / (clock() - start))
+                answers[who] = evaluate.answers(one, logits, examples.labels)
+    exact = answers["Trainer.predict"].predicted
+    near = 0.05 if one.regression else 0.0
+    return {
+        "task": name,
+        "examples": len(examples),
+        "mean_length": float(examples.lengths.mean()),
+        "auto": str(resolve_dtype("auto", device)).removeprefix("torch."),
+        "examples_per_second": speeds,
+        "ratios": {who: ratio(each, speeds["Trainer.predict"]) for who, each in speeds.items()},
+        "agreement": {who: float((np.abs(each.predicted - exact) <= near).mean()) for who, each in answers.items()},
+        "scores": {who: evaluate.score_answers(one, each)["score"] for who, each in answers.items()},
+    }
+
+
+def ratio(one: list[float], other: list[float]) -> dict[str, float]:
+    """Of rounds side by side: the median and the extremes."""
+    each = np.array(one) / np.array(other)
+    return {"median": float(np.median(each)), "least": float(each.min()), "most": float(each.max())}
+
+
+def machine(device: str) -> dict[str, Any]:
+    where = resolve_device(device)
+    return {
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or "CPU",
+        "cpu": dict(torch.cpu.get_capabilities()),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        f"\n{found['task']}: {found['examples']} examples, {found['mean_length']:.0f} tokens in the"
+        f" mean; auto is {found['auto']}",
+        f"  {'':18}{'examples/s':>12}{'x Trainer':>12}{'(least to most)':>20}{'agreement':>12}{'score':>9}",
+    ]
+    for who, each in found["examples_per_second"].items():
+        times = found["ratios"][who]
+        extremes = f"({times['least']:.2f} to {times['most']:.2f})"
+        lines.append(
+            f"  {who:18}{np.median(each):12.1f}{times['median']:12.2f}"
+            f"{extremes:>20}{found['agreement'][who]:12.2%}{found['scores'][who]:9.4f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

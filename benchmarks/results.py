@@ -1,0 +1,72 @@
+"""The tables of docs/results.md, from stored results of comparisons.
+
+    python -m benchmarks.results --add study-0 data/study-0/compare/study/tables --command "fmn compare study ..."
+    python -m benchmarks.results        # what `make results` does: writes every table anew from docs/results/
+
+`--add` keeps a comparison's tables under docs/results/ with the commit, the machine and the date of today. A table of
+docs/results.md stands between `<!-- NAME -->` and `<!-- end -->`; nothing there is typed by hand.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+STORE = DOCS / "results"
+PAGE = DOCS / "results.md"
+
+
+def processor() -> str:
+    """The processor as Linux calls it, or its architecture."""
+    try:
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.machine()
+
+
+def add(name: str, tables: Path, command: str) -> None:
+    """Store a comparison's numbers and its tables with where they come from."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    content = {
+        "command": command,
+        "commit": commit.stdout.strip(),
+        "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
+        "date": time.strftime("%Y-%m-%d"),
+        "results": json.loads((tables / "results.json").read_text()),
+        "table": (tables / "table.md").read_text(),
+    }
+    STORE.mkdir(exist_ok=True)
+    (STORE / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def section(name: str) -> str:
+    """The text of a stored comparison."""
+    stored = json.loads((STORE / f"{name}.json").read_text())
+    origin = f"`{stored['command']}`, commit {stored['commit']}, {stored['machine']}, {stored['date']}."
+    return f"{origin}\n\n{stored['table'].strip()}\n"
+
+
+def write(page: str) -> str:
+    """The page with every stored table put in its place."""
+    place = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+    return place.sub(lambda found: f"<!-- {found[1]} -->\n{section(found[1])}<!-- end -->", page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", nargs=2, metavar=("NAME", "TABLES"))
+    parser.add_argument("--command", default="")
+    given = parser.parse_args()
+    if given.add:
+        add(given.add[0], Path(given.add[1]), given.command)
+    PAGE.write_text(write(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()
