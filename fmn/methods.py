@@ -67,8 +67,8 @@ PLAIN = Tuning("none", 1.0)
 
 # Chosen on rows of training splits that experts were not tuned on: docs/results.md.
 AUTO: Mapping[str, Tuning] = {
-    "mask-fisher": Tuning("kind", 1.0, growth=0.7),
-    "fisher-regmean": Tuning("kind", 1.0, growth=0.55, most=1.6, damping=0.5),
+    "mask-fisher": Tuning("site", 1.0, growth=0.5),
+    "fisher-regmean": Tuning("site", 1.0, growth=0.5, most=1.45, damping=0.5),
 }
 
 
