@@ -59,8 +59,8 @@ class Tuning(NamedTuple):
     damping: float = 0.9
 
     def scale(self, effective: float) -> float:
-        """Of the merged task vector; 1 where the experts are all the same."""
-        return min(math.pow(effective, self.growth), self.most)
+        """Of the merged task vector, to three decimals; exactly 1 where the experts are all the same."""
+        return round(min(math.pow(effective, self.growth), self.most), 3)
 
 
 PLAIN = Tuning("none", 1.0)

@@ -6,6 +6,7 @@ import torch
 import transformers
 from torch import nn
 
+from fmn import architectures
 from fmn.architectures import ARCHITECTURES, Claim, NodeValues, Site, claims, mask_sites, node_counts, weights
 from fmn.errors import UserError
 from tests.tiny import CONFIGS, tiny_model
@@ -272,3 +273,56 @@ def test_missing_layers_unknown_mappings_and_foreign_values_are_refused() -> Non
         weights(claim, {})
     with pytest.raises(UserError, match="has 19 neuron nodes in layer 1, the model 20"):
         weights(claim, {Site(1, "neuron"): np.ones(19)})
+
+
+FISHER: NodeValues = {
+    Site(0, "head"): np.array([1.0, 3.0]),
+    Site(0, "neuron"): np.array([10.0, 20.0, 30.0]),
+    Site(1, "head"): np.array([4.0, 8.0]),
+    Site(1, "neuron"): np.array([0.0, 40.0, 80.0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("normalise", "groups"),
+    [
+        ("site", [[Site(0, "head")], [Site(1, "head")], [Site(0, "neuron")], [Site(1, "neuron")]]),
+        ("kind", [[Site(0, "head"), Site(1, "head")], [Site(0, "neuron"), Site(1, "neuron")]]),
+    ],
+)
+def test_normalised_fisher_has_mean_one_in_its_group_and_keeps_its_proportions(
+    normalise: str, groups: list[list[Site]]
+) -> None:
+    for exponent in (1.0, 0.5):
+        found = architectures.tempered(FISHER, normalise, exponent)
+        for group in groups:
+            values = np.concatenate([found[site] for site in group])
+            raised = np.concatenate([FISHER[site] for site in group]) ** exponent
+            assert values.mean() == pytest.approx(1)
+            np.testing.assert_allclose(values * raised.mean(), raised)
+
+
+def test_experts_whose_losses_differ_in_scale_alone_become_equal() -> None:
+    larger = {site: 100 * values for site, values in FISHER.items()}
+    for normalise in ("expert", "kind", "site"):
+        one, other = (architectures.tempered(values, normalise, 1.0) for values in (FISHER, larger))
+        for site in FISHER:
+            np.testing.assert_allclose(one[site], other[site])
+    plain = architectures.tempered(larger, "none", 1.0)
+    assert all(np.array_equal(plain[site], larger[site]) for site in FISHER)
+
+
+def test_fisher_that_is_zero_everywhere_stays_zero() -> None:
+    nothing = {site: np.zeros_like(values) for site, values in FISHER.items()}
+    for normalise in ("none", "expert", "kind", "site"):
+        assert not any(values.any() for values in architectures.tempered(nothing, normalise, 1.0).values())
+
+
+def test_rows_of_a_matrix_are_weighed_by_their_nodes_or_by_the_mean_of_the_nodes_before_them() -> None:
+    values: NodeValues = {Site(0, "neuron"): np.array([1.0, 2.0, 6.0])}
+    part = architectures.Part(Site(0, "neuron"), 3, 3, 3)
+    rows, columns = architectures.Claim(2, 0, (part,)), architectures.Claim(2, 1, (part,))
+    assert architectures.output_weights(rows, values).tolist() == [1, 2, 6]
+    assert architectures.output_weights(columns, values).tolist() == [3]
+    assert architectures.output_weights(columns, values, transposed=True).tolist() == [1, 2, 6]
+    assert architectures.output_weights(architectures.Claim(), values).tolist() == [3]

@@ -465,3 +465,40 @@ def test_gpt2_whose_weights_are_transposed_is_regressed_alike(tmp_path: Path) ->
     # At the optimum the outputs' errors are uncorrelated with the inputs: sum_j G_j (W - W_j) = 0.
     residual = torch.stack([second[task] @ (got - stored[task]) for task in folders]).sum(0)
     assert residual.abs().max() < 1e-4 * (second["mrpc"] @ stored["mrpc"]).abs().max()
+
+
+@pytest.mark.parametrize("method", ["mask-fisher", "fisher-regmean"])
+def test_equal_experts_are_the_result_whatever_auto_stands_for(method: str, tmp_path: Path) -> None:
+    one = save(tiny_model("bert", 2, 3), tmp_path / "one")
+    base = save(tiny_model("bert", 2, 9), tmp_path / "base")
+    folders = dict.fromkeys(("mrpc", "rte", "sst2"), one)
+    model = AutoModelForSequenceClassification.from_pretrained(one)
+    found = gram.estimate(model, tiny_examples("bert", 20, 2), device="cpu")
+    statistics.write(tmp_path / "one.gram", "gram", found.moments, {})
+    grams = merged.StoredGrams(statistics.read(tmp_path / "one.gram", "gram")[0], found.inputs, ())
+    nodes = fisher(folders)
+    given: dict[str, Any] = {"fisher": nodes, "grams": dict.fromkeys(folders, grams), "base": base}
+    for experts_ in (folders, {"rte": one}):
+        got = merged.in_memory(experts_, method=method, **given)
+        stored = load_file(one / "model.safetensors")
+        assert all(torch.equal(tensor, stored[f"bert.{name}"]) for name, tensor in got.items())
+
+
+def test_what_auto_stands_for_is_in_the_recipe(tmp_path: Path) -> None:
+    folders = experts(tmp_path)
+    base = save(tiny_model("bert", 2, seed=9), tmp_path / "base")
+    nodes = fisher(folders)
+    stated = merged.write(tmp_path / "out", folders, method="mask-fisher", fisher=nodes, base=base)
+    assert (stated["normalise"], stated["exponent"]) == ("site", 1.0)
+    origin = AutoModel.from_pretrained(base).state_dict()
+    vectors = [
+        torch.cat([(AutoModel.from_pretrained(folder).state_dict()[name] - origin[name]).flatten() for name in origin])
+        for folder in folders.values()
+    ]
+    ratio = (
+        torch.stack([vector.square().sum() for vector in vectors]).mean() / torch.stack(vectors).mean(0).square().sum()
+    )
+    assert stated["scale"] == pytest.approx(float(ratio) ** 0.5, rel=1e-4)
+    for plain in ({"mapping": "paper", "base": base}, {"mapping": "structured"}):
+        stated = merged.write(tmp_path / "out", folders, method="mask-fisher", fisher=nodes, **plain)
+        assert (stated["normalise"], stated["exponent"], stated["scale"]) == ("none", 1.0, 1.0)

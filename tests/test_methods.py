@@ -1,7 +1,7 @@
 """Every merge method that is offered is there, and says what it needs."""
 
 from fmn.merge import METHODS
-from fmn.methods import NEEDS
+from fmn.methods import AUTO, NEEDS, PLAIN, tuned
 
 
 def test_every_method_has_needs_and_a_computation() -> None:
@@ -17,3 +17,23 @@ def test_task_vectors_need_the_base() -> None:
     assert NEEDS["ties"].base
     assert NEEDS["mask-fisher"].fisher
     assert not NEEDS["average"].base
+
+
+def test_without_the_base_or_with_the_papers_mapping_mask_fisher_is_the_plain_rule() -> None:
+    auto = ("auto", "auto", "auto")
+    assert tuned("mask-fisher", "structured", False, *auto) == PLAIN
+    assert tuned("mask-fisher", "paper", True, *auto) == PLAIN
+    assert tuned("average", "structured", True, *auto) == PLAIN
+    assert tuned("mask-fisher", "structured", True, *auto) == AUTO["mask-fisher"]
+    assert tuned("fisher-regmean", "structured", False, *auto) == AUTO["fisher-regmean"]._replace(growth=0)
+
+
+def test_what_is_given_is_taken() -> None:
+    found = tuned("mask-fisher", "paper", True, "kind", 0.5, 0.3)
+    assert (found.normalise, found.exponent, found.damping) == ("kind", 0.5, 0.3)
+
+
+def test_the_scale_is_one_for_equal_experts_and_grows_with_what_averaging_shrinks() -> None:
+    for name, tuning in AUTO.items():
+        assert tuning.scale(1.0000001) == 1
+        assert 1 < tuning.scale(2) <= tuning.scale(4) <= tuning.most, name

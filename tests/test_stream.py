@@ -281,3 +281,22 @@ def test_memory_is_bounded_whatever_the_size(method: str, tmp_path: Path) -> Non
     command = [sys.executable, "-c", MEASURE, root, str(tmp_path), method]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(json.loads(done.stdout)) < 256e6
+
+
+def test_the_effective_number_of_task_vectors(tmp_path: Path) -> None:
+    base = {"m": torch.zeros(4, 3), "v": torch.zeros(5), "i": torch.arange(3)}
+    first, second = torch.zeros(4, 3), torch.zeros(4, 3)
+    first[0, 0], second[1, 2] = 2.0, 2.0
+    folders = {"base": base, "a": {**base, "m": first}, "b": {**base, "m": second}, "c": {**base, "m": -first}}
+    headers = {name: checkpoint(tmp_path / name, tensors) for name, tensors in folders.items()}
+
+    def number(*experts: str) -> float:
+        given = {f"{place}{name}": headers[name] for place, name in enumerate(experts)}
+        return stream.effective_number(stream.plan(given, headers["base"]))
+
+    assert number("a", "b") == pytest.approx(2)
+    assert number("a", "a", "a") == pytest.approx(1)
+    assert number("a") == pytest.approx(1)
+    assert number("a", "a", "b") == pytest.approx(9 / 5)
+    assert number("a", "c") == 1, "they cancel: there is nothing to scale"
+    assert number("base", "base") == 1
