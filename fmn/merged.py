@@ -34,7 +34,7 @@ from fmn.checkpoints import CONFIG, TOKENIZER_FILES
 from fmn.errors import UserError
 from fmn.headers import INDEX, TensorHeader, tensor_headers
 from fmn.merge import LINEAR, METHODS, Method, Settings, Sums, recombine, shares, summands
-from fmn.methods import NEEDS, Needs, Tuning, tuned
+from fmn.methods import DAMPING, NEEDS, Needs, Tuning, tuned
 from fmn.recipe import CARD, FORMAT, RECIPE
 from fmn.stream import DTYPES, Parameter, Progress, Recipe, Slot, StoredRegression
 
@@ -67,7 +67,7 @@ class Options(TypedDict, total=False):
     grams: "Mapping[str, StoredGrams] | None"
     normalise: str
     exponent: float | str
-    damping: float | str
+    damping: float
     coefficients: Mapping[str, float] | None
     base: Path | None
     scale: float | str
@@ -234,7 +234,7 @@ def _plan(experts: Mapping[str, Path], **options: Unpack[Options]) -> _Plan:
     method, mapping, base = options["method"], options.get("mapping", "structured"), options.get("base")
     tasks = _tasks(experts)
     needs = _needs(method, base, options.get("scale", "auto"))
-    auto = (options.get("normalise", "auto"), options.get("exponent", "auto"), options.get("damping", "auto"))
+    auto = (options.get("normalise", "auto"), options.get("exponent", "auto"))
     tuning = tuned(method, mapping, base is not None, *auto)
     given = options.get("scale", "auto")
     scaled = tuning.growth > 0 if isinstance(given, str) else given != 1
@@ -250,7 +250,9 @@ def _plan(experts: Mapping[str, Path], **options: Unpack[Options]) -> _Plan:
         parameters = _with_fisher(parameters, tasks, options.get("full_fisher") or {})
     if needs.gram:
         parameters = _with_grams(parameters, tasks, options.get("grams") or {}, weigh)
-    settings = Settings(tasks, lambdas, _density(needs, options.get("density")), options.get("seed", 0), tuning.damping)
+    settings = Settings(
+        tasks, lambdas, _density(needs, options.get("density")), options.get("seed", 0), options.get("damping", DAMPING)
+    )
     return _Plan(settings, tuning, tensors, parameters, Recipe(METHODS[method], settings, scale, weigh.shares))
 
 

@@ -49,26 +49,27 @@ class Tuning(NamedTuple):
         growth: the scale of the merged task vector is the effective number of task vectors to this power
             (`fmn.stream.effective_number`); 0 leaves it.
         most: the largest such scale.
-        damping: of Gram matrices (`fmn.regmean.damped`).
     """
 
     normalise: str
     exponent: float
     growth: float = 0.0
     most: float = math.inf
-    damping: float = 0.9
 
     def scale(self, effective: float) -> float:
         """Of the merged task vector, to three decimals; exactly 1 where the experts are all the same."""
         return round(min(math.pow(effective, self.growth), self.most), 3)
 
 
+DAMPING = 0.9
+"""Of Gram matrices (`fmn.regmean.damped`)."""
+
 PLAIN = Tuning("none", 1.0)
 
 # Chosen on rows of training splits that experts were not tuned on: docs/results.md.
 AUTO: Mapping[str, Tuning] = {
-    "mask-fisher": Tuning("site", 1.0, growth=0.5),
-    "fisher-regmean": Tuning("site", 1.0, growth=0.5, most=1.45, damping=0.5),
+    "mask-fisher": Tuning("kind", 1.0, growth=0.5),
+    "fisher-regmean": Tuning("site", 1.0, growth=0.5, most=1.45),
 }
 
 
@@ -83,5 +84,4 @@ def tuned(method: str, mapping: str, base: bool, normalise: str, exponent: float
         normalise=auto.normalise if normalise == "auto" else normalise,
         exponent=auto.exponent if isinstance(exponent, str) else exponent,
         growth=auto.growth if base else 0.0,
-        damping=auto.damping if isinstance(damping, str) else damping,
     )

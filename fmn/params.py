@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fmn.errors import UserError
-from fmn.methods import NEEDS
+from fmn.methods import DAMPING, NEEDS
 from fmn.tasks import TASKS
 
 SETS = ("pairs", "triples", "all")
@@ -166,9 +166,7 @@ class MergeSettings(Settings):
     exponent: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="of the Fisher; auto: the method's own"
     )
-    damping: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
-        "auto", description="factor of the off-diagonal entries of Gram matrices; auto: the method's own"
-    )
+    damping: float = Field(DAMPING, ge=0, le=1, description="factor of the off-diagonal entries of Gram matrices")
     scale: float | Literal["auto"] = Field(
         "auto", description="scale of the merged task vector, 1 leaves it; auto: the method's own. Needs the base"
     )

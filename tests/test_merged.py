@@ -489,7 +489,7 @@ def test_what_auto_stands_for_is_in_the_recipe(tmp_path: Path) -> None:
     base = save(tiny_model("bert", 2, seed=9), tmp_path / "base")
     nodes = fisher(folders)
     stated = merged.write(tmp_path / "out", folders, method="mask-fisher", fisher=nodes, base=base)
-    assert (stated["normalise"], stated["exponent"]) == ("site", 1.0)
+    assert (stated["normalise"], stated["exponent"]) == ("kind", 1.0)
     origin = AutoModel.from_pretrained(base).state_dict()
     vectors = [
         torch.cat([(AutoModel.from_pretrained(folder).state_dict()[name] - origin[name]).flatten() for name in origin])
