@@ -73,7 +73,7 @@ AUTO: Mapping[str, Tuning] = {
 }
 
 
-def tuned(method: str, mapping: str, base: bool, normalise: str, exponent: float | str, damping: float | str) -> Tuning:
+def tuned(method: str, mapping: str, base: bool, normalise: str, exponent: float | str) -> Tuning:
     """The settings with every "auto" replaced.
 
     The mapping "paper", and mask-fisher where the base is not given, are the plain rule of the paper.

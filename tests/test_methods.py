@@ -30,7 +30,7 @@ def test_without_the_base_or_with_the_papers_mapping_mask_fisher_is_the_plain_ru
 
 def test_what_is_given_is_taken() -> None:
     found = tuned("mask-fisher", "paper", True, "expert", 0.5)
-    assert (found.normalise, found.exponent, found.damping) == ("expert", 0.5)
+    assert (found.normalise, found.exponent) == ("expert", 0.5)
 
 
 def test_the_scale_is_one_for_equal_experts_and_grows_with_what_averaging_shrinks() -> None:
