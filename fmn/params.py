@@ -117,16 +117,6 @@ class FisherSettings(Settings):
         return self
 
 
-class FullFisherSettings(Settings):
-    estimator: Literal["empirical", "expected", "sampled"] = Field("empirical", description="as for the mask Fisher")
-    samples: int | Literal["all"] = Field(256, description="examples, drawn without replacement")
-    seed: int = Field(0, ge=0, description="seed of the draw")
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
-
-    _some = field_validator("samples")(_at_least_one)
-
-
 class GramSettings(Settings):
     samples: int | Literal["all"] = Field(1024, description="examples, drawn without replacement; labels are not read")
     seed: int = Field(0, ge=0, description="seed of the draw")
@@ -134,6 +124,11 @@ class GramSettings(Settings):
     dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
 
     _some = field_validator("samples")(_at_least_one)
+
+
+class FullFisherSettings(GramSettings):
+    estimator: Literal["empirical", "expected", "sampled"] = Field("empirical", description="as for the mask Fisher")
+    samples: int | Literal["all"] = Field(256, description="examples, drawn without replacement")
 
 
 class ExpertsSettings(Settings):
