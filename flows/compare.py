@@ -15,7 +15,7 @@ from fmn import comparison, params
 from fmn.errors import UserError
 from fmn.methods import NEEDS
 from fmn.params import ComparedSettings, CompareSettings, GramSettings, Params
-from fmn.stages import Outcome
+from fmn.stage import Outcome
 from fmn.terminal import say, show_table
 
 

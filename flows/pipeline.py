@@ -19,10 +19,10 @@ from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import workers
-from fmn import labels, params, stages
+from fmn import labels, merge_stages, params, stages
 from fmn.errors import UserError
 from fmn.params import MergeSettings, Params
-from fmn.stages import Outcome
+from fmn.stage import Outcome
 from fmn.terminal import progress_bar, say, show_table
 
 
@@ -74,10 +74,10 @@ STAGES: Mapping[str, Callable[..., Outcome]] = {
     "fisher": stages.fisher,
     "full-fisher": stages.full_fisher,
     "gram": stages.gram,
-    "merge": stages.merge,
+    "merge": merge_stages.merge,
     "evaluate": stages.evaluate,
-    "compare": stages.compare,
-    "comparison": stages.write_comparison,
+    "compare": merge_stages.compare,
+    "comparison": merge_stages.write_comparison,
     "report": stages.write_report,
     "register": stages.register,
 }

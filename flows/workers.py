@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from fmn.errors import UserError
-from fmn.stages import Outcome, Progress
+from fmn.stage import Outcome, Progress
 
 _POLL = 0.1  # seconds between two looks at a worker's progress
 

@@ -18,7 +18,7 @@ from fmn.methods import NEEDS
 from fmn.terminal import progress_bar, say, show_table
 
 if TYPE_CHECKING:
-    from fmn.stages import Outcome
+    from fmn.stage import Outcome
 
 ENVIRONMENT = {
     # Idle threads sleep instead of spinning: two that spin beside another busy process made training six times slower.
@@ -347,12 +347,12 @@ def search(
         gram: as for `fmn merge`
         base: the folder of the model that the experts were fine-tuned from
     """
-    from fmn import stages
+    from fmn import merge_stages
 
     experts = _by_task(expert, "--expert", selection.tasks, "")
     files = _statistics(merging.method, experts, fisher, gram)
     with progress_bar("searching") as progress:
-        outcome = stages.search(experts, *files, base, data, out, merging, settings, progress)
+        outcome = merge_stages.search(experts, *files, base, data, out, merging, settings, progress)
 
     def show(summary: Mapping[str, Any]) -> None:
         body = [
@@ -396,12 +396,12 @@ def merge(
         base: the folder of the model that the experts were fine-tuned from
         coefficients: a file made by `fmn search`, which gives coefficients and scale
     """
-    from fmn import stages
+    from fmn import merge_stages
 
     experts = _by_task(expert, "--expert", selection.tasks, "")
     fisher_files, gram_files = _statistics(settings.method, experts, fisher, gram)
     with progress_bar("merging") as progress:
-        outcome = stages.merge(experts, fisher_files, base, out, settings, progress, gram_files, coefficients)
+        outcome = merge_stages.merge(experts, fisher_files, base, out, settings, progress, gram_files, coefficients)
 
     def show(summary: Mapping[str, Any]) -> None:
         coefficients = summary["coefficients"]

@@ -1,6 +1,6 @@
 """The comparison of merge methods over sets of experts: which sets, and the tables over their cells.
 
-A cell is a set of experts merged with one method and tried on every task of the set (`fmn.stages.compare`).
+A cell is a set of experts merged with one method and tried on every task of the set (`fmn.merge_stages.compare`).
 """
 
 import json

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fmn import artifacts, recipe
 from fmn.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -286,3 +287,12 @@ def card(recipe: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def write_card(folder: Path, metrics: Mapping[str, Any] | None) -> None:
+    """The card of the merged model in `folder`, written anew where it says something else."""
+    text = card(recipe.read_recipe(folder), metrics)
+    path = folder / recipe.CARD
+    if not path.is_file() or path.read_text() != text:
+        with artifacts.whole_file(path) as file:
+            file.write_text(text)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
-from fmn import artifacts, checkpoints, cli, labels, recipe, stages
+from fmn import artifacts, checkpoints, cli, labels, merge_stages, recipe, stages
 from fmn.errors import UserError
 from fmn.intervals import Answers
 from fmn.params import Estimator, EvaluateSettings, FinetuneSettings, FisherSettings, MergeSettings
@@ -217,7 +217,7 @@ def test_a_permuted_expert_gives_the_same_merged_model(work: Path, tmp_path: Pat
     for name in ("plain", "named", "unnamed"):
         file, out = tmp_path / f"{name}.parquet", tmp_path / name
         stages.fisher(work / name, "mnli", work / "data", file, asked)
-        made = stages.merge(
+        made = merge_stages.merge(
             {"mnli": work / name, "stsb": work / "stsb"}, {"mnli": file, "stsb": work / "stsb.parquet"}, None, out,
             MergeSettings(method=method),
         ).summary  # fmt: skip

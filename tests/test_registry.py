@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fmn import registry, stages
+from fmn import merge_stages, registry, stages
 from fmn.errors import UserError
 from fmn.params import EvaluateSettings, MergeSettings, RegistrySettings
+from fmn.stage import Outcome
 from tests.conftest import TASKS
 
 
@@ -22,7 +23,7 @@ def merged(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
     experts = {task: tiny_work / "experts" / task for task in TASKS}
     fisher = {task: tiny_work / "fisher" / f"{task}.parquet" for task in TASKS}
-    stages.merge(experts, fisher, None, folder / "merged", MergeSettings())
+    merge_stages.merge(experts, fisher, None, folder / "merged", MergeSettings())
     stages.evaluate(folder / "merged", [], tiny_work / "data", folder / "metrics.json", EvaluateSettings(device="cpu"))
     return folder
 
@@ -37,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     patch.undo()
 
 
-def register(merged: Path, name: str = "demo") -> stages.Outcome:
+def register(merged: Path, name: str = "demo") -> Outcome:
     return stages.register(merged / "merged", merged / "metrics.json", None, None, RegistrySettings(name=name))
 
 

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmn import artifacts, cli, recipe, registry, search, stages
+from fmn import artifacts, cli, merge_stages, recipe, registry, search
 from fmn.errors import UserError
 from fmn.params import MergeSettings, SearchSettings
+from fmn.stage import Outcome, Progress
 from tests.conftest import TASKS
 
 NAMES = ("cola", "mrpc", "sst2")
@@ -115,9 +116,9 @@ def stage(
     merging: MergeSettings | None = None,
     settings: SearchSettings = SEARCH,
     tasks: tuple[str, ...] = TASKS,
-    progress: stages.Progress | None = None,
-) -> stages.Outcome:
-    return stages.search(
+    progress: Progress | None = None,
+) -> Outcome:
+    return merge_stages.search(
         {task: work / "experts" / task for task in tasks},
         {task: work / "fisher" / f"{task}.parquet" for task in tasks},
         {},
@@ -132,7 +133,7 @@ def stage(
 
 def merge(work: Path, out: Path, file: Path, settings: MergeSettings | None = None) -> dict[str, Any]:
     tasks = json.loads(file.read_text())["coefficients"]
-    stages.merge(
+    merge_stages.merge(
         {task: work / "experts" / task for task in tasks},
         {task: work / "fisher" / f"{task}.parquet" for task in tasks},
         work / "base",
@@ -170,7 +171,7 @@ def test_a_merge_takes_what_was_found(
     if ends is None:  # as it was asked for, or the method's own, which a merge without coefficients takes too
         experts = {task: tiny_work / "experts" / task for task in TASKS}
         files = {task: tiny_work / "fisher" / f"{task}.parquet" for task in TASKS}
-        plain = stages.merge(experts, files, tiny_work / "base", tmp_path / "plain", merging)
+        plain = merge_stages.merge(experts, files, tiny_work / "base", tmp_path / "plain", merging)
         assert found["scale"] == plain.summary["scale"] > 1
     assert made["search"] == {
         "digest": artifacts.digest_file(out), "score": found["score"], "uniform": found["uniform"]
@@ -232,7 +233,7 @@ def test_what_belongs_to_another_merge_is_refused(tiny_work: Path, tmp_path: Pat
         experts = {task: tiny_work / "experts" / task for task in tasks}
         fisher = {task: tiny_work / "fisher" / f"{task}.parquet" for task in tasks}
         with pytest.raises(UserError, match=says):
-            stages.merge(
+            merge_stages.merge(
                 experts, fisher, tiny_work / "base", tmp_path / "merged", MergeSettings(**settings),
                 coefficients=coefficients,
             )  # fmt: skip

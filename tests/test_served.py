@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmn import registry, stages
+from fmn import merge_stages, registry
 from fmn.params import MergeSettings
 from tests.conftest import TASKS
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
 @pytest.fixture
 def packed(tiny_work: Path, tmp_path: Path) -> Path:
     experts = {task: tiny_work / "experts" / task for task in TASKS}
-    stages.merge(experts, {}, None, tmp_path / "merged", MergeSettings(method="average"))
+    merge_stages.merge(experts, {}, None, tmp_path / "merged", MergeSettings(method="average"))
     return registry.pack(tmp_path / "merged", tmp_path / "packed")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fmn import artifacts, intervals, stages, tasks
+from fmn import artifacts, intervals, merge_stages, stages, tasks
 from fmn.data import read
 from fmn.errors import UserError
 from fmn.params import (
@@ -22,6 +22,7 @@ from fmn.params import (
     MergeSettings,
     RegistrySettings,
 )
+from fmn.stage import Outcome
 from tests.conftest import FISHER, TASKS, TUNING
 
 EVALUATE = EvaluateSettings(device="cpu")
@@ -41,8 +42,10 @@ def fisher_files(work: Path) -> dict[str, Path]:
     return {task: work / "fisher" / f"{task}.parquet" for task in TASKS}
 
 
-def merge(work: Path, settings: MergeSettings | None = None) -> stages.Outcome:
-    return stages.merge(experts(work), fisher_files(work), work / "base", work / "merged", settings or MergeSettings())
+def merge(work: Path, settings: MergeSettings | None = None) -> Outcome:
+    return merge_stages.merge(
+        experts(work), fisher_files(work), work / "base", work / "merged", settings or MergeSettings()
+    )
 
 
 def run_all(work: Path) -> dict[str, bool]:
@@ -108,7 +111,7 @@ def test_the_method_average_depends_neither_on_fisher_nor_on_mapping(work: Path)
     assert merge(work, settings).computed
     shutil.rmtree(work / "fisher")
     (work / "fisher").mkdir()
-    assert not stages.merge(
+    assert not merge_stages.merge(
         experts(work), {}, work / "base", work / "merged", MergeSettings(method="average", mapping="paper")
     ).computed
 
@@ -309,7 +312,7 @@ def test_nothing_that_is_read_or_was_not_made_here_is_replaced(
     monkeypatch.chdir(work)
     before = artifacts.digest_files(work)
     with pytest.raises(UserError, match="--out"):
-        stages.merge(experts(work), fisher_files(work), work / "base", Path(out), MergeSettings())
+        merge_stages.merge(experts(work), fisher_files(work), work / "base", Path(out), MergeSettings())
     assert artifacts.digest_files(work) == before
 
 

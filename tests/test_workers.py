@@ -12,7 +12,7 @@ import pytest
 
 from flows import workers
 from fmn.errors import UserError
-from fmn.stages import Outcome, Progress
+from fmn.stage import Outcome, Progress
 
 
 def count_to(total: int, out: Path, progress: Progress | None = None) -> Outcome:

@@ -1,0 +1,105 @@
+"""What a stage is: a function from files to files that does nothing when its output is there, intact and current."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmn import artifacts, checkpoints, recipe
+from fmn.errors import UserError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage did.
+
+    Attributes:
+        stage: its name.
+        out: the output.
+        computed: False when the output was there already.
+        seconds: how long it took.
+        summary: figures worth showing.
+    """
+
+    stage: str
+    out: Path
+    computed: bool
+    seconds: float
+    summary: Mapping[str, Any]
+
+
+def run(
+    stage: str,
+    out: Path,
+    current: Callable[[], bool],
+    make: Callable[[], None],
+    summarise: Callable[[], Mapping[str, Any]],
+) -> Outcome:
+    """Make ``out`` unless it is current; one process at a time. What fmn did not make is not replaced."""
+    started = time.monotonic()
+    artifacts.check_replaceable(out)
+    with artifacts.locked(out):
+        computed = not current()
+        if computed:
+            make()
+    return Outcome(stage, out, computed, time.monotonic() - started, summarise())
+
+
+def apart(out: Path, inputs: Iterable[Path | None]) -> None:
+    """Refuse an output that would replace what is read, or lie within a model that is read."""
+    where = out.resolve()
+    for path in inputs:
+        given = path.resolve() if path is not None else None
+        if given is None or path is None:
+            continue
+        model = any((given / name).is_file() for name in (recipe.RECIPE, checkpoints.CONFIG))
+        if where == given or where in given.parents or (model and given in where.parents):
+            raise UserError(f"--out {out}: would change {path}, which is read; choose another --out")
+
+
+def run_folder(stage: str, out: Path, key: str, fill: Callable[[Path], Mapping[str, Any]]) -> Outcome:
+    """A stage whose output is a folder that ``fill`` fills; what it returns goes into the manifest."""
+
+    def make() -> None:
+        with artifacts.whole_folder(out) as folder:
+            artifacts.write_manifest(folder, stage, key, fill(folder))
+
+    def summarise() -> Mapping[str, Any]:
+        manifest = artifacts.read_manifest(out)
+        return dict(manifest["info"]) if manifest else {}
+
+    return run(stage, out, lambda: artifacts.folder_is_current(out, key), make, summarise)
+
+
+def run_json(stage: str, out: Path, key: str, compute: Callable[[], Mapping[str, Any]]) -> Outcome:
+    """A stage whose output is a JSON file."""
+    return run(
+        stage,
+        out,
+        lambda: artifacts.json_is_current(out, key),
+        lambda: artifacts.write_json(out, stage, key, compute()),
+        lambda: artifacts.read_json(out),
+    )
+
+
+def limit(number: int | str) -> Any:
+    return None if number == "all" else number
+
+
+def lineage(folder: Path) -> dict[str, str]:
+    """Where a checkpoint comes from: the source as given, and its revision pinned."""
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None:
+        return {"source": "folder", "revision": f"sha256:{artifacts.digest_folder(folder)}"}
+    info = manifest["info"]
+    made = f"{manifest['stage']}:{manifest['key'][:16]}"
+    return {"source": str(info.get("source", made)), "revision": str(info.get("revision", made))}
+
+
+def there(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return path
