@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from fmn.search import Trial
     from fmn.trial import Contender
 
-SEARCH = 1
-MERGE = 2
-COMPARE = 1
+SEARCH = 2
+MERGE = 3
+COMPARE = 2
 COMPARISON = 1
 
 

@@ -32,6 +32,7 @@ def rounded(weights: Tensor, step: float = STEP) -> Tensor:
 
     Args:
         weights: at least zero, [experts, rows]. Where all are zero, all count alike.
+        step: 0 leaves them as they are between 1 and ``2^SMALLEST``.
 
     Returns:
         float64 [experts, rows], the largest of each row is one.
@@ -39,7 +40,8 @@ def rounded(weights: Tensor, step: float = STEP) -> Tensor:
     weights = weights.double()
     largest = weights.amax(0, keepdim=True)
     relative = torch.where(largest > 0, weights / largest, 1.0)
-    return torch.exp2((relative.log2().clamp(min=SMALLEST) / step).round() * step)
+    powers = relative.log2().clamp(min=SMALLEST)
+    return torch.exp2((powers / step).round() * step if step else powers)
 
 
 def regress(experts: Sequence[Tensor], gram: Callable[[int], Tensor], weights: Tensor) -> Tensor:
@@ -52,10 +54,11 @@ def regress(experts: Sequence[Tensor], gram: Callable[[int], Tensor], weights: T
 
     Returns:
         float64 [rows, n]. Where a weight is the same for all rows, a factorisation of n^3 / 3 multiplications serves
-        all rows, otherwise there is one for every different column of `rounded` weights.
+        all rows. For two experts one diagonalisation of both Gram matrices does (about 10 n^3). Otherwise there is a
+        factorisation for every different column of `rounded` weights.
     """
-    single = weights.shape[1] == 1
-    weights = weights.double() if single else rounded(weights)
+    single, pair = weights.shape[1] == 1, len(experts) == 2
+    weights = weights.double() if single else rounded(weights, 0 if pair else STEP)
     weights = torch.where(weights.sum(0) > 0, weights, 1.0)
     shares = weights / weights.sum(0)
     # Solved for the difference from the weighted mean, which is exact where the experts are equal.
@@ -71,6 +74,8 @@ def regress(experts: Sequence[Tensor], gram: Callable[[int], Tensor], weights: T
     grams = torch.stack([gram(number) for number in range(len(experts))])  # [experts, n, n]
     for share, expert, one in zip(shares, experts, grams, strict=True):
         pull += share[:, None] * ((expert - start) @ one)
+    if pair:
+        return start + _solve_pair(grams, shares, pull)
     kinds, kind = torch.unique(shares.T, dim=0, return_inverse=True)  # [kinds, experts], [rows]
     merged = start.clone()
     for number, share in enumerate(kinds):
@@ -82,6 +87,25 @@ def regress(experts: Sequence[Tensor], gram: Callable[[int], Tensor], weights: T
 
 def _solve(gram: Tensor, pull: Tensor) -> Tensor:
     """``pull (gram + ridge)^-1``, [rows, n]."""
+    return torch.cholesky_solve(pull.T, torch.linalg.cholesky(_regular(gram))).T
+
+
+def _solve_pair(grams: Tensor, shares: Tensor, pull: Tensor) -> Tensor:
+    """``pull[o] (s_1[o] G_1 + s_2[o] G_2 + ridge)^-1`` for all rows o, [rows, n].
+
+    With A = G_1 + G_2 + ridge = L L^T and L^-1 G_1 L^-T = U diag(v) U^T, the sum is L U diag(s_1 v + s_2 (1 - v)) U^T L^T.
+    """
+    total = _regular(grams.sum(0))
+    ridge = (total - grams.sum(0)) / 2
+    root = torch.linalg.cholesky(total)
+    half = torch.linalg.solve_triangular(root, grams[0] + ridge, upper=False)
+    values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))
+    basis = torch.linalg.solve_triangular(root.T, vectors, upper=True)
+    values = values.clamp(0, 1)
+    scales = torch.outer(shares[0], values) + torch.outer(shares[1], 1 - values)  # [rows, n]
+    return (pull @ basis / scales) @ basis.T
+
+
+def _regular(gram: Tensor) -> Tensor:
     ridge = RIDGE * float(gram.diagonal().mean())
-    regular = gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge or 1.0)
-    return torch.cholesky_solve(pull.T, torch.linalg.cholesky(regular)).T
+    return gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge or 1.0)
