@@ -93,7 +93,8 @@ def _solve(gram: Tensor, pull: Tensor) -> Tensor:
 def _solve_pair(grams: Tensor, shares: Tensor, pull: Tensor) -> Tensor:
     """``pull[o] (s_1[o] G_1 + s_2[o] G_2 + ridge)^-1`` for all rows o, [rows, n].
 
-    With A = G_1 + G_2 + ridge = L L^T and L^-1 G_1 L^-T = U diag(v) U^T, the sum is L U diag(s_1 v + s_2 (1 - v)) U^T L^T.
+    With A = G_1 + G_2 + ridge = L L^T and L^-1 G_1 L^-T = U diag(v) U^T, the sum is
+    L U diag(s_1 v + s_2 (1 - v)) U^T L^T.
     """
     total = _regular(grams.sum(0))
     ridge = (total - grams.sum(0)) / 2
