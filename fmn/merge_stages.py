@@ -376,7 +376,10 @@ def compare(
     inputs |= {task: data.digests(folder, tasks.task(task), [split])[split] for task, split in splits.items()}
     described = {
         "merge": merging.model_dump(),
-        "rows": settings.model_dump(include={"split", "rows", "seed", "dtype"}),
+        "rows": {
+            **settings.model_dump(include={"split", "seed", "dtype"}),
+            "rows": {task: settings.rows_of(task) for task in digests},
+        },
         "tuned on": {task: list(tuned_on[task]) for task in digests} if settings.split == "train" else None,
     }
     key = artifacts.content_key("compare", COMPARE, described, inputs)
@@ -392,7 +395,7 @@ def compare(
         seconds = time.monotonic() - started
         entries = {}
         for task, split in splits.items():
-            limit = (stage.limit(settings.rows), settings.seed, settings.device, settings.dtype)
+            limit = (stage.limit(settings.rows_of(task)), settings.seed, settings.device, settings.dtype)
             one = _contender(digests[task], inputs[task], experts[task], task, folder, split, *limit, tuned_on[task])
             outputs = trial.logits(one, encoder, settings.device, settings.dtype)
             reached = score(one.task, outputs, one.examples.labels)["score"]

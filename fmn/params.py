@@ -205,6 +205,9 @@ class ComparedSettings(MergeSettings):
     estimator: Estimator | None = Field(None, description="of the mask Fisher; default: that of the section fisher")
 
 
+Rows = Literal["all"] | Annotated[int, Field(ge=1)]
+
+
 class CompareSettings(Settings):
     sets: list[str] = Field(
         ["pairs", "all"], min_length=1, description="experts merged with one another: pairs, triples, all, or TASK+TASK"
@@ -214,13 +217,17 @@ class CompareSettings(Settings):
         description="train: rows of the training split that the expert was not fine-tuned on, where there are some;"
         " that is where settings are chosen, the validation split is for the final table alone",
     )
-    rows: int | Literal["all"] = Field("all", description="rows of a task, drawn by the seed")
+    rows: Rows | dict[str, Rows] = Field(
+        "all", description="rows of a task at most, drawn by the seed; or TASK: rows, and all of the tasks left out"
+    )
     seed: int = Field(0, ge=0, description="seed of the draw")
     methods: dict[str, ComparedSettings] = Field(..., min_length=1, description="NAME: how to merge")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
 
-    _some = field_validator("rows")(_at_least_one)
+    def rows_of(self, task: str) -> int | Literal["all"]:
+        """How many rows of a task are taken."""
+        return self.rows.get(task, "all") if isinstance(self.rows, dict) else self.rows
 
 
 class SearchSettings(Settings):
@@ -279,7 +286,8 @@ class Params(Settings):
         for name in tasks:
             if (name in self.sources) == (name in self.finetune):
                 raise ValueError(f"task {name!r} must stand under either `sources` or `finetune`")
-        for name in [*self.sources, *self.finetune, *self.gram, *self.merge.coefficients]:
+        rows = [name for one in self.compare.values() if isinstance(one.rows, dict) for name in one.rows]
+        for name in [*self.sources, *self.finetune, *self.gram, *self.merge.coefficients, *rows]:
             if name not in tasks:
                 raise ValueError(f"{name!r} is not one of experts.tasks ({', '.join(tasks)}){_hint(name, tasks)}")
         for comparing in self.compare.values():

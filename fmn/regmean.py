@@ -104,7 +104,8 @@ def _solve_pair(grams: Tensor, shares: Tensor, pull: Tensor) -> Tensor:
     basis = torch.linalg.solve_triangular(root.T, vectors, upper=True)
     values = values.clamp(0, 1)
     scales = torch.outer(shares[0], values) + torch.outer(shares[1], 1 - values)  # [rows, n]
-    return (pull @ basis / scales) @ basis.T
+    delta: Tensor = (pull @ basis / scales) @ basis.T
+    return delta
 
 
 def _regular(gram: Tensor) -> Tensor:

@@ -120,9 +120,17 @@ def test_no_content_at_all_raises_anything_but_a_user_error(content: object) -> 
         ("merge: {method: fisher-regmean}\ngram: {sst2: {}}", "add 'mrpc' to `gram`"),
         ("compare: {one: {sets: [sst2+rte], methods: {a: {method: average}}}}", "sst2+rte"),
         ("compare: {one: {sets: [sst2], methods: {a: {method: average}}}}", "'sst2' is neither pairs"),
+        ("compare: {one: {rows: {rte: 9}, methods: {a: {method: average}}}}", "'rte' is not one of experts.tasks"),
+        ("compare: {one: {rows: 0, methods: {a: {method: average}}}}", "compare.one.rows"),
         ("compare: {one: {methods: {a: {method: avarage}}}}", "did you mean 'average'"),
     ],
 )
 def test_what_a_method_or_a_comparison_lacks_is_named(tmp_path: Path, more: str, says: str) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
         load(tmp_path, GOOD + more)
+
+
+def test_rows_of_a_comparison_are_one_number_or_one_a_task(tmp_path: Path) -> None:
+    for rows, expected in (("9", [9, 9]), ("all", ["all", "all"]), ("{sst2: 9}", [9, "all"])):
+        loaded = load(tmp_path, GOOD + f"compare: {{one: {{rows: {rows}, methods: {{a: {{method: average}}}}}}}}\n")
+        assert [loaded.compare["one"].rows_of(name) for name in ("sst2", "mrpc")] == expected
