@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export GLUE_DIR
 
-.PHONY: run test test-slow test-gpu lint types format lock results docker-lint clean help
+.PHONY: run test test-slow torture test-gpu lint types format lock results docker-lint clean help
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,6 +29,11 @@ test: lint types ## lint, types, tests
 
 test-slow: $(VENV)/installed ## the tests that take long
 	pytest -m slow
+
+torture: $(VENV)/installed ## kills, rot and crowds at length, and fuzzing; half an hour
+	$(INSTALL) atheris
+	FMN_TORTURE=1 pytest -s tests/test_torture.py
+	python -m tests.fuzz -max_total_time=120 -print_final_stats=1 tests/corpus
 
 test-gpu: $(VENV)/installed ## the tests that need a CUDA device
 	pytest -m gpu

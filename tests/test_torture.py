@@ -1,0 +1,99 @@
+"""Kills, rot and crowds: what a pipeline makes comes out right or not at all, whatever happens in between.
+
+Short here; `make torture` sets FMN_TORTURE and takes its time.
+"""
+
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import torture
+
+LONG = bool(os.environ.get("FMN_TORTURE"))
+KILLS = 40 if LONG else 3
+ROTTEN = 25 if LONG else 2
+SEED = int(os.environ.get("FMN_TORTURE_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose pipeline has run once."""
+    folder = torture.make_project(tmp_path_factory.mktemp("undisturbed"), tiny_base)
+    done = torture.finish(torture.flow(folder))
+    assert done.code == 0, done.said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seconds(project: Path) -> float:
+    """About how long the pipeline takes when nothing is there."""
+    shutil.rmtree(project / "data" / "tiny")
+    began = time.monotonic()
+    assert torture.finish(torture.flow(project)).code == 0
+    return time.monotonic() - began
+
+
+def test_kills_change_nothing(project: Path, seconds: float, tiny_base: Path, tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    folder = torture.make_project(tmp_path, tiny_base)
+    work = folder / "data" / "tiny"
+    finished: dict[Path, int] = {}
+    kills, reached = 0, []
+    while kills < KILLS:
+        process = torture.flow(folder)
+        time.sleep(chance.uniform(0, seconds))
+        kills += torture.kill(process, whole=chance.random() < 0.5)
+        there = torture.places(work)
+        again = [path for path, inode in finished.items() if there.get(path) != inode]
+        assert not again, f"made again after a kill: {again}"
+        finished = there
+        reached.append(len(there))
+        if process.returncode == 0 and kills < KILLS:
+            assert torture.state(folder).files == torture.state(project).files
+            shutil.rmtree(work)  # and from the start
+            finished = {}
+    done = torture.finish(torture.flow(folder))
+    assert done.code == 0, done.said
+    assert torture.state(folder) == torture.state(project)
+    assert torture.versions(folder) == 1, "registered twice"
+    assert not [path for path in work.rglob("*.partial") if path.is_dir()]
+    print(f"{kills} kills; outputs that were there at each: {reached}")  # noqa: T201
+
+
+def test_rot_is_noticed_and_mended(project: Path) -> None:
+    chance = random.Random(SEED)
+    work = project / "data" / "tiny"
+    expected = torture.state(project)
+    tried = []
+    for number in range(ROTTEN):
+        how = ("flip", "cut", "empty", "delete", "swap")[number % 5]
+        path = chance.choice(list(torture.outputs(work)))
+        alike = [one for one in path.parent.glob(f"*{path.suffix}") if one != path and not one.name.startswith(".")]
+        alike = [one for one in alike if one.is_dir() == path.is_dir() and one in set(torture.outputs(work))]
+        if how == "swap" and not alike:
+            how = "flip"
+        torture.broken(path, how, chance, chance.choice(alike) if how == "swap" else None)
+        tried.append(f"{how} {path.relative_to(work)}")
+        done = torture.finish(torture.flow(project))
+        assert done.code == 0, f"{tried[-1]}: {done.said}"
+        assert "Traceback" not in done.said
+        assert torture.state(project) == expected, tried[-1]
+    print(f"{len(tried)} rotten outputs mended: {', '.join(tried)}")  # noqa: T201
+
+
+def test_two_runs_and_dvc_at_once_come_to_the_same(project: Path, tiny_base: Path, tmp_path: Path) -> None:
+    folder = torture.make_project(tmp_path, tiny_base)
+    runs = [torture.flow(folder), torture.flow(folder)]
+    if LONG:
+        runs.append(torture.start(folder, sys.executable, "-m", "dvc", "repro"))
+    ended = [torture.finish(run) for run in runs]
+    for done in ended[:2]:
+        assert done.code == 0, done.said
+        assert "Traceback" not in done.said
+    assert torture.state(folder) == torture.state(project)
+    assert torture.versions(folder) == 1
