@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import workers
+from flows import notices, pages, workers
 from flows.pipeline import Futures, Layout, collect, submit_experts, submitter
+from flows.server import answering
 from fmn import comparison, params
 from fmn.errors import UserError
 from fmn.methods import NEEDS
@@ -30,9 +31,12 @@ def compare(profile: str, name: str) -> dict[tuple[str, str], Outcome]:
     Raises:
         UserError: naming every stage that failed, and why; cells that finished are kept.
     """
-    settings, comparing = _settings(Path(profile), name)
-    layout = Layout(Path(settings.work))
-    return collect(submit_comparison(settings, comparing, layout, layout.work / "compare" / name))
+    with notices.failures_told(Path(profile)):
+        settings, comparing = _settings(Path(profile), name)
+        layout = Layout(Path(settings.work))
+        outcomes = collect(submit_comparison(settings, comparing, layout, layout.work / "compare" / name))
+    pages.show_results(*outcomes["comparison", ""].summary["table"])
+    return outcomes
 
 
 def _settings(profile: Path, name: str) -> tuple[Params, CompareSettings]:
@@ -118,7 +122,8 @@ def run_compare(profile: Path, name: str) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn compare` does."""
     started = time.monotonic()
     settings, _ = _settings(profile, name)  # a mistake there is told before Prefect starts
-    found = dict(compare(str(profile), name)["comparison", ""].summary)
+    with answering():
+        found = dict(compare(str(profile), name)["comparison", ""].summary)
     show_table(*found["table"])
     say(f"tables     {Path(settings.work) / 'compare' / name / 'tables'}", f"{time.monotonic() - started:.0f} s")
     return found

@@ -4,21 +4,23 @@ The stages keep their own content keys, so Prefect's result cache is off: a run 
 command line or DVC has done.
 """
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import Task, exponential_backoff
 
-from flows import workers
+from flows import dvc, limits, notices, pages, workers
+from flows.faults import PassingError, one_line
+from flows.server import answering
 from fmn import labels, merge_stages, params, stages
 from fmn.errors import UserError
 from fmn.params import MergeSettings, Params
@@ -83,10 +85,29 @@ STAGES: Mapping[str, Callable[..., Outcome]] = {
 }
 
 
-@task(task_run_name="{stage} {name}", cache_policy=NO_CACHE)
+def _worth_another_try(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    if not isinstance(state.data, PassingError):
+        return False
+    say(f"{run.name}: {state.data}; trying again")
+    return True
+
+
+@task(
+    task_run_name="{stage} {name}",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=exponential_backoff(5),
+    retry_condition_fn=_worth_another_try,
+)
 def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
     """Run one stage with these arguments; say what it did in the task's log and on the terminal."""
-    with progress_bar(f"{stage} {name}") as progress:
+    title = f"{stage} {name}".strip()
+    with limits.device_slot(arguments), progress_bar(title) as bar, pages.progress_page(title) as page:
+
+        def progress(done: int, total: int) -> None:
+            bar(done, total)
+            page(done, total)
+
         outcome = workers.run(STAGES[stage], arguments, progress)
     line = f"{stage:<9} {name:<12} " + (f"{outcome.seconds:7.1f} s" if outcome.computed else "already there")
     get_run_logger().info(line)
@@ -110,16 +131,17 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
     Raises:
         UserError: naming every stage that failed, and why; what finished is kept.
     """
-    settings = params.load(Path(profile))
-    futures = submit_stages(settings, Layout(Path(settings.work)))
-    outcomes = collect(futures)
-    computed = any(outcome.computed for outcome in outcomes.values())
-    keep_dvc_in_step(Path(profile), computed)
-    return {
-        **outcomes["report", ""].summary,
-        "registered": dict(outcomes["register", ""].summary),
-        "computed": computed,
-    }
+    with notices.failures_told(Path(profile)):
+        settings = params.load(Path(profile))
+        layout = Layout(Path(settings.work))
+        outcomes = collect(submit_stages(settings, layout))
+        dvc.keep_in_step(Path(profile), [outcome.out for outcome in outcomes.values()])
+    found, registered = outcomes["report", ""].summary, dict(outcomes["register", ""].summary)
+    pages.show_results(*found["table"])
+    pages.show_links(registered, layout.report)
+    if outcomes["register", ""].computed:
+        notices.tell_champion(Path(profile), registered)
+    return {**found, "registered": registered, "computed": any(outcome.computed for outcome in outcomes.values())}
 
 
 Futures = dict[tuple[str, str], PrefectFuture[Outcome]]
@@ -204,39 +226,40 @@ def submit_stages(settings: Params, layout: Layout) -> Futures:
 
 
 def collect(futures: Futures) -> dict[tuple[str, str], Outcome]:
-    """What every stage did; UserError with a line for those that failed by themselves."""
-    wait(list(futures.values()))
-    failures = []
-    for (stage, name), future in futures.items():
-        if future.state.is_failed():
-            error = future.result(raise_on_failure=False)
-            reason = " ".join(str(error).split()) if isinstance(error, UserError) else repr(error)
-            failures.append(f"{stage} {name}".strip() + f": {reason}")
-    if failures:
-        raise UserError("; ".join(failures))
-    return {key: future.result() for key, future in futures.items()}
+    """What every stage did.
 
-
-def keep_dvc_in_step(profile: Path, computed: bool) -> None:
-    """Record in dvc.lock what the flow made, so that `dvc repro` has nothing to do.
-
-    Only for the profile that dvc.yaml describes, ``params.yaml``, and not inside a DVC stage.
+    Raises:
+        UserError: naming the stages that failed by themselves, why, and what the models scored that were evaluated.
     """
-    here = profile.resolve() == Path("params.yaml").resolve() and Path("dvc.yaml").is_file() and Path(".dvc").is_dir()
-    if not here or "DVC_STAGE" in os.environ or not (computed or not Path("dvc.lock").is_file()):
-        return
-    commit = subprocess.run(
-        [sys.executable, "-m", "dvc", "commit", "--force", "--quiet"], capture_output=True, text=True, check=False
-    )
-    if commit.returncode:
-        say(f"DVC was not updated: {commit.stderr.strip()}; `dvc commit --force` does it")
+    try:
+        wait(list(futures.values()))
+    except BaseException:  # Ctrl-C, or Prefect ends the run
+        workers.end()
+        raise
+    outcomes: dict[tuple[str, str], Outcome] = {}
+    failures: list[str] = []
+    for (stage, name), future in futures.items():
+        found = future.result(raise_on_failure=False) if future.state.is_final() else None
+        if isinstance(found, Outcome):
+            outcomes[stage, name] = found
+        elif isinstance(found, httpx.TransportError):  # of the Prefect server: stages run in processes of their own
+            raise found
+        elif isinstance(found, Exception):
+            failures.append(f"{stage} {name}".strip() + f": {one_line(found)}")
+    pages.show_costs(outcomes)
+    if failures:
+        evaluated = {name: outcome.summary for (stage, name), outcome in outcomes.items() if stage == "evaluate"}
+        scores = ", ".join(f"{name} {100 * summary['score']:.1f}" for name, summary in evaluated.items())
+        raise UserError("; ".join(failures) + (f"; finished, in percent: {scores}" if scores else ""))
+    return outcomes
 
 
 def run_pipeline(profile: Path) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn run` does."""
     started = time.monotonic()
     params.load(profile)  # a mistake there is told before Prefect starts
-    outcome: dict[str, Any] = pipeline(str(profile))
+    with answering():
+        outcome: dict[str, Any] = pipeline(str(profile))
     layout = Layout(Path(params.load(profile).work))
     show_table(*outcome["table"])
     registered = outcome["registered"]

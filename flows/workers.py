@@ -15,16 +15,19 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+from flows.faults import PassingError, one_line, passes
 from fmn.errors import UserError
 from fmn.stage import Outcome, Progress
 
 _POLL = 0.1  # seconds between two looks at a worker's progress
 
 
-class _Pool(NamedTuple):
-    workers: ProcessPoolExecutor
-    counts: Any  # shared int64 [2 * workers]: how much a worker has done, and of how much
-    free: SimpleQueue[int]  # places in `counts`
+class _Slot(NamedTuple):
+    """A place where stages run one after the other, in one process for as long as that lives."""
+
+    number: int
+    worker: ProcessPoolExecutor
+    counts: Any  # shared int64 [2]: how much the stage has done, and of how much
 
 
 def gpus() -> int:
@@ -37,68 +40,111 @@ def count() -> int:
     return gpus() or len(os.sched_getaffinity(0))
 
 
+_context = multiprocessing.get_context("spawn")
+
+
 @cache
-def _pool() -> _Pool:
-    context = multiprocessing.get_context("spawn")
-    counts = context.Array("q", 2 * count(), lock=False)
-    order = context.Value("i", 0)
-    workers = ProcessPoolExecutor(count(), context, _settle, (counts, order, os.getpid()))
-    free: SimpleQueue[int] = SimpleQueue()
-    for place in range(count()):
-        free.put(place)
-    return _Pool(workers, counts, free)
+def _ended() -> Any:
+    """Shared: not zero once nothing is to run any more."""
+    return _context.Value("b", 0, lock=False)
+
+
+def _slot(number: int) -> _Slot:
+    counts = _context.Array("q", 2, lock=False)
+    return _Slot(number, ProcessPoolExecutor(1, _context, _settle, (counts, _ended(), number, os.getpid())), counts)
+
+
+@cache
+def _slots() -> SimpleQueue[_Slot]:
+    """The slots that are free."""
+    free: SimpleQueue[_Slot] = SimpleQueue()
+    for number in range(count()):
+        free.put(_slot(number))
+    return free
 
 
 def run(function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress) -> Outcome:
-    """Call a stage function in a worker process. Raises what it raises; UserError when the worker was killed."""
-    pool = _pool()
-    place = pool.free.get()
-    pool.counts[2 * place : 2 * place + 2] = [0, 0]
+    """Call a stage function in a worker process, and leave the others in peace when it dies.
+
+    Raises:
+        what the stage raises; PassingError when its reason may pass by itself, or when the process was killed;
+        UserError when it was killed for want of memory.
+    """
+    slot = _slots().get()
+    _check_not_ended()
+    slot.counts[:] = [0, 0]
+    killed = _killed_for_memory()
     try:
-        future = pool.workers.submit(_work, function, dict(arguments), place)
+        future = slot.worker.submit(_work, function, dict(arguments))
         while not future.done():
             wait([future], timeout=_POLL)
-            done, total = pool.counts[2 * place : 2 * place + 2]
+            done, total = slot.counts
             if total:
                 progress(done, total)
         return future.result()
     except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory; run again to go on from here"
-        ) from error
+        _check_not_ended()
+        slot = _slot(slot.number)
+        if _killed_for_memory() > killed:
+            raise UserError(
+                "the machine ran out of memory, and its process was killed; free some and run again to go on"
+            ) from error
+        raise PassingError("its process was killed; run again to go on from here") from error
     finally:
-        pool.free.put(place)
+        _slots().put(slot)
+
+
+def end() -> None:
+    """End the stages that run, within about a second, and start no others."""
+    _ended().value = 1
+
+
+def _check_not_ended() -> None:
+    if _ended().value:
+        raise UserError("ended with its run")
+
+
+def _killed_for_memory() -> int:
+    """How many processes the kernel has killed for want of memory."""
+    try:
+        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(counters.get("oom_kill", 0))
 
 
 _counts: Any = None
 
 
-def _settle(counts: Any, order: Any, parent: int) -> None:
+def _settle(counts: Any, ended: Any, number: int, parent: int) -> None:
     """In a new worker, before it imports PyTorch: its GPU or its threads, and an end when the parent ends."""
     global _counts
     _counts = counts
-    with order.get_lock():
-        index, order.value = order.value, order.value + 1
     if gpus():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus())))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen[index % len(seen)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[number % len(seen)]
     else:
         os.environ["OMP_NUM_THREADS"] = "1"
     warnings.filterwarnings("ignore")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then calls `end`
+    threading.Thread(target=_end_with, args=(parent, ended), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
+def _end_with(parent: int, ended: Any) -> None:
+    while os.getppid() == parent and not ended.value:
         time.sleep(1)
     os._exit(1)
 
 
-def _work(function: Callable[..., Outcome], arguments: dict[str, Any], place: int) -> Outcome:
+def _work(function: Callable[..., Outcome], arguments: dict[str, Any]) -> Outcome:
     def report(done: int, total: int) -> None:
-        _counts[2 * place : 2 * place + 2] = [done, total]
+        _counts[:] = [done, total]
 
     if "progress" in inspect.signature(function).parameters:
         arguments["progress"] = report
-    return function(**arguments)
+    try:
+        return function(**arguments)
+    except Exception as error:  # what it was raised from does not travel to the parent
+        if passes(error):
+            raise PassingError(one_line(error)) from error
+        raise

@@ -2,10 +2,9 @@
 
 import json
 import os
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ from cyclopts import App, Parameter
 from fmn import __version__, params
 from fmn.errors import UserError
 from fmn.methods import NEEDS
-from fmn.terminal import progress_bar, say, show_table
+from fmn.terminal import complain, errors, only_ours, progress_bar, say, show_table
 
 if TYPE_CHECKING:
     from fmn.stage import Outcome
@@ -29,13 +28,14 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_XET": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # its console output would drown ours; its logs keep all
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 FLAT = Parameter(name="*")
+Profile = Annotated[Path, Parameter(name="--params", help="the settings")]
+Verbose = Annotated[bool, Parameter(help="show what the libraries say, which otherwise goes to run.log in `work`")]
 Json = Annotated[bool, Parameter(name="--json", help="print the summary as JSON")]
 Data = Annotated[Path, Parameter(help="folder of the task's Parquet files, or of such folders by task")]
 
@@ -83,7 +83,7 @@ def _one_line(error: cyclopts.CycloptsError) -> str:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"fmn: {message}", file=sys.stderr)  # noqa: T201
+    complain(message)
     raise SystemExit(status)
 
 
@@ -153,16 +153,25 @@ def _statistics(
     return fisher_files, gram_files
 
 
+@contextmanager
+def _flow(params_file: Path, verbose: bool, as_json: bool) -> Iterator[None]:
+    """What surrounds a flow: on the terminal our own lines alone, on standard output for JSON nothing else."""
+    calm = nullcontext() if verbose else only_ours(Path(params.load(params_file).work) / "run.log")
+    with calm, redirect_stdout(errors()) if as_json else nullcontext():
+        yield
+
+
 @app.command
 def run(
     *,
-    params_file: Annotated[Path, Parameter(name="--params", help="the settings")] = Path("params.yaml"),
+    params_file: Profile = Path("params.yaml"),
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Run the whole pipeline as a Prefect flow; ends with the table of results and where to look."""
     from flows.pipeline import run_pipeline
 
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with _flow(params_file, verbose, as_json):
         results = run_pipeline(params_file)
     if as_json:
         _dump(results)
@@ -173,7 +182,8 @@ def compare(
     name: str,
     /,
     *,
-    params_file: Annotated[Path, Parameter(name="--params", help="the settings")] = Path("params.yaml"),
+    params_file: Profile = Path("params.yaml"),
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Compare merge methods over all pairs of experts and all together; every cell is computed once.
@@ -183,7 +193,7 @@ def compare(
     """
     from flows.compare import run_compare
 
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with _flow(params_file, verbose, as_json):
         found = run_compare(params_file, name)
     if as_json:
         _dump(found)

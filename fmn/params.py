@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from fmn.errors import UserError
 from fmn.methods import DAMPING, NEEDS
@@ -22,6 +22,7 @@ Mapping = Literal["structured", "paper"]
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 Source = str
+WEBHOOK = "FMN_WEBHOOK"  # the environment variable of the webhook's address
 
 
 def pairs(items: list[str], option: str) -> dict[str, str]:
@@ -256,6 +257,20 @@ class RegistrySettings(Settings):
     experiment: str = Field("fmn", description="MLflow experiment of the run")
 
 
+class NotifySettings(Settings):
+    webhook: SecretStr | None = Field(
+        None,
+        description="address that takes a notice, Slack's JSON, of a new champion and of a failure; $NAME is read from"
+        f" the environment; default: ${WEBHOOK}, nobody where that is not set",
+    )
+
+    @property
+    def address(self) -> str | None:
+        """The webhook's address, which is a secret; None when nobody is to be told."""
+        stated = self.webhook.get_secret_value() if self.webhook else f"${WEBHOOK}"
+        return os.environ.get(stated[1:]) if stated.startswith("$") else stated
+
+
 class Params(Settings):
     """``params.yaml``."""
 
@@ -277,6 +292,7 @@ class Params(Settings):
     full_fisher: FullFisherSettings = FullFisherSettings()
     compare: dict[str, CompareSettings] = Field(default_factory=dict, description="NAME: what `fmn compare` compares")
     registry: RegistrySettings = Field(..., description="where the merged model is registered")
+    notify: NotifySettings = NotifySettings()
 
     @model_validator(mode="after")
     def _every_task_has_one_expert(self) -> "Params":

@@ -1,12 +1,52 @@
 """What a person at a terminal sees: lines, tables, progress bars."""
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from fmn.errors import UserError
+
+_terminal: TextIO | None = None  # where our own messages go while standard error goes to a file
+
+
+def errors() -> TextIO:
+    """Where messages to the person at the terminal go that are no results."""
+    return _terminal or sys.stderr
+
+
+@contextmanager
+def only_ours(log: Path) -> Iterator[None]:
+    """Keep the terminal to our own lines: what else comes on standard error, of any process, goes to a file.
+
+    That lasts until this process ends, for libraries say things at exit, but not beyond an unforeseen exception.
+    """
+    global _terminal
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if _terminal is None:
+        _terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    _bars.console.file = _terminal
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception:
+        os.dup2(_terminal.fileno(), 2)
+        raise
+
+
+def complain(message: str) -> None:
+    """Say what went wrong, in one line."""
+    print(f"fmn: {message}", file=errors(), flush=True)
 
 
 def say(*lines: object) -> None:

@@ -1,0 +1,23 @@
+"""The Prefect server that a run reports to."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+from prefect.settings import PREFECT_API_URL
+
+from fmn.terminal import complain
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Where the server does not answer, or not any more, say so in one line and end this process."""
+    try:
+        yield
+    except httpx.TransportError:
+        server = PREFECT_API_URL.value() or "that this run started"
+        complain(f"the Prefect server {server} does not answer; what finished is kept: run again to go on from here")
+        sys.stdout.flush()
+        os._exit(1)  # Prefect would spend minutes at exit on events that nobody takes
