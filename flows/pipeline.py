@@ -19,7 +19,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import workers
-from fmn import labels, merge_stages, params, stages
+from fmn import labels, merge_stages, params, registry_stages, stages
 from fmn.errors import UserError
 from fmn.params import MergeSettings, Params
 from fmn.stage import Outcome
@@ -79,7 +79,8 @@ STAGES: Mapping[str, Callable[..., Outcome]] = {
     "compare": merge_stages.compare,
     "comparison": merge_stages.write_comparison,
     "report": stages.write_report,
-    "register": stages.register,
+    "register": registry_stages.register,
+    "log": registry_stages.log_comparison,
 }
 
 
@@ -111,15 +112,14 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
         UserError: naming every stage that failed, and why; what finished is kept.
     """
     settings = params.load(Path(profile))
-    futures = submit_stages(settings, Layout(Path(settings.work)))
+    futures = submit_stages(settings, Layout(Path(settings.work)), profile)
     outcomes = collect(futures)
     computed = any(outcome.computed for outcome in outcomes.values())
     keep_dvc_in_step(Path(profile), computed)
-    return {
-        **outcomes["report", ""].summary,
-        "registered": dict(outcomes["register", ""].summary),
-        "computed": computed,
-    }
+    registered = dict(outcomes["register", ""].summary)
+    if outcomes["register", ""].computed:
+        registry_stages.record_dvc_lock(registered["name"], registered["version"])
+    return {**outcomes["report", ""].summary, "registered": registered, "computed": computed}
 
 
 Futures = dict[tuple[str, str], PrefectFuture[Outcome]]
@@ -153,10 +153,15 @@ def submit_experts(submit: Submit, settings: Params, layout: Layout) -> dict[str
     return made
 
 
-def submit_stages(settings: Params, layout: Layout) -> Futures:
+def submit_stages(settings: Params, layout: Layout, profile: str | None) -> Futures:
     """Submit every stage's task run, by (stage, name).
 
     Each comes after what it needs, and stage by stage: a run that waits for its expert holds a worker's place.
+
+    Args:
+        settings: what to make.
+        layout: where.
+        profile: the name of the settings file, which the registry is told; without one nothing is registered.
     """
     futures: Futures = {}
     names = settings.experts.tasks
@@ -196,10 +201,12 @@ def submit_stages(settings: Params, layout: Layout) -> Futures:
         merged_models={model: layout.metrics(model) for model in merges}, fisher_files=fisher_files,
         out=layout.report,
     )  # fmt: skip
-    submit(
-        "register", "", [("report", "")], model=layout.merged("merged"), metrics=layout.metrics("merged"),
-        report_folder=layout.report, out=layout.registered, settings=settings.registry,
-    )  # fmt: skip
+    if profile is not None:
+        submit(
+            "register", "", [("report", "")], model=layout.merged("merged"), metrics=layout.metrics("merged"),
+            report_folder=layout.report, out=layout.registered, settings=settings.registry, profile=profile,
+            params=settings,
+        )  # fmt: skip
     return futures
 
 
@@ -243,5 +250,6 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     say(f"report     {layout.report}")
     say(f"model      {layout.merged('merged')}")
     say(f"registry   models:/{registered['name']}/{registered['version']} in {registered['store']}")
+    say(f"{registered['alias']:<10} {registered['reason']}")
     say(f"{time.monotonic() - started:.0f} s" + ("" if outcome["computed"] else ", nothing had changed"))
     return outcome

@@ -83,7 +83,7 @@ def _settle(counts: Any, order: Any, parent: int) -> None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus())))).split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = seen[index % len(seen)]
     else:
-        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["OMP_NUM_THREADS"] = os.environ.get("FMN_THREADS", "1")
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
