@@ -111,6 +111,10 @@ def submit_comparison(settings: Params, comparing: CompareSettings, layout: Layo
                 **{"fisher_files": {}, "gram_files": {}, **files},
             )  # fmt: skip
     submit("comparison", "", [key for key in futures if key[0] == "compare"], cells=cells, out=out / "tables")
+    submit(
+        "log", "", [("comparison", "")], tables=out / "tables", name=out.name, methods=comparing.methods,
+        settings=settings.registry,
+    )  # fmt: skip
     return futures
 
 

@@ -21,7 +21,7 @@ from prefect.tasks import Task, exponential_backoff
 from flows import dvc, limits, notices, pages, workers
 from flows.faults import PassingError, one_line
 from flows.server import answering
-from fmn import labels, merge_stages, params, stages
+from fmn import labels, merge_stages, params, registry_stages, stages
 from fmn.errors import UserError
 from fmn.params import MergeSettings, Params
 from fmn.stage import Outcome
@@ -81,7 +81,8 @@ STAGES: Mapping[str, Callable[..., Outcome]] = {
     "compare": merge_stages.compare,
     "comparison": merge_stages.write_comparison,
     "report": stages.write_report,
-    "register": stages.register,
+    "register": registry_stages.register,
+    "log": registry_stages.log_comparison,
 }
 
 
@@ -134,12 +135,13 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
     with notices.failures_told(Path(profile)):
         settings = params.load(Path(profile))
         layout = Layout(Path(settings.work))
-        outcomes = collect(submit_stages(settings, layout))
+        outcomes = collect(submit_stages(settings, layout, profile))
         dvc.keep_in_step(Path(profile), [outcome.out for outcome in outcomes.values()])
     found, registered = outcomes["report", ""].summary, dict(outcomes["register", ""].summary)
     pages.show_results(*found["table"])
     pages.show_links(registered, layout.report)
     if outcomes["register", ""].computed:
+        registry_stages.record_dvc_lock(registered["name"], registered["version"])
         notices.tell_champion(Path(profile), registered)
     return {**found, "registered": registered, "computed": any(outcome.computed for outcome in outcomes.values())}
 
@@ -175,10 +177,15 @@ def submit_experts(submit: Submit, settings: Params, layout: Layout) -> dict[str
     return made
 
 
-def submit_stages(settings: Params, layout: Layout) -> Futures:
+def submit_stages(settings: Params, layout: Layout, profile: str | None) -> Futures:
     """Submit every stage's task run, by (stage, name).
 
     Each comes after what it needs, and stage by stage: a run that waits for its expert holds a worker's place.
+
+    Args:
+        settings: what to make.
+        layout: where.
+        profile: the name of the settings file, which the registry is told; without one nothing is registered.
     """
     futures: Futures = {}
     names = settings.experts.tasks
@@ -218,10 +225,12 @@ def submit_stages(settings: Params, layout: Layout) -> Futures:
         merged_models={model: layout.metrics(model) for model in merges}, fisher_files=fisher_files,
         out=layout.report,
     )  # fmt: skip
-    submit(
-        "register", "", [("report", "")], model=layout.merged("merged"), metrics=layout.metrics("merged"),
-        report_folder=layout.report, out=layout.registered, settings=settings.registry,
-    )  # fmt: skip
+    if profile is not None:
+        submit(
+            "register", "", [("report", "")], model=layout.merged("merged"), metrics=layout.metrics("merged"),
+            report_folder=layout.report, out=layout.registered, settings=settings.registry, profile=profile,
+            params=settings,
+        )  # fmt: skip
     return futures
 
 
@@ -266,5 +275,6 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     say(f"report     {layout.report}")
     say(f"model      {layout.merged('merged')}")
     say(f"registry   models:/{registered['name']}/{registered['version']} in {registered['store']}")
+    say(f"{registered['alias']:<10} {registered['reason']}")
     say(f"{time.monotonic() - started:.0f} s" + ("" if outcome["computed"] else ", nothing had changed"))
     return outcome

@@ -124,7 +124,7 @@ def _settle(counts: Any, ended: Any, number: int, parent: int) -> None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus())))).split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = seen[number % len(seen)]
     else:
-        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["OMP_NUM_THREADS"] = os.environ.get("FMN_THREADS", "1")
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then calls `end`
     threading.Thread(target=_end_with, args=(parent, ended), daemon=True).start()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -278,6 +279,24 @@ def read_predictions(metrics: Path) -> "dict[str, dict[str, Answers]]":
         answers = Answers(*(table[name].slice(start, end - start).to_numpy() for name in ("prediction", "label")))
         found.setdefault(task, {})[split] = answers
     return found
+
+
+def digest_values(path: Path) -> str:
+    """sha256 of the numbers in a file of statistics, in hexadecimal; the same whatever its metadata say.
+
+    Args:
+        path: a Fisher artifact, or statistics in safetensors.
+    """
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+        return digest_file(path, 8 + length)
+    digest = hashlib.sha256()
+    for values in read_fisher(path)[:2]:
+        for site in sorted(values or {}):
+            digest.update(repr(tuple(site)).encode())
+            digest.update((values or {})[site].tobytes())
+    return digest.hexdigest()
 
 
 def _fisher_digest(columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -495,20 +496,84 @@ def register(
     metrics: Path,
     settings: Annotated[params.RegistrySettings, FLAT],
     report: Path | None = None,
+    params_file: Annotated[Path | None, Parameter(name="--params")] = None,
     out: Path | None = None,
     as_json: Json = False,
 ) -> None:
-    """Register a merged model, with its metrics, in MLflow.
+    """Register a merged model, with its metrics, in MLflow; it becomes the champion or the challenger.
 
     Args:
         model: the merged model's folder
         metrics: its metrics file, made by `fmn evaluate`
         report: folder to keep with the run, made by `fmn report`
+        params_file: the settings that the model was made with, to keep with it; `fmn reproduce` follows them
         out: a file that records name, version and run
     """
-    from fmn import stages
+    from fmn import registry_stages
 
-    _say(stages.register(model, metrics, report, out, settings), as_json, _facts("name", "version", "run", "store"))
+    profile, made_with = (str(params_file), params.load(params_file)) if params_file else (None, None)
+    outcome = registry_stages.register(model, metrics, report, out, settings, profile, made_with)
+    _say(outcome, as_json, _facts("name", "version", "alias", "reason", "run", "store"))
+
+
+@app.command
+def rollback(name: str, /, *, to: str | None = None, as_json: Json = False) -> None:
+    """Give the alias champion back to the version of a registered model that held it before.
+
+    Args:
+        name: of the registered model
+        to: the version that is to be the champion instead
+    """
+    from fmn import registry_stages
+
+    done = registry_stages.roll_back(name, to)
+    if as_json:
+        _dump(done)
+    else:
+        say(f"champion of {name}: version {done['champion']}, was {done['before'] or 'none'}")
+
+
+@app.command
+def reproduce(
+    version: str,
+    /,
+    *,
+    run: Annotated[bool, Parameter(help="make it again, from those sources and settings")] = False,
+    out: Annotated[Path | None, Parameter(help="folder to make it in; default: data/reproduced/NAME-VERSION")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a registered version was made from; with --run make it again and compare the digests.
+
+    Args:
+        version: models:/NAME/VERSION or models:/NAME@ALIAS
+    """
+    from fmn import lineage, registry_stages
+
+    found = registry_stages.read_lineage(version)
+    stated = {"version": found.uri, "tags": found.tags, "lineage": found.table, "settings": found.settings}
+    if not as_json:
+        show_table(["", "", "sha256"], [[what, how, digest[:12]] for what, how, digest in found.table])
+    if not run:
+        if as_json:
+            _dump(stated)
+        return
+    from flows.reproduce import rebuild
+
+    folder = out or Path("data/reproduced") / found.uri.removeprefix("models:/").replace("/", "-")
+    profile = registry_stages.settings_again(found, folder)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        made = rebuild(profile, found.tags["made"], lineage.threads(found.recipe))
+    compared = registry_stages.compare_digests(found, *made)
+    wrong = [what for what, before, now in compared if before != now]
+    if as_json:
+        _dump({**stated, "again": compared, "same": not wrong})
+    else:
+        words = {True: "the same", False: "differs"}
+        show_table(["", "", "sha256"], [[what, words[before == now], now[:12]] for what, before, now in compared])
+    if wrong:
+        raise UserError(f"{found.uri} was not made again in {folder}: other digests for {', '.join(wrong)}")
+    if not as_json:
+        say(f"{found.uri} was made again in {folder}: all digests are the same")
 
 
 @app.command

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fmn import embedded
-from fmn.artifacts import digest_bytes, digest_file, whole_file
+from fmn.artifacts import digest_bytes, digest_file, read_manifest, whole_file
 from fmn.errors import UserError
 from fmn.tasks import Task
 
@@ -112,6 +112,13 @@ def tokenize(tokenizer: Any, task: Task, table: pa.Table, max_length: int = MAX_
         labels=table["label"].to_numpy(),
         pad={name: padding[name] for name in inputs},
     )
+
+
+def origin(folder: Path, task: Task) -> dict[str, str]:
+    """Where a task's files come from: the source, and its revision or seed, as `fmn data` was told."""
+    manifest = read_manifest(_home(folder, task))
+    info = manifest["info"] if manifest else {"source": "a folder"}
+    return {name: str(info[name]) for name in ("source", "revision", "seed") if name in info}
 
 
 def digests(folder: Path, task: Task, splits: Iterable[str]) -> dict[str, str]:

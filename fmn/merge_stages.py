@@ -57,9 +57,10 @@ def _statistics(
                 raise UserError(f"--{kind} {task}=FILE is missing: this method weighs by it; `fmn {command}` makes it")
             found[task], metadata = read(files[task])
             _belongs(files[task], kind, metadata, task, experts[task], digest)
-            names = ("estimator", "samples", "seed", "dtype", "key")
+            names = ("estimator", "samples", "seed", "dtype", "data_digest", "threads", "key")
             stated[kind][task] = {
                 "digest": artifacts.digest_file(files[task]),
+                "values": artifacts.digest_values(files[task]),
                 **{name: metadata[name] for name in names if name in metadata},
             }
         options[option] = found
@@ -281,7 +282,8 @@ def merge(
             "fmn": __version__,
             "key": key,
             "experts": {
-                task: {**stage.lineage(experts[task]), "digest": digest} for task, digest in inputs.experts.items()
+                task: {**stage.lineage(experts[task]), "digest": digest, **stage.circumstances(experts[task])}
+                for task, digest in inputs.experts.items()
             },
             **inputs.stated,
             "labels": aligned,

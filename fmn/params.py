@@ -255,6 +255,13 @@ class SearchSettings(Settings):
 class RegistrySettings(Settings):
     name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="name of the registered model")
     experiment: str = Field("fmn", description="MLflow experiment of the run")
+    tolerance: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="how much less than the champion's a task's score may be for a version to take its place; the mean"
+        " may not be less",
+    )
 
 
 class NotifySettings(Settings):

@@ -99,6 +99,12 @@ def lineage(folder: Path) -> dict[str, str]:
     return {"source": str(info.get("source", made)), "revision": str(info.get("revision", made))}
 
 
+def circumstances(folder: Path) -> dict[str, Any]:
+    """What a checkpoint that was fine-tuned here says it was made with, beside its settings."""
+    info = (artifacts.read_manifest(folder) or {"info": {}})["info"]
+    return {name: info[name] for name in ("data_digest", "threads") if name in info}
+
+
 def there(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such file")

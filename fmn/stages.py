@@ -6,7 +6,6 @@ once. The command line, the Prefect flow and DVC all call these functions, so no
 
 import multiprocessing
 import os
-import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +21,6 @@ from fmn.params import (
     FisherSettings,
     FullFisherSettings,
     GramSettings,
-    RegistrySettings,
 )
 from fmn.stage import Outcome, Progress
 
@@ -42,9 +40,8 @@ FINETUNE = 1
 FISHER = 2
 FULL_FISHER = 1
 GRAM = 1
-EVALUATE = 2
+EVALUATE = 3
 REPORT = 1
-REGISTER = 1
 
 
 def fetch(source: str, out: Path, progress: Progress | None = None) -> Outcome:
@@ -94,6 +91,8 @@ def finetune(
     key = artifacts.content_key("finetune", FINETUNE, {"task": task, **described}, inputs)
 
     def fill(target: Path) -> Mapping[str, Any]:
+        import torch
+
         from fmn import batches, finetune
 
         tokenizer = checkpoints.load_tokenizer(base)
@@ -115,7 +114,9 @@ def finetune(
             "task": task,
             "base": stage.lineage(base),
             **described,
+            "data_digest": inputs["train"],
             "examples": len(rows),
+            "threads": torch.get_num_threads(),
             "steps": len(losses),
             "loss": sum(last) / len(last),
         }
@@ -217,6 +218,8 @@ def fisher(
     sums = [out.with_name(f".{out.name}.{index}-{parts}.partial-sums") for index in range(parts)]
 
     def make() -> None:
+        import torch
+
         from fmn import fisher
 
         aligned = labels.decide(checkpoint, found, folder, settings.device)
@@ -250,6 +253,7 @@ def fisher(
             "rank_correlation": estimate.correlation,
             "dtype": estimate.dtype,
             "device": estimate.device,
+            "threads": torch.get_num_threads(),
             "fmn": __version__,
         }
         artifacts.write_fisher(out, estimate.fisher, estimate.stderr, metadata)
@@ -280,6 +284,8 @@ def _large_statistic(
     key = artifacts.content_key(kind, algorithm, described, inputs)
 
     def make() -> None:
+        import torch
+
         examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
         aligned = labels.decide(checkpoint, found, folder, settings.device)
         tensors, metadata = compute(labels.ordered(checkpoints.load_classifier(checkpoint), aligned), examples)
@@ -291,6 +297,7 @@ def _large_statistic(
             "data_digest": inputs["train"],
             "labels": {task: aligned},
             "samples": len(examples) if settings.samples == "all" else min(settings.samples, len(examples)),
+            "threads": torch.get_num_threads(),
             "fmn": __version__,
             **metadata,
         }
@@ -373,10 +380,11 @@ def evaluate(
         raise UserError(f"{model}: not a merged model, so say which task it is for: --task TASK")
     found = {name: tasks.task(name) for name in chosen}
     inputs = {"model": digest}
-    splits = {}
+    splits, origins = {}, {}
     for name, task in found.items():
         digests = data.digests(folder, task, data.validation_splits(folder, task))
         splits[name] = list(digests)
+        origins[name] = {**data.origin(folder, task), "splits": dict(digests)}
         # Outputs without a name that means something are told apart by the training split.
         if not is_merged and not labels.by_names(task, labels.output_names(model)) and data.has(folder, task, "train"):
             digests |= data.digests(folder, task, ["train"])
@@ -404,6 +412,7 @@ def evaluate(
             "interval": intervals.interval(intervals.macro({name: values["score"] for name, values in draws.items()})),
             "predictions": artifacts.digest_file(predictions),
             "labels": aligned,
+            "data": origins,
         }
         artifacts.write_json(out, "evaluate", key, content)
 
@@ -476,76 +485,6 @@ def write_report(
         )
 
     return stage.run_folder("report", out, key, fill)
-
-
-def register(
-    model: Path, metrics: Path, report_folder: Path | None, out: Path | None, settings: RegistrySettings
-) -> Outcome:
-    """The merged model as a new version in the MLflow registry, with a run that holds its metrics and report.
-
-    The version that these very files have already is not made again. ``out``, where given, records where it stands.
-    """
-    from fmn import registry
-
-    started = time.monotonic()
-    recipe.verify(model)
-    made = recipe.read_recipe(model)
-    found = artifacts.read_json(metrics)
-    inputs = {"merged": artifacts.digest_file(model / recipe.RECIPE), "metrics": artifacts.digest_file(metrics)}
-    key = artifacts.content_key("register", REGISTER, settings.model_dump(), inputs)
-    if found.get("model") != inputs["merged"] or set(found["tasks"]) != set(made["tasks"]):
-        raise UserError(f"{metrics}: not the metrics of all tasks of {model}; make them with `fmn evaluate {model}`")
-    experts = made["experts"]
-    registered = registry.register(
-        model,
-        name=settings.name,
-        experiment=settings.experiment,
-        key=key,
-        params={
-            **{
-                name: made[name] for name in ("method", "mapping", "scale", "density", "seed") if made[name] is not None
-            },
-            "tasks": ", ".join(made["tasks"]),
-            **{f"coefficient.{task}": value for task, value in made["coefficients"].items()},
-            **{
-                f"fisher.{task}.{name}": stated[name]
-                for task, stated in made["fisher"].items()
-                for name in ("estimator", "samples")
-            },
-        },
-        metrics={
-            "score": found["score"],
-            **{
-                f"{task}.{name}": value
-                for task, entry in found["tasks"].items()
-                for name, value in entry.items()
-                if name != "interval"
-            },
-        },
-        intervals={
-            "score": found["interval"],
-            **{
-                f"{task}.{name}": ends
-                for task, entry in found["tasks"].items()
-                for name, ends in entry["interval"].items()
-            },
-        },
-        artifacts={
-            "merged": model / recipe.RECIPE,
-            "metrics": metrics,
-            **({"report": report_folder} if report_folder else {}),
-        },
-        tags={f"expert.{task}": entry["revision"] for task, entry in experts.items()},
-    )
-    summary = {
-        "name": registered.name,
-        "version": registered.version,
-        "run": registered.run_id,
-        "store": registered.tracking_uri,
-    }
-    if out is not None and not artifacts.json_is_current(out, key):
-        artifacts.write_json(out, "register", key, summary)
-    return Outcome("register", out or model, registered.new, time.monotonic() - started, summary)
 
 
 def predict(model: Path, task: str, text: str, second: str | None) -> dict[str, Any]:

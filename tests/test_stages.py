@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fmn import artifacts, intervals, merge_stages, stages, tasks
+from fmn import artifacts, intervals, merge_stages, registry_stages, stages, tasks
 from fmn.data import read
 from fmn.errors import UserError
 from fmn.params import (
@@ -331,7 +331,7 @@ def test_metrics_of_another_model_are_not_registered(work: Path) -> None:
     merge(work, MergeSettings(mapping="paper"))
     for metrics in ("merged.json", "part.json"):
         with pytest.raises(UserError, match="not the metrics"):
-            stages.register(work / "merged", work / metrics, None, None, RegistrySettings(name="demo"))
+            registry_stages.register(work / "merged", work / metrics, None, None, RegistrySettings(name="demo"))
 
 
 def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back(work: Path) -> None:

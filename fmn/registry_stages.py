@@ -1,0 +1,287 @@
+"""The stages that end in MLflow: a merged model registered, a comparison logged; and a version's lineage."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmn import artifacts, lineage, recipe, tasks
+from fmn.errors import UserError
+from fmn.params import ComparedSettings, Params, RegistrySettings
+from fmn.stage import Outcome
+
+if TYPE_CHECKING:
+    from fmn.registry import Input
+
+REGISTER = 1
+COMPARISON = 1
+METRICS, SETTINGS = "metrics.json", "params.yaml"
+
+
+def register(
+    model: Path,
+    metrics: Path,
+    report_folder: Path | None,
+    out: Path | None,
+    settings: RegistrySettings,
+    profile: str | None = None,
+    params: Params | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> Outcome:
+    """The merged model as a new version in the MLflow registry, with a run that holds metrics, report and lineage.
+
+    The version that these very files have already is not made again. ``out``, where given, records where it stands.
+
+    Args:
+        profile: the name of the settings file that the model was made with.
+        params: its content.
+        seconds: what each stage took, by its name.
+
+    Raises:
+        UserError: the metrics are not the model's, or the settings make other models.
+    """
+    from fmn import registry
+
+    started = time.monotonic()
+    recipe.verify(model)
+    made, found = recipe.read_recipe(model), artifacts.read_json(metrics)
+    inputs = {"merged": artifacts.digest_file(model / recipe.RECIPE), "metrics": artifacts.digest_file(metrics)}
+    key = artifacts.content_key("register", REGISTER, settings.model_dump(exclude={"tolerance"}), inputs)
+    if found.get("model") != inputs["merged"] or set(found["tasks"]) != set(made["tasks"]):
+        raise UserError(f"{metrics}: not the metrics of all tasks of {model}; make them with `fmn evaluate {model}`")
+    if "data" not in found:
+        raise UserError(f"{metrics}: made by an older fmn, which did not say of which data; evaluate again")
+    tags = lineage.tags(made, found)
+    stated = None
+    if params is not None:
+        stated = lineage.pinned(params, made, found)
+        tags |= {"profile": profile or SETTINGS, "made": lineage.place(model, params)}
+    with tempfile.TemporaryDirectory() as scratch:
+        registered = registry.register(
+            model,
+            name=settings.name,
+            experiment=settings.experiment,
+            key=key,
+            params=_params(made, stated or {}),
+            metrics=_metrics(found) | {f"seconds/{name}": value for name, value in (seconds or {}).items()},
+            inputs=_inputs(made, found),
+            artifacts=_kept(Path(scratch), model, metrics, report_folder, stated),
+            tags=tags,
+            scores={task: entry["score"] for task, entry in found["tasks"].items()},
+            data=tags["data"],
+            tolerance=settings.tolerance,
+            card=_without_front_matter(model / recipe.CARD),
+        )
+    summary = {
+        "name": registered.name,
+        "version": registered.version,
+        "run": registered.run_id,
+        "store": registered.tracking_uri,
+        "alias": registered.alias,
+        "reason": registered.reason,
+    }
+    if out is not None and not artifacts.json_is_current(out, key):
+        artifacts.write_json(out, "register", key, summary)
+    return Outcome("register", out or model, registered.new, time.monotonic() - started, summary)
+
+
+def _params(made: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the recipe says of the merge, and the settings of the stages before it."""
+    names = ("method", "mapping", "normalise", "exponent", "damping", "scale", "density", "seed")
+    found = {name: made[name] for name in names if made.get(name) is not None}
+    found |= {f"coefficient.{task}": value for task, value in made["coefficients"].items()}
+    left_out = ("work", "base", "experts", "sources", "merge", "registry")  # in the recipe and the tags
+    return found | _flat({name: value for name, value in settings.items() if name not in left_out})
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif value not in (None, [], ""):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics by TASK.NAME, with the ends of their 95 % intervals as TASK.NAME.low and TASK.NAME.high."""
+    entries = {"": {"score": found["score"], "interval": {"score": found["interval"]}}, **found["tasks"]}
+    values: dict[str, float] = {}
+    for task, entry in entries.items():
+        prefix = f"{task}." if task else ""
+        for name, value in entry.items():
+            if name != "interval":
+                values[prefix + name] = value
+        for name, ends in entry["interval"].items():
+            values |= {f"{prefix}{name}.{end}": x for end, x in zip(("low", "high"), ends, strict=True)}
+    return values
+
+
+def _inputs(made: Mapping[str, Any], found: Mapping[str, Any]) -> "list[Input]":
+    """The validation splits that the model was scored on, and the training splits behind experts and statistics."""
+    from fmn.registry import Input
+
+    listed = []
+    for name, entry in found["data"].items():
+        task = tasks.task(name)
+        origin = {item: value for item, value in entry.items() if item != "splits"}
+        columns = {**dict.fromkeys(task.columns, "string"), "label": "double" if task.regression else "long"}
+        for split, digest in entry["splits"].items():
+            rows = found["tasks"][name]["examples" + task.suffix(split)]
+            listed.append(Input(name, split, digest, {**origin, "split": split}, columns, rows))
+        if train := lineage.train_digest(made, name):
+            listed.append(Input(name, "training", train, {**origin, "split": "train"}, columns, None))
+    return listed
+
+
+def _kept(
+    folder: Path, model: Path, metrics: Path, report_folder: Path | None, settings: Mapping[str, Any] | None
+) -> Path:
+    """A folder of the files that a run keeps: lineage and report."""
+    from fmn.registry import LINEAGE
+
+    (folder / LINEAGE).mkdir()
+    shutil.copyfile(model / recipe.RECIPE, folder / LINEAGE / recipe.RECIPE)
+    shutil.copyfile(metrics, folder / LINEAGE / METRICS)
+    if settings is not None:
+        (folder / LINEAGE / SETTINGS).write_text(lineage.as_yaml(settings))
+    if report_folder is not None:
+        shutil.copytree(report_folder, folder / "report", ignore=shutil.ignore_patterns(artifacts.MANIFEST, ".*"))
+    return folder
+
+
+def _without_front_matter(card: Path) -> str:
+    """A model card as people read it."""
+    text = card.read_text() if card.is_file() else ""
+    if text.startswith("---\n"):
+        text = text[4:].partition("\n---\n")[2]
+    return text.strip()
+
+
+def roll_back(name: str, version: str | None) -> dict[str, str | None]:
+    """Give the champion's place back to the version that held it before, or to another; UserError without one."""
+    from fmn import registry
+
+    before, now = registry.roll_back(name, version)
+    return {"name": name, "before": before, "champion": now}
+
+
+def record_dvc_lock(name: str, version: str) -> None:
+    """State with a version the dvc.lock that was brought in step after its registration."""
+    from fmn import registry
+
+    if digest := lineage.dvc_lock():
+        registry.tag(name, version, {"dvc.lock": digest})
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a registered version was made from.
+
+    Attributes:
+        uri: ``models:/NAME/VERSION``.
+        tags: of the version.
+        recipe: the content of ``merge.json``.
+        metrics: the content of its metrics file.
+        settings: the settings, with pinned sources; None where it was registered without them.
+    """
+
+    uri: str
+    tags: Mapping[str, str]
+    recipe: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    settings: Mapping[str, Any] | None
+
+    @property
+    def table(self) -> list[list[str]]:
+        """Rows: what, from where or how, digest."""
+        return lineage.table(self.recipe, self.metrics, self.tags)
+
+
+def read_lineage(source: str) -> Lineage:
+    """What a registered version was made from; UserError where that was not recorded."""
+    from fmn import registry
+    from fmn.params import read_yaml
+
+    with tempfile.TemporaryDirectory() as scratch:
+        found = registry.recorded(source, Path(scratch))
+        settings = found.folder / SETTINGS
+        return Lineage(
+            found.uri,
+            found.tags,
+            recipe.read_recipe(found.folder),
+            artifacts.read_json(found.folder / METRICS),
+            read_yaml(settings) if settings.is_file() else None,
+        )
+
+
+def settings_again(found: Lineage, out: Path) -> Path:
+    """Write the settings that make a version's model again below the folder ``out``; returns their file.
+
+    Raises:
+        UserError: they were not recorded, or a source is not there any more.
+    """
+    if found.settings is None:
+        raise UserError(f"{found.uri}: registered without its settings; `fmn register --params FILE` records them")
+    settings = lineage.again(found.settings, out / "work", found.uri)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / SETTINGS
+    with artifacts.whole_file(file) as partial:
+        partial.write_text(lineage.as_yaml(settings.model_dump(mode="json", exclude_defaults=True)))
+    return file
+
+
+def compare_digests(found: Lineage, model: Path, metrics: Path) -> list[tuple[str, str, str]]:
+    """A model that was made again beside the version: (what, digest stated, digest now)."""
+    before = lineage.digests(found.recipe, found.metrics)
+    now = lineage.digests(recipe.read_recipe(model), artifacts.read_json(metrics))
+    return [(name, before.get(name, ""), now.get(name, "")) for name in dict.fromkeys([*before, *now])]
+
+
+def log_comparison(
+    tables: Path, name: str, methods: Mapping[str, ComparedSettings], settings: RegistrySettings
+) -> Outcome:
+    """The tables of a comparison in MLflow: a run, and below it a run for each method with its metrics by set.
+
+    Args:
+        tables: the folder that `write_comparison` filled.
+        name: of the comparison.
+        methods: how each merges.
+        settings: the experiment of the runs.
+    """
+    from fmn import registry
+
+    started = time.monotonic()
+    manifest = artifacts.read_manifest(tables)
+    if manifest is None or not artifacts.folder_is_current(tables, manifest["key"]):
+        raise UserError(f"{tables}: not the tables of a comparison, or changed; make them with `fmn compare`")
+    results = json.loads((tables / "results.json").read_text())
+    described = {"name": name, "experiment": settings.experiment}
+    key = artifacts.content_key("log-comparison", COMPARISON, described, {"tables": manifest["key"]})
+    run, new = registry.log_comparison(
+        {method: {**means, **_by_set(results["sets"], method)} for method, means in results["methods"].items()},
+        name=name,
+        experiment=settings.experiment,
+        key=key,
+        params={method: _flat(merging.model_dump(mode="json")) for method, merging in methods.items()},
+        artifacts=tables,
+        note=(tables / "table.md").read_text(),
+    )
+    return Outcome("log", tables, new, time.monotonic() - started, {"run": run, "store": registry.tracking_uri()})
+
+
+def _by_set(sets: Mapping[str, Mapping[str, Mapping[str, Any]]], method: str) -> dict[str, float]:
+    """A method's metrics by set of experts: the mean score relative to the experts', and the score of each task."""
+    found = {}
+    for name, row in sets.items():
+        set_name = name.replace("+", "-")  # which MLflow takes in the name of a metric
+        shares: Sequence[float] = [one["relative"] for one in row[method].values() if one["relative"] is not None]
+        if shares:
+            found[f"relative/{set_name}"] = sum(shares) / len(shares)
+        found |= {f"{set_name}/{task}": one["score"] for task, one in row[method].items()}
+    return found
