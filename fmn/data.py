@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fmn import embedded
-from fmn.artifacts import digest_bytes, digest_file, whole_file
+from fmn.artifacts import digest_bytes, digest_file, read_manifest, whole_file
 from fmn.errors import UserError
 from fmn.tasks import Task
 
@@ -123,6 +123,12 @@ def digests(folder: Path, task: Task, splits: Iterable[str]) -> dict[str, str]:
             raise _missing(folder, task, split)
         found[split] = digest_bytes("".join(digest_file(file) for file in files).encode())
     return found
+
+
+def stated(folder: Path, task: Task) -> dict[str, Any]:
+    """Where a task's rows come from, as its manifest says: source, revision or seed, rows by split; else empty."""
+    manifest = read_manifest(_home(folder, task))
+    return dict(manifest["info"]) if manifest and manifest["stage"] == "data" else {}
 
 
 def has(folder: Path, task: Task, split: str) -> bool:

@@ -44,7 +44,9 @@ def run(
     with artifacts.locked(out):
         computed = not current()
         if computed:
+            begun = time.monotonic()
             make()
+            artifacts.write_cost(out, stage, time.monotonic() - begun)
     return Outcome(stage, out, computed, time.monotonic() - started, summarise())
 
 
@@ -97,6 +99,15 @@ def lineage(folder: Path) -> dict[str, str]:
     info = manifest["info"]
     made = f"{manifest['stage']}:{manifest['key'][:16]}"
     return {"source": str(info.get("source", made)), "revision": str(info.get("revision", made))}
+
+
+def tuning(folder: Path) -> dict[str, Any]:
+    """The settings that fmn fine-tuned a checkpoint with; empty where it did not."""
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None or manifest["stage"] != "finetune":
+        return {}
+    names = ("epochs", "learning_rate", "batch_size", "examples", "seed", "dtype")
+    return {name: manifest["info"][name] for name in names}
 
 
 def there(path: Path) -> Path:
