@@ -80,7 +80,8 @@ def submit_comparison(settings: Params, comparing: CompareSettings, layout: Layo
     submit = submitter(futures)
     made = submit_experts(submit, settings, layout)
     names = settings.experts.tasks
-    takes = {method: statistics(merging, settings) for method, merging in comparing.methods.items()}
+    methods = comparison.bounded(comparing.methods)
+    takes = {method: statistics(merging, settings) for method, merging in methods.items()}
 
     def file(statistic: Statistic, task: str) -> Path:
         return layout.work / "fisher" / f"{task}{statistic.suffix}"
@@ -98,8 +99,8 @@ def submit_comparison(settings: Params, comparing: CompareSettings, layout: Layo
     }
     cells: dict[str, dict[str, Path]] = {}
     for chosen, members in comparison.sets(names, comparing.sets).items():
-        cells[chosen] = {method: out / "cells" / chosen / f"{_file(method)}.json" for method in comparing.methods}
-        for method, merging in comparing.methods.items():
+        cells[chosen] = {method: out / "cells" / chosen / f"{_file(method)}.json" for method in methods}
+        for method, merging in methods.items():
             files = {argument: {n: file(one, n) for n in members} for argument, one in takes[method].items()}
             after = [(one.stage, f"{name} {one.name}") for one in takes[method].values() for name in members]
             after += [("fetch", "base"), *(made[name] for name in members), *(("data", name) for name in members)]
@@ -129,5 +130,8 @@ def run_compare(profile: Path, name: str) -> dict[str, Any]:
     with answering():
         found = dict(compare(str(profile), name)["comparison", ""].summary)
     show_table(*found["table"])
-    say(f"tables     {Path(settings.work) / 'compare' / name / 'tables'}", f"{time.monotonic() - started:.0f} s")
+    say(
+        f"report     {Path(settings.work) / 'compare' / name / 'tables' / 'report.html'}",
+        f"{time.monotonic() - started:.0f} s",
+    )
     return found

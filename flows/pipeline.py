@@ -60,7 +60,8 @@ class Layout:
         return self.work / "fisher" / f"{name}.gram.safetensors"
 
     def merged(self, name: str) -> Path:
-        return self.work / name
+        # Where the base itself lies, there is no place for the base below every expert's head.
+        return self.work / ("base-heads" if name == "base" else name)
 
     def expert_metrics(self, name: str) -> Path:
         return self.work / "metrics" / "experts" / f"{name}.json"
@@ -189,8 +190,12 @@ def submit_stages(settings: Params, layout: Layout, profile: str | None) -> Futu
     """
     futures: Futures = {}
     names = settings.experts.tasks
-    # What everybody tries first stands beside what the profile asks for.
-    merges = {"average": MergeSettings(method="average"), "merged": settings.merge}
+    # Bounds stand beside what the profile asks for: nothing merged, and what everybody tries first.
+    merges = {
+        "base": MergeSettings(method="average", scale=0),
+        "average": MergeSettings(method="average"),
+        "merged": settings.merge,
+    }
     submit = submitter(futures)
     made = submit_experts(submit, settings, layout)
     for name in names:
@@ -223,7 +228,7 @@ def submit_stages(settings: Params, layout: Layout, profile: str | None) -> Futu
     submit(
         "report", "", evaluated, experts={name: layout.expert_metrics(name) for name in names},
         merged_models={model: layout.metrics(model) for model in merges}, fisher_files=fisher_files,
-        out=layout.report,
+        out=layout.report, work=layout.work,
     )  # fmt: skip
     if profile is not None:
         submit(
@@ -272,7 +277,7 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     layout = Layout(Path(params.load(profile).work))
     show_table(*outcome["table"])
     registered = outcome["registered"]
-    say(f"report     {layout.report}")
+    say(f"report     {layout.report / 'report.html'}")
     say(f"model      {layout.merged('merged')}")
     say(f"registry   models:/{registered['name']}/{registered['version']} in {registered['store']}")
     say(f"{registered['alias']:<10} {registered['reason']}")

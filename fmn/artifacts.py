@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fmn.intervals import Answers, Splits
 
 MANIFEST = "fmn.json"
+COST = ".cost"
 FISHER_FORMAT = 1
 
 _digests: dict[tuple[Any, ...], str] = {}
@@ -226,6 +227,25 @@ def json_is_current(path: Path, key: str) -> bool:
         return False
     mark = content.pop("fmn", {})
     return bool(mark.get("key") == key and mark.get("digest") == digest_bytes(canonical(content)))
+
+
+def write_cost(out: Path, stage: str, seconds: float) -> None:
+    """Keep, beside an output, how long the run of `stage` took that made it.
+
+    A file of its own, hidden from digests and from DVC: a clock is no part of what an output is.
+    """
+    with whole_file(out.with_name(f".{out.name}{COST}")) as file:
+        file.write_text(json.dumps({"stage": stage, "seconds": round(seconds, 3)}) + "\n")
+
+
+def read_costs(folder: Path) -> dict[Path, tuple[str, float]]:
+    """What made each output below a folder, as (stage, seconds) by its path; of outputs that are there."""
+    found = {}
+    for path in sorted(folder.rglob(f".*{COST}")):
+        out, kept = path.with_name(path.name[1 : -len(COST)]), _read_json(path)
+        if kept is not None and out.exists():
+            found[out] = (str(kept["stage"]), float(kept["seconds"]))
+    return found
 
 
 def predictions_file(metrics: Path) -> Path:

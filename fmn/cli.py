@@ -466,16 +466,18 @@ def report(
     out: Path,
     expert: list[str] | None = None,
     fisher: list[str] | None = None,
+    work: Path | None = None,
     selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
-    """Draw the table and the pictures of a run.
+    """Write report.html, the page of a run: tables, pictures, and the same as files of their own.
 
     Args:
         merged: NAME=FILE: the metrics file of each merged model, by the name to show
         expert: TASK=FILE: the metrics file of each expert, or one folder that holds DIR/TASK.json
         fisher: TASK=FILE: the Fisher artifact of each expert, or one folder that holds DIR/TASK.parquet
-        out: folder of the table and the pictures
+        work: the run's folder: how the models were merged and what the stages took is read there
+        out: folder of the page, the pictures and the numbers
     """
     from fmn import stages
 
@@ -484,6 +486,7 @@ def report(
         {name: Path(file) for name, file in params.pairs(merged, "--merged").items()},
         _by_task(fisher, "--fisher", selection.tasks, ".parquet") if fisher else {},
         out,
+        work,
     )
     _say(outcome, as_json, lambda summary: show_table(*summary["table"]))
 

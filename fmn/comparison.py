@@ -7,15 +7,30 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmn.intervals import Answers, Difference, compare
-from fmn.report import markdown
+from fmn import intervals, tasks
+from fmn.intervals import Answers, Difference
+from fmn.params import ComparedSettings
+from fmn.report import EXPERT, Estimate, markdown, mean, percent, points, span
 
 Cell = Mapping[str, Any]
+Cells = Mapping[str, Mapping[str, Cell]]
+"""By set of experts and method."""
 SIZES = {"pairs": 2, "triples": 3}
+AVERAGE = "average"
+BOUNDS = {
+    "base": ComparedSettings(method="average", scale=0),
+    AVERAGE: ComparedSettings(method="average"),
+}
+"""What stands beside every comparison: nothing merged, and what everybody tries first."""
+
+
+def bounded(methods: Mapping[str, ComparedSettings]) -> dict[str, ComparedSettings]:
+    """The methods to compare, the bounds before them."""
+    return {**BOUNDS, **methods}
 
 
 def sets(tasks: Sequence[str], kinds: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -26,32 +41,86 @@ def sets(tasks: Sequence[str], kinds: Sequence[str]) -> dict[str, tuple[str, ...
     return {"+".join(pick): pick for pick in dict.fromkeys(chosen)}
 
 
+def kinds(cells: Cells) -> dict[str, list[str]]:
+    """The sets of each size, by "pairs", "triples", "all"."""
+    largest = max(name.count("+") + 1 for name in cells)
+    names = {2: "pairs", 3: "triples", largest: "all"}
+    found: dict[str, list[str]] = {}
+    for name in cells:
+        found.setdefault(names[name.count("+") + 1], []).append(name)
+    return found
+
+
 def relative(cell: Cell) -> float:
     """The mean over a cell's tasks of the score relative to the expert's; a task whose expert scores 0 is left out."""
     shares = [entry["relative"] for entry in cell["tasks"].values() if entry["relative"] is not None]
-    return sum(shares) / len(shares) if shares else 0.0
+    return mean(shares) if shares else 0.0
 
 
-def summary(cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, float]]:
-    """By method: the mean of `relative` over the sets of each size, and the mean seconds that a merge took.
+class Resampled(NamedTuple):
+    """What a cell's merged model scores in each bootstrap resample, by task; and its `relative`, None without one."""
 
-    Args:
-        cells: by set and method.
-    """
-    methods = dict.fromkeys(method for row in cells.values() for method in row)
-    largest = max(name.count("+") + 1 for name in cells)
-    names = {2: "pairs", 3: "triples", largest: "all"}
-    found: dict[str, dict[str, float]] = {}
-    for method in methods:
-        by_size: dict[str, list[float]] = {}
-        seconds = []
-        for name, row in cells.items():
-            by_size.setdefault(names[name.count("+") + 1], []).append(relative(row[method]))
-            seconds.append(row[method]["seconds"])
-        found[method] = {kind: _mean(values) for kind, values in by_size.items()}
-        found[method]["mean"] = _mean(list(found[method].values()))
-        found[method]["seconds"] = _mean(seconds)
+    scores: Mapping[str, np.ndarray]
+    relative: np.ndarray | None
+
+
+def resampled(cells: Cells) -> dict[str, dict[str, Resampled]]:
+    """Every cell's scores in the same resamples of the examples, by set and method."""
+    known: dict[tuple[str, bytes, bytes], np.ndarray] = {}  # an expert answers the same in every cell
+
+    def scores(task: str, entry: Mapping[str, Any], which: str) -> np.ndarray:
+        given = Answers(np.array(entry[which]), np.array(entry["labels"]))
+        key = (task, given.predicted.tobytes(), given.labels.tobytes())
+        if key not in known:
+            known[key] = intervals.resampled(tasks.task(task), {"tried": given})["score"]
+        return known[key]
+
+    def one(cell: Cell) -> Resampled:
+        entries = cell["tasks"]
+        mine = {task: scores(task, entry, "predictions") for task, entry in entries.items()}
+        shares = {
+            task: intervals.relative(mine[task], scores(task, entry, "expert predictions"))
+            for task, entry in entries.items()
+            if entry["relative"] is not None
+        }
+        sure = {task: share for task, share in shares.items() if share is not None}
+        return Resampled(mine, intervals.macro(sure) if sure and len(sure) == len(shares) else None)
+
+    return {name: {method: one(cell) for method, cell in row.items()} for name, row in cells.items()}
+
+
+def estimate(value: float, draws: Sequence[np.ndarray | None]) -> Estimate:
+    """A mean with the interval of the mean of what it is of, which are independent of one another or paired."""
+    known = [one for one in draws if one is not None]
+    whole = known and len(known) == len(draws)
+    return Estimate(value, intervals.interval(np.mean(known, axis=0)) if whole else None)
+
+
+def summary(cells: Cells, drawn: Mapping[str, Mapping[str, Resampled]] | None = None) -> dict[str, dict[str, Estimate]]:
+    """By method: the mean of `relative` over the sets of each size, and "mean", the mean of those means."""
+    drawn = resampled(cells) if drawn is None else drawn
+    sizes = kinds(cells)
+    found: dict[str, dict[str, Estimate]] = {}
+    for method in next(iter(cells.values())):
+        by_size, means = {}, []
+        for kind, names in sizes.items():
+            draws = [drawn[name][method].relative for name in names]
+            by_size[kind] = estimate(mean(relative(cells[name][method]) for name in names), draws)
+            known = [one for one in draws if one is not None]
+            means.append(np.mean(known, axis=0) if len(known) == len(draws) else None)
+        found[method] = {**by_size, "mean": estimate(mean(one.value for one in by_size.values()), means)}
     return found
+
+
+def seconds(cells: Cells) -> dict[str, float]:
+    """The mean time that a merge took, by method."""
+    return {method: mean(row[method]["seconds"] for row in cells.values()) for method in next(iter(cells.values()))}
+
+
+def best(cells: Cells, means: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """The method with the largest mean, of those that are no bound where there are some."""
+    chosen = [method for method in means if method not in BOUNDS] or list(means)
+    return max(chosen, key=lambda method: means[method]["mean"].value)
 
 
 def answers(cell: Cell) -> dict[str, dict[str, Answers]]:
@@ -63,42 +132,100 @@ def answers(cell: Cell) -> dict[str, dict[str, Answers]]:
 
 
 def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
-    """How every method's mean score over the tasks of a set differs from the first method's, on the same examples."""
+    """How every method's mean score over the tasks of a set differs from the average's, on the same examples.
+
+    Without the method `average`, from the first method's.
+    """
     given = {method: answers(cell) for method, cell in row.items()}
-    first = next(iter(given.values()))
-    return {method: compare(one, first) for method, one in list(given.items())[1:]}
+    first = AVERAGE if AVERAGE in given else next(iter(given))
+    return {method: intervals.compare(one, given[first]) for method, one in given.items() if method != first}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
+    """What a method keeps of a task's score, by (task, the task that it was merged with), in the sets of two."""
+    found = {}
+    for row in cells.values():
+        entries = row[method]["tasks"]
+        if len(entries) == 2:
+            for task, partner in (tuple(entries), tuple(entries)[::-1]):
+                if entries[task]["relative"] is not None:
+                    found[task, partner] = entries[task]["relative"]
+    return found
 
 
-def _points(interval: tuple[float, float]) -> str:
-    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+class Compared(NamedTuple):
+    """The numbers of a comparison; those relative to the experts are means over the tasks.
+
+    Attributes:
+        means: by method and kind of set ("pairs", "triples", "all", "mean").
+        seconds: of a merge, by method.
+        sets: by set and method.
+        largest: the name of the last set, which the tables by task are of.
+        scores: on that set, by method, EXPERT among them, and task, "mean" among them.
+        differences: on that set, of the mean score from that of the average, by method.
+        pairs: by method, as `pairs` has it.
+        best: the method that keeps most in the mean.
+    """
+
+    means: Mapping[str, Mapping[str, Estimate]]
+    seconds: Mapping[str, float]
+    sets: Mapping[str, Mapping[str, Estimate]]
+    largest: str
+    scores: Mapping[str, Mapping[str, Estimate]]
+    differences: Mapping[str, Difference]
+    pairs: Mapping[str, Mapping[tuple[str, str], float]]
+    best: str
 
 
-def write(out: Path, cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
-    """Fill the folder ``out`` with ``results.json`` and ``table.md``; returns the first table's (header, rows)."""
-    means = summary(cells)
-    kinds = [kind for kind in ("pairs", "triples", "all", "mean") if kind in next(iter(means.values()))]
-    header = ["method", *kinds, "seconds"]
-    body = [
-        [method, *(f"{100 * row[kind]:.1f}" for kind in kinds), f"{row['seconds']:.1f}"]
-        for method, row in means.items()
-    ]
+def compared(cells: Cells) -> Compared:
+    """What a comparison found."""
+    drawn = resampled(cells)
+    means = summary(cells, drawn)
+    by_set = {
+        name: {method: estimate(relative(cell), [drawn[name][method].relative]) for method, cell in row.items()}
+        for name, row in cells.items()
+    }
     last = list(cells)[-1]
-    tasks = list(cells[last][next(iter(means))]["tasks"])
-    by_task = [
-        [method, *(f"{100 * cells[last][method]['tasks'][task]['score']:.1f}" for task in tasks)] for method in means
-    ]
-    experts = cells[last][next(iter(means))]["tasks"]
-    by_task.append(["expert", *(f"{100 * experts[task]['expert']:.1f}" for task in tasks)])
-    first, *_ = means
-    against = [
-        [method, f"{100 * one.difference:+.1f}", _points(one.interval), f"{one.p_value:.3f}"]
-        for method, one in differences(cells[last]).items()
-    ]
-    by_set = [[name, *(f"{100 * relative(row[method]):.1f}" for method in means)] for name, row in cells.items()]
+
+    def by_task(values: Mapping[str, float], draws: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+        found = {task: estimate(values[task], [draws[task]]) for task in values}
+        return {**found, "mean": estimate(mean(values.values()), [intervals.macro(draws)])}
+
+    scores = {
+        method: by_task({task: entry["score"] for task, entry in cell["tasks"].items()}, drawn[last][method].scores)
+        for method, cell in cells[last].items()
+    }
+    entries = next(iter(cells[last].values()))["tasks"]
+    alone = {
+        task: {"tried": Answers(np.array(entry["expert predictions"]), np.array(entry["labels"]))}
+        for task, entry in entries.items()
+    }
+    scores[EXPERT] = by_task({task: entry["expert"] for task, entry in entries.items()}, intervals.draws(alone))
+    return Compared(
+        means,
+        seconds(cells),
+        by_set,
+        last,
+        scores,
+        differences(cells[last]),
+        {method: pairs(cells, method) for method in means},
+        best(cells, means),
+    )
+
+
+def write(out: Path, cells: Cells) -> dict[str, Any]:
+    """Fill the folder ``out``: ``report.html``, ``pictures``, ``results.json``, ``table.md``.
+
+    Returns the first table's (header, rows) under "table", and its numbers.
+    """
+    from fmn import page, pictures
+
+    found = compared(cells)
+    numbers = {
+        method: {kind: one.value for kind, one in row.items()} | {"seconds": found.seconds[method]}
+        for method, row in found.means.items()
+    }
+    ends = {method: {kind: one.interval for kind, one in row.items()} for method, row in found.means.items()}
     kept = {
         name: {
             method: {
@@ -109,21 +236,59 @@ def write(out: Path, cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
         }
         for name, row in cells.items()
     }
-    (out / "results.json").write_text(json.dumps({"methods": means, "sets": kept}, indent=1) + "\n")
-    text = [
-        "Mean of the score relative to the expert, in percent, over the sets of experts; seconds that a merge takes.",
+    content = {"methods": numbers, "intervals": ends, "sets": kept}
+    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "table.md").write_text("\n".join(_text(found)))
+    drawn = pictures.of_comparison(found)
+    pictures.write(out / "pictures", drawn)
+    (out / "report.html").write_text(page.of_comparison(found, drawn))
+    return {"table": _methods(found), "methods": numbers}
+
+
+def _methods(found: Compared) -> tuple[list[str], list[list[str]]]:
+    sizes = list(next(iter(found.means.values())))
+    body = [
+        [
+            method,
+            *(percent(row[kind].value) for kind in sizes),
+            span(row["mean"].interval),
+            f"{found.seconds[method]:.1f}",
+        ]
+        for method, row in found.means.items()
+    ]
+    return ["method", *sizes, "95 % interval", "seconds"], [*body, [EXPERT, *["100.0"] * len(sizes), "", ""]]
+
+
+def _text(found: Compared) -> list[str]:
+    of_tasks = list(next(iter(found.scores.values())))
+    return [
+        "Mean of the score relative to the expert, in percent, over the sets of experts; the 95 % interval of the mean"
+        " (bootstrap of the examples); seconds that a merge takes.",
         "",
-        markdown(header, body),
-        f"Scores in percent of {last}:",
+        markdown(*_methods(found)),
+        f"Scores in percent of {found.largest}:",
         "",
-        markdown(["method", *tasks], by_task),
-        f"Mean score of {last}, its difference from {first} in points, the 95 % interval of that and the p-value of the"
-        " paired bootstrap on the same examples:",
+        markdown(
+            ["method", *of_tasks],
+            [[method, *(percent(row[task].value) for task in of_tasks)] for method, row in found.scores.items()],
+        ),
+        f"Mean score of {found.largest}, its difference from {AVERAGE} in points, the 95 % interval of that and the"
+        " p-value of the paired bootstrap on the same examples:",
         "",
-        markdown(["method", "difference", "interval", "p"], against),
+        markdown(
+            ["method", "difference", "interval", "p"],
+            [
+                [method, points(one.difference), " to ".join(map(points, one.interval)), f"{one.p_value:.3f}"]
+                for method, one in found.differences.items()
+            ],
+        ),
         "Mean of the score relative to the expert, in percent:",
         "",
-        markdown(["experts", *means], by_set),
+        markdown(
+            ["method", *found.sets],
+            [
+                *([method, *(percent(row[method].value) for row in found.sets.values())] for method in found.means),
+                [EXPERT, *["100.0"] * len(found.sets)],
+            ],
+        ),
     ]
-    (out / "table.md").write_text("\n".join(text))
-    return {"table": [header, body], "methods": means}

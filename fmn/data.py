@@ -132,6 +132,12 @@ def digests(folder: Path, task: Task, splits: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def stated(folder: Path, task: Task) -> dict[str, Any]:
+    """Where a task's rows come from, as its manifest says: source, revision or seed, rows by split; else empty."""
+    manifest = read_manifest(_home(folder, task))
+    return dict(manifest["info"]) if manifest and manifest["stage"] == "data" else {}
+
+
 def has(folder: Path, task: Task, split: str) -> bool:
     """Whether the folder holds this split."""
     return bool(_files(folder, task, split))

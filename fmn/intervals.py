@@ -93,10 +93,25 @@ def macro(scores: Mapping[str, np.ndarray]) -> np.ndarray:
     return mean
 
 
+def draws(answers: Mapping[str, Splits], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
+    """A model's score in each resample, float64 [resamples], by task."""
+    return {
+        name: resampled(tasks.task(name), splits, resamples=resamples, seed=seed)["score"]
+        for name, splits in answers.items()
+    }
+
+
 def compare(
-    one: Mapping[str, Splits], other: Mapping[str, Splits], *, resamples: int = RESAMPLES, seed: int = 0
+    one: Mapping[str, Splits],
+    other: Mapping[str, Splits],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    drawn: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]] | None = None,
 ) -> Difference:
     """How two models differ in score, in the mean over tasks, from their answers by task on the same examples.
+
+    `drawn`: what `draws` gives for the two with the same resamples and seed, where it is known already.
 
     The p-value is twice the share of resamples (paired) in which the difference is not of its sign, counted with one
     more so that it is never 0 (Davison and Hinkley 1997, equation 4.11). ValueError where examples differ.
@@ -109,18 +124,14 @@ def compare(
         )
         if not same:
             raise ValueError(f"{name}: the two models did not answer the same examples")
-    means, points = [], []
-    for answers in (one, other):
-        found = {name: (tasks.task(name), splits) for name, splits in answers.items()}
-        draws = {n: resampled(task, splits, resamples=resamples, seed=seed) for n, (task, splits) in found.items()}
-        means.append(macro({name: values["score"] for name, values in draws.items()}))
-        points.append(np.mean([score(task, splits) for task, splits in found.values()]))
-    differences = means[0] - means[1]
+    first, second = drawn or (draws(each, resamples=resamples, seed=seed) for each in (one, other))
+    differences = macro({name: first[name] - second[name] for name in one})
+    points = [np.mean([score(tasks.task(name), splits) for name, splits in each.items()]) for each in (one, other)]
     tail = min((differences <= 0).sum(), (differences >= 0).sum())
     return Difference(
         difference=float(points[0] - points[1]),
         interval=interval(differences),
-        p_value=min(1.0, 2 * float(tail + 1) / (resamples + 1)),
+        p_value=min(1.0, 2 * float(tail + 1) / (len(differences) + 1)),
         mcnemar=_mcnemar(one, other),
     )
 

@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmn import __version__, artifacts, checkpoints, data, labels, recipe, report, stage, statistics, tasks
+from fmn import __version__, artifacts, card, checkpoints, data, labels, recipe, stage, statistics, tasks
 from fmn.errors import UserError
 from fmn.methods import NEEDS, Needs
 from fmn.params import (
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from fmn.trial import Contender
 
 SEARCH = 2
-MERGE = 3
+MERGE = 4
 COMPARE = 2
-COMPARISON = 1
+COMPARISON = 2
 
 
 def _belongs(path: Path, kind: str, stated: Mapping[str, Any], task: str, expert: Path, digest: str) -> None:
@@ -57,7 +57,7 @@ def _statistics(
                 raise UserError(f"--{kind} {task}=FILE is missing: this method weighs by it; `fmn {command}` makes it")
             found[task], metadata = read(files[task])
             _belongs(files[task], kind, metadata, task, experts[task], digest)
-            names = ("estimator", "samples", "seed", "dtype", "data_digest", "threads", "key")
+            names = ("estimator", "samples", "seed", "stratified", "dtype", "data_digest", "threads", "key")
             stated[kind][task] = {
                 "digest": artifacts.digest_file(files[task]),
                 "values": artifacts.digest_values(files[task]),
@@ -282,7 +282,12 @@ def merge(
             "fmn": __version__,
             "key": key,
             "experts": {
-                task: {**stage.lineage(experts[task]), "digest": digest, **stage.circumstances(experts[task])}
+                task: {
+                    **stage.lineage(experts[task]),
+                    "digest": digest,
+                    "settings": stage.tuning(experts[task]),
+                    **stage.circumstances(experts[task]),
+                }
                 for task, digest in inputs.experts.items()
             },
             **inputs.stated,
@@ -310,7 +315,7 @@ def merge(
 
     outcome = stage.run("merge", out, current, make, lambda: recipe.read_recipe(out))
     if not (out / recipe.CARD).is_file():
-        report.write_card(out, None)
+        card.write(out, None)
     return outcome
 
 

@@ -39,6 +39,20 @@ NEEDS: Mapping[str, Needs] = {
     "iso-c": Needs(base=True),
 }
 
+PAPERS: Mapping[str, str | None] = {
+    "average": None,
+    "mask-fisher": "2403.09891",
+    "fisher": "2111.09832",
+    "regmean": "2212.09849",
+    "fisher-regmean": "2212.09849",
+    "task-arithmetic": "2212.04089",
+    "ties": "2306.01708",
+    "dare-ties": "2311.03099",
+    "tsv-m": "2412.00081",
+    "iso-c": "2502.04959",
+}
+"""Where a method is from, on arXiv."""
+
 
 class Tuning(NamedTuple):
     """What "auto" stands for where it depends on the method.

@@ -30,7 +30,6 @@ def register(
     settings: RegistrySettings,
     profile: str | None = None,
     params: Params | None = None,
-    seconds: Mapping[str, float] | None = None,
 ) -> Outcome:
     """The merged model as a new version in the MLflow registry, with a run that holds metrics, report and lineage.
 
@@ -38,8 +37,7 @@ def register(
 
     Args:
         profile: the name of the settings file that the model was made with.
-        params: its content.
-        seconds: what each stage took, by its name.
+        params: its content; what the stages took is read in its work folder.
 
     Raises:
         UserError: the metrics are not the model's, or the settings make other models.
@@ -56,8 +54,10 @@ def register(
     if "data" not in found:
         raise UserError(f"{metrics}: made by an older fmn, which did not say of which data; evaluate again")
     tags = lineage.tags(made, found)
-    stated = None
+    stated, seconds = None, {}
     if params is not None:
+        costs = artifacts.read_costs(Path(params.work)).items()
+        seconds = {f"seconds/{stage} {path.name.split('.')[0]}": took for path, (stage, took) in costs}
         stated = lineage.pinned(params, made, found)
         tags |= {"profile": profile or SETTINGS, "made": lineage.place(model, params)}
     with tempfile.TemporaryDirectory() as scratch:
@@ -67,7 +67,7 @@ def register(
             experiment=settings.experiment,
             key=key,
             params=_params(made, stated or {}),
-            metrics=_metrics(found) | {f"seconds/{name}": value for name, value in (seconds or {}).items()},
+            metrics=_metrics(found) | seconds,
             inputs=_inputs(made, found),
             artifacts=_kept(Path(scratch), model, metrics, report_folder, stated),
             tags=tags,

@@ -1,55 +1,164 @@
-"""What a run found: the table of scores, the pictures, the model card."""
+"""What a run found: the scores of experts and merged models side by side, as numbers, tables, pictures and a page."""
 
+import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fmn import artifacts, recipe
+from fmn.errors import UserError
 from fmn.tasks import TASKS
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fmn.architectures import NodeValues
+    from fmn.intervals import Difference, Splits
 
 MACRO = "mean"
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2")
+EXPERT = "expert"
+# What a merge is held against: the column's name, and what it is.
+BOUNDS: Mapping[str, str] = {
+    "base": "the base model under each expert's head (lower bound)",
+    "average": "the plain average of the parameters",
+    EXPERT: "each expert alone (upper bound)",
+}
+VERDICTS = ("better", "worse", "within chance")
+CERTAIN = 0.05
+"""A difference with a smaller p-value is called real."""
+WIDTH = 100  # columns of a terminal
+
+
+class Evaluated(NamedTuple):
+    """The content of a metrics file, and the answers that it is of."""
+
+    metrics: Mapping[str, Any]
+    answers: "Mapping[str, Splits]"
+
+
+class Estimate(NamedTuple):
+    """A number, and its 95 % interval where there is one."""
+
+    value: float
+    interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
-class Row:
-    """A task's scores: its expert's, each merged model's, and those relative to the expert's."""
+class Column:
+    """What a model scores on each task, and MACRO, their mean; and the same relative to the experts.
 
-    task: str
-    metric: str
-    examples: int
-    expert: float | None
-    merged: Mapping[str, float]
+    A task without an expert that scores above zero has no relative score, and is left out of their mean.
+    """
 
-    def relative(self, name: str) -> float | None:
-        """The share of the expert's score that a merged model keeps; None without an expert that scores above zero."""
-        return self.merged[name] / self.expert if self.expert and self.expert > 0 else None
+    scores: Mapping[str, Estimate]
+    relative: Mapping[str, Estimate]
 
 
-def rows(experts: Mapping[str, Mapping[str, Any]], merged: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """Rows of the table, one a task, in the first merged model's order of tasks.
+@dataclass(frozen=True)
+class Table:
+    """Scores of merged models and of the experts on the same examples.
+
+    Attributes:
+        tasks: in order.
+        examples: how many there are, by task.
+        columns: by name, in order; EXPERT last, where there are experts.
+        headline: the column that the others are held against.
+        differences: the headline's score less another column's, by column, by task and MACRO.
+    """
+
+    tasks: tuple[str, ...]
+    examples: Mapping[str, int]
+    columns: Mapping[str, Column]
+    headline: str
+    differences: "Mapping[str, Mapping[str, Difference]]"
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The tasks, and the mean over them where there are several."""
+        return (*self.tasks, MACRO) if len(self.tasks) > 1 else self.tasks
+
+
+class Drawn(NamedTuple):
+    """Scores of a model, and its score in each resample [R], by task."""
+
+    scores: Mapping[str, float]
+    resamples: "Mapping[str, np.ndarray]"
+
+
+def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) -> Table:
+    """The table over the first merged model's tasks.
 
     Args:
-        experts: metrics of each expert (the content of its metrics file), by task.
-        merged: metrics of each merged model, by its name.
+        experts: by task.
+        merged: by the name that the table gives them.
+
+    Raises:
+        UserError: where a model was not evaluated on the same tasks and examples.
     """
-    first = next(iter(merged.values()))["tasks"]
-    return [
-        Row(
-            task,
-            " + ".join(TASKS[task].metrics),
-            sum(int(count) for name, count in entry.items() if name.startswith("examples")),
-            experts[task]["tasks"][task]["score"] if task in experts else None,
-            {name: content["tasks"][task]["score"] for name, content in merged.items()},
+    from fmn import intervals
+
+    entries = next(iter(merged.values())).metrics["tasks"]
+    tasks = tuple(entries)
+    for name, one in merged.items():
+        if missing := [task for task in tasks if task not in one.metrics["tasks"]]:
+            raise UserError(f"{name}: no metrics of task {missing[0]}; evaluate it on {', '.join(tasks)}")
+    answers = {name: {task: one.answers[task] for task in tasks} for name, one in merged.items()}
+    scores = {name: {task: one.metrics["tasks"][task]["score"] for task in tasks} for name, one in merged.items()}
+    if alone := {task: experts[task] for task in tasks if task in experts}:
+        answers[EXPERT] = {task: one.answers[task] for task, one in alone.items()}
+        scores[EXPERT] = {task: one.metrics["tasks"][task]["score"] for task, one in alone.items()}
+    drawn = {name: Drawn(scores[name], intervals.draws(given)) for name, given in answers.items()}
+    head = headline(merged)
+    differences: dict[str, dict[str, Difference]] = {}
+    for name, given in answers.items():
+        for row in [*given, MACRO] if name != head else []:
+            chosen = list(given) if row == MACRO else [row]
+            first, second = ({task: answers[each][task] for task in chosen} for each in (head, name))
+            try:
+                found = intervals.compare(first, second, drawn=(drawn[head].resamples, drawn[name].resamples))
+            except ValueError as error:
+                raise UserError(f"{head} and {name}: {error}; evaluate both on the same data") from error
+            differences.setdefault(name, {})[row] = found
+    counts = {
+        task: sum(int(count) for name, count in entry.items() if name.startswith("examples"))
+        for task, entry in entries.items()
+    }
+    columns = {name: column(one, drawn.get(EXPERT)) for name, one in drawn.items()}
+    return Table(tasks, counts, columns, head, differences)
+
+
+def headline(names: Iterable[str]) -> str:
+    """The merged model that a report is about: `merged`, or the last that is no bound."""
+    chosen = [name for name in names if name not in BOUNDS] or list(names)
+    return "merged" if "merged" in chosen else chosen[-1]
+
+
+def column(one: Drawn, expert: Drawn | None) -> Column:
+    """What a model scores, with intervals, also relative to the experts."""
+    from fmn import intervals
+
+    scores = {task: Estimate(one.scores[task], intervals.interval(one.resamples[task])) for task in one.scores}
+    scores[MACRO] = Estimate(mean(one.scores.values()), intervals.interval(intervals.macro(one.resamples)))
+    shares, relative = {}, {}
+    for task in [task for task in one.scores if expert and expert.scores.get(task, 0) > 0]:
+        assert expert  # noqa: S101 - for the type checker
+        shares[task] = intervals.relative(one.resamples[task], expert.resamples[task])
+        ends = shares[task]
+        relative[task] = Estimate(
+            one.scores[task] / expert.scores[task], None if ends is None else intervals.interval(ends)
         )
-        for task, entry in first.items()
-    ]
+    if relative:
+        known = {task: ends for task, ends in shares.items() if ends is not None}
+        whole = intervals.interval(intervals.macro(known)) if len(known) == len(shares) else None
+        relative[MACRO] = Estimate(mean(each.value for each in relative.values()), whole)
+    return Column(scores, relative)
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean of some numbers."""
+    given = list(values)
+    return sum(given) / len(given)
 
 
 class Measured(NamedTuple):
@@ -74,62 +183,69 @@ def measured(task: str, entry: Mapping[str, Any]) -> list[Measured]:
     ]
 
 
-def macro(table: Sequence[Row]) -> dict[str, Any]:
-    """Means over the tasks: of the experts' scores, the merged models', and theirs relative to the experts'."""
-    experts = [row.expert for row in table if row.expert is not None]
-    names = list(table[0].merged)
-    relative = {name: [share for row in table if (share := row.relative(name)) is not None] for name in names}
-    return {
-        "expert": _mean(experts),
-        "merged": {name: _mean([row.merged[name] for row in table]) for name in names},
-        "relative": {name: _mean(relative[name]) for name in names},
-    }
+# ---- as text ----
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def results(table: Sequence[Row]) -> dict[str, Any]:
-    """The table as numbers, for machines and for `dvc metrics`."""
-    return {
-        "tasks": {
-            row.task: {
-                "expert": row.expert,
-                **{name: {"score": score, "relative": row.relative(name)} for name, score in row.merged.items()},
-            }
-            for row in table
-        },
-        MACRO: macro(table),
-    }
-
-
-def cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table as text: scores in percent, in brackets their share of the expert's."""
-    names = list(table[0].merged)
-    header = ["task", "metric", "examples", "expert", *names]
-    body = [
-        [row.task, row.metric, str(row.examples), _percent(row.expert)]
-        + [_with_share(row.merged[name], row.relative(name)) for name in names]
-        for row in table
-    ]
-    means = macro(table)
-    last = [MACRO, "", "", _percent(means["expert"])]
-    last += [_with_share(means["merged"][name], means["relative"][name]) for name in names]
-    return header, [*body, last]
-
-
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share in percent, with a decimal; nothing for None."""
     return "" if value is None else f"{100 * value:.1f}"
 
 
 def span(interval: Sequence[float] | None) -> str:
     """An interval in percent."""
-    return "" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}"
+    return "" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
 
 
-def _with_share(value: float, share: float | None) -> str:
-    return _percent(value) if share is None else f"{_percent(value)} ({_percent(share)})"
+def points(value: float) -> str:
+    """A difference in percent points, with its sign."""
+    return f"{100 * value:+.1f}"
+
+
+def verdict(difference: "Difference") -> str:
+    """What a difference says, one of VERDICTS."""
+    better, worse, neither = VERDICTS
+    return neither if difference.p_value >= CERTAIN else better if difference.difference > 0 else worse
+
+
+def metrics_of(task: str) -> str:
+    """The metrics that a task's score is the mean of, in words; nothing for MACRO."""
+    return " + ".join(metric.replace("_", " ") for metric in TASKS[task].metrics) if task in TASKS else ""
+
+
+def cells(table: Table, width: int = WIDTH) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table as text: scores in percent, half of their intervals, their share of the expert's.
+
+    Where that is more than `width` characters wide, the examples are left out, then the intervals, then the shares.
+    """
+    forms = [(True, True, True), (False, True, True), (False, False, True), (False, False, False)]
+    for form in forms:
+        header, body = _cells(table, *form)
+        widest = [max(len(row[place]) for row in (header, *body)) for place in range(len(header))]
+        if sum(widest) + 2 * (len(header) - 1) <= width:
+            break
+    return header, body
+
+
+def _cells(table: Table, examples: bool, spread: bool, share: bool) -> tuple[list[str], list[list[str]]]:
+    def text(one: Column, row: str, shares: bool) -> str:
+        if row not in one.scores:
+            return ""
+        score, relative = one.scores[row], one.relative.get(row)
+        found = f"{100 * score.value:.1f}"
+        if spread and score.interval:
+            found += f"±{50 * (score.interval[1] - score.interval[0]):.1f}".rjust(6)
+        if shares:
+            found += (f"({100 * relative.value:.1f})" if relative else "").rjust(8)
+        return found
+
+    related = any(one.relative for one in table.columns.values())
+    header = ["task", *(["examples"] if examples else []), *table.columns]
+    body = [
+        [row, *([str(table.examples.get(row, ""))] if examples else [])]
+        + [text(one, row, share and related and name != EXPERT) for name, one in table.columns.items()]
+        for row in table.rows
+    ]
+    return header, body
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -138,161 +254,129 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body)) + "\n"
 
 
+# ---- as numbers ----
+
+
+def results(table: Table) -> dict[str, Any]:
+    """The table as numbers, for machines and for `dvc metrics`."""
+
+    def entry(one: Column, row: str) -> dict[str, float | None]:
+        score, share = one.scores[row], one.relative.get(row)
+        ends = score.interval or (None, None)
+        return {"score": score.value, "relative": share.value if share else None, "low": ends[0], "high": ends[1]}
+
+    def line(row: str) -> dict[str, Any]:
+        return {name: entry(one, row) for name, one in table.columns.items() if row in one.scores}
+
+    return {"tasks": {task: line(task) for task in table.tasks}, MACRO: line(MACRO)}
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _score_rows(table: Table) -> list[dict[str, Any]]:
+    rows = []
+    for row in table.rows:
+        for name, one in table.columns.items():
+            if row in one.scores:
+                score, share = one.scores[row], one.relative.get(row)
+                low, high = score.interval or (None, None)
+                given = {"score": score.value, "low": low, "high": high, "relative": share.value if share else None}
+                numbers = {key: None if value is None else round(100 * value, 3) for key, value in given.items()}
+                rows.append({"scored": f"{row}: {name}", "task": row, "model": name, **numbers})
+    return rows
+
+
+def _difference_rows(table: Table) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": row,
+            "model": table.headline,
+            "less": name,
+            "difference": round(100 * one.difference, 3),
+            "low": round(100 * one.interval[0], 3),
+            "high": round(100 * one.interval[1], 3),
+            "p": one.p_value,
+            "mcnemar": one.mcnemar,
+        }
+        for name, by_row in table.differences.items()
+        for row, one in by_row.items()
+    ]
+
+
+# ---- the folder ----
+
+
+class Made(NamedTuple):
+    """How a merged model was made: the content of its ``merge.json``, and its folder."""
+
+    recipe: Mapping[str, Any]
+    folder: str
+
+
+class Cost(NamedTuple):
+    """How long a stage took for a task or model."""
+
+    stage: str
+    name: str
+    seconds: float
+
+
 def write(
     out: Path,
-    experts: Mapping[str, Mapping[str, Any]],
-    merged: Mapping[str, Mapping[str, Any]],
+    table: Table,
     fisher: "Mapping[str, NodeValues]",
+    recipes: Mapping[str, Mapping[str, Any]],
+    costs: Sequence[Cost],
 ) -> dict[str, Any]:
-    """Fill the folder ``out`` with ``results.json``, ``table.md`` and the pictures.
+    """Fill the folder ``out``: ``report.html``, its pictures in ``pictures``, and the numbers as JSON, CSV, Markdown.
 
-    Returns the numbers under ``results`` and the table's (header, rows) under ``table``.
+    Returns the numbers under ``results`` and the table's (header, rows) for a terminal under ``table``.
 
     Args:
-        experts, merged: as for `rows`.
         fisher: float64 [nodes] by site, by task; may be empty.
+        recipes: the content of ``merge.json`` by column, of those that are known.
+        costs: what the stages took.
     """
-    table = rows(experts, merged)
+    from fmn import page, pictures
+
     found = {"results": results(table), "table": cells(table)}
     (out / "results.json").write_text(json.dumps(found["results"], indent=1) + "\n")
-    (out / "table.md").write_text(markdown(*cells(table)))
-    scores_picture(table, out / "scores.svg")
-    if fisher:
-        fisher_picture(fisher, out / "fisher.svg")
+    (out / "table.md").write_text(markdown(*cells(table, width=1 << 10)))
+    _write_csv(out / "scores.csv", _score_rows(table))
+    if table.differences:
+        _write_csv(out / "differences.csv", _difference_rows(table))
+    if costs:
+        _write_csv(out / "costs.csv", [one._asdict() for one in costs])
+    drawn = pictures.of_run(table, fisher, recipes.get(table.headline), costs)
+    pictures.write(out / "pictures", drawn)
+    (out / "report.html").write_text(page.of_run(table, recipes, costs, drawn))
     return found
 
 
-def _figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+def owned(fisher: "Mapping[str, NodeValues]", recipe: Mapping[str, Any]) -> "dict[str, NodeValues]":
+    """Each expert's share of every mask node in a merge, ``lambda_j F_j / sum_k lambda_k F_k``, by task.
 
-    # Text stays text, and the file is the same each time.
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fmn", "font.size": 9})
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, metadata={"Date": None})
-
-
-def scores_picture(table: Sequence[Row], path: Path) -> None:
-    """A group of bars a task: the expert, then each merged model."""
-    names = list(table[0].merged)
-    figure, axes = _figure(1, 1, 1.6 + 1.1 * len(table), 3.2)
-    axis = axes[0][0]
-    width = 0.8 / (1 + len(names))
-    series = {"expert": [row.expert or 0.0 for row in table]}
-    series |= {name: [row.merged[name] for row in table] for name in names}
-    for place, (name, values) in enumerate(series.items()):
-        positions = [task + (place - len(names) / 2) * width for task in range(len(table))]
-        bars = axis.bar(positions, [100 * value for value in values], width, label=name, color=COLOURS[place % 7])
-        axis.bar_label(bars, fmt="%.0f", fontsize=7)
-    axis.set_xticks(range(len(table)), [row.task for row in table])
-    axis.set_ylabel("score, %")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
-    _save(figure, path)
-
-
-def fisher_picture(fisher: "Mapping[str, NodeValues]", path: Path) -> None:
-    """A map a task of the heads' Fisher information, layers down and heads across, each relative to its largest."""
-    import numpy as np
-
-    figure, axes = _figure(len(fisher), 1, 2.1 * len(fisher), 2.6)
-    for axis, (task, values) in zip(axes[0], fisher.items(), strict=True):
-        heads = [nodes for site, nodes in sorted(values.items()) if site.node == "head"]
-        grid = np.full((len(heads), max(map(len, heads))), np.nan)  # [layers, heads]
-        for line, nodes in enumerate(heads):
-            grid[line, : len(nodes)] = nodes
-        image = axis.imshow(
-            grid / max(np.nanmax(grid), np.finfo(float).tiny), cmap="cividis", vmin=0, vmax=1, aspect="auto"
-        )
-        axis.set_title(task, fontsize=9)
-        axis.set_xlabel("head")
-    axes[0][0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(axes[0]), label="Fisher / largest", shrink=0.8)
-    _save(figure, path)
-
-
-def card(recipe: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
-    """The model card of a merged model, as the Hub reads it: front matter, then what it is and how it was made.
-
-    Args:
-        recipe: the content of ``merge.json``.
-        metrics: the content of its metrics file, where it was evaluated.
+    The Fisher information is made comparable as the recipe says. Empty where the method does not weigh by nodes, or the
+    Fisher information of an expert is not there.
     """
-    from huggingface_hub import EvalResult, ModelCardData
+    import torch
 
-    experts = recipe["experts"]
-    evaluated = metrics["tasks"] if metrics else {}
-    front = ModelCardData(
-        model_name=f"fmn {recipe['method']}",
-        library_name="transformers",
-        pipeline_tag="text-classification",
-        base_model=[entry["revision"] for entry in experts.values() if entry["revision"].startswith("hf://")] or None,
-        datasets=["nyu-mll/glue"],
-        tags=["fmn", "merge", recipe["method"], *experts],
-        metrics=sorted({metric for task in experts for metric in TASKS[task].metrics}),
-        eval_results=[
-            EvalResult(
-                task_type="text-classification",
-                dataset_type="nyu-mll/glue",
-                dataset_name=f"GLUE {task}",
-                dataset_config=task,
-                dataset_split=split,
-                metric_type=metric,
-                metric_value=round(value, 6),
-            )
-            for task, entry in evaluated.items()
-            for split, metric, value, *_ in measured(task, entry)
-        ]
-        or None,
-    )
-    lines = [
-        "---",
-        front.to_yaml(),
-        "---",
-        "",
-        f"# {', '.join(experts)}: one model, merged with {recipe['method']}",
-        "",
-        "Made by fmn from the experts below, without training. `encoder/` loads with `AutoModel.from_pretrained`,"
-        " `tasks/TASK/` with `AutoModelForSequenceClassification.from_pretrained`.",
-        "",
-        markdown(
-            ["task", "expert", "coefficient"],
-            [
-                [
-                    task,
-                    f"`{entry.get('revision') or entry.get('source') or 'a local folder'}`",
-                    f"{recipe['coefficients'][task]:g}",
-                ]
-                for task, entry in experts.items()
-            ],
-        ),
-    ]
-    if evaluated:
-        body = [
-            [task, split, metric, str(examples), _percent(value), span(interval)]
-            for task, entry in evaluated.items()
-            for split, metric, value, examples, interval in measured(task, entry)
-        ]
-        header = ["task", "split", "metric", "examples", "score", "95 % interval"]
-        lines += ["## Scores on the validation splits, in percent", "", markdown(header, body)]
-    lines += [
-        "## Limits",
-        "",
-        "Each task's head is its expert's own; only the encoder is merged, so a task can lose against its expert."
-        " `merge.json` holds the whole recipe: experts and their digests, method, mapping, coefficients, versions.",
-        "",
-    ]
-    return "\n".join(lines)
+    from fmn.architectures import tempered
+    from fmn.merge import shares
+    from fmn.methods import NEEDS
 
-
-def write_card(folder: Path, metrics: Mapping[str, Any] | None) -> None:
-    """The card of the merged model in `folder`, written anew where it says something else."""
-    text = card(recipe.read_recipe(folder), metrics)
-    path = folder / recipe.CARD
-    if not path.is_file() or path.read_text() != text:
-        with artifacts.whole_file(path) as file:
-            file.write_text(text)
+    lambdas = recipe["coefficients"]
+    if NEEDS[recipe["method"]].fisher != "nodes" or not lambdas.keys() <= fisher.keys():
+        return {}
+    values = [tempered(fisher[task], recipe["normalise"], recipe["exponent"]) for task in lambdas]
+    found: dict[str, NodeValues] = {task: {} for task in lambdas}
+    for site in sorted(values[0]):
+        parts = shares([torch.from_numpy(each[site]) for each in values], list(lambdas.values()))
+        for task, part in zip(lambdas, parts, strict=True):
+            found[task][site] = part.numpy()
+    return found

@@ -44,7 +44,9 @@ def run(
     with artifacts.locked(out):
         computed = not current()
         if computed:
+            begun = time.monotonic()
             make()
+            artifacts.write_cost(out, stage, time.monotonic() - begun)
     return Outcome(stage, out, computed, time.monotonic() - started, summarise())
 
 
@@ -103,6 +105,15 @@ def circumstances(folder: Path) -> dict[str, Any]:
     """What a checkpoint that was fine-tuned here says it was made with, beside its settings."""
     info = (artifacts.read_manifest(folder) or {"info": {}})["info"]
     return {name: info[name] for name in ("data_digest", "threads") if name in info}
+
+
+def tuning(folder: Path) -> dict[str, Any]:
+    """The settings that fmn fine-tuned a checkpoint with; empty where it did not."""
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None or manifest["stage"] != "finetune":
+        return {}
+    names = ("epochs", "learning_rate", "batch_size", "examples", "seed", "dtype")
+    return {name: manifest["info"][name] for name in names}
 
 
 def there(path: Path) -> Path:

@@ -12,7 +12,20 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmn import __version__, artifacts, checkpoints, data, labels, recipe, report, sources, stage, statistics, tasks
+from fmn import (
+    __version__,
+    artifacts,
+    card,
+    checkpoints,
+    data,
+    labels,
+    recipe,
+    report,
+    sources,
+    stage,
+    statistics,
+    tasks,
+)
 from fmn.errors import UserError
 from fmn.params import (
     DataSettings,
@@ -41,7 +54,10 @@ FISHER = 2
 FULL_FISHER = 1
 GRAM = 1
 EVALUATE = 3
-REPORT = 1
+REPORT = 2
+
+# The stages that a report says the cost of, in their order.
+COSTED = ("fetch", "data", "finetune", "fisher", "full-fisher", "gram", "search", "merge", "realign", "evaluate")
 
 
 def fetch(source: str, out: Path, progress: Progress | None = None) -> Outcome:
@@ -248,6 +264,7 @@ def fisher(
             "estimator": settings.estimator,
             "samples": estimate.samples,
             "seed": settings.seed,
+            **({"stratified": True} if settings.stratified else {}),
             "converged": estimate.converged,
             "relative_stderr": estimate.relative_error,
             "rank_correlation": estimate.correlation,
@@ -423,7 +440,7 @@ def evaluate(
 
     outcome = stage.run("evaluate", out, current, make, lambda: artifacts.read_json(out))
     if is_merged and set(chosen) == set(recipe.read_recipe(model)["tasks"]):
-        report.write_card(model, outcome.summary)
+        card.write(model, outcome.summary, {name: data.stated(folder, task) for name, task in found.items()})
     return outcome
 
 
@@ -457,34 +474,69 @@ def _scores(
 
 
 def write_report(
-    experts: Mapping[str, Path], merged_models: Mapping[str, Path], fisher_files: Mapping[str, Path], out: Path
+    experts: Mapping[str, Path],
+    merged_models: Mapping[str, Path],
+    fisher_files: Mapping[str, Path],
+    out: Path,
+    work: Path | None = None,
 ) -> Outcome:
-    """Table and pictures in the folder ``out``.
+    """Tables, pictures and a page of them in the folder ``out``.
 
     Args:
         experts: metrics files of the experts by task.
         merged_models: metrics files of the merged models by the name that the table gives them.
         fisher_files: Fisher artifacts by task.
+        work: the run's folder, which tells how the models were merged and what the stages took.
     """
     if not merged_models:
         raise UserError("--merged NAME=FILE: at least one metrics file of a merged model is needed")
+    if report.EXPERT in merged_models:
+        raise UserError(f"--merged {report.EXPERT}=FILE: the experts' column has that name; choose another")
     files = {"expert": experts, "merged": merged_models, "fisher": fisher_files}
     inputs = {
         f"{kind} {name}": artifacts.digest_file(stage.there(file))
         for kind, named in files.items()
         for name, file in named.items()
     }
-    key = artifacts.content_key("report", REPORT, {"order": list(inputs)}, inputs)
+    metrics = {name: artifacts.read_json(file) for name, file in merged_models.items()}
+    folders = _merged_below(work, metrics) if work else {}
+    recipes = {name: recipe.read_recipe(folder) for name, folder in folders.items()}
+    # What a recipe says is in the metrics' digest of it; what the stages took is no part of what a report is.
+    key = artifacts.content_key("report", REPORT, {"order": list(inputs), "recipes": list(recipes)}, inputs)
+    for task, stated in recipes.get(report.headline(metrics), {}).get("fisher", {}).items():
+        if task in fisher_files and stated["digest"] != inputs[f"fisher {task}"]:
+            raise UserError(f"{fisher_files[task]}: not the Fisher that {report.headline(metrics)} was merged with")
 
     def fill(folder: Path) -> Mapping[str, Any]:
-        return report.write(
-            folder,
-            {task: artifacts.read_json(file) for task, file in experts.items()},
-            {name: artifacts.read_json(file) for name, file in merged_models.items()},
-            {task: artifacts.read_fisher(file)[0] for task, file in fisher_files.items()},
-        )
+        alone = {task: _evaluated(file) for task, file in experts.items()}
+        table = report.tabulate(alone, {name: _evaluated(file) for name, file in merged_models.items()})
+        fisher = {task: artifacts.read_fisher(file)[0] for task, file in fisher_files.items()}
+        names = {path.name: name for name, path in folders.items()} | {name: name for name in table.tasks}
+        return report.write(folder, table, fisher, recipes, _costs(work, names) if work else [])
 
     return stage.run_folder("report", out, key, fill)
+
+
+def _evaluated(metrics: Path) -> report.Evaluated:
+    return report.Evaluated(artifacts.read_json(metrics), artifacts.read_predictions(metrics))
+
+
+def _merged_below(work: Path, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
+    """The folders of merged models in the run's folder, by the name of the metrics that are of them."""
+    there = {artifacts.digest_file(path): path.parent for path in sorted(work.glob(f"*/{recipe.RECIPE}"))}
+    return {name: there[content["model"]] for name, content in metrics.items() if content.get("model") in there}
+
+
+def _costs(work: Path, names: Mapping[str, str]) -> list[report.Cost]:
+    """What the stages before a report took, in their order, by the names that the report gives their outputs."""
+    shown = {"base": "base", **names}
+    found = [
+        report.Cost(made_by, shown[name], seconds)
+        for path, (made_by, seconds) in artifacts.read_costs(work).items()
+        if made_by in COSTED and (name := path.name.split(".")[0]) in shown
+    ]
+    order = list(shown.values())
+    return sorted(found, key=lambda one: (COSTED.index(one.stage), order.index(one.name)))
 
 
 def predict(model: Path, task: str, text: str, second: str | None) -> dict[str, Any]:

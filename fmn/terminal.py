@@ -63,7 +63,9 @@ def show_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify="left" if place == 0 else "right")
     for row in body:
         table.add_row(*row)
-    say(table)
+    # As wide as it is: a terminal that is narrower wraps lines, which reads better than wrapped cells.
+    natural = Console(width=10_000).measure(table).maximum
+    Console(highlight=False, soft_wrap=True, markup=False, width=natural).print(table)
 
 
 _bars = Progress(

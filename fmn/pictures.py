@@ -1,0 +1,620 @@
+"""The pictures of a report, as SVG that says in words what it shows.
+
+Every picture can be read without colours: by position, by the shape of a marker, or by numbers in it. The colours are
+those of Okabe and Ito (2008), and for maps cividis (Nunez, Anderton and Renslow 2018), which colour-blind readers see
+as others do, and which print in grey in the right order.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fmn.report import CERTAIN, EXPERT, MACRO, VERDICTS, Cost, Table, owned, percent, points, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fmn.architectures import NodeValues, Site
+    from fmn.comparison import Compared
+
+INK, SOFT, FAINT = "#1f2328", "#59636e", "#d1d6dc"
+MARKERS: Mapping[str, tuple[str, str]] = {
+    "base": ("v", "#8c959f"),
+    "average": ("o", "#E69F00"),
+    EXPERT: ("s", INK),
+}
+HEADLINE = ("D", "#0072B2")
+OTHERS = (("^", "#009E73"), ("P", "#CC79A7"), ("X", "#D55E00"), ("<", "#56B4E9"), (">", "#000000"))
+INCHES = 9.2  # width of a picture: that of a page's text at its natural size
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "fmn",  # the same picture is the same file
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # wide, so that what a reader has instead fits too
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": FAINT,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": INK,
+    "grid.color": "#e6e9ed",
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+}
+
+
+class Picture(NamedTuple):
+    """A picture: its file's name, what it is of, what it shows in words, how to read it, and the SVG itself."""
+
+    name: str
+    title: str
+    finding: str
+    reading: str
+    svg: str
+
+
+def write(folder: Path, drawn: Sequence[Picture]) -> None:
+    """Write every picture as NAME.svg into a new folder."""
+    folder.mkdir(parents=True)
+    for picture in drawn:
+        (folder / f"{picture.name}.svg").write_text(picture.svg + "\n")
+
+
+def of_run(
+    table: Table,
+    fisher: "Mapping[str, NodeValues]",
+    recipe: Mapping[str, Any] | None,
+    costs: Sequence[Cost],
+) -> list[Picture]:
+    """The pictures of a run; `recipe` is that of the table's headline."""
+    found = [scores(table)]
+    found += [differences(table)] if table.differences else []
+    found += [heads(fisher), neurons(fisher)] if fisher else []
+    shares = owned(fisher, recipe) if recipe else {}
+    found += [owners(shares), owned_heads(shares)] if len(shares) > 1 else []
+    found += [cost(costs)] if costs else []
+    return found
+
+
+def of_comparison(found: "Compared") -> list[Picture]:
+    """The pictures of a comparison of methods."""
+    drawn = [methods(found)]
+    return [*drawn, pairs(found)] if any(found.pairs.values()) else drawn
+
+
+# ---- what every picture has ----
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> "tuple[Figure, np.ndarray]":
+    """A figure of a page's width, and its axes [rows, columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(INCHES, height), layout="constrained")
+    axes: np.ndarray = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, axes
+
+
+def _panels(count: int, height: float, **options: Any) -> "tuple[Figure, list[Axes], int]":
+    """A figure of small panels, its axes, and how many stand in a row; `height`: of a row, in inches."""
+    rows = -(-count // 4)
+    columns = max(2, -(-count // rows))
+    figure, axes = _figure(rows * height + 0.2, rows, columns, **options)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count]), columns
+
+
+def _picture(figure: "Figure", name: str, title: str, finding: str, reading: str, details: str = "") -> Picture:
+    """The figure as SVG for a screen reader too, with ids that no other picture of a page has.
+
+    `details`: what a screen reader says beside the finding.
+    """
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
+    said = f"{finding} {details}".strip()
+    words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(said)}</desc>'
+    start = svg.index(">")
+    attributes = f' role="img" aria-labelledby="{name}-title {name}-desc"'
+    return Picture(name, title, finding, reading, f"{svg[:start]}{attributes}>{words}{svg[start + 1 :]}")
+
+
+def _look(names: Sequence[str], headline: str) -> dict[str, tuple[str, str]]:
+    """The marker and the colour of every column."""
+    others = iter(OTHERS * len(names))
+    return {name: HEADLINE if name == headline else MARKERS.get(name) or next(others) for name in names}
+
+
+def _legend(figure: "Figure", look: Mapping[str, tuple[str, str]]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = [
+        Line2D([], [], marker=marker, color=colour, linewidth=1.2, markersize=5.5) for marker, colour in look.values()
+    ]
+    figure.legend(lines, list(look), loc="outside upper left", ncols=len(look), fontsize=9.5, handlelength=2.2)
+
+
+def listed(words: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+# ---- scores ----
+
+
+def scores(table: Table) -> Picture:
+    """A line for each task and column: the score and its interval."""
+    names, rows = list(table.columns), table.rows
+    look = _look(names, table.headline)
+    with _style():
+        figure, axes = _figure(0.75 + len(rows) * (0.16 * len(names) + 0.14))
+        axis = axes[0, 0]
+        step = len(names) + 1
+        for group, row in enumerate(rows):
+            for place, name in enumerate(names):
+                if row not in table.columns[name].scores:
+                    continue
+                value, ends = table.columns[name].scores[row]
+                low, high = ends or (value, value)
+                marker, colour = look[name]
+                y = group * step + place
+                bold = name == table.headline
+                axis.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=2 if bold else 1.3)
+                axis.plot(100 * value, y, marker, color=colour, markersize=6 if bold else 5)
+                axis.annotate(
+                    percent(value), (100 * high, y), (6, 0), textcoords="offset points", va="center", fontsize=8,
+                    color=INK if bold else SOFT, fontweight="bold" if bold else "normal",
+                )  # fmt: skip
+            if group:
+                axis.axhline(group * step - 1, color=FAINT, linewidth=0.8 if row != MACRO else 1.6)
+        middle = (len(names) - 1) / 2
+        axis.set_yticks([group * step + middle for group in range(len(rows))], rows, fontsize=10)
+        axis.tick_params("y", length=0)
+        axis.set_ylim(len(rows) * step - 1, -1)
+        lows = [ends[0] if ends else value for one in table.columns.values() for value, ends in one.scores.values()]
+        axis.set_xlim(min(0.0, 100 * min(lows) - 1), 106)
+        axis.set_xticks(range(0, 101, 20))
+        axis.grid(axis="x")
+        axis.spines["left"].set_visible(False)
+        axis.set_xlabel("score, %")
+        _legend(figure, look)
+        return _picture(
+            figure, "scores", "Scores by task", _scores_in_words(table),
+            "A line for each model: the marker is its score, the line its 95 % interval.",
+        )  # fmt: skip
+
+
+def _scores_in_words(table: Table) -> str:
+    last = table.rows[-1]
+    found = [f"{name} {percent(one.scores[last].value)} %" for name, one in table.columns.items() if last in one.scores]
+    where = "In the mean over the tasks" if last == MACRO else f"On {last}"
+    return f"{where}: {', '.join(found)}."
+
+
+def differences(table: Table) -> Picture:
+    """A panel for each other column: the headline's score less that one's, by task."""
+    others, rows = list(table.differences), table.rows
+    with _style():
+        figure, axes = _figure(0.8 + 0.3 * len(rows), 1, len(others), sharey=True)
+        for axis, name in zip(axes[0], others, strict=True):
+            axis.axvline(0, color=SOFT, linewidth=0.8)
+            for y, row in enumerate(rows):
+                if row not in table.differences[name]:
+                    continue
+                one = table.differences[name][row]
+                real = one.p_value < CERTAIN
+                colour = SOFT if not real else "#0072B2" if one.difference > 0 else "#D55E00"
+                marker = "o" if not real else ">" if one.difference > 0 else "<"
+                axis.plot([100 * end for end in one.interval], [y, y], color=colour, linewidth=2 if real else 1.2)
+                axis.plot(
+                    100 * one.difference, y, marker, color=colour, markersize=6.5,
+                    markerfacecolor=colour if real else "white",
+                )  # fmt: skip
+            axis.set_title(f"{table.headline} less {name}")
+            axis.set_xlabel("points")
+            axis.margins(x=0.12)
+            axis.grid(axis="x")
+            axis.spines["left"].set_visible(False)
+            axis.tick_params("y", length=0)
+            if MACRO in rows:
+                axis.axhline(len(rows) - 1.5, color=FAINT, linewidth=1.6)
+        axes[0, 0].set_yticks(range(len(rows)), rows, fontsize=10)
+        axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
+        return _picture(
+            figure, "differences", "Differences on the same examples", " ".join(differences_in_words(table)),
+            "Filled, pointing right or left: better or worse for certain. Hollow circle: within chance.",
+            " ".join(differences_in_words(table, most=len(rows))),
+        )  # fmt: skip
+
+
+def differences_in_words(table: Table, most: int = 2) -> list[str]:
+    """Where the headline is better, worse, or within chance of each other column; over `most` tasks are a number."""
+    found = []
+    for name, by_row in table.differences.items():
+        said = {row: verdict(one) for row, one in by_row.items() if row != MACRO}
+        by_word = {word: [row for row, each in said.items() if each == word] for word in VERDICTS}
+        parts = [
+            f"{word} on {listed(rows) if len(rows) <= most else f'{len(rows)} tasks'}"
+            for word, rows in by_word.items()
+            if rows
+        ]
+        if MACRO in by_row and len(said) > 1:
+            parts.insert(0, f"{points(by_row[MACRO].difference)} points in the mean")
+        found.append(f"Against {name}: {', '.join(parts)}.")
+    return found
+
+
+# ---- Fisher information ----
+
+
+def _layers(values: "NodeValues", neurons: bool) -> "list[Site]":
+    return [site for site in sorted(values) if (site.node == "neuron") == neurons]
+
+
+def _label(site: "Site") -> str:
+    """A row of heads: its layer, counted from one; cross-attention says so."""
+    return f"{site.layer + 1}" + (" cross" if site.node == "cross_head" else "")
+
+
+def _grid(values: "NodeValues") -> "tuple[np.ndarray, list[str]]":
+    """Values of the attention heads [layers, heads], NaN where a layer has fewer, and the names of the rows."""
+    sites = _layers(values, neurons=False)
+    grid = np.full((len(sites), max(len(values[site]) for site in sites)), np.nan)
+    for row, site in enumerate(sites):
+        grid[row, : len(values[site])] = values[site]
+    return grid, [_label(site) for site in sites]
+
+
+def _map(axis: "Axes", grid: np.ndarray, names: Sequence[str], **options: Any) -> Any:
+    """A map of heads: layers down, heads across, both counted from one."""
+    image = axis.pcolormesh(grid, cmap="cividis", edgecolors="white", linewidth=0.5, **options)
+    axis.invert_yaxis()
+    step = max(1, grid.shape[1] // 6)
+    axis.set_xticks(np.arange(0, grid.shape[1], step) + 0.5, map(str, range(1, grid.shape[1] + 1, step)), fontsize=8)
+    step = max(1, len(names) // 12)
+    axis.set_yticks(np.arange(0, len(names), step) + 0.5, names[::step], fontsize=8)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return image
+
+
+def _row_height(layers: int) -> float:
+    return 0.55 + max(1.1, 0.15 * layers)
+
+
+def _ring(axis: "Axes", row: int, column: int) -> None:
+    """Mark a head of a map, on dark and on light."""
+    axis.plot(column + 0.5, row + 0.5, "o", color="white", markersize=5.5, markeredgecolor="black", markeredgewidth=0.9)
+
+
+def heads(fisher: "Mapping[str, NodeValues]") -> Picture:
+    """A map for each expert of its heads' Fisher information, relative to their mean."""
+    from matplotlib.colors import LogNorm
+
+    grids = {task: _grid(values) for task, values in fisher.items()}
+    said = []
+    with _style():
+        layers = max(len(names) for _, names in grids.values())
+        figure, axes, columns = _panels(len(grids), _row_height(layers))
+        for place, (axis, (task, (grid, names))) in enumerate(zip(axes, grids.items(), strict=True)):
+            mean = np.nanmean(grid) or 1.0
+            shown = np.clip(grid / mean, 0.01, 10)
+            image = _map(axis, shown, names, norm=LogNorm(0.01, 10))
+            row, head = np.unravel_index(np.nanargmax(grid), grid.shape)
+            _ring(axis, int(row), int(head))
+            axis.set_title(task)
+            axis.set_xlabel("head", fontsize=8)
+            if place % columns == 0:
+                axis.set_ylabel("layer", fontsize=8)
+            said.append(f"{task} layer {names[row]} head {head + 1} ({grid[row, head] / mean:.1f} times the mean)")
+        bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=30)
+        bar.set_ticks([0.01, 0.1, 1, 10], labels=["0.01", "0.1", "1", "10"])
+        bar.minorticks_off()
+        _bar(bar, "× mean")
+        return _picture(
+            figure, "fisher-heads", "Fisher information of the attention heads",
+            f"The head with the most, by expert: {'; '.join(said)}.",
+            "A panel for each expert: lighter heads matter more to it, on a logarithmic scale; a ring marks the first.",
+        )  # fmt: skip
+
+
+def neurons(fisher: "Mapping[str, NodeValues]") -> Picture:
+    """A panel for each expert: how its neurons' Fisher information is distributed in each layer."""
+    said = []
+    floor = 1e-4
+    with _style():
+        figure, axes, columns = _panels(len(fisher), 2.1, sharey=True)
+        for place, (axis, (task, values)) in enumerate(zip(axes, fisher.items(), strict=True)):
+            sites = _layers(values, neurons=True)
+            mean = float(np.concatenate([values[site] for site in sites]).mean()) or 1.0
+            parts = np.array([np.quantile(values[site] / mean, [0.05, 0.25, 0.5, 0.75, 0.95]) for site in sites])
+            tops = [float(values[site].max()) / mean for site in sites]
+            parts, layers = np.maximum(parts, floor), np.arange(1, len(sites) + 1)
+            axis.vlines(layers, parts[:, 0], parts[:, 4], color="#0072B2", linewidth=1)
+            axis.vlines(layers, parts[:, 1], parts[:, 3], color="#0072B2", linewidth=6, alpha=0.5)
+            axis.plot(layers, parts[:, 2], "o", color="white", markeredgecolor="#0072B2", markersize=3.5)
+            axis.plot(layers, np.maximum(tops, floor), "x", color=SOFT, markersize=3.5, markeredgewidth=0.9)
+            axis.set_yscale("log")
+            step = max(1, len(sites) // 6)
+            axis.set_xticks(layers[::step], [_label(site) for site in sites][::step], fontsize=8)
+            axis.set_xlim(0.4, len(sites) + 0.6)
+            axis.minorticks_off()
+            axis.grid(axis="y")
+            axis.tick_params(length=0, labelsize=8)
+            axis.set_title(task)
+            axis.set_xlabel("layer", fontsize=8)
+            if place % columns == 0:
+                axis.set_ylabel("times the mean neuron", fontsize=8)
+            sums = np.array([values[site].sum() for site in sites])
+            most = int(sums.argmax())
+            said.append(f"{task} layer {_label(sites[most])} ({percent(sums[most] / (sums.sum() or 1.0))} % of all)")
+        return _picture(
+            figure, "fisher-neurons", "Fisher information of the neurons by layer",
+            f"The layer whose neurons have the most, by expert: {'; '.join(said)}.",
+            "By layer: the circle is the median neuron, the thick line the middle half, the thin line 90 % of them, the"
+            " cross the largest.",
+        )  # fmt: skip
+
+
+# ---- who owns what ----
+
+
+def owners(shares: "Mapping[str, NodeValues]") -> Picture:
+    """Each expert's share of every layer, of its heads and of its neurons, as numbers on a map."""
+    tasks = list(shares)
+    kinds = [
+        (title, sites)
+        for title, neurons in (("attention heads", False), ("feed-forward neurons", True))
+        if (sites := _layers(shares[tasks[0]], neurons))
+    ]
+    said = []
+    top = _top(np.array([[shares[task][site].mean() for task in tasks] for _, sites in kinds for site in sites]))
+    with _style():
+        figure, axes = _figure(0.75 + len(kinds) * (0.5 + 0.27 * len(tasks)), len(kinds))
+        for axis, (title, sites) in zip(axes[:, 0], kinds, strict=True):
+            grid = np.array([[shares[task][site].mean() for site in sites] for task in tasks])  # [experts, layers]
+            every = np.array([np.concatenate([shares[task][site] for site in sites]).mean() for task in tasks])
+            image = _map(axis, grid, tasks, vmin=0, vmax=top)
+            step = max(1, len(sites) // 24)
+            axis.set_xticks(np.arange(0, len(sites), step) + 0.5, [_label(site) for site in sites][::step], fontsize=8)
+            axis.set_yticks(np.arange(len(tasks)) + 0.5, tasks, fontsize=9)
+            for (row, column), value in np.ndenumerate(grid):
+                axis.text(
+                    column + 0.5, row + 0.52, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
+                    color="white" if value < 0.55 * top else "black",
+                )  # fmt: skip
+            axis.set_title(f"Share of the {title}, % of each layer")
+            most = int(every.argmax())
+            said.append(f"{tasks[most]} owns most of the {title} ({percent(every[most])} %)")
+        axes[-1, 0].set_xlabel("layer", fontsize=8)
+        bar = figure.colorbar(image, ax=list(axes[:, 0]), shrink=0.9, aspect=30)
+        _shares_bar(bar, len(tasks), top)
+        return _picture(
+            figure, "owners", "Who owns what in the merged model, by layer",
+            f"Of {len(tasks)} experts, {listed(said)}; an equal share is {percent(1 / len(tasks))} %.",
+            "Each number is an expert's share in percent, the mean over the layer's nodes; the columns add up to 100.",
+        )  # fmt: skip
+
+
+def _top(shares: np.ndarray) -> float:
+    """The end of a scale of shares: the largest, to the next tenth, and well above an equal share."""
+    return min(1.0, float(np.ceil(10 * np.nanmax(shares)) / 10))
+
+
+def _shares_bar(bar: Any, experts: int, top: float) -> None:
+    """A colour bar of shares with the equal share marked."""
+    equal, step = 1 / experts, 0.1 if top <= 0.5 else 0.2
+    marks = [0, equal, *(mark for mark in np.arange(step, top + 0.01, step) if abs(mark - equal) > 0.08 * top)]
+    bar.set_ticks(marks, labels=[f"{100 * mark:.0f}" + (" equal" if mark == equal else "") for mark in marks])
+    _bar(bar, "share, %")
+
+
+def _bar(bar: Any, title: str) -> None:
+    bar.ax.tick_params(labelsize=8, length=0)
+    bar.ax.set_title(title, fontsize=8, fontweight="normal", color=SOFT, loc="left", pad=8)
+    bar.outline.set_visible(False)
+
+
+def owned_heads(shares: "Mapping[str, NodeValues]") -> Picture:
+    """A map for each expert of its share of every attention head."""
+    grids = {task: _grid(values) for task, values in shares.items()}
+    winners = np.argmax(np.nan_to_num(np.array([grid for grid, _ in grids.values()]), nan=-1), axis=0)
+    there = ~np.isnan(next(iter(grids.values()))[0])
+    top = _top(np.array([grid for grid, _ in grids.values()]))
+    said = []
+    with _style():
+        layers = max(len(names) for _, names in grids.values())
+        figure, axes, columns = _panels(len(grids), _row_height(layers))
+        for place, (axis, (task, (grid, names))) in enumerate(zip(axes, grids.items(), strict=True)):
+            image = _map(axis, grid, names, vmin=0, vmax=top)
+            first = (winners == place) & there
+            for row, column in np.argwhere(first):
+                axis.plot(
+                    column + 0.5,
+                    row + 0.5,
+                    ".",
+                    markersize=3.5,
+                    color="white" if grid[row, column] < 0.55 * top else "black",
+                )
+            axis.set_title(task)
+            axis.set_xlabel("head", fontsize=8)
+            if place % columns == 0:
+                axis.set_ylabel("layer", fontsize=8)
+            said.append(f"{task} {int(first.sum())}")
+        bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=30)
+        _shares_bar(bar, len(grids), top)
+        return _picture(
+            figure, "owners-heads", "Who owns which attention head",
+            f"Of {int(there.sum())} attention heads, the expert with the largest share is: {', '.join(said)}.",
+            "A panel for each expert: the lighter, the larger its share of the head; a dot where it has the largest.",
+        )  # fmt: skip
+
+
+# ---- the comparison of methods ----
+
+
+def methods(found: "Compared") -> Picture:
+    """A line for each method: what it keeps of the experts' scores in the mean over the sets, best first."""
+    order = sorted(found.means, key=lambda method: -found.means[method]["mean"].value)
+    look = {method: MARKERS.get(method, OTHERS[0]) for method in order} | {found.best: HEADLINE}
+    with _style():
+        figure, axes = _figure(0.6 + 0.24 * len(order))
+        axis = axes[0, 0]
+        axis.axvline(100, color=INK, linewidth=1)
+        axis.annotate(EXPERT, (100, -0.9), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        highest = 100.0
+        for y, method in enumerate(order):
+            value, ends = found.means[method]["mean"]
+            low, high = ends or (value, value)
+            marker, colour = look[method]
+            bold = method == found.best
+            axis.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=2 if bold else 1.3)
+            axis.plot(100 * value, y, marker, color=colour, markersize=6)
+            axis.annotate(
+                percent(value), (100 * high, y), (6, 0), textcoords="offset points", va="center", fontsize=8,
+                fontweight="bold" if bold else "normal", backgroundcolor="white", bbox={"pad": 0.5, "fc": "white",
+                "ec": "none"},
+            )  # fmt: skip
+            highest = max(highest, 100 * high)
+        axis.set_yticks(range(len(order)), order, fontsize=9)
+        axis.set_ylim(len(order) - 0.4, -1.4)
+        axis.set_xlim(min(0.0, *(100 * one["mean"].value for one in found.means.values())), 1.07 * highest)
+        axis.grid(axis="x")
+        axis.tick_params("y", length=0)
+        axis.spines["left"].set_visible(False)
+        axis.set_xlabel("% of the experts' scores, mean over the sets")
+        said = [f"{method} {percent(found.means[method]['mean'].value)} %" for method in order]
+        return _picture(
+            figure, "methods", "Methods, best first", f"{found.best} keeps most: {said[0]}, the least {said[-1]}."
+            if order[0] == found.best else f"The most: {said[0]}; the least: {said[-1]}.",
+            "The marker is what a method keeps of the experts' scores, the line its 95 % interval.",
+            f"In order: {', '.join(said)}.",
+        )  # fmt: skip
+
+
+def pairs(found: "Compared") -> Picture:
+    """What pairs of experts keep: with the average, with the best method, and the difference of the two."""
+    first = "average" if "average" in found.pairs else next(iter(found.pairs))
+    tasks = list(dict.fromkeys(task for pair in found.pairs[first] for task in pair))
+
+    def grid(method: str) -> np.ndarray:
+        values = found.pairs[method]
+        return np.array([[values.get((task, partner), np.nan) for partner in tasks] for task in tasks])
+
+    one, other = grid(first), grid(found.best)
+    change = other - one
+    most = max(0.05, float(np.nanmax(np.abs(change))))
+    with _style():
+        figure, axes = _figure(0.95 + 2.45 * max(1.0, len(tasks) / 7), 1, 3)
+        for axis, (title, values) in zip(axes[0], ((first, one), (found.best, other)), strict=False):
+            _matrix(axis, values, tasks, title, "{:.0f}", cmap="cividis", vmin=0, vmax=1.2)
+        _matrix(axes[0, 2], change, tasks, f"{found.best} less {first}", "{:+.0f}", cmap="PuOr", vmin=-most, vmax=most)
+        axes[0, 0].set_ylabel("scored task", fontsize=8)
+        where = np.unravel_index(np.nanargmax(change), change.shape)
+        gains = int(np.nansum(change > 0))
+        return _picture(
+            figure, "pairs", "Pairs of experts",
+            f"Of {int((~np.isnan(change)).sum())} scores in pairs, {gains} are higher with {found.best} than with"
+            f" {first}; most gains {tasks[where[0]]} when merged with {tasks[where[1]]}: {points(change[where])} points.",
+            "A row for the task that is scored, a column for its partner: percent of the expert's score.",
+            "; ".join(
+                f"{task} with {partner}: {first} {percent(found.pairs[first][task, partner])} %,"
+                f" {found.best} {percent(found.pairs[found.best][task, partner])} %"
+                for task, partner in found.pairs[first]
+            ),
+        )  # fmt: skip
+
+
+def _matrix(axis: "Axes", grid: np.ndarray, tasks: Sequence[str], title: str, form: str, **options: Any) -> None:
+    """A square map of tasks with its numbers, in percent; what is not there is grey."""
+    axis.set_facecolor("#eceff2")
+    axis.pcolormesh(np.ma.masked_invalid(grid), edgecolors="white", linewidth=0.8, **options)
+    middle, half = (options["vmin"] + options["vmax"]) / 2, (options["vmax"] - options["vmin"]) / 2
+    for (row, column), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            place = np.clip((value - middle) / half, -1, 1)
+            dark = abs(place) > 0.6 if options["cmap"] == "PuOr" else place < 0.1
+            axis.text(
+                column + 0.5, row + 0.52, form.format(100 * value), ha="center", va="center",
+                fontsize=8 if len(tasks) < 7 else 7, color="white" if dark else "black",
+            )  # fmt: skip
+    axis.set_xticks(np.arange(len(tasks)) + 0.5, tasks, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(np.arange(len(tasks)) + 0.5, tasks, fontsize=8)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.invert_yaxis()
+    axis.set_aspect("equal")
+    axis.set_title(title)
+    axis.set_xlabel("merged with", fontsize=8)
+
+
+# ---- cost ----
+
+
+def cost(costs: Sequence[Cost]) -> Picture:
+    """A bar for each stage, its tasks one after another."""
+    stages = list(dict.fromkeys(one.stage for one in costs))
+    sums = {stage: sum(one.seconds for one in costs if one.stage == stage) for stage in stages}
+    whole = sum(sums.values())
+    with _style():
+        figure, axes = _figure(0.55 + 0.34 * len(stages))
+        axis = axes[0, 0]
+        for y, stage in enumerate(stages):
+            start = 0.0
+            parts = sorted((one for one in costs if one.stage == stage), key=lambda one: -one.seconds)
+            for one in parts:
+                axis.barh(y, one.seconds, 0.62, start, color="#9cc4e4", edgecolor="white", linewidth=1)
+                if one.seconds > 0.06 * max(sums.values()):
+                    axis.text(start + one.seconds / 2, y, one.name, ha="center", va="center", fontsize=8)
+                start += one.seconds
+            axis.annotate(
+                f"{seconds(sums[stage])}", (start, y), (5, 0), textcoords="offset points", va="center", fontsize=9
+            )
+        axis.set_yticks(range(len(stages)), stages, fontsize=10)
+        axis.set_ylim(len(stages) - 0.5, -0.5)
+        axis.set_xlim(0, 1.12 * max(sums.values()))
+        axis.tick_params(length=0)
+        axis.grid(axis="x")
+        axis.set_xlabel("seconds")
+        most = max(sums, key=lambda stage: sums[stage])
+        return _picture(
+            figure, "cost", "Cost by stage",
+            f"The stages took {seconds(whole)} together; {most} the most, {seconds(sums[most])}.",
+            "A bar for each stage, divided by task or model; those that are too short for a name have none.",
+        )  # fmt: skip
+
+
+def seconds(value: float) -> str:
+    """A time for people: "0.4 s", "12 s", "3 min 20 s"."""
+    if value < 10:
+        return f"{value:.1f} s"
+    if value < 120:
+        return f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
