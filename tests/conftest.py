@@ -83,9 +83,9 @@ def prefect_server() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_workers() -> Iterator[None]:
-    """Worker processes that start within the test, and so have its environment and working folder."""
+    """Worker processes that start with a module's first stage, and so in its environment and working folder."""
     from flows import workers
 
     workers._slots.cache_clear()
