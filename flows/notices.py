@@ -47,9 +47,11 @@ def send(webhook: str | None, text: str) -> None:
         return
     body = json.dumps({"text": text}).encode()
     try:
+        if not webhook.startswith(("https://", "http://")):
+            raise ValueError
         request = urllib.request.Request(webhook, body, {"Content-Type": "application/json"})  # noqa: S310
         with urllib.request.urlopen(request, timeout=_PATIENCE):  # noqa: S310
             pass
     except (OSError, ValueError) as error:
-        status = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-        say(f"the webhook did not take the notice ({status})")
+        reason = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        say(f"the webhook did not take the notice ({reason})")

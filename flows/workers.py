@@ -71,10 +71,10 @@ def run(function: Callable[..., Outcome], arguments: Mapping[str, Any], progress
         UserError when it was killed for want of memory.
     """
     slot = _slots().get()
-    _check_not_ended()
     slot.counts[:] = [0, 0]
     killed = _killed_for_memory()
     try:
+        _check_not_ended()
         future = slot.worker.submit(_work, function, dict(arguments))
         while not future.done():
             wait([future], timeout=_POLL)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -71,3 +72,22 @@ def glue() -> Path:
     if not folder.is_dir():
         pytest.skip("no real GLUE data: set GLUE_DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A Prefect server with a database of its own, for flows that run in the tests' process."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="module")
+def own_workers() -> Iterator[None]:
+    """Worker processes that start with a module's first stage, and so in its environment and working folder."""
+    from flows import workers
+
+    workers._slots.cache_clear()
+    yield
+    workers._slots.cache_clear()

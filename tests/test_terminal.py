@@ -1,5 +1,9 @@
 """What a person at a terminal sees."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from fmn.terminal import progress_bar, say, show_table
@@ -23,3 +27,43 @@ def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFix
         progress(1, 2)
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "")
+
+
+NOISY = """
+import atexit, os, sys, warnings
+from pathlib import Path
+from fmn.errors import UserError
+from fmn.terminal import complain, only_ours, say
+
+atexit.register(lambda: print("noise at exit", file=sys.stderr))
+try:
+    with only_ours(Path("logs/run.log")):
+        warnings.warn("noise of Python")
+        os.write(2, b"noise of a library\\n")
+        os.system("echo noise of a process >&2")
+        say("a stage")
+        raise {error}
+except UserError as error:
+    complain(str(error))
+"""
+
+
+def noisy(folder: Path, error: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", NOISY.format(error=error)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_libraries_write_to_a_file_and_we_to_the_terminal(tmp_path: Path) -> None:
+    done = noisy(tmp_path, "UserError('a mistake')")
+    assert done.stdout == "a stage\n"
+    assert done.stderr == "fmn: a mistake\n"
+    log = (tmp_path / "logs" / "run.log").read_text()
+    for source in ("of Python", "of a library", "of a process", "at exit"):
+        assert f"noise {source}" in log
+
+
+def test_an_unforeseen_error_keeps_its_traceback(tmp_path: Path) -> None:
+    done = noisy(tmp_path, "KeyError('lost')")
+    assert "Traceback" in done.stderr
+    assert "KeyError: 'lost'" in done.stderr
+    assert "noise of" not in done.stderr

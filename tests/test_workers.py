@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from flows import workers
+from flows.faults import PassingError
 from fmn.errors import UserError
 from fmn.stage import Outcome, Progress
 
@@ -72,16 +73,49 @@ def owner(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_worker_that_was_killed_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_worker_that_was_killed_is_told_in_one_line_and_harms_no_other(tmp_path: Path) -> None:
     body = """
+    def count():
+        outcome = workers.run(test_workers.count_to, {"total": 60, "out": Path("x")}, lambda done, total: None)
+        print("counted", outcome.summary["process"], flush=True)
+    other = threading.Thread(target=count)
+    other.start()
     try:
         workers.run(test_workers.die, {"out": Path("x")}, lambda done, total: None)
     except UserError as error:
-        print(error)
+        print(type(error).__name__, error, flush=True)
+    other.join()
+    count()
 """
     with owner(tmp_path, body.strip()) as process:
-        said = process.communicate(timeout=60)[0]
-    assert "run again to go on" in said
+        said = process.communicate(timeout=120)[0]
+    assert "PassingError its process was killed; run again to go on from here" in said
+    assert said.count("counted") == 2
+
+
+def test_a_process_killed_for_want_of_memory_is_no_fault_that_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = iter(range(2))
+    monkeypatch.setattr(workers, "_killed_for_memory", lambda: next(counted))  # the kernel's counter, before and after
+    with pytest.raises(UserError, match="ran out of memory") as caught:
+        workers.run(die, {"out": tmp_path}, lambda done, total: None)
+    assert not isinstance(caught.value, PassingError)
+
+
+def test_what_runs_can_be_ended(tmp_path: Path) -> None:
+    body = """
+    threading.Timer(2, workers.end).start()
+    for _ in range(2):
+        started = time.monotonic()
+        try:
+            workers.run(test_workers.count_to, {"total": 10000, "out": Path("x")}, lambda d, t: None)
+        except UserError as error:
+            print(error, time.monotonic() - started < 60, flush=True)
+"""
+    with owner(tmp_path, body.strip()) as process:
+        said = process.communicate(timeout=120)[0]
+    assert said.splitlines() == ["ended with its run True"] * 2
 
 
 def test_workers_end_when_their_owner_is_killed(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Sources that float: every run looks where they stand, and computes again what depends on those that moved."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+
+from flows.pipeline import pipeline
+from tests.conftest import TASKS
+from tests.hub_server import Hub
+
+PROFILE = """
+work: data/tiny
+base: {base}
+experts: {{tasks: [sst2, mrpc, stsb]}}
+sources:
+  sst2: hf://org/sst2@main
+  mrpc: models:/expert-mrpc@champion
+  stsb: models/stsb
+data: {{source: sets}}
+fisher: {{samples: 16, device: cpu}}
+evaluate: {{device: cpu}}
+registry: {{name: tiny}}
+"""
+
+
+@pytest.fixture
+def project(
+    tiny_base: Path, tiny_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_workers: None
+) -> Iterator[Hub]:
+    """A working folder whose three experts come from a Hub, from a registry and from a folder."""
+    for task in TASKS:
+        shutil.copytree(tiny_work / "experts" / task, tmp_path / "models" / task)
+        (tmp_path / "models" / task / "fmn.json").unlink()
+        for file in (tiny_work / "data" / task).glob("*.parquet"):
+            (tmp_path / "sets" / task).mkdir(parents=True, exist_ok=True)
+            pq.write_table(pq.read_table(file).slice(0, 60), tmp_path / "sets" / task / file.name)
+    (tmp_path / "params.yaml").write_text(PROFILE.format(base=tiny_base))
+    with Hub() as hub:
+        hub.add("models", "org/sst2", tmp_path / "models" / "sst2")
+        for name, value in hub.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+        monkeypatch.chdir(tmp_path)
+        register_expert("mrpc")
+        yield hub
+
+
+def register_expert(task: str) -> None:
+    """A version of the registered expert, made from a copy of models/TASK, which becomes the champion."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
+    if not client.search_registered_models(f"name = 'expert-{task}'"):
+        client.create_registered_model(f"expert-{task}")
+    number = len(client.search_model_versions(f"name = 'expert-{task}'")) + 1
+    folder = Path(shutil.copytree(f"models/{task}", f"registered/{task}-{number}/model"))
+    (folder.parent / "MLmodel").write_text("flavors: {}")
+    client.create_model_version(f"expert-{task}", str(folder.parent.resolve()))
+    client.set_registered_model_alias(f"expert-{task}", "champion", str(number))
+
+
+def retune(task: str) -> None:
+    """Change the weights of models/TASK, as a new training would."""
+    file = Path("models") / task / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["classifier.weight"] *= 1.5
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+
+
+def run(capsys: pytest.CaptureFixture[str]) -> tuple[set[tuple[str, str]], str]:
+    """The stages that a run computed, and the version that the registry then has."""
+    found = pipeline("params.yaml")
+    said = [re.match(r"(\S+) +(\S*) +[\d.]+ s$", line) for line in capsys.readouterr().out.splitlines()]
+    return {(line[1], line[2]) for line in said if line}, found["registered"]["version"]
+
+
+def of_one_expert(task: str, computed: set[tuple[str, str]]) -> None:
+    """One fetch, one Fisher, one evaluation of the expert; every merged model made and evaluated again; no more."""
+    assert {one for one in computed if one[1] in TASKS} == {("fetch", task), ("fisher", task), ("evaluate", task)}
+    rest = {one for one in computed if one[1] not in TASKS}
+    assert {stage for stage, _ in rest} == {"merge", "evaluate", "report", "register"}
+    assert {("merge", "merged"), ("merge", "average"), ("evaluate", "merged"), ("evaluate", "average")} < rest
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_a_run_computes_what_depends_on_sources_that_moved(project: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    computed, version = run(capsys)
+    assert {("fetch", task) for task in TASKS} < computed
+    assert version == "1"
+    assert run(capsys) == (set(), "1"), "nothing moved: nothing is computed, nothing registered"
+
+    retune("sst2")
+    project.add("models", "org/sst2", Path("models/sst2"))
+    computed, version = run(capsys)
+    of_one_expert("sst2", computed)
+    assert version == "2"
+
+    retune("mrpc")
+    register_expert("mrpc")
+    computed, version = run(capsys)
+    of_one_expert("mrpc", computed)
+
+    retune("stsb")
+    computed, version = run(capsys)
+    of_one_expert("stsb", computed)
+    assert version == "4"
+
+    table = pq.read_table("sets/sst2/train.parquet")
+    pq.write_table(table.slice(0, 50), "sets/sst2/train.parquet")
+    computed, version = run(capsys)
+    assert {one for one in computed if one[1] in TASKS} == {("data", "sst2"), ("fisher", "sst2")}
+    assert ("merge", "merged") in computed
+    assert run(capsys) == (set(), version)
