@@ -282,7 +282,9 @@ def card(recipe: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
     lines += [
         "## Limits",
         "",
-        "Each task's head is its expert's own; only the encoder is merged, so a task can lose against its expert."
+        "Each task's head is its expert's own"
+        + (", re-aligned to answer as the expert does to unlabeled training texts" if recipe.get("realign") else "")
+        + "; only the encoder is merged, so a task can lose against its expert."
         " `merge.json` holds the whole recipe: experts and their digests, method, mapping, coefficients, versions.",
         "",
     ]
