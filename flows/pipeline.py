@@ -78,6 +78,7 @@ STAGES: Mapping[str, Callable[..., Outcome]] = {
     "full-fisher": stages.full_fisher,
     "gram": stages.gram,
     "merge": merge_stages.merge,
+    "realign": merge_stages.realign,
     "evaluate": stages.evaluate,
     "compare": merge_stages.compare,
     "comparison": merge_stages.write_comparison,
@@ -224,10 +225,20 @@ def submit_stages(settings: Params, layout: Layout, profile: str | None) -> Futu
             "evaluate", model, [("merge", model)], model=layout.merged(model), names=[], folder=layout.data,
             out=layout.metrics(model), settings=settings.evaluate,
         )  # fmt: skip
-    evaluated = [("evaluate", name) for name in [*names, *merges]]
+    for model, realigning in sorted(settings.realign.items()):
+        submit(
+            "realign", model, [("merge", "merged")], model=layout.merged("merged"), experts=experts, folder=layout.data,
+            out=layout.merged(model), settings=realigning,
+        )  # fmt: skip
+        submit(
+            "evaluate", model, [("realign", model)], model=layout.merged(model), names=[], folder=layout.data,
+            out=layout.metrics(model), settings=settings.evaluate,
+        )  # fmt: skip
+    models = [*merges, *sorted(settings.realign)]
+    evaluated = [("evaluate", name) for name in [*names, *models]]
     submit(
         "report", "", evaluated, experts={name: layout.expert_metrics(name) for name in names},
-        merged_models={model: layout.metrics(model) for model in merges}, fisher_files=fisher_files,
+        merged_models={model: layout.metrics(model) for model in models}, fisher_files=fisher_files,
         out=layout.report, work=layout.work,
     )  # fmt: skip
     if profile is not None:

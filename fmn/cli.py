@@ -114,6 +114,10 @@ def _facts(*names: str) -> Callable[[Mapping[str, Any]], None]:
     return show
 
 
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
 def _by_task(items: Sequence[str], option: str, names: Sequence[str], suffix: str) -> dict[str, Path]:
     """``TASK=PATH ...``, or one folder that holds ``TASK`` (folders) or ``TASK.parquet``, ``TASK.json`` (files).
 
@@ -423,6 +427,40 @@ def merge(
 
 
 @app.command
+def realign(
+    model: Path,
+    /,
+    *,
+    expert: list[str],
+    data: Data,
+    out: Path,
+    settings: Annotated[params.RealignSettings, FLAT] = params.RealignSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Re-align a merged model's heads with its encoder, on unlabeled training texts; gives a merged model of its own.
+
+    Args:
+        model: the merged model's folder
+        expert: TASK=DIR for each expert that was merged, or one folder that holds DIR/TASK
+        out: the new model's folder; its encoder is a hard link to the merged model's
+    """
+    from fmn import merge_stages, recipe
+
+    experts = _by_task(expert, "--expert", recipe.read_recipe(model)["tasks"], "")
+    with progress_bar("re-aligning") as progress:
+        outcome = merge_stages.realign(model, experts, data, out, settings, progress)
+
+    def show(summary: Mapping[str, Any]) -> None:
+        body = [
+            [name, str(fit["texts"]), f"{fit['ridge']:.2g}", *(_percent(fit[when]) for when in ("before", "after"))]
+            for name, fit in summary["realign"]["tasks"].items()
+        ]
+        show_table(["task", "texts", "ridge", "off the expert's outputs, %", "re-aligned"], body)
+
+    _say(outcome, as_json, show)
+
+
+@app.command
 def evaluate(
     model: Path,
     /,
@@ -464,6 +502,7 @@ def report(
     *,
     merged: list[str],
     out: Path,
+    realigned: Path | None = None,
     expert: list[str] | None = None,
     fisher: list[str] | None = None,
     work: Path | None = None,
@@ -474,6 +513,8 @@ def report(
 
     Args:
         merged: NAME=FILE: the metrics file of each merged model, by the name to show
+        realigned: folder of metrics files; of those, DIR/NAME.json, whose models `fmn realign` made from a model shown,
+            each is shown too
         expert: TASK=FILE: the metrics file of each expert, or one folder that holds DIR/TASK.json
         fisher: TASK=FILE: the Fisher artifact of each expert, or one folder that holds DIR/TASK.parquet
         work: the run's folder: how the models were merged and what the stages took is read there
@@ -481,9 +522,10 @@ def report(
     """
     from fmn import stages
 
+    models = {name: Path(file) for name, file in params.pairs(merged, "--merged").items()}
     outcome = stages.write_report(
         _by_task(expert, "--expert", selection.tasks, ".json") if expert else {},
-        {name: Path(file) for name, file in params.pairs(merged, "--merged").items()},
+        models | (stages.realigned(realigned, models) if realigned else {}),
         _by_task(fisher, "--fisher", selection.tasks, ".parquet") if fisher else {},
         out,
         work,

@@ -57,11 +57,11 @@ def validation_splits(folder: Path, task: Task) -> tuple[str, ...]:
     return found
 
 
-def read(folder: Path, task: Task, split: str) -> pa.Table:
+def read(folder: Path, task: Task, split: str, labelled: bool = True) -> pa.Table:
     """A split of a task, checked, in the columns and types of `schema`; other columns are left out.
 
     `folder` holds `SPLIT.parquet`, or `TASK/SPLIT.parquet` (the Hub's shards, `SPLIT-*.parquet`, are read too).
-    `UserError` says which file is missing or what is wrong in it.
+    `UserError` says which file is missing or what is wrong in it. Not `labelled`: the texts alone.
     """
     files = _files(folder, task, split)
     if not files:
@@ -70,19 +70,12 @@ def read(folder: Path, task: Task, split: str) -> pa.Table:
         table = pa.concat_tables([pq.read_table(file, partitioning=None) for file in files])
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{files[0]} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    return checked(table, task, str(files[0]))
+    return checked(table, task, str(files[0])) if labelled else _only_texts(table, task, str(files[0]))
 
 
 def checked(table: pa.Table, task: Task, where: str) -> pa.Table:
     """`table` in the task's schema; `UserError`, which names the place `where`, if it does not hold what it must."""
-    missing = [name for name in (*task.columns, "label") if name not in table.column_names]
-    if missing:
-        raise UserError(
-            f"{where}: no column {', '.join(missing)}; {task.name} needs {', '.join((*task.columns, 'label'))}"
-            f" and here are {', '.join(table.column_names)}."
-        )
-    if not table.num_rows:
-        raise UserError(f"{where}: there are no rows.")
+    _needs(table, task, where, "label")
     columns = {name: _texts(table[name], f"{where}: column {name}") for name in task.columns}
     columns["label"] = _labels(table["label"], task, f"{where}: column label")
     index = table["idx"] if "idx" in table.column_names else pa.array(np.arange(table.num_rows, dtype=np.int32))
@@ -94,7 +87,7 @@ def checked(table: pa.Table, task: Task, where: str) -> pa.Table:
 
 
 def tokenize(tokenizer: Any, task: Task, table: pa.Table, max_length: int = MAX_LENGTH) -> "Examples":
-    """The texts of a table that `read` gave, as tokens, and its labels.
+    """The texts of a table that `read` gave, as tokens, and its labels; zeros where it has none.
 
     Where a text or a pair has more than `max_length` tokens, special ones included, the longer text is cut first.
     """
@@ -109,7 +102,7 @@ def tokenize(tokenizer: Any, task: Task, table: pa.Table, max_length: int = MAX_
         padding["input_ids"] = 0  # any token will do: the attention mask covers it
     return Examples(
         inputs={name: inputs[name] for name in inputs},
-        labels=table["label"].to_numpy(),
+        labels=table["label"].to_numpy() if "label" in table.column_names else np.zeros(table.num_rows, np.int64),
         pad={name: padding[name] for name in inputs},
     )
 
@@ -156,6 +149,23 @@ def _files(folder: Path, task: Task, split: str) -> list[Path]:
     home = _home(folder, task)
     whole = home / f"{split}.parquet"
     return [whole] if whole.is_file() else sorted(home.glob(f"{split}-*.parquet"))
+
+
+def _only_texts(table: pa.Table, task: Task, where: str) -> pa.Table:
+    _needs(table, task, where)
+    return pa.table({name: _texts(table[name], f"{where}: column {name}") for name in task.columns}).combine_chunks()
+
+
+def _needs(table: pa.Table, task: Task, where: str, *more: str) -> None:
+    """Refuse a table without rows, or without a column of the task's texts or of `more`."""
+    needed = (*task.columns, *more)
+    if missing := [name for name in needed if name not in table.column_names]:
+        raise UserError(
+            f"{where}: no column {', '.join(missing)}; {task.name} needs {', '.join(needed)}"
+            f" and here are {', '.join(table.column_names)}."
+        )
+    if not table.num_rows:
+        raise UserError(f"{where}: there are no rows.")
 
 
 def _texts(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:

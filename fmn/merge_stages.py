@@ -1,4 +1,4 @@
-"""The stages that combine experts: merging, the search for coefficients, the comparison of methods."""
+"""The stages that combine experts: merging, re-aligning heads, searching coefficients, comparing methods."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +11,25 @@ from fmn import __version__, artifacts, card, checkpoints, data, labels, recipe,
 from fmn.errors import UserError
 from fmn.methods import NEEDS, Needs
 from fmn.params import (
+    ComparedSettings,
     CompareSettings,
     MergeSettings,
+    RealignSettings,
     SearchSettings,
 )
 from fmn.stage import Outcome, Progress
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from fmn.batches import Examples
     from fmn.search import Trial
     from fmn.trial import Contender
 
 SEARCH = 2
 MERGE = 4
-COMPARE = 2
+REALIGN = 1
+COMPARE = 3
 COMPARISON = 2
 
 
@@ -306,6 +312,12 @@ def merge(
             options |= {"coefficients": found["coefficients"], "scale": found["scale"]}
         merged.write(out, experts, recipe=lineage, progress=progress, **options)
 
+    return _run_merged("merge", out, key, make)
+
+
+def _run_merged(name: str, out: Path, key: str, make: Callable[[], None]) -> Outcome:
+    """A stage whose output is a merged model's folder."""
+
     def current() -> bool:
         try:
             recipe.verify(out)
@@ -313,10 +325,68 @@ def merge(
             return False
         return bool(recipe.read_recipe(out).get("key") == key)
 
-    outcome = stage.run("merge", out, current, make, lambda: recipe.read_recipe(out))
+    outcome = stage.run(name, out, current, make, lambda: recipe.read_recipe(out))
     if not (out / recipe.CARD).is_file():
         card.write(out, None)
     return outcome
+
+
+def realign(
+    model: Path,
+    experts: Mapping[str, Path],
+    folder: Path,
+    out: Path,
+    settings: RealignSettings,
+    progress: Progress | None = None,
+) -> Outcome:
+    """The merged model ``model`` with every head re-aligned with its encoder (`fmn.heads`), as the folder ``out``.
+
+    Heads are fitted to what the experts answer to texts of the training splits below ``folder``, whose labels are not
+    read. Files that stay as they are are hard links to those of ``model``.
+
+    Raises UserError where an expert is missing, or not the one that was merged.
+    """
+    stage.apart(out, [model, *experts.values(), folder])
+    recipe.verify(model)
+    made = recipe.read_recipe(model)
+    if "realign" in made:
+        raise UserError(f"{model}: its heads are re-aligned already; give the model that they were re-aligned from")
+    found = {name: tasks.task(name) for name in made["tasks"]}
+    for name in found:
+        if name not in experts:
+            raise UserError(f"--expert {name}=DIR is missing: its head is fitted to what it answers")
+        if made.get("experts", {}).get(name, {}).get("digest") != artifacts.digest_folder(experts[name]):
+            raise UserError(f"expert {name}: {experts[name]} is not what {model} was merged from; give that one")
+    tuned_on = {name: _tuned_on(experts[name]) for name in found}
+    inputs = {f"data {name}": data.digests(folder, task, ["train"])["train"] for name, task in found.items()}
+    parent = artifacts.digest_file(model / recipe.RECIPE)
+    described = {**settings.model_dump(exclude={"device"}), "tuned on": {n: list(rows) for n, rows in tuned_on.items()}}
+    key = artifacts.content_key("realign", REALIGN, described, {"merged": parent, **inputs})
+
+    def make() -> None:
+        from fmn import heads, merged, trial
+
+        changed, fits = {}, {}
+        for done, (name, task) in enumerate(found.items()):
+            examples = trial.unlabeled(
+                experts[name], task, folder, stage.limit(settings.texts), settings.seed, tuned_on[name]
+            )
+            expert, together = (
+                checkpoints.load_classifier(path) for path in (experts[name], recipe.task_folder(model, name))
+            )
+            own, read = (
+                heads.features(each, examples, device=settings.device, dtype=settings.dtype)
+                for each in (expert, together)
+            )
+            fit = heads.refit(own, read, *heads.last_map(expert), settings.ridge)
+            changed[name] = heads.tensors(expert, fit)
+            fits[name] = {"texts": len(examples), "ridge": fit.ridge, "before": fit.before, "after": fit.after}
+            if progress:
+                progress(done + 1, len(found))
+        stated = {"merged": parent, "seed": settings.seed, "dtype": settings.dtype, "data": inputs, "tasks": fits}
+        merged.with_heads(out, model, changed, {"fmn": __version__, "key": key, "realign": stated})
+
+    return _run_merged("realign", out, key, make)
 
 
 def _searched(file: Path, inputs: _Inputs, settings: MergeSettings) -> dict[str, Any]:
@@ -355,6 +425,22 @@ def _contender(_expert: str, _data: str, checkpoint: Path, task: str, *rest: Any
     return trial.contender(checkpoint, tasks.task(task), *rest)
 
 
+@lru_cache(maxsize=16)
+def _unlabeled(_train: str, contender: tuple[Any, ...], texts: int | None, seed: int) -> "tuple[Examples, np.ndarray]":
+    """`trial.unlabeled` and what the expert's head reads of them, once a process; never the rows that it is tried on.
+
+    Args:
+        contender: the arguments of `_contender`.
+    """
+    from fmn import heads, trial
+
+    _, _, checkpoint, _, folder, split, _, _, device, dtype, tuned_on = contender
+    one = _contender(*contender)
+    without = one.rows if split == "train" else ()
+    examples = trial.unlabeled(checkpoint, one.task, folder, texts, seed, tuned_on, without)
+    return examples, heads.features(one.model, examples, device=device, dtype=dtype)
+
+
 def compare(
     experts: Mapping[str, Path],
     fisher_files: Mapping[str, Path],
@@ -362,7 +448,7 @@ def compare(
     base: Path,
     folder: Path,
     out: Path,
-    merging: MergeSettings,
+    merging: ComparedSettings,
     settings: CompareSettings,
     tuned_on: Mapping[str, tuple[int | None, int]],
 ) -> Outcome:
@@ -381,13 +467,16 @@ def compare(
     inputs = {f"expert {task}": digest for task, digest in digests.items()} | {"base": artifacts.digest_folder(base)}
     inputs |= {f"{kind} {task}": entry["digest"] for kind, entries in stated.items() for task, entry in entries.items()}
     inputs |= {task: data.digests(folder, tasks.task(task), [split])[split] for task, split in splits.items()}
+    realign = merging.realign
+    train = {task: data.digests(folder, tasks.task(task), ["train"])["train"] for task in digests} if realign else {}
+    inputs |= {f"train {task}": digest for task, digest in train.items()}
     described = {
-        "merge": merging.model_dump(),
+        "merge": merging.model_dump(exclude=set() if realign else {"realign"}),
         "rows": {
             **settings.model_dump(include={"split", "seed", "dtype"}),
             "rows": {task: settings.rows_of(task) for task in digests},
         },
-        "tuned on": {task: list(tuned_on[task]) for task in digests} if settings.split == "train" else None,
+        "tuned on": {task: list(tuned_on[task]) for task in digests} if realign or settings.split == "train" else None,
     }
     key = artifacts.content_key("compare", COMPARE, described, inputs)
 
@@ -396,15 +485,22 @@ def compare(
         from fmn.evaluate import answers, score
 
         started = time.monotonic()
-        how = merging.model_dump(exclude={"coefficient", "estimator"})
+        how = merging.model_dump(exclude={"coefficient", "estimator", "realign"})
         how |= {**options, "coefficients": merging.coefficients, "base": base}
         encoder = merged.in_memory(experts, **how)
         seconds = time.monotonic() - started
         entries = {}
         for task, split in splits.items():
-            limit = (stage.limit(settings.rows_of(task)), settings.seed, settings.device, settings.dtype)
-            one = _contender(digests[task], inputs[task], experts[task], task, folder, split, *limit, tuned_on[task])
-            outputs = trial.logits(one, encoder, settings.device, settings.dtype)
+            where = (settings.device, settings.dtype)
+            drawn = (stage.limit(settings.rows_of(task)), settings.seed)
+            asked = (digests[task], inputs[task], experts[task], task, folder, split, *drawn, *where, tuned_on[task])
+            one, head = _contender(*asked), None
+            if realign:
+                texts = _unlabeled(train[task], asked, stage.limit(realign.texts), realign.seed)
+                started = time.monotonic()
+                head = trial.realigned(one, encoder, *texts, realign.ridge, *where)
+                seconds += time.monotonic() - started
+            outputs = trial.logits(one, encoder, *where, head)
             reached = score(one.task, outputs, one.examples.labels)["score"]
             entries[task] = {
                 "score": reached,

@@ -32,7 +32,7 @@ from fmn.architectures import NodeValues, Site
 from fmn.artifacts import digest_file, whole_folder
 from fmn.checkpoints import CONFIG, TOKENIZER_FILES
 from fmn.errors import UserError
-from fmn.headers import INDEX, TensorHeader, tensor_headers
+from fmn.headers import INDEX, TensorHeader, file_headers, tensor_headers
 from fmn.merge import LINEAR, METHODS, Method, Settings, Sums, recombine, shares, summands
 from fmn.methods import DAMPING, NEEDS, Needs, Tuning, tuned
 from fmn.recipe import CARD, FORMAT, RECIPE
@@ -131,6 +131,38 @@ def write(
                 folder, {folder / "encoder" / name: file.digest for name, file in encoder.items()}
             ),
         }
+        (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def with_heads(
+    out: Path, model: Path, heads: Mapping[str, Mapping[str, Tensor]], recipe: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A merged model with other values in some tensors of its heads; all other files are hard links to its own.
+
+    Args:
+        out: the new folder; an older one is replaced.
+        model: the merged model's folder.
+        heads: by task, tensors of the head by name, in the shapes that they have; they take the types that are stored.
+        recipe: what ``merge.json`` is to say beside, or instead of, what the model's says.
+
+    Returns:
+        the content of ``merge.json``.
+    """
+    kept = json.loads((model / RECIPE).read_bytes())
+    files = dict(kept["files"])
+    with whole_folder(out) as folder:
+        first: dict[int, Path] = {}  # where a file went that has several names
+        for name in files:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(model / name, first.setdefault((model / name).stat().st_ino, target), target)
+        for task, changed in heads.items():
+            stored = tensor_headers(model / "tasks" / task)
+            for file in {stored[name].file for name in changed}:
+                name = file.relative_to(model).as_posix()
+                files[name] = _write_changed(folder / name, file, changed)
+        content = {**kept, **recipe, "files": files}
         (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
     return content
 
@@ -501,6 +533,30 @@ def _write_task(
             os.link(shared, folder / file.name)
         else:
             shutil.copyfile(file, folder / file.name)
+
+
+def _write_changed(out: Path, file: Path, changed: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file anew with other values in some of its tensors; returns its sha256."""
+    stored = file_headers(file)
+    slots = [Slot(name, DTYPES[one.dtype], one.shape) for name, one in stored.items()]
+
+    def pieces() -> Iterator[Tensor]:
+        for slot in slots:
+            if slot.name in changed:
+                yield changed[slot.name].to(slot.dtype).flatten()
+            else:
+                yield from stream.copy({slot.name: stored[slot.name]})
+
+    out.unlink(missing_ok=True)
+    return stream.write_file(out, slots, pieces())
+
+
+def _link(source: Path, first: Path, target: Path) -> None:
+    """A hard link to `source`, or, where another file system gives none, a copy as `first` and links to that."""
+    try:
+        os.link(source if target == first else first, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _config(expert: Path, slots: Sequence[Slot]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ section over whole (``${fisher}`` in ``dvc.yaml`` becomes ``--estimator empirica
 import difflib
 import io
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -197,6 +198,26 @@ class MergeSettings(Settings):
         return self
 
 
+class RefitSettings(Settings):
+    texts: int | Literal["all"] = Field(
+        256,
+        description="unlabeled training texts that a head is fitted on, those first that its expert was not tuned on",
+    )
+    ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="how firmly a head is held where it was, relative to what it reads; auto: by leave-one-out on the"
+        " same texts",
+    )
+    seed: int = Field(0, ge=0, description="seed of the texts' draw")
+
+    _some = field_validator("texts")(_at_least_one)
+
+
+class RealignSettings(RefitSettings):
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
+
+
 class EvaluateSettings(Settings):
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field("float32", description="precision of the matrix products; auto: bfloat16 where it pays")
@@ -204,6 +225,9 @@ class EvaluateSettings(Settings):
 
 class ComparedSettings(MergeSettings):
     estimator: Estimator | None = Field(None, description="of the mask Fisher; default: that of the section fisher")
+    realign: RefitSettings | None = Field(
+        None, description="re-align every head with the merged encoder, and how; default: heads stay the experts'"
+    )
 
 
 Rows = Literal["all"] | Annotated[int, Field(ge=1)]
@@ -295,6 +319,10 @@ class Params(Settings):
         default_factory=dict, description="TASK: how its expert's Gram matrices are made; for regmean, fisher-regmean"
     )
     merge: MergeSettings = MergeSettings()
+    realign: dict[str, RealignSettings] = Field(
+        default_factory=dict,
+        description="NAME, realigned or realigned-...: one model more, the merged one with its heads re-aligned",
+    )
     evaluate: EvaluateSettings = EvaluateSettings()
     full_fisher: FullFisherSettings = FullFisherSettings()
     compare: dict[str, CompareSettings] = Field(default_factory=dict, description="NAME: what `fmn compare` compares")
@@ -313,6 +341,9 @@ class Params(Settings):
         for name in [*self.sources, *self.finetune, *self.gram, *self.merge.coefficients, *rows]:
             if name not in tasks:
                 raise ValueError(f"{name!r} is not one of experts.tasks ({', '.join(tasks)}){_hint(name, tasks)}")
+        for name in self.realign:
+            if not re.fullmatch(r"realigned(-[\w-]+)?", name):
+                raise ValueError(f"realign: {name!r} must be realigned, or begin with realigned-")
         for comparing in self.compare.values():
             for chosen in comparing.sets:
                 wrong = [name for name in chosen.split("+") if name not in tasks]

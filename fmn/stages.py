@@ -431,6 +431,8 @@ def evaluate(
             "labels": aligned,
             "data": origins,
         }
+        if is_merged and (realigned := recipe.read_recipe(model).get("realign")):
+            content["realigned from"] = realigned["merged"]
         artifacts.write_json(out, "evaluate", key, content)
 
     def current() -> bool:
@@ -471,6 +473,13 @@ def _scores(
         scores.append(found.pop("score"))
         entry |= {f"{name}{task.suffix(split)}": value for name, value in found.items()}
     return {**entry, "score": sum(scores) / len(scores)}, given
+
+
+def realigned(folder: Path, merged_models: Mapping[str, Path]) -> dict[str, Path]:
+    """The metrics files in ``folder``, by name, of models that are one of the merged ones with its heads re-aligned."""
+    shown = {artifacts.read_json(stage.there(file)).get("model") for file in merged_models.values()}
+    found = {file.stem: file for file in sorted(folder.glob("*.json")) if file not in merged_models.values()}
+    return {name: file for name, file in found.items() if artifacts.read_json(file).get("realigned from") in shown}
 
 
 def write_report(

@@ -1,6 +1,6 @@
 """Trying a merged encoder out in memory: each expert's classifier and texts are loaded once, and lend their head."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fmn import checkpoints, data, labels
+from fmn import checkpoints, data, heads, labels
 from fmn.batches import Examples, random_order, select
+from fmn.errors import UserError
 from fmn.evaluate import predict, score
 from fmn.tasks import Task
 
@@ -19,11 +20,13 @@ from fmn.tasks import Task
 class Contender:
     """A task's expert and the texts that encoders are tried on.
 
-    `logits`: the expert's own, float32 [N, C]; `score`: what it scores with them.
+    `rows`: their places in the split, int64 [N]; `logits`: the expert's own, float32 [N, C]; `score`: what it scores
+    with them.
     """
 
     task: Task
     model: PreTrainedModel
+    rows: np.ndarray
     examples: Examples
     logits: np.ndarray
     score: float
@@ -47,19 +50,73 @@ def contender(
     """
     model = labels.ordered(checkpoints.load_classifier(checkpoint), labels.decide(checkpoint, task, folder, device))
     table = data.read(folder, task, split)
-    given = table["label"].to_numpy()
-    order = random_order(given, seed)
-    unseen = np.setdiff1d(order, select(given, *tuned_on)) if split == "train" else order
-    order = order[np.isin(order, unseen)] if len(unseen) else order
-    examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(np.sort(order[:rows])))
+    unseen, seen = _split(table.num_rows, seed, tuned_on if split == "train" else None)
+    taken = np.sort((unseen if len(unseen) else seen)[:rows])
+    examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(taken))
     own = predict(model, examples, device=device, dtype=dtype)
-    return Contender(task, model, examples, own, score(task, own, examples.labels)["score"])
+    return Contender(task, model, taken, examples, own, score(task, own, examples.labels)["score"])
 
 
-def logits(one: Contender, encoder: Mapping[str, Tensor], device: str, dtype: str) -> np.ndarray:
-    """What the expert's head says with another encoder below it, float32 [N, C]."""
-    with _in_place(one.model.base_model, encoder):
+def _split(total: int, seed: int, tuned_on: tuple[int | None, int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a split in random order: those that the expert was not tuned on, and those that it was."""
+    rows = np.zeros(total)  # which rows are drawn depends on nothing but how many there are
+    order = random_order(rows, seed)
+    tuned = np.isin(order, select(rows, *tuned_on) if tuned_on else [])
+    return order[~tuned], order[tuned]
+
+
+def unlabeled(
+    checkpoint: Path,
+    task: Task,
+    folder: Path,
+    texts: int | None,
+    seed: int,
+    tuned_on: tuple[int | None, int],
+    without: Collection[int] = (),
+) -> Examples:
+    """Texts of the training split below `folder` to re-align a head on, drawn by `seed` (all when None).
+
+    Those that the expert was not tuned on come first: what it says of those that it was is surer than what it says of
+    new ones. Labels are not read, and need not be there.
+
+    Args:
+        tuned_on: as for `contender`.
+        without: rows that must not be among them.
+    """
+    table = data.read(folder, task, "train", labelled=False)
+    order = np.concatenate(_split(table.num_rows, seed, tuned_on))
+    rows = order[~np.isin(order, list(without))][:texts]
+    if not len(rows):
+        raise UserError(f"{task.name}: no training text is left to re-align its head on; score fewer rows")
+    return data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(np.sort(rows)))
+
+
+def logits(
+    one: Contender, encoder: Mapping[str, Tensor], device: str, dtype: str, head: Mapping[str, Tensor] | None = None
+) -> np.ndarray:
+    """What the expert's head says with another encoder below it, float32 [N, C]; `head`: tensors of it to change."""
+    with _in_place(one.model.base_model, encoder), _in_place(one.model, head or {}):
         return predict(one.model, one.examples, device=device, dtype=dtype)
+
+
+def realigned(
+    one: Contender,
+    encoder: Mapping[str, Tensor],
+    examples: Examples,
+    own: np.ndarray,
+    ridge: float | str,
+    device: str,
+    dtype: str,
+) -> dict[str, Tensor]:
+    """The tensors of the expert's head re-aligned with another encoder below it (`fmn.heads`).
+
+    Args:
+        examples: unlabeled texts.
+        own: `heads.features` of the expert for them.
+    """
+    with _in_place(one.model.base_model, encoder):
+        read = heads.features(one.model, examples, device=device, dtype=dtype)
+    return heads.tensors(one.model, heads.refit(own, read, *heads.last_map(one.model), ridge))
 
 
 def relative_scores(

@@ -23,6 +23,7 @@ COMMANDS = (
     "compare",
     "search",
     "merge",
+    "realign",
     "evaluate",
     "register",
     "predict",
@@ -98,6 +99,11 @@ def test_the_stages_work_one_after_the_other(
     metrics = tmp_path / "metrics.json"
     scored = answer(capsys, "evaluate", merged, "--data", data, "--out", metrics, "--device", "cpu")
     assert set(scored["tasks"]) == {"sst2", "stsb"}
+    given = ("--expert", tmp_path / "experts", "--data", data, "--texts", 20, "--device", "cpu")
+    realigned = answer(capsys, "realign", merged, *given, "--out", tmp_path / "realigned")
+    assert {name: fit["texts"] for name, fit in realigned["realign"]["tasks"].items()} == {"sst2": 20, "stsb": 20}
+    fmn("realign", merged, *given, "--out", tmp_path / "realigned")
+    assert "already there" in capsys.readouterr().out
     reported = answer(capsys, "report", "--merged", f"merged={metrics}", "--out", tmp_path / "report")
     assert reported["results"]["tasks"]["sst2"]["merged"]["score"] == scored["tasks"]["sst2"]["score"]
     said = answer(capsys, "predict", merged, "--task", "sst2", "a warm film")

@@ -101,6 +101,15 @@ def test_data_that_will_not_do_is_refused_with_its_place(changed: dict[str, Any]
     assert "\n" not in str(refused.value)
 
 
+def test_texts_are_read_without_labels(tmp_path: Path) -> None:
+    whole = data.read(written(tmp_path, pair()), task("mrpc"), "train")
+    for name, change in (("none", {"label": None}), ("wrong", {"label": [-7] * whole.num_rows})):
+        texts = data.read(written(tmp_path / name, pair(**change)), task("mrpc"), "train", labelled=False)
+        assert texts.to_pydict() == whole.select(["sentence1", "sentence2"]).to_pydict()
+    with pytest.raises(UserError, match="no column sentence2; mrpc needs sentence1, sentence2 and here are"):
+        data.read(written(tmp_path / "less", pair(sentence2=None)), task("mrpc"), "train", labelled=False)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.5, 5.5])
 def test_a_similarity_must_be_from_0_to_5(bad: float, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="numbers from 0 to 5"):

@@ -52,3 +52,13 @@ def test_training_rows_that_the_expert_saw_are_left_out_while_there_are_others(t
     assert set(asked((200, 3))) <= unseen
     assert len(asked((None, 0))) == 50
     assert set(asked((None, 0))) & seen
+
+    # Texts to re-align heads on: unseen ones first, none that encoders are tried on, and labels play no part.
+    one = trial.contender(tiny_work / "experts" / "sst2", task, folder, "train", 50, 0, *CPU, (200, 3))
+    count = len(labels) - 200 - 50
+    expert = tiny_work / "experts" / "sst2"
+    for limit, new in ((count, count), (count + 30, count), (None, count)):
+        found = trial.unlabeled(expert, task, folder, limit, 1, (200, 3), one.rows).inputs["input_ids"]
+        assert len(found) == (limit or len(labels) - 50)
+        assert sum(tuple(text) in unseen for text in found) >= new
+        assert not {tuple(text) for text in found} & set(asked((200, 3))) - seen
