@@ -287,6 +287,7 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
         outcome: dict[str, Any] = pipeline(str(profile))
     layout = Layout(Path(params.load(profile).work))
     show_table(*outcome["table"])
+    say(outcome["legend"])
     registered = outcome["registered"]
     say(f"report     {layout.report / 'report.html'}")
     say(f"model      {layout.merged('merged')}")

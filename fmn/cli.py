@@ -530,7 +530,12 @@ def report(
         out,
         work,
     )
-    _say(outcome, as_json, lambda summary: show_table(*summary["table"]))
+
+    def show(summary: Mapping[str, Any]) -> None:
+        show_table(*summary["table"])
+        say(summary["legend"])
+
+    _say(outcome, as_json, show)
 
 
 @app.command

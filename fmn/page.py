@@ -47,15 +47,17 @@ thead th { color: var(--soft); font-size: .82rem; border-bottom: 1px solid var(-
   line-height: 1.3; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th:last-child, td:last-child { padding-right: 0; }
-.words td, .words th, .word { text-align: left; }
+.words td, .words th { text-align: left; }
+.words td { overflow-wrap: anywhere; }
 tbody th { white-space: nowrap; }
 td small, th small { display: block; line-height: 1.35; font-weight: 400; white-space: nowrap; }
 td.chosen { font-weight: 650; }
 thead th.chosen { color: var(--ink); }
 tr.mean > * { border-top: 1px solid var(--ink); border-bottom: 1px solid var(--ink); background: var(--faint); }
 table.dense { font-size: .85rem; }
-table.dense th, table.dense td { padding: .28rem .35rem; }
+table.dense th, table.dense td { padding-top: .28rem; padding-bottom: .28rem; }
 table.dense small { font-size: .72rem; }
+table.dense tbody th { white-space: normal; }
 .real { font-weight: 650; }
 figure { margin: 1.25rem 0 1.75rem; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -73,7 +75,7 @@ dt { font-weight: 600; } dd { margin: 0; max-width: 44rem; }
   a { color: inherit; text-decoration: none; }
   h1, h2, h3 { break-after: avoid; }
   h2 { margin-top: 2rem; }
-  section > p { break-after: avoid; }
+  section > p { break-after: avoid; break-inside: avoid; }
   table, figure, .figures, dl, tr { break-inside: avoid; }
   thead { display: table-header-group; }
   p { orphans: 3; widows: 3; }
@@ -150,8 +152,8 @@ def sections(parts: Mapping[str, Sequence[str]]) -> list[str]:
     return found
 
 
-def figures(items: Mapping[str, tuple[str, str]], chosen: str) -> str:
-    """Large figures side by side: by name, the figure and a line in small print."""
+def figures(items: Mapping[str, tuple[str, str]], chosen: str, below: str) -> str:
+    """Large figures side by side: by name, the figure and its interval; below them, what they are."""
     return (
         '<div class="figures">'
         + "".join(
@@ -159,7 +161,7 @@ def figures(items: Mapping[str, tuple[str, str]], chosen: str) -> str:
             f"<small>{escape(small)}</small></div>"
             for name, (figure, small) in items.items()
         )
-        + "</div>"
+        + f"</div>{paragraph(below, 'soft')}"
     )
 
 
@@ -237,13 +239,11 @@ def _lead(found: Table, recipes: Mapping[str, Mapping[str, Any]]) -> list[str]:
         else f"scores {items[found.headline][0]} in {over}"
     )
     said += f" (95 % interval {items[found.headline][1]})." if items[found.headline][1] else "."
-    what = "of the experts' scores" if related else "score"
-    below = f"{what}, in {over}, and the 95 % interval"
+    below = ("of the experts' scores" if related else "score") + f", in {over}"
     return [
         paragraph(said, "lead"),
         bullets(differences_in_words(found)) if found.differences else "",
-        figures(items, found.headline),
-        paragraph(below, "soft"),
+        figures(items, found.headline, below),
     ]
 
 
@@ -293,44 +293,41 @@ def _settings(recipe: Mapping[str, Any]) -> str:
 
 
 def _recipes(recipes: Mapping[str, Mapping[str, Any]]) -> str:
-    if not recipes:
-        return ""
-    tasks = list(next(iter(recipes.values()))["coefficients"])
-    header: list[str | Cell] = ["model", Cell("method", kind="word"), "scale", *(f"λ {task}" for task in tasks)]
-    body: list[list[str | Cell]] = [
-        [
-            name,
-            Cell(recipe["method"], [_settings(recipe)] if _settings(recipe) else [], "word"),
-            f"{recipe['scale']:g}",
-            *(f"{recipe['coefficients'][task]:g}" for task in tasks),
-        ]
+    body = [
+        [name, recipe["method"], _settings(recipe), _coefficients(recipe["coefficients"]), f"{recipe['scale']:g}"]
         for name, recipe in recipes.items()
     ]
-    found = "λ: an expert's coefficient. Scale: of the merged task vector, which is the merged model less the base."
+    said = "Scale: of the merged task vector, which is the merged model less the base."
     for name, recipe in recipes.items():
         if search := recipe.get("search"):
-            found += (
-                f" Those of {name} were found by search: {percent(search['score'])} % of the experts' scores on rows of"
-                f" the training data, where equal ones reach {percent(search['uniform'])} %."
+            said += (
+                f" Coefficients and scale of {name} were found by search: {percent(search['score'])} % of the experts'"
+                f" scores on rows of the training data, where equal coefficients reach {percent(search['uniform'])} %."
             )
-    return table(header, body, found)
+    return table(["model", "method", "settings", "coefficients", "scale"], body, said, "words") if body else ""
+
+
+def _coefficients(given: Mapping[str, float]) -> str:
+    if len(set(given.values())) == 1:
+        return f"{next(iter(given.values())):g} each"
+    return ", ".join(f"{task} {value:.3g}" for task, value in given.items())
 
 
 def _experts(recipe: Mapping[str, Any] | None) -> str:
     if not recipe or "experts" not in recipe:
         return ""
     needs = NEEDS[recipe["method"]]
-    header = ["expert", "from", "statistics"]
-    body: list[list[str | Cell]] = []
+    titles = {"fisher": "mask Fisher" if needs.fisher == "nodes" else "Fisher", "gram": "Gram matrices"}
+    body = []
     for task, entry in recipe["experts"].items():
         given = [
             f"{title} of {stated['samples']} examples" + (f", {stated['estimator']}" if "estimator" in stated else "")
-            for kind, title in (("fisher", "mask Fisher" if needs.fisher == "nodes" else "Fisher"), ("gram", "Gram"))
+            for kind, title in titles.items()
             if (stated := recipe.get(kind, {}).get(task))
         ]
         body.append([task, entry["revision"], "; ".join(given)])
     base = recipe.get("base")
-    return table(header, body, f"Fine-tuned from {base['revision']}." if base else "", "words")
+    return table(["expert", "from", "weighed by"], body, f"Base: {base['revision']}." if base else "", "words")
 
 
 def _owners(recipe: Mapping[str, Any] | None) -> str:
@@ -352,43 +349,33 @@ def _costs(costs: Sequence[Cost]) -> str:
     if not costs:
         return ""
     names = list(dict.fromkeys(one.name for one in costs))
-    by_place = {(one.stage, one.name): one.seconds for one in costs}
     stages = list(dict.fromkeys(one.stage for one in costs))
 
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:,.1f}"
+    def total(stage: str | None, name: str | None) -> str:
+        """The seconds of a stage for a name; of all stages, or for all names, where that is None."""
+        found = [one.seconds for one in costs if stage in (None, one.stage) and name in (None, one.name)]
+        return f"{sum(found):,.1f}" if found else ""
 
-    body = [
-        [
-            stage,
-            *(number(by_place.get((stage, name))) for name in names),
-            number(sum(one.seconds for one in costs if one.stage == stage)),
-        ]
-        for stage in stages
-    ]
-    body.append(["all"] + [number(sum(s.seconds for s in costs if s.name == n)) for n in names])
-    body[-1].append(number(sum(one.seconds for one in costs)))
+    body = [[name, *(total(stage, name) for stage in stages), total(None, name)] for name in names]
+    body.append(["all", *(total(stage, None) for stage in stages), total(None, None)])
     return table(
-        ["stage", *names, "all"], body,
-        "Seconds of the run that made each output, which may have been an earlier one; stages that ran side by side"
+        ["task or model", *stages, "all"], body,
+        "Seconds of the run that made each output, which may have been an earlier run; stages that ran side by side"
         f" shared the machine. Together {seconds(sum(one.seconds for one in costs))}.", "dense",
     )  # fmt: skip
 
 
 # ---- the page of a comparison ----
 
-SETS = 8  # columns of a table of sets
-
 
 def of_comparison(found: "Compared", drawn: Sequence[Picture]) -> str:
     """The page of a comparison of methods, with its pictures."""
     pictures = {picture.name: figure(picture) for picture in drawn}
     title = f"{len(found.means)} ways to merge {listed(list(found.scores[EXPERT])[:-1])}"
-    sets = list(found.sets)
     parts = {
         "Methods": [_methods(found), pictures["methods"]],
-        f"All together: {found.largest}": [_by_task(found)],
-        "By set of experts": [_by_set(found, sets[start : start + SETS]) for start in range(0, len(sets), SETS)],
+        f"All together: {found.largest}": _by_task(found),
+        "By set of experts": [_by_set(found, part) for part in _parts(list(found.sets))],
         "Pairs": [pictures["pairs"]] if "pairs" in pictures else [],
         "How to read this": [definitions(NOTES)],
     }
@@ -406,8 +393,11 @@ def _compared_lead(found: "Compared") -> list[str]:
     items = {name: (f"{percent(one.value)} %", span(one.interval)) for name, one in means.items()}
     return [
         paragraph(said, "lead"),
-        figures({**items, EXPERT: ("100 %", "by definition")}, found.best),
-        paragraph("of the experts' scores, in the mean over the sets, and the 95 % interval", "soft"),
+        figures(
+            {**items, EXPERT: ("100 %", "by definition")},
+            found.best,
+            "of the experts' scores, mean over the sets",
+        ),
     ]
 
 
@@ -437,22 +427,39 @@ def _bounds(names: Mapping[str, Any]) -> str:
     return f"{'; '.join(said)}."
 
 
-def _by_task(found: "Compared") -> str:
-    columns = list(found.scores[EXPERT])
-    first = _ranked(found.scores, columns)
+def _by_task(found: "Compared") -> list[str]:
+    tasks = [name for name in found.scores[EXPERT] if name != MACRO]
+    first = _ranked(found.scores, [*tasks, MACRO])
+
+    def shown(method: str, name: str) -> Cell:
+        return estimate(found.scores[method][name], kind="chosen" if first[name] == method else "")
+
+    said = "Scores in percent of these experts merged together, with the 95 % interval. Bold: the most in a column."
+    made = [
+        table(
+            ["method", *part],
+            [[method, *(shown(method, name) for name in part)] for method in found.scores],
+            said,
+            "dense",
+        )
+        for part in _parts(tasks)
+    ]
     body: list[list[str | Cell]] = []
-    for method, row in found.scores.items():
-        line: list[str | Cell] = [method]
-        line += [estimate(row[name], kind="chosen" if first[name] == method else "") for name in columns]
+    for method in found.scores:
         one = found.differences.get(method)
-        line.append(difference(one) if one else "")
-        body.append(line)
-    return table(
-        ["method", *columns, "mean less average"], body,
-        "Scores in percent of these experts merged together, with the 95 % interval; and the difference of the mean"
-        " from that of the plain average in points, by a paired bootstrap on the same examples. ▲ better and ▼ worse: p"
-        " below 0.05, each tested by itself.", "dense",
-    )  # fmt: skip
+        body.append([method, shown(method, MACRO), difference(one) if one else ""])
+    return [*made, table(
+        ["method", "mean score", "less that of the average"], body,
+        "The mean over these tasks in percent; and the difference from that of the plain average in points, by a paired"
+        " bootstrap on the same examples. ▲ better and ▼ worse: p below 0.05, each tested by itself.", "dense",
+    )]  # fmt: skip
+
+
+def _parts(columns: Sequence[str], most: int = 7) -> list[Sequence[str]]:
+    """Columns for tables side by side that fit on a page, of about equal number."""
+    count = -(-len(columns) // most)
+    size = -(-len(columns) // count)
+    return [columns[start : start + size] for start in range(0, len(columns), size)]
 
 
 def _by_set(found: "Compared", names: Sequence[str]) -> str:

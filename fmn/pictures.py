@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -136,6 +137,7 @@ def _picture(figure: "Figure", name: str, title: str, finding: str, reading: str
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # hundredths of a point are enough
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
     said = f"{finding} {details}".strip()
     words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(said)}</desc>'
@@ -236,7 +238,7 @@ def differences(table: Table) -> Picture:
                     100 * one.difference, y, marker, color=colour, markersize=6.5,
                     markerfacecolor=colour if real else "white",
                 )  # fmt: skip
-            axis.set_title(f"{table.headline} less {name}")
+            axis.set_title(fill(f"{table.headline} less {name}", 96 // len(others)))
             axis.set_xlabel("points")
             axis.margins(x=0.12)
             axis.grid(axis="x")
@@ -305,7 +307,7 @@ def _map(axis: "Axes", grid: np.ndarray, names: Sequence[str], **options: Any) -
 
 
 def _row_height(layers: int) -> float:
-    return 0.55 + max(1.1, 0.15 * layers)
+    return 0.55 + min(max(1.1, 0.15 * layers), 2.6)  # three rows and their caption fit on a printed page
 
 
 def _ring(axis: "Axes", row: int, column: int) -> None:
@@ -333,10 +335,10 @@ def heads(fisher: "Mapping[str, NodeValues]") -> Picture:
             if place % columns == 0:
                 axis.set_ylabel("layer", fontsize=8)
             said.append(f"{task} layer {names[row]} head {head + 1} ({grid[row, head] / mean:.1f} times the mean)")
-        bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=30)
-        bar.set_ticks([0.01, 0.1, 1, 10], labels=["0.01", "0.1", "1", "10"])
+        bar = _scale(figure, image, axes)
+        bar.set_ticks([0.01, 0.1, 1, 10], labels=["0.01 ×", "0.1 ×", "mean", "10 ×"])
         bar.minorticks_off()
-        _bar(bar, "× mean")
+        _plain(bar)
         return _picture(
             figure, "fisher-heads", "Fisher information of the attention heads",
             f"The head with the most, by expert: {'; '.join(said)}.",
@@ -413,7 +415,7 @@ def owners(shares: "Mapping[str, NodeValues]") -> Picture:
             most = int(every.argmax())
             said.append(f"{tasks[most]} owns most of the {title} ({percent(every[most])} %)")
         axes[-1, 0].set_xlabel("layer", fontsize=8)
-        bar = figure.colorbar(image, ax=list(axes[:, 0]), shrink=0.9, aspect=30)
+        bar = _scale(figure, image, list(axes[:, 0]))
         _shares_bar(bar, len(tasks), top)
         return _picture(
             figure, "owners", "Who owns what in the merged model, by layer",
@@ -431,13 +433,20 @@ def _shares_bar(bar: Any, experts: int, top: float) -> None:
     """A colour bar of shares with the equal share marked."""
     equal, step = 1 / experts, 0.1 if top <= 0.5 else 0.2
     marks = [0, equal, *(mark for mark in np.arange(step, top + 0.01, step) if abs(mark - equal) > 0.08 * top)]
-    bar.set_ticks(marks, labels=[f"{100 * mark:.0f}" + (" equal" if mark == equal else "") for mark in marks])
-    _bar(bar, "share, %")
+    bar.set_ticks(marks, labels=[f"{100 * mark:.0f} %" + (" equal" if mark == equal else "") for mark in marks])
+    _plain(bar)
 
 
-def _bar(bar: Any, title: str) -> None:
+def _scale(figure: "Figure", image: Any, axes: "Sequence[Axes]") -> Any:
+    """A colour bar beside the first panels, as long as one of them."""
+    shrink = min(0.9, 1.9 / figure.get_figheight())
+    return figure.colorbar(image, ax=list(axes), shrink=shrink, aspect=16, anchor=(0, 0.97), pad=0.02)
+
+
+def _plain(bar: Any) -> None:
+    bar.solids.set_rasterized(False)  # vectors like all else
+    bar.solids.set_edgecolor("face")
     bar.ax.tick_params(labelsize=8, length=0)
-    bar.ax.set_title(title, fontsize=8, fontweight="normal", color=SOFT, loc="left", pad=8)
     bar.outline.set_visible(False)
 
 
@@ -454,20 +463,15 @@ def owned_heads(shares: "Mapping[str, NodeValues]") -> Picture:
         for place, (axis, (task, (grid, names))) in enumerate(zip(axes, grids.items(), strict=True)):
             image = _map(axis, grid, names, vmin=0, vmax=top)
             first = (winners == place) & there
-            for row, column in np.argwhere(first):
-                axis.plot(
-                    column + 0.5,
-                    row + 0.5,
-                    ".",
-                    markersize=3.5,
-                    color="white" if grid[row, column] < 0.55 * top else "black",
-                )
+            for colour, ground in (("white", grid < 0.55 * top), ("black", grid >= 0.55 * top)):
+                rows, places = np.nonzero(first & ground)
+                axis.plot(places + 0.5, rows + 0.5, ".", markersize=3.5, color=colour)
             axis.set_title(task)
             axis.set_xlabel("head", fontsize=8)
             if place % columns == 0:
                 axis.set_ylabel("layer", fontsize=8)
             said.append(f"{task} {int(first.sum())}")
-        bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=30)
+        bar = _scale(figure, image, axes)
         _shares_bar(bar, len(grids), top)
         return _picture(
             figure, "owners-heads", "Who owns which attention head",
@@ -511,8 +515,7 @@ def methods(found: "Compared") -> Picture:
         axis.set_xlabel("% of the experts' scores, mean over the sets")
         said = [f"{method} {percent(found.means[method]['mean'].value)} %" for method in order]
         return _picture(
-            figure, "methods", "Methods, best first", f"{found.best} keeps most: {said[0]}, the least {said[-1]}."
-            if order[0] == found.best else f"The most: {said[0]}; the least: {said[-1]}.",
+            figure, "methods", "Methods, best first", f"The most: {said[0]}; the least: {said[-1]}.",
             "The marker is what a method keeps of the experts' scores, the line its 95 % interval.",
             f"In order: {', '.join(said)}.",
         )  # fmt: skip
@@ -531,7 +534,7 @@ def pairs(found: "Compared") -> Picture:
     change = other - one
     most = max(0.05, float(np.nanmax(np.abs(change))))
     with _style():
-        figure, axes = _figure(0.95 + 2.45 * max(1.0, len(tasks) / 7), 1, 3)
+        figure, axes = _figure(3.8, 1, 3)
         for axis, (title, values) in zip(axes[0], ((first, one), (found.best, other)), strict=False):
             _matrix(axis, values, tasks, title, "{:.0f}", cmap="cividis", vmin=0, vmax=1.2)
         _matrix(axes[0, 2], change, tasks, f"{found.best} less {first}", "{:+.0f}", cmap="PuOr", vmin=-most, vmax=most)
@@ -541,7 +544,8 @@ def pairs(found: "Compared") -> Picture:
         return _picture(
             figure, "pairs", "Pairs of experts",
             f"Of {int((~np.isnan(change)).sum())} scores in pairs, {gains} are higher with {found.best} than with"
-            f" {first}; most gains {tasks[where[0]]} when merged with {tasks[where[1]]}: {points(change[where])} points.",
+            f" {first}; the largest gain is {points(change[where])} points, of {tasks[where[0]]} when merged with"
+            f" {tasks[where[1]]}.",
             "A row for the task that is scored, a column for its partner: percent of the expert's score.",
             "; ".join(
                 f"{task} with {partner}: {first} {percent(found.pairs[first][task, partner])} %,"
@@ -561,7 +565,7 @@ def _matrix(axis: "Axes", grid: np.ndarray, tasks: Sequence[str], title: str, fo
             place = np.clip((value - middle) / half, -1, 1)
             dark = abs(place) > 0.6 if options["cmap"] == "PuOr" else place < 0.1
             axis.text(
-                column + 0.5, row + 0.52, form.format(100 * value), ha="center", va="center",
+                column + 0.5, row + 0.52, form.format(100 * value).replace("-", "\u2212"), ha="center", va="center",
                 fontsize=8 if len(tasks) < 7 else 7, color="white" if dark else "black",
             )  # fmt: skip
     axis.set_xticks(np.arange(len(tasks)) + 0.5, tasks, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
@@ -570,7 +574,7 @@ def _matrix(axis: "Axes", grid: np.ndarray, tasks: Sequence[str], title: str, fo
     axis.spines[:].set_visible(False)
     axis.invert_yaxis()
     axis.set_aspect("equal")
-    axis.set_title(title)
+    axis.set_title(fill(title, 34))
     axis.set_xlabel("merged with", fontsize=8)
 
 

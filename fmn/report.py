@@ -248,6 +248,16 @@ def _cells(table: Table, examples: bool, spread: bool, share: bool) -> tuple[lis
     return header, body
 
 
+def legend(body: Sequence[Sequence[str]]) -> str:
+    """What the cells of such a table are."""
+    text = "".join(cell for row in body for cell in row)
+    return (
+        "score in %"
+        + (", ± half of its 95 % interval" if "±" in text else "")
+        + (" (% of the expert's score)" if "(" in text else "")
+    )
+
+
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     rule = ["---"] * len(header)
@@ -335,7 +345,7 @@ def write(
 ) -> dict[str, Any]:
     """Fill the folder ``out``: ``report.html``, its pictures in ``pictures``, and the numbers as JSON, CSV, Markdown.
 
-    Returns the numbers under ``results`` and the table's (header, rows) for a terminal under ``table``.
+    Returns the numbers under ``results``; for a terminal the table's (header, rows) under ``table``, and ``legend``.
 
     Args:
         fisher: float64 [nodes] by site, by task; may be empty.
@@ -344,7 +354,7 @@ def write(
     """
     from fmn import page, pictures
 
-    found = {"results": results(table), "table": cells(table)}
+    found = {"results": results(table), "table": cells(table), "legend": legend(cells(table)[1])}
     (out / "results.json").write_text(json.dumps(found["results"], indent=1) + "\n")
     (out / "table.md").write_text(markdown(*cells(table, width=1 << 10)))
     _write_csv(out / "scores.csv", _score_rows(table))

