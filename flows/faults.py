@@ -17,17 +17,17 @@ class PassingError(UserError):
 
 def passes(error: BaseException) -> bool:
     """Whether an error comes of the network, of a server that is overtaxed or broken, or of a locked database."""
-    origins = list(_origins(error))
-    if any(isinstance(one, MemoryError) for one in origins):
+    chain = list(origins(error))
+    if any(isinstance(one, MemoryError) for one in chain):
         return False
     # MLflow says of every fault of its database that it may pass; SQLite knows better.
-    database = [one for one in origins if isinstance(one, sqlite3.OperationalError)]
+    database = [one for one in chain if isinstance(one, sqlite3.OperationalError)]
     if database:
         return any("locked" in str(one) or "busy" in str(one) for one in database)
-    return any(map(_of_the_network, origins))
+    return any(map(_of_the_network, chain))
 
 
-def _origins(error: BaseException | None) -> Iterator[BaseException]:
+def origins(error: BaseException | None) -> Iterator[BaseException]:
     """The error, and what it was raised from."""
     while error is not None:
         yield error

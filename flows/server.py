@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import httpx
 from prefect.settings import PREFECT_API_URL
 
+from flows.faults import origins
 from fmn.terminal import complain
 
 
@@ -16,7 +17,9 @@ def answering() -> Iterator[None]:
     """Where the server does not answer, or not any more, say so in one line and end this process."""
     try:
         yield
-    except httpx.TransportError:
+    except Exception as error:
+        if not any(isinstance(one, httpx.TransportError) for one in origins(error)):
+            raise
         server = PREFECT_API_URL.value() or "that this run started"
         complain(f"the Prefect server {server} does not answer; what finished is kept: run again to go on from here")
         sys.stdout.flush()

@@ -15,60 +15,33 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests import projects
 
-PROFILE = """
-work: data/tiny
-base: source
-experts: {tasks: [sst2, stsb]}
-sources: {}
-finetune:
-  sst2: {epochs: 1, learning_rate: 1.0e-3, examples: 64}
-  stsb: {epochs: 1, learning_rate: 1.0e-3, examples: 64}
-data: {source: embedded}
-fisher: {estimator: empirical, samples: 32, seed: 0}
+MORE = """
 gram: {sst2: {samples: 32}, stsb: {samples: 32}}
-merge: {method: fisher-regmean}
-evaluate: {dtype: float32}
-registry: {name: tiny}
+realign: {realigned: {texts: 16}}
 """
 # Where the outputs of the stages lie below the work folder.
 OUTPUTS = (
-    "base", "data/*", "experts/*", "fisher/*", "average", "merged", "metrics/experts/*.json", "metrics/*.json",
+    "base", "data/*", "experts/*", "fisher/*", "base-heads", "average", "merged", "realigned", "metrics/experts/*.json",
+    "metrics/*.json",
     "report", "registered.json",
 )  # fmt: skip
 
 
 def make_project(folder: Path, base: Path) -> Path:
-    """A git and DVC project with this checkout's stages, beside the base model that it merges from."""
-    for name in ("fmn", "flows"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, folder / name)
-    (folder / "data").mkdir()
-    shutil.copy(ROOT / "data" / ".gitignore", folder / "data")
-    shutil.copytree(base, folder / "source")
-    (folder / "params.yaml").write_text(PROFILE)
-    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        done = finish(start(folder, *command))
-        assert done.code == 0, done.said
+    """A project that also takes Gram matrices and re-aligns the heads."""
+    projects.make_project(folder, base)
+    profile = projects.PROFILE.replace("method: mask-fisher, mapping: structured", "method: fisher-regmean")
+    (folder / "params.yaml").write_text(profile.rstrip() + MORE)
     return folder
 
 
 def start(folder: Path, *command: str, **variables: str) -> "subprocess.Popen[str]":
-    """A command in a process group of its own, with the project's code and a Prefect home of its own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
-    environment |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
-        "PREFECT_HOME": str(folder / ".prefect"),
-        "PYTHONPATH": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "DVC_NO_ANALYTICS": "1",
-        **variables,
-    }
+    """A command in a process group of its own."""
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        command, cwd=folder, env=projects.environment(folder) | variables, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 

@@ -1,0 +1,83 @@
+"""A project as a user has it: a working folder with git, DVC, this checkout's stages and a tiny profile."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PROFILE = """
+work: data/tiny
+base: source
+experts: {tasks: [sst2, stsb]}
+sources: {}
+finetune:
+  sst2: {epochs: 1, learning_rate: 1.0e-3, examples: 64}
+  stsb: {epochs: 1, learning_rate: 1.0e-3, examples: 64}
+data: {source: embedded}
+fisher: {estimator: empirical, samples: 32, seed: 0}
+merge: {method: mask-fisher, mapping: structured}
+evaluate: {dtype: float32}
+registry: {name: tiny}
+"""
+
+
+def make_project(folder: Path, base: Path) -> Path:
+    """Fill a folder: the code, the stages, the profile, and the base as the folder `source`."""
+    for name in ("fmn", "flows"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "data").mkdir()
+    shutil.copy(ROOT / "data" / ".gitignore", folder / "data")
+    shutil.copytree(base, folder / "source")
+    (folder / "params.yaml").write_text(PROFILE)
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "config", "user.name", "Somebody")
+    run(folder, "git", "config", "user.email", "somebody@example.org")
+    run(folder, sys.executable, "-m", "dvc", "init", "-q")
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """This process's environment, with the project's code, its own Prefect home and its own registry."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW", "FMN"))}
+    return ours | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ours['PATH']}",
+        "PREFECT_HOME": str(folder / ".prefect"),
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "COLUMNS": "100",
+    }
+
+
+def start(folder: Path, *command: str, **variables: str) -> "subprocess.Popen[str]":
+    """A command in the project, under way."""
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(folder) | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def run(folder: Path, *command: str, fails: bool = False, stdout: bool = False, **variables: str) -> str:
+    """What a command prints (on standard output alone)."""
+    with start(folder, *command, **variables) as process:
+        out, err = process.communicate()
+    assert (process.returncode != 0) == fails, out + err
+    return out if stdout else out + err
+
+
+def flow(folder: Path, *arguments: str, fails: bool = False, stdout: bool = False, **variables: str) -> str:
+    return run(folder, sys.executable, "-m", "fmn", "run", *arguments, fails=fails, stdout=stdout, **variables)
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    return run(folder, sys.executable, "-m", "dvc", *arguments)
+
+
+def repro(folder: Path) -> list[str]:
+    """The stages that `dvc repro` runs."""
+    return [line.split("'")[1] for line in dvc(folder, "repro").splitlines() if line.startswith("Running stage")]

@@ -1,0 +1,45 @@
+"""A Prefect server that goes away under a run."""
+
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.projects import make_project, start
+
+pytestmark = pytest.mark.slow
+PORT = "4391"
+
+
+def test_a_server_that_dies_costs_a_line_and_the_run_is_taken_up_again(tiny_base: Path, tmp_path: Path) -> None:
+    folder = make_project(tmp_path, tiny_base)
+    url = f"http://127.0.0.1:{PORT}/api"
+    line = f"fmn: the Prefect server {url} does not answer; what finished is kept: run again to go on from here\n"
+    with start(folder, sys.executable, "-m", "prefect", "server", "start", "--port", PORT) as server:
+        wait_for(f"{url}/health")
+        with start(folder, sys.executable, "-m", "fmn", "run", PREFECT_API_URL=url) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            server.kill()
+            server.communicate()
+            out, err = process.communicate(timeout=300)
+        assert process.returncode == 1
+        assert err == line
+        assert "Traceback" not in out
+    with start(folder, sys.executable, "-m", "fmn", "run", PREFECT_API_URL=url) as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert err == line
+
+
+def wait_for(url: str) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with suppress(httpx.HTTPError):
+            httpx.get(url, timeout=5)
+            return
+        time.sleep(0.5)
+    raise TimeoutError(url)
