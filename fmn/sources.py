@@ -46,6 +46,7 @@ T = TypeVar("T")
 PATIENCE = 30.0
 ELSEWHERE = ("hf://", "models:", "package:")  # how every source begins that is no folder
 _CHUNK = 1 << 20
+_LARGE = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -441,21 +442,35 @@ def _visit_weights(origin: _Origin, source: str, visit: Callable[[str], Path]) -
 
 
 def _take(origin: _Origin, name: str, folder: Path, source: str) -> None:
-    """Copy one file, checking the copied bytes against the digest that the source states."""
-    expected = origin.files[name].digest
+    """Take one file, checking its bytes against the digest that the source states.
+
+    Weights from the Hub's cache are linked where they can be, so that they are on the disk once; all else is copied.
+    """
+    expected, target = origin.files[name].digest, folder / name
     for again in (False, True):
         path = origin.get(name, again)
         digest = hashlib.sha256() if expected is None or len(expected) == 64 else _git_blob(path.stat().st_size)
-        with path.open("rb") as file, (folder / name).open("wb") as copy:
+        target.unlink(missing_ok=True)
+        linked = expected is not None and name.endswith(_LARGE) and _link(path, target)
+        with path.open("rb") as file, contextlib.nullcontext() if linked else target.open("wb") as copy:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
-                copy.write(chunk)
+                if copy is not None:
+                    copy.write(chunk)
         if expected in (None, digest.hexdigest()):
             return
     raise UserError(
         f"{source}: {name} is not what its digest says; damaged on its way, or in the cache ({path}); try again later"
         " with the network"
     )
+
+
+def _link(path: Path, target: Path) -> bool:
+    try:
+        os.link(path.resolve(), target)
+    except OSError:  # another file system, or one without links
+        return False
+    return True
 
 
 def _git_blob(size: int) -> "hashlib._Hash":

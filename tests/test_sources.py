@@ -197,6 +197,11 @@ def test_the_hub_is_pinned_to_a_commit(hub: Hub, bert: Path, tmp_path: Path) -> 
     assert resolve("hf://org/bert@v2") == f"hf://org/bert@{branch}"
     assert fetch("hf://bert", tmp_path / "old-style")["files"] == info["files"]
 
+    cached = [path.resolve() for path in (tmp_path / "cache").rglob("model.safetensors")]
+    assert any(path.samefile(tmp_path / "out" / "model.safetensors") for path in cached), "weights are stored once"
+    small = [path.resolve() for path in (tmp_path / "cache").rglob("config.json")]
+    assert not any(path.samefile(tmp_path / "out" / "config.json") for path in small), "what people edit is a copy"
+
     hub.add("models", "org/bert", {"config.json": b"{}"})  # main moves on; the pin does not
     hub.requests.clear()
     assert resolve(info["revision"]) == info["revision"]
