@@ -98,7 +98,11 @@ def test_the_stages_work_one_after_the_other(
     metrics = tmp_path / "metrics.json"
     scored = answer(capsys, "evaluate", merged, "--data", data, "--out", metrics, "--device", "cpu")
     assert set(scored["tasks"]) == {"sst2", "stsb"}
-    reported = answer(capsys, "report", "--merged", f"merged={metrics}", "--out", tmp_path / "report")
+    reported = answer(
+        capsys, "report", "--merged", f"merged={metrics}", "--fisher", tmp_path / "fisher", "--work", tmp_path,
+        "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert "merged with mask-fisher" in (tmp_path / "report" / "report.html").read_text()
     assert reported["results"]["tasks"]["sst2"]["merged"]["score"] == scored["tasks"]["sst2"]["score"]
     said = answer(capsys, "predict", merged, "--task", "sst2", "a warm film")
     assert said["label"] in ("negative", "positive")

@@ -76,6 +76,11 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     for unwanted in ("Traceback", "Warning", "WARNING", "Error"):
         assert unwanted not in first, first
     assert all(len(line) <= 100 for line in first.splitlines())
+    header = next(line for line in first.splitlines() if line.startswith("task "))
+    assert header.split() == ["task", "examples", "base", "average", "merged", "expert"]
+    page = (project / "data/tiny/report/report.html").read_text()
+    assert "What it cost" in page
+    assert "Who owns what" in page
 
     second = flow(project)
     assert second.count("already there") == len([line for line in first.splitlines() if line.endswith(" s")]) - 1
@@ -88,6 +93,11 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     assert "Data and pipelines are up to date" in dvc(project, "repro")
     assert "up to date" in dvc(project, "status")
     assert "tasks.sst2.merged.score" in dvc(project, "metrics", "show")
+    dvc(project, "plots", "show")
+    shown = (project / "dvc_plots" / "index.html").read_text()
+    for picture in ("scores", "differences", "fisher-heads", "fisher-neurons", "owners", "owners-heads", "cost"):
+        assert f"pictures_{picture}.svg" in shown
+    assert '"scored": "sst2: merged"' in shown
     assert not [path for path in (project / "data").rglob(".gitignore") if path.parent != project / "data"]
 
     # A new setting, through DVC this time: what depends on it is made, and the flow has nothing left to do.
