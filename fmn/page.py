@@ -49,6 +49,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th:last-child, td:last-child { padding-right: 0; }
 .words td, .words th { text-align: left; }
 .words td { overflow-wrap: anywhere; }
+.words small { white-space: normal; }
 tbody th { white-space: nowrap; }
 td small, th small { display: block; line-height: 1.35; font-weight: 400; white-space: nowrap; }
 td.chosen { font-weight: 650; }
@@ -318,14 +319,15 @@ def _experts(recipe: Mapping[str, Any] | None) -> str:
         return ""
     needs = NEEDS[recipe["method"]]
     titles = {"fisher": "mask Fisher" if needs.fisher == "nodes" else "Fisher", "gram": "Gram matrices"}
-    body = []
+    body: list[list[str | Cell]] = []
     for task, entry in recipe["experts"].items():
         given = [
             f"{title} of {stated['samples']} examples" + (f", {stated['estimator']}" if "estimator" in stated else "")
             for kind, title in titles.items()
             if (stated := recipe.get(kind, {}).get(task))
         ]
-        body.append([task, entry["revision"], "; ".join(given)])
+        tuning = [f"{name.replace('_', ' ')} {value}" for name, value in entry.get("settings", {}).items()]
+        body.append([task, Cell(entry["revision"], [", ".join(tuning)] if tuning else []), "; ".join(given)])
     base = recipe.get("base")
     return table(["expert", "from", "weighed by"], body, f"Base: {base['revision']}." if base else "", "words")
 

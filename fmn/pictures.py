@@ -500,15 +500,14 @@ def methods(found: "Compared") -> Picture:
             bold = method == found.best
             axis.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=2 if bold else 1.3)
             axis.plot(100 * value, y, marker, color=colour, markersize=6)
-            axis.annotate(
-                percent(value), (100 * high, y), (6, 0), textcoords="offset points", va="center", fontsize=8,
-                fontweight="bold" if bold else "normal", backgroundcolor="white", bbox={"pad": 0.5, "fc": "white",
-                "ec": "none"},
+            axis.text(
+                1.01, y, percent(value), transform=axis.get_yaxis_transform(), va="center", fontsize=8.5,
+                fontweight="bold" if bold else "normal",
             )  # fmt: skip
             highest = max(highest, 100 * high)
         axis.set_yticks(range(len(order)), order, fontsize=9)
         axis.set_ylim(len(order) - 0.4, -1.4)
-        axis.set_xlim(min(0.0, *(100 * one["mean"].value for one in found.means.values())), 1.07 * highest)
+        axis.set_xlim(min(0.0, *(100 * one["mean"].value for one in found.means.values())), 1.02 * highest)
         axis.grid(axis="x")
         axis.tick_params("y", length=0)
         axis.spines["left"].set_visible(False)

@@ -520,7 +520,7 @@ def write_report(
         alone = {task: _evaluated(file) for task, file in experts.items()}
         table = report.tabulate(alone, {name: _evaluated(file) for name, file in merged_models.items()})
         fisher = {task: artifacts.read_fisher(file)[0] for task, file in fisher_files.items()}
-        names = {path.name: name for name, path in folders.items()} | {name: name for name in table.tasks}
+        names = {name: name for name in table.tasks} | {path.name: name for name, path in folders.items()}
         return report.write(folder, table, fisher, recipes, _costs(work, names) if work else [])
 
     return stage.run_folder("report", out, key, fill)

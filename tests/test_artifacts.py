@@ -206,3 +206,14 @@ def test_a_value_that_no_fisher_information_has_is_refused(tmp_path: Path, value
     artifacts.write_fisher(path, {Site(0, "head"): np.array([1.0, value])}, None, {"key": "k"})
     with pytest.raises(UserError, match="layer 0, head 1"):
         artifacts.read_fisher(path)
+
+
+def test_what_an_output_took_stands_beside_it_and_goes_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "experts" / "sst2"
+    out.mkdir(parents=True)
+    artifacts.write_cost(out, "finetune", 12.3456)
+    (tmp_path / "experts" / ".other.cost").write_text("not JSON")
+    assert artifacts.read_costs(tmp_path) == {out: ("finetune", 12.346)}
+    assert artifacts.digest_files(tmp_path) == {}
+    out.rmdir()
+    assert artifacts.read_costs(tmp_path) == {}

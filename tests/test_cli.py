@@ -104,7 +104,11 @@ def test_the_stages_work_one_after_the_other(
     assert {name: fit["texts"] for name, fit in realigned["realign"]["tasks"].items()} == {"sst2": 20, "stsb": 20}
     fmn("realign", merged, *given, "--out", tmp_path / "realigned")
     assert "already there" in capsys.readouterr().out
-    reported = answer(capsys, "report", "--merged", f"merged={metrics}", "--out", tmp_path / "report")
+    reported = answer(
+        capsys, "report", "--merged", f"merged={metrics}", "--fisher", tmp_path / "fisher", "--work", tmp_path,
+        "--out", tmp_path / "report",
+    )  # fmt: skip
+    assert "merged with mask-fisher" in (tmp_path / "report" / "report.html").read_text()
     assert reported["results"]["tasks"]["sst2"]["merged"]["score"] == scored["tasks"]["sst2"]["score"]
     said = answer(capsys, "predict", merged, "--task", "sst2", "a warm film")
     assert said["label"] in ("negative", "positive")

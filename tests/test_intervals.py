@@ -188,6 +188,8 @@ def test_the_mean_over_tasks_is_compared_too() -> None:
     good = {name: {"validation": answers(task(name), 300, right=0.9)} for name in names}
     bad = {name: {"validation": answers(task(name), 300, right=0.6)} for name in names}
     found = intervals.compare(good, bad)
+    drawn = (intervals.draws(good), intervals.draws(bad))
+    assert intervals.compare(good, bad, drawn=drawn) == found, "draws may be given where they are known"
     alone = [intervals.compare({name: good[name]}, {name: bad[name]}).difference for name in names]
     assert found.difference == pytest.approx(fmean(alone))
     assert found.mcnemar is None

@@ -27,6 +27,11 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     assert first.splitlines()[len(places)].startswith("task "), first
     assert all(len(line) <= 100 for line in first.splitlines())
     assert "Completed()" in (project / "data/tiny/run.log").read_text(), "what the libraries say is kept"
+    header = next(line for line in first.splitlines() if line.startswith("task "))
+    assert header.split() == ["task", "examples", "base", "average", "merged", "realigned", "expert"]
+    page = (project / "data/tiny/report/report.html").read_text()
+    assert "What it cost" in page
+    assert "Who owns what" in page
 
     second = flow(project)
     assert second.count("already there") == len(places)
@@ -38,8 +43,13 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
 
     assert "Data and pipelines are up to date" in dvc(project, "repro")
     assert "up to date" in dvc(project, "status")
-    shown = dvc(project, "metrics", "show")
-    assert {"tasks.sst2.merged.score", "tasks.sst2.realigned.score"} < set(shown.split())
+    numbers = dvc(project, "metrics", "show")
+    assert {"tasks.sst2.merged.score", "tasks.sst2.realigned.score"} < set(numbers.split())
+    dvc(project, "plots", "show")
+    shown = (project / "dvc_plots" / "index.html").read_text()
+    for picture in ("scores", "differences", "fisher-heads", "fisher-neurons", "owners", "owners-heads", "cost"):
+        assert f"pictures_{picture}.svg" in shown
+    assert '"scored": "sst2: merged"' in shown
     assert not [path for path in (project / "data").rglob(".gitignore") if path.parent != project / "data"]
 
     # A new setting, through DVC this time: what depends on it is made, and the flow has nothing left to do.

@@ -66,6 +66,7 @@ def run_all(work: Path) -> dict[str, bool]:
         {"merged": work / "merged.json"},
         fisher_files(work),
         work / "report",
+        work,
     )
     return {name: outcome.computed for name, outcome in done.items()}
 
@@ -344,3 +345,44 @@ def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back
     card.unlink()
     assert not merge(work).computed
     assert card.is_file()
+
+
+def test_a_report_tells_how_models_were_merged_and_what_the_stages_took(work: Path) -> None:
+    run_all(work)
+    page = (work / "report" / "report.html").read_text()
+    for words in ("The model merged with mask-fisher", "finetune:", "Who owns what", "What it cost"):
+        assert words in page, words
+    found = [line.split(",") for line in (work / "report" / "costs.csv").read_text().splitlines()[1:]]
+    assert [(stage, name) for stage, name, _ in found] == [
+        ("fetch", "base"),
+        *((stage, task) for stage in ("data", "finetune", "fisher") for task in sorted(TASKS)),
+        ("merge", "merged"),
+        *(("evaluate", name) for name in (*sorted(TASKS), "merged")),
+    ]
+    assert all(float(seconds) > 0 for _, _, seconds in found)
+    without = stages.write_report({}, {"merged": work / "merged.json"}, {}, work / "other")
+    assert without.computed
+    assert "mask-fisher" not in (work / "other" / "report.html").read_text()
+
+
+def test_a_report_is_not_of_other_fisher_information_than_the_merge(work: Path) -> None:
+    run_all(work)
+    settings = FISHER.model_copy(update={"seed": 1})
+    stages.fisher(experts(work)["sst2"], "sst2", work / "data", fisher_files(work)["sst2"], settings)
+    with pytest.raises(UserError, match=r"sst2\.parquet: not the Fisher that merged was merged with"):
+        stages.write_report({}, {"merged": work / "merged.json"}, fisher_files(work), work / "other", work)
+    assert not (work / "other").exists()
+    with pytest.raises(UserError, match="choose another"):
+        stages.write_report({}, {"expert": work / "merged.json"}, {}, work / "other")
+
+
+def test_a_clock_is_no_part_of_what_an_output_is(work: Path) -> None:
+    run_all(work)
+    costs = artifacts.read_costs(work)
+    assert costs[work / "merged"][0] == "merge"
+    before = artifacts.digest_files(work)
+    for out in costs:
+        artifacts.write_cost(out, costs[out][0], 1e6)
+    assert artifacts.digest_files(work) == before
+    assert not any(run_all(work).values())
+    assert artifacts.read_costs(work)[work / "merged"] == ("merge", 1e6), "a run that computes nothing keeps the cost"

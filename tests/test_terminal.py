@@ -22,6 +22,16 @@ def test_a_table_aligns_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert first.index("9.5") + 3 == second.index("81.0") + 4
 
 
+def test_a_table_is_as_wide_as_it_is_in_any_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    show_table(["task", *(f"method {number}" for number in range(8))], [["mrpc", *["81.0 ±1.2 (97.3)"] * 8]])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].count("81.0 ±1.2 (97.3)") == 8
+
+
 def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("working") as progress:
         progress(1, 2)
