@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export GLUE_DIR
 
-.PHONY: run test test-slow torture test-gpu lint types format lock results docker-lint clean help
+.PHONY: run schedule test test-slow torture test-gpu lint types format lock results docker-lint clean help
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 run: $(VENV)/installed ## the whole pipeline; PARAMS=params/PROFILE.yaml for another profile, GLUE_DIR=... for its data
 	@fmn run --params $(PARAMS)
+
+schedule: $(VENV)/installed ## Prefect's server, a worker and the deployments of prefect.yaml, until Ctrl-C
+	@python -m flows.schedule
 
 test: lint types ## lint, types, tests
 	pytest -n 2 --dist loadfile
