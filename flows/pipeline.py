@@ -118,7 +118,7 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
     keep_dvc_in_step(Path(profile), computed)
     registered = dict(outcomes["register", ""].summary)
     if outcomes["register", ""].computed:
-        registry_stages.record_dvc_lock(registered["name"], registered["version"])
+        registry_stages.record_dvc_lock(registered["run"])
     return {**outcomes["report", ""].summary, "registered": registered, "computed": computed}
 
 
