@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+MLFLOW_PORT ?= 5000
 export GLUE_DIR
 
-.PHONY: run schedule test test-slow torture test-gpu lint types format lock results docker-lint clean help
+.PHONY: run schedule mlflow test test-slow torture test-gpu lint types format lock results docker-lint clean help
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -26,6 +27,11 @@ run: $(VENV)/installed ## the whole pipeline; PARAMS=params/PROFILE.yaml for ano
 
 schedule: $(VENV)/installed ## Prefect's server, a worker and the deployments of prefect.yaml, until Ctrl-C
 	@python -m flows.schedule
+
+mlflow: $(VENV)/installed ## the pages of the registry, on loopback; MLFLOW_PORT=5001 for another port
+	@python -c "from fmn import registry; print(registry.page($(MLFLOW_PORT)))"
+	@case "$$MLFLOW_TRACKING_URI" in http*) ;; *) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false exec mlflow server \
+	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1; esac
 
 test: lint types ## lint, types, tests
 	pytest -n 2 --dist loadfile

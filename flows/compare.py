@@ -113,7 +113,7 @@ def submit_comparison(settings: Params, comparing: CompareSettings, layout: Layo
             )  # fmt: skip
     submit("comparison", "", [key for key in futures if key[0] == "compare"], cells=cells, out=out / "tables")
     submit(
-        "log", "", [("comparison", "")], tables=out / "tables", name=out.name, methods=comparing.methods,
+        "log", "", [("comparison", "")], tables=out / "tables", title=out.name, comparing=comparing,
         settings=settings.registry,
     )  # fmt: skip
     return futures

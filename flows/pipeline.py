@@ -143,7 +143,7 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
     pages.show_results(*found["table"])
     pages.show_links(registered, layout.report)
     if outcomes["register", ""].computed:
-        registry_stages.record_dvc_lock(registered["name"], registered["version"])
+        registry_stages.record_dvc_lock(registered["run"])
         notices.tell_champion(Path(profile), registered)
     return {**found, "registered": registered, "computed": any(outcome.computed for outcome in outcomes.values())}
 

@@ -602,7 +602,7 @@ def reproduce(
     found = registry_stages.read_lineage(version)
     stated = {"version": found.uri, "tags": found.tags, "lineage": found.table, "settings": found.settings}
     if not as_json:
-        show_table(["", "", "sha256"], [[what, how, digest[:12]] for what, how, digest in found.table])
+        show_table(["", "", "sha256"], [[what, how, digest[:12]] for what, how, digest in found.table], words=2)
     if not run:
         if as_json:
             _dump(stated)
@@ -619,7 +619,9 @@ def reproduce(
         _dump({**stated, "again": compared, "same": not wrong})
     else:
         words = {True: "the same", False: "differs"}
-        show_table(["", "", "sha256"], [[what, words[before == now], now[:12]] for what, before, now in compared])
+        show_table(
+            ["", "", "sha256"], [[what, words[before == now], now[:12]] for what, before, now in compared], words=2
+        )
     if wrong:
         raise UserError(f"{found.uri} was not made again in {folder}: other digests for {', '.join(wrong)}")
     if not as_json:

@@ -59,11 +59,11 @@ def digests(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
     found |= {f"expert {task}": entry["digest"] for task, entry in recipe["experts"].items()}
     for kind in ("fisher", "gram"):
         found |= {f"{kind} {task}": entry["values"] for task, entry in recipe[kind].items() if "values" in entry}
-    parts: dict[str, dict[str, str]] = {}
+    encoder = {name: digest for name, digest in recipe["files"].items() if name.startswith("encoder/")}
+    parts = {"merged encoder": encoder}
     for name, digest in recipe["files"].items():
-        folder, _, rest = name.partition("/")
-        part = "merged encoder" if folder == "encoder" else f"merged head {rest.partition('/')[0]}"
-        parts.setdefault(part, {})[name] = digest
+        if digest not in encoder.values():  # a task's folder holds the encoder's files too
+            parts.setdefault(f"merged head {name.split('/')[1]}", {})[name] = digest
     found |= {part: artifacts.digest_bytes(artifacts.canonical(files)) for part, files in parts.items()}
     found["scores"] = artifacts.digest_bytes(artifacts.canonical(metrics["tasks"]))
     return found
@@ -158,48 +158,55 @@ def threads(recipe: Mapping[str, Any]) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def table(recipe: Mapping[str, Any], metrics: Mapping[str, Any], stated: Mapping[str, str]) -> list[list[str]]:
+def table(
+    recipe: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    stated: Mapping[str, str],
+    settings: Mapping[str, Any] | None,
+) -> list[list[str]]:
     """The lineage for people, a row a thing: what, from where or how, digest.
 
     Args:
         recipe, metrics: as for `digests`.
         stated: the tags of the version.
+        settings: what `pinned` gave, where it was recorded.
     """
-    found = digests(recipe, metrics)
-    rows = [["base", recipe["base"]["revision"], found["base"]]] if recipe.get("base") else []
-    rows += [[f"expert {task}", _origin(entry), entry["digest"]] for task, entry in recipe["experts"].items()]
+    found, tuned = digests(recipe, metrics), (settings or {}).get("finetune", {})
+    how = {f"expert {task}": _origin(entry, tuned.get(task)) for task, entry in recipe["experts"].items()}
+    if recipe.get("base"):
+        how["base"] = recipe["base"]["revision"]
     for kind in ("fisher", "gram"):
         for task, entry in recipe[kind].items():
-            how = [entry.get("estimator"), f"{entry['samples']} examples", f"seed {entry['seed']}", entry["dtype"]]
-            rows.append([f"{kind} {task}", ", ".join(filter(None, how)), entry.get("values", entry["digest"])])
-    for name, digest in found.items():
-        if name.startswith("data "):
-            entry = metrics["data"].get(name.split(" ")[1], {})
-            rows.append([name, _data(entry), digest])
-    how = [recipe["method"], recipe["mapping"], f"scale {recipe['scale']:g}" if recipe["scale"] != 1 else None]
-    rows.append(["merged encoder", ", ".join(filter(None, how)), found["merged encoder"]])
-    score = f"{100 * metrics['score']:.2f} % in the mean"
-    rows.append(["scores", score, found["scores"]])
+            details = (entry.get("estimator"), f"{entry['samples']} examples", f"seed {entry['seed']}", entry["dtype"])
+            how[f"{kind} {task}"] = ", ".join(filter(None, details))
+    for task, entry in metrics["data"].items():
+        details = (entry["source"], *(f"{name} {entry[name]}" for name in ("revision", "seed") if name in entry))
+        how |= {name: ", ".join(details) for name in found if name.startswith(f"data {task} ")}
+    scale = f"scale {recipe['scale']:.3g}" if recipe["scale"] != 1 else None
+    how["merged encoder"] = ", ".join(filter(None, (recipe["method"], recipe["mapping"], scale)))
+    heads = "re-aligned" if recipe.get("realign") else "the expert's own"
+    how |= dict.fromkeys((f"merged head {task}" for task in recipe["tasks"]), heads)
+    how["scores"] = f"{100 * metrics['score']:.2f} % in the mean"
+    rows = [[what, how.get(what, ""), digest] for what, digest in found.items()]
     rows.append(["settings", stated.get("profile", "not recorded"), ""])
-    here, commit = git_commit(), stated.get("git.commit")
-    rows.append(["git", _compared(commit, here), ""])
-    rows.append(["dvc.lock", _compared(stated.get("dvc.lock"), dvc_lock()), ""])
+    rows.append(["git commit", *_compared(stated.get("git.commit"), git_commit())])
+    rows.append(["dvc.lock", *_compared(stated.get("dvc.lock"), dvc_lock())])
     rows.append(["fmn", stated.get("fmn", ""), ""])
     return rows
 
 
-def _origin(entry: Mapping[str, str]) -> str:
+def _origin(entry: Mapping[str, str], tuning: Mapping[str, Any] | None) -> str:
+    """Where an expert came from: its pinned source or, where it was made here, how."""
     source, revision = entry["source"], entry["revision"]
-    return revision if source == revision or not source.startswith(ELSEWHERE) else f"{revision} ({source})"
+    if tuning:
+        names = ("epochs", "learning_rate", "batch_size", "examples", "seed")
+        return "fine-tuned: " + ", ".join(f"{name.replace('_', ' ')} {tuning[name]}" for name in names)
+    return f"{revision} ({source})" if source != revision and source.startswith(ELSEWHERE) else revision
 
 
-def _data(entry: Mapping[str, str]) -> str:
-    details = [f"{name} {entry[name]}" for name in ("revision", "seed") if name in entry]
-    return ", ".join([entry.get("source", ""), *details])
-
-
-def _compared(stated: str | None, here: str | None) -> str:
+def _compared(stated: str | None, here: str | None) -> tuple[str, str]:
     if stated is None:
-        return "not recorded"
-    same = "as" if stated == here else "not that"
-    return f"{stated} ({same} of this folder)" if here else stated
+        return "not recorded", ""
+    changed = "with changes" if stated.endswith("+") else ""
+    same = ("as in this folder" if stated == here else "not that of this folder") if here else ""
+    return ", ".join(filter(None, (same, changed))), stated

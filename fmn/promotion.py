@@ -44,6 +44,8 @@ def decide(new: Standing, champion: Standing | None, tolerance: float) -> Decisi
     if champion is None:
         return Decision(CHAMPION, "the first version")
     before = f"version {champion.version}"
+    if not champion.tasks:
+        return Decision(CHALLENGER, f"not comparable: {before} does not say what it scored")
     if set(new.tasks) != set(champion.tasks):
         return Decision(CHALLENGER, f"not comparable: {before} is of other tasks ({', '.join(sorted(champion.tasks))})")
     if new.data != champion.data:

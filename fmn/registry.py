@@ -56,7 +56,7 @@ for name in ("mlflow", "alembic"):
 DEFAULT_STORE = "sqlite:///mlflow.db"
 KEY = "fmn.key"
 REASON = "promotion"  # tag of a version, and of its run: the alias that it got, and why
-SCORES = "scores"  # tag of a version: the score of each task
+SCORES, DATA = "fmn.scores", "fmn.data"  # tags of a version: the score of each task, digest of the evaluation data
 HISTORY = "champion.history"  # tag of a registered model
 LINEAGE = "lineage"  # a run's folder of what its version can be made from again
 DIGITS = 32  # of a data set's digest; MLflow keeps 36
@@ -189,6 +189,7 @@ def register(
     inputs: Sequence[Input],
     artifacts: Path,
     tags: Mapping[str, str],
+    shown: Sequence[str],
     scores: Mapping[str, float],
     data: str,
     tolerance: float,
@@ -206,7 +207,8 @@ def register(
         params, metrics: of the run.
         inputs: the data sets that the model was made with and scored on.
         artifacts: a folder of files to keep with the run.
-        tags: the lineage, of run and version.
+        tags: the lineage, of the run.
+        shown: those of them that the version has too.
         scores: the score of each task; ``metrics["score"]`` is their mean.
         data: digest of the evaluation data.
         tolerance: how much less than the champion's a task's score may be, for the version to take its place.
@@ -238,10 +240,12 @@ def register(
                     )
                 mlflow.log_metrics(dict(metrics), model_id=logged.model_id)
             with redirect_stderr(StringIO()):  # MLflow says there what the caller says better
-                stated = {**tags, KEY: key, SCORES: json.dumps(dict(scores))}
+                stated = {item: tags[item] for item in shown if item in tags}
+                stated |= {"score": f"{100 * metrics['score']:.2f} %"}
+                stated |= {KEY: key, SCORES: json.dumps(dict(scores)), DATA: data}
                 known = mlflow.register_model(logged.model_uri, name, tags=stated)
-            client.update_model_version(name, known.version, description=card)
-        decision = _decide(client, known, Standing(str(known.version), metrics["score"], scores, data), tolerance)
+        standing = Standing(str(known.version), metrics["score"], scores, data)
+        decision = _decide(client, known, standing, tolerance, card)
         new = REASON not in known.tags
         return Registered(name, str(known.version), str(known.run_id), _shown(tracking_uri()), new, *decision)
 
@@ -267,7 +271,9 @@ def _find(client: mlflow.MlflowClient, name: str, key: str) -> ModelVersion | No
     return next(iter(client.search_model_versions(f"name = '{name}' and tags.`{KEY}` = '{key}'")), None)
 
 
-def _decide(client: mlflow.MlflowClient, version: ModelVersion, standing: Standing, tolerance: float) -> Decision:
+def _decide(
+    client: mlflow.MlflowClient, version: ModelVersion, standing: Standing, tolerance: float, card: str
+) -> Decision:
     """The alias of a version, and why: as was decided before or, of a new version, as is decided now."""
     if stated := version.tags.get(REASON):
         alias, _, reason = stated.partition(": ")
@@ -284,8 +290,9 @@ def _decide(client: mlflow.MlflowClient, version: ModelVersion, standing: Standi
         if CHALLENGER in model.aliases:  # it lost against another
             client.delete_registered_model_alias(name, CHALLENGER)
     said = f"{decision.alias}: {decision.reason}"
-    for tag in (REASON, MLFLOW_RUN_NOTE):
-        client.set_tag(str(version.run_id), tag, said)
+    for item in (REASON, MLFLOW_RUN_NOTE):
+        client.set_tag(str(version.run_id), item, said)
+    client.update_model_version(name, standing.version, description=f"Registered as {said}\n\n{card}")
     if not model.description:
         client.update_registered_model(name, "Models merged by fmn, one encoder and a head for each task in a version.")
     client.set_model_version_tag(name, standing.version, REASON, said)  # the last: until then it is decided anew
@@ -297,7 +304,7 @@ def _standing(client: mlflow.MlflowClient, name: str, version: str) -> Standing 
     tags = client.get_model_version(name, version).tags
     scores = json.loads(tags.get(SCORES, "{}"))
     score = sum(scores.values()) / len(scores) if scores else 0.0
-    return Standing(version, score, scores, tags.get("data", ""))
+    return Standing(version, score, scores, tags.get(DATA, ""))
 
 
 def _holder(model: RegisteredModel, alias: str) -> str | None:
@@ -310,7 +317,7 @@ def _versions(client: mlflow.MlflowClient, name: str) -> set[str]:
 
 
 def _record(client: mlflow.MlflowClient, name: str, history: str, version: str, how: str) -> None:
-    when = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    when = datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")
     client.set_registered_model_tag(name, HISTORY, promotion.add(history, version, how, when))
 
 
@@ -340,7 +347,7 @@ def roll_back(name: str, version: str | None) -> tuple[str | None, str]:
 
 
 class Recorded(NamedTuple):
-    """A registered version, and where the files of its lineage were put."""
+    """A registered version, the tags of its run, and where the files of its lineage were put."""
 
     uri: str
     tags: Mapping[str, str]
@@ -362,36 +369,41 @@ def recorded(source: str, out: Path) -> Recorded:
         if not found.run_id or not any(one.path == LINEAGE for one in client.list_artifacts(found.run_id)):
             raise UserError(f"{pinned}: its run holds no lineage; fmn did not register it, or an older one did")
         folder = mlflow.artifacts.download_artifacts(run_id=found.run_id, artifact_path=LINEAGE, dst_path=str(out))
-        return Recorded(pinned, dict(found.tags), Path(folder))
+        return Recorded(pinned, dict(client.get_run(found.run_id).data.tags), Path(folder))
 
 
-def tag(name: str, version: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a version and its run."""
+def tag(run: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run."""
     with _client() as client:
-        run = str(client.get_model_version(name, version).run_id)
         for item, value in tags.items():
             client.set_tag(run, item, value)
-            client.set_model_version_tag(name, version, item, value)
+
+
+class Logged(NamedTuple):
+    """What a run is to hold."""
+
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
 
 
 def log_comparison(
-    methods: Mapping[str, Mapping[str, float]],
+    whole: Logged,
+    methods: Mapping[str, Logged],
     *,
     name: str,
     experiment: str,
     key: str,
-    params: Mapping[str, Mapping[str, Any]],
     artifacts: Path,
     note: str,
 ) -> tuple[str, bool]:
-    """Log a comparison: a run with its tables, and below it a run for each method with its metrics.
+    """Log a comparison: a run with its tables, and below it a run for each method.
 
     Args:
-        methods: the metrics of each.
+        whole: of the run above.
+        methods: of the run of each method.
         name: of the comparison.
         experiment: of the runs.
         key: content key of the comparison; a tag of the run above. One that was logged is not logged again.
-        params: the settings of each method.
         artifacts: a folder of tables to keep with the run above.
         note: what its page says, in Markdown.
 
@@ -410,10 +422,12 @@ def log_comparison(
         tags = {KEY: key, MLFLOW_RUN_NOTE: note, MLFLOW_SOURCE_NAME: "fmn compare"}
         with mlflow.start_run(run_name=f"compare {name} {key[:8]}", tags=tags) as parent:
             mlflow.log_artifacts(str(artifacts), "tables")
-            for method, metrics in methods.items():
+            mlflow.log_params(dict(whole.params))
+            mlflow.log_metrics(dict(whole.metrics))
+            for method, one in methods.items():
                 with mlflow.start_run(run_name=method, nested=True, tags={MLFLOW_SOURCE_NAME: "fmn compare"}):
-                    mlflow.log_params(dict(params[method]))
-                    mlflow.log_metrics(dict(metrics))
+                    mlflow.log_params(dict(one.params))
+                    mlflow.log_metrics(dict(one.metrics))
         return str(parent.info.run_id), True
 
 

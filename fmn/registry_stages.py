@@ -1,6 +1,7 @@
 """The stages that end in MLflow: a merged model registered, a comparison logged; and a version's lineage."""
 
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmn import artifacts, lineage, recipe, tasks
 from fmn.errors import UserError
-from fmn.params import ComparedSettings, Params, RegistrySettings
+from fmn.params import CompareSettings, Params, RegistrySettings
 from fmn.stage import Outcome
 
 if TYPE_CHECKING:
@@ -71,10 +72,11 @@ def register(
             inputs=_inputs(made, found),
             artifacts=_kept(Path(scratch), model, metrics, report_folder, stated),
             tags=tags,
+            shown=("tasks", "profile", "git.commit"),
             scores={task: entry["score"] for task, entry in found["tasks"].items()},
             data=tags["data"],
             tolerance=settings.tolerance,
-            card=_without_front_matter(model / recipe.CARD),
+            card=_for_mlflow(model / recipe.CARD),
         )
     summary = {
         "name": registered.name,
@@ -155,12 +157,17 @@ def _kept(
     return folder
 
 
-def _without_front_matter(card: Path) -> str:
-    """A model card as people read it."""
+def _for_mlflow(card: Path) -> str:
+    """A model card as MLflow shows it: without front matter."""
     text = card.read_text() if card.is_file() else ""
     if text.startswith("---\n"):
         text = text[4:].partition("\n---\n")[2]
-    return text.strip()
+    return _spaced(text.strip())
+
+
+def _spaced(text: str) -> str:
+    """Markdown with room between the columns of its tables, which MLflow sets close."""
+    return re.sub(r"(?m)(?<=\S) \|(?=.*\|$)", "&emsp;|", text).replace("---&emsp;", "---")
 
 
 def roll_back(name: str, version: str | None) -> dict[str, str | None]:
@@ -171,12 +178,12 @@ def roll_back(name: str, version: str | None) -> dict[str, str | None]:
     return {"name": name, "before": before, "champion": now}
 
 
-def record_dvc_lock(name: str, version: str) -> None:
-    """State with a version the dvc.lock that was brought in step after its registration."""
+def record_dvc_lock(run: str) -> None:
+    """State with a registration's run the dvc.lock that was brought in step after it."""
     from fmn import registry
 
     if digest := lineage.dvc_lock():
-        registry.tag(name, version, {"dvc.lock": digest})
+        registry.tag(run, {"dvc.lock": digest})
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class Lineage:
 
     Attributes:
         uri: ``models:/NAME/VERSION``.
-        tags: of the version.
+        tags: of its run.
         recipe: the content of ``merge.json``.
         metrics: the content of its metrics file.
         settings: the settings, with pinned sources; None where it was registered without them.
@@ -200,7 +207,7 @@ class Lineage:
     @property
     def table(self) -> list[list[str]]:
         """Rows: what, from where or how, digest."""
-        return lineage.table(self.recipe, self.metrics, self.tags)
+        return lineage.table(self.recipe, self.metrics, self.tags, self.settings)
 
 
 def read_lineage(source: str) -> Lineage:
@@ -243,34 +250,43 @@ def compare_digests(found: Lineage, model: Path, metrics: Path) -> list[tuple[st
     return [(name, before.get(name, ""), now.get(name, "")) for name in dict.fromkeys([*before, *now])]
 
 
-def log_comparison(
-    tables: Path, name: str, methods: Mapping[str, ComparedSettings], settings: RegistrySettings
-) -> Outcome:
+def log_comparison(tables: Path, title: str, comparing: CompareSettings, settings: RegistrySettings) -> Outcome:
     """The tables of a comparison in MLflow: a run, and below it a run for each method with its metrics by set.
 
     Args:
         tables: the folder that `write_comparison` filled.
-        name: of the comparison.
-        methods: how each merges.
+        title: of the comparison.
+        comparing: what was compared.
         settings: the experiment of the runs.
     """
     from fmn import registry
+    from fmn.registry import Logged
 
     started = time.monotonic()
     manifest = artifacts.read_manifest(tables)
     if manifest is None or not artifacts.folder_is_current(tables, manifest["key"]):
         raise UserError(f"{tables}: not the tables of a comparison, or changed; make them with `fmn compare`")
     results = json.loads((tables / "results.json").read_text())
-    described = {"name": name, "experiment": settings.experiment}
+    described = {"title": title, "experiment": settings.experiment}
     key = artifacts.content_key("log-comparison", COMPARISON, described, {"tables": manifest["key"]})
+    means: Mapping[str, Mapping[str, float]] = results["methods"]
+    how = comparing.model_dump(mode="json", exclude={"methods", "device"})
     run, new = registry.log_comparison(
-        {method: {**means, **_by_set(results["sets"], method)} for method, means in results["methods"].items()},
-        name=name,
+        Logged(
+            how,
+            {_named(f"{kind}/{method}"): value for method, row in means.items() for kind, value in row.items()},
+        ),
+        {
+            method: Logged(
+                _flat(comparing.methods[method].model_dump(mode="json")), {**row, **_by_set(results["sets"], method)}
+            )
+            for method, row in means.items()
+        },
+        name=title,
         experiment=settings.experiment,
         key=key,
-        params={method: _flat(merging.model_dump(mode="json")) for method, merging in methods.items()},
         artifacts=tables,
-        note=(tables / "table.md").read_text(),
+        note=_spaced((tables / "table.md").read_text()),
     )
     return Outcome("log", tables, new, time.monotonic() - started, {"run": run, "store": registry.tracking_uri()})
 
@@ -279,9 +295,13 @@ def _by_set(sets: Mapping[str, Mapping[str, Mapping[str, Any]]], method: str) ->
     """A method's metrics by set of experts: the mean score relative to the experts', and the score of each task."""
     found = {}
     for name, row in sets.items():
-        set_name = name.replace("+", "-")  # which MLflow takes in the name of a metric
         shares: Sequence[float] = [one["relative"] for one in row[method].values() if one["relative"] is not None]
         if shares:
-            found[f"relative/{set_name}"] = sum(shares) / len(shares)
-        found |= {f"{set_name}/{task}": one["score"] for task, one in row[method].items()}
+            found[_named(f"relative/{name}")] = sum(shares) / len(shares)
+        found |= {_named(f"{name}/{task}"): one["score"] for task, one in row[method].items()}
     return found
+
+
+def _named(name: str) -> str:
+    """A metric's name in the characters that MLflow takes."""
+    return re.sub(r"[^\w .:/-]", "-", name)

@@ -56,11 +56,11 @@ def say(*lines: object) -> None:
         console.print(line)
 
 
-def show_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column is words, the others are aligned as numbers."""
+def show_table(header: Sequence[str], body: Sequence[Sequence[str]], words: int = 1) -> None:
+    """Print a table: its first columns are words, so many, the others are aligned as numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place == 0 else "right")
+        table.add_column(name, justify="left" if place < words else "right")
     for row in body:
         table.add_row(*row)
     # As wide as it is: a terminal that is narrower wraps lines, which reads better than wrapped cells.

@@ -89,3 +89,20 @@ def test_a_stage_that_fails_is_named_and_the_others_are_kept(project: Path) -> N
     assert "Traceback" not in said
     assert (project / "data/other/experts/sst2/model.safetensors").is_file()
     assert not (project / "data/other/merged").exists()
+
+
+@pytest.mark.slow
+def test_a_version_is_made_again_from_what_it_was_registered_with(project: Path) -> None:
+    flow(project)
+    version = "models:/tiny@champion"
+    shown = run(project, sys.executable, "-m", "fmn", "reproduce", version)
+    assert "fine-tuned: epochs 1.0" in shown
+    again = run(project, sys.executable, "-m", "fmn", "reproduce", version, "--run", "--out", "again")
+    assert "all digests are the same" in again
+    assert "differs" not in again
+    assert "register" not in again
+    (project / "source").rename(project / "moved")
+    said = run(project, sys.executable, "-m", "fmn", "reproduce", version, "--run", "--out", "other", fails=True)
+    (project / "moved").rename(project / "source")
+    assert said.splitlines()[-1].endswith("source, which is not there any more; put it back there")
+    assert not (project / "other").exists()

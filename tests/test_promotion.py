@@ -41,6 +41,14 @@ def test_no_task_may_lose_more_than_the_tolerance_and_none_at_all_with_a_toleran
     assert decide(new(0.89, 0.75), OLD, 0.0).alias == CHALLENGER
 
 
+def test_a_champion_of_unknown_scores_keeps_its_place() -> None:
+    unknown = OLD._replace(tasks={})
+    assert decide(new(0.9, 0.9), unknown, 0.01) == (
+        CHALLENGER,
+        "not comparable: version 3 does not say what it scored",
+    )
+
+
 def history(*events: tuple[str, str]) -> str:
     text = ""
     for version, how in events:

@@ -101,10 +101,10 @@ def test_run_and_version_say_what_the_model_was_made_from(
     outcome = register(merged)
     run, version = client.get_run(outcome.summary["run"]), described(client, outcome)
     recipe = json.loads((merged / "merged" / "merge.json").read_text())
-    for tags in (run.data.tags, version.tags):
-        assert tags["expert.mrpc"] == recipe["experts"]["mrpc"]["revision"]
-        assert tags["fisher.mrpc"] == artifacts.digest_file(tiny_work / "fisher" / "mrpc.parquet")
-        assert tags["tasks"] == "mrpc, sst2, stsb"
+    assert run.data.tags["expert.mrpc"] == recipe["experts"]["mrpc"]["revision"]
+    assert run.data.tags["fisher.mrpc"] == artifacts.digest_file(tiny_work / "fisher" / "mrpc.parquet")
+    assert run.data.tags["tasks"] == version.tags["tasks"] == "mrpc, sst2, stsb"
+    assert version.tags["score"] == f"{100 * run.data.metrics['score']:.2f} %"
     assert run.inputs is not None
     inputs = {(one.dataset.name, one.tags[0].value): one.dataset for one in run.inputs.dataset_inputs}
     assert set(inputs) == {(task, context) for task in TASKS for context in ("training", "validation")}
@@ -121,8 +121,9 @@ def test_run_and_version_say_what_the_model_was_made_from(
 
 def test_the_versions_page_shows_the_card_without_front_matter(merged: Path, client: mlflow.MlflowClient) -> None:
     description = str(described(client, register(merged)).description)
-    assert description.startswith("# mrpc, sst2, stsb")
+    assert description.startswith("Registered as champion: the first version\n\n# mrpc, sst2, stsb")
     assert "f1" in description
+    assert "---\n" not in description.splitlines()
 
 
 def test_the_report_is_kept_with_the_run(merged: Path, client: mlflow.MlflowClient, tmp_path: Path) -> None:
