@@ -3,11 +3,12 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.projects import PROFILE, dvc, flow, make_project, repro
+from tests.projects import PROFILE, dvc, flow, make_project, repro, run
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def settings(work: Path, tiny_base: Path) -> Params:
 def register(work: Path, settings: Params | None, **more: object) -> Outcome:
     return registry_stages.register(
         work / "merged", work / "merged.json", None, None, RegistrySettings(name="demo"), "params.yaml", settings,
-        **more,  # type: ignore[arg-type]
+        **more,
     )  # fmt: skip
 
 
