@@ -50,19 +50,19 @@ def settings(work: Path, tiny_base: Path) -> Params:
     )
 
 
-def register(work: Path, settings: Params | None, **more: object) -> Outcome:
+def register(work: Path, settings: Params | None) -> Outcome:
     return registry_stages.register(
-        work / "merged", work / "merged.json", None, None, RegistrySettings(name="demo"), "params.yaml", settings,
-        **more,
-    )  # fmt: skip
+        work / "merged", work / "merged.json", None, None, RegistrySettings(name="demo"), "params.yaml", settings
+    )
 
 
 def test_a_version_is_registered_with_its_settings_and_what_the_stages_took(
     work: Path, settings: Params, store: str
 ) -> None:
-    outcome = register(work, settings, seconds={"fisher sst2": 2.5})
+    artifacts.write_cost(work / "merged", "merge", 2.5)
+    outcome = register(work, settings)
     run = mlflow.MlflowClient(store).get_run(outcome.summary["run"])
-    assert run.data.metrics["seconds/fisher sst2"] == 2.5
+    assert run.data.metrics["seconds/merge merged"] == 2.5
     assert run.data.tags["profile"] == "params.yaml"
     assert run.data.params["finetune.mrpc.learning_rate"] == "0.001"
     kept = {one.path for one in mlflow.MlflowClient(store).list_artifacts(run.info.run_id, "lineage")}
@@ -158,10 +158,10 @@ def test_a_comparison_is_logged_once_with_a_run_for_each_method(tmp_path: Path, 
     means = comparison.summary(CELLS)
     assert set(children) == set(means)
     assert children["mine"].params["scale"] == "2.0"
-    assert children["mine"].metrics["pairs"] == pytest.approx(means["mine"]["pairs"])
+    assert children["mine"].metrics["pairs"] == pytest.approx(means["mine"]["pairs"].value)
     assert children["mine"].metrics["relative/cola-rte"] == pytest.approx(0.9)
     assert children["mine"].metrics["cola-rte/rte"] == pytest.approx(0.64)
-    assert parent.data.metrics["pairs/mine"] == pytest.approx(means["mine"]["pairs"])
+    assert parent.data.metrics["pairs/mine"] == pytest.approx(means["mine"]["pairs"].value)
     assert {one.path for one in client.list_artifacts(parent.info.run_id, "tables")} >= {"tables/table.md"}
 
 
