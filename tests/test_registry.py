@@ -132,7 +132,7 @@ def test_the_report_is_kept_with_the_run(merged: Path, client: mlflow.MlflowClie
     settings = RegistrySettings(name="reported")
     outcome = registry_stages.register(merged / "merged", merged / "metrics.json", report, None, settings)
     kept = {one.path for one in client.list_artifacts(outcome.summary["run"], "report")}
-    assert {"report/table.md", "report/scores.svg"} <= kept
+    assert {"report/table.md", "report/report.html", "report/pictures"} <= kept
     assert not [path for path in kept if "fmn.json" in path]
 
 
