@@ -108,11 +108,8 @@ def table(header: Sequence[str | Cell], body: Sequence[Sequence[str | Cell]], ca
         one = given if isinstance(given, Cell) else Cell(given)
         kinds = f' class="{one.kind}"' if one.kind else ""
         text = escape(minus(one.text)) or ('<span class="soft">–</span>' if tag == "td" else "")
-        return (
-            f"<{tag}{scope}{kinds}>{text}"
-            + "".join(f"<small>{escape(minus(x))}</small>" for x in one.small)
-            + f"</{tag}>"
-        )
+        small = "".join(f"<small>{escape(minus(line))}</small>" for line in one.small)
+        return f"<{tag}{scope}{kinds}>{text}{small}</{tag}>"
 
     lines = [f'<table class="{kind}">' if kind else "<table>"]
     lines += [f"<caption>{escape(caption)}</caption>"] if caption else []
@@ -136,7 +133,8 @@ def minus(text: str) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    return f'<p class="{kind}">' * bool(kind) + "<p>" * (not kind) + f"{escape(minus(text))}</p>"
+    opening = f'<p class="{kind}">' if kind else "<p>"
+    return f"{opening}{escape(minus(text))}</p>"
 
 
 def bullets(lines: Sequence[str]) -> str:
@@ -155,15 +153,12 @@ def sections(parts: Mapping[str, Sequence[str]]) -> list[str]:
 
 def figures(items: Mapping[str, tuple[str, str]], chosen: str, below: str) -> str:
     """Large figures side by side: by name, the figure and its interval; below them, what they are."""
-    return (
-        '<div class="figures">'
-        + "".join(
-            f"<div{' class=chosen' * (name == chosen)}><b>{escape(figure)}</b><span>{escape(name)}</span>"
-            f"<small>{escape(small)}</small></div>"
-            for name, (figure, small) in items.items()
-        )
-        + f"</div>{paragraph(below, 'soft')}"
-    )
+    kinds = {name: ' class="chosen"' if name == chosen else "" for name in items}
+    shown = [
+        f"<div{kinds[name]}><b>{escape(number)}</b><span>{escape(name)}</span><small>{escape(small)}</small></div>"
+        for name, (number, small) in items.items()
+    ]
+    return f'<div class="figures">{"".join(shown)}</div>{paragraph(below, "soft")}'
 
 
 def estimate(one: Estimate | None, *small: str, kind: str = "") -> Cell:

@@ -250,7 +250,7 @@ def differences(table: Table) -> Picture:
         axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
         return _picture(
             figure, "differences", "Differences on the same examples", " ".join(differences_in_words(table)),
-            "Filled, pointing right or left: better or worse for certain. Hollow circle: within chance.",
+            "Filled and pointing right or left: better or worse, with p below 0.05. A hollow circle: within chance.",
             " ".join(differences_in_words(table, most=len(rows))),
         )  # fmt: skip
 
@@ -280,8 +280,8 @@ def _layers(values: "NodeValues", neurons: bool) -> "list[Site]":
 
 
 def _label(site: "Site") -> str:
-    """A row of heads: its layer, counted from one; cross-attention says so."""
-    return f"{site.layer + 1}" + (" cross" if site.node == "cross_head" else "")
+    """The name of a row of heads: its layer, numbered as in the Fisher artifact; cross-attention says so."""
+    return f"{site.layer}" + (" cross" if site.node == "cross_head" else "")
 
 
 def _grid(values: "NodeValues") -> "tuple[np.ndarray, list[str]]":
@@ -294,11 +294,11 @@ def _grid(values: "NodeValues") -> "tuple[np.ndarray, list[str]]":
 
 
 def _map(axis: "Axes", grid: np.ndarray, names: Sequence[str], **options: Any) -> Any:
-    """A map of heads: layers down, heads across, both counted from one."""
+    """A map of heads: layers down, heads across, both numbered as in the Fisher artifact."""
     image = axis.pcolormesh(grid, cmap="cividis", edgecolors="white", linewidth=0.5, **options)
     axis.invert_yaxis()
     step = max(1, grid.shape[1] // 6)
-    axis.set_xticks(np.arange(0, grid.shape[1], step) + 0.5, map(str, range(1, grid.shape[1] + 1, step)), fontsize=8)
+    axis.set_xticks(np.arange(0, grid.shape[1], step) + 0.5, map(str, range(0, grid.shape[1], step)), fontsize=8)
     step = max(1, len(names) // 12)
     axis.set_yticks(np.arange(0, len(names), step) + 0.5, names[::step], fontsize=8)
     axis.tick_params(length=0)
@@ -334,7 +334,7 @@ def heads(fisher: "Mapping[str, NodeValues]") -> Picture:
             axis.set_xlabel("head", fontsize=8)
             if place % columns == 0:
                 axis.set_ylabel("layer", fontsize=8)
-            said.append(f"{task} layer {names[row]} head {head + 1} ({grid[row, head] / mean:.1f} times the mean)")
+            said.append(f"{task} layer {names[row]} head {head} ({grid[row, head] / mean:.1f} times the mean)")
         bar = _scale(figure, image, axes)
         bar.set_ticks([0.01, 0.1, 1, 10], labels=["0.01 ×", "0.1 ×", "mean", "10 ×"])
         bar.minorticks_off()
@@ -357,7 +357,7 @@ def neurons(fisher: "Mapping[str, NodeValues]") -> Picture:
             mean = float(np.concatenate([values[site] for site in sites]).mean()) or 1.0
             parts = np.array([np.quantile(values[site] / mean, [0.05, 0.25, 0.5, 0.75, 0.95]) for site in sites])
             tops = [float(values[site].max()) / mean for site in sites]
-            parts, layers = np.maximum(parts, floor), np.arange(1, len(sites) + 1)
+            parts, layers = np.maximum(parts, floor), np.arange(len(sites))
             axis.vlines(layers, parts[:, 0], parts[:, 4], color="#0072B2", linewidth=1)
             axis.vlines(layers, parts[:, 1], parts[:, 3], color="#0072B2", linewidth=6, alpha=0.5)
             axis.plot(layers, parts[:, 2], "o", color="white", markeredgecolor="#0072B2", markersize=3.5)
@@ -365,7 +365,7 @@ def neurons(fisher: "Mapping[str, NodeValues]") -> Picture:
             axis.set_yscale("log")
             step = max(1, len(sites) // 6)
             axis.set_xticks(layers[::step], [_label(site) for site in sites][::step], fontsize=8)
-            axis.set_xlim(0.4, len(sites) + 0.6)
+            axis.set_xlim(-0.6, len(sites) - 0.4)
             axis.minorticks_off()
             axis.grid(axis="y")
             axis.tick_params(length=0, labelsize=8)

@@ -321,13 +321,6 @@ def _difference_rows(table: Table) -> list[dict[str, Any]]:
 # ---- the folder ----
 
 
-class Made(NamedTuple):
-    """How a merged model was made: the content of its ``merge.json``, and its folder."""
-
-    recipe: Mapping[str, Any]
-    folder: str
-
-
 class Cost(NamedTuple):
     """How long a stage took for a task or model."""
 

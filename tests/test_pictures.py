@@ -86,7 +86,7 @@ def test_findings_are_of_the_numbers(drawn: dict[str, Picture]) -> None:
         "cola": {Site(0, "head"): np.array([1.0, 1.0]), Site(0, "neuron"): np.ones(4)},
         "sst2": {Site(0, "head"): np.array([1.0, 3.0]), Site(0, "neuron"): np.ones(4)},
     }
-    assert "sst2 layer 1 head 2 (1.5 times the mean)" in pictures.heads(fisher).finding
+    assert "sst2 layer 0 head 1 (1.5 times the mean)" in pictures.heads(fisher).finding
     shares = report.owned(fisher, reports.recipe(["cola", "sst2"], normalise="none"))
     layer = text(pictures.owners(shares))
     assert "38" in layer, "the mean of 1/2 and 1/4"
@@ -105,8 +105,8 @@ def test_layers_of_a_decoder_have_cross_attention_too() -> None:
         Site(1, "cross_head"): np.array([1.0, 2.0, 9.0]), Site(1, "neuron"): np.zeros(4),
     }  # fmt: skip
     found = pictures.heads({"stsb": values})
-    assert "2 cross" in text(found)
-    assert "layer 2 cross head 3" in found.finding
+    assert "1 cross" in text(found)
+    assert "layer 1 cross head 2" in found.finding
     assert "layer" in text(pictures.neurons({"stsb": values}))
 
 
