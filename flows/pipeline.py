@@ -139,12 +139,12 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
         layout = Layout(Path(settings.work))
         outcomes = collect(submit_stages(settings, layout, profile))
         dvc.keep_in_step(Path(profile), [outcome.out for outcome in outcomes.values()])
-    found, registered = outcomes["report", ""].summary, dict(outcomes["register", ""].summary)
-    pages.show_results(*found["table"])
-    pages.show_links(registered, layout.report)
-    if outcomes["register", ""].computed:
-        registry_stages.record_dvc_lock(registered["run"])
-        notices.tell_champion(Path(profile), registered)
+        found, registered = outcomes["report", ""].summary, dict(outcomes["register", ""].summary)
+        pages.show_results(*found["table"])
+        pages.show_links(registered, layout.report)
+        if outcomes["register", ""].computed:
+            registry_stages.record_dvc_lock(registered["run"])
+            notices.tell_champion(Path(profile), registered)
     return {**found, "registered": registered, "computed": any(outcome.computed for outcome in outcomes.values())}
 
 

@@ -8,6 +8,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import workers
 from flows.pipeline import Layout, collect, submit_stages
+from flows.server import answering
 from fmn import params
 
 
@@ -36,6 +37,7 @@ def rebuild(profile: Path, name: str, threads: int | None) -> tuple[Path, Path]:
     """
     if threads is not None:
         os.environ["FMN_THREADS"] = str(threads)
-    reproduce(str(profile))
+    with answering():
+        reproduce(str(profile))
     layout = Layout(Path(params.load(profile).work))
     return layout.merged(name), layout.metrics(name)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -159,9 +158,9 @@ def _statistics(
 
 
 @contextmanager
-def _flow(params_file: Path, verbose: bool, as_json: bool) -> Iterator[None]:
+def _flow(work: str | Path, verbose: bool, as_json: bool) -> Iterator[None]:
     """What surrounds a flow: on the terminal our own lines alone, on standard output for JSON nothing else."""
-    calm = nullcontext() if verbose else only_ours(Path(params.load(params_file).work) / "run.log")
+    calm = nullcontext() if verbose else only_ours(Path(work) / "run.log")
     with calm, redirect_stdout(errors()) if as_json else nullcontext():
         yield
 
@@ -176,7 +175,7 @@ def run(
     """Run the whole pipeline as a Prefect flow; ends with the table of results and where to look."""
     from flows.pipeline import run_pipeline
 
-    with _flow(params_file, verbose, as_json):
+    with _flow(params.load(params_file).work, verbose, as_json):
         results = run_pipeline(params_file)
     if as_json:
         _dump(results)
@@ -198,7 +197,7 @@ def compare(
     """
     from flows.compare import run_compare
 
-    with _flow(params_file, verbose, as_json):
+    with _flow(params.load(params_file).work, verbose, as_json):
         found = run_compare(params_file, name)
     if as_json:
         _dump(found)
@@ -611,7 +610,7 @@ def reproduce(
 
     folder = out or Path("data/reproduced") / found.uri.removeprefix("models:/").replace("/", "-")
     profile = registry_stages.settings_again(found, folder)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with _flow(folder, False, as_json):
         made = rebuild(profile, found.tags["made"], lineage.threads(found.recipe))
     compared = registry_stages.compare_digests(found, *made)
     wrong = [what for what, before, now in compared if before != now]
