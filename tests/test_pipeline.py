@@ -29,7 +29,7 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     assert all(len(line) <= 100 for line in first.splitlines())
     assert "Completed()" in (project / "data/tiny/run.log").read_text(), "what the libraries say is kept"
     header = next(line for line in first.splitlines() if line.startswith("task "))
-    assert header.split() == ["task", "examples", "base", "average", "merged", "realigned", "expert"]
+    assert header.split() == ["task", "base", "average", "merged", "realigned", "expert"]
     page = (project / "data/tiny/report/report.html").read_text()
     assert "What it cost" in page
     assert "Who owns what" in page
