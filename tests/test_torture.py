@@ -1,6 +1,6 @@
 """Kills, rot and crowds: what a pipeline makes comes out right or not at all, whatever happens in between.
 
-Short here; `make torture` sets FMN_TORTURE and takes its time.
+Short with `make test-slow`; `make torture` sets FMN_TORTURE and takes its time.
 """
 
 import os
@@ -14,6 +14,7 @@ import pytest
 
 from tests import torture
 
+pytestmark = pytest.mark.slow
 LONG = bool(os.environ.get("FMN_TORTURE"))
 KILLS = 40 if LONG else 3
 ROTTEN = 25 if LONG else 2
