@@ -156,6 +156,12 @@ def _method(made: Mapping[str, Any]) -> Iterator[str]:
             f" Coefficients and scale were found by search on the training data: {percent(search['score'])} % of the"
             f" experts' scores there, where equal coefficients reach {percent(search['uniform'])} %."
         )
+    if settled := made.get("realign"):
+        counts = [str(fit["texts"]) for fit in settled["tasks"].values()]
+        yield (
+            " Then the last linear map of every head was fitted anew to what its expert answers to training texts"
+            f" without labels ({', '.join(counts)} of them)."
+        )
     yield ""
     body = [
         [task, _title(made, kind), stated.get("estimator", ""), str(stated["samples"]), stated.get("dtype", "")]
@@ -230,7 +236,12 @@ def commands(made: Mapping[str, Any], data: Stated) -> list[str]:
             if task in stated:
                 lines.append(_statistic(kind, needs.fisher or "", task, stated[task]))
     lines.append(_merge(made, needs.gram))
-    lines.append("fmn evaluate merged --data data --out metrics.json")
+    model = "merged"
+    if settled := made.get("realign"):
+        model = "realigned"
+        options = [f"--{name} {settled[name]}" for name in ("texts", "ridge", "seed", "dtype")]
+        lines.append(f"fmn realign merged --expert experts --data data {' '.join(options)} --out {model}")
+    lines.append(f"fmn evaluate {model} --data data --out metrics.json")
     return lines
 
 

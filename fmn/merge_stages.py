@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SEARCH = 2
 MERGE = 4
-REALIGN = 1
+REALIGN = 2
 COMPARE = 3
 COMPARISON = 2
 
@@ -383,7 +383,7 @@ def realign(
             fits[name] = {"texts": len(examples), "ridge": fit.ridge, "before": fit.before, "after": fit.after}
             if progress:
                 progress(done + 1, len(found))
-        stated = {"merged": parent, "seed": settings.seed, "dtype": settings.dtype, "data": inputs, "tasks": fits}
+        stated = {"merged": parent, **settings.model_dump(exclude={"device"}), "data": inputs, "tasks": fits}
         merged.with_heads(out, model, changed, {"fmn": __version__, "key": key, "realign": stated})
 
     return _run_merged("realign", out, key, make)

@@ -101,6 +101,21 @@ def test_what_a_search_found_is_told() -> None:
     assert "found by search on the training data: 93.0 % of the experts' scores there" in text
 
 
+def test_re_aligned_heads_are_told_and_made_again() -> None:
+    fits = {"mnli": {"texts": 256}, "stsb": {"texts": 200}}
+    how = {"texts": 256, "ridge": "auto", "seed": 1, "dtype": "float32", "tasks": fits}
+    text = card.card(made(realign=how), METRICS, DATA)
+    assert "training texts without labels (256, 200 of them)" in text
+    assert "re-aligned to answer as the expert does" in text
+    merging, realigning, evaluating = card.commands(made(realign=how), DATA)[-3:]
+    assert merging.endswith("--out merged")
+    assert realigning == (
+        "fmn realign merged --expert experts --data data --texts 256 --ridge auto --seed 1 --dtype float32"
+        " --out realigned"
+    )
+    assert evaluating.startswith("fmn evaluate realigned --data data")
+
+
 @pytest.mark.parametrize(
     ("method", "more", "says"),
     [
