@@ -57,8 +57,7 @@ def register(
     tags = lineage.tags(made, found)
     stated, seconds = None, {}
     if params is not None:
-        costs = artifacts.read_costs(Path(params.work)).items()
-        seconds = {f"seconds/{stage} {path.name.split('.')[0]}": took for path, (stage, took) in costs}
+        seconds = _seconds(Path(params.work))
         stated = lineage.pinned(params, made, found)
         tags |= {"profile": profile or SETTINGS, "made": lineage.place(model, params)}
     with tempfile.TemporaryDirectory() as scratch:
@@ -122,6 +121,15 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
         for name, ends in entry["interval"].items():
             values |= {f"{prefix}{name}.{end}": x for end, x in zip(("low", "high"), ends, strict=True)}
     return values
+
+
+def _seconds(work: Path) -> dict[str, float]:
+    """What the stages took that lead to a merged model, by ``seconds/STAGE NAME``."""
+    costs = artifacts.read_costs(work)
+    # Of files of one name but for what comes after a dot, the plain one is the pipeline's, others are a comparison's.
+    plain_last = sorted(costs, key=lambda path: -len(path.name))
+    taken = {path: costs[path] for path in plain_last if costs[path][0] not in ("compare", "comparison", "search")}
+    return {f"seconds/{stage} {path.name.split('.')[0]}": seconds for path, (stage, seconds) in taken.items()}
 
 
 def _inputs(made: Mapping[str, Any], found: Mapping[str, Any]) -> "list[Input]":

@@ -291,31 +291,39 @@ def test_the_page_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.page(5001) == "https://mlflow.example/#/models"
 
 
-REGISTER = """
-import sys
+TOGETHER = """
+import multiprocessing, sys
 from pathlib import Path
-from fmn import registry_stages
+import torch, transformers  # once, before the fork
+from fmn import registry, registry_stages
 from fmn.params import RegistrySettings
-folder, name = Path(sys.argv[1]), sys.argv[2]
-settings = RegistrySettings(name=name)
-outcome = registry_stages.register(folder / "merged", folder / "metrics.json", None, None, settings)
-print(outcome.summary["name"], outcome.summary["version"], outcome.computed)
+
+folder, names = Path(sys.argv[1]), sys.argv[2:]
+context = multiprocessing.get_context("fork")
+start = context.Barrier(len(names))
+
+def register(name):
+    start.wait()
+    settings = RegistrySettings(name=name)
+    outcome = registry_stages.register(folder / "merged", folder / "metrics.json", None, None, settings)
+    print(outcome.summary["name"], outcome.summary["version"], outcome.computed, flush=True)
+
+running = [context.Process(target=register, args=(name,)) for name in names]
+for one in running: one.start()
+for one in running: one.join()
+sys.exit(max(one.exitcode for one in running))
 """
 
 
 def together(merged: Path, store: str, names: list[str]) -> list[str]:
-    """What registrations print that start at the same time."""
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": store, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", REGISTER, str(merged), name],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for name in names
-    ]  # fmt: skip
-    said = [one.communicate() for one in running]
-    assert [one.returncode for one in running] == [0] * len(names), said
-    return sorted(out.strip() for out, _ in said)
+    """What registrations print that start at the same time, each in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", TOGETHER, str(merged), *names],
+        env={**os.environ, "MLFLOW_TRACKING_URI": store, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return sorted(done.stdout.splitlines())
 
 
 def test_the_same_content_is_registered_once_by_two_at_once(merged: Path) -> None:
