@@ -81,6 +81,7 @@ def submit_comparison(settings: Params, comparing: CompareSettings, layout: Layo
     made = submit_experts(submit, settings, layout)
     names = settings.experts.tasks
     methods = comparison.bounded(comparing.methods)
+    comparing = comparing.model_copy(update={"methods": methods})
     takes = {method: statistics(merging, settings) for method, merging in methods.items()}
 
     def file(statistic: Statistic, task: str) -> Path:

@@ -73,6 +73,23 @@ def test_dvc_builds_everything_from_nothing_and_the_flow_agrees(project: Path) -
     assert "nothing had changed" in flow(project)
 
 
+def test_a_comparison_has_the_bounds_beside_its_methods_and_is_made_once(project: Path) -> None:
+    section = "compare: {both: {sets: [all], rows: 40, methods: {mask-fisher: {method: mask-fisher}}}}\n"
+    (project / "compared.yaml").write_text(PROFILE + section)
+    asked = (sys.executable, "-m", "fmn", "compare", "both", "--params", "compared.yaml")
+    first = run(project, *asked)
+    table = [line.split()[0] for line in first.splitlines() if line.split()[-1:] != ["s"]]
+    assert [name for name in table if name in ("base", "average", "mask-fisher", "expert")] == [
+        "base", "average", "mask-fisher", "expert"
+    ]  # fmt: skip
+    page = project / "data/tiny/compare/both/tables/report.html"
+    assert "3 ways to merge sst2 and stsb" in page.read_text()
+    again = run(project, *asked)
+    cells = [line for line in again.splitlines() if line.startswith("compar")]
+    assert len(cells) == 4
+    assert all(line.endswith("already there") for line in cells)
+
+
 def test_a_mistake_in_the_profile_is_told_before_anything_starts(project: Path) -> None:
     (project / "wrong.yaml").write_text(PROFILE.replace("sst2:", "sst:"))
     said = flow(project, "--params", "wrong.yaml", fails=True)
