@@ -26,6 +26,8 @@ COMMANDS = (
     "realign",
     "evaluate",
     "register",
+    "rollback",
+    "reproduce",
     "predict",
     "report",
 )
@@ -164,6 +166,7 @@ def test_a_summary_without_json_is_for_people(
         (["evaluate", "nowhere", "--data", "x", "--out", "y"], "nowhere"),
         (["register", "nowhere", "--metrics", "x", "--name", "demo"], "nowhere"),
         (["register", "nowhere", "--metrics", "x", "--name", "../demo"], "name"),
+        (["reproduce", "demo"], "write models:/NAME/VERSION"),
         (["predict", "nowhere", "--task", "sst2", "text"], "nowhere"),
         (["report", "--merged", "merged=nowhere.json", "--out", "x"], "nowhere.json"),
         (["run", "--params", "nowhere.yaml"], "nowhere.yaml"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from fmn import artifacts, comparison, lineage, merge_stages, params, registry, registry_stages, stages
+from fmn import artifacts, cli, comparison, lineage, merge_stages, params, registry, registry_stages, stages
 from fmn.errors import UserError
 from fmn.params import CompareSettings, EvaluateSettings, MergeSettings, Params, RegistrySettings
 from fmn.stage import Outcome
@@ -169,3 +169,19 @@ def test_tables_that_were_changed_are_not_logged(tmp_path: Path) -> None:
     comparing = CompareSettings.model_validate({"methods": {"average": {"method": "average"}}})
     with pytest.raises(UserError, match="not the tables of a comparison"):
         registry_stages.log_comparison(tmp_path, "methods", comparing, RegistrySettings(name="demo"))
+
+
+def test_the_commands_tell_lineage_and_rollback(
+    work: Path, settings: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(work, settings)
+    cli.main(["reproduce", "models:/demo/1"])
+    said = capsys.readouterr().out
+    assert "fine-tuned: epochs 1" in said
+    cli.main(["reproduce", "models:/demo/1", "--json"])
+    stated = json.loads(capsys.readouterr().out)
+    assert (stated["version"], stated["tags"]["profile"]) == ("models:/demo/1", "params.yaml")
+    assert stated["settings"]["experts"] == {"tasks": list(TASKS)}
+    with pytest.raises(SystemExit):
+        cli.main(["rollback", "demo"])
+    assert capsys.readouterr().err.startswith("fmn: demo: no version was the champion before")

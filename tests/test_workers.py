@@ -73,6 +73,17 @@ def owner(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.skipif(workers.gpus() > 0, reason="stages on a GPU keep the machine's threads")
+def test_the_number_of_threads_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FMN_THREADS", "3")
+    body = """
+    outcome = workers.run(test_workers.count_to, {"total": 1, "out": Path("x")}, lambda done, total: None)
+    print("threads", outcome.summary["threads"])
+"""
+    with owner(tmp_path, body.strip()) as process:
+        assert process.communicate(timeout=120)[0] == "threads 3\n"
+
+
 def test_a_worker_that_was_killed_is_told_in_one_line_and_harms_no_other(tmp_path: Path) -> None:
     body = """
     def count():
