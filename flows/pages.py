@@ -2,10 +2,10 @@
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote
 from uuid import UUID
 
@@ -26,6 +26,20 @@ LONG = 10.0  # seconds after which a stage has a progress page
 _STEP = 5.0  # seconds between two looks at it
 MLFLOW = "http://127.0.0.1:5000"  # where `make mlflow` shows a store that has no pages of its own
 
+_gone = False  # whether the server has stopped answering
+
+
+def _publish(make: Callable[..., Any], *arguments: Any) -> Any:
+    """Make or change an artifact; None where that fails. A server that went away is waited for once."""
+    global _gone
+    if _gone:
+        return None
+    try:
+        return make(*arguments)
+    except httpx.HTTPError as error:
+        _gone = isinstance(error, httpx.TransportError)
+        return None
+
 
 @contextmanager
 def progress_page(title: str) -> Iterator[Progress]:
@@ -38,16 +52,14 @@ def progress_page(title: str) -> Iterator[Progress]:
         if time.monotonic() < due:
             return
         due = time.monotonic() + _STEP
-        with suppress(httpx.HTTPError):
-            if page is None:
-                page = cast(UUID, create_progress_artifact(100 * done / total, _key(title), title))
-            else:
-                update_progress_artifact(page, 100 * done / total)
+        if page is None:
+            page = _publish(create_progress_artifact, 100 * done / total, _key(title), title)
+        else:
+            _publish(update_progress_artifact, page, 100 * done / total)
 
     yield report_progress
     if page is not None:
-        with suppress(httpx.HTTPError):
-            update_progress_artifact(page, 100.0)
+        _publish(update_progress_artifact, page, 100.0)
 
 
 def show_costs(outcomes: Mapping[tuple[str, str], Outcome]) -> None:
@@ -57,14 +69,12 @@ def show_costs(outcomes: Mapping[tuple[str, str], Outcome]) -> None:
         for (stage, name), outcome in outcomes.items()
     ]
     total = sum(outcome.seconds for outcome in outcomes.values())
-    with suppress(httpx.HTTPError):
-        create_table_artifact(rows, _key("costs", flow_run.name), f"{total:.0f} s of work, side by side")
+    _publish(create_table_artifact, rows, _key("costs", flow_run.name), f"{total:.0f} s of work, side by side")
 
 
 def show_results(header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
     """The table of results of this flow run."""
-    with suppress(httpx.HTTPError):
-        create_markdown_artifact(report.markdown(header, body), _key("results", flow_run.name))
+    _publish(create_markdown_artifact, report.markdown(header, body), _key("results", flow_run.name))
 
 
 def show_links(registered: Mapping[str, Any], report_folder: Path) -> None:
@@ -79,8 +89,8 @@ def show_links(registered: Mapping[str, Any], report_folder: Path) -> None:
         "report": (page.resolve().as_uri(), f"report of {version}"),
     }
     for name, (link, text) in links.items():
-        with suppress(httpx.HTTPError):
-            create_link_artifact(link, text, _key(name, flow_run.name), f"{text}; `make mlflow` serves local pages")
+        described = f"{text}; `make mlflow` serves local pages"
+        _publish(create_link_artifact, link, text, _key(name, flow_run.name), described)
 
 
 def _key(*words: str) -> str:

@@ -1,6 +1,7 @@
 """The Prefect server that a run reports to."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,17 @@ from flows.faults import origins
 from fmn.terminal import complain
 
 
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 @contextmanager
 def answering() -> Iterator[None]:
-    """Where the server does not answer, or not any more, say so in one line and end this process."""
+    """Where the server does not answer, or not any more, say so in one line and end this process.
+
+    A server that this process started ends with it, on SIGTERM too.
+    """
+    signal.signal(signal.SIGTERM, _leave)
     try:
         yield
     except Exception as error:

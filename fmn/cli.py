@@ -43,6 +43,7 @@ app = App(
     name="fmn",
     version=__version__,
     default_parameter=Parameter(consume_multiple=True, negative=""),
+    suppress_keyboard_interrupt=False,  # it has its line
     help="Merge Transformers that were fine-tuned from one base on different tasks into one multi-task model.",
 )
 

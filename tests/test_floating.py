@@ -10,8 +10,10 @@ import pytest
 import safetensors.torch
 
 from flows.pipeline import pipeline
+from fmn.errors import UserError
 from tests.conftest import TASKS
 from tests.hub_server import Hub
+from tests.test_notices import listening
 
 PROFILE = """
 work: data/tiny
@@ -89,11 +91,17 @@ def of_one_expert(task: str, computed: set[tuple[str, str]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
-def test_a_run_computes_what_depends_on_sources_that_moved(project: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    computed, version = run(capsys)
-    assert {("fetch", task) for task in TASKS} < computed
-    assert version == "1"
-    assert run(capsys) == (set(), "1"), "nothing moved: nothing is computed, nothing registered"
+def test_a_run_computes_what_depends_on_sources_that_moved(
+    project: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with listening() as webhook:
+        monkeypatch.setenv("FMN_WEBHOOK", webhook.address)
+        computed, version = run(capsys)
+        assert {("fetch", task) for task in TASKS} < computed
+        assert version == "1"
+        assert run(capsys) == (set(), "1"), "nothing moved: nothing is computed, nothing registered"
+        assert [text.partition(" champion")[0] for text in webhook.taken] == ["fmn: tiny 1 is the new"]
+    monkeypatch.delenv("FMN_WEBHOOK")
 
     retune("sst2")
     project.add("models", "org/sst2", Path("models/sst2"))
@@ -117,3 +125,13 @@ def test_a_run_computes_what_depends_on_sources_that_moved(project: Hub, capsys:
     assert {one for one in computed if one[1] in TASKS} == {("data", "sst2"), ("fisher", "sst2")}
     assert ("merge", "merged") in computed
     assert run(capsys) == (set(), version)
+
+    Path("models/stsb/config.json").unlink()
+    with listening() as webhook:
+        monkeypatch.setenv("FMN_WEBHOOK", webhook.address)
+        with pytest.raises(UserError) as failed:
+            run(capsys)
+    assert re.fullmatch(
+        r"fetch stsb: models/stsb: .*config\.json.*; finished, in percent: sst2 [\d.]+, mrpc [\d.]+", str(failed.value)
+    )
+    assert webhook.taken == [f"fmn: params.yaml failed: {failed.value}"]

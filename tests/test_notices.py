@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -39,18 +40,26 @@ class Webhook:
         self.address = f"http://127.0.0.1:{self.server.server_port}/services/SECRET"
 
 
+@contextmanager
+def listening() -> Iterator[Webhook]:
+    webhook = Webhook()
+    thread = threading.Thread(target=webhook.server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield webhook
+    finally:
+        webhook.server.shutdown()
+        thread.join()
+        webhook.server.server_close()
+
+
 @pytest.fixture
 def webhook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FMN_WEBHOOK", raising=False)
     Path("params.yaml").write_text(PROFILE)
-    one = Webhook()
-    thread = threading.Thread(target=one.server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield one
-    one.server.shutdown()
-    thread.join()
-    one.server.server_close()
+    with listening() as one:
+        yield one
 
 
 def fail(profile: str = "params.yaml") -> None:

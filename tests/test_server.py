@@ -1,11 +1,13 @@
-"""A Prefect server that goes away under a run."""
+"""The server of a run: one that goes away under it, and one that has to go with it."""
 
+import signal
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.projects import make_project, start
@@ -33,6 +35,26 @@ def test_a_server_that_dies_costs_a_line_and_the_run_is_taken_up_again(tiny_base
         out, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err == line
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "line"),
+    [(signal.SIGINT, 130, "fmn: interrupted; finished stages are kept\n"), (signal.SIGTERM, 143, "")],
+)
+def test_a_run_that_is_stopped_leaves_nothing_behind(
+    sent: signal.Signals, status: int, line: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = make_project(tmp_path, tiny_base)
+    with start(folder, sys.executable, "-m", "fmn", "run") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert any("uvicorn" in child.cmdline() for child in children)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (status, line)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
 
 
 def wait_for(url: str) -> None:
