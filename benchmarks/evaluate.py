@@ -1,6 +1,6 @@
 """How fast `fmn.evaluate.predict` is beside `transformers.Trainer.predict` with its defaults, and how exact.
 
-    python -m benchmarks.evaluate --expert sst2=DIR mrpc=DIR --data path/to/glue
+    python -m benchmarks.evaluate --expert sst2=DIR mrpc=DIR --data path/to/glue --out DIR
 
 The same model predicts the same tokenised validation examples, in rounds in which the contestants alternate. Trainer's
 defaults are batches of 8 in the order of the data, each padded to its longest text, in float32. Agreement is the share
@@ -9,8 +9,6 @@ Needs `accelerate`, as Trainer does.
 """
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,11 +21,13 @@ import transformers
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from benchmarks.results import keep, spread, summary
 from fmn import checkpoints, data, evaluate, labels
 from fmn.batches import Examples
 from fmn.devices import resolve_device, resolve_dtype
 from fmn.intervals import Answers
 from fmn.params import pairs
+from fmn.report import markdown
 from fmn.tasks import task
 
 
@@ -48,13 +48,9 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    found = []
-    for name, folder in pairs(options.expert, "--expert").items():
-        found.append(measure(name, Path(folder), options))
-        print(table(found[-1]), flush=True)
-    report = {"machine": machine(options.device), "options": {k: str(v) for k, v in vars(options).items()}}
-    if options.out:
-        options.out.write_text(json.dumps({**report, "results": found}, indent=2) + "\n")
+    found = [measure(name, Path(folder), options) for name, folder in pairs(options.expert, "--expert").items()]
+    numbers = {"setting": machine(options.device), "options": {k: str(v) for k, v in vars(options).items()}}
+    keep(options.out, {**numbers, "results": found}, table(found))
 
 
 def parse() -> argparse.Namespace:
@@ -67,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="a JSON file of all figures")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for results.json and table.md")
     return parser.parse_args()
 
 
@@ -111,42 +107,39 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         "mean_length": float(examples.lengths.mean()),
         "auto": str(resolve_dtype("auto", device)).removeprefix("torch."),
         "examples_per_second": speeds,
-        "ratios": {who: ratio(each, speeds["Trainer.predict"]) for who, each in speeds.items()},
+        "ratios": {
+            who: summary([a / b for a, b in zip(each, speeds["Trainer.predict"], strict=True)])
+            for who, each in speeds.items()
+        },
         "agreement": {who: float((np.abs(each.predicted - exact) <= near).mean()) for who, each in answers.items()},
         "scores": {who: evaluate.score_answers(one, each)["score"] for who, each in answers.items()},
     }
 
 
-def ratio(one: list[float], other: list[float]) -> dict[str, float]:
-    """Of rounds side by side: the median and the extremes."""
-    each = np.array(one) / np.array(other)
-    return {"median": float(np.median(each)), "least": float(each.min()), "most": float(each.max())}
-
-
 def machine(device: str) -> dict[str, Any]:
     where = resolve_device(device)
     return {
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or "CPU",
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU",
         "cpu": dict(torch.cpu.get_capabilities()),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    lines = [
-        f"\n{found['task']}: {found['examples']} examples, {found['mean_length']:.0f} tokens in the"
-        f" mean; auto is {found['auto']}",
-        f"  {'':18}{'examples/s':>12}{'x Trainer':>12}{'(least to most)':>20}{'agreement':>12}{'score':>9}",
+def table(found: list[dict[str, Any]]) -> str:
+    body = [
+        [
+            f"{one['task']}, {one['examples']} examples of {one['mean_length']:.0f} tokens",
+            who.replace("auto", f"auto ({one['auto']})"),
+            f"{np.median(each):.1f}",
+            spread(one["ratios"][who]),
+            f"{one['agreement'][who]:.1%}",
+            f"{one['scores'][who]:.4f}",
+        ]
+        for one in found
+        for who, each in one["examples_per_second"].items()
     ]
-    for who, each in found["examples_per_second"].items():
-        times = found["ratios"][who]
-        extremes = f"({times['least']:.2f} to {times['most']:.2f})"
-        lines.append(
-            f"  {who:18}{np.median(each):12.1f}{times['median']:12.2f}"
-            f"{extremes:>20}{found['agreement'][who]:12.2%}{found['scores'][who]:9.4f}"
-        )
-    return "\n".join(lines)
+    return markdown(["task", "by", "examples a second", "times Trainer", "answers as Trainer", "score"], body)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,19 @@ In one process and alternating, on the same texts, examples a second of
     gradient of the batch's loss with respect to masks that are put into the model;
 (d) the exact diagonal Fisher information of all weights, one example and one class at a time (arXiv 2111.09832);
 (e) the floor: the matrix products of (b) alone, at the speed at which this machine multiplies matrices of this model.
-Written are a table, `fisher.json` and `fisher.png`. Time it on a quiet machine: `--threads` of its cores are used.
+Written are `results.json`, `table.md` and `fisher.png`. Time it on a quiet machine: `--threads` of its cores are used.
 """
 
 import argparse
 import gc
 import importlib.metadata
 import importlib.resources
-import json
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -31,9 +31,11 @@ from scipy.stats import spearmanr
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from benchmarks.results import keep, spread, summary
 from fmn.architectures import mask_sites
 from fmn.batches import Examples, by_length, in_order
 from fmn.fisher import GROUP, estimate
+from fmn.report import markdown
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -68,12 +70,9 @@ def main() -> None:
         examples = texts(options, vocabulary)
         for dtype in options.dtypes:
             setting = Setting(model.to(device), examples, device, dtype)
-            result = {"model": name, "dtype": dtype, **measure(setting, options.rounds, options.exact)}
-            results.append(result)
-            print(table(result), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine(device), "options": {k: str(v) for k, v in vars(options).items()}, "results": results}
-    (options.out / "fisher.json").write_text(json.dumps(report, indent=2) + "\n")
+            results.append({"model": name, "dtype": dtype, **measure(setting, options.rounds, options.exact)})
+    numbers = {"setting": machine(device), "options": {k: str(v) for k, v in vars(options).items()}}
+    keep(options.out, {**numbers, "results": results}, table(results))
     plot(results, options.out / "fisher.png")
 
 
@@ -125,7 +124,7 @@ def texts(options: argparse.Namespace, vocabulary: int) -> Examples:
     return Examples({"input_ids": ids, "token_type_ids": kinds}, labels, {"input_ids": 0, "token_type_ids": 0})
 
 
-def measure(setting: Setting, rounds: int, exact: int) -> dict[str, object]:
+def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
     """Examples a second of every method in every round, their ratios, and how close the number format is to float32."""
     count = len(setting.examples)
     few = setting.examples.take(
@@ -179,9 +178,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def ratio(one: list[float], other: list[float]) -> dict[str, float]:
-    """Of rounds side by side: the median and the extremes."""
-    each = np.array(one) / np.array(other)
-    return {"median": float(np.median(each)), "least": float(each.min()), "most": float(each.max())}
+    return summary([a / b for a, b in zip(one, other, strict=True)])
 
 
 def fisher(setting: Setting, dtype: str) -> np.ndarray:
@@ -273,30 +270,23 @@ def machine(device: torch.device) -> dict[str, object]:
     }
 
 
-def table(result: dict[str, object]) -> str:
-    speeds, ratios = result["examples_per_second"], result["ratios"]
-    assert isinstance(speeds, dict)
-    assert isinstance(ratios, dict)
-    lines = [f"\n{result['model']}, {result['dtype']}, {result['mean_length']:.0f} tokens an example in the mean"]
-    lines += [f"  {LABELS[name]:34}{np.median(each):12.2f} examples/s" for name, each in speeds.items()]
-    lines += [
-        f"  {name:34}{each['median']:12.2f}  ({each['least']:.2f} to {each['most']:.2f})"
-        for name, each in ratios.items()
+def table(results: list[dict[str, Any]]) -> str:
+    header = ["examples a second", *(f"{one['model']}, {one['dtype']}" for one in results)]
+    body = [
+        [label, *(f"{np.median(one['examples_per_second'][name]):.3g}" for one in results)]
+        for name, label in LABELS.items()
     ]
-    lines.append(
-        f"  against float32: Spearman {result['spearman_with_float32']:.5f}, "
-        f"mean relative error {result['relative_error_to_float32']:.2%}"
-    )
-    return "\n".join(lines)
+    body += [[name, *(spread(one["ratios"][name]) for one in results)] for name in results[0]["ratios"]]
+    near = [f"{one['spearman_with_float32']:.5f}; {one['relative_error_to_float32']:.2%}" for one in results]
+    return markdown(header, [*body, ["against float32: Spearman; mean relative error", *near]])
 
 
-def plot(results: list[dict[str, object]], path: Path) -> None:
+def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(results), figsize=(4.5 * len(results), 3.2), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, result in zip(axes[0], results, strict=True):
         speeds = result["examples_per_second"]
-        assert isinstance(speeds, dict)
         middle = np.array([np.median(each) for each in speeds.values()])
         spread = np.array([[np.median(each) - min(each), max(each) - np.median(each)] for each in speeds.values()]).T
         colours = ["tab:blue" if name == "estimator" else "lightgray" for name in speeds]

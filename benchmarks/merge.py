@@ -1,7 +1,7 @@
 """Our merge beside plain file copies and beside mergekit's linear merge, on the same files in one run.
 
-    python benchmarks/merge.py --work DIR --out result.json [--rounds 5] [--experts 4 16] [--mergekit-env DIR]
-    python benchmarks/merge.py --work DIR --out result.json --llama 28 --rounds 1 --no-mergekit --cold
+    python -m benchmarks.merge --work DIR --out DIR [--rounds 5] [--experts 4 16] [--mergekit-env DIR]
+    python -m benchmarks.merge --work DIR --out DIR --llama 28 --rounds 1 --no-mergekit --cold
 
 Experts of BERT-base's sizes in fp32, or with `--llama LAYERS` of Llama 3.2 3B's sizes in bf16 and in shards, are
 written below DIR; their weights are slices of one random block. Every round runs each contestant once, in a process of
@@ -22,13 +22,14 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 import venv
 from pathlib import Path
 from typing import Any
+
+from benchmarks.results import keep, spread, summary
+from fmn.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 MERGEKIT = ("torch==2.13.0", "mergekit")
@@ -198,10 +199,6 @@ def mergekit(folder: Path) -> tuple[Path, str] | None:
     return python, run(python, version)
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
-
-
 def drop(folder: Path) -> None:
     """Take a checkpoint's weights out of the page cache."""
     for path in folder.glob("*.safetensors"):
@@ -278,8 +275,7 @@ def main() -> None:
             }
     finally:
         shutil.rmtree(files)
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    keep(given.out, result, table(result))
     if result.get("largest difference from mergekit", 0.0) > 1e-6:
         sys.exit("the outputs differ")
 
@@ -287,9 +283,7 @@ def main() -> None:
 def report(measured: dict[str, list[dict[str, float]]], experts: int) -> dict[str, Any]:
     pairs = [("average", "copy"), ("mask-fisher", "copy"), ("mergekit", "average"), ("mergekit", "mask-fisher")]
     result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "load": os.getloadavg(),
+        "python": platform.python_version(),
         "experts": experts,
         "peak bytes above start": {name: max(run["bytes"] for run in runs) for name, runs in measured.items()},
     }
@@ -302,6 +296,35 @@ def report(measured: dict[str, list[dict[str, float]]], experts: int) -> dict[st
             if one in values
         }
     return result
+
+
+def table(result: dict[str, Any]) -> str:
+    seconds, flushed, cpu = (result[unit] for unit in ("seconds", "seconds until all is on the disk", "cpu seconds"))
+    titles = {"copy": "plain copies: every input read, one output written", "mergekit": "mergekit, linear"}
+    peaks = result["peak bytes above start"]
+    times = [
+        [titles.get(name, name), *(f"{unit[name]['median']:.2f}" for unit in (seconds, flushed, cpu)), megabytes(peak)]
+        for name, peak in peaks.items()
+    ]
+    on_disk = result["ratios of seconds until all is on the disk, round by round"]
+    ratios = [
+        [name, spread(one), spread(on_disk[name])] for name, one in result["ratios of seconds, round by round"].items()
+    ]
+    by_number = result.get("peak bytes above start, by number of experts", {})
+    parts = [
+        f"{result['experts']} experts ({result['model']}), {megabytes(result['bytes of an expert'])} MB each,"
+        f" page cache: {result['page cache']}; mergekit: {result['mergekit']}; medians.\n",
+        markdown(["", "seconds", "until flushed to the disk", "CPU seconds", "peak memory above start, MB"], times),
+        markdown(["round by round", "seconds", "until flushed to the disk"], ratios),
+        markdown(["peak memory above start, MB", *by_number], [["", *map(megabytes, by_number.values())]])
+        if by_number
+        else "",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:.0f}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import keep
 from fmn import params
 from fmn.methods import NEEDS
 from fmn.report import markdown
@@ -118,7 +119,6 @@ def main() -> None:
             runs[name].append(measure(kind, arguments, given.out))
     found = {name: {key: statistics.median(one[key] for one in each) for key in each[0]} for name, each in runs.items()}
     average = found["merge, average"]["seconds"]
-    (given.out / "results.json").write_text(json.dumps({"load": os.getloadavg(), "medians": found}, indent=1) + "\n")
     of_one = [
         [name, f"{one['seconds']:.2f}", f"{one['seconds'] / found['fisher']['seconds']:.1f}",
          f"{one['peak'] / 1e6:.0f}", f"{one['bytes'] / 1e6:.2f}"]
@@ -138,8 +138,7 @@ def main() -> None:
         "",
         markdown(["method", "seconds", "to average's", "peak memory, MB"], of_all),
     ]
-    (given.out / "table.md").write_text("\n".join(text))
-    print("\n".join(text))
+    keep(given.out, {"medians": found}, "\n".join(text))
 
 
 if __name__ == "__main__":

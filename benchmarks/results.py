@@ -1,10 +1,11 @@
-"""The tables of docs/results.md, from stored results of comparisons.
+"""The tables of docs/results.md and docs/performance.md, from stored results of comparisons and benchmarks.
 
     python -m benchmarks.results --add study-0 data/study-0/compare/study/tables --command "fmn compare study ..."
     python -m benchmarks.results        # what `make results` does: writes every table anew from docs/results/
 
-`--add` keeps a comparison's tables under docs/results/ with the commit, the machine and the date of today. A table of
-docs/results.md stands between `<!-- NAME -->` and `<!-- end -->`; nothing there is typed by hand.
+`--add` keeps what a comparison or a benchmark left in a folder, `results.json` and `table.md`, under docs/results/ with
+the commit, the machine and the date of today. A table of a page stands between `<!-- NAME -->` and `<!-- end -->`;
+nothing there is typed by hand.
 """
 
 import argparse
@@ -12,13 +13,37 @@ import json
 import os
 import platform
 import re
+import shutil
+import statistics
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 STORE = DOCS / "results"
-PAGE = DOCS / "results.md"
+PAGES = (DOCS / "results.md", DOCS / "performance.md")
+
+
+def keep(out: Path, numbers: Mapping[str, Any], table: str) -> None:
+    """Write what a benchmark found into the folder `out`, made anew, and show its table."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    content = {"machine": processor(), "load": os.getloadavg(), **numbers}
+    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "table.md").write_text(table)
+    print(table)
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Of rounds side by side: the median and the extremes."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def spread(found: Mapping[str, float], digits: int = 2) -> str:
+    """A summary as text: the median, and the extremes in brackets."""
+    return "{median:.{0}f} ({least:.{0}f} to {most:.{0}f})".format(digits, **found)
 
 
 def processor() -> str:
@@ -31,7 +56,7 @@ def processor() -> str:
 
 
 def add(name: str, tables: Path, command: str) -> None:
-    """Store a comparison's numbers and its tables with where they come from."""
+    """Store numbers and tables with where they come from."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     content = {
         "command": command,
@@ -46,7 +71,7 @@ def add(name: str, tables: Path, command: str) -> None:
 
 
 def section(name: str) -> str:
-    """The text of a stored comparison."""
+    """The text of what is stored under a name."""
     stored = json.loads((STORE / f"{name}.json").read_text())
     origin = f"`{stored['command']}`, commit {stored['commit']}, {stored['machine']}, {stored['date']}."
     return f"{origin}\n\n{stored['table'].strip()}\n"
@@ -65,7 +90,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.add:
         add(given.add[0], Path(given.add[1]), given.command)
-    PAGE.write_text(write(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(write(page.read_text()))
 
 
 if __name__ == "__main__":
