@@ -86,20 +86,26 @@ def checked(table: pa.Table, task: Task, where: str) -> pa.Table:
     return pa.table(columns, schema=schema(task)).combine_chunks()
 
 
-def tokenize(tokenizer: Any, task: Task, table: pa.Table, max_length: int = MAX_LENGTH) -> "Examples":
+def tokenize(
+    tokenizer: Any, task: Task, table: pa.Table, max_length: int = MAX_LENGTH, rows: "np.ndarray | None" = None
+) -> "Examples":
     """The texts of a table that `read` gave, as tokens, and its labels; zeros where it has none.
 
     Where a text or a pair has more than `max_length` tokens, special ones included, the longer text is cut first.
+    `rows`: the only ones that are wanted; the others have no tokens.
     """
     from fmn.batches import Examples
 
-    texts = [table[name].to_pylist() for name in task.columns]
+    texts = [(table[name] if rows is None else table[name].take(rows)).to_pylist() for name in task.columns]
     inputs: Mapping[str, list[list[int]]] = tokenizer(
         *texts, truncation="longest_first", max_length=max_length, padding=False, return_attention_mask=False
     )
     padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     if tokenizer.pad_token_id is None:
         padding["input_ids"] = 0  # any token will do: the attention mask covers it
+    if rows is not None:
+        wanted = {name: dict(zip(rows.tolist(), values, strict=True)) for name, values in inputs.items()}
+        inputs = {name: [found.get(row, []) for row in range(table.num_rows)] for name, found in wanted.items()}
     return Examples(
         inputs={name: inputs[name] for name in inputs},
         labels=table["label"].to_numpy() if "label" in table.column_names else np.zeros(table.num_rows, np.int64),

@@ -162,7 +162,7 @@ def estimate(
         }
     )
     if state is None or state.settings != settings:
-        state = _nothing_yet(settings, sites, estimator, _token_budget(sites, examples, where, precision))
+        state = _nothing_yet(settings, sites, estimator, _token_budget(sites, examples.lengths[rows], where, precision))
     sums = _Sums(state, where)
     saved = time.monotonic()
     with prepared(model, examples, where, precision) as runner:
@@ -584,13 +584,12 @@ def _half_correlation(halves: np.ndarray, layout: Sequence[tuple[Site, int]]) ->
 # ---- memory ----
 
 
-def _token_budget(sites: Sequence[MaskSite], examples: Examples, where: torch.device, precision: torch.dtype) -> int:
+def _token_budget(sites: Sequence[MaskSite], lengths: np.ndarray, where: torch.device, precision: torch.dtype) -> int:
     """Tokens of a batch (padding included) that surely fit the free memory: a power of two, so that it seldom changes.
 
     For each token an attention keeps up to 8 values a channel and 2 a head and position, a feed-forward block 3 a
     neuron; the terms of an example take 6 values a node.
     """
-    lengths = examples.lengths
     size = _float(precision).itemsize  # bfloat16 too: its activations are kept beside their casts
     floats = 0.0
     for site in sites:

@@ -112,12 +112,13 @@ def finetune(
         from fmn import batches, finetune
 
         tokenizer = checkpoints.load_tokenizer(base)
-        examples = data.tokenize(tokenizer, found, data.read(folder, found, "train"))
-        rows = batches.select(examples.labels, stage.limit(settings.examples), settings.seed)
+        table = data.read(folder, found, "train")
+        rows = batches.select(table["label"].to_numpy(), stage.limit(settings.examples), settings.seed)
+        examples = data.tokenize(tokenizer, found, table.take(rows))
         model = finetune.new_expert(base, found, settings.seed)
         losses = finetune.finetune(
             model,
-            examples.take(rows),
+            examples,
             regression=found.regression,
             progress=progress,
             **settings.model_dump(exclude={"examples"}),
@@ -160,6 +161,19 @@ def _read_state(path: Path, key: str) -> "State | None":
         return None
 
 
+def _drawn(
+    checkpoint: Path, task: tasks.Task, folder: Path, samples: int | str, seed: int, stratified: bool = False
+) -> "Examples":
+    """The training split below ``folder``; of a sample, no more is tokenised than `fmn.batches.select` draws."""
+    from fmn import batches
+
+    table = data.read(folder, task, "train")
+    given = None if samples == "auto" else stage.limit(samples)
+    rows = batches.select(table["label"].to_numpy(), given, seed, stratified)
+    few = rows if len(rows) < table.num_rows else None
+    return data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table, rows=few)
+
+
 def _sum_part(
     checkpoint: Path,
     task: str,
@@ -184,7 +198,7 @@ def _sum_part(
             device = f"cuda:{index % torch.cuda.device_count()}"
     found = tasks.task(task)
     model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
-    examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
+    examples = _drawn(checkpoint, found, folder, settings.samples, settings.seed, settings.stratified)
     ends: list[State] = []
 
     def save(state: "State") -> None:
@@ -303,7 +317,7 @@ def _large_statistic(
     def make() -> None:
         import torch
 
-        examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), found, data.read(folder, found, "train"))
+        examples = _drawn(checkpoint, found, folder, settings.samples, settings.seed)
         aligned = labels.decide(checkpoint, found, folder, settings.device)
         tensors, metadata = compute(labels.ordered(checkpoints.load_classifier(checkpoint), aligned), examples)
         stated = {

@@ -212,6 +212,16 @@ def test_the_hubs_main_is_pinned_to_a_commit_and_followed(tmp_path: Path) -> Non
     assert [one["computed"] for one in found] == [True, True, False]
 
 
+def test_rows_that_are_not_wanted_have_no_tokens(tiny_base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    table = pa.table({"sentence": ["a dog", "the cat barks", "it"], "label": [1, 0, 1]})
+    whole = data.tokenize(tokenizer, task("sst2"), table)
+    few = data.tokenize(tokenizer, task("sst2"), table, rows=np.array([2, 0]))
+    assert few.labels.tolist() == [1, 0, 1]
+    for name, values in few.inputs.items():
+        assert list(values) == [whole.inputs[name][0], [], whole.inputs[name][2]]
+
+
 def test_tokens_are_the_tokenizers_own(tiny_base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     table = data.checked(pa.table(pair(sentence1=["a dog barks", "it"])), task("mrpc"), "here")
