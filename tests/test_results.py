@@ -1,0 +1,33 @@
+"""The tables of the documentation are those of the stored results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import results
+
+
+@pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
+def test_no_table_was_typed_by_hand(page: Path) -> None:
+    text = page.read_text()
+    assert results.write(text) == text, "run `make results`"
+
+
+def test_what_a_benchmark_leaves_is_stored_with_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "STORE", tmp_path / "stored")
+    results.keep(tmp_path / "found", {"seconds": 2.5}, "| seconds |\n| --- |\n| 2.5 |\n")
+    results.add("speed", tmp_path / "found", "python -m benchmarks.speed")
+    stored = json.loads((tmp_path / "stored" / "speed.json").read_text())
+    assert stored["results"]["seconds"] == 2.5
+    assert stored["commit"]
+    page = "Before.\n<!-- speed -->\nan old table\n<!-- end -->\nAfter.\n"
+    written = results.write(page)
+    assert "an old table" not in written
+    assert written.startswith("Before.\n<!-- speed -->\n`python -m benchmarks.speed`, commit ")
+    assert written.endswith("| 2.5 |\n<!-- end -->\nAfter.\n")
+    assert results.write(written) == written
+
+
+def test_rounds_are_told_by_their_median_and_extremes() -> None:
+    assert results.spread(results.summary([3.0, 1.0, 2.0])) == "2.00 (1.00 to 3.00)"
