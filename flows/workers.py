@@ -99,8 +99,13 @@ def end() -> None:
     _ended().value = 1
 
 
+def ended() -> bool:
+    """Whether `end` was called."""
+    return bool(_ended().value)
+
+
 def _check_not_ended() -> None:
-    if _ended().value:
+    if ended():
         raise UserError("ended with its run")
 
 
@@ -140,10 +145,14 @@ def _work(function: Callable[..., Outcome], arguments: dict[str, Any]) -> Outcom
     def report(done: int, total: int) -> None:
         _counts[:] = [done, total]
 
-    if "progress" in inspect.signature(function).parameters:
-        arguments["progress"] = report
+    return call(function, arguments, report)
+
+
+def call(function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress) -> Outcome:
+    """Call a stage function here; PassingError when the reason why it fails may pass by itself."""
+    reported = {"progress": progress} if "progress" in inspect.signature(function).parameters else {}
     try:
-        return function(**arguments)
+        return function(**arguments, **reported)
     except Exception as error:  # what it was raised from does not travel to the parent
         if passes(error):
             raise PassingError(one_line(error)) from error
