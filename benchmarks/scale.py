@@ -172,7 +172,8 @@ def computed(stored: dict[str, Any]) -> str:
     every = EXPERTS * checkpoint
     lines = [
         f"Computed, not measured, for a Llama {SEVEN[0]} wide with {SEVEN[1]} layers ({number(whole)}, in bfloat16"
-        f" {number(checkpoint)}B): the seconds of the largest model above, times the ratio of the linear maps' parameters ({grown:.0f});"
+        f" {number(checkpoint)}B): the seconds of the largest model above, times the ratio of the linear maps'"
+        f" parameters ({grown:.0f});"
         f" {FISHER_ROWS} examples of {TOKENS} tokens for the Fisher and {EVALUATED_ROWS} for the evaluation.",
         "",
         f"| {EXPERTS} experts: hours on | Fisher | evaluation | both |",
@@ -197,7 +198,8 @@ def computed(stored: dict[str, Any]) -> str:
         "",
         f"At {LINK / 1e9:.0f} GB/s (assumed) an expert takes {checkpoint / LINK:.0f} s to a worker; all take"
         f" {hours(every / LINK)} h out of the flow's machine. The Fisher on the assumed worker takes"
-        f" {fast['fisher']:.0f} s an expert and its evaluation {fast['evaluate']:.0f} s: there, moving counts as much as computing.",
+        f" {fast['fisher']:.0f} s an expert and its evaluation {fast['evaluate']:.0f} s:"
+        " there, moving counts as much as computing.",
         "",
         "| of one expert, stored | float32 |",
         "|---|---:|",
