@@ -121,10 +121,11 @@ def request(stage_name: str, function: Callable[..., Outcome], arguments: Mappin
     if isinstance(settings, FisherSettings):
         sent["settings"] = settings.model_copy(update={"workers": 1})  # a worker of the cluster has one GPU
     threads = int(os.environ.get("FMN_THREADS", "1"))
-    described = {"stage": stage_name, "arguments": _plain(sent), "code": code(), "threads": threads}
+    out = arguments["out"].name  # that of another output would not fit
+    described = {"stage": stage_name, "out": out, "arguments": _plain(sent), "code": code(), "threads": threads}
     digest = artifacts.digest_bytes(artifacts.canonical(described))
     by_digest = {digest: files for digest, (_, files) in trees.items()}
-    asked = Request(stage_name, function, sent, arguments["out"].name, by_digest, code(), threads, digest)
+    asked = Request(stage_name, function, sent, out, by_digest, code(), threads, digest)
     return asked, list(trees.values())
 
 
@@ -198,8 +199,8 @@ def check_workers(cluster: _Cluster, probe: str) -> None:
         raise UserError(f"address {cluster.address}: the scheduler has no workers; start some: {_START}") from error
     found = cluster.client.run(_able, cluster.storage.url, probe, code(), on_error="return")
     for worker, answer in found.items():
-        if isinstance(answer, ModuleNotFoundError):
-            raise UserError(f"worker {worker}: no fmn there ({answer}); {_INSTALL}")
+        if _lacks_a_module(answer):
+            raise UserError(f"worker {worker}: no fmn there ({one_line(answer)}); {_INSTALL}")
         if isinstance(answer, BaseException):
             raise UserError(f"worker {worker}: {one_line(answer)}")
         if answer is not None:
@@ -209,6 +210,11 @@ def check_workers(cluster: _Cluster, probe: str) -> None:
 
 _INSTALL = "install fmn[dask] of this version there, and restart it"
 _START = "`dask worker ADDRESS --nthreads 1 --memory-limit 0 --local-directory DIR`"
+
+
+def _lacks_a_module(answer: Any) -> bool:
+    """Whether a worker could not import something; Dask may have put the error into another's text."""
+    return isinstance(answer, Exception) and ModuleNotFoundError.__name__ in repr(answer)
 
 
 def _able(url: str, probe: str, expected: Mapping[str, str]) -> str | None:
@@ -233,15 +239,22 @@ def _differs(expected: Mapping[str, str]) -> str | None:
 
 
 def _count(cluster: _Cluster) -> None:
-    """Look, every few seconds, whether there are workers, and whether some offer GPUs."""
+    """Look, every few seconds, whether there are workers and whether some offer GPUs; UserError without a scheduler."""
     with cluster.lock:
         now = time.monotonic()
         if now - cluster.looked < 5:
             return
-        found = cluster.client.scheduler_info()["workers"].values()
+        try:
+            found = cluster.client.scheduler_info()["workers"].values()
+        except OSError as error:
+            raise _gone(cluster) from error
         cluster.looked = now
         cluster.peopled = now if found else cluster.peopled
         cluster.gpus = any(worker["resources"].get("GPU", 0) >= 1 for worker in found)
+
+
+def _gone(cluster: _Cluster) -> UserError:
+    return UserError(f"the scheduler {cluster.address} went away; start it and run again to go on from here")
 
 
 def takes(name: str) -> bool:
@@ -295,15 +308,13 @@ def _compute(cluster: _Cluster, asked: Request, progress: Progress) -> Made:
         while not over.wait(_POLL):
             if workers.ended():
                 raise UserError("ended with its run")
-            if cluster.client.status in ("closed", "closing"):
-                break
             _count(cluster)
             if time.monotonic() - cluster.peopled > PATIENCE:
                 raise UserError(f"no worker has been at {cluster.address} for {PATIENCE:.0f} s; start some: {_START}")
             if key in cluster.told:
                 progress(*cluster.told[key])
         if future.status not in ("finished", "error"):
-            raise UserError(f"the scheduler {cluster.address} went away; start it and run again to go on from here")
+            raise _gone(cluster)
         if future.status == "finished":
             made: Made = future.result()
             return made
@@ -313,8 +324,8 @@ def _compute(cluster: _Cluster, asked: Request, progress: Progress) -> Made:
                 f"{error.allowed_failures + 1} workers ended while they ran it, the last one at"
                 f" {error.last_worker.address}: see their logs, and whether they have memory for one model"
             )
-        if isinstance(error, ModuleNotFoundError):
-            raise UserError(f"a worker cannot run it ({error}); {_INSTALL}")
+        if _lacks_a_module(error):
+            raise UserError(f"a worker cannot run it ({one_line(error)}); {_INSTALL}")
         raise error
     finally:
         future.cancel()
