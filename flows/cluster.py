@@ -240,12 +240,14 @@ def _differs(expected: Mapping[str, str]) -> str | None:
 
 def _count(cluster: _Cluster) -> None:
     """Look, every few seconds, whether there are workers and whether some offer GPUs; UserError without a scheduler."""
+    if cluster.client.status != "running":  # when it connects again it has forgotten all stages
+        raise _gone(cluster)
     with cluster.lock:
         now = time.monotonic()
         if now - cluster.looked < 5:
             return
         try:
-            found = cluster.client.scheduler_info()["workers"].values()
+            found = cluster.client.scheduler_info().get("workers", {}).values()
         except OSError as error:
             raise _gone(cluster) from error
         cluster.looked = now
@@ -295,8 +297,8 @@ def _compute(cluster: _Cluster, asked: Request, progress: Progress) -> Made:
     def hear(event: tuple[float, tuple[int, int]]) -> None:
         cluster.told[key] = event[1]
 
-    cluster.client.subscribe_topic(topic, hear)
     _count(cluster)
+    cluster.client.subscribe_topic(topic, hear)
     device = getattr(asked.arguments.get("settings"), "device", "cpu")
     future: Any = cluster.client.submit(
         work, asked, cluster.storage.url, key, topic, key=key, pure=False,
@@ -328,8 +330,9 @@ def _compute(cluster: _Cluster, asked: Request, progress: Progress) -> Made:
             raise UserError(f"a worker cannot run it ({one_line(error)}); {_INSTALL}")
         raise error
     finally:
-        future.cancel()
-        cluster.client.unsubscribe_topic(topic)
+        if cluster.client.status == "running":
+            future.cancel()
+            cluster.client.unsubscribe_topic(topic)
         cluster.told.pop(key, None)
 
 
