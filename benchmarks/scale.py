@@ -212,11 +212,9 @@ def computed(stored: dict[str, Any]) -> str:
 
 def write(page: str, stored: dict[str, Any]) -> str:
     """The page with both tables put in their places."""
-    for name, text in (("measured", measured(stored)), ("computed", computed(stored))):
-        place = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
-        filled = f"<!-- {name} -->\n{text}\n<!-- end -->"
-        page = place.sub(lambda _, filled=filled: filled, page)
-    return page
+    tables = {"measured": measured(stored), "computed": computed(stored)}
+    place = re.compile(r"<!-- (measured|computed) -->\n.*?<!-- end -->", re.DOTALL)
+    return place.sub(lambda found: f"<!-- {found[1]} -->\n{tables[found[1]]}\n<!-- end -->", page)
 
 
 def main() -> None:

@@ -158,7 +158,7 @@ def joined(settings: Params) -> Iterator[None]:
         yield
         return
     try:
-        from prefect_dask.client import PrefectDaskClient
+        from prefect_dask import client as prefect_dask
     except ImportError as error:
         raise UserError("runner dask needs prefect-dask: pip install 'fmn[dask]', here and on the workers") from error
     from prefect.context import FlowRunContext
@@ -168,7 +168,8 @@ def joined(settings: Params) -> Iterator[None]:
     shared = Storage(str(settings.storage))
     probe = shared.probe()
     try:
-        client: Any = PrefectDaskClient(address, timeout=ANSWER, set_as_default=False, name="fmn")
+        connect: Any = prefect_dask.PrefectDaskClient  # for plain functions it is Dask's own
+        client = connect(address, timeout=ANSWER, set_as_default=False, name="fmn")
     except (OSError, ValueError) as error:
         raise UserError(
             f"address {address}: no Dask scheduler answers; start it with `dask scheduler`, or correct the address"

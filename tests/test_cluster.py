@@ -69,7 +69,7 @@ def test_a_scheduler_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: p
 
 
 def test_the_extra_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "prefect_dask.client", None)
+    monkeypatch.setitem(sys.modules, "prefect_dask", None)
     with (
         pytest.raises(UserError, match=r"pip install 'fmn\[dask\]'"),
         cluster.joined(profile("tcp://127.0.0.1:9", f"file://{tmp_path}/shared")),
@@ -188,7 +188,9 @@ def goes_on(out: Path, ticks: Path, progress: Progress | None = None) -> Outcome
 def test_a_stage_comes_out_as_here_and_once(dask: Cluster, tiny_work: Path, tmp_path: Path) -> None:
     dask.worker("one")
     here = tmp_path / "here/sst2.json"
-    arguments = {"model": tiny_work / "experts/sst2", "names": ["sst2"], "folder": tiny_work / "data"}
+    arguments: dict[str, Any] = {
+        "model": tiny_work / "experts/sst2", "names": ["sst2"], "folder": tiny_work / "data",
+    }  # fmt: skip
     stages.evaluate(**arguments, out=here, settings=SETTINGS)
     there, again = tmp_path / "there/sst2.json", tmp_path / "again/sst2.json"
     with joined(dask, tmp_path) as shared:

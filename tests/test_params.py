@@ -66,7 +66,10 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("runner: desk", "runner"),
         ("runner: dask\nstorage: s3://bucket/fmn", "runner dask needs `address`"),
         ("runner: dask\naddress: tcp://host:8786", "runner dask needs `storage`"),
-        ("runner: dask\naddress: tcp://host:8786\nstorage: /mnt/fmn", "a URL such as s3://bucket/fmn or file:///mnt/fmn"),
+        (
+            "runner: dask\naddress: tcp://host:8786\nstorage: /mnt/fmn",
+            "a URL such as s3://bucket/fmn or file:///mnt/fmn",
+        ),
         ("realign: {realigned: {texts: 0}}", "at least one example"),
         ("realign: {merged: {}}", "'merged' must be realigned, or begin with realigned-"),
         ("realign: {realigned: {ridge: -1}}", "realign.realigned.ridge"),

@@ -1,5 +1,6 @@
 """Files shared by several machines: under their digest, checked on arrival, whole in their place."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def test_a_machines_own_copies_are_kept_until_there_is_no_room(
     (model / "weights").write_text("others")
     others = storage.tree(model)
     shared.put(model, others)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
     cache.tree(shared, others, {storage.digest(files)})
     assert first.exists(), "it is needed"
     (model / "weights").write_text("third")
