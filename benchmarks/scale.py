@@ -180,12 +180,12 @@ def computed(stored: dict[str, Any]) -> str:
         "|---|---:|---:|---:|",
     ]
     for title, took in (
-        ("workers of one such core", here),
-        (f"workers at {SUSTAINED / 1e12:.0f} Tflop/s (assumed)", fast),
+        ("one such core", here),
+        (f"{SUSTAINED / 1e12:.0f} Tflop/s (assumed)", fast),
     ):
         for workers in WORKERS:
             times = [EXPERTS * took[stage] / workers for stage in ROWS]
-            lines.append(f"| {workers} {title} | " + " | ".join(hours(one) for one in (*times, sum(times))) + " |")
+            lines.append(f"| {workers} x {title} | " + " | ".join(hours(one) for one in (*times, sum(times))) + " |")
     lines += [
         "",
         "| bytes moved | |",

@@ -41,6 +41,7 @@ def count() -> int:
 
 
 _context = multiprocessing.get_context("spawn")
+_first_use = threading.RLock()  # two threads at once must not make the slots twice
 
 
 @cache
@@ -70,7 +71,9 @@ def run(function: Callable[..., Outcome], arguments: Mapping[str, Any], progress
         what the stage raises; PassingError when its reason may pass by itself, or when the process was killed;
         UserError when it was killed for want of memory.
     """
-    slot = _slots().get()
+    with _first_use:
+        free = _slots()
+    slot = free.get()
     slot.counts[:] = [0, 0]
     killed = _killed_for_memory()
     try:
@@ -91,17 +94,19 @@ def run(function: Callable[..., Outcome], arguments: Mapping[str, Any], progress
             ) from error
         raise PassingError("its process was killed; run again to go on from here") from error
     finally:
-        _slots().put(slot)
+        free.put(slot)
 
 
 def end() -> None:
     """End the stages that run, within about a second, and start no others."""
-    _ended().value = 1
+    with _first_use:
+        _ended().value = 1
 
 
 def ended() -> bool:
     """Whether `end` was called."""
-    return bool(_ended().value)
+    with _first_use:
+        return bool(_ended().value)
 
 
 def _check_not_ended() -> None:
