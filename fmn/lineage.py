@@ -13,8 +13,8 @@ from fmn.sources import ELSEWHERE
 
 LOCK = Path("dvc.lock")
 LAST = "register"  # the stage of dvc.yaml that states the digest of what stands before it in the lock
-# Sections that say nothing of how the merged model is made; that of notices holds a secret.
-_LEFT_OUT = {"compare", "notify", "full_fisher"}
+# What says nothing of how the merged model is made; the section of notices holds a secret.
+_LEFT_OUT = {"compare", "notify", "full_fisher", "runner", "address", "storage"}
 
 
 def git_commit() -> str | None:

@@ -328,6 +328,24 @@ class Params(Settings):
     compare: dict[str, CompareSettings] = Field(default_factory=dict, description="NAME: what `fmn compare` compares")
     registry: RegistrySettings = Field(..., description="where the merged model is registered")
     notify: NotifySettings = NotifySettings()
+    runner: Literal["local", "dask"] = Field(
+        "local", description="where experts are computed: on this machine, or on the workers of a Dask cluster"
+    )
+    address: str | None = Field(None, description="of the Dask scheduler, such as tcp://host:8786; for runner dask")
+    storage: str | None = Field(
+        None,
+        description="URL of a folder that this machine and all workers read and write, such as s3://bucket/fmn, or"
+        " file:///mnt/fmn for one that all mount; for runner dask",
+    )
+
+    @model_validator(mode="after")
+    def _a_cluster_has_address_and_storage(self) -> "Params":
+        if self.runner == "dask":
+            if self.address is None:
+                raise ValueError("runner dask needs `address`, the scheduler's, such as tcp://host:8786")
+            if self.storage is None or "://" not in self.storage:
+                raise ValueError("runner dask needs `storage`, a URL such as s3://bucket/fmn or file:///mnt/fmn")
+        return self
 
     @model_validator(mode="after")
     def _every_task_has_one_expert(self) -> "Params":

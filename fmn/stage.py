@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from fmn import artifacts, checkpoints, recipe
 from fmn.errors import UserError
 
 Progress = Callable[[int, int], None]
+# What makes an output in place of the stage itself, on another machine say, and returns the seconds that it took.
+elsewhere: ContextVar[Callable[[], float] | None] = ContextVar("elsewhere", default=None)
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,22 @@ def run(
     """Make ``out`` unless it is current; one process at a time. What fmn did not make is not replaced."""
     started = time.monotonic()
     artifacts.check_replaceable(out)
+    make_elsewhere = elsewhere.get()
     with artifacts.locked(out):
         computed = not current()
         if computed:
             begun = time.monotonic()
-            make()
-            artifacts.write_cost(out, stage, time.monotonic() - begun)
-    return Outcome(stage, out, computed, time.monotonic() - started, summarise())
+            if make_elsewhere is None:
+                make()
+                seconds = time.monotonic() - begun
+            else:
+                seconds = make_elsewhere()
+                if not current():
+                    raise UserError(f"{out}: what came from elsewhere is not what these inputs and settings ask for")
+            artifacts.write_cost(out, stage, seconds)
+    # Of one that was made elsewhere, what it took there: it may have waited long for its turn.
+    taken = seconds if computed and make_elsewhere else time.monotonic() - started
+    return Outcome(stage, out, computed, taken, summarise())
 
 
 def apart(out: Path, inputs: Iterable[Path | None]) -> None:

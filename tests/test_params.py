@@ -49,6 +49,12 @@ def test_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
     assert profile.merge.coefficients == {}
 
 
+def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD).runner == "local"
+    profile = load(tmp_path, GOOD + "runner: dask\naddress: tcp://host:8786\nstorage: s3://bucket/fmn\n")
+    assert (profile.runner, profile.address, profile.storage) == ("dask", "tcp://host:8786", "s3://bucket/fmn")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -57,6 +63,13 @@ def test_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
         ("fisher: {samples: 0}", "at least one example"),
         ("fisher: {samples: auto, workers: 2}", "take workers 1"),
         ("fishr: {}", "fishr: unknown setting; did you mean 'fisher'"),
+        ("runner: desk", "runner"),
+        ("runner: dask\nstorage: s3://bucket/fmn", "runner dask needs `address`"),
+        ("runner: dask\naddress: tcp://host:8786", "runner dask needs `storage`"),
+        (
+            "runner: dask\naddress: tcp://host:8786\nstorage: /mnt/fmn",
+            "a URL such as s3://bucket/fmn or file:///mnt/fmn",
+        ),
         ("realign: {realigned: {texts: 0}}", "at least one example"),
         ("realign: {merged: {}}", "'merged' must be realigned, or begin with realigned-"),
         ("realign: {realigned: {ridge: -1}}", "realign.realigned.ridge"),

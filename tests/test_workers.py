@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -44,6 +46,23 @@ def test_a_stage_runs_elsewhere_and_reports(tmp_path: Path) -> None:
         assert outcome.summary["threads"] == "1", "workers share the cores, and do not fight for them"
     assert reported
     assert reported == sorted(reported)
+
+
+def test_threads_that_come_first_at_once_share_the_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    slot = workers._slot
+
+    def slowly(number: int) -> Any:
+        time.sleep(0.1)
+        made.append(number)
+        return slot(number)
+
+    monkeypatch.setattr(workers, "_slot", slowly)
+    workers._slots.cache_clear()
+    arguments = {"total": 1, "out": tmp_path}
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: workers.run(count_to, arguments, lambda done, total: None), range(4)))
+    assert made == list(range(workers.count()))
 
 
 def test_a_users_mistake_stays_one(tmp_path: Path) -> None:
