@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import httpx
 from prefect.settings import PREFECT_API_URL
 
-from flows.faults import origins
+from fmn.machine import origins
 from fmn.terminal import complain
 
 
@@ -19,7 +19,7 @@ def _leave(number: int, frame: object) -> None:
 
 @contextmanager
 def answering() -> Iterator[None]:
-    """Where the server does not answer, or not any more, say so in one line and end this process.
+    """Where the server does not answer, or not any more so in one line and end this process.
 
     A server that this process started ends with it, on SIGTERM too.
     """

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from fmn import machine
 from fmn.errors import UserError
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def folder_is_current(folder: Path, key: str) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_bytes())
         if isinstance(content, dict):
             return content
@@ -390,7 +391,8 @@ def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, dict[str, A
             columns["stderr"] = table["stderr"].to_numpy().astype(np.float64, casting="safe")
         digest = metadata.pop("digest")
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a Fisher artifact, or damaged; make it again with `fmn fisher`") from error
+        told = f"{path}: not a Fisher artifact, or damaged; make it again with `fmn fisher`"
+        raise machine.refusal(error, path) or UserError(told) from error
     if metadata.get("format") != FISHER_FORMAT:
         raise UserError(
             f"{path}: Fisher format {metadata.get('format')}, this fmn reads {FISHER_FORMAT}; make it again"

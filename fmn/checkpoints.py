@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fmn import tasks
+from fmn import machine, tasks
 from fmn.errors import UserError
 from fmn.headers import TensorHeader, no_weights, read_json, tensor_headers
 
@@ -80,7 +80,8 @@ def load_config(folder: Path) -> "PretrainedConfig":
         with quiet("transformers"):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each configuration validates itself in its own way
-        raise UserError(f"{folder / CONFIG}: cannot be used: {_summary(error)}") from error
+        told = f"{folder / CONFIG}: cannot be used: {_summary(error)}"
+        raise machine.refusal(error, folder) or UserError(told) from error
     for name in _SIZES:
         value = getattr(config, name, None)
         # Some architectures have no segments, and say so with a size of zero.
@@ -365,7 +366,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         with quiet("transformers"):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries below raise what they like on a broken file
-        raise UserError(f"{folder}: its tokenizer files cannot be used: {_summary(error)}") from error
+        told = f"{folder}: its tokenizer files cannot be used: {_summary(error)}"
+        raise machine.refusal(error, folder) or UserError(told) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(f"{folder}: its tokenizer has neither a padding nor an end token; set pad_token")
@@ -396,5 +398,5 @@ def load_classifier(folder: Path) -> "PreTrainedModel":
                 trust_remote_code=False,
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {_summary(error)}") from error
+        raise machine.refusal(error, folder) or UserError(f"{folder}: cannot be loaded: {_summary(error)}") from error
     return model.eval()

@@ -25,7 +25,8 @@ from urllib.parse import quote
 
 import filelock
 
-from fmn import promotion, tasks
+from fmn import machine, promotion, tasks
+from fmn.artifacts import whole_file
 from fmn.errors import UserError
 from fmn.promotion import CHALLENGER, CHAMPION, Decision, Standing
 
@@ -49,6 +50,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_RUN_NOTE,
     MLFLOW_SOURCE_NAME,
 )
+from sqlalchemy.exc import SQLAlchemyError
 
 for name in ("mlflow", "alembic"):
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -68,6 +70,7 @@ SIGNATURE = ModelSignature(
 )
 
 
+_SUMMARY = 300  # characters of MLflow's error that fit into one line of ours
 _VERSION = re.compile(r"models:/[^/@]+(/[0-9]+|@[^/@]+)")
 
 
@@ -138,13 +141,22 @@ def _client() -> Iterator[mlflow.MlflowClient]:
     try:
         with warnings.catch_warnings(), filelock.FileLock(lock):
             warnings.simplefilter("ignore")
+            if file and not file.exists():
+                _make_database(file)
             yield mlflow.MlflowClient()
-    except MlflowException as error:
-        raise UserError(f"MLflow at {_shown(uri)}: {_one_line(error, uri)}") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise UserError(f"MLflow at {_shown(uri)}: {_one_line(error, uri)}") from error  # of an HTTP library
+    except Exception as error:
+        if told := machine.refusal(error, file):
+            raise told from error
+        of_http = isinstance(error, OSError) and error.errno is None
+        if of_http or isinstance(error, MlflowException | SQLAlchemyError):
+            raise UserError(f"MLflow at {_shown(uri)}: {_one_line(error, uri)}") from error
+        raise
+
+
+def _make_database(file: Path) -> None:
+    """An sqlite store with MLflow's tables, whole or not at all: half of them would be refused ever after."""
+    with whole_file(file) as partial:
+        mlflow.MlflowClient(f"sqlite:///{partial}").search_experiments(max_results=1)
 
 
 def _database(uri: str) -> Path | None:
@@ -152,7 +164,7 @@ def _database(uri: str) -> Path | None:
 
 
 def _one_line(error: Exception, uri: str) -> str:
-    return " ".join(str(error).split()).replace(uri, _shown(uri))
+    return " ".join(str(error).split()).replace(uri, _shown(uri))[:_SUMMARY]
 
 
 def _shown(uri: str) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from fmn import artifacts
+from fmn import artifacts, machine
 from fmn.checkpoints import CONFIG, TOKENIZER_FILES, check_tensors, load_config, no_checkpoint, quiet, read_config
 from fmn.errors import UserError
 from fmn.headers import (
@@ -518,7 +518,7 @@ def _unpickle(path: Path) -> dict[str, "torch.Tensor"]:
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile pickle can raise anything
-        raise UserError(refusal) from error
+        raise machine.refusal(error, path) or UserError(refusal) from error
     if not isinstance(state, Mapping) or not state:
         raise UserError(refusal)
     tensors: dict[str, torch.Tensor] = {}
