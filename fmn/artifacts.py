@@ -182,7 +182,9 @@ def write_manifest(folder: Path, stage: str, key: str, info: Mapping[str, Any]) 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What ``fmn.json`` in a folder says, or None when there is none that can be read."""
     manifest = _read_json(folder / MANIFEST)
-    return manifest if manifest is not None and isinstance(manifest.get("files"), dict) else None
+    kinds = {"files": dict, "info": dict, "stage": str, "key": str}
+    whole = manifest is not None and all(isinstance(manifest.get(name), kind) for name, kind in kinds.items())
+    return manifest if whole else None
 
 
 def folder_is_current(folder: Path, key: str) -> bool:

@@ -165,6 +165,8 @@ def _needs(table: pa.Table, task: Task, where: str, *more: str) -> None:
             f"{where}: no column {', '.join(missing)}; {task.name} needs {', '.join(needed)}"
             f" and here are {', '.join(table.column_names)}."
         )
+    if twice := [name for name in (*needed, "idx") if table.column_names.count(name) > 1]:
+        raise UserError(f"{where}: more than one column {twice[0]}; keep one.")
     if not table.num_rows:
         raise UserError(f"{where}: there are no rows.")
 
@@ -174,7 +176,12 @@ def _texts(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     if not any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
         raise UserError(f"{where} is of type {column.type} and must hold text.")
     _no_nulls(column, where)
-    return column.cast(pa.string())
+    texts = column.cast(pa.string())
+    try:
+        texts.validate(full=True)
+    except pa.ArrowException:
+        raise UserError(f"{where} holds bytes that are not UTF-8: write the texts again as UTF-8.") from None
+    return texts
 
 
 def _labels(column: pa.ChunkedArray, task: Task, where: str) -> pa.ChunkedArray:

@@ -3,10 +3,11 @@
 import os
 import re
 
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL|WEBHOOK")
-_LEAST = 6  # characters of a secret: a shorter value would be found in any text
-_USER_INFO = re.compile(r"(?<=://)[^/\s'\"@]+(?:@[^/\s'\"@]+)*@(?=[\w\[])")
 HIDDEN = "***"
+_SECRET = re.compile(r"(TOKEN(?!IZERS)|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|WEBHOOK)(?!\w*_(FILE|PATH|DIR)$)")
+_LEAST = 6  # characters of a secret: a shorter value would be found in any text
+_USER = re.compile(r"(\w+://)([^/\s'\"@]+(?:@[^/\s'\"@]+)*)@(?=[\w\[*])")
+_QUERY = re.compile(r"(?i)([?&][\w-]*(?:token|key|password|secret|signature|sig)=)[^&\s'\"]+")
 
 
 class UserError(Exception):
@@ -21,8 +22,17 @@ class UserError(Exception):
 
 
 def redacted(text: str) -> str:
-    """A text without secrets: what environment variables hold whose names say so, and user names before a host."""
+    """A text without secrets: the values of environment variables that are named like one, and those within addresses.
+
+    Of an address go the user name and password before the host, and what a query calls a token, a key or the like.
+    """
     secrets = {value for name, value in os.environ.items() if _SECRET.search(name.upper()) and len(value) >= _LEAST}
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    return _USER_INFO.sub("", text)
+    return _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(_without_user, text))
+
+
+def _without_user(address: re.Match[str]) -> str:
+    scheme, user = address.groups()
+    revision = scheme == "hf://" and ":" not in user  # hf://name@revision
+    return address[0] if revision else scheme

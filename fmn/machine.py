@@ -22,6 +22,7 @@ _MEMORY_SAID = (
     "DefaultCPUAllocator", "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED", "Cannot allocate memory", "std::bad_alloc",
 )  # fmt: skip
+_LITTLE = 1_000_000  # bytes
 _REMEDY = "run again to go on from here"
 
 
@@ -43,8 +44,12 @@ def refusal(error: BaseException, place: Path | None = None) -> UserError | None
     """
     for one in origins(None if isinstance(error, UserError) else error):
         number = one.errno if isinstance(one, OSError) else None
-        if number in _FULL or _says(one, _FULL_SAID):
-            return _told(place or _file(one), f"no space left on {_fullest(one, place)}; make room there and {_REMEDY}")
+        full = number in _FULL or _says(one, _FULL_SAID)
+        if full or _says(one, ("disk I/O error",)):  # SQLite's, where its journal finds no room
+            folder, room = _fullest(one, place)
+            if full or room < _LITTLE:
+                disk = f"the disk of {folder} ({room / 1e6:.1f} MB free)"
+                return _told(place or _file(one), f"no space left on {disk}; make room there and {_REMEDY}")
         if number in _FORBIDDEN or _says(one, _FORBIDDEN_SAID):
             reason = "the file system is read-only" if number == errno.EROFS else "no permission"
             remedy = "give this user the right to read and write there, or name another place"
@@ -83,18 +88,18 @@ def _file(error: BaseException) -> Path | None:
     return Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
 
 
-def _fullest(error: BaseException, place: Path | None) -> str:
-    """Of the disks that it may have been, the one with the least room, and how much; the output's of equal ones."""
+def _fullest(error: BaseException, place: Path | None) -> tuple[Path, int]:
+    """Of the disks that it may have been, a folder on the one with the least room, and that; the output's of equals."""
     cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     folders = [_existing(path) for path in (place, _file(error), Path(tempfile.gettempdir()), cache) if path]
     room = {folder: shutil.disk_usage(folder).free for folder in folders}
     folder = min(room, key=room.__getitem__)
-    return f"the disk of {folder} ({room[folder] / 1e6:.1f} MB free)"
+    return folder, room[folder]
 
 
 def _existing(path: Path) -> Path:
     """The folder itself, or the nearest one above it that is there."""
     path = path.absolute()
-    while not path.is_dir() and path != path.parent:
+    while not os.path.isdir(path) and path != path.parent:  # noqa: PTH112 - where this process may not look, too
         path = path.parent
     return path

@@ -14,6 +14,7 @@ from fmn.errors import UserError
 RECIPE = "merge.json"
 CARD = "README.md"
 FORMAT = 1
+_KINDS = {"tasks": list, "files": dict}
 
 
 def is_merged(folder: Path) -> bool:
@@ -30,6 +31,9 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         raise machine.refusal(error, folder) or UserError(told) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{folder / RECIPE}: not of format {FORMAT}, which this fmn reads; merge again")
+    for name, kind in _KINDS.items():
+        if not isinstance(content.get(name), kind):
+            raise UserError(f"{folder / RECIPE}: has no {name} as fmn writes them; merge again")
     return content
 
 
