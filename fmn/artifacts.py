@@ -392,7 +392,7 @@ def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, dict[str, A
         if not table["stderr"].null_count:
             columns["stderr"] = table["stderr"].to_numpy().astype(np.float64, casting="safe")
         digest = metadata.pop("digest")
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         told = f"{path}: not a Fisher artifact, or damaged; make it again with `fmn fisher`"
         raise machine.refusal(error, path) or UserError(told) from error
     if metadata.get("format") != FISHER_FORMAT:

@@ -6,6 +6,7 @@ Nothing in it is ever executed: ``trust_remote_code`` is never true.
 import contextlib
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -127,6 +128,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             most = _MOST_LABELS if key.endswith("num_labels") else most
             if abs(value) > most:
                 raise UserError(f"{folder}: {CONFIG} has {key} = {value!s:.40}, beyond anything real ({most})")
+    layers = math.prod(n for name in ("num_hidden_groups", "inner_group_num") if isinstance(n := raw.get(name, 1), int))
+    if layers > _MOST_LAYERS:
+        raise UserError(f"{folder}: {CONFIG} has {layers} layers in groups, beyond anything real ({_MOST_LAYERS})")
     return raw
 
 

@@ -165,8 +165,6 @@ def _needs(table: pa.Table, task: Task, where: str, *more: str) -> None:
             f"{where}: no column {', '.join(missing)}; {task.name} needs {', '.join(needed)}"
             f" and here are {', '.join(table.column_names)}."
         )
-    if twice := [name for name in (*needed, "idx") if table.column_names.count(name) > 1]:
-        raise UserError(f"{where}: more than one column {twice[0]}; keep one.")
     if not table.num_rows:
         raise UserError(f"{where}: there are no rows.")
 

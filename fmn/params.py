@@ -72,6 +72,8 @@ class Settings(BaseModel):
     def _fits(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError("a number of more than 64 bits")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("holds a NUL character")
         return value
 
 
