@@ -26,7 +26,6 @@ from urllib.parse import quote
 import filelock
 
 from fmn import machine, promotion, tasks
-from fmn.artifacts import whole_file
 from fmn.errors import UserError, redacted
 from fmn.promotion import CHALLENGER, CHAMPION, Decision, Standing
 
@@ -158,8 +157,11 @@ def _client() -> Iterator[mlflow.MlflowClient]:
 
 def _make_database(file: Path) -> None:
     """An sqlite store with MLflow's tables, whole or not at all: half of them would be refused ever after."""
-    with whole_file(file) as partial:
-        mlflow.MlflowClient(f"sqlite:///{partial}").search_experiments(max_results=1)
+    # A name of its own each time: MLflow's engine keeps a file that was given up open under its old one.
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch:
+        made = Path(scratch) / file.name
+        mlflow.MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
+        made.replace(file)
 
 
 def _database(uri: str) -> Path | None:

@@ -303,7 +303,7 @@ def test_a_server_that_fails_is_asked_again_and_then_told_in_one_line(
 
 def test_the_patience_with_a_server_is_bounded() -> None:
     limits = {name: int(os.environ[f"MLFLOW_HTTP_REQUEST_{name}"]) for name in ("MAX_RETRIES", "TIMEOUT")}
-    backoff = sum(MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR.get() * 2**n for n in range(1, limits["MAX_RETRIES"]))
+    backoff = sum(MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR.default * 2**n for n in range(1, limits["MAX_RETRIES"]))
     assert (1 + limits["MAX_RETRIES"]) * limits["TIMEOUT"] + backoff <= 180, "docs/reliability.md says so"
 
 
@@ -315,7 +315,8 @@ def test_a_server_that_recovers_gets_the_version_once(merged: Path, monkeypatch:
     with serving("server", *store, path="/health") as address, proxy(int(address.rpartition(":")[2])) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
         # At once, within the run, and within the model's files.
-        for faults in ([500] * 20, ["cut"], [*[""] * 15, "cut"], [*[""] * 30, *[503] * 20]):
+        troubles: list[list[int | str]] = [[500] * 20, ["cut"], [*[""] * 15, "cut"], [*[""] * 30, *[503] * 20]]
+        for faults in troubles:
             server.faults = faults
             with pytest.raises(UserError, match="does not answer as it should"):
                 register(merged, "unsteady")
