@@ -7,9 +7,15 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 MLFLOW_PORT ?= 5000
 IMAGE ?= fmn
+# Beside the environment, whose locked dependencies are what is audited.
+AUDIT := .venv-audit
+PIP_AUDIT := $(AUDIT)/bin/pip-audit --progress-spinner off --disable-pip --no-deps -r
+# Advisories that do not concern fmn, each with its reason: `--ignore-vuln ID`. None today.
+IGNORED :=
 export GLUE_DIR
 
-.PHONY: run schedule mlflow test test-slow torture test-gpu lint types format lock results docker-lint image image-base image-run clean help
+.PHONY: run schedule mlflow test test-slow torture test-gpu audit lint types format lock results docker-lint image image-base \
+  image-run clean help
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -31,8 +37,8 @@ schedule: $(VENV)/installed ## Prefect's server, a worker and the deployments of
 
 mlflow: $(VENV)/installed ## the pages of the registry, on loopback; MLFLOW_PORT=5001 for another port
 	@python -c "from fmn import registry; print(registry.page($(MLFLOW_PORT)))"
-	@case "$$MLFLOW_TRACKING_URI" in http*) ;; *) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false exec mlflow server \
-	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1; esac
+	@case "$$MLFLOW_TRACKING_URI" in http*) ;; *) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+	  MLFLOW_BACKEND_STORE_URI="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" exec mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1; esac
 
 test: lint types ## lint, types, tests
 	pytest -n 2 --dist loadfile
@@ -47,6 +53,18 @@ torture: $(VENV)/installed ## kills, rot and crowds at length, and fuzzing; half
 
 test-gpu: $(VENV)/installed ## the tests that need a CUDA device
 	pytest -m gpu
+
+$(AUDIT)/installed: Makefile
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install -qq --disable-pip-version-check bandit==1.9.4 pip-audit==2.10.1
+	@touch $@
+
+# A version with known faults tells whether the advisories can be had at all: without them pip-audit finds nothing.
+audit: $(AUDIT)/installed ## what bandit finds in the code; known vulnerabilities of the locked dependencies
+	$(AUDIT)/bin/bandit -q -c pyproject.toml -r fmn flows benchmarks
+	@if echo 'jinja2==2.4.1' | $(PIP_AUDIT) /dev/stdin 2>&1 | grep -qE 'PYSEC|GHSA|CVE'; then \
+	  $(PIP_AUDIT) constraints.txt $(IGNORED); \
+	else echo 'audit: PyPI tells no advisories here, so known vulnerabilities were NOT looked for'; fi
 
 lint: $(VENV)/installed
 	ruff check .

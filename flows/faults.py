@@ -1,18 +1,22 @@
 """Faults that pass by themselves, told apart from those that somebody has to mend."""
 
 import sqlite3
-from collections.abc import Iterator
 
-from fmn.errors import UserError
+from fmn.errors import UserError, redacted
+from fmn.machine import origins
 
 STATUSES = (408, 429, 500, 502, 503, 504)
 # The HTTP clients' own, by name: there are three of them, each heavy to import and only one of them in use.
-_NETWORK = ("TransportError", "ConnectionError", "Timeout", "ChunkedEncodingError")
+_NETWORK = ("TransportError", "ConnectionError", "Timeout", "ChunkedEncodingError", "RetryError")
 _CLIENTS = ("httpx", "httpx2", "requests")
 
 
 class PassingError(UserError):
     """No mistake of the user's, and perhaps none the next time: what failed is worth another try."""
+
+
+class UnforeseenError(Exception):
+    """A fault of ours, as a worker process tells it."""
 
 
 def passes(error: BaseException) -> bool:
@@ -27,13 +31,6 @@ def passes(error: BaseException) -> bool:
     return any(map(_of_the_network, chain))
 
 
-def origins(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and what it was raised from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
 def _of_the_network(error: BaseException) -> bool:
     kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
     return (
@@ -46,4 +43,4 @@ def _of_the_network(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """What an error says: a user's mistake as it stands, anything else with its type."""
-    return " ".join((str(error) if isinstance(error, UserError) else repr(error)).split())
+    return redacted(" ".join((str(error) if isinstance(error, UserError | UnforeseenError) else repr(error)).split()))

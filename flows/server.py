@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import httpx
 from prefect.settings import PREFECT_API_URL
 
-from flows.faults import origins
+from fmn.machine import origins
 from fmn.terminal import complain
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -15,8 +16,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from flows.faults import PassingError, one_line, passes
-from fmn.errors import UserError
+from flows.faults import PassingError, UnforeseenError, one_line, passes
+from fmn import machine
+from fmn.errors import UserError, redacted
 from fmn.stage import Outcome, Progress
 
 _POLL = 0.1  # seconds between two looks at a worker's progress
@@ -38,6 +40,10 @@ def gpus() -> int:
 def count() -> int:
     """How many stages run side by side: one on each GPU, or one on each core."""
     return gpus() or len(os.sched_getaffinity(0))
+
+
+class _RemoteError(Exception):
+    """An error of another process with its traceback, as text."""
 
 
 _context = multiprocessing.get_context("spawn")
@@ -158,7 +164,13 @@ def call(function: Callable[..., Outcome], arguments: Mapping[str, Any], progres
     reported = {"progress": progress} if "progress" in inspect.signature(function).parameters else {}
     try:
         return function(**arguments, **reported)
-    except Exception as error:  # what it was raised from does not travel to the parent
-        if passes(error):
-            raise PassingError(one_line(error)) from error
+    except PassingError:
         raise
+    except Exception as error:
+        # What it was raised from does not travel to the parent, nor do secrets, which would be in the server's log.
+        told = error if isinstance(error, UserError) else machine.refusal(error, arguments.get("out"))
+        if told is None and not passes(error):
+            raise UnforeseenError(one_line(error)) from _RemoteError(
+                redacted("".join(traceback.format_exception(error)))
+            )
+        raise (PassingError if passes(told or error) else UserError)(one_line(told or error)) from None

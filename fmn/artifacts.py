@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from fmn import machine
 from fmn.errors import UserError
 
 if TYPE_CHECKING:
@@ -181,7 +182,9 @@ def write_manifest(folder: Path, stage: str, key: str, info: Mapping[str, Any]) 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What ``fmn.json`` in a folder says, or None when there is none that can be read."""
     manifest = _read_json(folder / MANIFEST)
-    return manifest if manifest is not None and isinstance(manifest.get("files"), dict) else None
+    kinds = {"files": dict, "info": dict, "stage": str, "key": str}
+    whole = manifest is not None and all(isinstance(manifest.get(name), kind) for name, kind in kinds.items())
+    return manifest if whole else None
 
 
 def folder_is_current(folder: Path, key: str) -> bool:
@@ -195,7 +198,7 @@ def folder_is_current(folder: Path, key: str) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_bytes())
         if isinstance(content, dict):
             return content
@@ -389,8 +392,9 @@ def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, dict[str, A
         if not table["stderr"].null_count:
             columns["stderr"] = table["stderr"].to_numpy().astype(np.float64, casting="safe")
         digest = metadata.pop("digest")
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a Fisher artifact, or damaged; make it again with `fmn fisher`") from error
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        told = f"{path}: not a Fisher artifact, or damaged; make it again with `fmn fisher`"
+        raise machine.refusal(error, path) or UserError(told) from error
     if metadata.get("format") != FISHER_FORMAT:
         raise UserError(
             f"{path}: Fisher format {metadata.get('format')}, this fmn reads {FISHER_FORMAT}; make it again"

@@ -6,13 +6,14 @@ Nothing in it is ever executed: ``trust_remote_code`` is never true.
 import contextlib
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fmn import tasks
+from fmn import machine, tasks
 from fmn.errors import UserError
 from fmn.headers import TensorHeader, no_weights, read_json, tensor_headers
 
@@ -80,7 +81,8 @@ def load_config(folder: Path) -> "PretrainedConfig":
         with quiet("transformers"):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each configuration validates itself in its own way
-        raise UserError(f"{folder / CONFIG}: cannot be used: {_summary(error)}") from error
+        told = f"{folder / CONFIG}: cannot be used: {_summary(error)}"
+        raise machine.refusal(error, folder) or UserError(told) from error
     for name in _SIZES:
         value = getattr(config, name, None)
         # Some architectures have no segments, and say so with a size of zero.
@@ -126,6 +128,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             most = _MOST_LABELS if key.endswith("num_labels") else most
             if abs(value) > most:
                 raise UserError(f"{folder}: {CONFIG} has {key} = {value!s:.40}, beyond anything real ({most})")
+    layers = math.prod(n for name in ("num_hidden_groups", "inner_group_num") if isinstance(n := raw.get(name, 1), int))
+    if layers > _MOST_LAYERS:
+        raise UserError(f"{folder}: {CONFIG} has {layers} layers in groups, beyond anything real ({_MOST_LAYERS})")
     return raw
 
 
@@ -365,7 +370,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         with quiet("transformers"):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries below raise what they like on a broken file
-        raise UserError(f"{folder}: its tokenizer files cannot be used: {_summary(error)}") from error
+        told = f"{folder}: its tokenizer files cannot be used: {_summary(error)}"
+        raise machine.refusal(error, folder) or UserError(told) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(f"{folder}: its tokenizer has neither a padding nor an end token; set pad_token")
@@ -396,5 +402,5 @@ def load_classifier(folder: Path) -> "PreTrainedModel":
                 trust_remote_code=False,
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {_summary(error)}") from error
+        raise machine.refusal(error, folder) or UserError(f"{folder}: cannot be loaded: {_summary(error)}") from error
     return model.eval()

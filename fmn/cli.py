@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-from fmn import __version__, params
+from fmn import __version__, machine, params
 from fmn.errors import UserError
 from fmn.methods import NEEDS
 from fmn.terminal import complain, errors, only_ours, progress_bar, say, show_table
@@ -60,8 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{_one_line(error)} See `fmn --help`.", 2)
     except KeyboardInterrupt:
         _fail("interrupted; finished stages are kept", 130)
-    except OSError as error:
-        _fail(f"{error.filename or 'fmn'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if told := machine.refusal(error):
+            _fail(str(told), 1)
+        if isinstance(error, OSError):
+            _fail(f"{error.filename or 'fmn'}: {error.strerror or error}", 1)
+        raise
 
 
 def settle_environment() -> None:

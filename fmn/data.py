@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fmn import embedded
+from fmn import embedded, machine
 from fmn.artifacts import digest_bytes, digest_file, read_manifest, whole_file
 from fmn.errors import UserError
 from fmn.tasks import Task
@@ -69,7 +69,8 @@ def read(folder: Path, task: Task, split: str, labelled: bool = True) -> pa.Tabl
     try:
         table = pa.concat_tables([pq.read_table(file, partitioning=None) for file in files])
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{files[0]} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        told = f"{files[0]} cannot be read as Parquet: {str(error).splitlines()[0]}"
+        raise machine.refusal(error, files[0]) or UserError(told) from error
     return checked(table, task, str(files[0])) if labelled else _only_texts(table, task, str(files[0]))
 
 
@@ -179,7 +180,12 @@ def _texts(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     if not any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
         raise UserError(f"{where} is of type {column.type} and must hold text.")
     _no_nulls(column, where)
-    return column.cast(pa.string())
+    texts = column.cast(pa.string())
+    try:
+        texts.validate(full=True)
+    except pa.ArrowException:
+        raise UserError(f"{where} holds bytes that are not UTF-8: write the texts again as UTF-8.") from None
+    return texts
 
 
 def _labels(column: pa.ChunkedArray, task: Task, where: str) -> pa.ChunkedArray:
@@ -233,7 +239,7 @@ def _hub(task: Task, revision: str) -> dict[str, pa.Table]:
         }
     except (OSError, ValueError) as error:  # not found, no network, a broken answer
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
+        raise machine.refusal(error) or UserError(
             f"{task.name} of {HUB} at {revision} did not come from the Hub ({reason}): check the network and the"
             " revision, or use --source embedded or a folder."
         ) from error

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fmn import machine
 from fmn.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -107,7 +108,8 @@ def read_file(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
                 raise wrong(f"its header cannot be {length} bytes long" if length >= 0 else "it is cut off")
             text = file.read(length)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); get it again") from error
+        told = f"{path}: cannot be read ({error.strerror}); get it again"
+        raise machine.refusal(error, path) or UserError(told) from error
     try:
         header = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -167,7 +169,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: larger than {_LARGEST_JSON // 10**6} MB; not a file of its kind")
         content = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise machine.refusal(error, path) or UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON that can be used ({error!s:.80}); get the file again") from error
     if not isinstance(content, dict):

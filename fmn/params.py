@@ -6,6 +6,7 @@ section over whole (``${fisher}`` in ``dvc.yaml`` becomes ``--estimator empirica
 
 import difflib
 import io
+import math
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from fmn.errors import UserError
 from fmn.methods import DAMPING, NEEDS
 from fmn.tasks import TASKS
 
+_DEEPEST = 20  # sections within sections of a settings file
 SETS = ("pairs", "triples", "all")
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 Mapping = Literal["structured", "paper"]
@@ -41,9 +43,12 @@ def pairs(items: list[str], option: str) -> dict[str, str]:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError as error:
         raise UserError(f"coefficient {text!r} is not a number") from error
+    if not math.isfinite(number):
+        raise UserError(f"coefficient {text!r} is not finite")
+    return number
 
 
 def _hint(name: str, known: Any) -> str:
@@ -60,7 +65,16 @@ def _at_least_one(samples: int | str) -> int | str:
 class Settings(BaseModel):
     """Settings do not change once read, and an unknown one is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("a number of more than 64 bits")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("holds a NUL character")
+        return value
 
 
 class DataSettings(Settings):
@@ -359,6 +373,9 @@ class Params(Settings):
         for name in [*self.sources, *self.finetune, *self.gram, *self.merge.coefficients, *rows]:
             if name not in tasks:
                 raise ValueError(f"{name!r} is not one of experts.tasks ({', '.join(tasks)}){_hint(name, tasks)}")
+        for name in self.compare:  # which is a folder's
+            if not re.fullmatch(r"\w[\w. -]*", name):
+                raise ValueError(f"compare: {name!r} must be of letters, digits, dots, dashes and spaces")
         for name in self.realign:
             if not re.fullmatch(r"realigned(-[\w-]+)?", name):
                 raise ValueError(f"realign: {name!r} must be realigned, or begin with realigned-")
@@ -391,7 +408,11 @@ def read_yaml(path: Path) -> Any:
 
     try:
         text = path.read_text(encoding="utf-8")
+        depth = 0
         for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
+            depth += isinstance(event, events.CollectionStartEvent) - isinstance(event, events.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise UserError(f"{path}: nested more than {_DEEPEST} deep, which no setting is")
             if isinstance(event, events.AliasEvent) or getattr(event, "anchor", None):
                 raise UserError(f"{path}: anchors and aliases are not read here; write the value out")
             if getattr(event, "tag", None):
@@ -399,7 +420,7 @@ def read_yaml(path: Path) -> Any:
         return YAML(typ="safe", pure=True).load(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; --params names the settings file") from error
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, RecursionError) as error:  # of its characters, or of a number beyond all bounds
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 

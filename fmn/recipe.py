@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fmn import machine
 from fmn.artifacts import differing, digest_files
 from fmn.errors import UserError
 
 RECIPE = "merge.json"
 CARD = "README.md"
 FORMAT = 1
+_KINDS = {"tasks": list, "files": dict}
 
 
 def is_merged(folder: Path) -> bool:
@@ -24,10 +26,14 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """The content of ``merge.json``; UserError where there is none that can be read."""
     try:
         content = json.loads((folder / RECIPE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a merged model ({RECIPE} missing or damaged); `fmn merge` makes one") from error
+    except (OSError, ValueError, RecursionError) as error:
+        told = f"{folder}: not a merged model ({RECIPE} missing or damaged); `fmn merge` makes one"
+        raise machine.refusal(error, folder) or UserError(told) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{folder / RECIPE}: not of format {FORMAT}, which this fmn reads; merge again")
+    for name, kind in _KINDS.items():
+        if not isinstance(content.get(name), kind):
+            raise UserError(f"{folder / RECIPE}: has no {name} as fmn writes them; merge again")
     return content
 
 

@@ -25,15 +25,18 @@ from urllib.parse import quote
 
 import filelock
 
-from fmn import promotion, tasks
-from fmn.errors import UserError
+from fmn import machine, promotion, tasks
+from fmn.errors import UserError, redacted
 from fmn.promotion import CHALLENGER, CHAMPION, Decision, Standing
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")  # half a minute; MLflow's own patience is four
+# A request that a server refuses or fails is made again for half a minute; MLflow's own patience is four. One that is
+# not answered is given up after 30 seconds, and so after three minutes in all; with MLflow's patience that is twenty.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
@@ -49,6 +52,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_RUN_NOTE,
     MLFLOW_SOURCE_NAME,
 )
+from sqlalchemy.exc import SQLAlchemyError
 
 for name in ("mlflow", "alembic"):
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -68,6 +72,7 @@ SIGNATURE = ModelSignature(
 )
 
 
+_SUMMARY = 300  # characters of MLflow's error that fit into one line of ours
 _VERSION = re.compile(r"models:/[^/@]+(/[0-9]+|@[^/@]+)")
 
 
@@ -118,7 +123,7 @@ def page(port: int) -> str:
     """
     uri = tracking_uri()
     if uri.startswith("http"):
-        return f"{uri.rstrip('/')}/#/models"
+        return f"{redacted(uri).rstrip('/')}/#/models"
     with _client() as client:
         client.search_registered_models(max_results=1)
     return f"http://127.0.0.1:{port}/#/models"
@@ -138,27 +143,38 @@ def _client() -> Iterator[mlflow.MlflowClient]:
     try:
         with warnings.catch_warnings(), filelock.FileLock(lock):
             warnings.simplefilter("ignore")
+            if file and not file.exists():
+                _make_database(file)
             yield mlflow.MlflowClient()
-    except MlflowException as error:
-        raise UserError(f"MLflow at {_shown(uri)}: {_one_line(error, uri)}") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise UserError(f"MLflow at {_shown(uri)}: {_one_line(error, uri)}") from error  # of an HTTP library
+    except Exception as error:
+        if told := machine.refusal(error, file):
+            raise told from error
+        of_http = isinstance(error, OSError) and error.errno is None
+        if of_http or isinstance(error, MlflowException | SQLAlchemyError):
+            raise UserError(f"MLflow at {uri}: {_fault(error)}") from error
+        raise
+
+
+def _make_database(file: Path) -> None:
+    """An sqlite store with MLflow's tables, whole or not at all: half of them would be refused ever after."""
+    # A name of its own each time: MLflow's engine keeps a file that was given up open under its old one.
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch:
+        made = Path(scratch) / file.name
+        mlflow.MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
+        made.replace(file)
 
 
 def _database(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def _one_line(error: Exception, uri: str) -> str:
-    return " ".join(str(error).split()).replace(uri, _shown(uri))
-
-
-def _shown(uri: str) -> str:
-    """A store's address without the user name and password that it may carry."""
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator and "@" in rest else uri
+def _fault(error: BaseException) -> str:
+    """What the store said; of a server that could not be asked, why, and what to do."""
+    of_http = [one for one in machine.origins(error) if type(one).__module__.startswith(("requests.", "urllib3."))]
+    if of_http:
+        why = str(of_http[-1]) if "too many" in str(of_http[-1]) else type(of_http[-1]).__name__
+        return f"the server does not answer as it should ({why}); see that it runs, then run again to go on from here"
+    return " ".join(str(error).split())[:_SUMMARY]
 
 
 def _experiment(client: mlflow.MlflowClient, name: str) -> str:
@@ -171,11 +187,16 @@ def _experiment(client: mlflow.MlflowClient, name: str) -> str:
         if root is None and file is not None:
             root = (file.resolve().parent / "mlruns").as_uri()
         try:
-            client.create_experiment(name, artifact_location=f"{root.rstrip('/')}/{quote(name)}" if root else None)
+            client.create_experiment(name, artifact_location=f"{root.rstrip('/')}/{_as_folder(name)}" if root else None)
         except MlflowException as error:  # another machine was faster
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
     return str(mlflow.set_experiment(name).experiment_id)
+
+
+def _as_folder(name: str) -> str:
+    """A name as that of a folder, which leads nowhere else."""
+    return quote(re.sub(r"^\.+|[/\\]", "-", name))
 
 
 def register(
@@ -247,7 +268,7 @@ def register(
         standing = Standing(str(known.version), metrics["score"], scores, data)
         decision = _decide(client, known, standing, tolerance, card)
         new = REASON not in known.tags
-        return Registered(name, str(known.version), str(known.run_id), _shown(tracking_uri()), new, *decision)
+        return Registered(name, str(known.version), str(known.run_id), redacted(tracking_uri()), new, *decision)
 
 
 def _input(one: Input) -> DatasetInput:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn import artifacts, lineage, recipe, tasks
-from fmn.errors import UserError
+from fmn.errors import UserError, redacted
 from fmn.params import CompareSettings, Params, RegistrySettings
 from fmn.stage import Outcome
 
@@ -296,7 +296,8 @@ def log_comparison(tables: Path, title: str, comparing: CompareSettings, setting
         artifacts=tables,
         note=_spaced((tables / "table.md").read_text()),
     )
-    return Outcome("log", tables, new, time.monotonic() - started, {"run": run, "store": registry.tracking_uri()})
+    summary = {"run": run, "store": redacted(registry.tracking_uri())}
+    return Outcome("log", tables, new, time.monotonic() - started, summary)
 
 
 def _by_set(sets: Mapping[str, Mapping[str, Mapping[str, Any]]], method: str) -> dict[str, float]:

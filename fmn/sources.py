@@ -21,8 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from fmn import artifacts
-from fmn.checkpoints import CONFIG, TOKENIZER_FILES, check_tensors, load_config, no_checkpoint, quiet, read_config
+from fmn import artifacts, machine
+from fmn.checkpoints import (
+    CONFIG,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    check_tensors,
+    load_config,
+    load_tokenizer,
+    no_checkpoint,
+    quiet,
+    read_config,
+)
 from fmn.errors import UserError
 from fmn.headers import (
     INDEX,
@@ -160,6 +170,8 @@ def fetch(source: str, out: Path, *, patience: float = PATIENCE, progress: Progr
                 _use_runtime_names(path)
             config = load_config(folder)
             check_tensors(folder, config, head=False)
+            if any((folder / name).is_file() for name in VOCABULARY_FILES):
+                load_tokenizer(folder)
         except UserError as error:  # the folder that is being written means nothing to the reader
             raise UserError(str(error).replace(str(folder), source)) from error
         files = artifacts.digest_files(folder)
@@ -310,7 +322,7 @@ def _patiently(call: Callable[[], T], source: str, endpoint: str, patience: floa
     Offline mode is passed on; every other fault of the Hub becomes a UserError.
     """
     import httpx2  # the HTTP client of huggingface_hub, for its exceptions
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     deadline, wait = time.monotonic() + patience, 0.5
     while True:
@@ -319,6 +331,8 @@ def _patiently(call: Callable[[], T], source: str, endpoint: str, patience: floa
                 return call()
         except OfflineModeIsEnabled:
             raise
+        except HFValidationError as error:
+            raise UserError(f"{source:.120}: not a name that the Hub gives; write hf://org/name@revision") from error
         except (httpx2.HTTPError, HfHubHTTPError, OSError) as error:
             cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
             if isinstance(cause, HfHubHTTPError):
@@ -518,7 +532,7 @@ def _unpickle(path: Path) -> dict[str, "torch.Tensor"]:
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile pickle can raise anything
-        raise UserError(refusal) from error
+        raise machine.refusal(error, path) or UserError(refusal) from error
     if not isinstance(state, Mapping) or not state:
         raise UserError(refusal)
     tensors: dict[str, torch.Tensor] = {}

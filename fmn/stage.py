@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmn import artifacts, checkpoints, recipe
+from fmn import artifacts, checkpoints, machine, recipe
 from fmn.errors import UserError
 
 Progress = Callable[[int, int], None]
@@ -41,11 +41,15 @@ def run(
     make: Callable[[], None],
     summarise: Callable[[], Mapping[str, Any]],
 ) -> Outcome:
-    """Make ``out`` unless it is current; one process at a time. What fmn did not make is not replaced."""
+    """Make ``out`` unless it is current; one process at a time. What fmn did not make is not replaced.
+
+    Raises:
+        UserError: it may not be replaced, or the machine refuses room, memory or a permission.
+    """
     started = time.monotonic()
     artifacts.check_replaceable(out)
     make_elsewhere = elsewhere.get()
-    with artifacts.locked(out):
+    with machine.refusals_told(out), artifacts.locked(out):
         computed = not current()
         if computed:
             begun = time.monotonic()

@@ -48,7 +48,7 @@ def read(path: Path, kind: str) -> tuple[dict[str, TensorHeader], dict[str, Any]
     try:
         stated = json.loads(metadata["fmn"])
         found, digest = stated["kind"], stated["digest"]
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: holds no statistic of fmn's; {remedy}") from error
     if found != kind or stated.get("format") != FORMAT:
         raise UserError(f"{path}: holds {found} of format {stated.get('format')}, not {kind} of {FORMAT}; {remedy}")

@@ -446,14 +446,14 @@ def write_file(
         advance: called with the number of bytes of every batch of pieces that was taken.
 
     Raises:
-        UserError: when the disk has no room for the file, before anything is written.
+        OSError: when the disk has no room for the file, before anything is written.
     """
     start = header(slots)
     total = len(start) + sum(slot.bytes for slot in slots)
     digest = sha256(start)
     pending: deque[Future[None]] = deque()
     with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as thread:
-        _reserve(file.fileno(), total, path)
+        _reserve(file.fileno(), total)
         file.write(start)
         position = len(start)
         for batch in _batches(pieces, total - position):
@@ -471,15 +471,12 @@ def write_file(
     return digest.hexdigest()
 
 
-def _reserve(descriptor: int, total: int, path: Path) -> None:
+def _reserve(descriptor: int, total: int) -> None:
     """Give the file its full size, and its place on the disk where the system can promise it."""
-    try:
-        if sys.platform == "linux":
-            os.posix_fallocate(descriptor, 0, total)
-        else:
-            os.ftruncate(descriptor, total)
-    except OSError as error:
-        raise UserError(f"{path.parent}: no room for a file of {total} bytes ({error.strerror})") from error
+    if sys.platform == "linux":
+        os.posix_fallocate(descriptor, 0, total)
+    else:
+        os.ftruncate(descriptor, total)
 
 
 def _batches(pieces: Iterator[Tensor], total: int) -> Iterator[list[memoryview]]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fmn.errors import UserError
+from fmn.errors import UserError, redacted
 
 _terminal: TextIO | None = None  # where our own messages go while standard error goes to a file
 
@@ -46,7 +46,7 @@ def only_ours(log: Path) -> Iterator[None]:
 
 def complain(message: str) -> None:
     """Say what went wrong, in one line."""
-    print(f"fmn: {message}", file=errors(), flush=True)
+    print(f"fmn: {redacted(message)}", file=errors(), flush=True)
 
 
 def say(*lines: object) -> None:

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -198,6 +199,37 @@ def test_a_damaged_fisher_artifact_is_refused_by_name(tmp_path: Path, change: st
     assert not artifacts.fisher_is_current(path, "k")
     with pytest.raises(UserError, match=r"fisher\.parquet"):
         artifacts.read_fisher(path)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"sentence": ["a"], "label": [1]},
+        {"layer": ["0"], "node": ["head"], "index": [0], "fisher": [1.0], "stderr": [None]},
+        {"layer": [2**40], "node": ["head"], "index": [0], "fisher": [1.0], "stderr": [None]},
+        {"layer": [0], "node": [None], "index": [0], "fisher": ["x"], "stderr": [None]},
+        {"layer": [0], "node": ["head"], "index": [0], "fisher": [[1.0]], "stderr": [None]},
+        {"layer": [], "node": [], "index": [], "fisher": [], "stderr": []},
+    ],
+)
+@pytest.mark.parametrize("stated", [None, b"", b"[]", b"[" * 10**5, b"{}", b'{"digest": 1, "format": 1}', b"\xff"])
+def test_parquet_of_another_schema_is_refused(tmp_path: Path, columns: Any, stated: bytes | None) -> None:
+    table = pa.table(columns).replace_schema_metadata(None if stated is None else {"fmn": stated})
+    pq.write_table(table, tmp_path / "fisher.parquet")
+    with pytest.raises(UserError, match=r"fisher\.parquet: ") as caught:
+        artifacts.read_fisher(tmp_path / "fisher.parquet")
+    assert "\n" not in str(caught.value)
+
+
+def test_json_of_any_depth_is_no_manifest(tmp_path: Path) -> None:
+    for text in (
+        "[" * 10**5,
+        '{"files":' * 10**5,
+        '{"files": {}}',
+        '{"files": {}, "info": [], "stage": "x", "key": "y"}',
+    ):
+        (tmp_path / artifacts.MANIFEST).write_text(text)
+        assert artifacts.read_manifest(tmp_path) is None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])

@@ -117,6 +117,33 @@ def test_a_similarity_must_be_from_0_to_5(bad: float, tmp_path: Path) -> None:
     assert data.read(written(tmp_path, pair(label=[5, 0])), task("stsb"), "train")["label"].to_pylist() == [5.0, 0.0]
 
 
+def test_texts_that_are_not_utf_8_or_stand_there_twice_are_refused(tmp_path: Path) -> None:
+    texts = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.array([0, 2, 4], pa.int32()).buffers()[1], pa.py_buffer(b"ok\xff\xfe")]
+    )
+    labels = pa.array([0, 1])
+    for columns, says in (
+        ({"sentence": texts}, "column sentence holds bytes that are not UTF-8"),
+        ({"sentence": pa.array([b"a", b"b"])}, "column sentence is of type binary and must hold text"),
+    ):
+        table = pa.table({**columns, "label": labels})
+        pq.write_table(table, tmp_path / "train.parquet")
+        with pytest.raises(UserError, match=says):
+            data.read(tmp_path, task("sst2"), "train")
+    twice = pa.Table.from_arrays([pa.array(["a", "b"]), labels, labels], names=["sentence", "label", "label"])
+    pq.write_table(twice, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="cannot be read as Parquet: Multiple matches"):
+        data.read(tmp_path, task("sst2"), "train")
+
+
+def test_empty_and_enormous_texts_are_texts(tiny_base: Path) -> None:
+    columns = {"sentence": ["", " ", "a" * 10**6, "word " * 200_000, "\0\u202e\U0001f600"], "label": [0, 1, 0, 1, 0]}
+    table = data.checked(pa.table(columns), task("sst2"), "here")
+    lengths = data.tokenize(AutoTokenizer.from_pretrained(tiny_base), task("sst2"), table).lengths.tolist()
+    assert lengths[:2] == [2, 2]
+    assert max(lengths) == 128
+
+
 def test_missing_and_broken_files_are_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"validation\.parquet is missing: write it with `fmn data mrpc`"):
         data.read(tmp_path, task("mrpc"), "validation")

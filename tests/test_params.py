@@ -80,6 +80,16 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("base: other", "base"),
         ("work: &a x\ndata: {source: *a}", "anchors and aliases"),
         ("work: !!python/name:os.system x", "tag"),
+        ("work: a\nwork: b", "duplicate key"),
+        ("data: " + "[" * 1000, "nested more than"),
+        ("data: " + "{a: " * 1000, "nested more than"),
+        ("fisher: {seed: " + "9" * 5000 + "}", "not valid YAML"),
+        ("fisher: {seed: " + "9" * 30 + "}", "more than 64 bits"),
+        ("merge: {scale: .inf}", "finite"),
+        ("merge: {coefficient: [mrpc=nan]}", "'nan' is not finite"),
+        ('data: {source: "a\\0b"}', "NUL character"),
+        ("compare: {../../evil: {methods: {a: {method: average}}}}", "'../../evil' must be of letters"),
+        ("---\nwork: x", "single document"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_file_and_setting(tmp_path: Path, change: str, says: str) -> None:

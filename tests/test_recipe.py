@@ -43,7 +43,7 @@ def test_a_task_that_is_not_there_is_named_with_those_that_are(folder: Path) -> 
         recipe.task_folder(folder, "rte")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 10**5, '{"format": 99}', '{"format": 1}'])
 def test_what_is_no_recipe_is_refused(folder: Path, text: str) -> None:
     (folder / recipe.RECIPE).write_text(text)
     with pytest.raises(UserError, match="merge"):

@@ -18,12 +18,15 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR
 
+from flows.faults import passes
 from fmn import artifacts, data, merge_stages, registry, registry_stages, stages, tasks
 from fmn.errors import UserError
 from fmn.params import EvaluateSettings, MergeSettings, RegistrySettings
 from fmn.stage import Outcome
 from tests.conftest import TASKS
+from tests.mlflow_proxy import proxy
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +280,53 @@ def test_a_server_that_is_not_there_is_told_in_one_line_without_its_password(mon
         registry.pin("models:/demo@champion")
     assert "secret" not in str(told.value)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("fault", [500, 503, "cut", "slow"])
+def test_a_server_that_fails_is_asked_again_and_then_told_in_one_line(
+    fault: int | str, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with proxy() as server:
+        server.always = fault
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url.replace("//", "//someone:hidden@"))
+        with pytest.raises(UserError) as told:
+            register(merged)
+        assert server.asked == (1 if fault == "cut" else 3)  # what was cut off, MLflow leaves to its caller
+    assert str(told.value).startswith(f"MLflow at {server.url}: the server does not answer as it should (")
+    assert "run again to go on from here" in str(told.value)
+    assert "\n" not in str(told.value)
+    assert passes(told.value), "a flow tries it again"
+
+
+def test_the_patience_with_a_server_is_bounded() -> None:
+    limits = {name: int(os.environ[f"MLFLOW_HTTP_REQUEST_{name}"]) for name in ("MAX_RETRIES", "TIMEOUT")}
+    backoff = sum(MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR.default * 2**n for n in range(1, limits["MAX_RETRIES"]))
+    assert (1 + limits["MAX_RETRIES"]) * limits["TIMEOUT"] + backoff <= 180, "docs/reliability.md says so"
+
+
+@pytest.mark.slow
+def test_a_server_that_recovers_gets_the_version_once(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    store = ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts"]
+    with serving("server", *store, path="/health") as address, proxy(int(address.rpartition(":")[2])) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+        # At once, within the run, and within the model's files.
+        troubles: list[list[int | str]] = [[500] * 20, ["cut"], [*[""] * 15, "cut"], [*[""] * 30, *[503] * 20]]
+        for faults in troubles:
+            server.faults = faults
+            with pytest.raises(UserError, match="does not answer as it should"):
+                register(merged, "unsteady")
+        server.faults = [500, "", 503, 502, "", "", 500]
+        assert register(merged, "unsteady").summary["version"] == "1"
+        assert not server.faults
+        client = mlflow.MlflowClient(server.url)
+        assert len(client.search_model_versions("name = 'unsteady'")) == 1
+        runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
+        assert [run.info.status for run in runs] == ["FINISHED"]
 
 
 def test_requirements_are_pinned_without_local_labels() -> None:

@@ -65,6 +65,8 @@ def test_a_package_is_pinned_to_its_version_and_copied_byte_for_byte(tmp_path: P
         ("hf://a/b/c", "not a source"),
         ("hf://a/../b@main", "not a source"),
         ("hf://a/b@../../x", "'..'"),
+        ("hf://-a/b", "not a name that the Hub gives"),
+        (f"hf://{'a' * 500}/b", "not a name that the Hub gives"),
         ("org/name", "for the Hub write hf://org/name"),
         ("/no/such/folder", "no such folder"),
     ],
@@ -156,6 +158,27 @@ def test_a_failed_fetch_leaves_the_older_folder(copy: Path, tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"copy", "out"}
     with pytest.raises(UserError, match="lies in the folder to be written"):
         fetch(str(copy), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"[" * 10**5),
+        ("tokenizer.json", b"\xff\xfe"),
+        ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Evil"}}'),
+        ("tokenizer_config.json", b"[" * 10**5),
+        ("tokenizer_config.json", b'{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", null]}}'),
+        ("special_tokens_map.json", b'{"pad_token": [1]}'),
+        ("vocab.txt", b"[PAD]\n\xff\xfe\n"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused(name: str, content: bytes, copy: Path, tmp_path: Path) -> None:
+    (copy / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"copy: its tokenizer files cannot be used") as caught:
+        fetch(str(copy), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -478,6 +501,10 @@ def test_both_names_of_a_layer_norm_are_refused(copy: Path, tmp_path: Path) -> N
         ({"num_hidden_layers": 3}, "has no encoder.layer.2"),
         ({"intermediate_size": 13}, "one of them is wrong"),
         ({"hidden_size": 16}, "one of them is wrong"),
+        ({"hidden_size": 10**9}, "one of them is wrong"),
+        ({"max_position_embeddings": 2 * 10**9}, "one of them is wrong"),
+        ({"model_type": "albert", "num_hidden_groups": 1000, "inner_group_num": 1000}, "1000000 layers in groups"),
+        ({"text_config": {"hidden_size": 10**12}}, "text_config.hidden_size = 1000000000000"),
     ],
 )
 def test_absurd_configurations_are_refused(changes: dict[str, Any], says: str, copy: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Stages in worker processes: results, progress and mistakes come back; nothing outlives its owner."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from flows import workers
-from flows.faults import PassingError
+from flows.faults import PassingError, UnforeseenError
 from fmn.errors import UserError
 from fmn.stage import Outcome, Progress
 
@@ -68,6 +69,28 @@ def test_threads_that_come_first_at_once_share_the_slots(tmp_path: Path, monkeyp
 def test_a_users_mistake_stays_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such thing"):
         workers.run(make_a_mistake, {"out": tmp_path}, lambda done, total: None)
+
+
+def break_with_a_secret(out: Path) -> Outcome:
+    raise KeyError("http://me:hidden@host/path")
+
+
+def test_the_traceback_of_our_own_fault_is_told_without_secrets(tmp_path: Path) -> None:
+    with pytest.raises(UnforeseenError, match="KeyError") as caught:
+        workers.run(break_with_a_secret, {"out": tmp_path}, lambda done, total: None)
+    told = f"{caught.value} {caught.value.__cause__}"
+    assert "in break_with_a_secret" in told
+    assert "hidden" not in told
+
+
+def fill_the_disk(out: Path) -> Outcome:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_told_with_the_output_that_found_no_room(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^{tmp_path}: no space left") as caught:
+        workers.run(fill_the_disk, {"out": tmp_path}, lambda done, total: None)
+    assert not isinstance(caught.value, PassingError)
 
 
 OWNER = """

@@ -1,0 +1,135 @@
+"""Secrets are nowhere in what a run leaves behind or says, and what it starts listens on loopback alone."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import projects
+from tests.conftest import ROOT
+from tests.test_registry import serving
+
+MARK = "Geheim"
+PROFILE = ".profile.yaml"
+SECRETS = {
+    "HF_TOKEN": f"hf_{MARK}1",
+    "MLFLOW_TRACKING_USERNAME": "somebody",
+    "MLFLOW_TRACKING_PASSWORD": f"{MARK}2",
+    "AWS_SECRET_ACCESS_KEY": f"{MARK}3/K7MDENG",
+    "AWS_SESSION_TOKEN": f"{MARK}4",
+    "FMN_WEBHOOK": f"http://127.0.0.1:9/services/{MARK}5",
+}
+
+
+def leaks(folder: Path) -> list[str]:
+    """The files below a folder that hold a planted secret, but for the profiles that it was planted in."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(PROFILE)]
+    return [str(path.relative_to(folder)) for path in files if MARK.encode() in path.read_bytes()]
+
+
+def listening(of: psutil.Process) -> set[str]:
+    """The addresses that a process and those below it listen on."""
+    found = set()
+    for one in [of, *of.children(recursive=True)]:
+        try:
+            found |= {f"{at.laddr.ip}" for at in one.net_connections("inet") if at.status == psutil.CONN_LISTEN}
+        except psutil.Error:  # it has ended
+            continue
+    return found
+
+
+def watched(process: "subprocess.Popen[str]", until: Callable[[set[str]], bool] = lambda _: False) -> set[str]:
+    """The addresses that a command listens on until it ends, or until these are enough."""
+    found: set[str] = set()
+    while process.poll() is None and not until(found):
+        found |= listening(psutil.Process(process.pid))
+        time.sleep(0.3)
+    return found
+
+
+@pytest.fixture(scope="module")
+def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return projects.make_project(tmp_path_factory.mktemp("project"), tiny_base)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server, and its address with a user name and a password; its files lie in a folder of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    options = [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    with serving("server", *options, path="/health") as address:
+        yield address.replace("//", f"//somebody:{MARK}6@")
+    assert leaks(folder) == []
+
+
+def profile(project: Path, name: str, old: str, new: str) -> Path:
+    assert old in projects.PROFILE
+    file = project / f"{name}{PROFILE}"
+    file.write_text(projects.PROFILE.replace(old, new))
+    return file
+
+
+@pytest.mark.slow
+def test_a_run_tells_no_secret_and_listens_on_loopback_alone(project: Path, store: str) -> None:
+    webhook = f"notify: {{webhook: 'http://127.0.0.1:9/{MARK}7'}}\nevaluate:"
+    plain = profile(project, "plain", "evaluate:", webhook)
+    gone = f"http://somebody:{MARK}8@127.0.0.1:9"
+    folder = f"base: https://user:{MARK}9@host/model?token={MARK}10"
+    hub, data = f"base: hf://user:{MARK}11@org/name", f"source: 'https://user:{MARK}12@host/data'"
+    runs = [
+        ("registered", plain, store, True),
+        ("nothing to do", plain, store, True),
+        ("no server", plain, gone, False),
+        ("no source", profile(project, "source", "base: source", folder), store, False),
+        ("no hub source", profile(project, "hub", "base: source", hub), store, False),
+        ("no data", profile(project, "data", "source: embedded", data), store, False),
+    ]
+    quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    for name, file, uri, succeeds in runs:
+        command = [sys.executable, "-m", "fmn", "run", "--params", file.name, *(["--verbose"] if succeeds else [])]
+        with projects.start(project, *command, MLFLOW_TRACKING_URI=uri, **quick, **SECRETS) as process:
+            heard = watched(process) if name == "registered" else {"127.0.0.1"}
+            out, err = process.communicate()
+        assert (process.returncode == 0) == succeeds, f"{name}: {out}{err}"
+        assert MARK not in out + err, name
+        assert heard == {"127.0.0.1"}, name
+        assert not leaks(project), name
+        if not succeeds:
+            assert len(err.splitlines()) == 1, f"{name}: {err}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["schedule", "mlflow"])
+def test_what_make_starts_listens_on_loopback_alone(which: str, project: Path) -> None:
+    shutil.copy(ROOT / "Makefile", project)
+    printed = subprocess.run(
+        ["make", "-n", "-o", ".venv/installed", which, "MLFLOW_PORT=5391"],
+        cwd=project, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    command = printed[printed.index("python -") :]
+    variables = {"PREFECT_SERVER_API_PORT": "5392", **SECRETS}
+    with projects.start(project, "bash", "-c", command, **variables) as process:
+        try:
+            heard = watched(process, bool)
+            time.sleep(10)  # what comes up later
+            heard |= listening(psutil.Process(process.pid))
+        finally:
+            if which == "mlflow":
+                for one in psutil.Process(process.pid).children(recursive=True):
+                    one.terminate()
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+    assert heard == {"127.0.0.1"}, out + err
+    assert MARK not in out + err
+    assert not leaks(project)
