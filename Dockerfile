@@ -20,10 +20,10 @@ FROM ${BASE_IMAGE}
 RUN useradd --create-home --uid 1000 fmn && mkdir /work && chown fmn /work
 COPY --from=build /opt/fmn /opt/fmn
 ENV PATH=/opt/fmn/bin:$PATH PYTHONUNBUFFERED=1
-USER fmn
+USER 1000
 WORKDIR /work
-COPY --chown=fmn params.yaml ./
-COPY --chown=fmn params params
+COPY --chown=1000 params.yaml ./
+COPY --chown=1000 params params
 HEALTHCHECK --interval=1m --timeout=10s CMD ["fmn", "--version"]
 ENTRYPOINT ["fmn"]
 CMD ["run"]
