@@ -85,6 +85,8 @@ def prepare(task: str, out: Path, settings: DataSettings) -> Outcome:
     elif source == "hub":
         described["revision"] = revision = sources.resolve_dataset(data.HUB, revision)
     else:
+        if "://" in source:
+            raise UserError(f"data {source}: not a folder; name one, or embedded, or hub")
         described["source"] = "folder"
         inputs = data.digests(Path(source), found, ["train", *data.validation_splits(Path(source), found)])
     key = artifacts.content_key("data", DATA, described, inputs)

@@ -192,6 +192,12 @@ def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
     assert entry["accuracy"] == entry["accuracy_mismatched"] == entry["score"]
 
 
+def test_data_are_not_read_from_an_address(tmp_path: Path) -> None:
+    settings = DataSettings(source="https://user:password@host/data")
+    with pytest.raises(UserError, match=r"^data https://host/data: not a folder; name one"):
+        stages.prepare("sst2", tmp_path / "sst2", settings)
+
+
 def _swap_fisher(work: Path) -> None:
     shutil.copyfile(fisher_files(work)["sst2"], fisher_files(work)["mrpc"])
 
