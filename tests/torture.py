@@ -27,6 +27,7 @@ OUTPUTS = (
     "metrics/*.json",
     "report", "registered.json",
 )  # fmt: skip
+CLOCKED = ("registered.json", "run.log", "cost.svg")  # what says when something happened, or how long it took
 
 
 def make_project(folder: Path, base: Path) -> Path:
@@ -102,7 +103,7 @@ def state(folder: Path) -> State:
     files = {}
     for path in sorted(work.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(work).parts)
-        if path.is_file() and not hidden and path.name != "registered.json" and path.parent.name != "report":
+        if path.is_file() and not hidden and path.name not in CLOCKED and path.parent.name != "report":
             files[path.relative_to(work).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     for name in ("results.json", "table.md"):
         files[f"report/{name}"] = hashlib.sha256((work / "report" / name).read_bytes()).hexdigest()
