@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# docker build -t fmn . && docker run --rm -v "$PWD/work:/work" fmn
+# docker build -t fmn . && docker run --rm -v fmn-work:/work fmn
 # BASE_IMAGE: any Debian or Ubuntu with Python 3.11 or newer. TORCH_INDEX: where PyTorch comes from; the default is its
 # CPU build, https://download.pytorch.org/whl/cu130 or an empty value is one for GPUs.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
