@@ -20,7 +20,13 @@ class UnforeseenError(Exception):
 
 
 def passes(error: BaseException) -> bool:
-    """Whether an error comes of the network, of a server that is overtaxed or broken, or of a locked database."""
+    """Whether an error comes of the network, of a server that is overtaxed or broken, or of a locked database.
+
+    Or of a file that was there and is not: DVC removes what it is about to make again. One that was never there is a
+    UserError.
+    """
+    if isinstance(error, FileNotFoundError):
+        return True
     chain = list(origins(error))
     if any(isinstance(one, MemoryError) for one in chain):
         return False

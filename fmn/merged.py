@@ -35,7 +35,7 @@ from fmn.errors import UserError
 from fmn.headers import INDEX, TensorHeader, file_headers, tensor_headers
 from fmn.merge import LINEAR, METHODS, Method, Settings, Sums, recombine, shares, summands
 from fmn.methods import DAMPING, NEEDS, Needs, Tuning, tuned
-from fmn.recipe import CARD, FORMAT, RECIPE
+from fmn.recipe import CARD, FORMAT, RECIPE, write_recipe
 from fmn.stream import DTYPES, Parameter, Progress, Recipe, Slot, StoredRegression
 
 HEAD_SETTINGS = ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params")
@@ -131,7 +131,7 @@ def write(
                 folder, {folder / "encoder" / name: file.digest for name, file in encoder.items()}
             ),
         }
-        (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
+        content = write_recipe(folder, content)
     return content
 
 
@@ -163,7 +163,7 @@ def with_heads(
                 name = file.relative_to(model).as_posix()
                 files[name] = _write_changed(folder / name, file, changed)
         content = {**kept, **recipe, "files": files}
-        (folder / RECIPE).write_text(json.dumps(content, indent=1) + "\n")
+        content = write_recipe(folder, content)
     return content
 
 

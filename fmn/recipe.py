@@ -4,11 +4,12 @@
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fmn import machine
-from fmn.artifacts import differing, digest_files
+from fmn.artifacts import canonical, differing, digest_bytes, digest_files
 from fmn.errors import UserError
 
 RECIPE = "merge.json"
@@ -45,9 +46,29 @@ def task_folder(folder: Path, task: str) -> Path:
     return folder / "tasks" / task
 
 
+def write_recipe(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``merge.json``, with a digest of what it says; returns all of it."""
+    stated = {name: value for name, value in content.items() if name != "digest"}
+    stated["digest"] = digest_bytes(canonical(stated))
+    (folder / RECIPE).write_text(json.dumps(stated, indent=1) + "\n")
+    return stated
+
+
+def _intact(content: Mapping[str, Any]) -> bool:
+    """Whether a recipe says what its digest is of; older ones have none."""
+    try:
+        stated = {name: value for name, value in content.items() if name != "digest"}
+        return "digest" not in content or content["digest"] == digest_bytes(canonical(stated))
+    except ValueError:  # NaN, which is not written
+        return False
+
+
 def verify(folder: Path) -> None:
     """Raise UserError naming the first file of a merged model that is missing, was added, or changed."""
+    stated = read_recipe(folder)
+    if not _intact(stated):
+        raise UserError(f"{folder / RECIPE}: not what was written there; merge again")
     found = {name: digest for name, digest in digest_files(folder).items() if name not in (RECIPE, CARD)}
-    wrong = differing(read_recipe(folder)["files"], found)
+    wrong = differing(stated["files"], found)
     if wrong is not None:
         raise UserError(f"{folder / wrong}: not what was written there (see {folder / RECIPE}); merge again")

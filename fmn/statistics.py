@@ -2,38 +2,44 @@
 
 The mask Fisher has a number a node and goes to Parquet (`fmn.artifacts`). The full diagonal Fisher and Gram matrices go
 here: float32 tensors by name, read a slice at a time when experts are merged. What they were made from stands as JSON
-in the file's metadata, under ``fmn``, with the sha256 of the tensors' bytes.
+in the file's metadata, under ``fmn``, with a sha256 of all that the file says: metadata, header and tensors.
 """
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmn.artifacts import canonical, digest_file, whole_file
+from fmn.artifacts import canonical, digest_bytes, digest_file, whole_file
 from fmn.errors import UserError
 from fmn.headers import TensorHeader, read_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 COMMANDS = {"full-fisher": "fmn full-fisher", "gram": "fmn gram"}
 
 
 def write(path: Path, kind: str, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, Any]) -> None:
     """Write float32 tensors and what they were made from; `kind`: one of COMMANDS."""
-    from hashlib import sha256
-
     from safetensors.torch import save_file
 
     kept = {name: tensors[name].float().contiguous() for name in sorted(tensors)}
-    digest = sha256()
+    stated = {**metadata, "kind": kind, "format": FORMAT}
+    values = sha256()
     for tensor in kept.values():  # in the order in which the file has them
-        digest.update(tensor.numpy().data)
-    stated = {**metadata, "kind": kind, "format": FORMAT, "digest": digest.hexdigest()}
+        values.update(tensor.numpy().data)
+    shapes = {name: list(tensor.shape) for name, tensor in kept.items()}
+    stated["digest"] = _digest(stated, shapes, values.hexdigest())
     with whole_file(path) as file:
         save_file(kept, file, {"fmn": canonical(stated).decode()})
+
+
+def _digest(stated: Mapping[str, Any], shapes: Mapping[str, list[int]], values: str) -> str:
+    """Of metadata, the tensors' shapes in the order of the file, and the sha256 of their bytes."""
+    return digest_bytes(canonical([{**stated, "digest": None}, list(shapes.items()), values]))
 
 
 def read(path: Path, kind: str) -> tuple[dict[str, TensorHeader], dict[str, Any]]:
@@ -53,7 +59,9 @@ def read(path: Path, kind: str) -> tuple[dict[str, TensorHeader], dict[str, Any]
     if found != kind or stated.get("format") != FORMAT:
         raise UserError(f"{path}: holds {found} of format {stated.get('format')}, not {kind} of {FORMAT}; {remedy}")
     start = min((header.start for header in headers.values()), default=0)
-    if digest_file(path, start) != digest:
+    in_order = sorted(headers.items(), key=lambda one: one[1].start)
+    shapes = {name: list(header.shape) for name, header in in_order}
+    if _digest(stated, shapes, digest_file(path, start)) != digest or {one.dtype for one in headers.values()} - {"F32"}:
         raise UserError(f"{path}: its content is not what was written; make it again")
     return headers, stated
 

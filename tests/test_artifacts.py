@@ -249,3 +249,16 @@ def test_what_an_output_took_stands_beside_it_and_goes_with_it(tmp_path: Path) -
     assert artifacts.digest_files(tmp_path) == {}
     out.rmdir()
     assert artifacts.read_costs(tmp_path) == {}
+
+
+@pytest.mark.parametrize("stderr", [None, {Site(0, "head"): np.array([0.1, 0.2])}])
+def test_no_bit_of_a_fisher_artifact_flips_unnoticed(tmp_path: Path, stderr: dict[Site, np.ndarray] | None) -> None:
+    path = tmp_path / "fisher.parquet"
+    artifacts.write_fisher(path, {Site(0, "head"): np.array([1.0, 2.0])}, stderr, {"key": "k"})
+    written = path.read_bytes()
+    assert artifacts.fisher_is_current(path, "k")
+    for place in range(0, len(written), 7):
+        changed = bytearray(written)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        assert not artifacts.fisher_is_current(path, "k"), place

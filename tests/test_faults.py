@@ -81,7 +81,6 @@ def test_mistakes_memory_and_our_own_faults_do_not_pass(tmp_path: Path) -> None:
     assert not passes(MemoryError())
     assert not passes(torch.OutOfMemoryError("CUDA out of memory"))
     assert not passes(KeyError("x"))
-    assert not passes(FileNotFoundError("x"))
     no_table = raised(lambda: sqlite3.connect(":memory:").execute("select * from nothing"))
     assert not passes(no_table)
     assert not passes(mlflow_on(no_table)), "MLflow says that it may pass"
@@ -90,3 +89,11 @@ def test_mistakes_memory_and_our_own_faults_do_not_pass(tmp_path: Path) -> None:
 def test_an_error_is_one_line() -> None:
     assert one_line(PassingError("a\n  b")) == "a b"
     assert one_line(ValueError("a\nb")) == r"ValueError('a\nb')"
+
+
+def test_a_file_that_was_taken_away_may_come_back(tmp_path: Path) -> None:
+    error = raised((tmp_path / "away").read_bytes)
+    assert passes(error)
+    mistake = UserError("no such file")
+    mistake.__cause__ = error
+    assert not passes(mistake)

@@ -48,3 +48,17 @@ def test_what_is_no_recipe_is_refused(folder: Path, text: str) -> None:
     (folder / recipe.RECIPE).write_text(text)
     with pytest.raises(UserError, match="merge"):
         recipe.read_recipe(folder)
+
+
+def test_a_recipe_that_says_something_else_than_was_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("weights")
+    recipe.write_recipe(
+        tmp_path, {"format": recipe.FORMAT, "tasks": ["mrpc"], "scale": 1.5, "files": digest_files(tmp_path)}
+    )
+    recipe.verify(tmp_path)
+    file = tmp_path / recipe.RECIPE
+    for scale in ("1.7", "NaN"):
+        file.write_text(file.read_text().replace("1.5", scale))
+        with pytest.raises(UserError, match=r"merge\.json: not what was written there"):
+            recipe.verify(tmp_path)
+        file.write_text(file.read_text().replace(scale, "1.5"))

@@ -46,6 +46,15 @@ def test_damage_and_mix_ups_are_refused(written: Path, tmp_path: Path) -> None:
         statistics.read(tmp_path / "b.safetensors", "gram")
 
 
+def test_no_bit_of_a_statistic_flips_unnoticed(written: Path) -> None:
+    content = written.read_bytes()
+    for place in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 7
+        written.write_bytes(changed)
+        assert not statistics.is_current(written, "gram", "k"), place
+
+
 def test_a_model_is_no_statistic_and_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(2)}, path, {"format": "pt"})

@@ -15,6 +15,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fmn.artifacts import COST
 from tests import projects
 
 MORE = """
@@ -119,8 +120,12 @@ def state(folder: Path) -> State:
 
 
 def places(work: Path) -> dict[Path, int]:
-    """The inode of every finished output: one that is made again has another."""
-    return {path: path.stat().st_ino for path in outputs(work)}
+    """Of every finished output, the inode of what its stage noted when it made it: another one for each time.
+
+    The output's own will not do: DVC puts links and copies in the place of what it keeps.
+    """
+    notes = {path: path.with_name(f".{path.name}{COST}") for path in outputs(work)}
+    return {path: note.stat().st_ino for path, note in notes.items() if note.is_file()}
 
 
 def broken(path: Path, how: str, chance: random.Random, other: Path | None = None) -> None:
