@@ -131,8 +131,7 @@ def write(
                 folder, {folder / "encoder" / name: file.digest for name, file in encoder.items()}
             ),
         }
-        content = write_recipe(folder, content)
-    return content
+        return write_recipe(folder, content)
 
 
 def with_heads(
@@ -163,8 +162,7 @@ def with_heads(
                 name = file.relative_to(model).as_posix()
                 files[name] = _write_changed(folder / name, file, changed)
         content = {**kept, **recipe, "files": files}
-        content = write_recipe(folder, content)
-    return content
+        return write_recipe(folder, content)
 
 
 def in_memory(experts: Mapping[str, Path], **options: Unpack[Options]) -> dict[str, Tensor]:
