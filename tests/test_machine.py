@@ -278,6 +278,7 @@ def test_a_gpu_that_is_not_there_is_told(stage: str, tiny_work: Path, work: Path
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_want_of_memory_is_told_with_what_to_do(tiny_work: Path, tmp_path: Path) -> None:
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
