@@ -56,13 +56,7 @@ def tree(path: Path, only: tuple[str, ...] = ()) -> dict[str, File]:
     if path.is_file():
         return {path.name: _file(path)}
     card = recipe.CARD if recipe.is_merged(path) else None
-    files = sorted(file for part in only or ("",) for file in (path / part).rglob("*") if file.is_file())
-    names = {file: file.relative_to(path) for file in files}
-    return {
-        name.as_posix(): _file(file)
-        for file, name in names.items()
-        if name.as_posix() != card and not any(part.startswith(".") for part in name.parts)
-    }
+    return {name: _file(file) for name, file in artifacts.visible(path, only).items() if name != card}
 
 
 def digest(files: Tree) -> str:

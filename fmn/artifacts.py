@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,12 +59,15 @@ def digest_files(folder: Path) -> dict[str, str]:
     """sha256 of every file below ``folder`` by relative name, in order of name; no manifest, no hidden files."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {name: digest_file(path) for name, path in visible(folder).items() if name != MANIFEST}
+
+
+def visible(folder: Path, only: Sequence[str] = ()) -> dict[str, Path]:
+    """Every file below a folder, or below the folders `only` in it, by relative name, in order; nothing hidden."""
+    files = sorted(path for part in only or ("",) for path in (folder / part).rglob("*") if path.is_file())
     names = {path: path.relative_to(folder) for path in files}
     return {
-        name.as_posix(): digest_file(path)
-        for path, name in names.items()
-        if name.as_posix() != MANIFEST and not any(part.startswith(".") for part in name.parts)
+        name.as_posix(): path for path, name in names.items() if not any(part.startswith(".") for part in name.parts)
     }
 
 
