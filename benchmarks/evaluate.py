@@ -21,7 +21,7 @@ import transformers
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from benchmarks.results import keep, spread, summary
+from benchmarks.results import keep, ratio, spread
 from fmn import checkpoints, data, evaluate, labels
 from fmn.batches import Examples
 from fmn.devices import resolve_device, resolve_dtype
@@ -107,10 +107,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         "mean_length": float(examples.lengths.mean()),
         "auto": str(resolve_dtype("auto", device)).removeprefix("torch."),
         "examples_per_second": speeds,
-        "ratios": {
-            who: summary([a / b for a, b in zip(each, speeds["Trainer.predict"], strict=True)])
-            for who, each in speeds.items()
-        },
+        "ratios": {who: ratio(each, speeds["Trainer.predict"]) for who, each in speeds.items()},
         "agreement": {who: float((np.abs(each.predicted - exact) <= near).mean()) for who, each in answers.items()},
         "scores": {who: evaluate.score_answers(one, each)["score"] for who, each in answers.items()},
     }

@@ -31,7 +31,7 @@ from scipy.stats import spearmanr
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from benchmarks.results import keep, spread, summary
+from benchmarks.results import keep, ratio, spread
 from fmn.architectures import mask_sites
 from fmn.batches import Examples, by_length, in_order
 from fmn.fisher import GROUP, estimate
@@ -175,10 +175,6 @@ def timed(method: Callable[[], object], device: torch.device) -> float:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def ratio(one: list[float], other: list[float]) -> dict[str, float]:
-    return summary([a / b for a, b in zip(one, other, strict=True)])
 
 
 def fisher(setting: Setting, dtype: str) -> np.ndarray:

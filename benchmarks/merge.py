@@ -28,7 +28,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import keep, spread, summary
+from benchmarks.results import keep, ratio, spread, summary
 from fmn.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,9 +291,7 @@ def report(measured: dict[str, list[dict[str, float]]], experts: int) -> dict[st
         values = {name: [run[unit] for run in runs] for name, runs in measured.items()}
         result[unit] = {name: summary(each) for name, each in values.items()}
         result[f"ratios of {unit}, round by round"] = {
-            f"{one} to {other}": summary([a / b for a, b in zip(values[one], values[other], strict=True)])
-            for one, other in pairs
-            if one in values
+            f"{one} to {other}": ratio(values[one], values[other]) for one, other in pairs if one in values
         }
     return result
 

@@ -11,7 +11,6 @@ are medians. DIR gets results.json and table.md, which `python -m benchmarks.res
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -111,8 +110,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     chosen = contestants(given.params, given.task, given.samples)
-    shutil.rmtree(given.out, ignore_errors=True)
-    given.out.mkdir(parents=True)
+    given.out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for _ in range(given.rounds):
         for name, (kind, arguments) in chosen.items():

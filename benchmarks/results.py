@@ -13,11 +13,10 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ PAGES = (DOCS / "results.md", DOCS / "performance.md")
 
 
 def keep(out: Path, numbers: Mapping[str, Any], table: str) -> None:
-    """Write what a benchmark found into the folder `out`, made anew, and show its table."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    """Write what a benchmark found into the folder `out`, and show its table."""
+    out.mkdir(parents=True, exist_ok=True)
     content = {"machine": processor(), "load": os.getloadavg(), **numbers}
     (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     (out / "table.md").write_text(table)
@@ -39,6 +37,11 @@ def keep(out: Path, numbers: Mapping[str, Any], table: str) -> None:
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Of rounds side by side: the median and the extremes."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Of two contestants' rounds, one by one."""
+    return summary([a / b for a, b in zip(one, other, strict=True)])
 
 
 def spread(found: Mapping[str, float], digits: int = 2) -> str:
@@ -77,10 +80,10 @@ def section(name: str) -> str:
     return f"{origin}\n\n{stored['table'].strip()}\n"
 
 
-def write(page: str) -> str:
-    """The page with every stored table put in its place."""
+def write(page: str, text: Callable[[str], str] = section) -> str:
+    """The page with the text of every name put in its place: the stored table, where not said otherwise."""
     place = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
-    return place.sub(lambda found: f"<!-- {found[1]} -->\n{section(found[1])}<!-- end -->", page)
+    return place.sub(lambda found: f"<!-- {found[1]} -->\n{text(found[1])}<!-- end -->", page)
 
 
 def main() -> None:

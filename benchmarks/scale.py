@@ -9,7 +9,6 @@ the mean of GLUE's mrpc. Nothing in the tables is typed by hand.
 
 import argparse
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-from benchmarks.results import DOCS, STORE, processor
+from benchmarks.results import DOCS, STORE, processor, write
 from fmn import artifacts, diagonal, fisher, gram
 from fmn.batches import Examples
 from fmn.evaluate import predict
@@ -127,7 +126,6 @@ def measured(stored: dict[str, Any]) -> str:
     lines = [
         f"`python -m benchmarks.scale`, {stored['machine']}, {stored['date']};"
         f" one core, float32, {TOKENS} tokens an example.",
-        "The machine was shared with other work, so seconds are upper bounds.",
         "",
         "| model | parameters | evaluate | fisher | gram | full-fisher | checkpoint | fisher | gram | full-fisher |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -210,13 +208,6 @@ def computed(stored: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(page: str, stored: dict[str, Any]) -> str:
-    """The page with both tables put in their places."""
-    tables = {"measured": measured(stored), "computed": computed(stored)}
-    place = re.compile(r"<!-- (measured|computed) -->\n.*?<!-- end -->", re.DOTALL)
-    return place.sub(lambda found: f"<!-- {found[1]} -->\n{tables[found[1]]}\n<!-- end -->", page)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="measure nothing")
@@ -231,7 +222,9 @@ def main() -> None:
             print(name, models[name], flush=True)
         stored = {"machine": processor(), "date": time.strftime("%Y-%m-%d"), "models": models}
         KEPT.write_text(json.dumps(stored, indent=1) + "\n")
-    PAGE.write_text(write(PAGE.read_text(), json.loads(KEPT.read_text())))
+    stored = json.loads(KEPT.read_text())
+    tables = {"measured": measured(stored), "computed": computed(stored)}
+    PAGE.write_text(write(PAGE.read_text(), lambda name: tables[name] + "\n"))
 
 
 if __name__ == "__main__":

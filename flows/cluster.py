@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from flows import storage, workers
 from flows.faults import one_line
 from flows.storage import Cache, Made, Storage, Tree
-from fmn import artifacts, recipe, stage
+from fmn import artifacts, machine, recipe, stage
 from fmn.errors import UserError
 from fmn.params import FisherSettings, Params
 from fmn.stage import Outcome, Progress
@@ -166,7 +166,6 @@ def joined(settings: Params) -> Iterator[None]:
 
     address = str(settings.address)
     shared = Storage(str(settings.storage))
-    probe = shared.probe()
     try:
         connect: Any = prefect_dask.PrefectDaskClient  # for plain functions it is Dask's own
         client = connect(address, timeout=ANSWER, set_as_default=False, name="fmn")
@@ -176,8 +175,11 @@ def joined(settings: Params) -> Iterator[None]:
         ) from error
     with client:
         cluster = _Cluster(client, address, shared)
-        check_workers(cluster, probe)
-        shared.remove(probe)
+        probe = shared.probe()
+        try:
+            check_workers(cluster, probe)
+        finally:
+            shared.remove(probe)
         under_way = max(UNDER_WAY, 2 * sum(client.nthreads().values())) + workers.count()
         token = _joined.set(cluster)
         context = FlowRunContext.get()
@@ -248,7 +250,8 @@ def _count(cluster: _Cluster) -> None:
         if now - cluster.looked < 5:
             return
         try:
-            found = cluster.client.scheduler_info().get("workers", {}).values()
+            # Not `scheduler_info`, which answers from memory when the scheduler does not.
+            found = cluster.client.sync(cluster.client.scheduler.identity, n_workers=-1)["workers"].values()
         except OSError as error:
             raise _gone(cluster) from error
         cluster.looked = now
@@ -372,7 +375,7 @@ def work(asked: Request, url: str, key: str, topic: str) -> Made:
     worker = get_worker()
     if why := _differs(asked.code):
         raise UserError(f"worker {worker.address}: {why}")
-    with _one_at_a_time:
+    with _one_at_a_time, machine.refusals_told(Path(worker.local_directory).parent):
         shared = Storage(url)
         # Of a worker that ended before it could say so.
         if made := shared.made(asked.digest):
@@ -404,8 +407,9 @@ def work(asked: Request, url: str, key: str, topic: str) -> Made:
 
         _set_threads(asked.threads)
         arguments = {name: _placed(value, places) for name, value in asked.arguments.items()}
-        workers.call(asked.function, {**arguments, "out": folder / asked.out}, progress)
-        seconds = next(iter(artifacts.read_costs(folder).values()))[1]
+        outcome = workers.call(asked.function, {**arguments, "out": folder / asked.out}, progress)
+        # Without a note of the cost when an earlier worker ended just before it wrote one.
+        _, seconds = artifacts.read_costs(folder).get(outcome.out, ("", outcome.seconds))
         made = Made(storage.tree(folder), seconds)
         shared.keep(asked.digest, folder, made)
         shutil.rmtree(folder)

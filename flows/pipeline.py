@@ -106,14 +106,15 @@ def _worth_another_try(_task: Task[..., Any], run: TaskRun, state: State[Any]) -
 def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
     """Run one stage with these arguments; say what it did in the task's log and on the terminal."""
     title = f"{stage} {name}".strip()
-    slot = nullcontext() if cluster.takes(stage) else limits.device_slot(arguments)
+    elsewhere = cluster.takes(stage)
+    slot = nullcontext() if elsewhere else limits.device_slot(arguments)
     with slot, progress_bar(title) as bar, pages.progress_page(title) as page:
 
         def progress(done: int, total: int) -> None:
             bar(done, total)
             page(done, total)
 
-        if cluster.takes(stage):
+        if elsewhere:
             outcome = cluster.run(stage, STAGES[stage], arguments, progress)
         else:
             outcome = workers.run(STAGES[stage], arguments, progress)

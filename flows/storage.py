@@ -5,6 +5,7 @@
     files/AB/ABCD...        a file's bytes, by their digest
     made/REQUEST.json       what a stage made for a request: its files, and the seconds that it took
     sums/REQUEST/NAME       partial sums of a Fisher that is under way
+    probes/NAME             what a flow wrote to see whether its workers see it; removed at once
 
 All of it may be removed while nothing runs: what is missing is put there, or made, again.
 """
@@ -257,7 +258,7 @@ class Cache:
             needed: digests of trees that must not go.
         """
         path = self.folder / "trees" / digest(files)
-        if not path.is_dir() or artifacts.differing(_digests(files), _digests(tree(path))):
+        if not path.is_dir() or tree(path) != files:
             self._make_room(sum({file.digest: file.size for file in files.values()}.values()), needed)
             with artifacts.whole_folder(path) as folder:
                 storage.get(folder, files)
@@ -271,7 +272,3 @@ class Cache:
             if shutil.disk_usage(self.folder).free > 1.2 * size:
                 return
             shutil.rmtree(path)
-
-
-def _digests(files: Tree) -> dict[str, str]:
-    return {name: file.digest for name, file in files.items()}

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,6 +42,14 @@ def digest_bytes(data: bytes) -> str:
 def canonical(value: Any) -> bytes:
     """JSON bytes that are the same for equal values: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def agrees(digest: object, compute: Callable[[], str]) -> bool:
+    """Whether a digest is what `compute` gives; none is of NaN or infinity, which `canonical` refuses."""
+    try:
+        return digest == compute()
+    except ValueError:
+        return False
 
 
 def digest_file(path: Path, start: int = 0) -> str:
@@ -220,8 +228,8 @@ def read_json(path: Path) -> dict[str, Any]:
     content = _read_json(path)
     if content is None:
         raise UserError(f"{path}: no such file, or not JSON")
-    mark = content.pop("fmn", {})
-    if mark.get("digest") != digest_bytes(canonical(content)):
+    mark = _mark(content)
+    if not agrees(mark.get("digest"), lambda: digest_bytes(canonical(content))):
         raise UserError(f"{path}: its content is not what was written; make it again")
     return content
 
@@ -231,8 +239,14 @@ def json_is_current(path: Path, key: str) -> bool:
     content = _read_json(path)
     if content is None:
         return False
-    mark = content.pop("fmn", {})
-    return bool(mark.get("key") == key and mark.get("digest") == digest_bytes(canonical(content)))
+    mark = _mark(content)
+    return mark.get("key") == key and agrees(mark.get("digest"), lambda: digest_bytes(canonical(content)))
+
+
+def _mark(content: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a JSON file's content what `write_json` put there; empty where that is missing or damaged."""
+    mark = content.pop("fmn", None)
+    return mark if isinstance(mark, dict) else {}
 
 
 def write_cost(out: Path, stage: str, seconds: float) -> None:
@@ -415,7 +429,7 @@ def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, dict[str, A
     exact = metadata.get("pyarrow") != pa.__version__ or (
         path.read_bytes() == _fisher_bytes(columns, {**metadata, "digest": digest})
     )
-    if digest != _fisher_digest(columns, metadata) or not exact:
+    if not exact or not agrees(digest, lambda: _fisher_digest(columns, metadata)):
         raise UserError(f"{path}: its content is not what was written; make it again with `fmn fisher`")
 
     sites = [Site(*site) for site in zip(columns["layer"].tolist(), columns["node"].tolist(), strict=True)]

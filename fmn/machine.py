@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fmn.errors import UserError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What libraries say that give no number: Rust's safetensors, SQLite, datasets; PyTorch, PyArrow, C++, SciPy.
 _FULL_SAID = ("No space left on device", "database or disk is full", "Not enough disk space", "Disk quota exceeded")

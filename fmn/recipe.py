@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fmn import machine
-from fmn.artifacts import canonical, differing, digest_bytes, digest_files
+from fmn.artifacts import agrees, canonical, differing, digest_bytes, digest_files
 from fmn.errors import UserError
 
 RECIPE = "merge.json"
@@ -48,25 +48,19 @@ def task_folder(folder: Path, task: str) -> Path:
 
 def write_recipe(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``merge.json``, with a digest of what it says; returns all of it."""
-    stated = {name: value for name, value in content.items() if name != "digest"}
-    stated["digest"] = digest_bytes(canonical(stated))
+    stated = {**content, "digest": _digest(content)}
     (folder / RECIPE).write_text(json.dumps(stated, indent=1) + "\n")
     return stated
 
 
-def _intact(content: Mapping[str, Any]) -> bool:
-    """Whether a recipe says what its digest is of; older ones have none."""
-    try:
-        stated = {name: value for name, value in content.items() if name != "digest"}
-        return "digest" not in content or content["digest"] == digest_bytes(canonical(stated))
-    except ValueError:  # NaN, which is not written
-        return False
+def _digest(content: Mapping[str, Any]) -> str:
+    return digest_bytes(canonical({name: value for name, value in content.items() if name != "digest"}))
 
 
 def verify(folder: Path) -> None:
     """Raise UserError naming the first file of a merged model that is missing, was added, or changed."""
     stated = read_recipe(folder)
-    if not _intact(stated):
+    if "digest" in stated and not agrees(stated["digest"], lambda: _digest(stated)):  # older ones have none
         raise UserError(f"{folder / RECIPE}: not what was written there; merge again")
     found = {name: digest for name, digest in digest_files(folder).items() if name not in (RECIPE, CARD)}
     wrong = differing(stated["files"], found)

@@ -262,3 +262,14 @@ def test_no_bit_of_a_fisher_artifact_flips_unnoticed(tmp_path: Path, stderr: dic
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
         assert not artifacts.fisher_is_current(path, "k"), place
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": NaN, "fmn": {"key": "k"}}', '{"a": 1e999, "fmn": {"key": "k"}}', '{"fmn": []}']
+)
+def test_a_file_that_holds_no_number_or_no_mark_is_not_current(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_text(text)
+    assert not artifacts.json_is_current(path, "k")
+    with pytest.raises(UserError, match="not what was written"):
+        artifacts.read_json(path)

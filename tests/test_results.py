@@ -5,13 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results
+from benchmarks import results, scale
 
 
 @pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
 def test_no_table_was_typed_by_hand(page: Path) -> None:
     text = page.read_text()
     assert results.write(text) == text, "run `make results`"
+
+
+def test_the_page_of_scale_is_as_its_benchmark_writes_it() -> None:
+    stored = json.loads(scale.KEPT.read_text())
+    tables = {"measured": scale.measured(stored), "computed": scale.computed(stored)}
+    text = scale.PAGE.read_text()
+    assert results.write(text, lambda name: tables[name] + "\n") == text, "run `make results`"
 
 
 def test_what_a_benchmark_leaves_is_stored_with_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,3 +62,10 @@ def test_a_model_is_no_statistic_and_is_not_replaced(tmp_path: Path) -> None:
         statistics.read(path, "gram")
     with pytest.raises(UserError, match="did not make"):
         artifacts.check_replaceable(path)
+
+
+def test_metadata_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    stated = '{"kind": "gram", "format": 2, "digest": "d", "samples": NaN}'
+    save_file({"a": torch.ones(2)}, path, {"fmn": stated})
+    assert not statistics.is_current(path, "gram", "k")
