@@ -50,6 +50,10 @@ def refusal(error: BaseException, place: Path | None = None) -> UserError | None
             if full or room < _LITTLE:
                 disk = f"the disk of {folder} ({room / 1e6:.1f} MB free)"
                 return _told(place or _file(one), f"no space left on {disk}; make room there and {_REMEDY}")
+        if number == errno.EFBIG:
+            return _told(
+                place or _file(one), "a file larger than the disk's file system, or a limit, takes; name another place"
+            )
         if number in _FORBIDDEN or _says(one, _FORBIDDEN_SAID):
             reason = "the file system is read-only" if number == errno.EROFS else "no permission"
             remedy = "give this user the right to read and write there, or name another place"
