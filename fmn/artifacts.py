@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from fmn import machine
+from fmn import formats, machine
 from fmn.errors import UserError
 
 if TYPE_CHECKING:
@@ -195,7 +195,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = _read_json(folder / MANIFEST)
     kinds = {"files": dict, "info": dict, "stage": str, "key": str}
     whole = manifest is not None and all(isinstance(manifest.get(name), kind) for name, kind in kinds.items())
-    return manifest if whole else None
+    if manifest is None or not whole:
+        return None
+    # It comes with a checkpoint, from wherever that is.
+    form = formats.MANIFESTS.get(manifest["stage"])
+    return manifest if form is None or formats.fits(manifest["info"], form) else None
 
 
 def folder_is_current(folder: Path, key: str) -> bool:
@@ -223,14 +227,19 @@ def write_json(path: Path, stage: str, key: str, content: Mapping[str, Any]) -> 
         file.write_text(json.dumps({**content, "fmn": mark}, indent=1) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file that `write_json` wrote, without its mark; UserError when it is not that any more."""
+def read_json(path: Path, form: type[formats.Stated] | None = None, remedy: str = "make it again") -> dict[str, Any]:
+    """The content of a file that `write_json` wrote, without its mark.
+
+    Raises UserError when it is not that any more, or does not hold what `form` asks for; `remedy` then says what to do.
+    """
     content = _read_json(path)
     if content is None:
         raise UserError(f"{path}: no such file, or not JSON")
     mark = _mark(content)
     if not agrees(mark.get("digest"), lambda: digest_bytes(canonical(content))):
         raise UserError(f"{path}: its content is not what was written; make it again")
+    if form is not None:
+        formats.check(content, form, path, remedy)
     return content
 
 

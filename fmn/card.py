@@ -228,8 +228,8 @@ def commands(made: Mapping[str, Any], data: Stated) -> list[str]:
         lines.append(join(["fmn", "data", task, *_data_options(data.get(task, {})), "--out", f"data/{task}"]))
         expert = f"experts/{task}"
         if settings := entry.get("settings"):
-            options = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
-            lines.append(f"fmn finetune base --task {task} --data data {' '.join(options)} --out {expert}")
+            options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+            lines.append(join(["fmn", "finetune", "base", "--task", task, "--data", "data", *options, "--out", expert]))
         else:
             lines.append(join(["fmn", "fetch", _source(entry, task), "--out", expert]))
         for kind, stated in (("fisher", made.get("fisher", {})), ("gram", made.get("gram", {}))):
@@ -253,9 +253,9 @@ def _source(entry: Mapping[str, str], name: str) -> str:
 def _data_options(stated: Mapping[str, Any]) -> Sequence[str]:
     source = stated.get("source")
     if source == "embedded":
-        return ["--source", "embedded", "--seed", str(stated["seed"])]
+        return ["--source", "embedded", "--seed", stated.get("seed", "0")]
     if source == "hub":
-        return ["--source", "hub", "--revision", str(stated["revision"])]
+        return ["--source", "hub", *(["--revision", stated["revision"]] if "revision" in stated else [])]
     return ["--source", "path/to/glue"]
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmn import __version__, artifacts, card, checkpoints, data, labels, recipe, stage, statistics, tasks
+from fmn import __version__, artifacts, card, checkpoints, data, formats, labels, recipe, stage, statistics, tasks
 from fmn.errors import UserError
 from fmn.methods import NEEDS, Needs
 from fmn.params import (
@@ -36,6 +36,7 @@ COMPARISON = 2
 def _belongs(path: Path, kind: str, stated: Mapping[str, Any], task: str, expert: Path, digest: str) -> None:
     """Refuse a statistic of another task, or of another checkpoint than the expert with this digest."""
     title = {"fisher": "Fisher", "gram": "Gram matrices"}[kind]
+    formats.check(stated, formats.Statistic, path, "make it again")
     if stated["task"] != task:
         raise UserError(f"{path}: the {title} of task {stated['task']}, given for {task}")
     if stated["checkpoint"]["digest"] != digest:
@@ -79,6 +80,7 @@ def _statistics(
         from fmn.merged import StoredGrams
 
         headers, metadata = statistics.read(path, "gram")
+        formats.check(metadata, formats.GramMatrices, path, "make it again")
         return StoredGrams(headers, metadata["inputs"], metadata["transposed"]), metadata
 
     if needs.fisher == "nodes":
@@ -391,9 +393,7 @@ def realign(
 
 def _searched(file: Path, inputs: _Inputs, settings: MergeSettings) -> dict[str, Any]:
     """What `search` found, with the file's digest; UserError where it was for another merge than this."""
-    found = artifacts.read_json(file)
-    if "coefficients" not in found:
-        raise UserError(f"{file}: not coefficients; `fmn search` makes them")
+    found = artifacts.read_json(file, formats.Found, "`fmn search` makes coefficients")
     if settings.coefficient or settings.scale != "auto":
         raise UserError(f"--coefficients {file} gives coefficients and scale; leave out --coefficient and --scale")
     if wrong := artifacts.differing(found["experts"], inputs.experts):
@@ -528,7 +528,8 @@ def write_comparison(cells: Mapping[str, Mapping[str, Path]], out: Path) -> Outc
         from fmn import comparison
 
         read = {
-            name: {method: artifacts.read_json(path) for method, path in row.items()} for name, row in cells.items()
+            name: {method: artifacts.read_json(path, formats.Cell) for method, path in row.items()}
+            for name, row in cells.items()
         }
         return comparison.write(target, read)
 

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fmn import machine
+from fmn import formats, machine
 from fmn.artifacts import agrees, canonical, differing, digest_bytes, digest_files
 from fmn.errors import UserError
 
 RECIPE = "merge.json"
 CARD = "README.md"
 FORMAT = 1
-_KINDS = {"tasks": list, "files": dict}
 
 
 def is_merged(folder: Path) -> bool:
@@ -32,9 +31,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         raise machine.refusal(error, folder) or UserError(told) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{folder / RECIPE}: not of format {FORMAT}, which this fmn reads; merge again")
-    for name, kind in _KINDS.items():
-        if not isinstance(content.get(name), kind):
-            raise UserError(f"{folder / RECIPE}: has no {name} as fmn writes them; merge again")
+    formats.check(content, formats.Recipe, folder / RECIPE, "merge again")
     return content
 
 

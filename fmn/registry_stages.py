@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmn import artifacts, lineage, recipe, tasks
+from fmn import artifacts, formats, lineage, recipe, tasks
 from fmn.errors import UserError, redacted
 from fmn.params import CompareSettings, Params, RegistrySettings
 from fmn.stage import Outcome
@@ -47,13 +47,14 @@ def register(
 
     started = time.monotonic()
     recipe.verify(model)
-    made, found = recipe.read_recipe(model), artifacts.read_json(metrics)
+    made, found = recipe.read_recipe(model), artifacts.read_json(metrics, formats.Metrics)
     inputs = {"merged": artifacts.digest_file(model / recipe.RECIPE), "metrics": artifacts.digest_file(metrics)}
     key = artifacts.content_key("register", REGISTER, settings.model_dump(exclude={"tolerance"}), inputs)
     if found.get("model") != inputs["merged"] or set(found["tasks"]) != set(made["tasks"]):
         raise UserError(f"{metrics}: not the metrics of all tasks of {model}; make them with `fmn evaluate {model}`")
     if "data" not in found:
         raise UserError(f"{metrics}: made by an older fmn, which did not say of which data; evaluate again")
+    formats.check(made, formats.Traced, model / recipe.RECIPE, "merge with `fmn merge`")
     tags = lineage.tags(made, found)
     stated, seconds = None, {}
     if params is not None:
@@ -142,7 +143,7 @@ def _inputs(made: Mapping[str, Any], found: Mapping[str, Any]) -> "list[Input]":
         origin = {item: value for item, value in entry.items() if item != "splits"}
         columns = {**dict.fromkeys(task.columns, "string"), "label": "double" if task.regression else "long"}
         for split, digest in entry["splits"].items():
-            rows = found["tasks"][name]["examples" + task.suffix(split)]
+            rows = found["tasks"][name].get("examples" + task.suffix(split))
             listed.append(Input(name, split, digest, {**origin, "split": split}, columns, rows))
         if train := lineage.train_digest(made, name):
             listed.append(Input(name, "training", train, {**origin, "split": "train"}, columns, None))
@@ -230,7 +231,7 @@ def read_lineage(source: str) -> Lineage:
             found.uri,
             found.tags,
             recipe.read_recipe(found.folder),
-            artifacts.read_json(found.folder / METRICS),
+            artifacts.read_json(found.folder / METRICS, formats.Metrics),
             read_yaml(settings) if settings.is_file() else None,
         )
 
@@ -254,7 +255,7 @@ def settings_again(found: Lineage, out: Path) -> Path:
 def compare_digests(found: Lineage, model: Path, metrics: Path) -> list[tuple[str, str, str]]:
     """A model that was made again beside the version: (what, digest stated, digest now)."""
     before = lineage.digests(found.recipe, found.metrics)
-    now = lineage.digests(recipe.read_recipe(model), artifacts.read_json(metrics))
+    now = lineage.digests(recipe.read_recipe(model), artifacts.read_json(metrics, formats.Metrics))
     return [(name, before.get(name, ""), now.get(name, "")) for name in dict.fromkeys([*before, *now])]
 
 

@@ -18,6 +18,7 @@ from fmn import (
     card,
     checkpoints,
     data,
+    formats,
     labels,
     recipe,
     report,
@@ -523,7 +524,7 @@ def write_report(
         for kind, named in files.items()
         for name, file in named.items()
     }
-    metrics = {name: artifacts.read_json(file) for name, file in merged_models.items()}
+    metrics = {name: artifacts.read_json(file, formats.Metrics) for name, file in merged_models.items()}
     folders = _merged_below(work, metrics) if work else {}
     recipes = {name: recipe.read_recipe(folder) for name, folder in folders.items()}
     # What a recipe says is in the metrics' digest of it; what the stages took is no part of what a report is.
@@ -533,8 +534,8 @@ def write_report(
             raise UserError(f"{fisher_files[task]}: not the Fisher that {report.headline(metrics)} was merged with")
 
     def fill(folder: Path) -> Mapping[str, Any]:
-        alone = {task: _evaluated(file) for task, file in experts.items()}
-        table = report.tabulate(alone, {name: _evaluated(file) for name, file in merged_models.items()})
+        alone = {task: evaluated(file) for task, file in experts.items()}
+        table = report.tabulate(alone, {name: evaluated(file) for name, file in merged_models.items()})
         fisher = {task: artifacts.read_fisher(file)[0] for task, file in fisher_files.items()}
         names = {name: name for name in table.tasks} | {path.name: name for name, path in folders.items()}
         return report.write(folder, table, fisher, recipes, _costs(work, names) if work else [])
@@ -542,8 +543,9 @@ def write_report(
     return stage.run_folder("report", out, key, fill)
 
 
-def _evaluated(metrics: Path) -> report.Evaluated:
-    return report.Evaluated(artifacts.read_json(metrics), artifacts.read_predictions(metrics))
+def evaluated(metrics: Path) -> report.Evaluated:
+    """What a metrics file says, and the predictions beside it."""
+    return report.Evaluated(artifacts.read_json(metrics, formats.Metrics), artifacts.read_predictions(metrics))
 
 
 def _merged_below(work: Path, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:

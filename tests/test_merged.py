@@ -158,7 +158,7 @@ def test_the_recipe_says_how_it_was_made_and_what_the_caller_adds(tmp_path: Path
         folders,
         method="average",
         coefficients={"mrpc": 3.0},
-        recipe={"key": "k", "experts": {"mrpc": "r"}},
+        recipe={"key": "k", "experts": {"mrpc": {"digest": "d", "revision": "r"}}},
     )
     assert stated == recipe.read_recipe(tmp_path / "out")
     assert {
@@ -170,7 +170,7 @@ def test_the_recipe_says_how_it_was_made_and_what_the_caller_adds(tmp_path: Path
         "coefficients": {"mnli": 1.0, "mrpc": 3.0, "stsb": 1.0},
         "scale": 1.0,
         "key": "k",
-        "experts": {"mrpc": "r"},
+        "experts": {"mrpc": {"digest": "d", "revision": "r"}},
     }
 
 

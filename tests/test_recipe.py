@@ -9,12 +9,14 @@ from fmn import recipe
 from fmn.artifacts import digest_files
 from fmn.errors import UserError
 
+MADE = {"tasks": ["mrpc"], "method": "average", "coefficients": {"mrpc": 1.0}}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "tasks" / "mrpc").mkdir(parents=True)
     (tmp_path / "tasks" / "mrpc" / "config.json").write_text("{}")
-    content = {"format": recipe.FORMAT, "tasks": ["mrpc"], "files": digest_files(tmp_path)}
+    content = {"format": recipe.FORMAT, **MADE, "files": digest_files(tmp_path)}
     (tmp_path / recipe.RECIPE).write_text(json.dumps(content))
     return tmp_path
 
@@ -52,9 +54,7 @@ def test_what_is_no_recipe_is_refused(folder: Path, text: str) -> None:
 
 def test_a_recipe_that_says_something_else_than_was_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("weights")
-    recipe.write_recipe(
-        tmp_path, {"format": recipe.FORMAT, "tasks": ["mrpc"], "scale": 1.5, "files": digest_files(tmp_path)}
-    )
+    recipe.write_recipe(tmp_path, {"format": recipe.FORMAT, **MADE, "scale": 1.5, "files": digest_files(tmp_path)})
     recipe.verify(tmp_path)
     file = tmp_path / recipe.RECIPE
     for scale in ("1.7", "NaN"):

@@ -247,7 +247,7 @@ def test_what_belongs_to_another_merge_is_refused(tiny_work: Path, tmp_path: Pat
     refused("leave out --coefficient and --scale", scale=2.0)
     refused("no such file", coefficients=tmp_path / "nowhere.json")
     artifacts.write_json(tmp_path / "other.json", "evaluate", "key", {"score": 1.0})
-    refused("not coefficients", coefficients=tmp_path / "other.json")
+    refused("`fmn search` makes coefficients", coefficients=tmp_path / "other.json")
     edited = json.loads(file.read_text()) | {"scale": 2.0}
     (tmp_path / "edited.json").write_text(json.dumps(edited))
     refused("not what was written", coefficients=tmp_path / "edited.json")
