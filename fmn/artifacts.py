@@ -120,8 +120,9 @@ def _remove(path: Path) -> None:
 def check_replaceable(out: Path) -> None:
     """Refuse an output that would replace what fmn did not make: UserError that names it.
 
-    A folder must be empty or hold a manifest or a recipe; a file must be Parquet, JSON or safetensors as its name says,
-    and JSON that can be read, and safetensors, must carry fmn's mark.
+    A folder must be empty or hold a manifest or a recipe. A file must be empty, or Parquet, JSON or safetensors as its
+    name says, and JSON that can be read, and safetensors, must carry fmn's mark; or have the note beside it that
+    `write_cost` left, as the mark may be what was damaged.
     """
     if out.name in ("", ".."):
         raise UserError(f"--out {out}: name a folder or file of its own")
@@ -134,6 +135,7 @@ def check_replaceable(out: Path) -> None:
         if out.suffix == ".safetensors":
             with out.open("rb") as file:
                 made = b'{"__metadata__":{"fmn":' in file.read(64)
+        made = made or not out.stat().st_size or _cost(out).is_file()
     if not made:
         raise UserError(f"--out {out}: something that fmn did not make is there; choose another --out, or remove it")
 
@@ -258,12 +260,16 @@ def _mark(content: dict[str, Any]) -> dict[str, Any]:
     return mark if isinstance(mark, dict) else {}
 
 
+def _cost(out: Path) -> Path:
+    return out.with_name(f".{out.name}{COST}")
+
+
 def write_cost(out: Path, stage: str, seconds: float) -> None:
     """Keep, beside an output, how long the run of `stage` took that made it.
 
     A file of its own, hidden from digests and from DVC: a clock is no part of what an output is.
     """
-    with whole_file(out.with_name(f".{out.name}{COST}")) as file:
+    with whole_file(_cost(out)) as file:
         file.write_text(json.dumps({"stage": stage, "seconds": round(seconds, 3)}) + "\n")
 
 

@@ -62,6 +62,14 @@ def test_a_model_is_no_statistic_and_is_not_replaced(tmp_path: Path) -> None:
         statistics.read(path, "gram")
     with pytest.raises(UserError, match="did not make"):
         artifacts.check_replaceable(path)
+    artifacts.write_cost(path, "gram", 1)  # so fmn made one here, whatever became of it
+    artifacts.check_replaceable(path)
+
+
+def test_an_empty_file_may_be_replaced(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "a.json", "a.parquet"):
+        (tmp_path / name).touch()
+        artifacts.check_replaceable(tmp_path / name)
 
 
 def test_metadata_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
