@@ -26,6 +26,7 @@ from urllib.parse import quote
 import filelock
 
 from fmn import machine, promotion, tasks
+from fmn.artifacts import digest_bytes
 from fmn.errors import UserError, redacted
 from fmn.promotion import CHALLENGER, CHAMPION, Decision, Standing
 
@@ -131,14 +132,14 @@ def page(port: int) -> str:
 
 @contextmanager
 def _client() -> Iterator[mlflow.MlflowClient]:
-    """A client of the store; one process of a workspace at a time, and of all that share an sqlite file.
+    """A client of the store; one process at a time of all that share an sqlite file, or a machine, user and server.
 
     The first one creates its tables, and whether a version takes the champion's place depends on who holds it.
     """
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     file = _database(uri)
-    lock = file.with_name(f".{file.name}.lock") if file else Path(".mlflow.lock")
+    lock = _lock(uri, file)
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with warnings.catch_warnings(), filelock.FileLock(lock):
@@ -153,6 +154,13 @@ def _client() -> Iterator[mlflow.MlflowClient]:
         if of_http or isinstance(error, MlflowException | SQLAlchemyError):
             raise UserError(f"MLflow at {uri}: {_fault(error)}") from error
         raise
+
+
+def _lock(uri: str, file: Path | None) -> Path:
+    """Beside an sqlite file; of another store, where every workspace of a user finds it."""
+    if file:
+        return file.with_name(f".{file.name}.lock")
+    return Path(tempfile.gettempdir()) / f"fmn-{os.getuid()}" / f"{digest_bytes(uri.encode())[:16]}.lock"
 
 
 def _make_database(file: Path) -> None:

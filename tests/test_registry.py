@@ -342,7 +342,7 @@ def test_the_page_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TOGETHER = """
-import multiprocessing, sys
+import multiprocessing, os, sys, tempfile
 from pathlib import Path
 import torch, transformers  # once, before the fork
 from fmn import registry, registry_stages
@@ -353,6 +353,7 @@ context = multiprocessing.get_context("fork")
 start = context.Barrier(len(names))
 
 def register(name):
+    os.chdir(tempfile.mkdtemp())
     start.wait()
     settings = RegistrySettings(name=name)
     outcome = registry_stages.register(folder / "merged", folder / "metrics.json", None, None, settings)
@@ -365,11 +366,11 @@ sys.exit(max(one.exitcode for one in running))
 """
 
 
-def together(merged: Path, store: str, names: list[str]) -> list[str]:
-    """What registrations print that start at the same time, each in a process of its own."""
+def together(merged: Path, store: str, names: list[str], place: Path) -> list[str]:
+    """What registrations print that start at the same time, each in a process and a workspace of its own."""
     done = subprocess.run(
         [sys.executable, "-c", TOGETHER, str(merged), *names],
-        env={**os.environ, "MLFLOW_TRACKING_URI": store, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "MLFLOW_TRACKING_URI": store, "OMP_NUM_THREADS": "1", "TMPDIR": str(place)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -386,7 +387,7 @@ def test_the_same_content_is_registered_once_by_two_at_once(merged: Path) -> Non
 @pytest.mark.slow
 def test_ten_register_at_once_in_a_new_store(merged: Path, tmp_path: Path) -> None:
     names = [f"model-{number}" for number in range(10)]
-    said = together(merged, f"sqlite:///{tmp_path / 'mlflow.db'}", [*names, names[0]])
+    said = together(merged, f"sqlite:///{tmp_path / 'mlflow.db'}", [*names, names[0]], tmp_path)
     assert said == sorted([*(f"{name} 1 True" for name in names), f"{names[0]} 1 False"])
 
 
@@ -425,7 +426,7 @@ def test_a_tracking_server_takes_ten_registrations_at_once(
     kept = str(tmp_path / "kept")
     with serving("server", "--backend-store-uri", store, "--artifacts-destination", kept, path="health") as address:
         names = [f"model-{number}" for number in range(9)]
-        said = together(merged, address, [*names, names[0]])
+        said = together(merged, address, [*names, names[0]], tmp_path)
         assert said == sorted([*(f"{name} 1 True" for name in names), f"{names[0]} 1 False"])
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         assert registry.pin(f"models:/{names[3]}@champion") == f"models:/{names[3]}/1"
