@@ -9,13 +9,16 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
+from flows.server import answering
+from fmn.errors import UserError
 from tests.projects import make_project, start
 
-pytestmark = pytest.mark.slow
 PORT = "4391"
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_costs_a_line_and_the_run_is_taken_up_again(tiny_base: Path, tmp_path: Path) -> None:
     folder = make_project(tmp_path, tiny_base)
     url = f"http://127.0.0.1:{PORT}/api"
@@ -37,6 +40,7 @@ def test_a_server_that_dies_costs_a_line_and_the_run_is_taken_up_again(tiny_base
     assert err == line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "status", "line"),
     [(signal.SIGINT, 130, "fmn: interrupted; finished stages are kept\n"), (signal.SIGTERM, 143, "")],
@@ -55,6 +59,16 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(
     assert (process.returncode, err) == (status, line)
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+
+
+def test_a_home_that_cannot_be_written_is_told_before_a_server_starts() -> None:
+    home = Path("/sys/prefect")  # where nobody can
+    with (
+        temporary_settings({PREFECT_HOME: home}, restore_defaults={PREFECT_API_URL}),
+        pytest.raises(UserError, match=r"/sys/prefect: .*(read-only|no permission)"),
+        answering(),
+    ):
+        raise AssertionError("it went on")
 
 
 def wait_for(url: str) -> None:
