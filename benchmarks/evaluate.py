@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     found = [measure(name, Path(folder), options) for name, folder in pairs(options.expert, "--expert").items()]
-    numbers = {"setting": machine(options.device), "options": {k: str(v) for k, v in vars(options).items()}}
+    numbers = {"setting": machine(options.device), "examples": options.examples, "cpu_time": options.cpu_time}
     keep(options.out, {**numbers, "results": found}, table(found))
 
 

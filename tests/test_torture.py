@@ -1,6 +1,6 @@
 """Kills, rot and crowds: what a pipeline makes comes out right or not at all, whatever happens in between.
 
-Short with `make test-slow`; `make torture` sets FMN_TORTURE and takes its time.
+Short as a part of `make test`; `make torture` sets FMN_TORTURE and takes its time.
 """
 
 import os
@@ -14,32 +14,29 @@ import pytest
 
 from tests import torture
 
-pytestmark = pytest.mark.slow
 LONG = bool(os.environ.get("FMN_TORTURE"))
-KILLS = 40 if LONG else 3
+KILLS = 40 if LONG else 2
 ROTTEN = 25 if LONG else 2
 SEED = int(os.environ.get("FMN_TORTURE_SEED", "0"))
 
 
 @pytest.fixture(scope="module")
-def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose pipeline has run once."""
+def undisturbed(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A project whose pipeline has run once, and the seconds that it took."""
     folder = torture.make_project(tmp_path_factory.mktemp("undisturbed"), tiny_base)
+    began = time.monotonic()
     done = torture.finish(torture.flow(folder))
     assert done.code == 0, done.said
-    return folder
+    return folder, time.monotonic() - began
 
 
-@pytest.fixture(scope="module")
-def seconds(project: Path) -> float:
-    """About how long the pipeline takes when nothing is there."""
-    shutil.rmtree(project / "data" / "tiny")
-    began = time.monotonic()
-    assert torture.finish(torture.flow(project)).code == 0
-    return time.monotonic() - began
+@pytest.fixture
+def project(undisturbed: tuple[Path, float]) -> Path:
+    return undisturbed[0]
 
 
-def test_kills_change_nothing(project: Path, seconds: float, tiny_base: Path, tmp_path: Path) -> None:
+def test_kills_change_nothing(undisturbed: tuple[Path, float], tiny_base: Path, tmp_path: Path) -> None:
+    project, seconds = undisturbed
     chance = random.Random(SEED)
     folder = torture.make_project(tmp_path, tiny_base)
     work = folder / "data" / "tiny"
