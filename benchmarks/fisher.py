@@ -71,7 +71,8 @@ def main() -> None:
         for dtype in options.dtypes:
             setting = Setting(model.to(device), examples, device, dtype)
             results.append({"model": name, "dtype": dtype, **measure(setting, options.rounds, options.exact)})
-    numbers = {"setting": machine(device), "options": {k: str(v) for k, v in vars(options).items()}}
+    kept = {name: str(value) for name, value in vars(options).items() if name not in ("glue", "out")}
+    numbers = {"setting": machine(device), "options": kept}
     keep(options.out, {**numbers, "results": results}, table(results))
     plot(results, options.out / "fisher.png")
 
