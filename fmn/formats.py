@@ -40,12 +40,10 @@ class Checkpoint(Stated):
     data_digest: str = ""
 
 
-class Weighing(Stated):
-    """A statistic that a merge took."""
+class Sampled(Stated):
+    """How a statistic was made."""
 
-    digest: str
     samples: int
-    values: str = ""
     key: str = ""
     estimator: str = ""
     stratified: bool = False
@@ -53,6 +51,13 @@ class Weighing(Stated):
     dtype: str = ""
     data_digest: str = ""
     threads: int = 1
+
+
+class Weighing(Sampled):
+    """A statistic that a merge took."""
+
+    digest: str
+    values: str = ""
 
 
 class Fit(Stated):
@@ -143,20 +148,12 @@ class Measured(Stated):
     digest: str
 
 
-class Statistic(Stated):
+class Statistic(Sampled):
     """What the metadata of a mask Fisher, a full Fisher or Gram matrices say."""
 
     task: str
     checkpoint: Measured
-    samples: int
-    key: str = ""
     labels: dict[str, Labels] = {}
-    estimator: str = ""
-    stratified: bool = False
-    seed: int = 0
-    dtype: str = ""
-    data_digest: str = ""
-    threads: int = 1
 
 
 class GramMatrices(Statistic):
