@@ -19,7 +19,7 @@ from torch import Tensor
 from fmn.regmean import damped, regress
 
 
-def shares(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
+def shares(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """Each expert's share of every node, ``lambda_j F_j / sum_j lambda_j F_j`` (Matena and Raffel 2022, eq. 4).
 
     Where that is 0/0, because no expert with a coefficient has any Fisher there, the share is ``lambda_j / sum_j
@@ -30,17 +30,17 @@ def shares(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tens
         coefficients: ``lambda_j``, at least zero and not all zero.
 
     Returns:
-        float64 tensors of the same shape that sum to one over the experts.
+        float64 [experts, *shape], which sums to one over the experts.
     """
     evidence = torch.stack(list(fisher)).double().log()  # [experts, *nodes]
     lambdas = torch.tensor(list(coefficients), dtype=torch.float64).log()
     lambdas = lambdas.reshape(-1, *[1] * (evidence.ndim - 1)).expand_as(evidence)
     logits = lambdas + evidence
     logits = torch.where(logits.isneginf().all(0), lambdas, logits)
-    return list(logits.softmax(0).unbind(0))
+    return logits.softmax(0)
 
 
-def weighted_mean(tensors: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
+def weighted_mean(tensors: Sequence[Tensor], shares: Tensor) -> Tensor:
     """``sum_j s_j theta_j`` with shares that sum to one and broadcast against the tensors, as a running mean.
 
     Every step moves the mean towards one expert, ``m += s_j / (s_1 + ... + s_j) (theta_j - m)`` (West 1979, "Updating
@@ -50,19 +50,18 @@ def weighted_mean(tensors: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor
 
     Args:
         tensors: of any floating dtypes.
-        shares: from `shares`, one shape for all.
+        shares: from `shares`, [experts, *nodes].
 
     Returns:
         a tensor of its own, float32 or, where a tensor is, float64.
     """
     wide = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-    parts = np.stack([share.numpy() for share in shares])  # [experts, *nodes]
-    totals = parts.cumsum(0)
-    steps = np.divide(parts, totals, out=np.zeros_like(parts), where=totals > 0)[1:]
-    weights = steps.ravel().tolist() if steps.size == len(steps) else torch.from_numpy(steps).to(wide)
+    steps = shares.div(shares.cumsum(0)).nan_to_num_(0.0)[1:]  # 0/0: nobody has had a share yet
+    weights = steps.flatten().tolist() if steps.numel() == len(steps) else steps.to(wide)
     mean = tensors[0].to(wide, copy=len(tensors) == 1)
-    for tensor, weight in zip(tensors[1:], weights, strict=True):
-        mean = torch.lerp(mean, tensor if tensor.dtype == wide else tensor.to(wide), weight)
+    for number, (tensor, weight) in enumerate(zip(tensors[1:], weights, strict=True)):
+        step = torch.lerp if number == 0 else Tensor.lerp_  # the first makes the mean a tensor of its own
+        mean = step(mean, tensor if tensor.dtype == wide else tensor.to(wide), weight)
     return mean
 
 
@@ -269,7 +268,7 @@ class Part:
         first: the flat position of the part's first element in the parameter.
         experts: each [rows, columns] in its stored dtype; a vector is a matrix of one column.
         base: the same of the base model, where the method or the scale asks for it.
-        shares: from `shares`, broadcastable against the experts.
+        shares: from `shares`, [experts, rows or 1, columns or 1].
         settings: what is the same for all parts.
         fisher: every expert's full Fisher information of these elements, where the method takes it.
         regression: where the method is a regression and the parameter a matrix whose inputs are known; then the part is
@@ -281,7 +280,7 @@ class Part:
     first: int
     experts: tuple[Tensor, ...]
     base: Tensor | None
-    shares: tuple[Tensor, ...]
+    shares: Tensor
     settings: Settings
     fisher: tuple[Tensor, ...] = ()
     regression: Regression | None = None

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
@@ -207,7 +207,7 @@ def _partial_sums(experts: Mapping[str, Path], **options: Unpack[Options]) -> Su
     plan = _plan(experts, **options)
     count = len(plan.settings.tasks)
     added = options["method"] == "task-arithmetic"
-    ones = [torch.ones((), dtype=torch.float64)] * count
+    ones = torch.ones(count, dtype=torch.float64)
     weights = (lambda name: ones) if added else plan.recipe.shares
     floating = {parameter.slot.name: parameter.slot.dtype.is_floating_point for parameter in plan.parameters}
     parameters = [
@@ -229,7 +229,7 @@ def _partial_sums(experts: Mapping[str, Path], **options: Unpack[Options]) -> Su
         if based:
             base[name] = tensors[count]
         if not added:
-            denominators[name] = torch.stack(list(weights(name)))
+            denominators[name] = weights(name)
     return Sums(numerators, denominators, base, same)
 
 
@@ -364,6 +364,7 @@ class _Weigher:
     ) -> None:
         self.coefficients = coefficients
         self.values: list[NodeValues] = []
+        self.claimed = cache(self._claimed)  # most parameters of a model share a claim
         ones = torch.ones((), dtype=torch.float64)
         self.even = shares([ones] * len(coefficients), coefficients)
         if needs.fisher != "nodes":
@@ -377,11 +378,13 @@ class _Weigher:
             for nodes in (_checked(task, fisher.get(task), counts) for task in tasks)
         ]
 
-    def shares(self, name: str) -> Sequence[Tensor]:
-        """The experts' shares of a parameter, broadcastable against it."""
+    def shares(self, name: str) -> Tensor:
+        """The experts' shares of a parameter, [experts, ...], broadcastable against it."""
         if not self.values:
             return self.even
-        claim = self.claims[name]
+        return self.claimed(self.claims[name])
+
+    def _claimed(self, claim: architectures.Claim) -> Tensor:
         fisher = [torch.from_numpy(architectures.weights(claim, nodes)) for nodes in self.values]
         return shares(fisher, self.coefficients)
 

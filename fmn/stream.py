@@ -101,13 +101,13 @@ class Recipe:
         method: one of `fmn.merge.METHODS`.
         settings: of the method; every sequence that has an item an expert is in the order of its tasks.
         scale: of the merged task vector; 1 leaves it.
-        shares: a parameter's name to every expert's share, float64, broadcastable against the parameter.
+        shares: a parameter's name to every expert's share, float64 [experts, ...], broadcastable against the parameter.
     """
 
     method: Method
     settings: Settings
     scale: float
-    shares: Callable[[str], Sequence[Tensor]]
+    shares: Callable[[str], Tensor]
 
 
 class Read(Protocol):
@@ -210,7 +210,7 @@ def merge(parameters: Sequence[Parameter], recipe: Recipe) -> Iterator[Tensor]:
             if not parameter.slot.dtype.is_floating_point:
                 yield from _same(parameter, recipe.settings.tasks, read)
                 continue
-            shares = [_columns(share, parameter.slot.shape) for share in recipe.shares(parameter.slot.name)]
+            shares = _columns(recipe.shares(parameter.slot.name), parameter.slot.shape)
             passes = partial(_parts, parameter, recipe, shares, read)
             measured = recipe.method.measure(passes) if math.prod(parameter.slot.shape) else None
             for part in passes():
@@ -300,10 +300,10 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
-def _columns(share: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A share that broadcasts against a tensor of this shape, as one for the tensor seen as [rows, columns]."""
-    by_row = math.prod(share.shape[1:]) == 1
-    return share.reshape(-1, 1) if by_row else share.expand(share.shape[0], *shape[1:]).flatten(1)
+def _columns(shares: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Shares that broadcast against a tensor of this shape, as [experts, rows or 1, columns or 1] of it as a matrix."""
+    by_row = math.prod(shares.shape[2:]) == 1
+    return shares.reshape(len(shares), -1, 1) if by_row else shares.expand(*shares.shape[:2], *shape[1:]).flatten(2)
 
 
 def _spans(rows: int, columns: int, limit: int) -> Iterator[Span]:
@@ -315,7 +315,7 @@ def _spans(rows: int, columns: int, limit: int) -> Iterator[Span]:
             yield Span(slice(row, min(row + step, rows)), slice(column, min(column + width, columns)))
 
 
-def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read: Read) -> Iterator[Part]:
+def _parts(parameter: Parameter, recipe: Recipe, shares: Tensor, read: Read) -> Iterator[Part]:
     rows, columns = _matrix(parameter.slot.shape)
     sources = _sources(parameter)
     limit = max(1, WORKING_SET // 8 // (len(sources) + 2))
@@ -334,7 +334,7 @@ def _parts(parameter: Parameter, recipe: Recipe, shares: Sequence[Tensor], read:
             first=first,
             experts=tuple(tensors[:count]),
             base=tensors[count] if parameter.base is not None else None,
-            shares=tuple(_cut(share, span) for share in shares),
+            shares=_cut(shares, span),
             settings=recipe.settings,
             fisher=tuple(tensors[len(tensors) - len(parameter.fisher) :]),
             regression=_regression(parameter.regression, read),
@@ -355,10 +355,10 @@ def _regression(stored: StoredRegression | None, read: Read) -> Regression | Non
     return Regression(gram, stored.weights, stored.transposed)
 
 
-def _cut(share: Tensor, span: Span) -> Tensor:
-    """The part of a broadcast [rows or 1, columns or 1] that belongs to a span."""
-    share = share[span.rows] if share.shape[0] > 1 else share
-    return share[:, span.columns] if share.shape[1] > 1 else share
+def _cut(shares: Tensor, span: Span) -> Tensor:
+    """The part of [experts, rows or 1, columns or 1] that belongs to a span."""
+    shares = shares[:, span.rows] if shares.shape[1] > 1 else shares
+    return shares[:, :, span.columns] if shares.shape[2] > 1 else shares
 
 
 def finite(tensor: Tensor) -> bool:

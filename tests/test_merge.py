@@ -31,7 +31,7 @@ FISHER = st.one_of(st.just(0.0), st.floats(0, 1e300), st.floats(0, 1e-300))
 COEFFICIENT = st.one_of(st.just(0.0), st.floats(1e-3, 1e3))
 
 
-def doubles(values: Sequence[float]) -> Tensor:
+def doubles(values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -86,14 +86,14 @@ def test_identical_experts_give_the_expert_bit_for_bit(
 def test_an_expert_with_the_whole_share_is_the_mean(dtype: torch.dtype) -> None:
     experts = [torch.tensor([0.1, -3.0, 7e-5]).to(dtype) * 10.0**power for power in (-2, 3, 0)]
     for chosen, expert in enumerate(experts):
-        mean = weighted_mean(experts, [doubles([float(number == chosen)]) for number in range(3)])
+        mean = weighted_mean(experts, doubles([[float(number == chosen)] for number in range(3)]))
         assert mean.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.equal(mean.to(dtype), expert)
 
 
 def test_the_mean_of_one_expert_is_a_tensor_of_its_own() -> None:
     expert = torch.zeros(3)
-    weighted_mean([expert], [doubles([1.0])]).add_(1)
+    weighted_mean([expert], doubles([[1.0]])).add_(1)
     assert not expert.any()
 
 
@@ -104,7 +104,7 @@ def test_what_is_not_finite_is_never_lost(by_row: bool, given: tuple[float, ...]
     for bad in range(3):
         experts = [float32((40, 9), seed) for seed in range(3)]
         experts[bad][17, 4] = value
-        mean = weighted_mean(experts, [torch.full((40 if by_row else 1, 1), share).double() for share in given])
+        mean = weighted_mean(experts, doubles(given).reshape(3, 1, 1).expand(3, 40 if by_row else 1, 1))
         assert not mean[17, 4].isfinite()
         assert int(mean.isfinite().sum()) == 40 * 9 - 1
 
@@ -113,7 +113,7 @@ def test_what_is_not_finite_is_never_lost(by_row: bool, given: tuple[float, ...]
 @given(problems())
 def test_shares_are_a_convex_combination(problem: tuple[list[Tensor], list[Tensor], list[float]]) -> None:
     _, fisher, coefficients = problem
-    parts = torch.stack(shares(fisher, coefficients))
+    parts = shares(fisher, coefficients)
     assert (parts >= 0).all()
     torch.testing.assert_close(parts.sum(0), torch.ones_like(parts[0]), rtol=1e-14, atol=0)
     assert all((part == 0).all() for part, coefficient in zip(parts, coefficients, strict=True) if coefficient == 0)
@@ -121,7 +121,7 @@ def test_shares_are_a_convex_combination(problem: tuple[list[Tensor], list[Tenso
 
 def test_a_node_without_fisher_takes_the_weighted_average() -> None:
     fisher = [doubles([0.0, 0.0, 1.0]), doubles([0.0, 2.0, 1.0])]
-    parts = torch.stack(shares(fisher, [3.0, 1.0]))
+    parts = shares(fisher, [3.0, 1.0])
     torch.testing.assert_close(parts, torch.stack([doubles([0.75, 0.0, 0.75]), doubles([0.25, 1.0, 0.25])]))
 
 
@@ -175,7 +175,7 @@ def run(
     def passes() -> Iterator[Part]:
         for start in range(0, height, height if whole or rows is None else rows):
             cut = [tensor[start : start + (height if whole or rows is None else rows)] for tensor in tensors]
-            yield Part("weight", shape, start * width, tuple(cut[:-1]), cut[-1], tuple(even), settings)
+            yield Part("weight", shape, start * width, tuple(cut[:-1]), cut[-1], even, settings)
 
     measured = chosen.measure(passes)
     return torch.cat([chosen.combine(part, measured) for part in passes()]).reshape(shape).numpy()
@@ -299,8 +299,8 @@ def test_partial_sums_recombine_to_the_merge_with_any_coefficients(
     lambdas = data.draw(st.lists(st.floats(0.05, 20), min_size=len(experts), max_size=len(experts)))
     equal = shares(fisher, [1.0] * len(experts))
     tasks = tuple(map(str, range(len(experts))))
-    part = Part("p", experts[0].shape, 0, tuple(experts), None, tuple(equal), Settings(tasks, (), 1.0, 0))
-    found = recombine(Sums({"p": summands(part).float()}, {"p": torch.stack(equal)}, {}, {}), lambdas)["p"]
+    part = Part("p", experts[0].shape, 0, tuple(experts), None, equal, Settings(tasks, (), 1.0, 0))
+    found = recombine(Sums({"p": summands(part).float()}, {"p": equal}, {}, {}), lambdas)["p"]
     largest = max(float(tensor.abs().max()) for tensor in experts)
     torch.testing.assert_close(found, merge(experts, fisher, lambdas), rtol=1e-5, atol=1e-5 * largest)
 
@@ -308,6 +308,6 @@ def test_partial_sums_recombine_to_the_merge_with_any_coefficients(
 def test_partial_sums_of_nodes_without_fisher_are_averaged_by_lambda() -> None:
     experts, none = [torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0, 4.0]])], [torch.zeros(1, 1)] * 2
     equal = shares(none, [1.0, 1.0])
-    part = Part("p", (1, 2), 0, tuple(experts), None, tuple(equal), Settings(("a", "b"), (), 1.0, 0))
-    found = recombine(Sums({"p": summands(part).float()}, {"p": torch.stack(equal)}, {}, {}), [3.0, 1.0])["p"]
+    part = Part("p", (1, 2), 0, tuple(experts), None, equal, Settings(("a", "b"), (), 1.0, 0))
+    found = recombine(Sums({"p": summands(part).float()}, {"p": equal}, {}, {}), [3.0, 1.0])["p"]
     torch.testing.assert_close(found, torch.tensor([[2.0, 2.5]]))

@@ -36,8 +36,8 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=GENERATOR).to(dtype)
 
 
-def even(count: int) -> list[Tensor]:
-    return [torch.tensor(1 / count, dtype=torch.float64)] * count
+def even(count: int) -> Tensor:
+    return torch.full((count,), 1 / count, dtype=torch.float64)
 
 
 def merge(
@@ -102,7 +102,7 @@ def test_shares_by_row_column_and_leading_axis(tmp_path: Path) -> None:
     experts = {task: checkpoint(tmp_path / task, tensors) for task, tensors in zip("ab", values, strict=True)}
     shapes = {"matrix": (7, 1), "tall": (1, 3), "wide": (1, 90), "vector": (13,), "cube": (1, 3, 1)}
     first = {name: torch.rand(shapes.get(name, ()), dtype=torch.float64) for name in SHAPES}
-    got = merge(tmp_path / "out", experts, shares=lambda name: [first[name], 1 - first[name]])
+    got = merge(tmp_path / "out", experts, shares=lambda name: torch.stack([first[name], 1 - first[name]]))
     for name, share in first.items():
         expected = share * values[0][name].double() + (1 - share) * values[1][name].double()
         torch.testing.assert_close(got[name], expected.float(), rtol=1e-6, atol=1e-6)
@@ -217,7 +217,7 @@ def test_an_expert_without_a_share_must_be_finite_too(tmp_path: Path) -> None:
     values = {"a": random(40, 30), "b": random(40, 30), "c": random(40, 30)}
     values["b"][7, 3] = float("inf")
     experts = {task: checkpoint(tmp_path / task, {"w": value}) for task, value in values.items()}
-    given = [torch.tensor(share, dtype=torch.float64) for share in (0.5, 0.0, 0.5)]
+    given = torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)
     with pytest.raises(UserError, match="expert b: tensor w holds NaN or Inf"):
         merge(tmp_path / "out", experts, shares=lambda name: given)
 
@@ -268,7 +268,7 @@ def peak():
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 folder, method = Path(sys.argv[2]), METHODS[sys.argv[3]]
 tasks = tuple("abcd")
-shares = [torch.tensor(0.25, dtype=torch.float64)] * 4
+shares = torch.full((4,), 0.25, dtype=torch.float64)
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
 parameters = stream.plan({task: tensor_headers(folder / task) for task in tasks}, tensor_headers(folder / "base"))
