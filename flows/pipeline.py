@@ -294,7 +294,7 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
         outcome: dict[str, Any] = pipeline(str(profile))
     layout = Layout(Path(params.load(profile).work))
     show_table(*outcome["table"])
-    say(outcome["legend"])
+    say(*outcome["notes"])
     registered = outcome["registered"]
     say(f"report     {layout.report / 'report.html'}")
     say(f"model      {layout.merged('merged')}")

@@ -537,7 +537,7 @@ def report(
 
     def show(summary: Mapping[str, Any]) -> None:
         show_table(*summary["table"])
-        say(summary["legend"])
+        say(*summary["notes"])
 
     _say(outcome, as_json, show)
 

@@ -29,8 +29,7 @@ CLEARLY = 0.001
 orders (Bonferroni), is below this."""
 
 CHANCE = 0.05
-"""An expert is better than chance when the one-sided binomial test against always answering the most frequent label is
-below this."""
+"""An expert is better than guessing (`guessed`) when the one-sided binomial test is below this."""
 
 SCORE = "score"  # what the output of a regression task is called
 
@@ -122,12 +121,13 @@ def by_data(one: Task, logits: np.ndarray, labels: np.ndarray, where: str) -> La
     gained, lost = (int((right[a] & ~right[b]).sum()) for a, b in ((order, identity), (identity, order)))
     if not (gained and _one_sided(gained, gained + lost, 0.5) * (factorial(one.num_outputs) - 1) < CLEARLY):
         order = identity
-    hits, most = int(right[order].sum()), int(np.bincount(labels).max())
-    if not _one_sided(hits, len(labels), most / len(labels)) < CHANCE:
+    hits, read = int(right[order].sum()), np.argsort(order)[answers]
+    if not better_than_guessing(one, read, labels):
         raise UserError(
             f"{one.name}: {where} is no better than chance: in the order of labels that suits it best it has"
-            f" {hits / len(labels):.1%} of {len(labels)} training rows right, the most frequent label alone"
-            f" {most / len(labels):.1%}; give an expert of this task, or name its labels in config.json (id2label)"
+            f" {hits / len(labels):.1%} of {len(labels)} training rows right,"
+            f" guessing {guessed(one, read, labels):.1%}; give an expert of this task, or name its labels in"
+            " config.json (id2label)"
         )
     return {
         "order": list(order),
@@ -136,6 +136,21 @@ def by_data(one: Task, logits: np.ndarray, labels: np.ndarray, where: str) -> La
         "score": hits / len(labels),
         "as_is": float(right[identity].mean()),
     }
+
+
+def guessed(one: Task, answers: np.ndarray, labels: np.ndarray) -> float:
+    """The share of a classification task's rows, class ids [N], that guessing has right.
+
+    By always answering the most frequent label; where the task's metric is a Matthews correlation, which that does not
+    raise, by answering as often as these answers do each label (Cohen 1960, the expected agreement of kappa).
+    """
+    answered, present = ([np.mean(each == label) for label in range(one.num_outputs)] for each in (answers, labels))
+    return float(np.dot(answered, present) if "matthews_correlation" in one.metrics else max(present))
+
+
+def better_than_guessing(one: Task, answers: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether chance alone would hardly have so many of a classification task's rows right."""
+    return _one_sided(int((answers == labels).sum()), len(labels), guessed(one, answers, labels)) < CHANCE
 
 
 def _one_sided(hits: int, trials: int, share: float) -> float:

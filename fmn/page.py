@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.methods import NEEDS
 from fmn.pictures import Picture, differences_in_words, listed, seconds
-from fmn.report import BOUNDS, EXPERT, MACRO, Cost, Estimate, Table, metrics_of, percent, points, span, verdict
+from fmn.report import BOUNDS, EXPERT, MACRO, Cost, Estimate, Table, metrics_of, percent, points, remarks, span, verdict
 
 if TYPE_CHECKING:
     from fmn.comparison import Compared
@@ -207,7 +207,7 @@ def of_run(
         return [pictures[name] for name in names if name in pictures]
 
     parts = {
-        "Scores": [_scores(found), *shown("scores")],
+        "Scores": [_scores(found), bullets(remarks(found)) if found.guessing else "", *shown("scores")],
         "Which differences are real": [_differences(found), *shown("differences")],
         "How it was merged": [_recipes(recipes), _experts(recipes.get(found.headline))],
         "Where the experts' information lies": shown("fisher-heads", "fisher-neurons"),

@@ -63,6 +63,7 @@ class Table:
         tasks: in order.
         examples: how many there are, by task.
         columns: by name, in order; EXPERT last, where there are experts.
+        guessing: the tasks whose expert is no better than guessing on these examples.
         headline: the column that the others are held against.
         differences: the headline's score less another column's, by column, by task and MACRO.
     """
@@ -72,6 +73,7 @@ class Table:
     columns: Mapping[str, Column]
     headline: str
     differences: "Mapping[str, Mapping[str, Difference]]"
+    guessing: tuple[str, ...] = ()
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -125,7 +127,17 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
         for task, entry in entries.items()
     }
     columns = {name: column(one, drawn.get(EXPERT)) for name, one in drawn.items()}
-    return Table(tasks, counts, columns, head, differences)
+    guessing = tuple(task for task in alone if _guesses(task, answers[EXPERT][task], columns[EXPERT].scores[task]))
+    return Table(tasks, counts, columns, head, differences, guessing)
+
+
+def _guesses(task: str, given: "Splits", score: Estimate) -> bool:
+    """Whether a model's answers are no better than guessing; of a regression task, not surely correlated."""
+    from fmn.labels import better_than_guessing
+
+    if TASKS[task].regression:
+        return (score.interval[0] if score.interval else score.value) <= 0
+    return not any(better_than_guessing(TASKS[task], one.predicted, one.labels) for one in given.values())
 
 
 def headline(names: Iterable[str]) -> str:
@@ -258,6 +270,14 @@ def legend(body: Sequence[Sequence[str]]) -> str:
     )
 
 
+def remarks(table: Table) -> list[str]:
+    """What whoever reads such a table should know, a line each."""
+    return [
+        f"{task}: its expert alone is no better than guessing here, so shares of its score say little"
+        for task in table.guessing
+    ]
+
+
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     rule = ["---"] * len(header)
@@ -338,7 +358,8 @@ def write(
 ) -> dict[str, Any]:
     """Fill the folder ``out``: ``report.html``, its pictures in ``pictures``, and the numbers as JSON, CSV, Markdown.
 
-    Returns the numbers under ``results``; for a terminal the table's (header, rows) under ``table``, and ``legend``.
+    Returns the numbers under ``results``; for a terminal the table's (header, rows) under ``table``, and below it
+    ``notes``, a line each.
 
     Args:
         fisher: float64 [nodes] by site, by task; may be empty.
@@ -347,7 +368,7 @@ def write(
     """
     from fmn import page, pictures
 
-    found = {"results": results(table), "table": cells(table), "legend": legend(cells(table)[1])}
+    found = {"results": results(table), "table": cells(table), "notes": [legend(cells(table)[1]), *remarks(table)]}
     (out / "results.json").write_text(json.dumps(found["results"], indent=1) + "\n")
     (out / "table.md").write_text(markdown(*cells(table, width=1 << 10)))
     _write_csv(out / "scores.csv", _score_rows(table))

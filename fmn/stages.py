@@ -55,7 +55,7 @@ FISHER = 2
 FULL_FISHER = 1
 GRAM = 1
 EVALUATE = 3
-REPORT = 2
+REPORT = 3
 
 # The stages that a report says the cost of, in their order.
 COSTED = ("fetch", "data", "finetune", "fisher", "full-fisher", "gram", "search", "merge", "realign", "evaluate")

@@ -120,10 +120,24 @@ def test_an_order_that_is_not_clearly_better_is_not_taken() -> None:
 def test_a_model_no_better_than_chance_is_refused_with_its_score_and_that_of_chance() -> None:
     right = (np.arange(500) < 350).astype(np.int64)
     for answers in (np.ones(500, dtype=int), np.zeros(500, dtype=int), np.arange(500) % 2):
-        with pytest.raises(UserError, match=r"sst2: here is no better than chance: .* label alone 70\.0%"):
+        with pytest.raises(UserError, match=r"sst2: here is no better than chance: .* guessing 70\.0%"):
             labels.by_data(task("sst2"), np.eye(2)[answers], right, "here")
     better = np.where(np.arange(500) < 400, right, 1 - right)  # 80 % of the rows
     assert labels.by_data(task("sst2"), np.eye(2)[better], right, "here")["score"] == 0.8
+
+
+def test_a_rare_label_that_is_found_now_and_then_is_more_than_guessing_where_the_metric_says_so() -> None:
+    right = (np.arange(500) < 350).astype(np.int64)  # 70 % acceptable
+    answers = np.where((np.arange(500) // 7) % 2 == 0, 1, right)  # half of the others found
+    answers[:80] = 0  # at the price of as many errors: 69 % right, Matthews 0.2
+    share = float((answers == right).mean())
+    assert 0.65 < share < 0.7
+    assert labels.by_data(task("cola"), np.eye(2)[answers], right, "here")["score"] == share
+    with pytest.raises(UserError, match=r"no better than chance: .* guessing 70\.0%"):
+        labels.by_data(task("sst2"), np.eye(2)[answers], right, "here")
+    for known in (np.ones(500, dtype=int), np.arange(500) % 2):
+        with pytest.raises(UserError, match="cola: here is no better than chance"):
+            labels.by_data(task("cola"), np.eye(2)[known], right, "here")
 
 
 @pytest.mark.parametrize("slope", [-1.0, 0.0])

@@ -146,6 +146,16 @@ def test_more_models_leave_out_the_examples_first_then_the_intervals(
     assert ("±" in report.legend(body)) == intervals_too
 
 
+def test_an_expert_that_guesses_is_said_to_and_no_other() -> None:
+    assert report.tabulate(*reports.run(SEVEN)).guessing == ()
+    names = ("cola", "rte", "stsb")
+    merged = {"merged": reports.evaluated(names, 0.8)}
+    experts = dict(zip(names, (reports.evaluated(names, right) for right in (0.7, 0.5, 0.0)), strict=True))
+    found = report.tabulate(experts, merged)
+    assert found.guessing == ("rte", "stsb")
+    assert [line.split(":")[0] for line in report.remarks(found)] == ["rte", "stsb"]
+
+
 def test_every_split_of_mnli_stands_for_itself() -> None:
     entry = {"accuracy": 0.7, "examples": 30, "accuracy_mismatched": 0.6, "examples_mismatched": 20, "score": 0.65}
     spans = {"accuracy": [0.5, 0.8], "accuracy_mismatched": [0.4, 0.7]}
