@@ -126,3 +126,14 @@ def in_order(examples: Examples, size: int) -> Iterator[Batch]:
     for start in range(0, len(examples), size):
         rows = np.arange(start, min(start + size, len(examples)))
         yield pad_batch(examples, rows, int(lengths[rows].max()))
+
+
+def halved(batch: Batch, error: Exception) -> int:
+    """Tokens for half the batch that ran out of memory. Raises any other error, and UserError for a single example."""
+    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in str(error) for sign in signs):
+        raise error
+    if len(batch.rows) == 1:
+        raise UserError("memory does not suffice for one example: use a larger device or shorter texts") from error
+    width = next(iter(batch.inputs.values())).shape[1]
+    return len(batch.rows) // 2 * width

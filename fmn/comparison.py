@@ -218,7 +218,7 @@ def write(out: Path, cells: Cells) -> dict[str, Any]:
 
     Returns the first table's (header, rows) under "table", and its numbers.
     """
-    from fmn import page, pictures
+    from fmn import drawing, page, pictures
 
     found = compared(cells)
     numbers = {
@@ -240,7 +240,7 @@ def write(out: Path, cells: Cells) -> dict[str, Any]:
     (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     (out / "table.md").write_text("\n".join(_text(found)))
     drawn = pictures.of_comparison(found)
-    pictures.write(out / "pictures", drawn)
+    drawing.write(out / "pictures", drawn)
     (out / "report.html").write_text(page.of_comparison(found, drawn))
     return {"table": _methods(found), "methods": numbers}
 

@@ -1,7 +1,10 @@
 """Where to compute and in which precision: the one rule that fine-tuning, Fisher and evaluation share."""
 
+import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -69,3 +72,16 @@ def _native_bfloat16(device: torch.device) -> bool:
         able = torch.cpu.get_capabilities()
         return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     return False
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken on a device; of a CPU, by the system's account and the container's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError):
+        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        available = int(found[1]) * 1024 if found else available
+    with suppress(OSError, ValueError):  # the file is missing outside of containers, and may say "max"
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available

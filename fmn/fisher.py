@@ -12,15 +12,12 @@ layer's attention output projection.
 
 import hashlib
 import json
-import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -32,8 +29,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.architectures import MaskSite, NodeValues, Site, mask_sites
-from fmn.batches import Batch, Examples, by_length, random_order, select
-from fmn.devices import autocast, resolve_device, resolve_dtype
+from fmn.batches import Batch, Examples, by_length, halved, random_order, select
+from fmn.devices import autocast, free_memory, resolve_device, resolve_dtype
 from fmn.errors import UserError
 
 ESTIMATORS = ("empirical", "expected", "sampled", "batch")
@@ -179,7 +176,7 @@ def estimate(
                     found = _per_example(runner, sites, batch, draws, estimator, regression)
                     sums.add(found, batch.rows, stop - start)
                 except (MemoryError, RuntimeError) as error:
-                    sums.tokens = _halved(batch, error)
+                    sums.tokens = halved(batch, error)
                     continue
                 if first + sums.done == stop:
                     sums.close()
@@ -598,28 +595,5 @@ def _token_budget(sites: Sequence[MaskSite], lengths: np.ndarray, where: torch.d
         else:
             floats += 8 * site.nodes * site.channels + 2 * site.nodes * int(lengths.max())
     floats += 6 * _nodes(sites) / max(float(lengths.mean()), 1)
-    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else _free_memory()
-    fitting = max(int(free / 2 / (size * floats)), 1)
+    fitting = max(int(free_memory(where) / 2 / (size * floats)), 1)
     return min(1 << (fitting.bit_length() - 1), _MOST_TOKENS.get(where.type, _MOST_TOKENS["cpu"]))
-
-
-def _free_memory() -> int:
-    """Bytes that this process may still take, by the system's account and its container's."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError):
-        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-        available = int(found[1]) * 1024 if found else available
-    with suppress(OSError, ValueError):  # the file is missing outside of containers, and may say "max"
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return available
-
-
-def _halved(batch: Batch, error: Exception) -> int:
-    """Tokens for half the batch that ran out of memory. Raises any other error, and UserError for a single example."""
-    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in str(error) for sign in signs):
-        raise error
-    if len(batch.rows) == 1:
-        raise UserError("memory does not suffice for one example: use a larger device or shorter texts") from error
-    width = next(iter(batch.inputs.values())).shape[1]
-    return len(batch.rows) // 2 * width

@@ -121,11 +121,11 @@ def by_data(one: Task, logits: np.ndarray, labels: np.ndarray, where: str) -> La
     gained, lost = (int((right[a] & ~right[b]).sum()) for a, b in ((order, identity), (identity, order)))
     if not (gained and _one_sided(gained, gained + lost, 0.5) * (factorial(one.num_outputs) - 1) < CLEARLY):
         order = identity
-    hits, read = int(right[order].sum()), np.argsort(order)[answers]
+    score, read = float(right[order].mean()), np.argsort(order)[answers]
     if not better_than_guessing(one, read, labels):
         raise UserError(
             f"{one.name}: {where} is no better than chance: in the order of labels that suits it best it has"
-            f" {hits / len(labels):.1%} of {len(labels)} training rows right,"
+            f" {score:.1%} of {len(labels)} training rows right,"
             f" guessing {guessed(one, read, labels):.1%}; give an expert of this task, or name its labels in"
             " config.json (id2label)"
         )
@@ -133,7 +133,7 @@ def by_data(one: Task, logits: np.ndarray, labels: np.ndarray, where: str) -> La
         "order": list(order),
         "from": "training data",
         "rows": len(labels),
-        "score": hits / len(labels),
+        "score": score,
         "as_is": float(right[identity].mean()),
     }
 

@@ -61,7 +61,7 @@ def weighted_mean(tensors: Sequence[Tensor], shares: Tensor) -> Tensor:
     mean = tensors[0].to(wide, copy=len(tensors) == 1)
     for number, (tensor, weight) in enumerate(zip(tensors[1:], weights, strict=True)):
         step = torch.lerp if number == 0 else Tensor.lerp_  # the first makes the mean a tensor of its own
-        mean = step(mean, tensor if tensor.dtype == wide else tensor.to(wide), weight)
+        mean = step(mean, tensor.to(wide), weight)
     return mean
 
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fmn.drawing import Picture, listed
 from fmn.methods import NEEDS
-from fmn.pictures import Picture, differences_in_words, listed, seconds
+from fmn.pictures import differences_in_words, seconds
 from fmn.report import BOUNDS, EXPERT, MACRO, Cost, Estimate, Table, metrics_of, percent, points, remarks, span, verdict
 
 if TYPE_CHECKING:

@@ -1,21 +1,13 @@
-"""The pictures of a report, as SVG that says in words what it shows.
+"""The pictures of a report, as SVG that says in words what it shows."""
 
-Every picture can be read without colours: by position, by the shape of a marker, or by numbers in it. The colours are
-those of Okabe and Ito (2008), and for maps cividis (Nunez, Anderton and Renslow 2018), which colour-blind readers see
-as others do, and which print in grey in the right order.
-"""
-
-import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from html import escape
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fmn import drawing
+from fmn.drawing import Picture, listed
 from fmn.report import CERTAIN, EXPERT, MACRO, VERDICTS, Cost, Table, owned, percent, points, verdict
 
 if TYPE_CHECKING:
@@ -24,56 +16,6 @@ if TYPE_CHECKING:
 
     from fmn.architectures import NodeValues, Site
     from fmn.comparison import Compared
-
-INK, SOFT, FAINT = "#1f2328", "#59636e", "#d1d6dc"
-MARKERS: Mapping[str, tuple[str, str]] = {
-    "base": ("v", "#8c959f"),
-    "average": ("o", "#E69F00"),
-    EXPERT: ("s", INK),
-}
-HEADLINE = ("D", "#0072B2")
-OTHERS = (("^", "#009E73"), ("P", "#CC79A7"), ("X", "#D55E00"), ("<", "#56B4E9"), (">", "#000000"))
-INCHES = 9.2  # width of a picture: that of a page's text at its natural size
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "fmn",  # the same picture is the same file
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # wide, so that what a reader has instead fits too
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": SOFT,
-    "axes.edgecolor": FAINT,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": SOFT,
-    "ytick.labelcolor": INK,
-    "grid.color": "#e6e9ed",
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-}
-
-
-class Picture(NamedTuple):
-    """A picture: its file's name, what it is of, what it shows in words, how to read it, and the SVG itself."""
-
-    name: str
-    title: str
-    finding: str
-    reading: str
-    svg: str
-
-
-def write(folder: Path, drawn: Sequence[Picture]) -> None:
-    """Write every picture as NAME.svg into a new folder."""
-    folder.mkdir(parents=True)
-    for picture in drawn:
-        (folder / f"{picture.name}.svg").write_text(picture.svg + "\n")
 
 
 def of_run(
@@ -98,84 +40,15 @@ def of_comparison(found: "Compared") -> list[Picture]:
     return [*drawn, pairs(found)] if any(found.pairs.values()) else drawn
 
 
-# ---- what every picture has ----
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib as mpl
-
-    with mpl.rc_context(STYLE):
-        yield
-
-
-def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> "tuple[Figure, np.ndarray]":
-    """A figure of a page's width, and its axes [rows, columns]."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(INCHES, height), layout="constrained")
-    axes: np.ndarray = figure.subplots(rows, columns, squeeze=False, **options)
-    return figure, axes
-
-
-def _panels(count: int, height: float, **options: Any) -> "tuple[Figure, list[Axes], int]":
-    """A figure of small panels, its axes, and how many stand in a row; `height`: of a row, in inches."""
-    rows = -(-count // 4)
-    columns = max(2, -(-count // rows))
-    figure, axes = _figure(rows * height + 0.2, rows, columns, **options)
-    for axis in axes.flat[count:]:
-        axis.set_axis_off()
-    return figure, list(axes.flat[:count]), columns
-
-
-def _picture(figure: "Figure", name: str, title: str, finding: str, reading: str, details: str = "") -> Picture:
-    """The figure as SVG for a screen reader too, with ids that no other picture of a page has.
-
-    `details`: what a screen reader says beside the finding.
-    """
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # hundredths of a point are enough
-    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
-    said = f"{finding} {details}".strip()
-    words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(said)}</desc>'
-    start = svg.index(">")
-    attributes = f' role="img" aria-labelledby="{name}-title {name}-desc"'
-    return Picture(name, title, finding, reading, f"{svg[:start]}{attributes}>{words}{svg[start + 1 :]}")
-
-
-def _look(names: Sequence[str], headline: str) -> dict[str, tuple[str, str]]:
-    """The marker and the colour of every column."""
-    others = iter(OTHERS * len(names))
-    return {name: HEADLINE if name == headline else MARKERS.get(name) or next(others) for name in names}
-
-
-def _legend(figure: "Figure", look: Mapping[str, tuple[str, str]]) -> None:
-    from matplotlib.lines import Line2D
-
-    lines = [
-        Line2D([], [], marker=marker, color=colour, linewidth=1.2, markersize=5.5) for marker, colour in look.values()
-    ]
-    figure.legend(lines, list(look), loc="outside upper left", ncols=len(look), fontsize=9.5, handlelength=2.2)
-
-
-def listed(words: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
-
-
 # ---- scores ----
 
 
 def scores(table: Table) -> Picture:
     """A line for each task and column: the score and its interval."""
     names, rows = list(table.columns), table.rows
-    look = _look(names, table.headline)
-    with _style():
-        figure, axes = _figure(0.75 + len(rows) * (0.16 * len(names) + 0.14))
+    look = drawing.look(names, table.headline)
+    with drawing.style():
+        figure, axes = drawing.figure(0.75 + len(rows) * (0.16 * len(names) + 0.14))
         axis = axes[0, 0]
         step = len(names) + 1
         for group, row in enumerate(rows):
@@ -191,10 +64,10 @@ def scores(table: Table) -> Picture:
                 axis.plot(100 * value, y, marker, color=colour, markersize=6 if bold else 5)
                 axis.annotate(
                     percent(value), (100 * high, y), (6, 0), textcoords="offset points", va="center", fontsize=8,
-                    color=INK if bold else SOFT, fontweight="bold" if bold else "normal",
+                    color=drawing.INK if bold else drawing.SOFT, fontweight="bold" if bold else "normal",
                 )  # fmt: skip
             if group:
-                axis.axhline(group * step - 1, color=FAINT, linewidth=0.8 if row != MACRO else 1.6)
+                axis.axhline(group * step - 1, color=drawing.FAINT, linewidth=0.8 if row != MACRO else 1.6)
         middle = (len(names) - 1) / 2
         axis.set_yticks([group * step + middle for group in range(len(rows))], rows, fontsize=10)
         axis.tick_params("y", length=0)
@@ -205,8 +78,8 @@ def scores(table: Table) -> Picture:
         axis.grid(axis="x")
         axis.spines["left"].set_visible(False)
         axis.set_xlabel("score, %")
-        _legend(figure, look)
-        return _picture(
+        drawing.legend(figure, look)
+        return drawing.picture(
             figure, "scores", "Scores by task", _scores_in_words(table),
             "A line for each model: the marker is its score, the line its 95 % interval.",
         )  # fmt: skip
@@ -222,16 +95,16 @@ def _scores_in_words(table: Table) -> str:
 def differences(table: Table) -> Picture:
     """A panel for each other column: the headline's score less that one's, by task."""
     others, rows = list(table.differences), table.rows
-    with _style():
-        figure, axes = _figure(0.8 + 0.3 * len(rows), 1, len(others), sharey=True)
+    with drawing.style():
+        figure, axes = drawing.figure(0.8 + 0.3 * len(rows), 1, len(others), sharey=True)
         for axis, name in zip(axes[0], others, strict=True):
-            axis.axvline(0, color=SOFT, linewidth=0.8)
+            axis.axvline(0, color=drawing.SOFT, linewidth=0.8)
             for y, row in enumerate(rows):
                 if row not in table.differences[name]:
                     continue
                 one = table.differences[name][row]
                 real = one.p_value < CERTAIN
-                colour = SOFT if not real else "#0072B2" if one.difference > 0 else "#D55E00"
+                colour = drawing.SOFT if not real else "#0072B2" if one.difference > 0 else "#D55E00"
                 marker = "o" if not real else ">" if one.difference > 0 else "<"
                 axis.plot([100 * end for end in one.interval], [y, y], color=colour, linewidth=2 if real else 1.2)
                 axis.plot(
@@ -245,10 +118,10 @@ def differences(table: Table) -> Picture:
             axis.spines["left"].set_visible(False)
             axis.tick_params("y", length=0)
             if MACRO in rows:
-                axis.axhline(len(rows) - 1.5, color=FAINT, linewidth=1.6)
+                axis.axhline(len(rows) - 1.5, color=drawing.FAINT, linewidth=1.6)
         axes[0, 0].set_yticks(range(len(rows)), rows, fontsize=10)
         axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
-        return _picture(
+        return drawing.picture(
             figure, "differences", "Differences on the same examples", " ".join(differences_in_words(table)),
             "Filled and pointing right or left: better or worse, with p below 0.05. A hollow circle: within chance.",
             " ".join(differences_in_words(table, most=len(rows))),
@@ -321,9 +194,9 @@ def heads(fisher: "Mapping[str, NodeValues]") -> Picture:
 
     grids = {task: _grid(values) for task, values in fisher.items()}
     said = []
-    with _style():
+    with drawing.style():
         layers = max(len(names) for _, names in grids.values())
-        figure, axes, columns = _panels(len(grids), _row_height(layers))
+        figure, axes, columns = drawing.panels(len(grids), _row_height(layers))
         for place, (axis, (task, (grid, names))) in enumerate(zip(axes, grids.items(), strict=True)):
             mean = np.nanmean(grid) or 1.0
             shown = np.clip(grid / mean, 0.01, 10)
@@ -339,7 +212,7 @@ def heads(fisher: "Mapping[str, NodeValues]") -> Picture:
         bar.set_ticks([0.01, 0.1, 1, 10], labels=["0.01 ×", "0.1 ×", "mean", "10 ×"])
         bar.minorticks_off()
         _plain(bar)
-        return _picture(
+        return drawing.picture(
             figure, "fisher-heads", "Fisher information of the attention heads",
             f"The head with the most, by expert: {'; '.join(said)}.",
             "A panel for each expert: lighter heads matter more to it, on a logarithmic scale; a ring marks the first.",
@@ -350,8 +223,8 @@ def neurons(fisher: "Mapping[str, NodeValues]") -> Picture:
     """A panel for each expert: how its neurons' Fisher information is distributed in each layer."""
     said = []
     floor = 1e-4
-    with _style():
-        figure, axes, columns = _panels(len(fisher), 2.1, sharey=True)
+    with drawing.style():
+        figure, axes, columns = drawing.panels(len(fisher), 2.1, sharey=True)
         for place, (axis, (task, values)) in enumerate(zip(axes, fisher.items(), strict=True)):
             sites = _layers(values, neurons=True)
             mean = float(np.concatenate([values[site] for site in sites]).mean()) or 1.0
@@ -361,7 +234,7 @@ def neurons(fisher: "Mapping[str, NodeValues]") -> Picture:
             axis.vlines(layers, parts[:, 0], parts[:, 4], color="#0072B2", linewidth=1)
             axis.vlines(layers, parts[:, 1], parts[:, 3], color="#0072B2", linewidth=6, alpha=0.5)
             axis.plot(layers, parts[:, 2], "o", color="white", markeredgecolor="#0072B2", markersize=3.5)
-            axis.plot(layers, np.maximum(tops, floor), "x", color=SOFT, markersize=3.5, markeredgewidth=0.9)
+            axis.plot(layers, np.maximum(tops, floor), "x", color=drawing.SOFT, markersize=3.5, markeredgewidth=0.9)
             axis.set_yscale("log")
             step = max(1, len(sites) // 6)
             axis.set_xticks(layers[::step], [_label(site) for site in sites][::step], fontsize=8)
@@ -376,7 +249,7 @@ def neurons(fisher: "Mapping[str, NodeValues]") -> Picture:
             sums = np.array([values[site].sum() for site in sites])
             most = int(sums.argmax())
             said.append(f"{task} layer {_label(sites[most])} ({percent(sums[most] / (sums.sum() or 1.0))} % of all)")
-        return _picture(
+        return drawing.picture(
             figure, "fisher-neurons", "Fisher information of the neurons by layer",
             f"The layer whose neurons have the most, by expert: {'; '.join(said)}.",
             "By layer: the circle is the median neuron, the thick line the middle half, the thin line 90 % of them, the"
@@ -397,8 +270,8 @@ def owners(shares: "Mapping[str, NodeValues]") -> Picture:
     ]
     said = []
     top = _top(np.array([[shares[task][site].mean() for task in tasks] for _, sites in kinds for site in sites]))
-    with _style():
-        figure, axes = _figure(0.75 + len(kinds) * (0.5 + 0.27 * len(tasks)), len(kinds))
+    with drawing.style():
+        figure, axes = drawing.figure(0.75 + len(kinds) * (0.5 + 0.27 * len(tasks)), len(kinds))
         for axis, (title, sites) in zip(axes[:, 0], kinds, strict=True):
             grid = np.array([[shares[task][site].mean() for site in sites] for task in tasks])  # [experts, layers]
             every = np.array([np.concatenate([shares[task][site] for site in sites]).mean() for task in tasks])
@@ -417,7 +290,7 @@ def owners(shares: "Mapping[str, NodeValues]") -> Picture:
         axes[-1, 0].set_xlabel("layer", fontsize=8)
         bar = _scale(figure, image, list(axes[:, 0]))
         _shares_bar(bar, len(tasks), top)
-        return _picture(
+        return drawing.picture(
             figure, "owners", "Who owns what in the merged model, by layer",
             f"Of {len(tasks)} experts, {listed(said)}; an equal share is {percent(1 / len(tasks))} %.",
             "Each number is an expert's share in percent, the mean over the layer's nodes; the columns add up to 100.",
@@ -457,9 +330,9 @@ def owned_heads(shares: "Mapping[str, NodeValues]") -> Picture:
     there = ~np.isnan(next(iter(grids.values()))[0])
     top = _top(np.array([grid for grid, _ in grids.values()]))
     said = []
-    with _style():
+    with drawing.style():
         layers = max(len(names) for _, names in grids.values())
-        figure, axes, columns = _panels(len(grids), _row_height(layers))
+        figure, axes, columns = drawing.panels(len(grids), _row_height(layers))
         for place, (axis, (task, (grid, names))) in enumerate(zip(axes, grids.items(), strict=True)):
             image = _map(axis, grid, names, vmin=0, vmax=top)
             first = (winners == place) & there
@@ -473,7 +346,7 @@ def owned_heads(shares: "Mapping[str, NodeValues]") -> Picture:
             said.append(f"{task} {int(first.sum())}")
         bar = _scale(figure, image, axes)
         _shares_bar(bar, len(grids), top)
-        return _picture(
+        return drawing.picture(
             figure, "owners-heads", "Who owns which attention head",
             f"Of {int(there.sum())} attention heads, the expert with the largest share is: {', '.join(said)}.",
             "A panel for each expert: the lighter, the larger its share of the head; a dot where it has the largest.",
@@ -486,11 +359,11 @@ def owned_heads(shares: "Mapping[str, NodeValues]") -> Picture:
 def methods(found: "Compared") -> Picture:
     """A line for each method: what it keeps of the experts' scores in the mean over the sets, best first."""
     order = sorted(found.means, key=lambda method: -found.means[method]["mean"].value)
-    look = {method: MARKERS.get(method, OTHERS[0]) for method in order} | {found.best: HEADLINE}
-    with _style():
-        figure, axes = _figure(0.6 + 0.24 * len(order))
+    look = {method: drawing.MARKERS.get(method, drawing.OTHERS[0]) for method in order} | {found.best: drawing.HEADLINE}
+    with drawing.style():
+        figure, axes = drawing.figure(0.6 + 0.24 * len(order))
         axis = axes[0, 0]
-        axis.axvline(100, color=INK, linewidth=1)
+        axis.axvline(100, color=drawing.INK, linewidth=1)
         axis.annotate(EXPERT, (100, -0.9), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
         highest = 100.0
         for y, method in enumerate(order):
@@ -513,7 +386,7 @@ def methods(found: "Compared") -> Picture:
         axis.spines["left"].set_visible(False)
         axis.set_xlabel("% of the experts' scores, mean over the sets")
         said = [f"{method} {percent(found.means[method]['mean'].value)} %" for method in order]
-        return _picture(
+        return drawing.picture(
             figure, "methods", "Methods, best first", f"The most: {said[0]}; the least: {said[-1]}.",
             "The marker is what a method keeps of the experts' scores, the line its 95 % interval.",
             f"In order: {', '.join(said)}.",
@@ -532,15 +405,15 @@ def pairs(found: "Compared") -> Picture:
     one, other = grid(first), grid(found.best)
     change = other - one
     most = max(0.05, float(np.nanmax(np.abs(change))))
-    with _style():
-        figure, axes = _figure(3.8, 1, 3)
+    with drawing.style():
+        figure, axes = drawing.figure(3.8, 1, 3)
         for axis, (title, values) in zip(axes[0], ((first, one), (found.best, other)), strict=False):
             _matrix(axis, values, tasks, title, "{:.0f}", cmap="cividis", vmin=0, vmax=1.2)
         _matrix(axes[0, 2], change, tasks, f"{found.best} less {first}", "{:+.0f}", cmap="PuOr", vmin=-most, vmax=most)
         axes[0, 0].set_ylabel("scored task", fontsize=8)
         where = np.unravel_index(np.nanargmax(change), change.shape)
         gains = int(np.nansum(change > 0))
-        return _picture(
+        return drawing.picture(
             figure, "pairs", "Pairs of experts",
             f"Of {int((~np.isnan(change)).sum())} scores in pairs, {gains} are higher with {found.best} than with"
             f" {first}; the largest gain is {points(change[where])} points, of {tasks[where[0]]} when merged with"
@@ -585,8 +458,8 @@ def cost(costs: Sequence[Cost]) -> Picture:
     stages = list(dict.fromkeys(one.stage for one in costs))
     sums = {stage: sum(one.seconds for one in costs if one.stage == stage) for stage in stages}
     whole = sum(sums.values())
-    with _style():
-        figure, axes = _figure(0.55 + 0.34 * len(stages))
+    with drawing.style():
+        figure, axes = drawing.figure(0.55 + 0.34 * len(stages))
         axis = axes[0, 0]
         for y, stage in enumerate(stages):
             start = 0.0
@@ -606,7 +479,7 @@ def cost(costs: Sequence[Cost]) -> Picture:
         axis.grid(axis="x")
         axis.set_xlabel("seconds")
         most = max(sums, key=lambda stage: sums[stage])
-        return _picture(
+        return drawing.picture(
             figure, "cost", "Cost by stage",
             f"The stages took {seconds(whole)} together; {most} the most, {seconds(sums[most])}.",
             "A bar for each stage, divided by task or model; those that are too short for a name have none.",

@@ -366,7 +366,7 @@ def write(
         recipes: the content of ``merge.json`` by column, of those that are known.
         costs: what the stages took.
     """
-    from fmn import page, pictures
+    from fmn import drawing, page, pictures
 
     found = {"results": results(table), "table": cells(table), "notes": [legend(cells(table)[1]), *remarks(table)]}
     (out / "results.json").write_text(json.dumps(found["results"], indent=1) + "\n")
@@ -377,7 +377,7 @@ def write(
     if costs:
         _write_csv(out / "costs.csv", [one._asdict() for one in costs])
     drawn = pictures.of_run(table, fisher, recipes.get(table.headline), costs)
-    pictures.write(out / "pictures", drawn)
+    drawing.write(out / "pictures", drawn)
     (out / "report.html").write_text(page.of_run(table, recipes, costs, drawn))
     return found
 

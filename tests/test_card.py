@@ -48,7 +48,7 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
     assert content["base_model_relation"] == "merge"
     assert data.datasets == ["nyu-mll/glue"]
     assert data.metrics == ["accuracy", "pearsonr", "spearmanr"]
-    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-classification")
+    assert (content["library_name"], content["pipeline_tag"]) == ("transformers", "text-classification")
     name, results = model_index_to_eval_results(content["model-index"])
     assert name == "fmn mask-fisher of mnli, stsb"
     found = {(one.dataset_config, one.dataset_split, one.metric_type): one.metric_value for one in results}

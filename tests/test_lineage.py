@@ -60,7 +60,7 @@ METRICS: dict[str, Any] = {
 
 def settings(**changes: Any) -> Params:
     content = {
-        "work": "data/work",
+        "work": "data/demo",
         "base": "hf://org/base@main",
         "experts": {"tasks": ["mrpc", "sst2"]},
         "sources": {"mrpc": "hf://org/mrpc"},
@@ -129,8 +129,8 @@ def test_settings_that_this_version_does_not_know_are_told() -> None:
 
 
 def test_settings_that_make_other_models_are_not_recorded(tmp_path: Path) -> None:
-    assert lineage.place(Path("data/work/merged"), settings()) == "merged"
-    with pytest.raises(UserError, match=f"these settings make their models in data/work, not in {tmp_path}"):
+    assert lineage.place(Path("data/demo/merged"), settings()) == "merged"
+    with pytest.raises(UserError, match=f"these settings make their models in data/demo, not in {tmp_path}"):
         lineage.place(tmp_path / "merged", settings())
 
 

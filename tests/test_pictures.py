@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fmn import comparison, pictures, report
+from fmn import comparison, drawing, pictures, report
 from fmn.architectures import NodeValues, Site
-from fmn.pictures import Picture
+from fmn.drawing import Picture
 from tests import reports
 
 NAMES = ("cola", "sst2", "stsb")
@@ -77,7 +77,7 @@ def test_ids_are_those_of_one_picture_and_nothing_is_fetched(drawn: dict[str, Pi
 def test_the_same_numbers_make_the_same_picture(drawn: dict[str, Picture], tmp_path: Path) -> None:
     table = report.tabulate(*reports.run(NAMES, count=80))
     assert pictures.scores(table) == drawn["scores"]
-    pictures.write(tmp_path / "pictures", [drawn["scores"]])
+    drawing.write(tmp_path / "pictures", [drawn["scores"]])
     assert (tmp_path / "pictures" / "scores.svg").read_text() == drawn["scores"].svg + "\n"
 
 
