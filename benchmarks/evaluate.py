@@ -22,13 +22,15 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from benchmarks.results import keep, ratio, spread
-from fmn import checkpoints, data, evaluate, labels
-from fmn.batches import Examples
-from fmn.devices import resolve_device, resolve_dtype
-from fmn.intervals import Answers
-from fmn.params import pairs
-from fmn.report import markdown
-from fmn.tasks import task
+from fmn.evaluate.bootstrap import Answers
+from fmn.models import checkpoints, labels
+from fmn.models import predict as evaluate
+from fmn.models.devices import resolve_device, resolve_dtype
+from fmn.report.results import markdown
+from fmn.store.records import pairs
+from fmn.tasks import dataset as data
+from fmn.tasks.batches import Examples
+from fmn.tasks.task import task
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -48,22 +50,41 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    found = [measure(name, Path(folder), options) for name, folder in pairs(options.expert, "--expert").items()]
-    numbers = {"setting": machine(options.device), "examples": options.examples, "cpu_time": options.cpu_time}
+    found = [
+        measure(name, Path(folder), options)
+        for name, folder in pairs(options.expert, "--expert").items()
+    ]
+    numbers = {
+        "setting": machine(options.device),
+        "examples": options.examples,
+        "cpu_time": options.cpu_time,
+    }
     keep(options.out, {**numbers, "results": found}, table(found))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--expert", nargs="+", required=True, metavar="TASK=DIR")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' Parquet files")
-    parser.add_argument("--examples", type=int, default=1024, help="of a round, at most, drawn at random")
-    parser.add_argument("--dtypes", nargs="+", default=["auto"], help="bfloat16 crawls on a CPU that lacks it")
-    parser.add_argument("--cpu-time", action="store_true", help="time of this process alone, for a busy machine")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of the tasks' Parquet files"
+    )
+    parser.add_argument(
+        "--examples", type=int, default=1024, help="of a round, at most, drawn at random"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["auto"], help="bfloat16 crawls on a CPU that lacks it"
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time of this process alone, for a busy machine"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for results.json and table.md")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a folder for results.json and table.md"
+    )
     return parser.parse_args()
 
 
@@ -79,7 +100,11 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     clock = time.process_time if options.cpu_time else time.perf_counter
     with tempfile.TemporaryDirectory() as scratch:
         settings = TrainingArguments(
-            scratch, report_to="none", disable_tqdm=True, use_cpu=device.type == "cpu", label_names=["labels"]
+            scratch,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+            label_names=["labels"],
         )
         trainer = Trainer(model=model, args=settings, processing_class=tokenizer)
 
@@ -90,7 +115,10 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         def by_fmn(dtype: str) -> Callable[[], np.ndarray]:
             return lambda: evaluate.predict(model, examples, device=options.device, dtype=dtype)
 
-        contestants = {"Trainer.predict": by_trainer, **{f"fmn, {dtype}": by_fmn(dtype) for dtype in options.dtypes}}
+        contestants = {
+            "Trainer.predict": by_trainer,
+            **{f"fmn, {dtype}": by_fmn(dtype) for dtype in options.dtypes},
+        }
         answers: dict[str, Answers] = {}
         speeds: dict[str, list[float]] = {who: [] for who in contestants}
         for _ in range(options.rounds):
@@ -108,8 +136,13 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         "auto": str(resolve_dtype("auto", device)).removeprefix("torch."),
         "examples_per_second": speeds,
         "ratios": {who: ratio(each, speeds["Trainer.predict"]) for who, each in speeds.items()},
-        "agreement": {who: float((np.abs(each.predicted - exact) <= near).mean()) for who, each in answers.items()},
-        "scores": {who: evaluate.score_answers(one, each)["score"] for who, each in answers.items()},
+        "agreement": {
+            who: float((np.abs(each.predicted - exact) <= near).mean())
+            for who, each in answers.items()
+        },
+        "scores": {
+            who: evaluate.score_answers(one, each)["score"] for who, each in answers.items()
+        },
     }
 
 
@@ -136,7 +169,9 @@ def table(found: list[dict[str, Any]]) -> str:
         for one in found
         for who, each in one["examples_per_second"].items()
     ]
-    return markdown(["task", "by", "examples a second", "times Trainer", "answers as Trainer", "score"], body)
+    return markdown(
+        ["task", "by", "examples a second", "times Trainer", "answers as Trainer", "score"], body
+    )
 
 
 if __name__ == "__main__":

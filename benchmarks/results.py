@@ -60,7 +60,9 @@ def processor() -> str:
 
 def add(name: str, tables: Path, command: str) -> None:
     """Store numbers and tables with where they come from."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    )
     content = {
         "command": command,
         "commit": commit.stdout.strip(),
@@ -76,7 +78,9 @@ def add(name: str, tables: Path, command: str) -> None:
 def section(name: str) -> str:
     """The text of what is stored under a name."""
     stored = json.loads((STORE / f"{name}.json").read_text())
-    origin = f"`{stored['command']}`, commit {stored['commit']}, {stored['machine']}, {stored['date']}."
+    origin = (
+        f"`{stored['command']}`, commit {stored['commit']}, {stored['machine']}, {stored['date']}."
+    )
     return f"{origin}\n\n{stored['table'].strip()}\n"
 
 
@@ -87,7 +91,9 @@ def write(page: str, text: Callable[[str], str] = section) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--add", nargs=2, metavar=("NAME", "TABLES"))
     parser.add_argument("--command", default="")
     given = parser.parse_args()

@@ -21,9 +21,12 @@ import transformers
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
 from benchmarks.results import DOCS, STORE, processor, write
-from fmn import artifacts, diagonal, fisher, gram
-from fmn.batches import Examples
-from fmn.evaluate import predict
+from fmn.fisher import gram
+from fmn.fisher import mask_nodes as fisher
+from fmn.fisher import parameters as diagonal
+from fmn.models.predict import predict
+from fmn.store import artifacts
+from fmn.tasks.batches import Examples
 
 PAGE, KEPT = DOCS / "scale.md", STORE / "scale.json"
 # hidden size, layers, feed-forward size; heads are 64 wide, but for the last, whose are 128
@@ -33,7 +36,9 @@ TOKENS = 52
 # Of the quick start's kind: what an expert's Fisher and evaluation read.
 FISHER_ROWS, EVALUATED_ROWS = 1024, 1000
 EXPERTS, WORKERS = 100, (1, 10, 50)
-SUSTAINED = 1e14  # operations a second of a worker with an accelerator: an assumption, and said to be one
+SUSTAINED = (
+    1e14  # operations a second of a worker with an accelerator: an assumption, and said to be one
+)
 LINK = 1e9  # bytes a second between the storage and a machine: likewise
 
 
@@ -89,11 +94,19 @@ def measure(name: str) -> dict[str, Any]:
     seconds = {
         "evaluate": per_example(count, lambda some: predict(model, some, **how), drawn),
         "fisher": per_example(
-            count, lambda some: fisher.estimate(model, some, estimator="empirical", regression=False, **how), drawn
+            count,
+            lambda some: fisher.estimate(
+                model, some, estimator="empirical", regression=False, **how
+            ),
+            drawn,
         ),
         "gram": per_example(count, lambda some: gram.estimate(model, some, **how), drawn),
         "full-fisher": per_example(
-            2, lambda some: diagonal.estimate(model, some, estimator="empirical", regression=False, **how), drawn
+            2,
+            lambda some: diagonal.estimate(
+                model, some, estimator="empirical", regression=False, **how
+            ),
+            drawn,
         ),
     }
     two = drawn.take(np.arange(2))
@@ -106,7 +119,11 @@ def measure(name: str) -> dict[str, Any]:
         artifacts.write_fisher(Path(folder) / "x.parquet", found.fisher, found.stderr, {})
         size = (Path(folder) / "x.parquet").stat().st_size
     whole = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": whole, "seconds": seconds, "bytes": {"checkpoint": 4 * whole, "fisher": size, "gram": stored}}
+    return {
+        "parameters": whole,
+        "seconds": seconds,
+        "bytes": {"checkpoint": 4 * whole, "fisher": size, "gram": stored},
+    }
 
 
 def number(value: float) -> str:
@@ -132,7 +149,10 @@ def measured(stored: dict[str, Any]) -> str:
     ]
     for name, found in stored["models"].items():
         shape = "{} wide, {} layers".format(*SHAPES[name])
-        times = " | ".join(f"{found['seconds'][one]:.3g} s" for one in ("evaluate", "fisher", "gram", "full-fisher"))
+        times = " | ".join(
+            f"{found['seconds'][one]:.3g} s"
+            for one in ("evaluate", "fisher", "gram", "full-fisher")
+        )
         size = found["bytes"]
         sizes = (size["checkpoint"], size["fisher"], size["gram"], size["checkpoint"])
         lines.append(
@@ -141,7 +161,10 @@ def measured(stored: dict[str, Any]) -> str:
             + " |"
         )
     last = stored["models"][list(stored["models"])[-1]]
-    rate = {one: operations(one) * linear(SHAPES[list(stored["models"])[-1]]) / last["seconds"][one] for one in ROWS}
+    rate = {
+        one: operations(one) * linear(SHAPES[list(stored["models"])[-1]]) / last["seconds"][one]
+        for one in ROWS
+    }
     lines += [
         "",
         "Seconds are of one example; sizes of one expert. At the largest, evaluation runs at"
@@ -163,7 +186,9 @@ def computed(stored: dict[str, Any]) -> str:
     found = stored["models"][largest]
     grown = linear(SEVEN) / linear(SHAPES[largest])
     here = {stage: rows * found["seconds"][stage] * grown for stage, rows in ROWS.items()}
-    fast = {stage: rows * operations(stage) * linear(SEVEN) / SUSTAINED for stage, rows in ROWS.items()}
+    fast = {
+        stage: rows * operations(stage) * linear(SEVEN) / SUSTAINED for stage, rows in ROWS.items()
+    }
     whole = parameters(SEVEN)
     checkpoint = 2 * whole
     statistic = found["bytes"]["fisher"] / nodes(SHAPES[largest]) * nodes(SEVEN)
@@ -183,7 +208,11 @@ def computed(stored: dict[str, Any]) -> str:
     ):
         for workers in WORKERS:
             times = [EXPERTS * took[stage] / workers for stage in ROWS]
-            lines.append(f"| {workers} x {title} | " + " | ".join(hours(one) for one in (*times, sum(times))) + " |")
+            lines.append(
+                f"| {workers} x {title} | "
+                + " | ".join(hours(one) for one in (*times, sum(times)))
+                + " |"
+            )
     lines += [
         "",
         "| bytes moved | |",
@@ -209,7 +238,9 @@ def computed(stored: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true", help="measure nothing")
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     given = parser.parse_args()

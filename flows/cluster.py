@@ -26,10 +26,12 @@ from pydantic import BaseModel
 from flows import storage, workers
 from flows.faults import one_line
 from flows.storage import Cache, Made, Storage, Tree
-from fmn import artifacts, machine, recipe, stage
 from fmn.errors import UserError
-from fmn.params import FisherSettings, Params
-from fmn.stage import Outcome, Progress
+from fmn.fisher.stages import FisherSettings
+from fmn.merge import recipe
+from fmn.params import Params
+from fmn.store import artifacts, machine, stage
+from fmn.store.stage import Outcome, Progress
 
 STAGES = ("finetune", "fisher", "full-fisher", "gram", "evaluate", "compare")
 ANSWER = 15.0  # seconds that a scheduler, or its first worker, has to answer
@@ -91,7 +93,9 @@ def code() -> dict[str, str]:
     import flows
     import fmn
 
-    files = [path for package in (flows, fmn) for path in sorted(Path(package.__path__[0]).glob("*.py"))]
+    files = [
+        path for package in (flows, fmn) for path in sorted(Path(package.__path__[0]).rglob("*.py"))
+    ]
     digest = artifacts.digest_bytes("".join(map(artifacts.digest_file, files)).encode())
     found = {"fmn": f"{fmn.__version__} ({digest[:12]})"}
     for name in ("torch", "transformers", "tokenizers"):
@@ -102,7 +106,9 @@ def code() -> dict[str, str]:
     return found
 
 
-def request(stage_name: str, function: Callable[..., Outcome], arguments: Mapping[str, Any]) -> tuple[Request, Any]:
+def request(
+    stage_name: str, function: Callable[..., Outcome], arguments: Mapping[str, Any]
+) -> tuple[Request, Any]:
     """What a worker is to run for a stage's arguments, and where its inputs lie here: (folder, tree) of each."""
     trees: dict[str, tuple[Path, Tree]] = {}
 
@@ -119,10 +125,18 @@ def request(stage_name: str, function: Callable[..., Outcome], arguments: Mappin
     sent = {name: travelling(name, value) for name, value in arguments.items() if name != "out"}
     settings = sent.get("settings")
     if isinstance(settings, FisherSettings):
-        sent["settings"] = settings.model_copy(update={"workers": 1})  # a worker of the cluster has one GPU
+        sent["settings"] = settings.model_copy(
+            update={"workers": 1}
+        )  # a worker of the cluster has one GPU
     threads = int(os.environ.get("FMN_THREADS", "1"))
     out = arguments["out"].name  # that of another output would not fit
-    described = {"stage": stage_name, "out": out, "arguments": _plain(sent), "code": code(), "threads": threads}
+    described = {
+        "stage": stage_name,
+        "out": out,
+        "arguments": _plain(sent),
+        "code": code(),
+        "threads": threads,
+    }
     digest = artifacts.digest_bytes(artifacts.canonical(described))
     by_digest = {digest: files for digest, (_, files) in trees.items()}
     asked = Request(stage_name, function, sent, out, by_digest, code(), threads, digest)
@@ -133,7 +147,11 @@ def _tasks(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """The tasks whose data a stage reads."""
     if "task" in arguments:
         return (arguments["task"],)
-    named = arguments.get("names") or arguments.get("experts") or recipe.read_recipe(arguments["model"])["tasks"]
+    named = (
+        arguments.get("names")
+        or arguments.get("experts")
+        or recipe.read_recipe(arguments["model"])["tasks"]
+    )
     return tuple(named)
 
 
@@ -160,7 +178,9 @@ def joined(settings: Params) -> Iterator[None]:
     try:
         from prefect_dask import client as prefect_dask
     except ImportError as error:
-        raise UserError("runner dask needs prefect-dask: pip install 'fmn[dask]', here and on the workers") from error
+        raise UserError(
+            "runner dask needs prefect-dask: pip install 'fmn[dask]', here and on the workers"
+        ) from error
     from prefect.context import FlowRunContext
     from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -186,7 +206,10 @@ def joined(settings: Params) -> Iterator[None]:
         try:
             # A stage that waits for the cluster holds a thread, and a run has only as many as it has places here.
             runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=under_way)
-            with runner, context.model_copy(update={"task_runner": runner}) if context else nullcontext():
+            with (
+                runner,
+                context.model_copy(update={"task_runner": runner}) if context else nullcontext(),
+            ):
                 yield
         finally:
             _joined.reset(token)
@@ -199,7 +222,9 @@ def check_workers(cluster: _Cluster, probe: str) -> None:
     try:
         cluster.client.wait_for_workers(1, timeout=ANSWER)
     except (NoAnswer, TimeoutError) as error:
-        raise UserError(f"address {cluster.address}: the scheduler has no workers; start some: {_START}") from error
+        raise UserError(
+            f"address {cluster.address}: the scheduler has no workers; start some: {_START}"
+        ) from error
     found = cluster.client.run(_able, cluster.storage.url, probe, code(), on_error="return")
     for worker, answer in found.items():
         if _lacks_a_module(answer):
@@ -251,7 +276,9 @@ def _count(cluster: _Cluster) -> None:
             return
         try:
             # Not `scheduler_info`, which answers from memory when the scheduler does not.
-            found = cluster.client.sync(cluster.client.scheduler.identity, n_workers=-1)["workers"].values()
+            found = cluster.client.sync(cluster.client.scheduler.identity, n_workers=-1)[
+                "workers"
+            ].values()
         except OSError as error:
             raise _gone(cluster) from error
         cluster.looked = now
@@ -260,7 +287,9 @@ def _count(cluster: _Cluster) -> None:
 
 
 def _gone(cluster: _Cluster) -> UserError:
-    return UserError(f"the scheduler {cluster.address} went away; start it and run again to go on from here")
+    return UserError(
+        f"the scheduler {cluster.address} went away; start it and run again to go on from here"
+    )
 
 
 def takes(name: str) -> bool:
@@ -268,7 +297,9 @@ def takes(name: str) -> bool:
     return name in STAGES and _joined.get() is not None
 
 
-def run(name: str, function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress) -> Outcome:
+def run(
+    name: str, function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress
+) -> Outcome:
     """Call a stage function, and have the cluster make what is not there; raises what `flows.workers.run` does."""
     cluster = _joined.get()
     if cluster is None:
@@ -316,7 +347,9 @@ def _compute(cluster: _Cluster, asked: Request, progress: Progress) -> Made:
                 raise UserError("ended with its run")
             _count(cluster)
             if time.monotonic() - cluster.peopled > PATIENCE:
-                raise UserError(f"no worker has been at {cluster.address} for {PATIENCE:.0f} s; start some: {_START}")
+                raise UserError(
+                    f"no worker has been at {cluster.address} for {PATIENCE:.0f} s; start some: {_START}"
+                )
             if key in cluster.told:
                 progress(*cluster.told[key])
         if future.status not in ("finished", "error"):
@@ -383,7 +416,10 @@ def work(asked: Request, url: str, key: str, topic: str) -> Made:
         # Beside the folder that Dask removes when the worker ends.
         home = _home(Path(worker.local_directory).parent)
         inputs = Cache(home)
-        places = {digest: inputs.tree(shared, files, set(asked.trees)) for digest, files in asked.trees.items()}
+        places = {
+            digest: inputs.tree(shared, files, set(asked.trees))
+            for digest, files in asked.trees.items()
+        }
         folder = home / "made" / asked.digest
         folder.mkdir(parents=True, exist_ok=True)
         if not any(folder.glob(".*.partial-sums")):
@@ -419,7 +455,11 @@ def work(asked: Request, url: str, key: str, topic: str) -> Made:
 def _placed(value: Any, places: Mapping[str, Path]) -> Any:
     if isinstance(value, Input):
         return places[value.digest] / value.name if value.name else places[value.digest]
-    return {key: _placed(one, places) for key, one in value.items()} if isinstance(value, dict) else value
+    return (
+        {key: _placed(one, places) for key, one in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _set_threads(threads: int) -> None:

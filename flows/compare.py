@@ -12,11 +12,14 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import cluster, notices, pages, workers
 from flows.pipeline import Futures, Layout, collect, submit_experts, submitter
 from flows.server import answering
-from fmn import comparison, params
+from fmn import params
 from fmn.errors import UserError
-from fmn.methods import NEEDS
-from fmn.params import ComparedSettings, CompareSettings, GramSettings, Params
-from fmn.stage import Outcome
+from fmn.experiments import grid
+from fmn.experiments.stages import ComparedSettings, CompareSettings
+from fmn.fisher.stages import GramSettings
+from fmn.merge.methods import NEEDS
+from fmn.params import Params
+from fmn.store.stage import Outcome
 from fmn.terminal import say, show_table
 
 
@@ -35,7 +38,9 @@ def compare(profile: str, name: str) -> dict[tuple[str, str], Outcome]:
         settings, comparing = _settings(Path(profile), name)
         layout = Layout(Path(settings.work))
         with cluster.joined(settings):
-            outcomes = collect(submit_comparison(settings, comparing, layout, layout.work / "compare" / name))
+            outcomes = collect(
+                submit_comparison(settings, comparing, layout, layout.work / "compare" / name)
+            )
     pages.show_results(*outcomes["comparison", ""].summary["table"])
     return outcomes
 
@@ -75,20 +80,24 @@ def statistics(merging: ComparedSettings, settings: Params) -> dict[str, Statist
     return found
 
 
-def submit_comparison(settings: Params, comparing: CompareSettings, layout: Layout, out: Path) -> Futures:
+def submit_comparison(
+    settings: Params, comparing: CompareSettings, layout: Layout, out: Path
+) -> Futures:
     """Submit experts, the statistics that any of the methods takes, the cells and, into `out`, the tables."""
     futures: Futures = {}
     submit = submitter(futures)
     made = submit_experts(submit, settings, layout)
     names = settings.experts.tasks
-    methods = comparison.bounded(comparing.methods)
+    methods = grid.bounded(comparing.methods)
     comparing = comparing.model_copy(update={"methods": methods})
     takes = {method: statistics(merging, settings) for method, merging in methods.items()}
 
     def file(statistic: Statistic, task: str) -> Path:
         return layout.work / "fisher" / f"{task}{statistic.suffix}"
 
-    for statistic in {one.suffix: one for given in takes.values() for one in given.values()}.values():
+    for statistic in {
+        one.suffix: one for given in takes.values() for one in given.values()
+    }.values():
         for name in names:
             submit(
                 statistic.stage, f"{name} {statistic.name}", [made[name], ("data", name)],
@@ -100,12 +109,25 @@ def submit_comparison(settings: Params, comparing: CompareSettings, layout: Layo
         for name, tuning in settings.finetune.items()
     }
     cells: dict[str, dict[str, Path]] = {}
-    for chosen, members in comparison.sets(names, comparing.sets).items():
-        cells[chosen] = {method: out / "cells" / chosen / f"{_file(method)}.json" for method in methods}
+    for chosen, members in grid.sets(names, comparing.sets).items():
+        cells[chosen] = {
+            method: out / "cells" / chosen / f"{_file(method)}.json" for method in methods
+        }
         for method, merging in methods.items():
-            files = {argument: {n: file(one, n) for n in members} for argument, one in takes[method].items()}
-            after = [(one.stage, f"{name} {one.name}") for one in takes[method].values() for name in members]
-            after += [("fetch", "base"), *(made[name] for name in members), *(("data", name) for name in members)]
+            files = {
+                argument: {n: file(one, n) for n in members}
+                for argument, one in takes[method].items()
+            }
+            after = [
+                (one.stage, f"{name} {one.name}")
+                for one in takes[method].values()
+                for name in members
+            ]
+            after += [
+                ("fetch", "base"),
+                *(made[name] for name in members),
+                *(("data", name) for name in members),
+            ]
             submit(
                 "compare", f"{chosen} {method}", after,
                 experts={name: layout.expert(name) for name in members}, base=layout.base, folder=layout.data,
@@ -113,7 +135,13 @@ def submit_comparison(settings: Params, comparing: CompareSettings, layout: Layo
                 tuned_on={name: tuned_on.get(name, (None, 0)) for name in members},
                 **{"fisher_files": {}, "gram_files": {}, **files},
             )  # fmt: skip
-    submit("comparison", "", [key for key in futures if key[0] == "compare"], cells=cells, out=out / "tables")
+    submit(
+        "comparison",
+        "",
+        [key for key in futures if key[0] == "compare"],
+        cells=cells,
+        out=out / "tables",
+    )
     submit(
         "log", "", [("comparison", "")], tables=out / "tables", title=out.name, comparing=comparing,
         settings=settings.registry,

@@ -22,7 +22,11 @@ def keep_in_step(profile: Path, outputs: Iterable[Path]) -> None:
     line says so: its stages then find out by themselves, a few seconds each.
     """
     lock = Path("dvc.lock")
-    here = profile.resolve() == Path("params.yaml").resolve() and Path("dvc.yaml").is_file() and Path(".dvc").is_dir()
+    here = (
+        profile.resolve() == Path("params.yaml").resolve()
+        and Path("dvc.yaml").is_file()
+        and Path(".dvc").is_dir()
+    )
     if not here or "DVC_STAGE" in os.environ:
         return
     if lock.is_file() and all(path.stat().st_mtime <= lock.stat().st_mtime for path in outputs):

@@ -3,7 +3,7 @@
 import sqlite3
 
 from fmn.errors import UserError, redacted
-from fmn.machine import origins
+from fmn.store.machine import origins
 
 STATUSES = (408, 429, 500, 502, 503, 504)
 # The HTTP clients' own, by name: there are three of them, each heavy to import and only one of them in use.
@@ -49,4 +49,8 @@ def _of_the_network(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """What an error says: a user's mistake as it stands, anything else with its type."""
-    return redacted(" ".join((str(error) if isinstance(error, UserError | UnforeseenError) else repr(error)).split()))
+    return redacted(
+        " ".join(
+            (str(error) if isinstance(error, UserError | UnforeseenError) else repr(error)).split()
+        )
+    )

@@ -31,7 +31,10 @@ def tell_champion(profile: Path, registered: Mapping[str, Any]) -> None:
     """Tell the profile's webhook of a version that became the champion."""
     if registered.get("alias") == "champion":
         reason = f": {registered['reason']}" if registered.get("reason") else ""
-        send(_webhook(profile), f"fmn: {registered['name']} {registered['version']} is the new champion{reason}")
+        send(
+            _webhook(profile),
+            f"fmn: {registered['name']} {registered['version']} is the new champion{reason}",
+        )
 
 
 def _webhook(profile: Path) -> str | None:
@@ -53,5 +56,9 @@ def send(webhook: str | None, text: str) -> None:
         with urllib.request.urlopen(request, timeout=_PATIENCE):  # noqa: S310  # nosec B310
             pass
     except (OSError, ValueError) as error:
-        reason = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
+        reason = (
+            f"status {error.code}"
+            if isinstance(error, urllib.error.HTTPError)
+            else type(error).__name__
+        )
         say(f"the webhook did not take the notice ({reason})")

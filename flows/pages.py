@@ -19,8 +19,8 @@ from prefect.artifacts import (
 )
 from prefect.runtime import flow_run
 
-from fmn import report
-from fmn.stage import Outcome, Progress
+from fmn.report import results as report
+from fmn.store.stage import Outcome, Progress
 
 LONG = 10.0  # seconds after which a stage has a progress page
 _STEP = 5.0  # seconds between two looks at it
@@ -65,16 +65,28 @@ def progress_page(title: str) -> Iterator[Progress]:
 def show_costs(outcomes: Mapping[tuple[str, str], Outcome]) -> None:
     """A table of what the stages of this flow run did, and how long each took."""
     rows = [
-        {"stage": stage, "of": name, "seconds": round(outcome.seconds, 1), "computed": outcome.computed}
+        {
+            "stage": stage,
+            "of": name,
+            "seconds": round(outcome.seconds, 1),
+            "computed": outcome.computed,
+        }
         for (stage, name), outcome in outcomes.items()
     ]
     total = sum(outcome.seconds for outcome in outcomes.values())
-    _publish(create_table_artifact, rows, _key("costs", flow_run.name), f"{total:.0f} s of work, side by side")
+    _publish(
+        create_table_artifact,
+        rows,
+        _key("costs", flow_run.name),
+        f"{total:.0f} s of work, side by side",
+    )
 
 
 def show_results(header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
     """The table of results of this flow run."""
-    _publish(create_markdown_artifact, report.markdown(header, body), _key("results", flow_run.name))
+    _publish(
+        create_markdown_artifact, report.markdown(header, body), _key("results", flow_run.name)
+    )
 
 
 def show_links(registered: Mapping[str, Any], report_folder: Path) -> None:
@@ -85,7 +97,10 @@ def show_links(registered: Mapping[str, Any], report_folder: Path) -> None:
     page = next(iter(sorted(report_folder.glob("*.html"))), report_folder)
     links = {
         "run": (f"{pages}/#/runs/{registered['run']}", f"MLflow run of {version}"),
-        "version": (f"{pages}/#/models/{quote(registered['name'])}/versions/{registered['version']}", version),
+        "version": (
+            f"{pages}/#/models/{quote(registered['name'])}/versions/{registered['version']}",
+            version,
+        ),
         "report": (page.resolve().as_uri(), f"report of {version}"),
     }
     for name, (link, text) in links.items():

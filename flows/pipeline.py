@@ -22,10 +22,20 @@ from prefect.tasks import Task, exponential_backoff
 from flows import cluster, dvc, limits, notices, pages, workers
 from flows.faults import PassingError, one_line
 from flows.server import answering
-from fmn import labels, merge_stages, params, registry_stages, stages
+from fmn import params
 from fmn.errors import UserError
-from fmn.params import MergeSettings, Params
-from fmn.stage import Outcome
+from fmn.evaluate import stages as evaluate_stages
+from fmn.experiments import stages as experiments_stages
+from fmn.fisher import stages as fisher_stages
+from fmn.merge import stages as merge_stages
+from fmn.merge.stages import MergeSettings
+from fmn.models import labels
+from fmn.models import stages as models_stages
+from fmn.params import Params
+from fmn.registry import stages as registry_stages
+from fmn.report import stages as report_stages
+from fmn.store.stage import Outcome
+from fmn.tasks import stages as tasks_stages
 from fmn.terminal import progress_bar, say, show_table
 
 
@@ -72,18 +82,18 @@ class Layout:
 
 
 STAGES: Mapping[str, Callable[..., Outcome]] = {
-    "fetch": stages.fetch,
-    "data": stages.prepare,
-    "finetune": stages.finetune,
-    "fisher": stages.fisher,
-    "full-fisher": stages.full_fisher,
-    "gram": stages.gram,
+    "fetch": models_stages.fetch,
+    "data": tasks_stages.prepare,
+    "finetune": models_stages.finetune,
+    "fisher": fisher_stages.fisher,
+    "full-fisher": fisher_stages.full_fisher,
+    "gram": fisher_stages.gram,
     "merge": merge_stages.merge,
     "realign": merge_stages.realign,
-    "evaluate": stages.evaluate,
-    "compare": merge_stages.compare,
-    "comparison": merge_stages.write_comparison,
-    "report": stages.write_report,
+    "evaluate": evaluate_stages.evaluate,
+    "compare": experiments_stages.compare,
+    "comparison": report_stages.write_comparison,
+    "report": report_stages.write_report,
     "register": registry_stages.register,
     "log": registry_stages.log_comparison,
 }
@@ -118,7 +128,9 @@ def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
             outcome = cluster.run(stage, STAGES[stage], arguments, progress)
         else:
             outcome = workers.run(STAGES[stage], arguments, progress)
-    line = f"{stage:<9} {name:<12} " + (f"{outcome.seconds:7.1f} s" if outcome.computed else "already there")
+    line = f"{stage:<9} {name:<12} " + (
+        f"{outcome.seconds:7.1f} s" if outcome.computed else "already there"
+    )
     get_run_logger().info(line)
     say(line)
     for note in labels.notes(outcome.summary.get("labels", {})):
@@ -127,7 +139,11 @@ def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
     return outcome
 
 
-@flow(name="fmn", flow_run_name="{profile}", task_runner=ThreadPoolTaskRunner(max_workers=workers.count()))  # type: ignore[arg-type]
+@flow(
+    name="fmn",
+    flow_run_name="{profile}",
+    task_runner=ThreadPoolTaskRunner(max_workers=workers.count()),  # type: ignore[arg-type]
+)
 def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
     """Fetch or fine-tune the experts, compute their Fisher, merge, evaluate and register.
 
@@ -152,7 +168,11 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
         if outcomes["register", ""].computed:
             registry_stages.record_dvc_lock(registered["run"])
             notices.tell_champion(Path(profile), registered)
-    return {**found, "registered": registered, "computed": any(outcome.computed for outcome in outcomes.values())}
+    return {
+        **found,
+        "registered": registered,
+        "computed": any(outcome.computed for outcome in outcomes.values()),
+    }
 
 
 Futures = dict[tuple[str, str], PrefectFuture[Outcome]]
@@ -164,7 +184,9 @@ def submitter(futures: Futures) -> Submit:
 
     def submit(stage: str, name: str, needs: list[tuple[str, str]], **arguments: Any) -> None:
         after = [futures[need] for need in needs]
-        futures[stage, name] = run_stage.submit(stage, name, arguments, wait_for=after, return_state=False)
+        futures[stage, name] = run_stage.submit(
+            stage, name, arguments, wait_for=after, return_state=False
+        )
 
     return submit
 
@@ -274,15 +296,25 @@ def collect(futures: Futures) -> dict[tuple[str, str], Outcome]:
         found = future.result(raise_on_failure=False) if future.state.is_final() else None
         if isinstance(found, Outcome):
             outcomes[stage, name] = found
-        elif isinstance(found, httpx.TransportError):  # of the Prefect server: stages run in processes of their own
+        elif isinstance(
+            found, httpx.TransportError
+        ):  # of the Prefect server: stages run in processes of their own
             raise found
         elif isinstance(found, Exception):
             failures.append(f"{stage} {name}".strip() + f": {one_line(found)}")
     pages.show_costs(outcomes)
     if failures:
-        evaluated = {name: outcome.summary for (stage, name), outcome in outcomes.items() if stage == "evaluate"}
-        scores = ", ".join(f"{name} {100 * summary['score']:.1f}" for name, summary in evaluated.items())
-        raise UserError("; ".join(failures) + (f"; finished, in percent: {scores}" if scores else ""))
+        evaluated = {
+            name: outcome.summary
+            for (stage, name), outcome in outcomes.items()
+            if stage == "evaluate"
+        }
+        scores = ", ".join(
+            f"{name} {100 * summary['score']:.1f}" for name, summary in evaluated.items()
+        )
+        raise UserError(
+            "; ".join(failures) + (f"; finished, in percent: {scores}" if scores else "")
+        )
     return outcomes
 
 
@@ -300,5 +332,8 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     say(f"model      {layout.merged('merged')}")
     say(f"registry   models:/{registered['name']}/{registered['version']} in {registered['store']}")
     say(f"{registered['alias']:<10} {registered['reason']}")
-    say(f"{time.monotonic() - started:.0f} s" + ("" if outcome["computed"] else ", nothing had changed"))
+    say(
+        f"{time.monotonic() - started:.0f} s"
+        + ("" if outcome["computed"] else ", nothing had changed")
+    )
     return outcome

@@ -81,7 +81,9 @@ def _check_free(port: int) -> None:
             ) from error
 
 
-def _start(name: str, arguments: list[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+def _start(
+    name: str, arguments: list[str], environment: Mapping[str, str]
+) -> "subprocess.Popen[bytes]":
     LOGS.mkdir(parents=True, exist_ok=True)
     with (LOGS / f"{name}.log").open("ab") as log:
         # A session of its own: Ctrl-C in the terminal is for this process, which then ends the others in order.
@@ -108,14 +110,22 @@ def _wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
             if httpx.get(url, timeout=5).is_success:
                 return
         time.sleep(0.5)
-    raise UserError(f"the Prefect server did not come up in {_PATIENCE:.0f} s; see {LOGS / 'server.log'}")
+    raise UserError(
+        f"the Prefect server did not come up in {_PATIENCE:.0f} s; see {LOGS / 'server.log'}"
+    )
 
 
 def _tell_runs(api: str, since: datetime) -> datetime:
     """A line for every flow run that ended since then; returns until when that is told."""
     asked = {"flow_runs": {"end_time": {"after_": since.isoformat()}}, "sort": "END_TIME_DESC"}
-    runs = [run for run in _asked(f"{api}/flow_runs/filter", asked) if datetime.fromisoformat(run["end_time"]) > since]
-    names = {one["id"]: one["name"] for one in _asked(f"{api}/deployments/filter", {})} if runs else {}
+    runs = [
+        run
+        for run in _asked(f"{api}/flow_runs/filter", asked)
+        if datetime.fromisoformat(run["end_time"]) > since
+    ]
+    names = (
+        {one["id"]: one["name"] for one in _asked(f"{api}/deployments/filter", {})} if runs else {}
+    )
     for run in reversed(runs):
         since = datetime.fromisoformat(run["end_time"])
         message = " ".join((run["state"]["message"] or "").split())

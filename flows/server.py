@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 import httpx
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME
 
-from fmn.machine import origins, refusals_told
+from fmn.store.machine import origins, refusals_told
 from fmn.terminal import complain
 
 
@@ -37,10 +37,15 @@ def answering() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        silent = any(isinstance(one, RuntimeError) and "ephemeral Prefect API" in str(one) for one in origins(error))
+        silent = any(
+            isinstance(one, RuntimeError) and "ephemeral Prefect API" in str(one)
+            for one in origins(error)
+        )
         if not silent and not any(isinstance(one, httpx.TransportError) for one in origins(error)):
             raise
         server = PREFECT_API_URL.value() or "that this run started"
-        complain(f"the Prefect server {server} does not answer; what finished is kept: run again to go on from here")
+        complain(
+            f"the Prefect server {server} does not answer; what finished is kept: run again to go on from here"
+        )
         sys.stdout.flush()
         os._exit(1)  # Prefect would spend minutes at exit on events that nobody takes

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flows.faults import PassingError
-from fmn import artifacts, recipe
 from fmn.errors import UserError
+from fmn.merge import recipe
+from fmn.store import artifacts
 
 
 class File(NamedTuple):
@@ -34,7 +35,9 @@ class File(NamedTuple):
     size: int
 
 
-Tree = Mapping[str, File]  # the files of a folder by their relative names; of a single file, by its name
+Tree = Mapping[
+    str, File
+]  # the files of a folder by their relative names; of a single file, by its name
 
 
 class Made(NamedTuple):
@@ -44,7 +47,9 @@ class Made(NamedTuple):
     seconds: float
 
 
-_busy: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by digest, so that no file is put twice at once
+_busy: defaultdict[str, threading.Lock] = defaultdict(
+    threading.Lock
+)  # by digest, so that no file is put twice at once
 
 
 def tree(path: Path, only: tuple[str, ...] = ()) -> dict[str, File]:
@@ -57,12 +62,16 @@ def tree(path: Path, only: tuple[str, ...] = ()) -> dict[str, File]:
     if path.is_file():
         return {path.name: _file(path)}
     card = recipe.CARD if recipe.is_merged(path) else None
-    return {name: _file(file) for name, file in artifacts.visible(path, only).items() if name != card}
+    return {
+        name: _file(file) for name, file in artifacts.visible(path, only).items() if name != card
+    }
 
 
 def digest(files: Tree) -> str:
     """One digest for a tree."""
-    return artifacts.digest_bytes(artifacts.canonical({name: list(file) for name, file in files.items()}))
+    return artifacts.digest_bytes(
+        artifacts.canonical({name: list(file) for name, file in files.items()})
+    )
 
 
 def _file(path: Path) -> File:
@@ -146,20 +155,28 @@ class Storage:
         if artifacts.digest_file(path) != file.digest:
             path.unlink()
             self.remove(place)
-            raise PassingError(f"{self.url}/{place}: not the {name} that was put there, and removed")
+            raise PassingError(
+                f"{self.url}/{place}: not the {name} that was put there, and removed"
+            )
 
     def made(self, request: str) -> Made | None:
         """What was made for a request earlier, if that can be read."""
         try:
             found = json.loads(self._read(f"made/{request}.json"))
-            return Made({name: File(*file) for name, file in found["files"].items()}, float(found["seconds"]))
+            return Made(
+                {name: File(*file) for name, file in found["files"].items()},
+                float(found["seconds"]),
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def keep(self, request: str, folder: Path, made: Made) -> None:
         """Store what was made for a request, and then say so."""
         self.put(folder, made.files)
-        content = {"files": {name: list(file) for name, file in made.files.items()}, "seconds": made.seconds}
+        content = {
+            "files": {name: list(file) for name, file in made.files.items()},
+            "seconds": made.seconds,
+        }
         self._write(f"made/{request}.json", artifacts.canonical(content))
         self.remove(f"sums/{request}")
 
@@ -168,7 +185,9 @@ class Storage:
 
         Raises PassingError as `get` does; what was made is forgotten then, and the next attempt makes it again.
         """
-        tops = sorted({name.partition("/")[0] for name in made.files}, key=lambda top: top == out.name)
+        tops = sorted(
+            {name.partition("/")[0] for name in made.files}, key=lambda top: top == out.name
+        )
         try:
             for top in tops:
                 target = out.with_name(top)
@@ -259,7 +278,9 @@ class Cache:
         """
         path = self.folder / "trees" / digest(files)
         if not path.is_dir() or tree(path) != files:
-            self._make_room(sum({file.digest: file.size for file in files.values()}.values()), needed)
+            self._make_room(
+                sum({file.digest: file.size for file in files.values()}.values()), needed
+            )
             with artifacts.whole_folder(path) as folder:
                 storage.get(folder, files)
         now = time.time()

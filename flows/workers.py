@@ -17,9 +17,9 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from flows.faults import PassingError, UnforeseenError, one_line, passes
-from fmn import machine
 from fmn.errors import UserError, redacted
-from fmn.stage import Outcome, Progress
+from fmn.store import machine
+from fmn.store.stage import Outcome, Progress
 
 _POLL = 0.1  # seconds between two looks at a worker's progress
 
@@ -58,7 +58,11 @@ def _ended() -> Any:
 
 def _slot(number: int) -> _Slot:
     counts = _context.Array("q", 2, lock=False)
-    return _Slot(number, ProcessPoolExecutor(1, _context, _settle, (counts, _ended(), number, os.getpid())), counts)
+    return _Slot(
+        number,
+        ProcessPoolExecutor(1, _context, _settle, (counts, _ended(), number, os.getpid())),
+        counts,
+    )
 
 
 @cache
@@ -70,7 +74,9 @@ def _slots() -> SimpleQueue[_Slot]:
     return free
 
 
-def run(function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress) -> Outcome:
+def run(
+    function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress
+) -> Outcome:
     """Call a stage function in a worker process, and leave the others in peace when it dies.
 
     Raises:
@@ -159,18 +165,26 @@ def _work(function: Callable[..., Outcome], arguments: dict[str, Any]) -> Outcom
     return call(function, arguments, report)
 
 
-def call(function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress) -> Outcome:
+def call(
+    function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress
+) -> Outcome:
     """Call a stage function here; PassingError when the reason why it fails may pass by itself."""
-    reported = {"progress": progress} if "progress" in inspect.signature(function).parameters else {}
+    reported = (
+        {"progress": progress} if "progress" in inspect.signature(function).parameters else {}
+    )
     try:
         return function(**arguments, **reported)
     except PassingError:
         raise
     except Exception as error:
         # What it was raised from does not travel to the parent, nor do secrets, which would be in the server's log.
-        told = error if isinstance(error, UserError) else machine.refusal(error, arguments.get("out"))
+        told = (
+            error if isinstance(error, UserError) else machine.refusal(error, arguments.get("out"))
+        )
         if told is None and not passes(error):
             raise UnforeseenError(one_line(error)) from _RemoteError(
                 redacted("".join(traceback.format_exception(error)))
             )
-        raise (PassingError if passes(told or error) else UserError)(one_line(told or error)) from None
+        raise (PassingError if passes(told or error) else UserError)(
+            one_line(told or error)
+        ) from None

@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-from fmn import __version__, machine, params
+from fmn import __version__, params
 from fmn.errors import UserError
-from fmn.methods import NEEDS
+from fmn.evaluate import stages as evaluate_stages
+from fmn.experiments import stages as experiments_stages
+from fmn.fisher import stages as fisher_stages
+from fmn.merge import stages as merge_stages
+from fmn.merge.methods import NEEDS
+from fmn.models import stages as models_stages
+from fmn.registry import stages as registry_stages
+from fmn.report import stages as report_stages
+from fmn.store import machine, records
+from fmn.tasks import stages as tasks_stages
 from fmn.terminal import complain, errors, only_ours, progress_bar, say, show_table
 
 if TYPE_CHECKING:
-    from fmn.stage import Outcome
+    from fmn.store.stage import Outcome
 
 ENVIRONMENT = {
     # Idle threads sleep instead of spinning: two that spin beside another busy process made training six times slower.
@@ -35,9 +44,13 @@ ENVIRONMENT = {
 }
 FLAT = Parameter(name="*")
 Profile = Annotated[Path, Parameter(name="--params", help="the settings")]
-Verbose = Annotated[bool, Parameter(help="show what the libraries say, which otherwise goes to run.log in `work`")]
+Verbose = Annotated[
+    bool, Parameter(help="show what the libraries say, which otherwise goes to run.log in `work`")
+]
 Json = Annotated[bool, Parameter(name="--json", help="print the summary as JSON")]
-Data = Annotated[Path, Parameter(help="folder of the task's Parquet files, or of such folders by task")]
+Data = Annotated[
+    Path, Parameter(help="folder of the task's Parquet files, or of such folders by task")
+]
 
 app = App(
     name="fmn",
@@ -95,14 +108,19 @@ def _fail(message: str, status: int) -> None:
 def _say(outcome: "Outcome", as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
     """Print what a stage did."""
     if as_json:
-        stated = {"stage": outcome.stage, "out": str(outcome.out), "computed": outcome.computed, **outcome.summary}
+        stated = {
+            "stage": outcome.stage,
+            "out": str(outcome.out),
+            "computed": outcome.computed,
+            **outcome.summary,
+        }
         _dump(stated)
         return
     done = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
     say(f"{outcome.stage}: {outcome.out} ({done})")
     show(outcome.summary)
     if "labels" in outcome.summary:
-        from fmn import labels
+        from fmn.models import labels
 
         say(*labels.notes(outcome.summary["labels"]))
 
@@ -122,7 +140,9 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def _by_task(items: Sequence[str], option: str, names: Sequence[str], suffix: str) -> dict[str, Path]:
+def _by_task(
+    items: Sequence[str], option: str, names: Sequence[str], suffix: str
+) -> dict[str, Path]:
     """``TASK=PATH ...``, or one folder that holds ``TASK`` (folders) or ``TASK.parquet``, ``TASK.json`` (files).
 
     Args:
@@ -136,16 +156,22 @@ def _by_task(items: Sequence[str], option: str, names: Sequence[str], suffix: st
         if not folder.is_dir():
             raise UserError(f"{option} {folder}: neither TASK=PATH nor a folder of them")
         there = {
-            path.name.removesuffix(suffix): path for path in sorted(folder.iterdir()) if path.name.endswith(suffix)
+            path.name.removesuffix(suffix): path
+            for path in sorted(folder.iterdir())
+            if path.name.endswith(suffix)
         }
         found = {
-            name: path for name, path in there.items() if path.is_dir() == (not suffix) and not name.startswith(".")
+            name: path
+            for name, path in there.items()
+            if path.is_dir() == (not suffix) and not name.startswith(".")
         }
     else:
-        found = {name: Path(path) for name, path in params.pairs(list(items), option).items()}
+        found = {name: Path(path) for name, path in records.pairs(list(items), option).items()}
     missing = [name for name in names if name not in found]
     if missing:
-        raise UserError(f"{option}: nothing for task {missing[0]}; there is {', '.join(found) or 'nothing'}")
+        raise UserError(
+            f"{option}: nothing for task {missing[0]}; there is {', '.join(found) or 'nothing'}"
+        )
     return {name: found[name] for name in names} if names else found
 
 
@@ -158,7 +184,9 @@ def _statistics(
         _by_task(fisher, "--fisher", [], suffix) if fisher else {},
         _by_task(gram, "--gram", [], ".gram.safetensors") if gram else {},
     )
-    fisher_files, gram_files = ({name: found[name] for name in experts if name in found} for found in given)
+    fisher_files, gram_files = (
+        {name: found[name] for name in experts if name in found} for found in given
+    )
     return fisher_files, gram_files
 
 
@@ -216,10 +244,9 @@ def fetch(source: str, /, *, out: Path, as_json: Json = False) -> None:
         source: hf://org/name@revision, a folder, models:/name@alias, or package:module/path
         out: the checkpoint's folder
     """
-    from fmn import stages
 
     with progress_bar("fetching") as progress:
-        outcome = stages.fetch(source, out, progress)
+        outcome = models_stages.fetch(source, out, progress)
     _say(outcome, as_json, _facts("revision", "model_type"))
 
 
@@ -229,7 +256,7 @@ def data(
     /,
     *,
     out: Path,
-    settings: Annotated[params.DataSettings, FLAT] = params.DataSettings(),  # noqa: B008
+    settings: Annotated[tasks_stages.DataSettings, FLAT] = tasks_stages.DataSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
     """Write a task's splits as Parquet, in the Hub's schema.
@@ -238,9 +265,8 @@ def data(
         task: a GLUE task
         out: folder of the Parquet files
     """
-    from fmn import stages
 
-    _say(stages.prepare(task, out, settings), as_json, _facts("rows"))
+    _say(tasks_stages.prepare(task, out, settings), as_json, _facts("rows"))
 
 
 @app.command
@@ -251,7 +277,7 @@ def finetune(
     task: str,
     data: Data,
     out: Path,
-    settings: Annotated[params.FinetuneSettings, FLAT] = params.FinetuneSettings(),  # noqa: B008
+    settings: Annotated[models_stages.FinetuneSettings, FLAT] = models_stages.FinetuneSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
     """Fine-tune an expert from a base model.
@@ -261,10 +287,9 @@ def finetune(
         task: a GLUE task
         out: the expert's folder
     """
-    from fmn import stages
 
     with progress_bar(f"fine-tuning {task}") as progress:
-        outcome = stages.finetune(base, task, data, out, settings, progress)
+        outcome = models_stages.finetune(base, task, data, out, settings, progress)
     _say(outcome, as_json, _facts("examples", "steps", "loss"))
 
 
@@ -276,7 +301,7 @@ def fisher(
     task: str,
     data: Data,
     out: Path,
-    settings: Annotated[params.FisherSettings, FLAT] = params.FisherSettings(),  # noqa: B008
+    settings: Annotated[fisher_stages.FisherSettings, FLAT] = fisher_stages.FisherSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
     """Compute the Fisher information of an expert's mask nodes.
@@ -286,11 +311,14 @@ def fisher(
         task: its GLUE task
         out: the Parquet file
     """
-    from fmn import stages
 
     with progress_bar(f"Fisher of {task}") as progress:
-        outcome = stages.fisher(checkpoint, task, data, out, settings, progress)
-    _say(outcome, as_json, _facts("estimator", "samples", "dtype", "device", "relative_stderr", "rank_correlation"))
+        outcome = fisher_stages.fisher(checkpoint, task, data, out, settings, progress)
+    _say(
+        outcome,
+        as_json,
+        _facts("estimator", "samples", "dtype", "device", "relative_stderr", "rank_correlation"),
+    )
 
 
 @app.command
@@ -301,7 +329,9 @@ def full_fisher(
     task: str,
     data: Data,
     out: Path,
-    settings: Annotated[params.FullFisherSettings, FLAT] = params.FullFisherSettings(),  # noqa: B008
+    settings: Annotated[
+        fisher_stages.FullFisherSettings, FLAT
+    ] = fisher_stages.FullFisherSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
     """Compute the exact Fisher information of all of an expert's parameters, for `fmn merge --method fisher`.
@@ -311,10 +341,9 @@ def full_fisher(
         task: its GLUE task
         out: the safetensors file
     """
-    from fmn import stages
 
     with progress_bar(f"full Fisher of {task}") as progress:
-        outcome = stages.full_fisher(checkpoint, task, data, out, settings, progress)
+        outcome = fisher_stages.full_fisher(checkpoint, task, data, out, settings, progress)
     _say(outcome, as_json, _facts("estimator", "samples", "dtype"))
 
 
@@ -326,7 +355,7 @@ def gram(
     task: str,
     data: Data,
     out: Path,
-    settings: Annotated[params.GramSettings, FLAT] = params.GramSettings(),  # noqa: B008
+    settings: Annotated[fisher_stages.GramSettings, FLAT] = fisher_stages.GramSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
     """Compute the Gram matrices of what an expert's linear maps read, for the methods regmean and fisher-regmean.
@@ -336,10 +365,9 @@ def gram(
         task: its GLUE task
         out: the safetensors file
     """
-    from fmn import stages
 
     with progress_bar(f"Gram matrices of {task}") as progress:
-        outcome = stages.gram(checkpoint, task, data, out, settings, progress)
+        outcome = fisher_stages.gram(checkpoint, task, data, out, settings, progress)
     _say(outcome, as_json, _facts("samples", "dtype"))
 
 
@@ -353,8 +381,10 @@ def search(
     gram: list[str] | None = None,
     base: Path | None = None,
     selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
-    merging: Annotated[params.MergeSettings, FLAT] = params.MergeSettings(),  # noqa: B008
-    settings: Annotated[params.SearchSettings, FLAT] = params.SearchSettings(),  # noqa: B008
+    merging: Annotated[merge_stages.MergeSettings, FLAT] = merge_stages.MergeSettings(),  # noqa: B008
+    settings: Annotated[
+        experiments_stages.SearchSettings, FLAT
+    ] = experiments_stages.SearchSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
     """Search the coefficients of a merge, on rows of the training data.
@@ -366,12 +396,13 @@ def search(
         gram: as for `fmn merge`
         base: the folder of the model that the experts were fine-tuned from
     """
-    from fmn import merge_stages
 
     experts = _by_task(expert, "--expert", selection.tasks, "")
     files = _statistics(merging.method, experts, fisher, gram)
     with progress_bar("searching") as progress:
-        outcome = merge_stages.search(experts, *files, base, data, out, merging, settings, progress)
+        outcome = experiments_stages.search(
+            experts, *files, base, data, out, merging, settings, progress
+        )
 
     def show(summary: Mapping[str, Any]) -> None:
         body = [
@@ -384,7 +415,9 @@ def search(
             for name, entry in summary["tasks"].items()
         ]
         means = ["mean", "", f"{100 * summary['uniform']:.1f}", f"{100 * summary['score']:.1f}"]
-        show_table(["task", "coefficient", "uniform, % of expert", "found, % of expert"], [*body, means])
+        show_table(
+            ["task", "coefficient", "uniform, % of expert", "found, % of expert"], [*body, means]
+        )
         _facts("scale")(summary)
 
     _say(outcome, as_json, show)
@@ -400,7 +433,7 @@ def merge(
     base: Path | None = None,
     coefficients: Path | None = None,
     selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
-    settings: Annotated[params.MergeSettings, FLAT] = params.MergeSettings(),  # noqa: B008
+    settings: Annotated[merge_stages.MergeSettings, FLAT] = merge_stages.MergeSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
     """Merge experts into one model.
@@ -415,16 +448,20 @@ def merge(
         base: the folder of the model that the experts were fine-tuned from
         coefficients: a file made by `fmn search`, which gives coefficients and scale
     """
-    from fmn import merge_stages
 
     experts = _by_task(expert, "--expert", selection.tasks, "")
     fisher_files, gram_files = _statistics(settings.method, experts, fisher, gram)
     with progress_bar("merging") as progress:
-        outcome = merge_stages.merge(experts, fisher_files, base, out, settings, progress, gram_files, coefficients)
+        outcome = merge_stages.merge(
+            experts, fisher_files, base, out, settings, progress, gram_files, coefficients
+        )
 
     def show(summary: Mapping[str, Any]) -> None:
         coefficients = summary["coefficients"]
-        body = [[name, f"{coefficients[name]:g}", entry["revision"]] for name, entry in summary["experts"].items()]
+        body = [
+            [name, f"{coefficients[name]:g}", entry["revision"]]
+            for name, entry in summary["experts"].items()
+        ]
         show_table(["task", "coefficient", "expert"], body)
 
     _say(outcome, as_json, show)
@@ -438,7 +475,7 @@ def realign(
     expert: list[str],
     data: Data,
     out: Path,
-    settings: Annotated[params.RealignSettings, FLAT] = params.RealignSettings(),  # noqa: B008
+    settings: Annotated[merge_stages.RealignSettings, FLAT] = merge_stages.RealignSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
     """Re-align a merged model's heads with its encoder, on unlabeled training texts; gives a merged model of its own.
@@ -448,7 +485,7 @@ def realign(
         expert: TASK=DIR for each expert that was merged, or one folder that holds DIR/TASK
         out: the new model's folder; its encoder is a hard link to the merged model's
     """
-    from fmn import merge_stages, recipe
+    from fmn.merge import recipe
 
     experts = _by_task(expert, "--expert", recipe.read_recipe(model)["tasks"], "")
     with progress_bar("re-aligning") as progress:
@@ -456,7 +493,12 @@ def realign(
 
     def show(summary: Mapping[str, Any]) -> None:
         body = [
-            [name, str(fit["texts"]), f"{fit['ridge']:.2g}", *(_percent(fit[when]) for when in ("before", "after"))]
+            [
+                name,
+                str(fit["texts"]),
+                f"{fit['ridge']:.2g}",
+                *(_percent(fit[when]) for when in ("before", "after")),
+            ]
             for name, fit in summary["realign"]["tasks"].items()
         ]
         show_table(["task", "texts", "ridge", "off the expert's outputs, %", "re-aligned"], body)
@@ -472,7 +514,9 @@ def evaluate(
     data: Data,
     out: Path,
     task: list[str] | None = None,
-    settings: Annotated[params.EvaluateSettings, FLAT] = params.EvaluateSettings(),  # noqa: B008
+    settings: Annotated[
+        evaluate_stages.EvaluateSettings, FLAT
+    ] = evaluate_stages.EvaluateSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
     """Score a merged model, or one checkpoint, with GLUE's own metrics.
@@ -482,12 +526,11 @@ def evaluate(
         task: the tasks; a merged model's own when none is given
         out: the metrics file, JSON
     """
-    from fmn import stages
 
     with progress_bar("evaluating") as progress:
-        outcome = stages.evaluate(model, task or [], data, out, settings, progress)
+        outcome = evaluate_stages.evaluate(model, task or [], data, out, settings, progress)
 
-    from fmn.report import MACRO, measured, span
+    from fmn.report.results import MACRO, measured, span
 
     def show(summary: Mapping[str, Any]) -> None:
         body = [
@@ -495,7 +538,9 @@ def evaluate(
             for name, entry in summary["tasks"].items()
             for split, metric, value, examples, interval in measured(name, entry)
         ]
-        body.append([MACRO, "score", "", f"{100 * summary['score']:.2f}", span(summary["interval"]), ""])
+        body.append(
+            [MACRO, "score", "", f"{100 * summary['score']:.2f}", span(summary["interval"]), ""]
+        )
         show_table(["task", "metric", "split", "%", "95 % interval", "examples"], body)
 
     _say(outcome, as_json, show)
@@ -524,12 +569,11 @@ def report(
         work: the run's folder: how the models were merged and what the stages took is read there
         out: folder of the page, the pictures and the numbers
     """
-    from fmn import stages
 
-    models = {name: Path(file) for name, file in params.pairs(merged, "--merged").items()}
-    outcome = stages.write_report(
+    models = {name: Path(file) for name, file in records.pairs(merged, "--merged").items()}
+    outcome = report_stages.write_report(
         _by_task(expert, "--expert", selection.tasks, ".json") if expert else {},
-        models | (stages.realigned(realigned, models) if realigned else {}),
+        models | (report_stages.realigned(realigned, models) if realigned else {}),
         _by_task(fisher, "--fisher", selection.tasks, ".parquet") if fisher else {},
         out,
         work,
@@ -548,7 +592,7 @@ def register(
     /,
     *,
     metrics: Path,
-    settings: Annotated[params.RegistrySettings, FLAT],
+    settings: Annotated[registry_stages.RegistrySettings, FLAT],
     report: Path | None = None,
     params_file: Annotated[Path | None, Parameter(name="--params")] = None,
     out: Path | None = None,
@@ -563,9 +607,11 @@ def register(
         params_file: the settings that the model was made with, to keep with it; `fmn reproduce` follows them
         out: a file that records name, version and run
     """
-    from fmn import registry_stages
+    from fmn.registry import stages as registry_stages
 
-    profile, made_with = (str(params_file), params.load(params_file)) if params_file else (None, None)
+    profile, made_with = (
+        (str(params_file), params.load(params_file)) if params_file else (None, None)
+    )
     outcome = registry_stages.register(model, metrics, report, out, settings, profile, made_with)
     _say(outcome, as_json, _facts("name", "version", "alias", "reason", "run", "store"))
 
@@ -578,7 +624,7 @@ def rollback(name: str, /, *, to: str | None = None, as_json: Json = False) -> N
         name: of the registered model
         to: the version that is to be the champion instead
     """
-    from fmn import registry_stages
+    from fmn.registry import stages as registry_stages
 
     done = registry_stages.roll_back(name, to)
     if as_json:
@@ -593,7 +639,9 @@ def reproduce(
     /,
     *,
     run: Annotated[bool, Parameter(help="make it again, from those sources and settings")] = False,
-    out: Annotated[Path | None, Parameter(help="folder to make it in; default: data/reproduced/NAME-VERSION")] = None,
+    out: Annotated[
+        Path | None, Parameter(help="folder to make it in; default: data/reproduced/NAME-VERSION")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a registered version was made from; with --run make it again and compare the digests.
@@ -601,12 +649,22 @@ def reproduce(
     Args:
         version: models:/NAME/VERSION or models:/NAME@ALIAS
     """
-    from fmn import lineage, registry_stages
+    from fmn.registry import lineage
+    from fmn.registry import stages as registry_stages
 
     found = registry_stages.read_lineage(version)
-    stated = {"version": found.uri, "tags": found.tags, "lineage": found.table, "settings": found.settings}
+    stated = {
+        "version": found.uri,
+        "tags": found.tags,
+        "lineage": found.table,
+        "settings": found.settings,
+    }
     if not as_json:
-        show_table(["", "", "sha256"], [[what, how, digest[:12]] for what, how, digest in found.table], words=2)
+        show_table(
+            ["", "", "sha256"],
+            [[what, how, digest[:12]] for what, how, digest in found.table],
+            words=2,
+        )
     if not run:
         if as_json:
             _dump(stated)
@@ -624,16 +682,22 @@ def reproduce(
     else:
         words = {True: "the same", False: "differs"}
         show_table(
-            ["", "", "sha256"], [[what, words[before == now], now[:12]] for what, before, now in compared], words=2
+            ["", "", "sha256"],
+            [[what, words[before == now], now[:12]] for what, before, now in compared],
+            words=2,
         )
     if wrong:
-        raise UserError(f"{found.uri} was not made again in {folder}: other digests for {', '.join(wrong)}")
+        raise UserError(
+            f"{found.uri} was not made again in {folder}: other digests for {', '.join(wrong)}"
+        )
     if not as_json:
         say(f"{found.uri} was made again in {folder}: all digests are the same")
 
 
 @app.command
-def predict(model: Path, /, text: str, text_pair: str | None = None, *, task: str, as_json: Json = False) -> None:
+def predict(
+    model: Path, /, text: str, text_pair: str | None = None, *, task: str, as_json: Json = False
+) -> None:
     """Ask a merged model about a text, or a pair of texts.
 
     Args:
@@ -642,9 +706,8 @@ def predict(model: Path, /, text: str, text_pair: str | None = None, *, task: st
         text_pair: the second text, for tasks on pairs
         task: one of its tasks
     """
-    from fmn import stages
 
-    answer = stages.predict(model, task, text, text_pair)
+    answer = models_stages.predict(model, task, text, text_pair)
     if as_json:
         _dump(answer)
     else:

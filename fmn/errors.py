@@ -1,20 +1,34 @@
-"""The one exception that stands for a user's mistake, and what no message may hold."""
+"""What a person is told of a fault: the user's mistake, and what the machine lacks.
 
+`UserError` is the one exception for what a person can mend. At the two exits, the command line and
+`fmn.store.stage.run_stage`, `system_error` finds a full disk, a missing permission or too little
+memory behind any exception, however a library words it.
+"""
+
+import difflib
+import errno
 import os
 import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 HIDDEN = "***"
-_SECRET = re.compile(r"(TOKEN(?!IZERS)|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|WEBHOOK)(?!\w*_(FILE|PATH|DIR)$)")
-_LEAST = 6  # characters of a secret: a shorter value would be found in any text
+_SECRET_NAME = re.compile(
+    r"(TOKEN(?!IZERS)|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|WEBHOOK)(?!\w*_(FILE|PATH|DIR)$)"
+)
+_SHORTEST_SECRET = 6  # characters; a shorter value would be found in any text
 _USER = re.compile(r"(\w+://)([^/\s'\"@]+(?:@[^/\s'\"@]+)*)@(?=[\w\[*])")
 _QUERY = re.compile(r"(?i)([?&][\w-]*(?:token|key|password|secret|signature|sig)=)[^&\s'\"]+")
 
 
 class UserError(Exception):
-    """Something a person can mend: the message says what is wrong, where, and what to do, in one line.
+    """Something a person can mend: the message says in one line where, what is wrong, what to do.
 
-    The command line prints it without a traceback; everything else that is raised is a fault of ours. It holds no
-    secrets (`redacted`).
+    The command line prints it without a traceback; any other exception is a bug. The message holds
+    no secrets (`redacted`).
     """
 
     def __init__(self, message: object = "") -> None:
@@ -22,11 +36,19 @@ class UserError(Exception):
 
 
 def redacted(text: str) -> str:
-    """A text without secrets: the values of environment variables that are named like one, and those within addresses.
+    """A text without secrets.
 
-    Of an address go the user name and password before the host, and what a query calls a token, a key or the like.
+    Removed are the values of environment variables whose names tell of a secret, user names and
+    passwords in addresses, and tokens, keys and the like in their queries.
+
+    >>> redacted("postgresql://me:pw@host/mlflow")
+    'postgresql://host/mlflow'
     """
-    secrets = {value for name, value in os.environ.items() if _SECRET.search(name.upper()) and len(value) >= _LEAST}
+    secrets = {
+        value
+        for name, value in os.environ.items()
+        if _SECRET_NAME.search(name.upper()) and len(value) >= _SHORTEST_SECRET
+    }
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(_without_user, text))
@@ -34,5 +56,141 @@ def redacted(text: str) -> str:
 
 def _without_user(address: re.Match[str]) -> str:
     scheme, user = address.groups()
-    revision = scheme == "hf://" and ":" not in user  # hf://name@revision
-    return address[0] if revision else scheme
+    is_revision = scheme == "hf://" and ":" not in user  # hf://name@revision
+    return address[0] if is_revision else scheme
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, if any is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------
+# What the machine lacks
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+# The words of libraries that give no errno: Rust's safetensors, SQLite, datasets; PyTorch, C++.
+_DISK_FULL_WORDS = (
+    "No space left on device",
+    "database or disk is full",
+    "Not enough disk space",
+    "Disk quota exceeded",
+)
+_FORBIDDEN_WORDS = (
+    "attempt to write a readonly database",
+    "unable to open database file",
+    "Permission denied (os error",
+    "Read-only file system",
+)
+_MEMORY_WORDS = (
+    "DefaultCPUAllocator",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+)
+_ALMOST_FULL = 1_000_000  # bytes free
+_RETRY = "run again to go on from here"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and what it was raised from, in order."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def system_error(error: BaseException, place: Path | None = None) -> UserError | None:
+    """What to tell of an error behind which is a full disk, a missing permission or too little memory.
+
+    Args:
+        error: as it was raised; the exceptions that it was raised from are looked at too.
+        place: the output that was to be written.
+
+    Returns:
+        None for every other error.
+    """
+    for cause in causes(error):
+        if not isinstance(cause, UserError) and (message := _system_message(cause, place)):
+            return UserError(message)
+    return None
+
+
+def _system_message(error: BaseException, place: Path | None) -> str | None:
+    number = error.errno if isinstance(error, OSError) else None
+    file = _file_of(error)
+    is_full = number in _DISK_FULL or _mentions(error, _DISK_FULL_WORDS)
+    if is_full or _mentions(error, ("disk I/O error",)):  # SQLite, where its journal finds no room
+        folder, free = _fullest_disk(file, place)
+        if is_full or free < _ALMOST_FULL:
+            disk = f"the disk of {folder} ({free / 1e6:.1f} MB free)"
+            return _at(place or file, f"no space left on {disk}; make room there and {_RETRY}")
+    if number == errno.EFBIG:
+        return _at(
+            place or file,
+            "a file larger than the disk's file system, or a limit, takes; name another place",
+        )
+    if number in _FORBIDDEN or _mentions(error, _FORBIDDEN_WORDS):
+        reason = "the file system is read-only" if number == errno.EROFS else "no permission"
+        remedy = "give this user the right to read and write there, or name another place"
+        return _at(file or place, f"{reason}; {remedy}")
+    if type(error).__name__ == "BrokenProcessPool":
+        return _at(
+            place, f"a process was killed, perhaps for lack of memory; free some, and {_RETRY}"
+        )
+    is_out_of_memory = isinstance(error, MemoryError) or number == errno.ENOMEM
+    if is_out_of_memory or _mentions(error, _MEMORY_WORDS):
+        memory = "the GPU's memory" if "CU" in str(error) else "the memory"
+        remedy = (
+            "end what else takes it, or take a smaller batch_size, fewer workers or another device"
+        )
+        return _at(place, f"{memory} does not suffice; {remedy}, and {_RETRY}")
+    return None
+
+
+@contextmanager
+def system_errors_explained(place: Path | None = None) -> Iterator[None]:
+    """Raise UserError in place of an exception that `system_error` can explain."""
+    try:
+        yield
+    except Exception as error:
+        if explanation := system_error(error, place):
+            raise explanation from error
+        raise
+
+
+def _mentions(error: BaseException, words: tuple[str, ...]) -> bool:
+    return any(word in str(error) for word in words)
+
+
+def _at(place: Path | None, message: str) -> str:
+    return f"{place}: {message}" if place else message
+
+
+def _file_of(error: BaseException) -> Path | None:
+    """The file that an error names; of a copy, the one that was to be written."""
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    return Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
+
+
+def _fullest_disk(file: Path | None, place: Path | None) -> tuple[Path, int]:
+    """The disk with the least room of those that may have been meant: (a folder there, free bytes)."""
+    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    folders = [
+        _existing(path) for path in (place, file, Path(tempfile.gettempdir()), cache) if path
+    ]
+    free = {folder: shutil.disk_usage(folder).free for folder in folders}
+    fullest = min(free, key=free.__getitem__)
+    return fullest, free[fullest]
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    path = path.absolute()
+    while not os.path.isdir(path) and path != path.parent:  # noqa: PTH112 - also where not readable
+        path = path.parent
+    return path

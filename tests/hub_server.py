@@ -58,7 +58,9 @@ class Hub:
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
 
     @property
     def url(self) -> str:
@@ -69,7 +71,10 @@ class Hub:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.closed = True
         self._server.shutdown()
@@ -86,19 +91,27 @@ class Hub:
         }
         return {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | ours
 
-    def add(self, kind: Kind, repo_id: str, files: Mapping[str, Content] | Path, revision: str = "main") -> str:
+    def add(
+        self, kind: Kind, repo_id: str, files: Mapping[str, Content] | Path, revision: str = "main"
+    ) -> str:
         """A commit of these files (a mapping, or every file of a folder) at the tip of a branch; its 40-hex name."""
         if isinstance(files, Path):
             files = {str(p.relative_to(files)): p for p in sorted(files.rglob("*")) if p.is_file()}
         content = dict(files)
-        listing = "".join(f"{name} {_digests(data)['blob']}\n" for name, data in sorted(content.items()))
-        commit = hashlib.sha1(f"{kind}/{repo_id}/{revision}\n{listing}".encode(), usedforsecurity=False).hexdigest()
+        listing = "".join(
+            f"{name} {_digests(data)['blob']}\n" for name, data in sorted(content.items())
+        )
+        commit = hashlib.sha1(
+            f"{kind}/{repo_id}/{revision}\n{listing}".encode(), usedforsecurity=False
+        ).hexdigest()
         repository = self._repositories.setdefault((kind, repo_id), _Repository({}, {}))
         repository.commits[commit] = content
         repository.branches[revision] = commit
         return commit
 
-    def misbehave(self, fault: Fault, match: str, times: int = 1, status: int = 500, seconds: float = 1.0) -> None:
+    def misbehave(
+        self, fault: Fault, match: str, times: int = 1, status: int = 500, seconds: float = 1.0
+    ) -> None:
         """The next `times` requests whose "METHOD /path" contains `match` go wrong.
 
         "wrong bytes": the right number of bytes, each one flipped; "cut": half the body, then the connection closes;
@@ -115,7 +128,9 @@ class Hub:
                     return trouble
         return None
 
-    def find(self, kind: str, repo_id: str, revision: str | None) -> tuple[str, dict[str, Content]] | str:
+    def find(
+        self, kind: str, repo_id: str, revision: str | None
+    ) -> tuple[str, dict[str, Content]] | str:
         """Commit and files, or the Hub's error code."""
         repository = self._repositories.get((kind, repo_id))
         if repository is None:
@@ -123,7 +138,11 @@ class Hub:
         if repo_id in self.gated:
             return "GatedRepo"
         commit = repository.branches.get(revision or "main", revision or "main")
-        return (commit, repository.commits[commit]) if commit in repository.commits else "RevisionNotFound"
+        return (
+            (commit, repository.commits[commit])
+            if commit in repository.commits
+            else "RevisionNotFound"
+        )
 
 
 def _read(content: Content) -> bytes:
@@ -158,7 +177,10 @@ def _sibling(path: str, content: Content, blobs: bool) -> dict[str, Any]:
     entry = _entry(path, content)
     sibling = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
     if "lfs" in entry:
-        sibling["lfs"] = {"sha256": entry["lfs"]["oid"], **{k: entry["lfs"][k] for k in ("size", "pointerSize")}}
+        sibling["lfs"] = {
+            "sha256": entry["lfs"]["oid"],
+            **{k: entry["lfs"][k] for k in ("size", "pointerSize")},
+        }
     return sibling
 
 
@@ -166,10 +188,17 @@ def _tree(files: Mapping[str, Content], folder: str, recursive: bool) -> list[di
     prefix = f"{folder}/" if folder else ""
     inside = {path: content for path, content in files.items() if path.startswith(prefix)}
     folders = sorted(
-        {str(p) for path in inside for p in Path(path).parents if str(p).startswith(prefix) and str(p) != "."}
+        {
+            str(p)
+            for path in inside
+            for p in Path(path).parents
+            if str(p).startswith(prefix) and str(p) != "."
+        }
     )
     entries: list[dict[str, Any]] = [
-        {"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders if path != folder
+        {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+        for path in folders
+        if path != folder
     ]
     entries += [_entry(path, content) for path, content in inside.items()]
     return entries if recursive else [e for e in entries if "/" not in e["path"][len(prefix) :]]
@@ -204,15 +233,34 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if match := RESOLVE.fullmatch(address.path):
                 datasets, repo_id, revision, path = match.groups()
                 return self.file(
-                    "datasets" if datasets else "models", repo_id, unquote(revision), unquote(path), trouble
+                    "datasets" if datasets else "models",
+                    repo_id,
+                    unquote(revision),
+                    unquote(path),
+                    trouble,
                 )
             if match := API.fullmatch(address.path):
                 kind, repo_id, what, revision, path = match.groups()
-                return self.api(kind, repo_id, what, revision and unquote(revision), unquote(path or ""), query, body)
+                return self.api(
+                    kind,
+                    repo_id,
+                    what,
+                    revision and unquote(revision),
+                    unquote(path or ""),
+                    query,
+                    body,
+                )
             return self.send(404, b"", {})
 
         def api(
-            self, kind: str, repo_id: str, what: str, revision: str, path: str, query: dict[str, str], body: bytes
+            self,
+            kind: str,
+            repo_id: str,
+            what: str,
+            revision: str,
+            path: str,
+            query: dict[str, str],
+            body: bytes,
         ) -> None:
             found = hub.find(kind, repo_id, revision)
             if isinstance(found, str):
@@ -243,7 +291,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 }
             return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-        def file(self, kind: str, repo_id: str, revision: str, path: str, trouble: _Trouble | None) -> None:
+        def file(
+            self, kind: str, repo_id: str, revision: str, path: str, trouble: _Trouble | None
+        ) -> None:
             found = hub.find(kind, repo_id, revision)
             if isinstance(found, str):
                 return self.error(found)
@@ -251,7 +301,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if path not in files:
                 return self.error("EntryNotFound", {"X-Repo-Commit": commit})
             data, facts = _read(files[path]), _digests(files[path])
-            headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes", "ETag": f'"{facts["blob"]}"'}
+            headers = {
+                "X-Repo-Commit": commit,
+                "Accept-Ranges": "bytes",
+                "ETag": f'"{facts["blob"]}"',
+            }
             if _is_lfs(path):
                 headers["X-Linked-Etag"] = f'"{facts["sha256"]}"'
                 headers["X-Linked-Size"] = str(len(data))
@@ -264,9 +318,17 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def error(self, code: str, headers: Mapping[str, str] | None = None) -> None:
             status = {"GatedRepo": 403, "RepoNotFound": 401}.get(code, 404)
-            self.send(status, b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
+            self.send(
+                status, b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})}
+            )
 
-        def send(self, status: int, data: bytes, headers: Mapping[str, str], trouble: _Trouble | None = None) -> None:
+        def send(
+            self,
+            status: int,
+            data: bytes,
+            headers: Mapping[str, str],
+            trouble: _Trouble | None = None,
+        ) -> None:
             if trouble is not None and trouble.fault == "wrong bytes":
                 data = bytes(255 - byte for byte in data)
             self.send_response(status)

@@ -35,7 +35,9 @@ def proxy(port: int | None = None) -> Iterator[Proxy]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def _answer(self, status: int, body: bytes, headers: list[tuple[str, str]], length: int) -> None:
+        def _answer(
+            self, status: int, body: bytes, headers: list[tuple[str, str]], length: int
+        ) -> None:
             self.send_response(status)
             for name, value in headers:
                 if name.lower() not in _HOPS:
@@ -56,7 +58,9 @@ def proxy(port: int | None = None) -> Iterator[Proxy]:
             elif isinstance(fault, int) or port is None:
                 self._answer(fault if isinstance(fault, int) else 503, b"{}", [], 2)
             else:
-                kept = {name: value for name, value in self.headers.items() if name.lower() not in _HOPS}
+                kept = {
+                    name: value for name, value in self.headers.items() if name.lower() not in _HOPS
+                }
                 with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as server:
                     server.request(self.command, self.path, body, kept)
                     answer = server.getresponse()
@@ -71,7 +75,9 @@ def proxy(port: int | None = None) -> Iterator[Proxy]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     made = Proxy(f"http://127.0.0.1:{server.server_port}")
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    ).start()
     try:
         yield made
     finally:

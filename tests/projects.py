@@ -43,7 +43,11 @@ def make_project(folder: Path, base: Path) -> Path:
 
 def environment(folder: Path) -> dict[str, str]:
     """This process's environment, with the project's code, its own Prefect home and its own registry."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW", "FMN"))}
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT", "MLFLOW", "FMN"))
+    }
     return ours | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ours['PATH']}",
         "PREFECT_HOME": str(folder / ".prefect"),
@@ -62,7 +66,9 @@ def start(folder: Path, *command: str, **variables: str) -> "subprocess.Popen[st
     )  # fmt: skip
 
 
-def run(folder: Path, *command: str, fails: bool = False, stdout: bool = False, **variables: str) -> str:
+def run(
+    folder: Path, *command: str, fails: bool = False, stdout: bool = False, **variables: str
+) -> str:
     """What a command prints (on standard output alone)."""
     with start(folder, *command, **variables) as process:
         out, err = process.communicate()
@@ -70,8 +76,20 @@ def run(folder: Path, *command: str, fails: bool = False, stdout: bool = False, 
     return out if stdout else out + err
 
 
-def flow(folder: Path, *arguments: str, fails: bool = False, stdout: bool = False, **variables: str) -> str:
-    return run(folder, sys.executable, "-m", "fmn", "run", *arguments, fails=fails, stdout=stdout, **variables)
+def flow(
+    folder: Path, *arguments: str, fails: bool = False, stdout: bool = False, **variables: str
+) -> str:
+    return run(
+        folder,
+        sys.executable,
+        "-m",
+        "fmn",
+        "run",
+        *arguments,
+        fails=fails,
+        stdout=stdout,
+        **variables,
+    )
 
 
 def dvc(folder: Path, *arguments: str) -> str:
@@ -80,4 +98,8 @@ def dvc(folder: Path, *arguments: str) -> str:
 
 def repro(folder: Path) -> list[str]:
     """The stages that `dvc repro` runs."""
-    return [line.split("'")[1] for line in dvc(folder, "repro").splitlines() if line.startswith("Running stage")]
+    return [
+        line.split("'")[1]
+        for line in dvc(folder, "repro").splitlines()
+        if line.startswith("Running stage")
+    ]

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from fmn import intervals, tasks
-from fmn.architectures import NodeValues, Site
-from fmn.comparison import Cell
-from fmn.intervals import METRICS, Answers
-from fmn.report import Cost, Evaluated
-from fmn.tasks import Task
+from fmn.evaluate import bootstrap as intervals
+from fmn.evaluate.bootstrap import METRICS, Answers
+from fmn.fisher.architectures import NodeValues, Site
+from fmn.report.comparison import Cell
+from fmn.report.results import Cost, Evaluated
+from fmn.tasks import task as tasks
+from fmn.tasks.task import Task
 
 SEVEN = ("cola", "mnli", "mrpc", "qnli", "rte", "sst2", "stsb")
 
@@ -48,14 +49,20 @@ def evaluated(names: Sequence[str], right: float, seed: int = 0, count: int = 20
     return Evaluated({"tasks": entries}, given)
 
 
-def run(names: Sequence[str] = SEVEN, count: int = 200) -> tuple[dict[str, Evaluated], dict[str, Evaluated]]:
+def run(
+    names: Sequence[str] = SEVEN, count: int = 200
+) -> tuple[dict[str, Evaluated], dict[str, Evaluated]]:
     """Experts by task, and merged models by name, the better the later."""
-    experts = {name: evaluated([name], 0.9, 7 + place, count + place) for place, name in enumerate(names)}
+    experts = {
+        name: evaluated([name], 0.9, 7 + place, count + place) for place, name in enumerate(names)
+    }
     qualities = {"base": 0.5, "average": 0.65, "merged": 0.8}
     return experts, {name: evaluated(names, right, 50, count) for name, right in qualities.items()}
 
 
-def fisher(names: Sequence[str], layers: int = 12, heads: int = 12, neurons: int = 200) -> dict[str, NodeValues]:
+def fisher(
+    names: Sequence[str], layers: int = 12, heads: int = 12, neurons: int = 200
+) -> dict[str, NodeValues]:
     """Fisher information that falls with the layer and is far larger in some nodes than in others."""
     random = np.random.default_rng(0)
     return {
@@ -82,7 +89,10 @@ def recipe(names: Sequence[str], method: str = "mask-fisher", **more: Any) -> di
         "density": None,
         "seed": None,
         "experts": {
-            name: {"revision": f"hf://org/some-base-uncased-{name}@{'0123456789abcdef' * 2}01234567"} for name in names
+            name: {
+                "revision": f"hf://org/some-base-uncased-{name}@{'0123456789abcdef' * 2}01234567"
+            }
+            for name in names
         },
         "fisher": {name: {"estimator": "empirical", "samples": 1024} for name in names},
         "gram": {},
@@ -122,9 +132,14 @@ def cell(names: Sequence[str], right: float, seed: int = 0, count: int = 60) -> 
     return {"tasks": entries, "seconds": 1.5}
 
 
-def cells(sets: Mapping[str, Sequence[str]], methods: Mapping[str, float]) -> dict[str, dict[str, Cell]]:
+def cells(
+    sets: Mapping[str, Sequence[str]], methods: Mapping[str, float]
+) -> dict[str, dict[str, Cell]]:
     """The cells of a comparison of methods, of which this share of answers is right."""
     return {
-        name: {method: cell(members, right, place + 2) for place, (method, right) in enumerate(methods.items())}
+        name: {
+            method: cell(members, right, place + 2)
+            for place, (method, right) in enumerate(methods.items())
+        }
         for name, members in sets.items()
     }

@@ -67,7 +67,9 @@ def test_help_names_every_command_and_is_quick_to_import() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_its_options(capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_every_command_explains_its_options(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
     fmn(command, "--help")
     assert "--json" in capsys.readouterr().out
 
@@ -82,15 +84,30 @@ def test_the_stages_work_one_after_the_other(
         assert set(made["rows"]) == {"train", "validation"}
         expert = tmp_path / "experts" / task
         tuning = ("--epochs", 1, "--examples", 32, "--learning_rate", "1e-3", "--device", "cpu")
-        tuned = answer(capsys, "finetune", tmp_path / "base", "--task", task, "--data", data, "--out", expert, *tuning)
+        tuned = answer(
+            capsys,
+            "finetune",
+            tmp_path / "base",
+            "--task",
+            task,
+            "--data",
+            data,
+            "--out",
+            expert,
+            *tuning,
+        )
         assert (tuned["computed"], tuned["examples"], tuned["learning_rate"]) == (True, 32, 1e-3)
         out = tmp_path / "fisher" / f"{task}.parquet"
         asked = ("--samples", 16, "--estimator", "expected", "--dtype", "float32")
-        found = answer(capsys, "fisher", expert, "--task", task, "--data", data / task, "--out", out, *asked)
+        found = answer(
+            capsys, "fisher", expert, "--task", task, "--data", data / task, "--out", out, *asked
+        )
         assert (found["estimator"], found["samples"]) == ("expected", 16)
     merged = tmp_path / "merged"
     wholes = ("--expert", tmp_path / "experts", "--fisher", tmp_path / "fisher")
-    recipe = answer(capsys, "merge", *wholes, "--out", merged, "--coefficient", "sst2=2", "--mapping", "paper")
+    recipe = answer(
+        capsys, "merge", *wholes, "--out", merged, "--coefficient", "sst2=2", "--mapping", "paper"
+    )
     assert recipe["coefficients"] == {"sst2": 2.0, "stsb": 1.0}
     again = answer(
         capsys, "merge", "--expert", f"sst2={tmp_path / 'experts/sst2'}", f"stsb={tmp_path / 'experts/stsb'}",
@@ -103,7 +120,10 @@ def test_the_stages_work_one_after_the_other(
     assert set(scored["tasks"]) == {"sst2", "stsb"}
     given = ("--expert", tmp_path / "experts", "--data", data, "--texts", 20, "--device", "cpu")
     realigned = answer(capsys, "realign", merged, *given, "--out", tmp_path / "realigned")
-    assert {name: fit["texts"] for name, fit in realigned["realign"]["tasks"].items()} == {"sst2": 20, "stsb": 20}
+    assert {name: fit["texts"] for name, fit in realigned["realign"]["tasks"].items()} == {
+        "sst2": 20,
+        "stsb": 20,
+    }
     fmn("realign", merged, *given, "--out", tmp_path / "realigned")
     assert "already there" in capsys.readouterr().out
     reported = answer(
@@ -111,7 +131,9 @@ def test_the_stages_work_one_after_the_other(
         "--out", tmp_path / "report",
     )  # fmt: skip
     assert "merged with mask-fisher" in (tmp_path / "report" / "report.html").read_text()
-    assert reported["results"]["tasks"]["sst2"]["merged"]["score"] == scored["tasks"]["sst2"]["score"]
+    assert (
+        reported["results"]["tasks"]["sst2"]["merged"]["score"] == scored["tasks"]["sst2"]["score"]
+    )
     said = answer(capsys, "predict", merged, "--task", "sst2", "a warm film")
     assert said["label"] in ("negative", "positive")
 
@@ -146,8 +168,14 @@ def test_a_summary_without_json_is_for_people(
         (["data", "mrpc", "--source", "embedded"], "--out"),
         (["data", "mrpc", "--sorce", "embedded", "--out", "x"], "--sorce"),
         (["fisher", "nowhere", "--task", "mrpc", "--data", "x", "--out", "y"], "nowhere"),
-        (["fisher", "x", "--task", "mrpc", "--data", "x", "--out", "y", "--estimator", "best"], "best"),
-        (["fisher", "x", "--task", "mrpc", "--data", "x", "--out", "y", "--samples", "0"], "samples"),
+        (
+            ["fisher", "x", "--task", "mrpc", "--data", "x", "--out", "y", "--estimator", "best"],
+            "best",
+        ),
+        (
+            ["fisher", "x", "--task", "mrpc", "--data", "x", "--out", "y", "--samples", "0"],
+            "samples",
+        ),
         (["data", "mrpc", "--source", "embedded", "--out", "."], "--out ."),
         (["merge", "--expert", "nowhere", "--out", "x"], "nowhere"),
         (["merge", "--expert", "mrpc=nowhere", "--out", "x"], "nowhere"),
@@ -156,13 +184,45 @@ def test_a_summary_without_json_is_for_people(
             ["merge", "--expert", "mrpc=a", "--out", "x", "--coefficient", "mrpc=much"],
             "fmn: coefficient 'much' is not a number",
         ),
-        (["merge", "--expert", "mrpc=a", "--out", "x", "--coefficients", "nowhere.json"], "a: no such folder"),
-        (["search", "--expert", "mrpc=a", "sst2=b", "--data", "x", "--out", "y", "--method", "average"], "a: no such"),
         (
-            ["search", "--expert", "mrpc=a", "sst2=b", "--data", "x", "--out", "y", "--scale_range", "2", "1"],
+            ["merge", "--expert", "mrpc=a", "--out", "x", "--coefficients", "nowhere.json"],
+            "a: no such folder",
+        ),
+        (
+            [
+                "search",
+                "--expert",
+                "mrpc=a",
+                "sst2=b",
+                "--data",
+                "x",
+                "--out",
+                "y",
+                "--method",
+                "average",
+            ],
+            "a: no such",
+        ),
+        (
+            [
+                "search",
+                "--expert",
+                "mrpc=a",
+                "sst2=b",
+                "--data",
+                "x",
+                "--out",
+                "y",
+                "--scale_range",
+                "2",
+                "1",
+            ],
             "LOW must be zero or more, and HIGH above it",
         ),
-        (["search", "--expert", "mrpc=a", "sst2=b", "--data", "x", "--out", "y", "--rows", "0"], "rows"),
+        (
+            ["search", "--expert", "mrpc=a", "sst2=b", "--data", "x", "--out", "y", "--rows", "0"],
+            "rows",
+        ),
         (["evaluate", "nowhere", "--data", "x", "--out", "y"], "nowhere"),
         (["register", "nowhere", "--metrics", "x", "--name", "demo"], "nowhere"),
         (["register", "nowhere", "--metrics", "x", "--name", "../demo"], "name"),
@@ -174,7 +234,11 @@ def test_a_summary_without_json_is_for_people(
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    says: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert says in mistake(capsys, *arguments)
@@ -197,10 +261,22 @@ def test_methods_with_statistics_of_their_own(
     pairs = [f"{task}={tiny_work / 'experts' / task}" for task in TASKS]
     statistics = tmp_path / "statistics"
     for task in TASKS:
-        of = (tiny_work / "experts" / task, "--task", task, "--data", tiny_work / "data", "--device", "cpu")
-        full = answer(capsys, "full-fisher", *of, "--samples", 4, "--out", statistics / f"{task}.safetensors")
+        of = (
+            tiny_work / "experts" / task,
+            "--task",
+            task,
+            "--data",
+            tiny_work / "data",
+            "--device",
+            "cpu",
+        )
+        full = answer(
+            capsys, "full-fisher", *of, "--samples", 4, "--out", statistics / f"{task}.safetensors"
+        )
         assert (full["kind"], full["samples"], full["computed"]) == ("full-fisher", 4, True)
-        made = answer(capsys, "gram", *of, "--samples", 16, "--out", statistics / f"{task}.gram.safetensors")
+        made = answer(
+            capsys, "gram", *of, "--samples", 16, "--out", statistics / f"{task}.gram.safetensors"
+        )
         assert (made["kind"], made["task"], made["samples"]) == ("gram", task, 16)
     given = ("--expert", *pairs, "--base", tiny_work / "base")
     nodes = ("--fisher", tiny_work / "fisher")
@@ -211,7 +287,9 @@ def test_methods_with_statistics_of_their_own(
         "mask-fisher": nodes,
     }
     for method, more in options.items():
-        stated = answer(capsys, "merge", *given, "--method", method, *more, "--out", tmp_path / method)
+        stated = answer(
+            capsys, "merge", *given, "--method", method, *more, "--out", tmp_path / method
+        )
         assert stated["method"] == method
         assert {kind for kind in ("fisher", "gram") if stated[kind]} == {
             option.removeprefix("--") for option in map(str, more) if option.startswith("--")

@@ -15,10 +15,22 @@ from fmn.errors import UserError, redacted
         ("postgresql://me:p%40ss@db/mlflow", "postgresql://db/mlflow"),
         ("https://x-access-token:ghp_1@github.com/a/b", "https://github.com/a/b"),
         ("hf://me:hf_1@org/name: not a source", "hf://org/name: not a source"),
-        ("https://host/f?X-Amz-Signature=abc&a=1&token=t", "https://host/f?X-Amz-Signature=***&a=1&token=***"),
-        ("hf://name@main and hf://org/name@v1: no such", "hf://name@main and hf://org/name@v1: no such"),
-        ("models:/name@champion, sqlite:////a@b/mlflow.db", "models:/name@champion, sqlite:////a@b/mlflow.db"),
-        ("somebody@example.org at https://example.org/@x", "somebody@example.org at https://example.org/@x"),
+        (
+            "https://host/f?X-Amz-Signature=abc&a=1&token=t",
+            "https://host/f?X-Amz-Signature=***&a=1&token=***",
+        ),
+        (
+            "hf://name@main and hf://org/name@v1: no such",
+            "hf://name@main and hf://org/name@v1: no such",
+        ),
+        (
+            "models:/name@champion, sqlite:////a@b/mlflow.db",
+            "models:/name@champion, sqlite:////a@b/mlflow.db",
+        ),
+        (
+            "somebody@example.org at https://example.org/@x",
+            "somebody@example.org at https://example.org/@x",
+        ),
     ],
 )
 def test_addresses_are_told_without_what_is_secret_in_them(said: str, told: str) -> None:

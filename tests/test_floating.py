@@ -12,8 +12,8 @@ import safetensors.torch
 from flows.pipeline import pipeline
 from fmn.errors import UserError
 from tests.conftest import TASKS
+from tests.flows.test_notices import listening
 from tests.hub_server import Hub
-from tests.test_notices import listening
 
 PROFILE = """
 work: data/tiny
@@ -32,7 +32,11 @@ registry: {{name: tiny}}
 
 @pytest.fixture
 def project(
-    tiny_base: Path, tiny_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_workers: None
+    tiny_base: Path,
+    tiny_work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_workers: None,
 ) -> Iterator[Hub]:
     """A working folder whose three experts come from a Hub, from a registry and from a folder."""
     for task in TASKS:
@@ -77,16 +81,27 @@ def retune(task: str) -> None:
 def run(capsys: pytest.CaptureFixture[str]) -> tuple[set[tuple[str, str]], str]:
     """The stages that a run computed, and the version that the registry then has."""
     found = pipeline("params.yaml")
-    said = [re.match(r"(\S+) +(\S*) +[\d.]+ s$", line) for line in capsys.readouterr().out.splitlines()]
+    said = [
+        re.match(r"(\S+) +(\S*) +[\d.]+ s$", line) for line in capsys.readouterr().out.splitlines()
+    ]
     return {(line[1], line[2]) for line in said if line}, found["registered"]["version"]
 
 
 def of_one_expert(task: str, computed: set[tuple[str, str]]) -> None:
     """One fetch, one Fisher, one evaluation of the expert; every merged model made and evaluated again; no more."""
-    assert {one for one in computed if one[1] in TASKS} == {("fetch", task), ("fisher", task), ("evaluate", task)}
+    assert {one for one in computed if one[1] in TASKS} == {
+        ("fetch", task),
+        ("fisher", task),
+        ("evaluate", task),
+    }
     rest = {one for one in computed if one[1] not in TASKS}
     assert {stage for stage, _ in rest} == {"merge", "evaluate", "report", "register"}
-    assert {("merge", "merged"), ("merge", "average"), ("evaluate", "merged"), ("evaluate", "average")} < rest
+    assert {
+        ("merge", "merged"),
+        ("merge", "average"),
+        ("evaluate", "merged"),
+        ("evaluate", "average"),
+    } < rest
 
 
 @pytest.mark.slow
@@ -100,7 +115,9 @@ def test_a_run_computes_what_depends_on_sources_that_moved(
         assert {("fetch", task) for task in TASKS} < computed
         assert version == "1"
         assert run(capsys) == (set(), "1"), "nothing moved: nothing is computed, nothing registered"
-        assert [text.partition(" champion")[0] for text in webhook.taken] == ["fmn: tiny 1 is the new"]
+        assert [text.partition(" champion")[0] for text in webhook.taken] == [
+            "fmn: tiny 1 is the new"
+        ]
     monkeypatch.delenv("FMN_WEBHOOK")
 
     retune("sst2")
@@ -132,6 +149,7 @@ def test_a_run_computes_what_depends_on_sources_that_moved(
         with pytest.raises(UserError) as failed:
             run(capsys)
     assert re.fullmatch(
-        r"fetch stsb: models/stsb: .*config\.json.*; finished, in percent: sst2 [\d.]+, mrpc [\d.]+", str(failed.value)
+        r"fetch stsb: models/stsb: .*config\.json.*; finished, in percent: sst2 [\d.]+, mrpc [\d.]+",
+        str(failed.value),
     )
     assert webhook.taken == [f"fmn: params.yaml failed: {failed.value}"]

@@ -21,10 +21,13 @@ HEAVY = (
     "datasets",
     "huggingface_hub",
 )
-MODULES = sorted(Path(fmn.__file__).parent.glob("*.py"))
+MODULES = sorted(Path(fmn.__file__).parent.rglob("*.py"))
 
 
-@pytest.mark.parametrize("modules", ["fmn.cli, fmn.stages", "fmn.sources", "fmn.headers", "fmn.recipe"])
+@pytest.mark.parametrize(
+    "modules",
+    ["fmn.cli, fmn.params", "fmn.models.sources", "fmn.models.headers", "fmn.merge.recipe"],
+)
 def test_stages_are_imported_without_what_only_computing_needs(modules: str) -> None:
     code = f"import sys, {modules}; print(*(name for name in {HEAVY} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -42,4 +45,7 @@ def test_the_package_knows_neither_prefect_nor_dvc() -> None:
 
 
 def test_only_the_registry_and_the_served_model_know_mlflow() -> None:
-    assert {path.name for path in MODULES if "mlflow" in imported(path)} == {"registry.py", "served.py"}
+    assert {path.name for path in MODULES if "mlflow" in imported(path)} == {
+        "registry.py",
+        "served.py",
+    }

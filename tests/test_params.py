@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from fmn import params
 from fmn.errors import UserError
+from fmn.fisher import stages as fisher_stages
+from fmn.models import stages as models_stages
 
 ROOT = Path(__file__).parent.parent
 PROFILES = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
@@ -33,32 +35,49 @@ def test_every_shipped_profile_is_valid(path: Path, monkeypatch: pytest.MonkeyPa
     profile = params.load(path)
     assert len(profile.experts.tasks) >= 2
     others = [params.load(other) for other in PROFILES if other != path]
-    assert profile.work not in {other.work for other in others}, "profiles must not write over one another"
+    assert profile.work not in {other.work for other in others}, (
+        "profiles must not write over one another"
+    )
     assert profile.registry.name not in {other.registry.name for other in others}
 
 
 def test_the_paper_profiles_exist() -> None:
     names = {path.stem for path in PROFILES}
-    assert {"minilm-glue", "paper-bert-tiny", "paper-bert-mini", "paper-bert-base", "paper-roberta-base"} <= names
+    assert {
+        "minilm-glue",
+        "paper-bert-tiny",
+        "paper-bert-mini",
+        "paper-bert-base",
+        "paper-roberta-base",
+    } <= names
 
 
 def test_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
     profile = load(tmp_path, GOOD)
-    assert profile.finetune["mrpc"] == params.FinetuneSettings(epochs=2)
-    assert profile.fisher == params.FisherSettings()
+    assert profile.finetune["mrpc"] == models_stages.FinetuneSettings(epochs=2)
+    assert profile.fisher == fisher_stages.FisherSettings()
     assert profile.merge.coefficients == {}
 
 
 def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None:
     assert load(tmp_path, GOOD).runner == "local"
-    profile = load(tmp_path, GOOD + "runner: dask\naddress: tcp://host:8786\nstorage: s3://bucket/fmn\n")
-    assert (profile.runner, profile.address, profile.storage) == ("dask", "tcp://host:8786", "s3://bucket/fmn")
+    profile = load(
+        tmp_path, GOOD + "runner: dask\naddress: tcp://host:8786\nstorage: s3://bucket/fmn\n"
+    )
+    assert (profile.runner, profile.address, profile.storage) == (
+        "dask",
+        "tcp://host:8786",
+        "s3://bucket/fmn",
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("fisher: {estimater: batch}", "fisher.estimater: unknown setting; did you mean 'estimator'"),
+        (
+            "fisher: {estimater: batch}",
+            "fisher.estimater: unknown setting; did you mean 'estimator'",
+        ),
         ("fisher: {estimator: bath}", "fisher.estimator"),
         ("fisher: {samples: 0}", "at least one example"),
         ("fisher: {samples: auto, workers: 2}", "take workers 1"),
@@ -88,11 +107,16 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("merge: {scale: .inf}", "finite"),
         ("merge: {coefficient: [mrpc=nan]}", "'nan' is not finite"),
         ('data: {source: "a\\0b"}', "NUL character"),
-        ("compare: {../../evil: {methods: {a: {method: average}}}}", "'../../evil' must be of letters"),
+        (
+            "compare: {../../evil: {methods: {a: {method: average}}}}",
+            "'../../evil' must be of letters",
+        ),
         ("---\nwork: x", "single document"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_file_and_setting(tmp_path: Path, change: str, says: str) -> None:
+def test_a_mistake_is_one_line_that_names_file_and_setting(
+    tmp_path: Path, change: str, says: str
+) -> None:
     with pytest.raises(UserError) as error:
         load(tmp_path, GOOD + change + "\n")
     assert says in str(error.value)
@@ -112,7 +136,9 @@ def test_a_mistake_is_one_line_that_names_file_and_setting(tmp_path: Path, chang
         ("base: hf://org/base", "", "base: missing"),
     ],
 )
-def test_experts_that_do_not_add_up_are_refused(tmp_path: Path, old: str, new: str, says: str) -> None:
+def test_experts_that_do_not_add_up_are_refused(
+    tmp_path: Path, old: str, new: str, says: str
+) -> None:
     with pytest.raises(UserError, match=says):
         load(tmp_path, GOOD.replace(old, new))
 
@@ -124,7 +150,9 @@ def test_a_missing_file_says_which(tmp_path: Path) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 SECTIONS = st.sampled_from([*params.Params.model_fields, "other"])
@@ -145,8 +173,14 @@ def test_no_content_at_all_raises_anything_but_a_user_error(content: object) -> 
         ("merge: {method: regmean}", "add 'sst2' to `gram`"),
         ("merge: {method: fisher-regmean}\ngram: {sst2: {}}", "add 'mrpc' to `gram`"),
         ("compare: {one: {sets: [sst2+rte], methods: {a: {method: average}}}}", "sst2+rte"),
-        ("compare: {one: {sets: [sst2], methods: {a: {method: average}}}}", "'sst2' is neither pairs"),
-        ("compare: {one: {rows: {rte: 9}, methods: {a: {method: average}}}}", "'rte' is not one of experts.tasks"),
+        (
+            "compare: {one: {sets: [sst2], methods: {a: {method: average}}}}",
+            "'sst2' is neither pairs",
+        ),
+        (
+            "compare: {one: {rows: {rte: 9}, methods: {a: {method: average}}}}",
+            "'rte' is not one of experts.tasks",
+        ),
         ("compare: {one: {rows: 0, methods: {a: {method: average}}}}", "compare.one.rows"),
         ("compare: {one: {methods: {a: {method: avarage}}}}", "did you mean 'average'"),
     ],
@@ -158,5 +192,8 @@ def test_what_a_method_or_a_comparison_lacks_is_named(tmp_path: Path, more: str,
 
 def test_rows_of_a_comparison_are_one_number_or_one_a_task(tmp_path: Path) -> None:
     for rows, expected in (("9", [9, 9]), ("all", ["all", "all"]), ("{sst2: 9}", [9, "all"])):
-        loaded = load(tmp_path, GOOD + f"compare: {{one: {{rows: {rows}, methods: {{a: {{method: average}}}}}}}}\n")
+        loaded = load(
+            tmp_path,
+            GOOD + f"compare: {{one: {{rows: {rows}, methods: {{a: {{method: average}}}}}}}}\n",
+        )
         assert [loaded.compare["one"].rows_of(name) for name in ("sst2", "mrpc")] == expected

@@ -21,7 +21,9 @@ def test_the_page_of_scale_is_as_its_benchmark_writes_it() -> None:
     assert results.write(text, lambda name: tables[name] + "\n") == text, "run `make results`"
 
 
-def test_what_a_benchmark_leaves_is_stored_with_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_benchmark_leaves_is_stored_with_its_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(results, "STORE", tmp_path / "stored")
     results.keep(tmp_path / "found", {"seconds": 2.5}, "| seconds |\n| --- |\n| 2.5 |\n")
     results.add("speed", tmp_path / "found", "python -m benchmarks.speed")

@@ -13,7 +13,7 @@ import pytest
 
 from tests import projects
 from tests.conftest import ROOT
-from tests.test_registry import serving
+from tests.registry.test_tracking import serving
 
 MARK = "Geheim"
 PROFILE = ".profile.yaml"
@@ -29,7 +29,9 @@ SECRETS = {
 
 def leaks(folder: Path) -> list[str]:
     """The files below a folder that hold a planted secret, but for the profiles that it was planted in."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(PROFILE)]
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(PROFILE)
+    ]
     return [str(path.relative_to(folder)) for path in files if MARK.encode() in path.read_bytes()]
 
 
@@ -38,13 +40,19 @@ def listening(of: psutil.Process) -> set[str]:
     found = set()
     for one in [of, *of.children(recursive=True)]:
         try:
-            found |= {f"{at.laddr.ip}" for at in one.net_connections("inet") if at.status == psutil.CONN_LISTEN}
+            found |= {
+                f"{at.laddr.ip}"
+                for at in one.net_connections("inet")
+                if at.status == psutil.CONN_LISTEN
+            }
         except psutil.Error:  # it has ended
             continue
     return found
 
 
-def watched(process: "subprocess.Popen[str]", until: Callable[[set[str]], bool] = lambda _: False) -> set[str]:
+def watched(
+    process: "subprocess.Popen[str]", until: Callable[[set[str]], bool] = lambda _: False
+) -> set[str]:
     """The addresses that a command listens on until it ends, or until these are enough."""
     found: set[str] = set()
     while process.poll() is None and not until(found):
@@ -97,8 +105,18 @@ def test_a_run_tells_no_secret_and_listens_on_loopback_alone(project: Path, stor
     ]
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     for name, file, uri, succeeds in runs:
-        command = [sys.executable, "-m", "fmn", "run", "--params", file.name, *(["--verbose"] if succeeds else [])]
-        with projects.start(project, *command, MLFLOW_TRACKING_URI=uri, **quick, **SECRETS) as process:
+        command = [
+            sys.executable,
+            "-m",
+            "fmn",
+            "run",
+            "--params",
+            file.name,
+            *(["--verbose"] if succeeds else []),
+        ]
+        with projects.start(
+            project, *command, MLFLOW_TRACKING_URI=uri, **quick, **SECRETS
+        ) as process:
             heard = watched(process) if name == "registered" else {"127.0.0.1"}
             out, err = process.communicate()
         assert (process.returncode == 0) == succeeds, f"{name}: {out}{err}"

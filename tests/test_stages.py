@@ -10,19 +10,25 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fmn import artifacts, intervals, merge_stages, registry_stages, stages, tasks
-from fmn.data import read
 from fmn.errors import UserError
-from fmn.params import (
-    DataSettings,
-    Estimator,
-    EvaluateSettings,
-    FinetuneSettings,
-    FisherSettings,
-    MergeSettings,
-    RegistrySettings,
-)
-from fmn.stage import Outcome
+from fmn.evaluate import bootstrap as intervals
+from fmn.evaluate import stages as evaluate_stages
+from fmn.evaluate.stages import EvaluateSettings
+from fmn.fisher import stages as fisher_stages
+from fmn.fisher.stages import Estimator, FisherSettings
+from fmn.merge import stages as merge_stages
+from fmn.merge.stages import MergeSettings
+from fmn.models import stages as models_stages
+from fmn.models.stages import FinetuneSettings
+from fmn.registry import stages as registry_stages
+from fmn.registry.stages import RegistrySettings
+from fmn.report import stages as report_stages
+from fmn.store import artifacts
+from fmn.store.stage import Outcome
+from fmn.tasks import stages as tasks_stages
+from fmn.tasks import task as tasks
+from fmn.tasks.dataset import read
+from fmn.tasks.stages import DataSettings
 from tests.conftest import FISHER, TASKS, TUNING
 
 EVALUATE = EvaluateSettings(device="cpu")
@@ -44,24 +50,40 @@ def fisher_files(work: Path) -> dict[str, Path]:
 
 def merge(work: Path, settings: MergeSettings | None = None) -> Outcome:
     return merge_stages.merge(
-        experts(work), fisher_files(work), work / "base", work / "merged", settings or MergeSettings()
+        experts(work),
+        fisher_files(work),
+        work / "base",
+        work / "merged",
+        settings or MergeSettings(),
     )
 
 
 def run_all(work: Path) -> dict[str, bool]:
     """Every stage with the settings that `tiny_work` was made with, and whether it computed anything."""
     done = (
-        {"fetch": stages.fetch(str(work.parent / "source"), work / "base")} if (work.parent / "source").exists() else {}
+        {"fetch": models_stages.fetch(str(work.parent / "source"), work / "base")}
+        if (work.parent / "source").exists()
+        else {}
     )
     for task in TASKS:
         expert = work / "experts" / task
-        done[f"data {task}"] = stages.prepare(task, work / "data" / task, DataSettings(source="embedded"))
-        done[f"finetune {task}"] = stages.finetune(work / "base", task, work / "data", expert, TUNING)
-        done[f"fisher {task}"] = stages.fisher(expert, task, work / "data", fisher_files(work)[task], FISHER)
-        done[f"evaluate {task}"] = stages.evaluate(expert, [task], work / "data", work / f"{task}.json", EVALUATE)
+        done[f"data {task}"] = tasks_stages.prepare(
+            task, work / "data" / task, DataSettings(source="embedded")
+        )
+        done[f"finetune {task}"] = models_stages.finetune(
+            work / "base", task, work / "data", expert, TUNING
+        )
+        done[f"fisher {task}"] = fisher_stages.fisher(
+            expert, task, work / "data", fisher_files(work)[task], FISHER
+        )
+        done[f"evaluate {task}"] = evaluate_stages.evaluate(
+            expert, [task], work / "data", work / f"{task}.json", EVALUATE
+        )
     done["merge"] = merge(work)
-    done["evaluate"] = stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
-    done["report"] = stages.write_report(
+    done["evaluate"] = evaluate_stages.evaluate(
+        work / "merged", [], work / "data", work / "merged.json", EVALUATE
+    )
+    done["report"] = report_stages.write_report(
         {task: work / f"{task}.json" for task in TASKS},
         {"merged": work / "merged.json"},
         fisher_files(work),
@@ -91,7 +113,9 @@ def test_a_second_run_computes_nothing(work: Path) -> None:
         ("report/table.md", {"report"}),
     ],
 )
-def test_a_damaged_output_alone_is_made_again_with_the_same_bytes(work: Path, damaged: str, again: set[str]) -> None:
+def test_a_damaged_output_alone_is_made_again_with_the_same_bytes(
+    work: Path, damaged: str, again: set[str]
+) -> None:
     run_all(work)
     path = work / damaged
     before = path.read_bytes()
@@ -104,7 +128,9 @@ def test_a_new_setting_makes_what_depends_on_it_again(work: Path) -> None:
     run_all(work)
     assert merge(work, MergeSettings(mapping="paper")).computed
     changed = run_all(work)
-    assert {name for name, computed in changed.items() if computed} == {"merge"}, "back to the first bytes"
+    assert {name for name, computed in changed.items() if computed} == {"merge"}, (
+        "back to the first bytes"
+    )
 
 
 def test_the_method_average_depends_neither_on_fisher_nor_on_mapping(work: Path) -> None:
@@ -113,17 +139,28 @@ def test_the_method_average_depends_neither_on_fisher_nor_on_mapping(work: Path)
     shutil.rmtree(work / "fisher")
     (work / "fisher").mkdir()
     assert not merge_stages.merge(
-        experts(work), {}, work / "base", work / "merged", MergeSettings(method="average", mapping="paper")
+        experts(work),
+        {},
+        work / "base",
+        work / "merged",
+        MergeSettings(method="average", mapping="paper"),
     ).computed
 
 
 def test_the_fisher_artifact_says_what_it_was_made_of(work: Path) -> None:
     fisher, stderr, stated = artifacts.read_fisher(fisher_files(work)["mrpc"])
-    assert (stated["task"], stated["estimator"], stated["samples"], stated["seed"]) == ("mrpc", "empirical", 32, 0)
+    assert (stated["task"], stated["estimator"], stated["samples"], stated["seed"]) == (
+        "mrpc",
+        "empirical",
+        32,
+        0,
+    )
     assert (stated["layers"], stated["heads"], stated["neurons"]) == (2, 4, 24)
     assert stated["checkpoint"]["digest"] == artifacts.digest_folder(work / "experts" / "mrpc")
     assert stderr is not None
-    assert {site: len(nodes) for site, nodes in fisher.items()} == {site: len(nodes) for site, nodes in stderr.items()}
+    assert {site: len(nodes) for site, nodes in fisher.items()} == {
+        site: len(nodes) for site, nodes in stderr.items()
+    }
 
 
 def test_the_merged_model_says_where_it_comes_from(work: Path) -> None:
@@ -137,16 +174,26 @@ def test_the_merged_model_says_where_it_comes_from(work: Path) -> None:
 
 def test_evaluation_puts_the_metrics_into_the_model_card(work: Path) -> None:
     merge(work)
-    metrics = stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE).summary
+    metrics = evaluate_stages.evaluate(
+        work / "merged", [], work / "data", work / "merged.json", EVALUATE
+    ).summary
     assert set(metrics["tasks"]) == set(TASKS)
     card = (work / "merged" / "README.md").read_text()
     assert f"{100 * metrics['tasks']['mrpc']['f1']:.1f}" in card
-    assert set(metrics["tasks"]["stsb"]) == {"pearson", "spearmanr", "score", "examples", "interval"}
+    assert set(metrics["tasks"]["stsb"]) == {
+        "pearson",
+        "spearmanr",
+        "score",
+        "examples",
+        "interval",
+    }
 
 
 def test_every_metric_has_its_interval_and_the_predictions_lie_beside(work: Path) -> None:
     merge(work)
-    metrics = stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE).summary
+    metrics = evaluate_stages.evaluate(
+        work / "merged", [], work / "data", work / "merged.json", EVALUATE
+    ).summary
     for name, entry in metrics["tasks"].items():
         assert set(entry["interval"]) == {*tasks.task(name).metrics, "score"}
         for metric, (low, high) in entry["interval"].items():
@@ -155,12 +202,16 @@ def test_every_metric_has_its_interval_and_the_predictions_lie_beside(work: Path
     assert low < metrics["score"] < high
     predictions = artifacts.read_predictions(work / "merged.json")
     for name, splits in predictions.items():
-        assert intervals.score(tasks.task(name), splits) == pytest.approx(metrics["tasks"][name]["score"])
+        assert intervals.score(tasks.task(name), splits) == pytest.approx(
+            metrics["tasks"][name]["score"]
+        )
         table = read(work / "data", tasks.task(name), "validation")
         np.testing.assert_array_equal(splits["validation"].labels, table["label"].to_numpy())
     assert intervals.compare(predictions, predictions).p_value == 1.0
     shutil.copyfile(work / "merged.predictions.parquet", work / "other.predictions.parquet")
-    stages.evaluate(work / "experts" / "sst2", ["sst2"], work / "data", work / "merged.json", EVALUATE)
+    evaluate_stages.evaluate(
+        work / "experts" / "sst2", ["sst2"], work / "data", work / "merged.json", EVALUATE
+    )
     shutil.move(work / "other.predictions.parquet", work / "merged.predictions.parquet")
     with pytest.raises(UserError, match="not the predictions"):
         artifacts.read_predictions(work / "merged.json")
@@ -168,26 +219,30 @@ def test_every_metric_has_its_interval_and_the_predictions_lie_beside(work: Path
 
 def test_lost_predictions_are_made_again(work: Path) -> None:
     expert, out = work / "experts" / "stsb", work / "stsb.json"
-    stages.evaluate(expert, ["stsb"], work / "data", out, EVALUATE)
+    evaluate_stages.evaluate(expert, ["stsb"], work / "data", out, EVALUATE)
     before = [path.read_bytes() for path in (out, artifacts.predictions_file(out))]
     artifacts.predictions_file(out).unlink()
-    assert stages.evaluate(expert, ["stsb"], work / "data", out, EVALUATE).computed
+    assert evaluate_stages.evaluate(expert, ["stsb"], work / "data", out, EVALUATE).computed
     assert [path.read_bytes() for path in (out, artifacts.predictions_file(out))] == before
 
 
 def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mnli"
-    stages.prepare("mrpc", folder, DataSettings(source="embedded"))
+    tasks_stages.prepare("mrpc", folder, DataSettings(source="embedded"))
     import pyarrow.parquet as pq
 
     table = (
-        pq.read_table(folder / "train.parquet").slice(0, 40).rename_columns(["premise", "hypothesis", "label", "idx"])
+        pq.read_table(folder / "train.parquet")
+        .slice(0, 40)
+        .rename_columns(["premise", "hypothesis", "label", "idx"])
     )
     for split in ("train", "validation_matched", "validation_mismatched"):
         pq.write_table(table, folder / f"{split}.parquet")
     expert = tmp_path / "expert"
-    stages.finetune(work / "base", "mnli", folder, expert, TUNING)
-    entry = stages.evaluate(expert, ["mnli"], folder, tmp_path / "m.json", EVALUATE).summary["tasks"]["mnli"]
+    models_stages.finetune(work / "base", "mnli", folder, expert, TUNING)
+    entry = evaluate_stages.evaluate(
+        expert, ["mnli"], folder, tmp_path / "m.json", EVALUATE
+    ).summary["tasks"]["mnli"]
     assert entry["examples"] == entry["examples_mismatched"] == 40
     assert entry["accuracy"] == entry["accuracy_mismatched"] == entry["score"]
 
@@ -195,7 +250,7 @@ def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
 def test_data_are_not_read_from_an_address(tmp_path: Path) -> None:
     settings = DataSettings(source="https://user:password@host/data")
     with pytest.raises(UserError, match=r"^data https://host/data: not a folder; name one"):
-        stages.prepare("sst2", tmp_path / "sst2", settings)
+        tasks_stages.prepare("sst2", tmp_path / "sst2", settings)
 
 
 def _swap_fisher(work: Path) -> None:
@@ -204,7 +259,9 @@ def _swap_fisher(work: Path) -> None:
 
 def _other_expert(work: Path) -> None:
     settings = FinetuneSettings(**{**TUNING.model_dump(), "seed": 1})
-    stages.finetune(work / "base", "mrpc", work / "data", work / "experts" / "mrpc", settings)
+    models_stages.finetune(
+        work / "base", "mrpc", work / "data", work / "experts" / "mrpc", settings
+    )
 
 
 def _no_fisher(work: Path) -> None:
@@ -235,21 +292,25 @@ def test_what_does_not_belong_together_is_not_merged(work: Path, change: object,
 
 def test_a_model_that_is_not_merged_needs_a_task(work: Path) -> None:
     with pytest.raises(UserError, match="--task"):
-        stages.evaluate(work / "experts" / "mrpc", [], work / "data", work / "m.json", EVALUATE)
+        evaluate_stages.evaluate(
+            work / "experts" / "mrpc", [], work / "data", work / "m.json", EVALUATE
+        )
 
 
 def test_predict_answers_in_the_tasks_own_words(work: Path) -> None:
     merge(work)
-    answer = stages.predict(work / "merged", "sst2", "a warm and funny film", None)
+    answer = models_stages.predict(work / "merged", "sst2", "a warm and funny film", None)
     assert answer["label"] in ("negative", "positive")
     shares: Mapping[str, float] = answer["probabilities"]
     assert shares.keys() == {"negative", "positive"}
     assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
-    assert isinstance(stages.predict(work / "merged", "stsb", "one text", "another")["score"], float)
+    assert isinstance(
+        models_stages.predict(work / "merged", "stsb", "one text", "another")["score"], float
+    )
     with pytest.raises(UserError, match="takes 2 texts"):
-        stages.predict(work / "merged", "mrpc", "one text", None)
+        models_stages.predict(work / "merged", "mrpc", "one text", None)
     with pytest.raises(UserError, match="rte"):
-        stages.predict(work / "merged", "rte", "one text", "another")
+        models_stages.predict(work / "merged", "rte", "one text", "another")
 
 
 def test_all_estimators_have_artifacts_of_their_own(work: Path) -> None:
@@ -257,7 +318,7 @@ def test_all_estimators_have_artifacts_of_their_own(work: Path) -> None:
     expert = work / "experts" / "sst2"
     for estimator in ("empirical", "expected", "sampled", "batch"):
         settings = FisherSettings(estimator=estimator, samples=32, device="cpu", dtype="float32")
-        assert stages.fisher(expert, "sst2", work / "data", out, settings).computed
+        assert fisher_stages.fisher(expert, "sst2", work / "data", out, settings).computed
         _, stderr, stated = artifacts.read_fisher(out)
         assert stated["estimator"] == estimator
         assert (stderr is None) == (estimator == "batch")
@@ -271,12 +332,13 @@ def test_a_killed_fisher_run_goes_on_and_gives_the_same_bytes(work: Path) -> Non
         work / "killed.parquet",
     )
     settings = FisherSettings(samples="all", device="cpu", dtype="float32")
-    stages.fisher(expert, "sst2", data, whole, settings)
+    fisher_stages.fisher(expert, "sst2", data, whole, settings)
     code = (
-        "import sys; from pathlib import Path; from fmn import stages; from fmn.params import FisherSettings\n"
+        "import sys; from pathlib import Path; from fmn.fisher import stages as fisher_stages\n"
+        "from fmn.fisher.stages import FisherSettings\n"
         "settings = FisherSettings(samples='all', device='cpu', dtype='float32')\n"
         "expert, data, out = map(Path, sys.argv[1:])\n"
-        "stages.fisher(expert, 'sst2', data, out, settings, lambda done, total: print(done, flush=True), 0.0)\n"
+        "fisher_stages.fisher(expert, 'sst2', data, out, settings, lambda done, total: print(done, flush=True), 0.0)\n"
     )
     command = [sys.executable, "-c", code, str(expert), str(data), str(killed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -285,20 +347,28 @@ def test_a_killed_fisher_run_goes_on_and_gives_the_same_bytes(work: Path) -> Non
         process.kill()
     assert not killed.exists()
     reported: list[int] = []
-    stages.fisher(expert, "sst2", data, killed, settings, lambda done, total: reported.append(done))
-    assert reported[0] >= seen, "finished batches are not repeated"  # the last one seen may not have been saved
+    fisher_stages.fisher(
+        expert, "sst2", data, killed, settings, lambda done, total: reported.append(done)
+    )
+    assert reported[0] >= seen, (
+        "finished batches are not repeated"
+    )  # the last one seen may not have been saved
     assert killed.read_bytes() == whole.read_bytes()
     assert not [path for path in work.iterdir() if "partial" in path.name]
 
 
 @pytest.mark.parametrize("estimator", ["empirical", "batch"])
-def test_workers_share_the_examples_and_change_nothing_but_rounding(work: Path, estimator: Estimator) -> None:
+def test_workers_share_the_examples_and_change_nothing_but_rounding(
+    work: Path, estimator: Estimator
+) -> None:
     expert, data = work / "experts" / "sst2", work / "data"
     found = []
     for workers in (1, 3):
         out = work / f"{workers}.parquet"
-        settings = FisherSettings(estimator=estimator, samples=200, workers=workers, device="cpu", dtype="float32")
-        stages.fisher(expert, "sst2", data, out, settings)
+        settings = FisherSettings(
+            estimator=estimator, samples=200, workers=workers, device="cpu", dtype="float32"
+        )
+        fisher_stages.fisher(expert, "sst2", data, out, settings)
         found.append(artifacts.read_fisher(out))
         assert not [path for path in work.iterdir() if "partial" in path.name]
     (one, _, said), (three, _, also) = found
@@ -309,7 +379,8 @@ def test_workers_share_the_examples_and_change_nothing_but_rounding(work: Path, 
 
 
 @pytest.mark.parametrize(
-    "out", ["experts", "experts/mrpc", "experts/mrpc/merged", "fisher/mrpc.parquet", "base", "notes", "."]
+    "out",
+    ["experts", "experts/mrpc", "experts/mrpc/merged", "fisher/mrpc.parquet", "base", "notes", "."],
 )
 def test_nothing_that_is_read_or_was_not_made_here_is_replaced(
     work: Path, monkeypatch: pytest.MonkeyPatch, out: str
@@ -319,7 +390,9 @@ def test_nothing_that_is_read_or_was_not_made_here_is_replaced(
     monkeypatch.chdir(work)
     before = artifacts.digest_files(work)
     with pytest.raises(UserError, match="--out"):
-        merge_stages.merge(experts(work), fisher_files(work), work / "base", Path(out), MergeSettings())
+        merge_stages.merge(
+            experts(work), fisher_files(work), work / "base", Path(out), MergeSettings()
+        )
     assert artifacts.digest_files(work) == before
 
 
@@ -328,25 +401,29 @@ def test_a_file_that_was_not_made_here_is_not_replaced(work: Path) -> None:
         path = work / name
         path.touch()
         with pytest.raises(UserError, match="--out"):
-            stages.evaluate(work / "experts" / "sst2", ["sst2"], path, path, EVALUATE)
+            evaluate_stages.evaluate(work / "experts" / "sst2", ["sst2"], path, path, EVALUATE)
 
 
 def test_metrics_of_another_model_are_not_registered(work: Path) -> None:
     merge(work)
-    stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
-    stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
+    evaluate_stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
+    evaluate_stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
     merge(work, MergeSettings(mapping="paper"))
     for metrics in ("merged.json", "part.json"):
         with pytest.raises(UserError, match="not the metrics"):
-            registry_stages.register(work / "merged", work / metrics, None, None, RegistrySettings(name="demo"))
+            registry_stages.register(
+                work / "merged", work / metrics, None, None, RegistrySettings(name="demo")
+            )
 
 
-def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back(work: Path) -> None:
+def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back(
+    work: Path,
+) -> None:
     merge(work)
-    stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
+    evaluate_stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
     card = work / "merged" / "README.md"
     before = card.read_text()
-    stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
+    evaluate_stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
     assert card.read_text() == before
     card.unlink()
     assert not merge(work).computed
@@ -356,9 +433,16 @@ def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back
 def test_a_report_tells_how_models_were_merged_and_what_the_stages_took(work: Path) -> None:
     run_all(work)
     page = (work / "report" / "report.html").read_text()
-    for words in ("The model merged with mask-fisher", "finetune:", "Who owns what", "What it cost"):
+    for words in (
+        "The model merged with mask-fisher",
+        "finetune:",
+        "Who owns what",
+        "What it cost",
+    ):
         assert words in page, words
-    found = [line.split(",") for line in (work / "report" / "costs.csv").read_text().splitlines()[1:]]
+    found = [
+        line.split(",") for line in (work / "report" / "costs.csv").read_text().splitlines()[1:]
+    ]
     assert [(stage, name) for stage, name, _ in found] == [
         ("fetch", "base"),
         *((stage, task) for stage in ("data", "finetune", "fisher") for task in sorted(TASKS)),
@@ -366,7 +450,7 @@ def test_a_report_tells_how_models_were_merged_and_what_the_stages_took(work: Pa
         *(("evaluate", name) for name in (*sorted(TASKS), "merged")),
     ]
     assert all(float(seconds) > 0 for _, _, seconds in found)
-    without = stages.write_report({}, {"merged": work / "merged.json"}, {}, work / "other")
+    without = report_stages.write_report({}, {"merged": work / "merged.json"}, {}, work / "other")
     assert without.computed
     assert "mask-fisher" not in (work / "other" / "report.html").read_text()
 
@@ -374,12 +458,18 @@ def test_a_report_tells_how_models_were_merged_and_what_the_stages_took(work: Pa
 def test_a_report_is_not_of_other_fisher_information_than_the_merge(work: Path) -> None:
     run_all(work)
     settings = FISHER.model_copy(update={"seed": 1})
-    stages.fisher(experts(work)["sst2"], "sst2", work / "data", fisher_files(work)["sst2"], settings)
-    with pytest.raises(UserError, match=r"sst2\.parquet: not the Fisher that merged was merged with"):
-        stages.write_report({}, {"merged": work / "merged.json"}, fisher_files(work), work / "other", work)
+    fisher_stages.fisher(
+        experts(work)["sst2"], "sst2", work / "data", fisher_files(work)["sst2"], settings
+    )
+    with pytest.raises(
+        UserError, match=r"sst2\.parquet: not the Fisher that merged was merged with"
+    ):
+        report_stages.write_report(
+            {}, {"merged": work / "merged.json"}, fisher_files(work), work / "other", work
+        )
     assert not (work / "other").exists()
     with pytest.raises(UserError, match="choose another"):
-        stages.write_report({}, {"expert": work / "merged.json"}, {}, work / "other")
+        report_stages.write_report({}, {"expert": work / "merged.json"}, {}, work / "other")
 
 
 def test_a_clock_is_no_part_of_what_an_output_is(work: Path) -> None:
@@ -391,4 +481,6 @@ def test_a_clock_is_no_part_of_what_an_output_is(work: Path) -> None:
         artifacts.write_cost(out, costs[out][0], 1e6)
     assert artifacts.digest_files(work) == before
     assert not any(run_all(work).values())
-    assert artifacts.read_costs(work)[work / "merged"] == ("merge", 1e6), "a run that computes nothing keeps the cost"
+    assert artifacts.read_costs(work)[work / "merged"] == ("merge", 1e6), (
+        "a run that computes nothing keeps the cost"
+    )

@@ -26,7 +26,10 @@ def test_a_table_is_as_wide_as_it_is_in_any_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    show_table(["task", *(f"method {number}" for number in range(8))], [["mrpc", *["81.0 ±1.2 (97.3)"] * 8]])
+    show_table(
+        ["task", *(f"method {number}" for number in range(8))],
+        [["mrpc", *["81.0 ±1.2 (97.3)"] * 8]],
+    )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[1].count("81.0 ±1.2 (97.3)") == 8

@@ -18,7 +18,10 @@ from tests import torture
 
 LONG = bool(os.environ.get("FMN_TORTURE"))
 # In lanes, which run side by side, each with a project and chances of its own.
-LANES = [pytest.param(lane, marks=pytest.mark.xdist_group(f"lane-{lane}")) for lane in range(2 if LONG else 1)]
+LANES = [
+    pytest.param(lane, marks=pytest.mark.xdist_group(f"lane-{lane}"))
+    for lane in range(2 if LONG else 1)
+]
 KILLS = 20 if LONG else 2
 ROTTEN = 13 if LONG else 2
 SEED = int(os.environ.get("FMN_TORTURE_SEED", "0"))
@@ -40,7 +43,9 @@ def project(undisturbed: tuple[Path, float]) -> Path:
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_kills_change_nothing(lane: int, undisturbed: tuple[Path, float], tiny_base: Path, tmp_path: Path) -> None:
+def test_kills_change_nothing(
+    lane: int, undisturbed: tuple[Path, float], tiny_base: Path, tmp_path: Path
+) -> None:
     project, seconds = undisturbed
     chance = random.Random(SEED + lane)
     folder = torture.make_project(tmp_path, tiny_base)
@@ -61,7 +66,9 @@ def test_kills_change_nothing(lane: int, undisturbed: tuple[Path, float], tiny_b
         reached.append(len(there))
         if process.returncode == 0 and kills < KILLS:
             assert torture.state(folder).files == torture.state(project).files
-            seconds = min(seconds, took) if whole else seconds  # later runs find Python's files in the cache
+            seconds = (
+                min(seconds, took) if whole else seconds
+            )  # later runs find Python's files in the cache
             shutil.rmtree(work)  # and from the start
             finished = {}
     done = torture.finish(torture.flow(folder))
@@ -81,8 +88,16 @@ def test_rot_is_noticed_and_mended(lane: int, project: Path) -> None:
     for number in range(ROTTEN):
         how = ("flip", "cut", "empty", "delete", "swap")[number % 5]
         path = chance.choice(list(torture.outputs(work)))
-        alike = [one for one in path.parent.glob(f"*{path.suffix}") if one != path and not one.name.startswith(".")]
-        alike = [one for one in alike if one.is_dir() == path.is_dir() and one in set(torture.outputs(work))]
+        alike = [
+            one
+            for one in path.parent.glob(f"*{path.suffix}")
+            if one != path and not one.name.startswith(".")
+        ]
+        alike = [
+            one
+            for one in alike
+            if one.is_dir() == path.is_dir() and one in set(torture.outputs(work))
+        ]
         if how == "swap" and not alike:
             how = "flip"
         torture.broken(path, how, chance, chance.choice(alike) if how == "swap" else None)
@@ -94,7 +109,9 @@ def test_rot_is_noticed_and_mended(lane: int, project: Path) -> None:
     print(f"{len(tried)} rotten outputs mended: {', '.join(tried)}")  # noqa: T201
 
 
-def test_two_runs_and_dvc_at_once_come_to_the_same(project: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_two_runs_and_dvc_at_once_come_to_the_same(
+    project: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     folder = torture.make_project(tmp_path, tiny_base)
     runs = [torture.flow(folder), torture.flow(folder)]
     if LONG:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from fmn.batches import Examples
+from fmn.tasks.batches import Examples
 
 WORDS = 30
 _COMMON: dict[str, Any] = {
@@ -56,12 +56,23 @@ CONFIGS: Mapping[str, Callable[..., Any]] = {
         **own,
     ),
     "mpnet": lambda **own: transformers.MPNetConfig(**_COMMON, **own),
-    "albert": lambda **own: transformers.AlbertConfig(**{**_COMMON, "num_hidden_layers": 3}, embedding_size=12, **own),
+    "albert": lambda **own: transformers.AlbertConfig(
+        **{**_COMMON, "num_hidden_layers": 3}, embedding_size=12, **own
+    ),
     "albert-groups": lambda **own: transformers.AlbertConfig(
-        **{**_COMMON, "num_hidden_layers": 4}, embedding_size=12, num_hidden_groups=2, inner_group_num=1, **own
+        **{**_COMMON, "num_hidden_layers": 4},
+        embedding_size=12,
+        num_hidden_groups=2,
+        inner_group_num=1,
+        **own,
     ),
     "deberta-v2": lambda **own: transformers.DebertaV2Config(
-        **_COMMON, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, type_vocab_size=0, **own
+        **_COMMON,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        type_vocab_size=0,
+        **own,
     ),
     "deberta-v3": lambda **own: transformers.DebertaV2Config(
         **_COMMON,
@@ -94,7 +105,9 @@ CONFIGS: Mapping[str, Callable[..., Any]] = {
     "qwen2": lambda **own: transformers.Qwen2Config(**{**_COMMON, "num_key_value_heads": 2}, **own),
     "qwen3": lambda **own: transformers.Qwen3Config(**_GROUPED, **own),
     "gemma2": lambda **own: transformers.Gemma2Config(**_GROUPED, query_pre_attn_scalar=8, **own),
-    "gemma3": lambda **own: transformers.Gemma3TextConfig(**_GROUPED, query_pre_attn_scalar=8, **own),
+    "gemma3": lambda **own: transformers.Gemma3TextConfig(
+        **_GROUPED, query_pre_attn_scalar=8, **own
+    ),
     "t5": lambda **own: transformers.T5Config(**_T5, **own),
     "t5-gated": lambda **own: transformers.T5Config(**_T5, feed_forward_proj="gated-gelu", **own),
     "vit": lambda **own: transformers.ViTConfig(
@@ -110,7 +123,9 @@ CONFIGS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def tiny_model(name: str, num_labels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+def tiny_model(
+    name: str, num_labels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> PreTrainedModel:
     """A model with a classification head; its biases are random too, as zero ones would hide their paths."""
     torch.manual_seed(seed)
     kind = (
@@ -126,11 +141,20 @@ def tiny_model(name: str, num_labels: int = 3, seed: int = 0, dtype: torch.dtype
     return model.to(dtype).eval()
 
 
-def tiny_examples(name: str, count: int, num_labels: int = 3, seed: int = 0, longest: int = 12) -> Examples:
+def tiny_examples(
+    name: str, count: int, num_labels: int = 3, seed: int = 0, longest: int = 12
+) -> Examples:
     """Random examples, every text of 3 to `longest` tokens; `num_labels` 1 is regression."""
     rng = np.random.default_rng(seed)
-    labels = rng.normal(size=count).astype(np.float32) if num_labels == 1 else rng.integers(0, num_labels, count)
+    labels = (
+        rng.normal(size=count).astype(np.float32)
+        if num_labels == 1
+        else rng.integers(0, num_labels, count)
+    )
     if name == "vit":
         return Examples({"pixel_values": list(rng.normal(size=(count, 3, 8, 8)))}, labels, {})
-    texts = [[1, *rng.integers(3, WORDS, length - 2).tolist(), 2] for length in rng.integers(3, longest + 1, count)]
+    texts = [
+        [1, *rng.integers(3, WORDS, length - 2).tolist(), 2]
+        for length in rng.integers(3, longest + 1, count)
+    ]
     return Examples({"input_ids": texts}, labels, {"input_ids": 0})

@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fmn.artifacts import COST
+from fmn.store.artifacts import COST
 from tests import projects
 
 MORE = """
@@ -28,13 +28,19 @@ OUTPUTS = (
     "metrics/*.json",
     "report", "registered.json",
 )  # fmt: skip
-CLOCKED = ("registered.json", "run.log", "cost.svg")  # what says when something happened, or how long it took
+CLOCKED = (
+    "registered.json",
+    "run.log",
+    "cost.svg",
+)  # what says when something happened, or how long it took
 
 
 def make_project(folder: Path, base: Path) -> Path:
     """A project that also takes Gram matrices and re-aligns the heads."""
     projects.make_project(folder, base)
-    profile = projects.PROFILE.replace("method: mask-fisher, mapping: structured", "method: fisher-regmean")
+    profile = projects.PROFILE.replace(
+        "method: mask-fisher, mapping: structured", "method: fisher-regmean"
+    )
     (folder / "params.yaml").write_text(profile.rstrip() + MORE)
     return folder
 
@@ -104,19 +110,31 @@ def state(folder: Path) -> State:
     files = {}
     for path in sorted(work.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(work).parts)
-        if path.is_file() and not hidden and path.name not in CLOCKED and path.parent.name != "report":
+        if (
+            path.is_file()
+            and not hidden
+            and path.name not in CLOCKED
+            and path.parent.name != "report"
+        ):
             files[path.relative_to(work).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     for name in ("results.json", "table.md"):
         files[f"report/{name}"] = hashlib.sha256((work / "report" / name).read_bytes()).hexdigest()
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
-        rows = database.execute("SELECT name, version, run_id FROM model_versions ORDER BY version").fetchall()
+        rows = database.execute(
+            "SELECT name, version, run_id FROM model_versions ORDER BY version"
+        ).fetchall()
         versions = {
             f"{name}/{version}": sorted(
-                database.execute("SELECT key, value, step FROM metrics WHERE run_uuid = ?", (run,)).fetchall()
+                database.execute(
+                    "SELECT key, value, step FROM metrics WHERE run_uuid = ?", (run,)
+                ).fetchall()
             )
             for name, version, run in rows
         }
-    return State(files, {key: [one for one in found if "seconds" not in one[0]] for key, found in versions.items()})
+    return State(
+        files,
+        {key: [one for one in found if "seconds" not in one[0]] for key, found in versions.items()},
+    )
 
 
 def places(work: Path) -> dict[Path, int]:
@@ -139,13 +157,19 @@ def broken(path: Path, how: str, chance: random.Random, other: Path | None = Non
         other.rename(path)
         spare.rename(other)
         return
-    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file() and one.stat().st_size)
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(one for one in path.rglob("*") if one.is_file() and one.stat().st_size)
+    )
     file = chance.choice(files)
     content = bytearray(file.read_bytes())
     if how == "flip":
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
     file.unlink()  # a merged model's encoder is linked to from its tasks; only this name of it rots
-    file.write_bytes({"flip": bytes(content), "cut": bytes(content[: len(content) // 2]), "empty": b""}[how])
+    file.write_bytes(
+        {"flip": bytes(content), "cut": bytes(content[: len(content) // 2]), "empty": b""}[how]
+    )
 
 
 def versions(folder: Path) -> int:

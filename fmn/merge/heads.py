@@ -1,0 +1,166 @@
+"""Heads re-aligned with a merged encoder: the last linear map of each, fitted anew to what its expert answers.
+
+A merged encoder hands a head other features than the expert's encoder, which the head was trained on. Of texts x
+without labels, let g(x) be what the head's last linear map W, b reads in the expert, and h(x) what it reads in the
+merged model. The map that answers from h as the expert does from g is found by ridge regression about W, b itself:
+
+    min over W', b' of   mean_x |W' h(x) + b' - (W g(x) + b)|^2 + ridge * E * (|W' - W|^2 + |b' - b|^2)
+
+E is the mean over features (1, which b multiplies, is one) of their second moment, so that `ridge` has no unit. The
+head stays as it is where both encoders are the same, and as `ridge` grows. "auto" is the one of `RIDGES` with the least
+leave-one-out error, which needs no other texts (PRESS: Allen 1974, "The Relationship between Variable Selection and
+Data Augmentation and a Method for Prediction").
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fmn.errors import UserError
+from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.models.predict import TOKENS
+from fmn.tasks.batches import Examples, by_length
+
+RIDGES = tuple(10 ** (half / 2) for half in range(-12, 9))
+"""What "auto" chooses from: two a decade."""
+
+
+def last_linear(model: PreTrainedModel) -> str:
+    """The path of the linear map that ends the head of a classifier. Raises UserError where there is none."""
+    prefix = f"{model.base_model_prefix}."
+    paths = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not name.startswith(prefix)
+        and module.out_features == model.config.num_labels
+    ]
+    if not paths:
+        raise UserError(
+            f"a {model.config.model_type} has no head that ends in a linear map; its head stays as it is"
+        )
+    return str(paths[-1])
+
+
+def last_map(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray | None]:
+    """Weight [C, n] and bias [C], or None, of the head's last linear map, float64."""
+    linear = model.get_submodule(last_linear(model))
+    named = {
+        name: value.detach().double().cpu().numpy() for name, value in linear.named_parameters()
+    }
+    return named["weight"], named.get("bias")
+
+
+def features(
+    model: PreTrainedModel,
+    examples: Examples,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """What the last linear map of the head reads, float32 [N, n], in the examples' order; labels are not looked at.
+
+    Other arguments as for `fmn.evaluate.predict`.
+    """
+    where = resolve_device(device)
+    precision = resolve_dtype(dtype, where)
+    path = last_linear(model)
+    linear = model.get_submodule(path)
+    found = np.zeros((len(examples), linear.in_features), dtype=np.float32)
+    model.eval()
+    done = 0
+    model.set_submodule(
+        path, nn.Identity()
+    )  # so that the model gives, of every token's features, those it answers from
+    try:
+        with placed(model, where, precision), torch.inference_mode(), autocast(where, precision):
+            for batch in by_length(examples, tokens=TOKENS if where.type == "cpu" else 16 * TOKENS):
+                # Not by a call, whose hooks may put the outputs into another order.
+                output = model.forward(
+                    **{name: value.to(where) for name, value in batch.inputs.items()}
+                ).logits
+                found[batch.rows] = output.float().cpu().numpy()
+                done += len(batch.rows)
+                if progress:
+                    progress(done, len(examples))
+    finally:
+        model.set_submodule(path, linear)
+    return found
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The last linear map of a head, fitted anew.
+
+    `weight`: float64 [C, n]; `bias`: float64 [C], None where the map has none; `ridge`: the one that was taken.
+    `before`, `after`: mean squared difference of the outputs from the expert's, over the variance of the expert's; with
+    the map as it was, and with the new one, each text answered by the map that the others give (leave-one-out); None
+    where a text alone decides its answer, as without ridge and with fewer texts than features.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray | None
+    ridge: float
+    before: float
+    after: float | None
+
+
+def refit(
+    own: np.ndarray,
+    merged: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    ridge: float | str = "auto",
+) -> Fit:
+    """The map that answers from the merged model's features as the expert does from its own.
+
+    Args:
+        own, merged: [N, n], what the map reads in the expert and in the merged model, of the same N texts.
+        weight, bias: [C, n] and [C], the map as it is.
+        ridge: at least 0, or "auto" (see above).
+    """
+    old = np.asarray(weight, np.float64)
+    lacking = (np.asarray(own, np.float64) - merged) @ old.T  # [N, C]; the bias is on both sides
+    read = np.asarray(merged, np.float64)
+    if bias is not None:
+        read = np.concatenate([read, np.ones((len(read), 1))], 1)  # [N, n + 1]
+    left, spread, right = np.linalg.svd(read, full_matrices=False)
+    kept = spread > spread[0] * max(read.shape) * np.finfo(np.float64).eps
+    left, spread, right = left[:, kept], spread[kept], right[kept]
+    energy = float((spread**2).sum()) / read.shape[1]
+    turned = left.T @ lacking  # [k, C]
+
+    def error(ridge: float) -> float:
+        shrunk = spread**2 / (spread**2 + ridge * energy)
+        rest = 1 - (left**2 @ shrunk)  # [N], one minus each text's leverage
+        if rest.min() < 1e-9:  # it alone decides what the map answers to it
+            return np.inf
+        return float((((lacking - left @ (shrunk[:, None] * turned)) / rest[:, None]) ** 2).mean())
+
+    chosen = min(reversed(RIDGES), key=error) if isinstance(ridge, str) else ridge
+    step = right.T @ ((spread / (spread**2 + chosen * energy))[:, None] * turned)  # [n or n + 1, C]
+    variance = float((own @ old.T).var(0).mean()) or 1.0
+    left_out = error(chosen)
+    return Fit(
+        weight=old + step[: old.shape[1]].T,
+        bias=None if bias is None else bias + step[-1],
+        ridge=chosen,
+        before=float((lacking**2).mean()) / variance,
+        after=left_out / variance if np.isfinite(left_out) else None,
+    )
+
+
+def tensors(model: PreTrainedModel, fit: Fit) -> dict[str, Tensor]:
+    """What changes in the model by a fit of its head's last linear map: tensors by name, in the model's own types."""
+    path = last_linear(model)
+    named = {"weight": fit.weight, "bias": fit.bias}
+    return {
+        f"{path}.{name}": torch.from_numpy(value).to(model.get_parameter(f"{path}.{name}").dtype)
+        for name, value in named.items()
+        if value is not None
+    }

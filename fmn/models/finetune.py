@@ -1,0 +1,174 @@
+"""An expert from a base model: plain supervised fine-tuning of the whole model, in memory."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from fmn.errors import UserError
+from fmn.models.checkpoints import check_tensors, load_config, load_tokenizer, no_bars, quiet
+from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.tasks.batches import Examples, pad_batch
+from fmn.tasks.task import Task
+
+WARMUP = 0.1  # share of the steps in which the learning rate rises
+WEIGHT_DECAY = 0.01
+CLIP = 1.0  # largest norm of a step's gradient
+POOL = 16  # batches whose examples are sorted by length together
+# The head starts from noise, the encoder from a good model. With a slow head it is the encoder that moves to suit the
+# noise, and the further experts move, the worse they merge.
+HEAD_RATE = 30.0
+MIDDLE = 2.5  # of the scale of a regression task, 0 to 5
+
+
+def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
+    """The base model in `base` with a fresh head for `task`, in float32; its config names the labels by id.
+
+    The head depends on `seed` alone; one that `base` has is left behind.
+    """
+    config = load_config(base)
+    check_tensors(base, config, head=False)
+    names = dict(enumerate(task.labels or ("score",)))
+    config.num_labels = task.num_outputs
+    config.id2label = names
+    config.label2id = {name: label for label, name in names.items()}
+    config.problem_type = "regression" if task.regression else "single_label_classification"
+    if (
+        config.pad_token_id is None
+    ):  # a batch of unequal lengths needs one to find where each text ends
+        config.pad_token_id = load_tokenizer(base).pad_token_id
+    with quiet("transformers"), no_bars():
+        torch.manual_seed(seed)
+        fresh = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        torch.manual_seed(seed)  # a pooler is made too, where the base has none
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            base,
+            config=config,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+        )
+    with torch.no_grad():
+        made = dict(fresh.named_parameters())
+        for name, parameter in _head(model):
+            parameter.copy_(made[name])
+        if task.regression:
+            last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+            if (
+                last.bias is not None
+            ):  # starts in the middle of the scale: the encoder need not move to get there
+                last.bias.fill_(MIDDLE)
+    return model
+
+
+def finetune(
+    model: PreTrainedModel,
+    examples: Examples,
+    *,
+    regression: bool,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Train every parameter of `model` in place, and return the mean loss of each step.
+
+    AdamW, with a learning rate that rises linearly over the first tenth of the steps and falls linearly to zero, and
+    is `HEAD_RATE` times as high for the head. The loss is cross entropy, or squared error for `regression`.
+    `progress` is called with (steps done, all steps). Repeats exactly with the same arguments, threads and hardware.
+    The model stays on `device`, in evaluation mode.
+    """
+    if not len(examples):
+        raise UserError("There are no examples to fine-tune on: the training split is empty.")
+    where = resolve_device(device)
+    precision = resolve_dtype(dtype, where)
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    lengths = examples.lengths
+    steps = max(1, round(epochs * math.ceil(len(examples) / batch_size)))
+    warmup = max(1, round(WARMUP * steps))
+    losses: list[float] = []
+    order: list[np.ndarray] = []
+    with placed(model, where, precision):
+        model.train()
+        optimizer = torch.optim.AdamW(_groups(model), fused=True)
+        for step in range(steps):
+            order = order or _batches(lengths, batch_size, random)
+            rows = order.pop()
+            for group in optimizer.param_groups:
+                rise, fall = (step + 1) / warmup, (steps - step) / max(1, steps - warmup)
+                group["lr"] = group["factor"] * learning_rate * min(rise, fall, 1.0)
+            batch = pad_batch(examples, rows, int(lengths[rows].max()))
+            with autocast(where, precision):
+                logits = model(
+                    **{name: value.to(where) for name, value in batch.inputs.items()}
+                ).logits  # [B, C]
+            loss = _loss(logits, batch.labels.to(where), regression)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise UserError(
+                    f"Fine-tuning diverged in step {step + 1}: the learning rate {learning_rate} is too high."
+                )
+            if progress:
+                progress(step + 1, steps)
+        model.eval()
+    return losses
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor, regression: bool) -> torch.Tensor:
+    """Mean loss of logits [B, C] on labels [B]: squared error for regression (C = 1), else cross entropy."""
+    if regression:
+        return functional.mse_loss(logits.float().squeeze(-1), labels)
+    return functional.cross_entropy(logits.float(), labels)
+
+
+def _head(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """The parameters outside the encoder, by name."""
+    prefix = f"{model.base_model_prefix}."
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if not name.startswith(prefix)
+    ]
+
+
+def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The parameters as AdamW takes them: only matrices decay, the head learns `HEAD_RATE` times as fast."""
+    head = {name for name, _ in _head(model)}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((name in head, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": members,
+            "factor": HEAD_RATE if in_head else 1.0,
+            "weight_decay": WEIGHT_DECAY if matrix else 0.0,
+        }
+        for (in_head, matrix), members in groups.items()
+    ]
+
+
+def _batches(lengths: np.ndarray, size: int, random: np.random.Generator) -> list[np.ndarray]:
+    """One epoch of batches in random order; examples of like length share a batch, so that little is padding."""
+    order = random.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), size * POOL):
+        pool = order[start : start + size * POOL]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += [pool[at : at + size] for at in range(0, len(pool), size)]
+    return [batches[index] for index in random.permutation(len(batches))]

@@ -1,0 +1,424 @@
+"""What a stage is: a function from files to files that does nothing when its output is there, intact and current."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+from pydantic import BaseModel, Field
+from typing_extensions import TypeVar
+
+from fmn import __version__
+from fmn.errors import UserError, system_errors_explained
+from fmn.merge import recipe
+from fmn.models import checkpoints
+from fmn.store import artifacts, machine
+from fmn.store.records import Record, Settings, parse_record
+
+Progress = Callable[[int, int], None]
+# What makes an output in place of the stage itself, on another machine say, and returns the seconds that it took.
+elsewhere: ContextVar[Callable[[], float] | None] = ContextVar("elsewhere", default=None)
+
+
+R = TypeVar("R", default=Any)
+T = TypeVar("T", bound=Record)
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[R]):
+    """What a stage did.
+
+    Attributes:
+        stage: its name.
+        out: the output.
+        computed: False when the output was there already.
+        seconds: how long it took.
+        summary: figures worth showing.
+    """
+
+    stage: str
+    out: Path
+    computed: bool
+    seconds: float
+    summary: R
+
+
+def run(
+    stage: str,
+    out: Path,
+    current: Callable[[], bool],
+    make: Callable[[], None],
+    summarise: Callable[[], Mapping[str, Any]],
+) -> Outcome[Any]:
+    """Make ``out`` unless it is current; one process at a time. What fmn did not make is not replaced.
+
+    Raises:
+        UserError: it may not be replaced, or the machine refuses room, memory or a permission.
+    """
+    started = time.monotonic()
+    artifacts.check_replaceable(out)
+    make_elsewhere = elsewhere.get()
+    with machine.refusals_told(out), artifacts.locked(out):
+        computed = not current()
+        if computed:
+            begun = time.monotonic()
+            if make_elsewhere is None:
+                make()
+                seconds = time.monotonic() - begun
+            else:
+                seconds = make_elsewhere()
+                if not current():
+                    raise UserError(
+                        f"{out}: what came from elsewhere is not what these inputs and settings ask for"
+                    )
+            artifacts.write_cost(out, stage, seconds)
+    # Of one that was made elsewhere, what it took there: it may have waited long for its turn.
+    taken = seconds if computed and make_elsewhere else time.monotonic() - started
+    return Outcome(stage, out, computed, taken, summarise())
+
+
+def apart(out: Path, inputs: Iterable[Path | None]) -> None:
+    """Refuse an output that would replace what is read, or lie within a model that is read."""
+    where = out.resolve()
+    for path in inputs:
+        given = path.resolve() if path is not None else None
+        if given is None or path is None:
+            continue
+        model = any((given / name).is_file() for name in (recipe.RECIPE, checkpoints.CONFIG))
+        if where == given or where in given.parents or (model and given in where.parents):
+            raise UserError(
+                f"--out {out}: would change {path}, which is read; choose another --out"
+            )
+
+
+def run_folder(
+    stage: str, out: Path, key: str, fill: Callable[[Path], Mapping[str, Any]]
+) -> Outcome[Any]:
+    """A stage whose output is a folder that ``fill`` fills; what it returns goes into the manifest."""
+
+    def make() -> None:
+        with artifacts.whole_folder(out) as folder:
+            artifacts.write_manifest(folder, stage, key, fill(folder))
+
+    def summarise() -> Mapping[str, Any]:
+        manifest = artifacts.read_manifest(out)
+        return dict(manifest["info"]) if manifest else {}
+
+    return run(stage, out, lambda: artifacts.folder_is_current(out, key), make, summarise)
+
+
+def run_json(
+    stage: str, out: Path, key: str, compute: Callable[[], Mapping[str, Any]]
+) -> Outcome[Any]:
+    """A stage whose output is a JSON file."""
+    return run(
+        stage,
+        out,
+        lambda: artifacts.json_is_current(out, key),
+        lambda: artifacts.write_json(out, stage, key, compute()),
+        lambda: artifacts.read_json(out),
+    )
+
+
+def limit(number: int | str) -> Any:
+    return None if number == "all" else number
+
+
+def lineage(folder: Path) -> dict[str, str]:
+    """Where a checkpoint comes from: the source as given, and its revision pinned."""
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None:
+        return {"source": "folder", "revision": f"sha256:{artifacts.digest_folder(folder)}"}
+    info = manifest["info"]
+    made = f"{manifest['stage']}:{manifest['key'][:16]}"
+    return {"source": str(info.get("source", made)), "revision": str(info.get("revision", made))}
+
+
+def circumstances(folder: Path) -> dict[str, Any]:
+    """What a checkpoint that was fine-tuned here says it was made with, beside its settings."""
+    info = (artifacts.read_manifest(folder) or {"info": {}})["info"]
+    return {name: info[name] for name in ("data_digest", "threads") if name in info}
+
+
+def tuning(folder: Path) -> dict[str, Any]:
+    """The settings that fmn fine-tuned a checkpoint with; empty where it did not."""
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None or manifest["stage"] != "finetune":
+        return {}
+    names = ("epochs", "learning_rate", "batch_size", "examples", "seed", "dtype")
+    return {name: manifest["info"][name] for name in names}
+
+
+def there(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# The one stage rule. What stands above goes when the last stage has moved.
+
+SIDECAR_FORMAT = 2
+
+# Set by a flow that computes on a cluster: it is called with ``out`` in place of the stage's own
+# computation, and must put there what another machine computed, sidecar included.
+remote: ContextVar[Callable[[Path], None] | None] = ContextVar("remote", default=None)
+
+
+def no_progress(done: int, total: int) -> None:
+    """Ignore progress."""
+
+
+class Sidecar(Record):
+    """How an output came about; beside a file as ``NAME.fmn.json``, in a folder as ``fmn.json``.
+
+    Attributes:
+        stage: name of the stage that wrote the output.
+        key: content key: the digest of the stage, its version, its settings and its inputs.
+        files: sha256 by name of every file of the output; names are relative to the folder, or to
+            the folder that holds the file.
+        inputs: digest by name of everything that the stage read.
+        settings: everything else that the output depends on.
+        seconds: run time of the computation, on the machine that computed it.
+        fmn: version of this package.
+        info: what the stage reports of its output; the stage's own record.
+    """
+
+    format: int = SIDECAR_FORMAT
+    stage: str
+    key: str
+    files: dict[str, str]
+    inputs: dict[str, str] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    seconds: float = 0.0
+    fmn: str = __version__
+    info: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage's computation is told.
+
+    Attributes:
+        path: where to write: an empty folder, or the name of the output file. Files that belong to
+            an output file may be written beside it; they appear together with it.
+        key: content key of the output.
+        inputs: digest by name of everything that the stage reads.
+    """
+
+    path: Path
+    key: str
+    inputs: Mapping[str, str]
+
+
+def sidecar_path(out: Path) -> Path:
+    """Where the sidecar of an output lies."""
+    return out / artifacts.MANIFEST if out.is_dir() else out.with_name(f"{out.name}.fmn.json")
+
+
+def read_sidecar(out: Path) -> Sidecar | None:
+    """The sidecar of an output; None where there is none that can be read."""
+    try:
+        return Sidecar.model_validate_json(sidecar_path(out).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def read_info(out: Path, record: type[T]) -> T:
+    """What a stage reported of its output.
+
+    Raises:
+        UserError: there is no sidecar, or it holds something else.
+    """
+    sidecar = read_sidecar(out)
+    if sidecar is None:
+        raise UserError(f"{out}: there is no {sidecar_path(out).name} of fmn's; make {out} again")
+    return parse_record(sidecar.info, record, sidecar_path(out))
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as a JSON file of its own."""
+    path.write_text(record.model_dump_json(indent=1, by_alias=True) + "\n")
+
+
+def read_record(path: Path, record: type[T], remedy: str = "make it again") -> T:
+    """The record in a JSON file, which must still be what its sidecar says, if it has one.
+
+    Raises:
+        UserError: there is no such file, it was changed, or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no such file, or not JSON; {remedy}") from error
+    check_intact(path)
+    return parse_record(content, record, path, remedy)
+
+
+def check_intact(out: Path) -> None:
+    """Refuse an output with a sidecar whose files are not those that the stage wrote.
+
+    Raises:
+        UserError: names the file that is missing, was added, or changed.
+    """
+    sidecar = read_sidecar(out)
+    if sidecar is None:
+        return
+    folder = out if out.is_dir() else out.parent
+    if out.is_dir():
+        digests = artifacts.digest_files(out)
+    else:
+        present = [name for name in sidecar.files if (folder / name).is_file()]
+        digests = {name: artifacts.digest_file(folder / name) for name in present}
+    if wrong := artifacts.differing(sidecar.files, digests):
+        raise UserError(
+            f"{folder / wrong}: not what was written there (see {sidecar_path(out)}); make {out} again"
+        )
+
+
+def run_stage(
+    name: str,
+    version: int,
+    out: Path,
+    compute: Callable[[Job], Record | None],
+    *,
+    reads: Mapping[str, Path | Sequence[Path] | str | None],
+    settings: Mapping[str, Any],
+    summary: Callable[[Path], R],
+    is_folder: bool = False,
+) -> Outcome[R]:
+    """Compute an output unless it is there, intact, and made from these very inputs and settings.
+
+    The output appears whole or not at all, its sidecar last; one process at a time computes it.
+
+    Args:
+        name: the stage's name.
+        version: raised when the same inputs and settings give another output than before.
+        out: the output, a file or a folder.
+        compute: writes to ``job.path`` and returns what the sidecar is to say of the output.
+        reads: what the stage reads, by name: a file, a folder, several files, or a digest that is
+            known already. None is left out.
+        settings: what else the output depends on. Of a `Settings` model, those that only say where
+            or how fast to compute (`Settings.runtime`) are left out.
+        summary: reads back what the stage reports, from the output.
+        is_folder: whether the output is a folder.
+
+    Raises:
+        UserError: an input is missing or damaged, the output would replace an input or something
+            that fmn did not write, or the disk, the memory or a permission does not suffice.
+    """
+    started = time.monotonic()
+    with system_errors_explained(out):
+        check_output(out, reads.values())
+        inputs = {what: _digest(read) for what, read in reads.items() if read is not None}
+        described = {what: _plain(value) for what, value in settings.items()}
+        key = artifacts.content_key(name, version, described, inputs)
+        with artifacts.locked(out):
+            computed = not is_current(out, key)
+            if computed and (computed_elsewhere := remote.get()):
+                computed_elsewhere(out)
+                if not is_current(out, key):
+                    raise UserError(
+                        f"{out}: the cluster computed something else than these inputs and"
+                        " settings ask for; install the same fmn everywhere"
+                    )
+            elif computed:
+                _compute(name, out, compute, key, inputs, described, is_folder)
+        sidecar = read_sidecar(out)
+        seconds = sidecar.seconds if computed and sidecar else time.monotonic() - started
+        return Outcome(name, out, computed, seconds, summary(out))
+
+
+def is_current(out: Path, key: str) -> bool:
+    """Whether an output was made for this content key and is still what was written."""
+    sidecar = read_sidecar(out)
+    if sidecar is None or sidecar.key != key:
+        return False
+    try:
+        check_intact(out)
+    except UserError:
+        return False
+    return True
+
+
+def _compute(
+    name: str,
+    out: Path,
+    compute: Callable[[Job], Record | None],
+    key: str,
+    inputs: Mapping[str, str],
+    settings: Mapping[str, Any],
+    is_folder: bool,
+) -> None:
+    started = time.monotonic()
+    with artifacts.scratch_folder(out) as scratch:
+        info = compute(Job(scratch if is_folder else scratch / out.name, key, inputs))
+        sidecar = Sidecar(
+            stage=name,
+            key=key,
+            files=artifacts.digest_files(scratch),
+            inputs=dict(inputs),
+            settings=dict(settings),
+            seconds=round(time.monotonic() - started, 3),
+            info=info.model_dump(mode="json", by_alias=True) if info else {},
+        )
+        file_name = artifacts.MANIFEST if is_folder else f"{out.name}.fmn.json"
+        (scratch / file_name).write_text(sidecar.model_dump_json(indent=1) + "\n")
+        if is_folder:
+            artifacts.publish_folder(scratch, out)
+        else:
+            artifacts.publish_files(scratch, out.parent, last=file_name)
+
+
+def check_output(out: Path, reads: Iterable[Any]) -> None:
+    """Refuse an output that would replace an input, lie in one, or replace what fmn did not write."""
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out}: name a folder or file of its own")
+    target = out.resolve()
+    paths = [
+        path for read in reads for path in (read if isinstance(read, list | tuple) else [read])
+    ]
+    for path in paths:
+        if not isinstance(path, Path):
+            continue
+        source = path.resolve()
+        is_model = any((source / name).is_file() for name in ("merge.json", "config.json"))
+        if target == source or target in source.parents or (is_model and source in target.parents):
+            raise UserError(
+                f"--out {out}: would change {path}, which is read; choose another --out"
+            )
+    is_empty = (
+        not any(out.iterdir()) if out.is_dir() else not out.exists() or not out.stat().st_size
+    )
+    if not is_empty and not sidecar_path(out).is_file():
+        raise UserError(
+            f"--out {out}: something that fmn did not make is there; choose another --out, or remove it"
+        )
+
+
+def _digest(read: Path | Sequence[Path] | str) -> str:
+    """The digest of an input, which must still be what its sidecar says."""
+    if isinstance(read, str):
+        return read
+    if not isinstance(read, Path):
+        return artifacts.digest_bytes("".join(map(_digest, read)).encode())
+    if read.is_dir():
+        return artifacts.digest_folder(read)
+    if not read.is_file():
+        raise UserError(f"{read}: no such file")
+    check_intact(read)
+    return artifacts.digest_file(read)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it, without what only says where or how fast to compute."""
+    if isinstance(value, Settings):
+        return value.model_dump(mode="json", exclude=value.runtime)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", by_alias=True)
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

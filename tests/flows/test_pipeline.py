@@ -1,0 +1,166 @@
+"""The whole pipeline in a project of its own: a flow, DVC, and each in step with the other."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.projects import PROFILE, dvc, flow, make_project, repro, run
+
+
+@pytest.fixture(scope="module")
+def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_project(tmp_path_factory.mktemp("project"), tiny_base)
+    (folder / "params.yaml").write_text(PROFILE + "realign: {realigned: {texts: 16}}\n")
+    return folder
+
+
+def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
+    first = flow(project)
+    assert "already there" not in first
+    assert "models:/tiny/1" in first
+    stage = re.compile(
+        r"(data|fetch|finetune|fisher|evaluate|merge|realign|report|register) .* +[\d.]+ s"
+    )
+    places = [number for number, line in enumerate(first.splitlines()) if stage.fullmatch(line)]
+    assert places == list(range(len(places))), (
+        f"stages first, then the table, and nothing else: {first}"
+    )
+    assert first.splitlines()[len(places)].startswith("task "), first
+    assert all(len(line) <= 100 for line in first.splitlines())
+    assert "Completed()" in (project / "data/tiny/run.log").read_text(), (
+        "what the libraries say is kept"
+    )
+    header = next(line for line in first.splitlines() if line.startswith("task "))
+    assert header.split() == ["task", "base", "average", "merged", "realigned", "expert"]
+    page = (project / "data/tiny/report/report.html").read_text()
+    assert "What it cost" in page
+    assert "Who owns what" in page
+
+    second = flow(project)
+    assert second.count("already there") == len(places)
+    assert "nothing had changed" in second
+    assert "models:/tiny/1" in second, "nothing new is registered"
+
+    stated = json.loads(flow(project, "--json", stdout=True))
+    assert (stated["computed"], stated["registered"]["version"]) == (False, "1")
+
+    assert "Data and pipelines are up to date" in dvc(project, "repro")
+    assert "up to date" in dvc(project, "status")
+    numbers = dvc(project, "metrics", "show")
+    assert {"tasks.sst2.merged.score", "tasks.sst2.realigned.score"} < set(numbers.split())
+    dvc(project, "plots", "show")
+    shown = (project / "dvc_plots" / "index.html").read_text()
+    for picture in (
+        "scores",
+        "differences",
+        "fisher-heads",
+        "fisher-neurons",
+        "owners",
+        "owners-heads",
+        "cost",
+    ):
+        assert f"pictures_{picture}.svg" in shown
+    assert '"scored": "sst2: merged"' in shown
+    assert not [
+        path for path in (project / "data").rglob(".gitignore") if path.parent != project / "data"
+    ]
+
+    # A new setting, through DVC this time: what depends on it is made, and the flow has nothing left to do.
+    profile = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(profile.replace("mapping: structured", "mapping: paper"))
+    ran = repro(project)
+    assert set(ran[:-2]) == {
+        "merge",
+        "evaluate@merged",
+        "realign@realigned",
+        "evaluate-realigned@realigned",
+    }
+    assert ran[-2:] == ["report", "register"]
+    third = flow(project, "--verbose")
+    assert "nothing had changed" in third
+    assert "Beginning flow run" in third
+    assert "models:/tiny/2" in third
+
+
+@pytest.mark.slow
+def test_dvc_builds_everything_from_nothing_and_the_flow_agrees(project: Path) -> None:
+    flow(project)
+    shutil.rmtree(project / "data" / "tiny")
+    dvc(project, "repro", "--force")
+    assert "nothing had changed" in flow(project)
+
+
+def test_a_comparison_has_the_bounds_beside_its_methods_and_is_made_once(project: Path) -> None:
+    section = (
+        "compare: {both: {sets: [all], rows: 40, methods: {mask-fisher: {method: mask-fisher}}}}\n"
+    )
+    (project / "compared.yaml").write_text(PROFILE + section)
+    asked = (sys.executable, "-m", "fmn", "compare", "both", "--params", "compared.yaml")
+    first = run(project, *asked)
+    table = [line.split()[0] for line in first.splitlines() if line.split()[-1:] != ["s"]]
+    assert [name for name in table if name in ("base", "average", "mask-fisher", "expert")] == [
+        "base", "average", "mask-fisher", "expert"
+    ]  # fmt: skip
+    page = project / "data/tiny/compare/both/tables/report.html"
+    assert "3 ways to merge sst2 and stsb" in page.read_text()
+    again = run(project, *asked)
+    cells = [line for line in again.splitlines() if line.startswith("compar")]
+    assert len(cells) == 4
+    assert all(line.endswith("already there") for line in cells)
+
+
+def test_a_mistake_in_the_profile_is_told_before_anything_starts(project: Path) -> None:
+    (project / "wrong.yaml").write_text(PROFILE.replace("sst2:", "sst:"))
+    said = flow(project, "--params", "wrong.yaml", fails=True)
+    assert said.startswith("fmn: wrong.yaml: ")
+    assert said.count("\n") == 1
+
+
+def test_a_stage_that_fails_is_named_and_the_others_are_kept(project: Path) -> None:
+    profile = PROFILE.replace("data/tiny", "data/other").replace(
+        "sources: {}", "sources: {stsb: nowhere}"
+    )
+    lines = [line for line in profile.splitlines() if not line.startswith("  stsb:")]
+    (project / "other.yaml").write_text("\n".join(lines))
+    said = flow(project, "--params", "other.yaml", fails=True)
+    last = said.splitlines()[-1]
+    assert re.fullmatch(
+        r"fmn: fetch stsb: nowhere: no such folder.*; finished, in percent: sst2 \d+\.\d", last
+    )
+    assert "Traceback" not in said
+    assert (project / "data/other/experts/sst2/model.safetensors").is_file()
+    assert not (project / "data/other/merged").exists()
+
+
+@pytest.mark.slow
+def test_a_version_is_made_again_from_what_it_was_registered_with(project: Path) -> None:
+    flow(project)
+    version = "models:/tiny@champion"
+    shown = run(project, sys.executable, "-m", "fmn", "reproduce", version)
+    assert "fine-tuned: epochs 1.0" in shown
+    again = run(
+        project, sys.executable, "-m", "fmn", "reproduce", version, "--run", "--out", "again"
+    )
+    assert "all digests are the same" in again
+    assert "differs" not in again
+    assert "register" not in again
+    (project / "source").rename(project / "moved")
+    said = run(
+        project,
+        sys.executable,
+        "-m",
+        "fmn",
+        "reproduce",
+        version,
+        "--run",
+        "--out",
+        "other",
+        fails=True,
+    )
+    (project / "moved").rename(project / "source")
+    assert said.splitlines()[-1].endswith("source, which is not there any more; put it back there")
+    assert not (project / "other").exists()

@@ -1,0 +1,188 @@
+"""What a local checkpoint is: configurations, names, experts that fit one another, loading."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import BertConfig
+
+from fmn.errors import UserError
+from fmn.models import checkpoints
+from tests.folders import SIZES, WORDS, tiny_bert, weights
+from tests.tiny import CONFIGS, tiny_model
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"model_type": "bert", "model_type": "gpt2"}', "[" * 10**5, "\xff"]
+)
+def test_a_config_that_is_no_json_object_is_refused(text: str, copy: Path) -> None:
+    (copy / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json: not"):
+        checkpoints.load_config(copy)
+
+
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "vit"])
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_stored_names_split_into_encoder_and_head(architecture: str, prefixed: bool) -> None:
+    model = tiny_model(architecture)
+    prefix = f"{model.base_model_prefix}."
+    tied = set(model.all_tied_weights_keys)
+    state = {name for name in model.state_dict() if name not in tied}
+    encoder = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    stored = state if prefixed else {name.removeprefix(prefix) for name in state}
+    noise = {
+        "cls.predictions.bias",
+        "lm_head.weight",
+        f"{prefix}embeddings.position_ids",
+        "embeddings.position_ids",
+    }
+    names = checkpoints.encoder_names(model.config, stored | noise)
+    assert (
+        set(names.encoder)
+        == encoder
+        == set(getattr(model, model.base_model_prefix).state_dict()) & encoder
+    )
+    assert all(
+        stored_name == (prefix + name if prefixed else name)
+        for name, stored_name in names.encoder.items()
+    )
+    assert set(names.head) == {name for name in state if not name.startswith(prefix)}
+    assert all(name == stored_name for name, stored_name in names.head.items())
+
+
+def test_a_tensor_with_and_without_the_prefix_is_refused() -> None:
+    config = BertConfig(**SIZES)
+    with pytest.raises(UserError, match="are the same tensor"):
+        checkpoints.encoder_names(config, ["bert.pooler.dense.bias", "pooler.dense.bias"])
+
+
+# Experts
+
+
+def test_experts_of_one_base_pass(bert: Path, tmp_path: Path) -> None:
+    stsb = tiny_bert(tmp_path / "stsb", seed=1, outputs=1)
+    mnli = tiny_bert(tmp_path / "mnli", seed=2, outputs=3)
+    half = {name: value.half() for name, value in weights(mnli).items()}
+    safetensors.torch.save_file(half, mnli / "model.safetensors")  # other dtypes can be merged
+    state = weights(bert)
+    base = Path(shutil.copytree(bert, tmp_path / "base"))
+    bare = {
+        name.removeprefix("bert."): value
+        for name, value in state.items()
+        if name.startswith("bert.")
+    }
+    safetensors.torch.save_file(
+        bare | {"embeddings.position_ids": torch.arange(16)}, base / "model.safetensors"
+    )
+    checkpoints.check_experts({"mrpc": bert, "stsb": stsb, "mnli": mnli}, base)
+    checkpoints.check_experts({"sst2": bert})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: tiny_bert(path, outputs=3), "head of 3 outputs, the task needs 2"),
+        (lambda path: tiny_bert(path, hidden_size=12), "hidden_size is 12, not 8"),
+        (lambda path: tiny_bert(path, num_attention_heads=4), "num_attention_heads is 4, not 2"),
+        (lambda path: tiny_bert(path, num_hidden_layers=1), "num_hidden_layers is 1, not 2"),
+        (
+            lambda path: tiny_bert(path, words=(*WORDS[:6], "film", "fine", *WORDS[8:])),
+            "the token 'film' is 6 in the vocabulary, not 7",
+        ),
+        (
+            lambda path: tiny_bert(path, words=(*WORDS, "more")),
+            "token ids up to 10, the model only 10 embeddings",
+        ),
+        (lambda path: path, "no such folder"),
+    ],
+)
+def test_experts_that_do_not_fit_are_named(
+    make: Callable[[Path], Path], says: str, bert: Path, tmp_path: Path
+) -> None:
+    other = make(tmp_path / "other")
+    with pytest.raises(UserError, match=says) as caught:
+        checkpoints.check_experts({"mrpc": bert, "rte": other})
+    assert str(caught.value).startswith(f"rte: {other}")
+    assert "\n" not in str(caught.value)
+
+
+def test_experts_without_parts_are_named(bert: Path, copy: Path) -> None:
+    state = weights(copy)
+    encoder = {name: value for name, value in state.items() if not name.startswith("classifier")}
+    safetensors.torch.save_file(encoder, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"rte: .*no classification head"):
+        checkpoints.check_experts({"mrpc": bert, "rte": copy})
+    checkpoints.check_experts({"mrpc": bert}, base=copy)
+    (copy / "vocab.txt").unlink()
+    with pytest.raises(UserError, match=r"the base: .* has no tokenizer files"):
+        checkpoints.check_experts({"mrpc": bert}, base=copy)
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="adapter beside a model"):
+        checkpoints.load_classifier(copy)
+    (copy / "model.safetensors").unlink()
+    (copy / "config.json").unlink()
+    with pytest.raises(UserError, match=r"rte: .*PEFT adapter alone"):
+        checkpoints.check_experts({"mrpc": bert, "rte": copy})
+    with pytest.raises(UserError, match="no experts"):
+        checkpoints.check_experts({})
+    with pytest.raises(UserError, match="rt"):
+        checkpoints.check_experts({"rt": bert})
+
+
+# Loading
+
+
+def test_a_classifier_is_loaded_whole_quietly_and_in_float32(
+    copy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    state = weights(copy)
+    safetensors.torch.save_file(
+        {name: value.half() for name, value in state.items()}, copy / "model.safetensors"
+    )
+    model = checkpoints.load_classifier(copy)
+    tokenizer = checkpoints.load_tokenizer(copy)
+    assert capfd.readouterr() == ("", "")
+    assert not model.training
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert tokenizer("a fine film")["input_ids"] == [2, 5, 6, 7, 3]
+    del state["bert.encoder.layer.1.output.dense.bias"]
+    safetensors.torch.save_file(state, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"has no encoder\.layer\.1\.output\.dense\.bias"):
+        checkpoints.load_classifier(copy)
+    (copy / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="its tokenizer files cannot be used"):
+        checkpoints.load_tokenizer(copy)
+
+
+def test_a_model_without_padding_token_pads_with_its_end_of_text(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(
+        models.WordLevel({"<end>": 0, "<unk>": 1, "fine": 2, "film": 3}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    model = tiny_model("gpt2")
+    model.config.pad_token_id, model.config.eos_token_id = None, 0
+    model.config.save_pretrained(tmp_path)
+    state = {name: value.float() for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    tokenizer, model = checkpoints.load_tokenizer(tmp_path), checkpoints.load_classifier(tmp_path)
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 0
+    batch = tokenizer(["fine film", "film"], padding=True, return_tensors="pt")
+    single = tokenizer("film", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(model(**batch).logits[1], model(**single).logits[0], atol=1e-5)
+    assert (
+        json.loads((tmp_path / "config.json").read_text()).get("pad_token_id") is None
+    )  # only at load time

@@ -1,0 +1,157 @@
+"""Fine-tuning an expert from a base."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from fmn.errors import UserError
+from fmn.models.checkpoints import load_classifier
+from fmn.models.finetune import finetune, new_expert
+from fmn.models.predict import predict, score
+from fmn.tasks.batches import Examples
+from fmn.tasks.task import task
+from tests.tiny import WORDS, tiny_examples, tiny_model
+
+
+def marked(count: int, seed: int = 0) -> Examples:
+    """Texts whose label is whether token 5 occurs in them."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    texts = [random.integers(6, WORDS, random.integers(3, 10)).tolist() for _ in labels]
+    for text, label in zip(texts, labels, strict=True):
+        if label:
+            text[int(random.integers(len(text)))] = 5
+    return Examples({"input_ids": [[1, *text, 2] for text in texts]}, labels, {"input_ids": 0})
+
+
+def train(
+    seed: int = 0, examples: Examples | None = None, **changed: Any
+) -> tuple[torch.nn.Module, list[float]]:
+    model = tiny_model("bert", num_labels=2, dtype=torch.float32)
+    settings: dict[str, Any] = {
+        "regression": False,
+        "epochs": 2,
+        "learning_rate": 1e-3,
+        "batch_size": 16,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    examples = marked(200) if examples is None else examples
+    losses = finetune(model, examples, seed=seed, **{**settings, **changed})
+    return model, losses
+
+
+def test_it_learns_what_can_be_learnt() -> None:
+    model, losses = train(epochs=8, learning_rate=2e-3, examples=marked(400))
+    unseen = marked(200, seed=1)
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    logits = predict(model, unseen, device="cpu", dtype="float32")
+    assert score(task("sst2"), logits, unseen.labels)["accuracy"] > 0.9
+
+
+def test_regression_learns_a_number() -> None:
+    marks = marked(400)
+    examples = Examples(marks.inputs, (5.0 * marks.labels).astype(np.float32), marks.pad)
+    model = tiny_model("bert", num_labels=1, dtype=torch.float32)
+    losses = finetune(
+        model,
+        examples,
+        regression=True,
+        epochs=8,
+        learning_rate=2e-3,
+        batch_size=16,
+        seed=0,
+        device="cpu",
+        dtype="float32",
+    )
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not() -> None:
+    (one, losses), (same, again), (other, _) = train(), train(), train(seed=1)
+    assert losses == again
+    weights, repeated, different = (model.state_dict() for model in (one, same, other))
+    assert all(torch.equal(weights[name], repeated[name]) for name in weights)
+    assert not all(torch.equal(weights[name], different[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 13), (2, 26), (0.5, 6), (0.01, 1)])
+def test_epochs_may_be_fractions(epochs: float, steps: int) -> None:
+    seen: list[tuple[int, int]] = []
+    _, losses = train(epochs=epochs, progress=lambda done, of: seen.append((done, of)))
+    assert len(losses) == steps
+    assert seen == [(step + 1, steps) for step in range(steps)]
+
+
+def test_every_parameter_is_trained_and_the_model_is_left_ready_to_use() -> None:
+    before = tiny_model("bert", num_labels=2, dtype=torch.float32)
+    model, _ = train()
+    frozen = [
+        n
+        for (n, a), b in zip(before.named_parameters(), model.parameters(), strict=True)
+        if torch.equal(a, b)
+    ]
+    # Nothing depends on the bias of the keys: softmax cancels it.
+    assert [name for name in frozen if not name.endswith("key.bias")] == []
+    assert not model.training
+
+
+def test_bfloat16_trains_float32_weights() -> None:
+    model, losses = train(epochs=8, learning_rate=2e-3, dtype="bfloat16")
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+
+
+def test_divergence_and_missing_examples_are_said() -> None:
+    with pytest.raises(UserError, match="learning rate"):
+        train(learning_rate=1e30, epochs=4)
+    with pytest.raises(UserError, match="empty"):
+        train(examples=tiny_examples("bert", 4).take(np.arange(0)))
+
+
+@pytest.mark.parametrize("name", ["mnli", "stsb", "cola"])
+def test_a_new_expert_names_its_labels_and_loads_without_fmn(
+    name: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    one = task(name)
+    model = new_expert(tiny_base, one, seed=0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.num_labels == one.num_outputs
+    assert tuple(loaded.config.id2label.values()) == (one.labels or ("score",))
+    assert loaded.config.problem_type == (
+        "regression" if one.regression else "single_label_classification"
+    )
+    assert loaded.classifier.out_features == one.num_outputs
+
+
+def test_the_head_is_fresh_seeded_and_a_regression_starts_in_the_middle(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    one, same, other = (new_expert(tiny_base, task("mrpc"), seed) for seed in (0, 0, 1))
+    assert torch.equal(one.classifier.weight, same.classifier.weight)
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+    one.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((tiny_base / "tokenizer.json").read_bytes())
+    again = new_expert(
+        tmp_path, task("rte"), seed=1
+    )  # from an expert, whose head has the same shape
+    assert torch.equal(again.classifier.weight, other.classifier.weight)
+    encoder, base = again.bert.state_dict(), one.bert.state_dict()
+    assert all(torch.equal(encoder[key], base[key]) for key in base)
+    assert new_expert(tiny_base, task("stsb"), 0).classifier.bias.item() == 2.5
+
+
+def test_an_expert_survives_saving(tiny_base: Path, tmp_path: Path) -> None:
+    model = new_expert(tiny_base, task("mrpc"), seed=0)
+    examples = marked(20)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((tiny_base / "tokenizer.json").read_bytes())
+    np.testing.assert_array_equal(
+        predict(model, examples, device="cpu", dtype="float32"),
+        predict(load_classifier(tmp_path), examples, device="cpu", dtype="float32"),
+    )

@@ -1,0 +1,107 @@
+"""Which version is the champion, and which one was before it."""
+
+import pytest
+
+from fmn.registry.promotion import (
+    CHALLENGER,
+    CHAMPION,
+    PROMOTED,
+    RESTORED,
+    Standing,
+    add,
+    before,
+    decide,
+)
+
+OLD = Standing("3", 0.80, {"sst2": 0.9, "cola": 0.7}, "data")
+
+
+def new(sst2: float, cola: float, **changes: object) -> Standing:
+    standing = Standing("4", (sst2 + cola) / 2, {"sst2": sst2, "cola": cola}, "data")
+    return standing._replace(**changes)  # type: ignore[arg-type]
+
+
+def test_the_first_version_is_the_champion() -> None:
+    assert decide(OLD, None, 0.01) == (CHAMPION, "the first version")
+
+
+@pytest.mark.parametrize(
+    ("candidate", "alias", "reason"),
+    [
+        (
+            new(0.91, 0.71),
+            CHAMPION,
+            "mean score 81.00 %, version 3 has 80.00 %; no task scores less",
+        ),
+        (new(0.9, 0.7), CHAMPION, "mean score 80.00 %, version 3 has 80.00 %; no task scores less"),
+        (new(0.895, 0.72), CHAMPION, "; sst2 scores 0.50 less, tolerance 1.00"),
+        (new(0.88, 0.8), CHALLENGER, "; sst2 scores 2.00 less, tolerance 1.00"),
+        (new(0.9, 0.695), CHALLENGER, "mean score 79.75 %, version 3 has 80.00 %"),
+        (
+            new(0.99, 0.99, data="other"),
+            CHALLENGER,
+            "not comparable: version 3 was evaluated on other data",
+        ),
+        (
+            new(0.99, 0.99, tasks={"sst2": 0.99}),
+            CHALLENGER,
+            "version 3 is of other tasks (cola, sst2)",
+        ),
+    ],
+)
+def test_a_version_takes_over_that_is_as_good_in_the_mean_and_on_no_task_much_worse(
+    candidate: Standing, alias: str, reason: str
+) -> None:
+    decision = decide(candidate, OLD, 0.01)
+    assert decision.alias == alias
+    assert reason in decision.reason
+
+
+def test_no_task_may_lose_more_than_the_tolerance_and_none_at_all_with_a_tolerance_of_zero() -> (
+    None
+):
+    assert decide(new(0.89, 0.75), OLD, 0.02).alias == CHAMPION
+    assert decide(new(0.89, 0.75), OLD, 0.0).alias == CHALLENGER
+
+
+def test_a_champion_of_unknown_scores_keeps_its_place() -> None:
+    unknown = OLD._replace(tasks={})
+    assert decide(new(0.9, 0.9), unknown, 0.01) == (
+        CHALLENGER,
+        "not comparable: version 3 does not say what it scored",
+    )
+
+
+def history(*events: tuple[str, str]) -> str:
+    text = ""
+    for version, how in events:
+        text = add(text, version, how, "2026-11-01T02:00Z")
+    return text
+
+
+def test_rolling_back_twice_goes_two_champions_back() -> None:
+    there = {"1", "2", "3", "4", "5"}
+    text = history(("1", PROMOTED), ("3", PROMOTED), ("4", PROMOTED))
+    assert before(text, "4", there) == "3"
+    text = add(text, "3", RESTORED, "2026-11-02T02:00Z")
+    assert before(text, "3", there) == "1"
+    text = add(text, "1", RESTORED, "2026-11-03T02:00Z")
+    assert before(text, "1", there) is None
+    text = add(text, "5", PROMOTED, "2026-11-04T02:00Z")
+    assert before(text, "5", there) == "1"
+
+
+def test_a_champion_before_that_was_deleted_is_passed_over() -> None:
+    text = history(("1", PROMOTED), ("3", PROMOTED), ("4", PROMOTED))
+    assert before(text, "4", {"1", "4"}) == "1"
+
+
+def test_an_alias_that_was_moved_by_hand_goes_back_to_the_last_known_champion() -> None:
+    assert before(history(("1", PROMOTED), ("3", PROMOTED)), "2", {"1", "2", "3"}) == "3"
+    assert before("", "2", {"1", "2"}) is None
+
+
+def test_the_history_stays_short_enough_for_a_tag() -> None:
+    text = history(*((str(version), PROMOTED) for version in range(1000, 3000)))
+    assert len(text) < 2000
+    assert before(text, "2999", {str(version) for version in range(3000)}) == "2998"

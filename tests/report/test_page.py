@@ -1,0 +1,244 @@
+"""A report as one HTML file: what stands in it, and how it looks in a real browser, on a screen and on paper."""
+
+import os
+from collections.abc import Iterator, Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fmn.experiments import grid
+from fmn.report import comparison, page, pictures
+from fmn.report import results as report
+from fmn.report.page import Cell
+from fmn.tasks.task import TASKS
+from tests import browser, reports
+from tests.browser import Browser
+
+A4 = (688, 1009)  # CSS pixels between the page's margins of 14 and 15 mm
+BLOCKS = "table, figure, dl, .figures"
+
+
+class Reader(HTMLParser):
+    """Elements by name, with their attributes and all text; AssertionError where an element is not closed."""
+
+    EMPTY = ("meta",)
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def every(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def run_page(names: tuple[str, ...], layers: int, heads: int, **more: Any) -> str:
+    experts, merged = reports.run(names, count=60)
+    merged |= {name: reports.evaluated(names, 0.85, 50, 60) for name in more.get("models", ())}
+    table = report.tabulate(experts, merged)
+    recipes = {name: reports.recipe(names, "average") for name in merged}
+    recipes["merged"] = reports.recipe(names, **more.get("recipe", {}))
+    costs = reports.costs(names)
+    drawn = pictures.of_run(table, reports.fisher(names, layers, heads), recipes["merged"], costs)
+    return page.of_run(table, recipes, costs, drawn)
+
+
+def compare_page() -> str:
+    names = ("cola", "mnli", "mrpc", "qqp", "rte", "sst2", "stsb")
+    sets = grid.sets(names, ["pairs", "all"])
+    methods = {"base": 0.5, "average": 0.6} | {
+        f"a method with a long name {n}": 0.6 + 0.02 * n for n in range(6)
+    }
+    found = comparison.compared(reports.cells(sets, methods))
+    return page.of_comparison(found, pictures.of_comparison(found))
+
+
+def test_the_page_says_what_was_found() -> None:
+    search = {"score": 0.93, "uniform": 0.91}
+    made = {"coefficients": {"cola": 1.0, "mnli": 0.25, "sst2": 2.0}, "search": search}
+    text = run_page(("cola", "mnli", "sst2"), 3, 4, recipe=made)
+    read = Reader(text)
+    said = " ".join(" ".join(read.text).split())
+    for words in (
+        "One model for cola, mnli and sst2",
+        "The model merged with mask-fisher keeps",
+        "base: the base model under each expert's head (lower bound)",
+        "merged less average",
+        "cola 1, mnli 0.25, sst2 2",
+        "93.0 % of the experts' scores on rows of the training data",
+        "hf://org/some-base-uncased-mnli@",
+        "mask Fisher of 1024 examples, empirical",
+        "normalised by kind",
+        "Together 2 min",
+    ):
+        assert words in said, words
+    assert [one["id"] for one in read.every("figure")] == [
+        f"picture-{name}"
+        for name in (
+            "scores",
+            "differences",
+            "fisher-heads",
+            "fisher-neurons",
+            "owners",
+            "owners-heads",
+            "cost",
+        )
+    ]
+    assert all(one.get("role") == "img" and one.get("aria-labelledby") for one in read.every("svg"))
+    assert {one.get("scope") for one in read.every("th")} == {"col", "row"}
+    ids = [attributes["id"] for _, attributes in read.found if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    links = [one["href"] or "" for one in read.every("a")]
+    assert links
+    assert {link.removeprefix("#") for link in links} <= set(ids)
+
+
+def test_nothing_is_fetched_and_nothing_runs() -> None:
+    read = Reader(run_page(("cola", "sst2"), 2, 4))
+    assert not {"script", "link", "img", "iframe", "object", "image"} & {
+        tag for tag, _ in read.found
+    }
+    addresses = [
+        value
+        for _, attributes in read.found
+        for name, value in attributes.items()
+        if name in ("href", "src", "xlink:href", "style") and value
+    ]
+    assert not [value for value in addresses if "//" in value]
+    assert "@import" not in page.STYLE
+    assert "url(" not in page.STYLE
+
+
+def test_names_are_text_whatever_is_in_them() -> None:
+    shown = page.table(
+        ["<b>", Cell("x & y", ["<i>"])], [["mean", "-1.5"], ["a-1", ""]], "<caption>"
+    )
+    read = Reader(shown)
+    assert {tag for tag, _ in read.found} <= {
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "small",
+        "span",
+    }
+    assert "−1.5" in read.text, "a minus sign"
+    assert "a-1" in read.text
+    assert '<tr class="mean">' in shown
+
+
+def test_a_comparison_has_every_set_and_method() -> None:
+    said = " ".join(" ".join(Reader(compare_page()).text).split())
+    for words in (
+        "8 ways to merge cola, mnli, mrpc, qqp, rte, sst2 and stsb",
+        "rte + stsb",
+        "Pairs of experts",
+    ):
+        assert words in said, words
+    assert said.count("a method with a long name 5") > 5
+
+
+# ---- in a browser ----
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    command = browser.program()
+    if command is None:
+        assert not os.environ.get("CI"), "CI installs a browser"
+        pytest.skip("no browser to look at a report in: `apt-get install chromium`")
+    with browser.running(command) as found:
+        yield found
+
+
+PAGES: Mapping[str, Any] = {
+    "three tasks": lambda: run_page(("cola", "mnli", "sst2"), 6, 12),
+    "nine tasks and many layers": lambda: run_page(
+        tuple(sorted(TASKS)), 24, 16, models=("merged, heads re-aligned",)
+    ),
+    "a comparison": compare_page,
+}
+
+
+@pytest.mark.parametrize("which", PAGES)
+def test_a_page_looks_right_on_a_screen_and_on_paper(
+    chromium: Browser, tmp_path: Path, which: str
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(PAGES[which]())
+    chromium.media("")
+    chromium.open(path, width=1000)
+    assert chromium.said == []
+    assert chromium.asked == [path.as_uri()], "nothing but the page itself is requested"
+
+    sizes = chromium.evaluate(
+        "[...document.querySelectorAll('figure > svg')].map(svg => {"
+        " const box = svg.getBoundingClientRect(), ink = svg.getBBox();"
+        " return [box.width, box.height, ink.width, ink.height, svg.viewBox.baseVal.width] })"
+    )
+    assert len(sizes) == path.read_text().count("<figure ")
+    for width, height, ink_width, ink_height, natural in sizes:
+        assert width > 800
+        assert height > 80
+        assert ink_width > 0.5 * natural
+        assert ink_height > 0
+    assert overflowing(chromium) == []
+    assert text_outside_its_picture(chromium) == []
+    chromium.screenshot(tmp_path / "screen.png")
+    assert (tmp_path / "screen.png").stat().st_size > 50_000
+
+    chromium.media("print")
+    chromium.size(*A4)
+    assert overflowing(chromium) == []
+    cut = chromium.evaluate(
+        f"[...document.querySelectorAll('{BLOCKS}')].filter(one =>"
+        f" getComputedStyle(one).breakInside !== 'avoid' || one.getBoundingClientRect().height > {A4[1]})"
+        ".map(one => one.textContent.slice(0, 80))"
+    )
+    assert cut == [], "no table or picture is cut by the end of a page"
+    assert chromium.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+    chromium.pdf(tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+
+
+def overflowing(chromium: Browser) -> Any:
+    """Elements that are wider than the page."""
+    return chromium.evaluate(
+        "[...document.querySelectorAll('body, body *:not(svg *)')].filter(one =>"
+        " one.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5"
+        " || one.getBoundingClientRect().left < -0.5)"
+        ".map(one => one.tagName + ' ' + one.textContent.slice(0, 80))"
+    )
+
+
+def text_outside_its_picture(chromium: Browser) -> Any:
+    """Words of a picture that its edge cuts."""
+    return chromium.evaluate(
+        "[...document.querySelectorAll('figure > svg')].flatMap(svg => {"
+        " const frame = svg.getBoundingClientRect();"
+        " return [...svg.querySelectorAll('text')].filter(text => { const box = text.getBoundingClientRect();"
+        " return box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1"
+        " || box.bottom > frame.bottom + 1 }).map(text => text.textContent) })"
+    )
