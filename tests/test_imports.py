@@ -46,6 +46,6 @@ def test_the_package_knows_neither_prefect_nor_dvc() -> None:
 
 def test_only_the_registry_and_the_served_model_know_mlflow() -> None:
     assert {path.name for path in MODULES if "mlflow" in imported(path)} == {
-        "registry.py",
+        "tracking.py",
         "served.py",
     }

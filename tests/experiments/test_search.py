@@ -395,7 +395,7 @@ def test_a_killed_search_gives_the_bytes_of_an_unbroken_one(
     tiny_work: Path, tmp_path: Path
 ) -> None:
     killed, unbroken = tmp_path / "killed.json", tmp_path / "unbroken.json"
-    environment = {**os.environ, "PYTHONPATH": str(Path(search.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(search.__file__).parents[2])}
     command = [sys.executable, "-c", KILLED, str(tiny_work), str(killed)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -327,7 +327,7 @@ def test_a_cluster_that_cannot_work_is_told_in_one_line(
     dask.code = tmp_path / "older"
     for name in ("fmn", "flows"):
         shutil.copytree(ROOT / name, dask.code / name, ignore=shutil.ignore_patterns("__pycache__"))
-    with (dask.code / "fmn/stage.py").open("a") as file:
+    with (dask.code / "fmn/store/stage.py").open("a") as file:
         file.write("\n")
     dask.worker("older")
     assert "install the same on both" in told()

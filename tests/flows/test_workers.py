@@ -121,7 +121,7 @@ if __name__ == "__main__":
 def owner(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
     script = tmp_path / "owner.py"
     script.write_text(OWNER.format(body=body))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(
         [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True
     )

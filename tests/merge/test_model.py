@@ -433,7 +433,7 @@ merged.write(folder / "out", experts, method="average", progress=lambda *_: os.k
 @pytest.mark.slow
 def test_a_killed_merge_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     folders, out = experts(tmp_path), tmp_path / "out"
-    environment = {**os.environ, "PYTHONPATH": str(Path(merged.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(merged.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=False
     )

@@ -351,7 +351,7 @@ def test_memory_is_bounded_whatever_the_size(method: str, tmp_path: Path) -> Non
     tensors = {"embedding": random(120_000, 512)}  # 246 MB
     for who in ("a", "b", "c", "d", "base"):
         checkpoint(tmp_path / who, {name: tensor + len(who) for name, tensor in tensors.items()})
-    root = str(Path(stream.__file__).parent.parent)
+    root = str(Path(stream.__file__).parents[2])
     command = [sys.executable, "-c", MEASURE, root, str(tmp_path), method]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(json.loads(done.stdout)) < 256e6

@@ -301,7 +301,7 @@ def test_the_hubs_main_is_pinned_to_a_commit_and_followed(tmp_path: Path) -> Non
             commit = hub.add("datasets", data.HUB, files)
             environment = {
                 **hub.environment(tmp_path / "home"),
-                "PYTHONPATH": str(Path(data.__file__).parent.parent),
+                "PYTHONPATH": str(Path(data.__file__).parents[2]),
             }
             done = subprocess.run(
                 command, env=environment, capture_output=True, text=True, check=False
