@@ -14,7 +14,7 @@ PIP_AUDIT := $(AUDIT)/bin/pip-audit --progress-spinner off --disable-pip --no-de
 IGNORED :=
 export GLUE_DIR
 
-.PHONY: run schedule mlflow test test-slow torture test-gpu audit lint types format lock results docker-lint image image-base \
+.PHONY: run schedule mlflow test test-slow torture test-gpu audit lint types format lock dvc results docker-lint image image-base \
   image-run clean help
 
 help: ## what there is
@@ -81,6 +81,9 @@ lock: $(VENV)/installed ## resolve the dependencies anew into constraints.txt
 	$(INSTALL) uv
 	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --extra dask --universal --python-version 3.11 \
 	  --no-annotate -o constraints.txt
+
+dvc: $(VENV)/installed ## write dvc.yaml from flows/graph.py
+	python -c 'from flows.graph import dvc_yaml; print(dvc_yaml(), end="")' > dvc.yaml
 
 results: $(VENV)/installed ## write the tables of docs/ anew from stored results
 	python -m benchmarks.results

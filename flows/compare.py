@@ -7,161 +7,143 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import cluster, notices, pages, workers
-from flows.pipeline import Futures, Layout, collect, submit_experts, submitter
+from flows import cluster, graph, notices, pages
+from flows.graph import Node
+from flows.pipeline import RUNNER, Outcomes, run_nodes
 from flows.server import answering
 from fmn import params
 from fmn.errors import UserError
 from fmn.experiments import grid
-from fmn.experiments.stages import ComparedSettings, CompareSettings
-from fmn.fisher.stages import GramSettings
+from fmn.experiments.stages import ComparedSettings, CompareSettings, compare
+from fmn.fisher.stages import GramSettings, fisher, full_fisher, gram
 from fmn.merge.methods import NEEDS
 from fmn.params import Params
-from fmn.store.stage import Outcome
+from fmn.registry.stages import log_comparison
+from fmn.report.stages import comparison
 from fmn.terminal import say, show_table
 
+EXPERT_STAGES = ("fetch-base", "fetch", "data", "finetune")
 
-@flow(
-    name="fmn-compare",
-    flow_run_name="{name} of {profile}",
-    task_runner=ThreadPoolTaskRunner(max_workers=workers.count()),  # type: ignore[arg-type]
-)
-def compare(profile: str, name: str) -> dict[tuple[str, str], Outcome]:
-    """Merge the sets of experts that an entry of the profile's section `compare` asks for, each with all its methods.
+
+@flow(name="fmn-compare", flow_run_name="{name} of {profile}", task_runner=RUNNER)
+def compare_methods(profile: str, name: str) -> Outcomes:
+    """Merge the sets of experts that an entry of the settings' section `compare` asks for.
 
     Raises:
-        UserError: naming every stage that failed, and why; cells that finished are kept.
+        UserError: names the stages that failed and why; cells that finished are kept.
     """
     with notices.failures_told(Path(profile)):
         settings, comparing = _settings(Path(profile), name)
-        layout = Layout(Path(settings.work))
         with cluster.joined(settings):
-            outcomes = collect(
-                submit_comparison(settings, comparing, layout, layout.work / "compare" / name)
-            )
-    pages.show_results(*outcomes["comparison", ""].summary["table"])
+            outcomes = run_nodes(nodes(settings, comparing, Path(profile), name))
+    pages.show_results(*outcomes["comparison", ""].summary.table)
     return outcomes
-
-
-def _settings(profile: Path, name: str) -> tuple[Params, CompareSettings]:
-    settings = params.load(profile)
-    if name not in settings.compare:
-        there = ", ".join(settings.compare) or "nothing"
-        raise UserError(f"{profile}: its section compare has no {name!r}; it has {there}")
-    return settings, settings.compare[name]
-
-
-class Statistic(NamedTuple):
-    """What a method takes of every expert: the stage that computes it, its name in task runs, file suffix, settings."""
-
-    stage: str
-    name: str
-    suffix: str
-    settings: Mapping[str, Any]
-
-
-def statistics(merging: ComparedSettings, settings: Params) -> dict[str, Statistic]:
-    """What a method takes, by the argument of the stage `compare` that the files go to."""
-    needs, names = NEEDS[merging.method], settings.experts.tasks
-    found = {}
-    if needs.fisher == "nodes":
-        estimator = merging.estimator or settings.fisher.estimator
-        suffix = ".parquet" if estimator == settings.fisher.estimator else f".{estimator}.parquet"
-        chosen = settings.fisher.model_copy(update={"estimator": estimator})
-        found["fisher_files"] = Statistic("fisher", estimator, suffix, dict.fromkeys(names, chosen))
-    if needs.fisher == "parameters":
-        full = dict.fromkeys(names, settings.full_fisher)
-        found["fisher_files"] = Statistic("full-fisher", "full", ".full.safetensors", full)
-    if needs.gram:
-        grams = {name: settings.gram.get(name, GramSettings()) for name in names}
-        found["gram_files"] = Statistic("gram", "gram", ".gram.safetensors", grams)
-    return found
-
-
-def submit_comparison(
-    settings: Params, comparing: CompareSettings, layout: Layout, out: Path
-) -> Futures:
-    """Submit experts, the statistics that any of the methods takes, the cells and, into `out`, the tables."""
-    futures: Futures = {}
-    submit = submitter(futures)
-    made = submit_experts(submit, settings, layout)
-    names = settings.experts.tasks
-    methods = grid.bounded(comparing.methods)
-    comparing = comparing.model_copy(update={"methods": methods})
-    takes = {method: statistics(merging, settings) for method, merging in methods.items()}
-
-    def file(statistic: Statistic, task: str) -> Path:
-        return layout.work / "fisher" / f"{task}{statistic.suffix}"
-
-    for statistic in {
-        one.suffix: one for given in takes.values() for one in given.values()
-    }.values():
-        for name in names:
-            submit(
-                statistic.stage, f"{name} {statistic.name}", [made[name], ("data", name)],
-                checkpoint=layout.expert(name), task=name, folder=layout.data, out=file(statistic, name),
-                settings=statistic.settings[name],
-            )  # fmt: skip
-    tuned_on = {
-        name: (None if tuning.examples == "all" else tuning.examples, tuning.seed)
-        for name, tuning in settings.finetune.items()
-    }
-    cells: dict[str, dict[str, Path]] = {}
-    for chosen, members in grid.sets(names, comparing.sets).items():
-        cells[chosen] = {
-            method: out / "cells" / chosen / f"{_file(method)}.json" for method in methods
-        }
-        for method, merging in methods.items():
-            files = {
-                argument: {n: file(one, n) for n in members}
-                for argument, one in takes[method].items()
-            }
-            after = [
-                (one.stage, f"{name} {one.name}")
-                for one in takes[method].values()
-                for name in members
-            ]
-            after += [
-                ("fetch", "base"),
-                *(made[name] for name in members),
-                *(("data", name) for name in members),
-            ]
-            submit(
-                "compare", f"{chosen} {method}", after,
-                experts={name: layout.expert(name) for name in members}, base=layout.base, folder=layout.data,
-                out=cells[chosen][method], merging=merging, settings=comparing,
-                tuned_on={name: tuned_on.get(name, (None, 0)) for name in members},
-                **{"fisher_files": {}, "gram_files": {}, **files},
-            )  # fmt: skip
-    submit(
-        "comparison",
-        "",
-        [key for key in futures if key[0] == "compare"],
-        cells=cells,
-        out=out / "tables",
-    )
-    submit(
-        "log", "", [("comparison", "")], tables=out / "tables", title=out.name, comparing=comparing,
-        settings=settings.registry,
-    )  # fmt: skip
-    return futures
-
-
-def _file(method: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", method)
 
 
 def run_compare(profile: Path, name: str) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn compare` does."""
     started = time.monotonic()
-    settings, _ = _settings(profile, name)  # a mistake there is told before Prefect starts
+    _settings(profile, name)  # a mistake there is reported before Prefect starts
     with answering():
-        found = dict(compare(str(profile), name)["comparison", ""].summary)
-    show_table(*found["table"])
-    say(
-        f"report     {Path(settings.work) / 'compare' / name / 'tables' / 'report.html'}",
-        f"{time.monotonic() - started:.0f} s",
-    )
-    return found
+        outcomes: Outcomes = compare_methods(str(profile), name)
+    tables = outcomes["comparison", ""]
+    show_table(*tables.summary.table)
+    say(f"report     {tables.out / 'report.html'}", f"{time.monotonic() - started:.0f} s")
+    summary: dict[str, Any] = tables.summary.model_dump(mode="json")
+    return summary
+
+
+def _settings(profile: Path, name: str) -> tuple[Params, CompareSettings]:
+    settings = params.load(profile)
+    if name not in settings.compare:
+        names = ", ".join(settings.compare) or "nothing"
+        raise UserError(f"{profile}: its section compare has no {name!r}; it has {names}")
+    return settings, settings.compare[name]
+
+
+class Statistic(NamedTuple):
+    """What a method takes of every expert: the stage that computes it, with its settings by task.
+
+    Attributes:
+        argument: the argument of the stage `compare` that takes the files.
+        stage: name of the stage.
+        function: the stage.
+        label: what tells it from others of the same stage.
+        suffix: of its files.
+        settings: by task.
+    """
+
+    argument: str
+    stage: str
+    function: Any
+    label: str
+    suffix: str
+    settings: Mapping[str, Any]
+
+
+def statistics(merging: ComparedSettings, settings: Params) -> list[Statistic]:
+    """What a method takes of every expert."""
+    needs, names = NEEDS[merging.method], settings.experts.tasks
+    statistics = []
+    if needs.fisher == "nodes":
+        estimator = merging.estimator or settings.fisher.estimator
+        is_usual = estimator == settings.fisher.estimator
+        suffix = ".parquet" if is_usual else f".{estimator}.parquet"
+        chosen = settings.fisher.model_copy(update={"estimator": estimator})
+        by_task: dict[str, Any] = dict.fromkeys(names, chosen)
+        statistics.append(Statistic("fisher", "fisher", fisher, estimator, suffix, by_task))
+    if needs.fisher == "parameters":
+        by_task = dict.fromkeys(names, settings.full_fisher)
+        suffix = ".full.safetensors"
+        statistics.append(Statistic("fisher", "full-fisher", full_fisher, "full", suffix, by_task))
+    if needs.gram:
+        by_task = {name: settings.gram.get(name, GramSettings()) for name in names}
+        statistics.append(Statistic("gram", "gram", gram, "gram", ".gram.safetensors", by_task))
+    return statistics
+
+
+def nodes(settings: Params, comparing: CompareSettings, profile: Path, title: str) -> list[Node]:
+    """Experts, the statistics that any of the methods takes, the cells, the tables, and their log."""
+    work, names = Path(settings.work), settings.experts.tasks
+    out = work / "compare" / title
+    methods = grid.bounded(comparing.methods)
+    comparing = comparing.model_copy(update={"methods": methods})
+    takes = {method: statistics(merging, settings) for method, merging in methods.items()}
+    listed = [node for node in graph.nodes(settings, profile) if node.stage in EXPERT_STAGES]
+
+    def path(statistic: Statistic, task: str) -> Path:
+        return work / "fisher" / f"{task}{statistic.suffix}"
+
+    for statistic in {item.suffix: item for items in takes.values() for item in items}.values():
+        for name in names:
+            arguments = {
+                "checkpoint": work / "experts" / name,
+                "task": name,
+                "data": work / "data" / name,
+                "out": path(statistic, name),
+                "settings": statistic.settings[name],
+            }
+            title_of = f"{name} {statistic.label}"
+            listed.append(Node(statistic.stage, title_of, statistic.function, arguments))
+    cells: dict[str, Path] = {}
+    for chosen, members in grid.sets(names, comparing.sets).items():
+        for method, merging in methods.items():
+            file = re.sub(r"[^\w.-]+", "-", method)
+            cell = out / "cells" / chosen / f"{file}.json"
+            cells[f"{chosen}/{method}"] = cell
+            arguments = {
+                "experts": {name: work / "experts" / name for name in members},
+                "base": work / "base",
+                "data": work / "data",
+                "out": cell,
+                "merging": merging,
+                "settings": comparing,
+            }
+            for statistic in takes[method]:
+                arguments[statistic.argument] = {name: path(statistic, name) for name in members}
+            listed.append(Node("compare", f"{chosen} {method}", compare, arguments))
+    tables = out / "tables"
+    listed.append(Node("comparison", "", comparison, {"cells": cells, "out": tables}))
+    logging = {"title": title, "comparing": comparing, "settings": settings.registry}
+    return [*listed, Node("log", "", log_comparison, {"tables": tables, **logging})]

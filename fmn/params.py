@@ -1,23 +1,16 @@
-"""The settings: each has its name, default and meaning here and nowhere else.
+"""The settings file, ``params.yaml``: its sections, read and checked as a whole.
 
-A group of settings is a section of ``params.yaml`` and, with the same names, the options of a command; DVC hands a
-section over whole (``${fisher}`` in ``dvc.yaml`` becomes ``--estimator empirical --samples 1024 ...``).
+Each section is a model that stands beside the stage that it is for; with the same names, its
+fields are the options of that stage's command. Here they come together.
 """
 
-import io
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from fmn.errors import UserError, hint
 from fmn.evaluate.stages import EvaluateSettings
@@ -28,47 +21,49 @@ from fmn.merge.stages import MergeSettings, RealignSettings
 from fmn.models.stages import FinetuneSettings
 from fmn.registry.stages import RegistrySettings
 from fmn.store.records import Settings
+from fmn.store.stage import Job, Outcome, run_stage
+from fmn.store.yaml_file import read_yaml
 from fmn.tasks.stages import DataSettings
 from fmn.tasks.task import TASKS
 
-_DEEPEST = 20  # sections within sections of a settings file
-WEBHOOK = "FMN_WEBHOOK"  # the environment variable of the webhook's address
+SETTINGS = 1  # version of the stage
+WEBHOOK = "FMN_WEBHOOK"  # environment variable of the webhook's address
 
 
 class ExpertsSettings(Settings):
-    tasks: list[str] = Field(
-        default_factory=list, description="the tasks whose experts are merged; default: all found"
-    )
+    tasks: list[str] = Field(..., min_length=1, description="the tasks whose experts are merged")
 
     @field_validator("tasks")
     @classmethod
-    def _known_once(cls, tasks: list[str]) -> list[str]:
+    def _check_tasks(cls, tasks: list[str]) -> list[str]:
         for name in tasks:
             if name not in TASKS:
                 raise ValueError(f"unknown task {name!r}{hint(name, TASKS)}")
             if tasks.count(name) > 1:
-                raise ValueError(f"task {name!r} stands there twice")
+                raise ValueError(f"task {name!r} is listed twice")
         return tasks
 
 
 class NotifySettings(Settings):
     webhook: SecretStr | None = Field(
         None,
-        description="address that takes a notice, Slack's JSON, of a new champion and of a failure; $NAME is read from"
-        f" the environment; default: ${WEBHOOK}, nobody where that is not set",
+        description="address that takes messages in Slack's JSON: of a new champion and of a"
+        f" failure; $NAME is read from the environment; default: ${WEBHOOK}, if that is set",
     )
 
     @property
     def address(self) -> str | None:
-        """The webhook's address, which is a secret; None when nobody is to be told."""
-        stated = self.webhook.get_secret_value() if self.webhook else f"${WEBHOOK}"
-        return os.environ.get(stated[1:]) if stated.startswith("$") else stated
+        """The webhook's address, which is a secret; None when nobody is to be notified."""
+        address = self.webhook.get_secret_value() if self.webhook else f"${WEBHOOK}"
+        return os.environ.get(address[1:]) if address.startswith("$") else address
 
 
 class Params(Settings):
     """``params.yaml``."""
 
-    work: str = Field("data/work", description="folder of everything that a run makes")
+    work: str = Field(
+        "data/work", min_length=1, description="folder of everything that a run writes"
+    )
     base: str = Field(..., description="the model that the experts were fine-tuned from")
     experts: ExpertsSettings
     sources: dict[str, str] = Field(
@@ -76,41 +71,42 @@ class Params(Settings):
     )
     finetune: dict[str, FinetuneSettings] = Field(
         default_factory=dict,
-        description="TASK: how its expert is made from the base; for tasks without a published one",
+        description="TASK: how its expert is fine-tuned from the base, if none is published",
     )
     data: DataSettings = DataSettings()
     fisher: FisherSettings = FisherSettings()
     gram: dict[str, GramSettings] = Field(
         default_factory=dict,
-        description="TASK: how its expert's Gram matrices are made; for regmean, fisher-regmean",
+        description="TASK: how its expert's Gram matrices are computed; for regmean and"
+        " fisher-regmean",
     )
     merge: MergeSettings = MergeSettings()
     realign: dict[str, RealignSettings] = Field(
         default_factory=dict,
-        description="NAME, realigned or realigned-...: one model more, the merged one with its heads re-aligned",
+        description="NAME, realigned or realigned-...: another model, the merged one with its heads"
+        " re-aligned",
     )
     evaluate: EvaluateSettings = EvaluateSettings()
     full_fisher: FullFisherSettings = FullFisherSettings()
     compare: dict[str, CompareSettings] = Field(
-        default_factory=dict, description="NAME: what `fmn compare` compares"
+        default_factory=dict, description="NAME: what `fmn compare NAME` compares"
     )
     registry: RegistrySettings = Field(..., description="where the merged model is registered")
     notify: NotifySettings = NotifySettings()
     runner: Literal["local", "dask"] = Field(
-        "local",
-        description="where experts are computed: on this machine, or on the workers of a Dask cluster",
+        "local", description="where experts are computed: here, or on the workers of a Dask cluster"
     )
     address: str | None = Field(
-        None, description="of the Dask scheduler, such as tcp://host:8786; for runner dask"
+        None, description="address of the Dask scheduler, such as tcp://host:8786"
     )
     storage: str | None = Field(
         None,
-        description="URL of a folder that this machine and all workers read and write, such as s3://bucket/fmn, or"
-        " file:///mnt/fmn for one that all mount; for runner dask",
+        description="URL of a folder that this machine and all workers read and write, such as"
+        " s3://bucket/fmn, or file:///mnt/fmn for one that all mount; for runner dask",
     )
 
     @model_validator(mode="after")
-    def _a_cluster_has_address_and_storage(self) -> "Params":
+    def _check_cluster(self) -> "Params":
         if self.runner == "dask":
             if self.address is None:
                 raise ValueError(
@@ -123,22 +119,28 @@ class Params(Settings):
         return self
 
     @model_validator(mode="after")
-    def _every_task_has_one_expert(self) -> "Params":
+    def _check_tasks(self) -> "Params":
         tasks = self.experts.tasks
-        if not tasks:
-            raise ValueError("experts.tasks names no task")
         for name in tasks:
             if (name in self.sources) == (name in self.finetune):
-                raise ValueError(f"task {name!r} must stand under either `sources` or `finetune`")
+                raise ValueError(f"task {name!r} must be under either `sources` or `finetune`")
         rows = [
-            name for one in self.compare.values() if isinstance(one.rows, dict) for name in one.rows
+            name
+            for comparison in self.compare.values()
+            if isinstance(comparison.rows, dict)
+            for name in comparison.rows
         ]
-        for name in [*self.sources, *self.finetune, *self.gram, *self.merge.coefficients, *rows]:
+        coefficients = self.merge.coefficients
+        for name in [*self.sources, *self.finetune, *self.gram, *coefficients, *rows]:
             if name not in tasks:
                 raise ValueError(
                     f"{name!r} is not one of experts.tasks ({', '.join(tasks)}){hint(name, tasks)}"
                 )
-        for name in self.compare:  # which is a folder's
+        return self
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Params":
+        for name in self.compare:  # also the name of a folder
             if not re.fullmatch(r"\w[\w. -]*", name):
                 raise ValueError(
                     f"compare: {name!r} must be of letters, digits, dots, dashes and spaces"
@@ -146,89 +148,90 @@ class Params(Settings):
         for name in self.realign:
             if not re.fullmatch(r"realigned(-[\w-]+)?", name):
                 raise ValueError(f"realign: {name!r} must be realigned, or begin with realigned-")
-        for comparing in self.compare.values():
-            for chosen in comparing.sets:
-                wrong = [name for name in chosen.split("+") if name not in tasks]
-                if chosen not in SETS and (wrong or "+" not in chosen):
+        tasks = self.experts.tasks
+        for comparison in self.compare.values():
+            for members in comparison.sets:
+                unknown = [name for name in members.split("+") if name not in tasks]
+                if members not in SETS and (unknown or "+" not in members):
                     raise ValueError(
-                        f"compare: {chosen!r} is neither {', '.join(SETS)} nor of experts.tasks, TASK+TASK"
+                        f"compare: {members!r} is neither one of {', '.join(SETS)} nor a set of"
+                        " experts.tasks, TASK+TASK"
                     )
-        needs = NEEDS[self.merge.method]
+        return self
+
+    @model_validator(mode="after")
+    def _check_method(self) -> "Params":
+        needs, method = NEEDS[self.merge.method], self.merge.method
         if needs.fisher == "parameters":
             raise ValueError(
-                f"method {self.merge.method} is for `fmn merge` alone; a pipeline merges with another"
+                f"method {method} is for `fmn merge` alone; choose another method for a pipeline"
             )
-        if needs.gram and (without := [name for name in tasks if name not in self.gram]):
+        lacking = [name for name in self.experts.tasks if name not in self.gram]
+        if needs.gram and lacking:
             raise ValueError(
-                f"method {self.merge.method} needs Gram matrices of every expert: add {without[0]!r} to `gram`"
+                f"method {method} needs Gram matrices of every expert: add {lacking[0]!r} to `gram`"
             )
         return self
 
 
 def load(path: Path) -> Params:
-    """Read and check ``params.yaml``. Raises UserError naming the file, the setting and what is wrong with it."""
+    """Read and check a settings file.
+
+    Raises:
+        UserError: names the file, the setting and what is wrong with it.
+    """
     return validate(read_yaml(path), str(path))
 
 
-def read_yaml(path: Path) -> Any:
-    """Plain YAML 1.2: no aliases, tags, or keys said twice."""
-    from ruamel.yaml import YAML, events
-    from ruamel.yaml.error import YAMLError
+def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
+    """Write the settings with every default filled in, as JSON; secrets are left out.
 
-    try:
-        text = path.read_text(encoding="utf-8")
-        depth = 0
-        for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
-            depth += isinstance(event, events.CollectionStartEvent) - isinstance(
-                event, events.CollectionEndEvent
-            )
-            if depth > _DEEPEST:
-                raise UserError(f"{path}: nested more than {_DEEPEST} deep, which no setting is")
-            if isinstance(event, events.AliasEvent) or getattr(event, "anchor", None):
-                raise UserError(
-                    f"{path}: anchors and aliases are not read here; write the value out"
-                )
-            if getattr(event, "tag", None):
-                raise UserError(
-                    f"{path}: the tag {event.tag} is not read here; write a plain value"
-                )
-        return YAML(typ="safe", pure=True).load(text)
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror or error}; --params names the settings file"
-        ) from error
-    except (
-        YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # of its characters, or of a number beyond all bounds
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    Args:
+        params: the settings file
+        out: the JSON file
+    """
+    settings = load(params)
+    content = settings.model_dump(mode="json", exclude={"notify"})
+
+    def compute(job: Job) -> None:
+        job.path.write_text(json.dumps(content, indent=1) + "\n")
+
+    return run_stage(
+        "settings",
+        SETTINGS,
+        out,
+        compute,
+        reads={},
+        settings=content,
+        summary=lambda _: settings,
+    )
 
 
-def validate(content: Any, where: str) -> Params:
-    """Settings from plain data; UserError naming ``where`` and the setting."""
+def validate(content: Any, place: str) -> Params:
+    """Settings from plain data; UserError names `place` and the setting."""
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, Params)}") from error
+        raise UserError(f"{place}: {explain(error, Params)}") from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first thing that a validation found wrong, in one line."""
+    """The first problem that a validation met, in one line."""
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    setting = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{place}: unknown setting{hint(str(first['loc'][-1]), _siblings(model, first['loc'][:-1]))}"
+        return f"{setting}: unknown setting{hint(str(first['loc'][-1]), _fields(model, first['loc'][:-1]))}"
     if first["type"] == "missing":
-        return f"{place}: missing"
+        return f"{setting}: missing"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
+    return f"{setting}: {message}" if setting else message
 
 
-def _siblings(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    fields: type[BaseModel] = model
+def _fields(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """The names of the settings in the section at a place."""
+    section = model
     for part in place:
-        found = next((f for name, f in fields.model_fields.items() if part == name), None)
-        inner = found.annotation if found else FinetuneSettings
-        fields = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else fields
-    return list(fields.model_fields)
+        field = section.model_fields.get(str(part))
+        inner = field.annotation if field else FinetuneSettings
+        section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else section
+    return list(section.model_fields)

@@ -1,0 +1,350 @@
+"""The pipeline, written down once: its stages, what each reads and writes, and for which names.
+
+`PIPELINE` is the table. The Prefect flow submits its `nodes`, `fmn stage` runs one of them, and
+``dvc.yaml`` is rendered from it (`make dvc`). Paths are below the folder `work` of the settings.
+"""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import getsourcefile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fmn import params
+from fmn.errors import UserError, hint
+from fmn.evaluate.stages import evaluate
+from fmn.fisher.stages import fisher, gram
+from fmn.merge.stages import MergeSettings, merge, realign
+from fmn.models.stages import fetch, finetune
+from fmn.params import Params
+from fmn.registry.stages import register
+from fmn.report.stages import report
+from fmn.store.stage import Outcome
+from fmn.tasks.stages import data
+
+Names = str | Mapping[str, str]  # a section of the settings that lists names, or names with folders
+
+
+class Each(NamedTuple):
+    """A mapping from names to paths, as an argument of a stage."""
+
+    path: str
+    names: tuple[Names, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage of the pipeline, and the names that it runs for.
+
+    Attributes:
+        name: what ``dvc.yaml`` and `fmn stage` call it.
+        function: the stage function.
+        names: the names.
+        out: its output; ``{name}`` and ``{folder}`` stand for a name and its folder.
+        reads: its arguments that are paths, in the same way.
+        takes: its arguments that are settings: the section of each.
+        is_task: whether the names are tasks that the function takes as an argument.
+    """
+
+    name: str
+    function: Callable[..., Outcome]
+    names: Names
+    out: str
+    reads: Mapping[str, str | Each] = field(default_factory=dict)
+    takes: Mapping[str, str] = field(default_factory=dict)
+    is_task: bool = False
+
+
+EXPERTS, ONCE = "experts.tasks", {"": ""}
+# Beside the merge that is asked for stand two bounds: nothing merged, and what everybody tries
+# first. The folder of the first is not called base, as that is where the base itself lies.
+MERGES = {"base": "base-heads", "average": "average", "merged": "merged"}
+BOUNDS = {
+    "base": MergeSettings(method="average", scale=0),
+    "average": MergeSettings(method="average"),
+}
+MODELS: tuple[Names, ...] = (MERGES, "realign")
+
+EXPERT, DATA = "experts/{name}", "data/{name}"
+FISHER, GRAM = "fisher/{name}.parquet", "fisher/{name}.gram.safetensors"
+EXPERT_METRICS, METRICS = "metrics/experts/{name}.json", "metrics/{name}.json"
+ONE_EXPERT = {"checkpoint": EXPERT, "data": DATA}
+ALL_EXPERTS, ALL_FISHER = Each(EXPERT, (EXPERTS,)), Each(FISHER, (EXPERTS,))
+MERGED = {"model": "{folder}", "data": "data"}
+
+PIPELINE = (
+    Row("fetch-base", fetch, ONCE, "base", {}, {"source": "base"}),
+    Row("fetch", fetch, "sources", EXPERT, {}, {"source": "sources.{name}"}),
+    Row("data", data, EXPERTS, DATA, {}, {"settings": "data"}, is_task=True),
+    Row(
+        "finetune",
+        finetune,
+        "finetune",
+        EXPERT,
+        {"base": "base", "data": DATA},
+        {"settings": "finetune.{name}"},
+        is_task=True,
+    ),
+    Row("fisher", fisher, EXPERTS, FISHER, ONE_EXPERT, {"settings": "fisher"}, is_task=True),
+    Row("gram", gram, "gram", GRAM, ONE_EXPERT, {"settings": "gram.{name}"}, is_task=True),
+    Row(
+        "evaluate-expert",
+        evaluate,
+        EXPERTS,
+        EXPERT_METRICS,
+        {"model": EXPERT, "data": DATA},
+        {"settings": "evaluate"},
+        is_task=True,
+    ),
+    Row(
+        "merge",
+        merge,
+        MERGES,
+        "{folder}",
+        {
+            "experts": ALL_EXPERTS,
+            "fisher": ALL_FISHER,
+            "gram": Each(GRAM, ("gram",)),
+            "base": "base",
+        },
+        {"settings": "merge"},
+    ),
+    Row("evaluate", evaluate, MERGES, METRICS, MERGED, {"settings": "evaluate"}),
+    Row(
+        "realign",
+        realign,
+        "realign",
+        "{folder}",
+        {"model": "merged", "experts": ALL_EXPERTS, "data": "data"},
+        {"settings": "realign.{name}"},
+    ),
+    Row("evaluate-realigned", evaluate, "realign", METRICS, MERGED, {"settings": "evaluate"}),
+    Row(
+        "report",
+        report,
+        ONCE,
+        "report",
+        {
+            "merged": Each(METRICS, MODELS),
+            "models": Each("{folder}", MODELS),
+            "experts": Each(EXPERT_METRICS, (EXPERTS,)),
+            "fisher": ALL_FISHER,
+        },
+    ),
+    Row(
+        "register",
+        register,
+        ONCE,
+        "registered.json",
+        {
+            "model": "merged",
+            "metrics": "metrics/merged.json",
+            "report": "report",
+            "card": "report/cards/merged.md",
+        },
+        {"settings": "registry"},
+    ),
+)
+SETTINGS = "settings.json"  # the settings with every default filled in, which DVC compares
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage of a run, with its arguments; `stage` and `name` identify it."""
+
+    stage: str
+    name: str
+    function: Callable[..., Outcome]
+    arguments: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        return f"{self.stage} {self.name}".strip()
+
+
+def nodes(settings: Params, profile: Path) -> list[Node]:
+    """What a settings file asks for, each node after those that it needs.
+
+    Args:
+        settings: the content of the settings file.
+        profile: the settings file, which the registry keeps with the model.
+    """
+    out = Path(settings.work) / SETTINGS
+    first = Node("settings", "", params.write_settings, {"params": profile, "out": out})
+    return [first, *(node for row in PIPELINE for node in _row_nodes(row, settings, profile))]
+
+
+def _row_nodes(row: Row, settings: Params, profile: Path) -> Iterator[Node]:
+    work = Path(settings.work)
+    for name, folder in _names(row.names, settings).items():
+        arguments: dict[str, Any] = {"out": work / row.out.format(name=name, folder=folder)}
+        for argument, template in row.reads.items():
+            arguments[argument] = _paths(template, settings, name, folder)
+        for argument, section in row.takes.items():
+            arguments[argument] = _section(settings, section.format(name=name))
+        if row.name == "merge" and name in BOUNDS:
+            arguments["settings"] = BOUNDS[name]
+        if row.function is evaluate and row.is_task:
+            arguments["tasks"] = [name]
+        elif row.is_task:
+            arguments["task"] = name
+        if row.function is register:
+            arguments["params"] = profile
+        yield Node(row.name, name, row.function, arguments)
+
+
+def _section(settings: Params, path: str) -> Any:
+    """A section of the settings, or an entry of one."""
+    name, _, entry = path.partition(".")
+    section = getattr(settings, name)
+    if not entry:
+        return section
+    return section[entry] if isinstance(section, Mapping) else getattr(section, entry)
+
+
+def find_node(settings: Params, profile: Path, stage: str, name: str) -> Node:
+    """One node of a settings file; UserError where it has none of this name."""
+    listed = nodes(settings, profile)
+    for node in listed:
+        if (node.stage, node.name) == (stage, name):
+            return node
+    names = sorted({node.name for node in listed if node.stage == stage} - {""})
+    if names:
+        raise UserError(f"stage {stage}: give one of its names: {', '.join(names)}")
+    known = list(dict.fromkeys(node.stage for node in listed))
+    raise UserError(f"stage {stage}: {profile} has {', '.join(known)}{hint(stage, known)}")
+
+
+def needs(node: Node, listed: Iterable[Node]) -> list[Node]:
+    """The nodes that write what a node reads."""
+    paths = [path for argument, value in node.arguments.items() if argument != "out"
+             for path in _all_paths(value)]  # fmt: skip
+    return [
+        other for other in listed
+        if other is not node and any(_overlap(other.arguments["out"], path) for path in paths)
+    ]  # fmt: skip
+
+
+def _overlap(out: Path, path: Path) -> bool:
+    """Whether an output is what is read, holds it, or lies in it."""
+    return out == path or out in path.parents or path in out.parents
+
+
+def _all_paths(value: Any) -> Iterator[Path]:
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _all_paths(item)
+
+
+def _names(names: Names, settings: Params) -> dict[str, str]:
+    """Names, each with its folder, as a section of the settings or a row of the pipeline lists them."""
+    if not isinstance(names, str):
+        return dict(names)
+    return {name: name for name in _section(settings, names)}
+
+
+def _paths(template: str | Each, settings: Params, name: str, folder: str) -> Any:
+    work = Path(settings.work)
+    if isinstance(template, str):
+        return work / template.format(name=name, folder=folder)
+    items = [item for names in template.names for item in _names(names, settings).items()]
+    return {key: work / template.path.format(name=key, folder=value) for key, value in items}
+
+
+# ---------------------------------------------------------------------------------------------
+# The same for DVC
+
+_HEADER = """\
+# Written by `make dvc` from flows/graph.py; a test holds the two equal.
+# Commands name a stage of the settings and read them: no setting reaches a shell. Outputs persist,
+# so that a stage sees for itself that nothing changed. What a pinned source or a merge gives again
+# at once is not copied into the cache.
+"""
+
+
+def dvc_yaml() -> str:
+    """The text of ``dvc.yaml``."""
+    from ruamel.yaml import YAML
+
+    settings_file = f"${{work}}/{SETTINGS}"
+    stages: dict[str, Any] = {
+        "settings": {
+            "cmd": "fmn stage settings",
+            "deps": ["params.yaml"],
+            "outs": _dvc_outs([settings_file, f"{settings_file}.fmn.json"], is_cached=False),
+        }
+    }
+    for row in PIPELINE:
+        stages[row.name] = _dvc_stage(row, settings_file)
+    content = {
+        # Sections that the settings may leave out.
+        "vars": [{name: {} for name in ("sources", "finetune", "gram", "realign")}],
+        "stages": stages,
+        "metrics": ["${work}/report/results.json"],
+        "plots": [
+            "${work}/report/pictures",
+            {
+                "scores": {
+                    "template": "bar_horizontal",
+                    "x": {"${work}/report/scores.csv": "score"},
+                    "y": {"${work}/report/scores.csv": "scored"},
+                    "title": "scores, %",
+                }
+            },
+        ],
+    }
+    text = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = None
+    yaml.width = 100
+    yaml.dump(content, text)
+    return _HEADER + text.getvalue()
+
+
+def _dvc_stage(row: Row, settings_file: str) -> dict[str, Any]:
+    if isinstance(row.names, str):
+        name = folder = "${item}" if row.names == EXPERTS else "${key}"
+        foreach: Any = f"${{{row.names}}}"
+    else:
+        name, folder, foreach = "${key}", "${item}", dict(row.names)
+    fill = partial(str.format, name=name, folder=folder)
+    source = Path(getsourcefile(row.function) or "").resolve()
+    module = source.relative_to(Path(__file__).resolve().parents[1]).as_posix()
+    sections = [fill(section) for section in row.takes.values()]
+    if any(isinstance(template, Each) for template in row.reads.values()):
+        sections.append("experts")
+    body: dict[str, Any] = {
+        "cmd": f"fmn stage {row.name}" + ("" if row.names == ONCE else f" {name}")
+    }
+    if row.name == "fetch":  # a source may float: every repro looks where it stands
+        body["always_changed"] = True
+    if deps := _dvc_deps(row, fill):
+        body["deps"] = deps
+    body["params"] = [{settings_file: sections}, {module: [row.function.__name__.upper()]}]
+    outs = [row.out, *([f"{row.out}.fmn.json"] if Path(row.out).suffix else [])]
+    if row.function is evaluate:
+        outs.append(row.out.replace(".json", ".predictions.parquet"))
+    is_cached = row.function not in (fetch, merge, realign, register)
+    body["outs"] = _dvc_outs([f"${{work}}/{fill(path)}" for path in outs], is_cached)
+    return body if row.names == ONCE else {"foreach": foreach, "do": body}
+
+
+def _dvc_deps(row: Row, fill: Callable[[str], str]) -> list[str]:
+    """What a stage reads: a path, or the folder of what it reads of every name."""
+    paths: list[str] = []
+    for template in row.reads.values():
+        if isinstance(template, str):
+            paths.append(fill(template))
+        elif folder := template.path.partition("{")[0].rstrip("/"):
+            paths.append(folder)
+    outermost = [path for path in paths if not any(path.startswith(f"{p}/") for p in paths)]
+    return [f"${{work}}/{path}" for path in dict.fromkeys(outermost)]
+
+
+def _dvc_outs(paths: Iterable[str], is_cached: bool) -> list[Any]:
+    options = {"persist": True} if is_cached else {"persist": True, "cache": False}
+    return [{path: options} for path in paths]
