@@ -83,7 +83,7 @@ class Layout:
 
 STAGES: Mapping[str, Callable[..., Outcome]] = {
     "fetch": models_stages.fetch,
-    "data": tasks_stages.prepare,
+    "data": tasks_stages.data,
     "finetune": models_stages.finetune,
     "fisher": fisher_stages.fisher,
     "full-fisher": fisher_stages.full_fisher,
@@ -133,7 +133,7 @@ def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
     )
     get_run_logger().info(line)
     say(line)
-    for note in labels.notes(outcome.summary.get("labels", {})):
+    for note in labels.notes(dict(outcome.summary).get("labels", {})):
         get_run_logger().warning(note)
         say(note)
     return outcome

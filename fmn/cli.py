@@ -107,22 +107,25 @@ def _fail(message: str, status: int) -> None:
 
 def _say(outcome: "Outcome", as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
     """Print what a stage did."""
+    summary = outcome.summary
+    if isinstance(summary, records.Record):
+        summary = summary.model_dump(exclude_none=True)
     if as_json:
         stated = {
             "stage": outcome.stage,
             "out": str(outcome.out),
             "computed": outcome.computed,
-            **outcome.summary,
+            **summary,
         }
         _dump(stated)
         return
     done = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
     say(f"{outcome.stage}: {outcome.out} ({done})")
-    show(outcome.summary)
-    if "labels" in outcome.summary:
+    show(summary)
+    if "labels" in summary:
         from fmn.models import labels
 
-        say(*labels.notes(outcome.summary["labels"]))
+        say(*labels.notes(summary["labels"]))
 
 
 def _dump(content: Any) -> None:
@@ -266,7 +269,7 @@ def data(
         out: folder of the Parquet files
     """
 
-    _say(tasks_stages.prepare(task, out, settings), as_json, _facts("rows"))
+    _say(tasks_stages.data(task, out=out, settings=settings), as_json, _facts("rows"))
 
 
 @app.command

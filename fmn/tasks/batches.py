@@ -1,4 +1,4 @@
-"""Tokenised examples in memory, the choice of a sample, and padded batches."""
+"""Tokenised examples in memory, random samples of them, and padded batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,11 @@ from fmn.errors import UserError
 class Examples:
     """N tokenised examples.
 
-    `inputs`: by input name of the model, one value an example. An input that `pad` names is a sequence of token-wise
-    integers and is padded on the right with that value; any other (`pixel_values`) has one shape for all examples.
-    `labels`: [N], int64 class ids, or float32 for regression.
+    Attributes:
+        inputs: N values for each input of the model. Inputs named in `pad` are sequences of
+            integers, one for each token; others (`pixel_values`) have one shape for all examples.
+        labels: [N], int64 class ids, or float32 for regression.
+        pad: the value with which an input is padded on the right.
     """
 
     inputs: Mapping[str, Sequence[Any]]
@@ -34,7 +36,7 @@ class Examples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64 [N]; ones where no input is a sequence of tokens."""
+        """Tokens of each example, int64 [N]; 1 for examples without tokens."""
         for name, values in self.inputs.items():
             if name in self.pad:
                 return np.fromiter(map(len, values), dtype=np.int64, count=len(self))
@@ -48,13 +50,17 @@ class Examples:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples padded to T tokens: `rows` int64 [B] are their positions in the examples they came from."""
+    """B examples, padded to T tokens.
+
+    Attributes:
+        rows: int64 [B], their positions in the examples that they came from.
+        inputs: for each input of the model [B, T] int64, with `attention_mask`, or [B, ...].
+        labels: [B].
+    """
 
     rows: np.ndarray
-    inputs: dict[
-        str, torch.Tensor
-    ]  # each [B, T] int64, `attention_mask` with them; or [B, ...] as given
-    labels: torch.Tensor  # [B]
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
 
 
 def select(
@@ -62,20 +68,21 @@ def select(
 ) -> np.ndarray:
     """Rows of a random sample without replacement, int64 [min(samples, N)].
 
-    With `samples` None or at least N: every row once, in file order. Otherwise in random order, and a smaller sample
-    of the same seed is the beginning of a larger one. `stratified`: any beginning holds every label in its proportion,
-    to rounding. The result depends on nothing but the arguments.
+    Args:
+        labels: [N].
+        samples: size of the sample; None or N and more is every row once, in file order.
+        seed: a smaller sample of the same seed is the beginning of a larger one.
+        stratified: whether every beginning holds each label in its proportion, up to rounding.
     """
     if samples is not None and samples < 1:
-        raise UserError(f"samples is {samples}: it must be at least 1")
-    total = len(labels)
-    if samples is None or samples >= total:
-        return np.arange(total, dtype=np.int64)
+        raise UserError(f"samples is {samples}; it must be at least 1")
+    if samples is None or samples >= len(labels):
+        return np.arange(len(labels), dtype=np.int64)
     return random_order(labels, seed, stratified)[:samples]
 
 
 def random_order(labels: np.ndarray, seed: int, stratified: bool = False) -> np.ndarray:
-    """All rows in the order in which `select` takes them, int64 [N]."""
+    """All rows in the order in which `select` draws them, int64 [N]."""
     order = np.random.default_rng(seed).permutation(len(labels)).astype(np.int64)
     if stratified:
         place = np.empty(len(labels))
@@ -90,18 +97,16 @@ def pad_batch(examples: Examples, rows: np.ndarray, width: int) -> Batch:
     """The examples at `rows`, padded on the right to `width` tokens."""
     inputs: dict[str, torch.Tensor] = {}
     for name, values in examples.inputs.items():
-        picked = [values[row] for row in rows]
+        chosen = [values[row] for row in rows]
         if name not in examples.pad:
-            inputs[name] = torch.as_tensor(np.stack(picked))
+            inputs[name] = torch.as_tensor(np.stack(chosen))
             continue
-        lengths = np.fromiter(map(len, picked), dtype=np.int64, count=len(rows))
-        filled = np.arange(width) < lengths[:, None]  # [B, T]
-        padded = np.full((len(rows), width), examples.pad[name], dtype=np.int64)
-        padded[filled] = np.fromiter(
-            chain.from_iterable(picked), dtype=np.int64, count=int(lengths.sum())
-        )
-        inputs[name] = torch.from_numpy(padded)
-        inputs["attention_mask"] = torch.from_numpy(filled.astype(np.int64))
+        lengths = np.fromiter(map(len, chosen), dtype=np.int64, count=len(rows))
+        is_token = np.arange(width) < lengths[:, None]  # [B, T]
+        tokens = np.full((len(rows), width), examples.pad[name], dtype=np.int64)
+        tokens[is_token] = np.fromiter(chain.from_iterable(chosen), np.int64, int(lengths.sum()))
+        inputs[name] = torch.from_numpy(tokens)
+        inputs["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))
     return Batch(np.asarray(rows, dtype=np.int64), inputs, torch.as_tensor(examples.labels[rows]))
 
 
@@ -112,11 +117,14 @@ def by_length(
     multiple: int = 8,
     start: int = 0,
 ) -> Iterator[Batch]:
-    """Batches of examples of like length, the longest first, so that hardly any padding is computed.
+    """Batches of examples of similar length, the longest first, with hardly any padding.
 
-    A batch holds at most `size` examples and at most `tokens` tokens, padding included, but at least one example.
-    Lengths are rounded up to `multiple` (never past the longest example), so that few shapes occur.
-    `start`: leave out that many examples, those which the first batches of an earlier call held.
+    Args:
+        examples: N examples.
+        tokens: at most so many tokens in a batch, padding included, unless it is one example.
+        size: at most so many examples in a batch.
+        multiple: widths are rounded up to it (never past the longest), so that few shapes occur.
+        start: leaves out so many examples, those of the first batches of an earlier call.
     """
     lengths = examples.lengths
     order = np.argsort(-lengths, kind="stable")
@@ -139,15 +147,21 @@ def in_order(examples: Examples, size: int) -> Iterator[Batch]:
 
 
 def halved(batch: Batch, error: Exception) -> int:
-    """Tokens for half the batch that ran out of memory. Raises any other error, and UserError for a single example."""
-    signs = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
-        sign in str(error) for sign in signs
-    ):
+    """The tokens of half a batch, after the whole batch ran out of memory.
+
+    Raises:
+        UserError: the batch is a single example.
+        Exception: `error` itself, if it is not about memory.
+    """
+    words = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    is_out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        word in str(error) for word in words
+    )
+    if not is_out_of_memory:
         raise error
     if len(batch.rows) == 1:
         raise UserError(
-            "memory does not suffice for one example: use a larger device or shorter texts"
+            "memory does not suffice for one example; use a larger device or shorter texts"
         ) from error
     width = next(iter(batch.inputs.values())).shape[1]
     return len(batch.rows) // 2 * width

@@ -1,32 +1,33 @@
-"""The stage that writes a task's rows."""
+"""The stage that writes a task's rows and its definition."""
 
 import os
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, field_validator
 
+import fmn
 from fmn.errors import UserError
-from fmn.models import sources
-from fmn.store import artifacts, stage
 from fmn.store.records import Settings
-from fmn.store.stage import Outcome
-from fmn.tasks import dataset as data
-from fmn.tasks import task as tasks
+from fmn.store.stage import Job, Outcome, read_info, run_stage
+from fmn.tasks import dataset
+from fmn.tasks.dataset import DataInfo
+from fmn.tasks.task import get_task, load_task
 
-Source = str
-DATA = 1
+DATA = 2
+
+MINIATURE = Path("data/miniature_glue")
+MINIATURE_VARIABLE = "FMN_MINIATURE_GLUE"
 
 
 class DataSettings(Settings):
-    source: Source = Field(
+    source: str = Field(
         "hub",
-        description="hub (nyu-mll/glue), embedded (the miniature GLUE that fmn makes), or a folder; $NAME is read"
-        " from the environment",
+        description="hub (nyu-mll/glue), embedded (the miniature GLUE), or a folder of one task or"
+        " of several tasks; $NAME is read from the environment",
     )
     revision: str = Field("main", description="revision of the Hub's data set")
-    seed: int = Field(0, ge=0, description="seed of the embedded data")
+    seed: int = Field(0, description="seed of the miniature GLUE; its rows are those of seed 0")
 
     @field_validator("source")
     @classmethod
@@ -36,33 +37,93 @@ class DataSettings(Settings):
         value = os.environ.get(source[1:])
         if not value:
             raise ValueError(
-                f"the environment variable {source[1:]} is not set; it names the folder of the data"
+                f"the environment variable {source[1:]} is not set; set it to the folder of the data"
             )
         return value
 
+    @field_validator("seed")
+    @classmethod
+    def _seed_of_the_miniature(cls, seed: int) -> int:
+        if seed != 0:
+            raise ValueError(
+                f"the miniature GLUE is that of seed 0; for other rows, run python {MINIATURE}/"
+                "generate.py --seed N --out FOLDER and take that folder as the source"
+            )
+        return seed
 
-def prepare(task: str, out: Path, settings: DataSettings) -> Outcome:
-    """A task's splits as Parquet in the folder ``out``."""
-    stage.apart(out, [Path(settings.source)])
-    found = tasks.task(task)
-    source, revision = settings.source, settings.revision
-    described = {"task": task, "source": source}
-    inputs = {}
-    if source == "embedded":
-        described["seed"] = str(settings.seed)
-    elif source == "hub":
-        described["revision"] = revision = sources.resolve_dataset(data.HUB, revision)
-    else:
-        if "://" in source:
-            raise UserError(f"data {source}: not a folder; name one, or embedded, or hub")
-        described["source"] = "folder"
-        inputs = data.digests(
-            Path(source), found, ["train", *data.validation_splits(Path(source), found)]
+
+def data(
+    task: str,
+    *,
+    out: Path,
+    settings: DataSettings = DataSettings(),  # noqa: B008
+) -> Outcome[DataInfo]:
+    """Write a task's rows as Parquet files, one for each split, and its definition as task.json.
+
+    All rows are checked before any is written. The same rows make the same bytes.
+
+    Args:
+        task: one of GLUE's tasks, or one that is defined in the source folder's task.json.
+        out: the folder to write.
+        settings: where the rows come from.
+
+    Raises:
+        UserError: the source has no rows of this task, or they are not as its definition says.
+    """
+    folder, revision = _source_folder(task, settings)
+    definition = load_task(folder, task)
+    splits = ("train", *dataset.validation_splits(folder, definition))
+
+    def compute(job: Job) -> DataInfo:
+        tables = {split: dataset.read_split(folder, definition, split) for split in splits}
+        dataset.write_rows(job.path, definition, tables)
+        return DataInfo(
+            task=task,
+            source=settings.source,
+            revision=revision,
+            seed=settings.seed if settings.source == "embedded" else None,
+            rows={split: table.num_rows for split, table in tables.items()},
         )
-    key = artifacts.content_key("data", DATA, described, inputs)
 
-    def fill(folder: Path) -> Mapping[str, Any]:
-        rows = data.prepare(found, source, folder, seed=settings.seed, revision=revision)
-        return {**described, "source": source, "rows": rows}
+    return run_stage(
+        "data",
+        DATA,
+        out,
+        compute,
+        reads={split: dataset.split_files(folder, definition, split) for split in splits},
+        settings={"task": definition, "revision": revision},
+        summary=partial(read_info, record=DataInfo),
+        is_folder=True,
+    )
 
-    return stage.run_folder("data", out, key, fill)
+
+def _source_folder(task: str, settings: DataSettings) -> tuple[Path, str | None]:
+    """The folder that the rows are read from, and the commit of the Hub's data set."""
+    source = settings.source
+    if source == "hub":
+        return dataset.download_glue(get_task(task), settings.revision)
+    if source == "embedded":
+        return _miniature_glue(task), None
+    if "://" in source or not Path(source).is_dir():
+        raise UserError(f"data {source}: not a folder; name one, or embedded, or hub")
+    return Path(source), None
+
+
+def _miniature_glue(task: str) -> Path:
+    """The folder of the miniature GLUE, which is part of a checkout and not of the package."""
+    checkout = Path(fmn.__file__).parent.parent
+    variable = os.environ.get(MINIATURE_VARIABLE)
+    places = [Path(variable)] if variable else [MINIATURE, checkout / MINIATURE]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        raise UserError(
+            f"data embedded: no folder {' or '.join(map(str, places))}; run in a checkout of fmn, or"
+            f" set {MINIATURE_VARIABLE} to the folder data/miniature_glue of one"
+        )
+    if not (folder / task).is_dir():
+        names = sorted(path.parent.name for path in folder.glob("*/train.parquet"))
+        raise UserError(
+            f"data embedded: {folder} has no task {task}, only {', '.join(names)}; use --source hub"
+            " or a folder"
+        )
+    return folder
