@@ -8,28 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmn.errors import UserError
+from fmn.errors import UserError, system_error
+
+MULTIPLE = 8  # tokens; widths of batches are rounded up to it, so that few shapes occur
 
 
 @dataclass(frozen=True)
 class Examples:
     """N tokenised examples.
 
-    Attributes:
-        inputs: N values for each input of the model. Inputs named in `pad` are sequences of
-            integers, one for each token; others (`pixel_values`) have one shape for all examples.
-        labels: [N], int64 class ids, or float32 for regression.
-        pad: the value with which an input is padded on the right.
+    `inputs` holds N values for each input of the model. Inputs named in `pad` are sequences of
+    integers, one for each token, and are padded on the right with that value; others, such as
+    `pixel_values`, have one shape for all examples.
     """
 
     inputs: Mapping[str, Sequence[Any]]
-    labels: np.ndarray
+    labels: np.ndarray  # [N], int64 class ids, or float32 for regression
     pad: Mapping[str, int]
-
-    def __post_init__(self) -> None:
-        for name, values in self.inputs.items():
-            if len(values) != len(self.labels):
-                raise ValueError(f"{len(values)} values of {name}, {len(self.labels)} labels")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,17 +45,11 @@ class Examples:
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples, padded to T tokens.
+    """B examples, padded to T tokens."""
 
-    Attributes:
-        rows: int64 [B], their positions in the examples that they came from.
-        inputs: for each input of the model [B, T] int64, with `attention_mask`, or [B, ...].
-        labels: [B].
-    """
-
-    rows: np.ndarray
-    inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
+    rows: np.ndarray  # int64 [B], their positions in the examples that they came from
+    inputs: dict[str, torch.Tensor]  # [B, T] int64, with `attention_mask`; or [B, ...]
+    labels: torch.Tensor  # [B]
 
 
 def select(
@@ -68,11 +57,9 @@ def select(
 ) -> np.ndarray:
     """Rows of a random sample without replacement, int64 [min(samples, N)].
 
-    Args:
-        labels: [N].
-        samples: size of the sample; None or N and more is every row once, in file order.
-        seed: a smaller sample of the same seed is the beginning of a larger one.
-        stratified: whether every beginning holds each label in its proportion, up to rounding.
+    With `samples` None, or at least N, it is every row once, in file order. Otherwise rows stand in
+    random order, and a smaller sample of the same seed is the beginning of a larger one; if
+    `stratified`, every beginning holds each label in its proportion, up to rounding.
     """
     if samples is not None and samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1")
@@ -93,8 +80,10 @@ def random_order(labels: np.ndarray, seed: int, stratified: bool = False) -> np.
     return order
 
 
-def pad_batch(examples: Examples, rows: np.ndarray, width: int) -> Batch:
-    """The examples at `rows`, padded on the right to `width` tokens."""
+def pad_batch(examples: Examples, rows: np.ndarray, width: int | None = None) -> Batch:
+    """The examples at `rows`, padded on the right to `width` tokens, or to the longest of them."""
+    if width is None:
+        width = int(examples.lengths[rows].max())
     inputs: dict[str, torch.Tensor] = {}
     for name, values in examples.inputs.items():
         chosen = [values[row] for row in rows]
@@ -110,40 +99,20 @@ def pad_batch(examples: Examples, rows: np.ndarray, width: int) -> Batch:
     return Batch(np.asarray(rows, dtype=np.int64), inputs, torch.as_tensor(examples.labels[rows]))
 
 
-def by_length(
-    examples: Examples,
-    tokens: int | None = None,
-    size: int | None = None,
-    multiple: int = 8,
-    start: int = 0,
-) -> Iterator[Batch]:
+def by_length(examples: Examples, tokens: int | None = None, start: int = 0) -> Iterator[Batch]:
     """Batches of examples of similar length, the longest first, with hardly any padding.
 
-    Args:
-        examples: N examples.
-        tokens: at most so many tokens in a batch, padding included, unless it is one example.
-        size: at most so many examples in a batch.
-        multiple: widths are rounded up to it (never past the longest), so that few shapes occur.
-        start: leaves out so many examples, those of the first batches of an earlier call.
+    A batch holds at most `tokens` tokens, padding included, but at least one example. The `start`
+    examples of the first batches of an earlier call are left out.
     """
     lengths = examples.lengths
     order = np.argsort(-lengths, kind="stable")
     longest = int(lengths.max(initial=0))
     while start < len(order):
-        width = min(-(-int(lengths[order[start]]) // multiple) * multiple, longest)
-        count = len(order) if size is None else size
-        if tokens is not None:
-            count = max(1, min(count, tokens // max(width, 1)))
+        width = min(-(-int(lengths[order[start]]) // MULTIPLE) * MULTIPLE, longest)
+        count = len(order) if tokens is None else max(1, tokens // max(width, 1))
         yield pad_batch(examples, order[start : start + count], width)
         start += count
-
-
-def in_order(examples: Examples, size: int) -> Iterator[Batch]:
-    """Batches of `size` consecutive examples, each padded to its longest."""
-    lengths = examples.lengths
-    for start in range(0, len(examples), size):
-        rows = np.arange(start, min(start + size, len(examples)))
-        yield pad_batch(examples, rows, int(lengths[rows].max()))
 
 
 def halved(batch: Batch, error: Exception) -> int:
@@ -153,11 +122,7 @@ def halved(batch: Batch, error: Exception) -> int:
         UserError: the batch is a single example.
         Exception: `error` itself, if it is not about memory.
     """
-    words = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-    is_out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        word in str(error) for word in words
-    )
-    if not is_out_of_memory:
+    if system_error(error) is None:
         raise error
     if len(batch.rows) == 1:
         raise UserError(

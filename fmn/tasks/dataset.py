@@ -1,7 +1,7 @@
-"""The rows of a task in a folder, from file names to tokens.
+"""The rows of a task in a folder, from files to tokens.
 
-A folder of data holds `SPLIT.parquet` (or shards, `SPLIT-*.parquet`, as on the Hub) of one task, or
-a folder of that kind for each of several tasks. What reads rows takes either: `data` below.
+A folder holds `SPLIT.parquet` of one task (or shards, `SPLIT-*.parquet`, as on the Hub), or such a
+folder for each of several tasks. Functions that read rows take either as `data`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,25 +25,17 @@ HUB = "nyu-mll/glue"
 
 
 class DataInfo(Record):
-    """Where a task's rows come from; the stage `data` puts it into its sidecar.
-
-    Attributes:
-        task: the task's name.
-        source: `hub`, `embedded` (the miniature GLUE), or the path of a folder.
-        revision: the commit of the Hub's data set.
-        seed: of the generator of the miniature GLUE.
-        rows: the number of rows of each split.
-    """
+    """Where a task's rows come from; the sidecar of the stage `data` holds it."""
 
     task: str
-    source: str
-    revision: str | None = None
-    seed: int | None = None
-    rows: dict[str, int]
+    source: str  # hub, embedded (the miniature GLUE), or the path of a folder
+    revision: str | None = None  # commit of the Hub's data set
+    seed: int | None = None  # of the generator of the miniature GLUE
+    rows: dict[str, int]  # by split
 
 
 def read_data_info(data: Path, task: Task) -> DataInfo | None:
-    """Where a task's rows come from; None if another program than fmn wrote them."""
+    """Where a task's rows come from; None if the stage `data` did not write them."""
     folder = task_folder(data, task.name)
     sidecar = read_sidecar(folder)
     if sidecar is None or sidecar.stage != "data":
@@ -57,32 +49,20 @@ def has_split(data: Path, task: Task, split: str) -> bool:
 
 
 def split_files(data: Path, task: Task, split: str) -> list[Path]:
-    """The Parquet files of a split, in the order of its rows.
-
-    Raises:
-        UserError: there are none.
-    """
-    files = _files(data, task, split)
-    if not files:
-        path = task_folder(data, task.name) / f"{split}.parquet"
-        raise UserError(
-            f"{path}: no such file; write it with `fmn data {task.name}`, or check --data"
-        )
-    return files
+    """The Parquet files of a split, in the order of its rows. UserError if there are none."""
+    if files := _files(data, task, split):
+        return files
+    path = task_folder(data, task.name) / f"{split}.parquet"
+    raise UserError(f"{path}: no such file; write it with `fmn data {task.name}`, or check --data")
 
 
 def validation_splits(data: Path, task: Task) -> tuple[str, ...]:
-    """Those of a task's validation splits that a folder holds.
-
-    Raises:
-        UserError: it holds none.
-    """
-    splits = tuple(split for split in task.validation if has_split(data, task, split))
-    if not splits:
-        files = " or ".join(f"{split}.parquet" for split in task.validation)
-        folder = task_folder(data, task.name)
-        raise UserError(f"{folder}: no {files} to score {task.name} on; add it, or check --data")
-    return splits
+    """The validation splits of a task that a folder holds. UserError if there are none."""
+    if splits := tuple(split for split in task.validation if has_split(data, task, split)):
+        return splits
+    files = " or ".join(f"{split}.parquet" for split in task.validation)
+    folder = task_folder(data, task.name)
+    raise UserError(f"{folder}: no {files} to score {task.name} on; add it, or check --data")
 
 
 def read_split(data: Path, task: Task, split: str, labelled: bool = True) -> "pa.Table":
@@ -120,10 +100,7 @@ def write_rows(folder: Path, task: Task, tables: "Mapping[str, pa.Table]") -> No
 
 
 def download_glue(task: Task, revision: str) -> tuple[Path, str]:
-    """A task's files of the Hub's data set `nyu-mll/glue`.
-
-    Returns:
-        The folder of the data set in the Hub's cache, and the commit of the revision.
+    """The folder of a task's files from the Hub's data set `nyu-mll/glue`, and their commit.
 
     Raises:
         UserError: the Hub does not answer, or has no such revision.
@@ -133,32 +110,30 @@ def download_glue(task: Task, revision: str) -> tuple[Path, str]:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
-    patterns = [f"{task.name}/{split}-*.parquet" for split in task.splits]
+    files = [f"{task.name}/{split}-*.parquet" for split in ("train", *task.validation)]
     try:
-        folder = Path(
-            snapshot_download(HUB, repo_type="dataset", revision=revision, allow_patterns=patterns)
-        )
+        path = snapshot_download(HUB, repo_type="dataset", revision=revision, allow_patterns=files)
     except (HTTPError, OSError, ValueError) as error:  # ValueError: a revision of forbidden letters
         raise UserError(
-            f"{HUB}@{revision}: the Hub did not give {task.name} ({type(error).__name__}); check the"
+            f"{HUB}@{revision}: no {task.name} from the Hub ({type(error).__name__}); check the"
             " network and --revision, or use --source embedded or a folder"
         ) from error
-    return folder, folder.name
+    return Path(path), Path(path).name
 
 
 def tokenize(
     tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None = None
 ) -> "Examples":
-    """The texts of a table of `read_split` as tokens, with its labels; zeros where it has none.
+    """The texts of a table of `read_split` as tokens, with its labels; zeros if it has none.
 
     An example of more than `task.max_length` tokens loses the end of its longer text. With `rows`,
     only these rows are tokenised, and the others have no tokens.
     """
     from fmn.tasks.batches import Examples
 
-    wanted = range(table.num_rows) if rows is None else rows.tolist()
+    wanted = list(range(table.num_rows)) if rows is None else rows.tolist()
     encoded: Mapping[str, list[list[int]]] = tokenizer(
-        *(table[name].take(list(wanted)).to_pylist() for name in task.text_columns),
+        *(table[name].take(wanted).to_pylist() for name in task.text_columns),
         truncation="longest_first",
         max_length=task.max_length,
         padding=False,
@@ -169,13 +144,10 @@ def tokenize(
         by_row = dict(zip(wanted, sequences, strict=True))
         inputs[name] = [by_row.get(row, []) for row in range(table.num_rows)]
     # Without a padding token any will do: the attention mask covers it.
-    padding = {
-        "input_ids": tokenizer.pad_token_id or 0,
-        "token_type_ids": tokenizer.pad_token_type_id,
-    }
+    pad = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
     has_labels = "label" in table.column_names
     labels = table["label"].to_numpy() if has_labels else np.zeros(table.num_rows, np.int64)
-    return Examples(inputs, labels, {name: padding[name] for name in inputs})
+    return Examples(inputs, labels, {name: pad[name] for name in inputs})
 
 
 def _files(data: Path, task: Task, split: str) -> list[Path]:

@@ -16,8 +16,7 @@ from fmn.tasks.task import get_task, load_task
 
 DATA = 2
 
-MINIATURE = Path("data/miniature_glue")
-MINIATURE_VARIABLE = "FMN_MINIATURE_GLUE"
+MINIATURE = "data/miniature_glue"  # in a checkout; it is no part of the package
 
 
 class DataSettings(Settings):
@@ -27,29 +26,16 @@ class DataSettings(Settings):
         " of several tasks; $NAME is read from the environment",
     )
     revision: str = Field("main", description="revision of the Hub's data set")
-    seed: int = Field(0, description="seed of the miniature GLUE; its rows are those of seed 0")
+    seed: int = Field(0, description="seed of the miniature GLUE: 0")
 
     @field_validator("source")
     @classmethod
     def _from_environment(cls, source: str) -> str:
         if not source.startswith("$"):
             return source
-        value = os.environ.get(source[1:])
-        if not value:
-            raise ValueError(
-                f"the environment variable {source[1:]} is not set; set it to the folder of the data"
-            )
-        return value
-
-    @field_validator("seed")
-    @classmethod
-    def _seed_of_the_miniature(cls, seed: int) -> int:
-        if seed != 0:
-            raise ValueError(
-                f"the miniature GLUE is that of seed 0; for other rows, run python {MINIATURE}/"
-                "generate.py --seed N --out FOLDER and take that folder as the source"
-            )
-        return seed
+        if folder := os.environ.get(source[1:]):
+            return folder
+        raise ValueError(f"{source[1:]} is not set in the environment; it names a folder of data")
 
 
 def data(
@@ -66,9 +52,6 @@ def data(
         task: one of GLUE's tasks, or one that is defined in the source folder's task.json.
         out: the folder to write.
         settings: where the rows come from.
-
-    Raises:
-        UserError: the source has no rows of this task, or they are not as its definition says.
     """
     folder, revision = _source_folder(task, settings)
     definition = load_task(folder, task)
@@ -103,27 +86,26 @@ def _source_folder(task: str, settings: DataSettings) -> tuple[Path, str | None]
     if source == "hub":
         return dataset.download_glue(get_task(task), settings.revision)
     if source == "embedded":
-        return _miniature_glue(task), None
+        return _miniature_glue(task, settings.seed), None
     if "://" in source or not Path(source).is_dir():
         raise UserError(f"data {source}: not a folder; name one, or embedded, or hub")
     return Path(source), None
 
 
-def _miniature_glue(task: str) -> Path:
-    """The folder of the miniature GLUE, which is part of a checkout and not of the package."""
+def _miniature_glue(task: str, seed: int) -> Path:
+    """The folder of the miniature GLUE, if it has this task."""
+    get_task(task)  # refuses an unknown name
     checkout = Path(fmn.__file__).parent.parent
-    variable = os.environ.get(MINIATURE_VARIABLE)
-    places = [Path(variable)] if variable else [MINIATURE, checkout / MINIATURE]
-    folder = next((place for place in places if place.is_dir()), None)
+    places = [Path(os.environ.get("FMN_MINIATURE_GLUE", MINIATURE)), checkout / MINIATURE]
+    folder = next((place for place in places if (place / task).is_dir()), None)
     if folder is None:
         raise UserError(
-            f"data embedded: no folder {' or '.join(map(str, places))}; run in a checkout of fmn, or"
-            f" set {MINIATURE_VARIABLE} to the folder data/miniature_glue of one"
+            f"data embedded: there is no {task} in {places[0]} or {places[1]}; set"
+            f" FMN_MINIATURE_GLUE to {MINIATURE} of a checkout, or use --source hub or a folder"
         )
-    if not (folder / task).is_dir():
-        names = sorted(path.parent.name for path in folder.glob("*/train.parquet"))
+    if seed != 0:
         raise UserError(
-            f"data embedded: {folder} has no task {task}, only {', '.join(names)}; use --source hub"
-            " or a folder"
+            f"data embedded: only the rows of seed 0 are there; write others with {folder}/"
+            f"generate.py --seed {seed} --out FOLDER, and use --source FOLDER"
         )
     return folder

@@ -4,36 +4,26 @@ A task is data, not code. Its definition travels with its rows, as `task.json` b
 files; GLUE's nine tasks are built in (`glue.yaml`).
 """
 
-import difflib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from fmn.errors import UserError
+from fmn.errors import UserError, hint
 from fmn.store.records import Record, parse_record
 from fmn.store.stage import read_record
 
 MAX_LENGTH = 128  # tokens of an example, unless its task says otherwise
 DEFINITION = "task.json"
-
-TASKS: Mapping[str, "Task"]
-"""GLUE's nine tasks by name; read from `glue.yaml` at first use."""
+TASKS: Mapping[str, "Task"]  # GLUE's nine tasks by name, read at first use
 
 
 class Columns(Record):
-    """The names of the columns that hold a task's examples.
+    """The columns of a task's one or two texts, and of its label: a class id, or a number."""
 
-    Attributes:
-        text: the column of the text, or of the first text of a pair.
-        text_pair: the column of the second text; None for a task of single texts.
-        label: the column of the label: a class id, or the value of a regression task.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: str
     text_pair: str | None = None
@@ -47,17 +37,16 @@ class Task(Record):
     ('sentence1', 'sentence2')
 
     Attributes:
-        name: how the task is called in settings, folders and metrics.
+        name: what the task is called in settings, folders and metrics.
         task: the Hub's name for this kind of task.
         problem_type: the loss of the head, in the words of Transformers' configurations.
-        columns: where the texts and labels of an example stand.
         labels: the name of each class id, in order; none for regression.
-        metrics: how the task is scored. Its score is their mean (GLUE's rule).
+        metrics: the score of the task is their mean (GLUE's rule).
         validation: the splits on which the task is scored.
         max_length: tokens of an example, special tokens included; longer texts are cut.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     task: Literal["text-classification"] = "text-classification"
@@ -71,7 +60,7 @@ class Task(Record):
     max_length: Annotated[int, Field(ge=1)] = MAX_LENGTH
 
     @model_validator(mode="after")
-    def _labels_fit_problem_type(self) -> "Task":
+    def _check_labels(self) -> "Task":
         if self.regression and self.labels:
             raise ValueError("a regression task has no labels")
         if not self.regression and len(set(self.labels)) < max(2, len(self.labels)):
@@ -93,40 +82,25 @@ class Task(Record):
         """The width of the head: a logit for each label, or one number."""
         return len(self.labels) or 1
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that are read: training and validation."""
-        return ("train", *self.validation)
-
     def suffix(self, split: str) -> str:
         """What is appended to the names of a validation split's metrics; "" for the first split."""
         return "" if split == self.validation[0] else split.removeprefix("validation")
 
 
 def get_task(name: str) -> Task:
-    """A built-in task.
-
-    Raises:
-        UserError: there is no task of this name; the message gives the nearest one.
-    """
+    """One of GLUE's tasks. UserError with the nearest name if there is no such task."""
     tasks = _glue()
     if name in tasks:
         return tasks[name]
-    plain_name = name.lower().replace("-", "").replace("_", "")
-    nearest = difflib.get_close_matches(plain_name, tasks, n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(tasks)}"
-    raise UserError(f"task {name}: there is no such GLUE task; {remedy}")
+    known = f"GLUE's tasks are {', '.join(tasks)}"
+    raise UserError(f"task {name}: there is no such task; {known}{hint(name.lower(), tasks)}")
 
 
 def load_task(data: Path, name: str) -> Task:
-    """The definition that lies beside a task's rows; without one, the built-in task of that name.
-
-    Args:
-        data: the folder of the task, or of several tasks.
-        name: the task's name.
+    """The definition beside a task's rows; without one, GLUE's task of that name.
 
     Raises:
-        UserError: the definition is damaged or is of another task, or there is none.
+        UserError: the definition is damaged or of another task, or there is none.
     """
     path = task_folder(data, name) / DEFINITION
     if not path.is_file():
@@ -143,23 +117,21 @@ def task_folder(data: Path, name: str) -> Path:
 
 
 @cache
-def _glue() -> Mapping[str, Task]:
+def _glue() -> dict[str, Task]:
     from ruamel.yaml import YAML
 
     path = Path(__file__).with_name("glue.yaml")
-    definitions = YAML(typ="safe").load(path)
-    return MappingProxyType(
-        {
-            name: parse_record({"name": name, **definition}, Task, path)
-            for name, definition in definitions.items()
-        }
-    )
+    definitions: dict[str, dict[str, Any]] = YAML(typ="safe").load(path)
+    return {
+        name: parse_record({"name": name, **definition}, Task, path)
+        for name, definition in definitions.items()
+    }
 
 
 def __getattr__(name: str) -> Any:
     if name == "TASKS":
         return _glue()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 task = get_task  # its old name, until every room has moved

@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 
 FOLDER = ROOT / "data" / "miniature_glue"
 NAMES = ("cola", "sst2", "mrpc", "stsb", "rte")
+SPLITS = ("train", "validation")
 
 
 @pytest.fixture(scope="module")
@@ -27,50 +28,41 @@ def generate() -> Any:
         return importlib.import_module("generate")
 
 
-def run(out: Path, *options: str) -> None:
-    command = [sys.executable, str(FOLDER / "generate.py"), "--out", str(out), *options]
-    subprocess.run(command, check=True)
-
-
-def read(folder: Path, name: str, split: str) -> Any:
-    return pq.read_table(folder / name / f"{split}.parquet")
-
-
-def texts(name: str, split: str) -> set[str]:
-    table = read(FOLDER, name, split)
-    return {text for column in get_task(name).text_columns for text in table[column].to_pylist()}
+def texts(name: str, split: str) -> list[tuple[str, ...]]:
+    """The one or two texts of each row in the checkout."""
+    table = pq.read_table(FOLDER / name / f"{split}.parquet")
+    columns = [table[column].to_pylist() for column in get_task(name).text_columns]
+    return list(zip(*columns, strict=True))
 
 
 def test_the_rows_in_the_checkout_are_those_that_the_generator_writes(tmp_path: Path) -> None:
-    run(tmp_path / "seed 0")
-    run(tmp_path / "seed 1", "--seed", "1")
-    for name in NAMES:
-        for split in ("train", "validation"):
-            rows = read(FOLDER, name, split)
-            assert read(tmp_path / "seed 0", name, split).equals(rows)
-            assert not read(tmp_path / "seed 1", name, split).equals(rows)
+    for seed in ("0", "1"):
+        command = [sys.executable, str(FOLDER / "generate.py"), "--out", str(tmp_path / seed)]
+        subprocess.run([*command, "--seed", seed], check=True)
+    for file in (f"{name}/{split}.parquet" for name in NAMES for split in SPLITS):
+        rows = pq.read_table(FOLDER / file)
+        assert pq.read_table(tmp_path / "0" / file).equals(rows)
+        assert not pq.read_table(tmp_path / "1" / file).equals(rows)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_validation_shares_no_sentence_with_training_and_has_words_of_its_own(name: str) -> None:
-    assert not texts(name, "train") & texts(name, "validation")
+    rows = [texts(name, split) for split in SPLITS]
+    assert all(len(set(split)) == len(split) for split in rows), "no row occurs twice"
+    train, validation = ({text for row in split for text in row} for split in rows)
+    assert not train & validation
     train, validation = (
-        set(re.findall(r"[a-z]+", " ".join(texts(name, split)).lower()))
-        for split in ("train", "validation")
+        set(re.findall("[a-z]+", " ".join(split).lower())) for split in (train, validation)
     )
     assert len(validation - train) > 10
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_labels_are_valid_and_balanced_and_no_row_occurs_twice(name: str) -> None:
-    for split in ("train", "validation"):
-        table = read(FOLDER, name, split)
-        columns = [table[column].to_pylist() for column in get_task(name).text_columns]
-        assert len(set(zip(*columns, strict=True))) == table.num_rows
-        labels = table["label"].to_pylist()
+def test_labels_are_valid_and_balanced(name: str) -> None:
+    for split in SPLITS:
+        labels = pq.read_table(FOLDER / name / f"{split}.parquet")["label"].to_pylist()
         if name == "stsb":
-            assert 0.0 <= min(labels) < 1.0
-            assert max(labels) == 5.0
+            assert 0.0 <= min(labels) < 1.0 < max(labels) == 5.0
             assert len(set(labels)) > 15
         else:
             assert set(labels) == {0, 1}
@@ -80,40 +72,24 @@ def test_labels_are_valid_and_balanced_and_no_row_occurs_twice(name: str) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_sentences_are_well_formed_and_short(name: str) -> None:
     is_review = name == "sst2"
-    for text in texts(name, "train"):
-        assert not re.search(r"[\[\]{}<>|/=]|  ", text), text
+    for text in (text for row in texts(name, "train") for text in row):
+        assert not re.search(r"[\[\]{}<>|/=]|  |\ba [aeio]|\ban [^aeiou]", text), text
         assert is_review or not re.search(r" [.,?]\B", text), text
         assert re.fullmatch(r"[a-z].* \. " if is_review else r"[A-Z0-9].*[.?]", text), text
-        assert not re.search(r"\ba [aeio]|\ban [^aeiou]", text), text
         assert len(text.split()) <= 25
 
 
-def test_training_never_has_a_word_that_is_kept_for_validation(generate: Any) -> None:
-    choice = generate.Choice(Random(0), all_words=False)
-    cities = generate.words.CITIES.split()
-    drawn = {str(choice.words(generate.words.CITIES)[0]) for _ in range(2000)}
-    assert drawn == set(cities) - set(cities[6::7])
-
-
-@pytest.mark.parametrize(
-    ("word", "form", "result"),
-    [
-        ("apple", "a", "an apple"),
-        ("uniform", "a", "a uniform"),
-        ("goose", "s", "geese"),
-        ("cherry", "s", "cherries"),
-        ("wash", "s", "washes"),
-        ("carry", "ed", "carried"),
-        ("play", "ed", "played"),
-        ("drive", "ed", "drove"),
-        ("drive", "en", "driven"),
-        ("drop", "ing", "dropping"),
-        ("write", "ing", "writing"),
-        ("buy", "", "buy"),
-    ],
-)
-def test_words_inflect(generate: Any, word: str, form: str, result: str) -> None:
-    assert format(generate.Word(word), form) == result
+def test_words_inflect(generate: Any) -> None:
+    for line in (
+        "a: apple an apple, uniform a uniform, umbrella an umbrella",
+        "s: apple apples, goose geese, cherry cherries, wash washes, boy boys",
+        "ed: carry carried, play played, drive drove, like liked, drop dropped",
+        "en: carry carried, play played, drive driven, drop dropped",
+        "ing: carry carrying, play playing, write writing, drop dropping",
+    ):
+        form, pairs = line.split(": ")
+        for word, result in (pair.split(" ", 1) for pair in pairs.split(", ")):
+            assert format(generate.Word(word), form) == result
 
 
 def test_a_template_makes_its_choices_and_fills_its_slots(generate: Any) -> None:
@@ -122,13 +98,3 @@ def test_a_template_makes_its_choices_and_fills_its_slots(generate: Any) -> None
     starts, middles = ("The", "An owl"), ("very old owl", "old owl")
     sentences = {choice.fill(template, slots) for _ in range(200)}
     assert sentences == {f"{start} {middle}, owls." for start in starts for middle in middles}
-
-
-def test_praise_and_blame_share_no_word(generate: Any) -> None:
-    words = generate.words
-    for praise, blame in (
-        (words.GOOD, words.BAD),
-        (words.VIRTUES, words.VICES),
-        (words.LIKE, words.DISLIKE),
-    ):
-        assert not set(praise.split()) & set(blame.split())

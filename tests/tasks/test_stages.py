@@ -32,19 +32,17 @@ def test_the_miniature_glue_has_the_hubs_schema(tmp_path: Path) -> None:
 
 
 def test_the_same_rows_make_the_same_bytes_and_are_not_written_again(tmp_path: Path) -> None:
-    assert data("rte", out=tmp_path / "first", settings=EMBEDDED).computed
-    copied = DataSettings(source=str(tmp_path / "first"))
-    assert data("rte", out=tmp_path / "second", settings=copied).computed
-    for name in ("train.parquet", "validation.parquet", "task.json"):
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
-    assert not data("rte", out=tmp_path / "second", settings=copied).computed
-    write_split(tmp_path / "rows", mrpc_columns())
-    write_split(tmp_path / "rows", mrpc_columns(), "validation")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for split in ("train", "validation"):
+        write_split(tmp_path / "rows", mrpc_columns(), split)
     settings = DataSettings(source=str(tmp_path / "rows"))
-    outcomes = [data("rte", out=tmp_path / "third", settings=settings).computed for _ in range(2)]
+    assert data("mrpc", out=first, settings=settings).computed
+    data("mrpc", out=second, settings=DataSettings(source=str(first)))
+    for name in ("train.parquet", "validation.parquet", "task.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert not data("mrpc", out=first, settings=settings).computed
     write_split(tmp_path / "rows", mrpc_columns(label=[1, 1]))
-    outcomes.append(data("rte", out=tmp_path / "third", settings=settings).computed)
-    assert outcomes == [True, False, True]
+    assert data("mrpc", out=first, settings=settings).computed
 
 
 def test_a_task_that_its_folder_defines_needs_no_other_definition(tmp_path: Path) -> None:
@@ -82,9 +80,9 @@ def test_a_source_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatc
         DataSettings(source="$MY_DATA")
 
 
-def test_another_seed_is_refused_with_the_way_to_get_its_rows() -> None:
-    with pytest.raises(ValidationError, match=r"generate\.py --seed N --out FOLDER"):
-        DataSettings(source="embedded", seed=3)
+def test_another_seed_is_refused_with_the_way_to_get_its_rows(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"generate\.py --seed 3 --out FOLDER"):
+        data("mrpc", out=tmp_path / "out", settings=DataSettings(source="embedded", seed=3))
 
 
 def test_the_miniature_glue_is_found_or_asked_for(
@@ -92,14 +90,16 @@ def test_the_miniature_glue_is_found_or_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fmn, "__file__", str(tmp_path / "site" / "fmn" / "__init__.py"))
-    with pytest.raises(UserError, match=r"^data embedded: no folder .*set FMN_MINIATURE_GLUE"):
+    with pytest.raises(UserError, match=r"no mrpc in data/miniature_glue .* FMN_MINIATURE_GLUE"):
         data("mrpc", out=tmp_path / "out", settings=EMBEDDED)
+    with pytest.raises(UserError, match="did you mean 'mrpc'"):
+        data("mprc", out=tmp_path / "out", settings=EMBEDDED)
     for split in ("train", "validation"):
         write_split(tmp_path / "mine" / "mrpc", mrpc_columns(), split)
     shutil.copytree(tmp_path / "mine", tmp_path / "data" / "miniature_glue")
     assert data("mrpc", out=tmp_path / "out", settings=EMBEDDED).summary.rows["train"] == 2
     monkeypatch.setenv("FMN_MINIATURE_GLUE", str(tmp_path / "mine"))
-    with pytest.raises(UserError, match="mine has no task sst2, only mrpc; use --source hub"):
+    with pytest.raises(UserError, match=r"no sst2 in \S+mine or"):
         data("sst2", out=tmp_path / "out", settings=EMBEDDED)
 
 
