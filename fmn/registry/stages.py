@@ -193,7 +193,7 @@ def _inputs(made: Mapping[str, Any], found: Mapping[str, Any]) -> "list[Input]":
         task = tasks.task(name)
         origin = {item: value for item, value in entry.items() if item != "splits"}
         columns = {
-            **dict.fromkeys(task.columns, "string"),
+            **dict.fromkeys(task.text_columns, "string"),
             "label": "double" if task.regression else "long",
         }
         for split, digest in entry["splits"].items():

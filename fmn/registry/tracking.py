@@ -578,7 +578,7 @@ def pack(merged: Path, out: Path) -> Path:
     shutil.copytree(merged / "encoder", out / "encoder", copy_function=_link)
     texts = {}
     for task in sorted((merged / "tasks").iterdir()):
-        texts[task.name] = len(tasks.task(task.name).columns)
+        texts[task.name] = len(tasks.task(task.name).text_columns)
         target = out / "tasks" / task.name
         target.mkdir(parents=True)
         _link(task / "config.json", target / "config.json")

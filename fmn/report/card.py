@@ -9,8 +9,8 @@ from fmn.merge import recipe
 from fmn.merge.methods import NEEDS, PAPERS
 from fmn.report.results import markdown, measured, percent, span
 from fmn.store import artifacts
-from fmn.tasks.dataset import HUB, MAX_LENGTH
-from fmn.tasks.task import TASKS
+from fmn.tasks.dataset import HUB
+from fmn.tasks.task import MAX_LENGTH, TASKS
 
 HUB_METRICS = {"pearson": "pearsonr"}
 """The Hub's name of a metric, where it is another than GLUE's."""

@@ -193,15 +193,6 @@ class Found(Record):
     merge: dict[str, Any]
 
 
-class Prepared(Record):
-    """What the manifest of a task's data says."""
-
-    source: str
-    rows: dict[str, int]
-    revision: str = ""
-    seed: str = "0"
-
-
 class Finetuned(Record):
     """What the manifest of an expert that was fine-tuned here says."""
 
@@ -213,7 +204,7 @@ class Finetuned(Record):
     dtype: str
 
 
-MANIFESTS: Mapping[str, type[Record]] = {"finetune": Finetuned, "data": Prepared}
+MANIFESTS: Mapping[str, type[Record]] = {"finetune": Finetuned}
 """By stage, what is read of a manifest."""
 
 

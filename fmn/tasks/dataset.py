@@ -1,306 +1,187 @@
-"""Task data: from its source to Parquet files in the schema of `nyu-mll/glue`, and from there to tokens."""
+"""The rows of a task in a folder, from files to tokens.
+
+A folder holds `SPLIT.parquet` of one task (or shards, `SPLIT-*.parquet`, as on the Hub), or such a
+folder for each of several tasks. Functions that read rows take either as `data`.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fmn.errors import UserError
-from fmn.store import machine
-from fmn.store.artifacts import digest_bytes, digest_file, read_manifest, whole_file
-from fmn.tasks import embedded
-from fmn.tasks.task import Task
+from fmn.store.artifacts import digest_bytes, digest_file
+from fmn.store.records import Record, parse_record
+from fmn.store.stage import read_sidecar, sidecar_path, write_record
+from fmn.tasks.task import DEFINITION, Task, task_folder
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from fmn.tasks.batches import Examples
 
 HUB = "nyu-mll/glue"
-MAX_LENGTH = 128  # tokens; longer texts are cut
 
 
-def schema(task: Task) -> pa.Schema:
-    """The columns of a task's files: its texts, `label`, `idx`."""
-    label = pa.float32() if task.regression else pa.int64()
-    return pa.schema(
-        [*((name, pa.string()) for name in task.columns), ("label", label), ("idx", pa.int32())]
-    )
+class DataInfo(Record):
+    """Where a task's rows come from; the sidecar of the stage `data` holds it."""
+
+    task: str
+    source: str  # hub, embedded (the miniature GLUE), or the path of a folder
+    revision: str | None = None  # commit of the Hub's data set
+    seed: int | None = None  # of the generator of the miniature GLUE
+    rows: dict[str, int]  # by split
 
 
-def prepare(
-    task: Task, source: str, out: Path, *, seed: int = 0, revision: str = "main"
-) -> dict[str, int]:
-    """Write `out/SPLIT.parquet` for the training and validation splits; returns the rows of each.
+def read_data_info(data: Path, task: Task) -> DataInfo | None:
+    """Where a task's rows come from; None if the stage `data` did not write them."""
+    folder = task_folder(data, task.name)
+    sidecar = read_sidecar(folder)
+    if sidecar is None or sidecar.stage != "data":
+        return None
+    return parse_record(sidecar.info, DataInfo, sidecar_path(folder))
 
-    `source` is "hub" (`nyu-mll/glue` at `revision`), "embedded" (made here, from `seed`), or a folder laid out as
-    `read` wants it. Everything is checked before the first file is written, and the same rows make the same bytes.
-    Splits that a folder lacks are left out, but it must have `train` and one to validate on.
+
+def has_split(data: Path, task: Task, split: str) -> bool:
+    """Whether a folder holds this split of a task."""
+    return bool(_files(data, task, split))
+
+
+def split_files(data: Path, task: Task, split: str) -> list[Path]:
+    """The Parquet files of a split, in the order of its rows. UserError if there are none."""
+    if files := _files(data, task, split):
+        return files
+    path = task_folder(data, task.name) / f"{split}.parquet"
+    raise UserError(f"{path}: no such file; write it with `fmn data {task.name}`, or check --data")
+
+
+def validation_splits(data: Path, task: Task) -> tuple[str, ...]:
+    """The validation splits of a task that a folder holds. UserError if there are none."""
+    if splits := tuple(split for split in task.validation if has_split(data, task, split)):
+        return splits
+    files = " or ".join(f"{split}.parquet" for split in task.validation)
+    folder = task_folder(data, task.name)
+    raise UserError(f"{folder}: no {files} to score {task.name} on; add it, or check --data")
+
+
+def read_split(data: Path, task: Task, split: str, labelled: bool = True) -> "pa.Table":
+    """The rows of a split, checked: the texts, `label` and `idx`, or without `labelled` the texts.
+
+    Raises:
+        UserError: a file is missing or damaged, or its rows are not of this task.
     """
-    if source == "embedded":
-        tables = _embedded(task, seed)
-    elif source == "hub":
-        tables = _hub(task, revision)
-    else:
-        folder = Path(source)
-        if not folder.is_dir():
-            raise UserError(
-                f"There is no folder {source!r} to take data from: use hub, embedded or a folder."
-            )
-        tables = {
-            split: read(folder, task, split)
-            for split in ("train", *validation_splits(folder, task))
-        }
-    for split, table in tables.items():
-        with whole_file(out / f"{split}.parquet") as file:
-            pq.write_table(
-                table, file, compression="zstd", row_group_size=1 << 20, store_schema=False
-            )
-    return {split: table.num_rows for split, table in tables.items()}
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
+    from fmn.tasks.rows import check_rows
 
-def validation_splits(folder: Path, task: Task) -> tuple[str, ...]:
-    """Those of the task's validation splits that the folder has; `UserError` where it has none."""
-    found = tuple(split for split in task.validation if _files(folder, task, split))
-    if not found:
-        raise UserError(
-            f"{_home(folder, task)} has no {' or '.join(task.validation)}.parquet to score {task.name} on."
-        )
-    return found
-
-
-def read(folder: Path, task: Task, split: str, labelled: bool = True) -> pa.Table:
-    """A split of a task, checked, in the columns and types of `schema`; other columns are left out.
-
-    `folder` holds `SPLIT.parquet`, or `TASK/SPLIT.parquet` (the Hub's shards, `SPLIT-*.parquet`, are read too).
-    `UserError` says which file is missing or what is wrong in it. Not `labelled`: the texts alone.
-    """
-    files = _files(folder, task, split)
-    if not files:
-        raise _missing(folder, task, split)
+    files = split_files(data, task, split)
     try:
+        # A folder name such as "a=1" above a file is no column (partitioning).
         table = pa.concat_tables([pq.read_table(file, partitioning=None) for file in files])
     except (pa.ArrowException, OSError) as error:
-        told = f"{files[0]} cannot be read as Parquet: {str(error).splitlines()[0]}"
-        raise machine.refusal(error, files[0]) or UserError(told) from error
-    return (
-        checked(table, task, str(files[0])) if labelled else _only_texts(table, task, str(files[0]))
-    )
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{files[0]}: not Parquet ({reason}); write it again") from error
+    return check_rows(table, task, str(files[0]), labelled)
 
 
-def checked(table: pa.Table, task: Task, where: str) -> pa.Table:
-    """`table` in the task's schema; `UserError`, which names the place `where`, if it does not hold what it must."""
-    _needs(table, task, where, "label")
-    columns = {name: _texts(table[name], f"{where}: column {name}") for name in task.columns}
-    columns["label"] = _labels(table["label"], task, f"{where}: column label")
-    index = (
-        table["idx"]
-        if "idx" in table.column_names
-        else pa.array(np.arange(table.num_rows, dtype=np.int32))
-    )
+def write_rows(folder: Path, task: Task, tables: "Mapping[str, pa.Table]") -> None:
+    """Write `SPLIT.parquet` for each table of checked rows, and the definition, `task.json`."""
+    import pyarrow.parquet as pq
+
+    for split, table in tables.items():
+        path = folder / f"{split}.parquet"
+        # One row group and no schema of Arrow's own: the same rows make the same bytes.
+        pq.write_table(table, path, compression="zstd", row_group_size=1 << 20, store_schema=False)
+    # Checked rows hold their label in the column `label`, whatever its name was before.
+    columns = task.columns.model_copy(update={"label": "label"})
+    write_record(folder / DEFINITION, task.model_copy(update={"columns": columns}))
+
+
+def download_glue(task: Task, revision: str) -> tuple[Path, str]:
+    """The folder of a task's files from the Hub's data set `nyu-mll/glue`, and their commit.
+
+    Raises:
+        UserError: the Hub does not answer, or has no such revision.
+    """
+    from httpx2 import HTTPError  # of the HTTP client of huggingface_hub
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    files = [f"{task.name}/{split}-*.parquet" for split in ("train", *task.validation)]
     try:
-        columns["idx"] = index.cast(pa.int32())
-    except pa.ArrowException:
+        path = snapshot_download(HUB, repo_type="dataset", revision=revision, allow_patterns=files)
+    except (HTTPError, OSError, ValueError) as error:  # ValueError: a revision of forbidden letters
         raise UserError(
-            f"{where}: column idx is not of 32-bit integers; it may be left out."
-        ) from None
-    return pa.table(columns, schema=schema(task)).combine_chunks()
+            f"{HUB}@{revision}: no {task.name} from the Hub ({type(error).__name__}); check the"
+            " network and --revision, or use --source embedded or a folder"
+        ) from error
+    return Path(path), Path(path).name
 
 
 def tokenize(
-    tokenizer: Any,
-    task: Task,
-    table: pa.Table,
-    max_length: int = MAX_LENGTH,
-    rows: "np.ndarray | None" = None,
+    tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None = None
 ) -> "Examples":
-    """The texts of a table that `read` gave, as tokens, and its labels; zeros where it has none.
+    """The texts of a table of `read_split` as tokens, with its labels; zeros if it has none.
 
-    Where a text or a pair has more than `max_length` tokens, special ones included, the longer text is cut first.
-    `rows`: the only ones that are wanted; the others have no tokens.
+    An example of more than `task.max_length` tokens loses the end of its longer text. With `rows`,
+    only these rows are tokenised, and the others have no tokens.
     """
     from fmn.tasks.batches import Examples
 
-    texts = [
-        (table[name] if rows is None else table[name].take(rows)).to_pylist()
-        for name in task.columns
-    ]
-    inputs: Mapping[str, list[list[int]]] = tokenizer(
-        *texts,
+    wanted = list(range(table.num_rows)) if rows is None else rows.tolist()
+    encoded: Mapping[str, list[list[int]]] = tokenizer(
+        *(table[name].take(wanted).to_pylist() for name in task.text_columns),
         truncation="longest_first",
-        max_length=max_length,
+        max_length=task.max_length,
         padding=False,
         return_attention_mask=False,
     )
-    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    if tokenizer.pad_token_id is None:
-        padding["input_ids"] = 0  # any token will do: the attention mask covers it
-    if rows is not None:
-        wanted = {
-            name: dict(zip(rows.tolist(), values, strict=True)) for name, values in inputs.items()
-        }
-        inputs = {
-            name: [found.get(row, []) for row in range(table.num_rows)]
-            for name, found in wanted.items()
-        }
-    return Examples(
-        inputs={name: inputs[name] for name in inputs},
-        labels=table["label"].to_numpy()
-        if "label" in table.column_names
-        else np.zeros(table.num_rows, np.int64),
-        pad={name: padding[name] for name in inputs},
-    )
+    inputs = {}
+    for name, sequences in encoded.items():
+        by_row = dict(zip(wanted, sequences, strict=True))
+        inputs[name] = [by_row.get(row, []) for row in range(table.num_rows)]
+    # Without a padding token any will do: the attention mask covers it.
+    pad = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    has_labels = "label" in table.column_names
+    labels = table["label"].to_numpy() if has_labels else np.zeros(table.num_rows, np.int64)
+    return Examples(inputs, labels, {name: pad[name] for name in inputs})
 
 
-def origin(folder: Path, task: Task) -> dict[str, str]:
-    """Where a task's files come from: the source, and its revision or seed, as `fmn data` was told."""
-    manifest = read_manifest(_home(folder, task))
-    info = manifest["info"] if manifest else {"source": "a folder"}
-    return {name: str(info[name]) for name in ("source", "revision", "seed") if name in info}
+def _files(data: Path, task: Task, split: str) -> list[Path]:
+    folder = task_folder(data, task.name)
+    path = folder / f"{split}.parquet"
+    return [path] if path.is_file() else sorted(folder.glob(f"{split}-*.parquet"))
 
 
-def digests(folder: Path, task: Task, splits: Iterable[str]) -> dict[str, str]:
-    """The sha256 of each of `splits` by its name; `UserError` for one that is not there."""
-    found = {}
-    for split in splits:
-        files = _files(folder, task, split)
-        if not files:
-            raise _missing(folder, task, split)
-        found[split] = digest_bytes("".join(digest_file(file) for file in files).encode())
-    return found
+# ---------------------------------------------------------------------------------------------
+# Old names, until every room has moved.
+
+read = read_split
+has = has_split
 
 
-def stated(folder: Path, task: Task) -> dict[str, Any]:
-    """Where a task's rows come from, as its manifest says: source, revision or seed, rows by split; else empty."""
-    manifest = read_manifest(_home(folder, task))
-    return dict(manifest["info"]) if manifest and manifest["stage"] == "data" else {}
-
-
-def has(folder: Path, task: Task, split: str) -> bool:
-    """Whether the folder holds this split."""
-    return bool(_files(folder, task, split))
-
-
-def _missing(folder: Path, task: Task, split: str) -> UserError:
-    file = _home(folder, task) / f"{split}.parquet"
-    return UserError(f"{file} is missing: write it with `fmn data {task.name}`, or check --data.")
-
-
-def _home(folder: Path, task: Task) -> Path:
-    return folder / task.name if (folder / task.name).is_dir() else folder
-
-
-def _files(folder: Path, task: Task, split: str) -> list[Path]:
-    home = _home(folder, task)
-    whole = home / f"{split}.parquet"
-    return [whole] if whole.is_file() else sorted(home.glob(f"{split}-*.parquet"))
-
-
-def _only_texts(table: pa.Table, task: Task, where: str) -> pa.Table:
-    _needs(table, task, where)
-    return pa.table(
-        {name: _texts(table[name], f"{where}: column {name}") for name in task.columns}
-    ).combine_chunks()
-
-
-def _needs(table: pa.Table, task: Task, where: str, *more: str) -> None:
-    """Refuse a table without rows, or without a column of the task's texts or of `more`."""
-    needed = (*task.columns, *more)
-    if missing := [name for name in needed if name not in table.column_names]:
-        raise UserError(
-            f"{where}: no column {', '.join(missing)}; {task.name} needs {', '.join(needed)}"
-            f" and here are {', '.join(table.column_names)}."
-        )
-    if not table.num_rows:
-        raise UserError(f"{where}: there are no rows.")
-
-
-def _texts(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not any(
-        test(kind)
-        for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    ):
-        raise UserError(f"{where} is of type {column.type} and must hold text.")
-    _no_nulls(column, where)
-    texts = column.cast(pa.string())
-    try:
-        texts.validate(full=True)
-    except pa.ArrowException:
-        raise UserError(
-            f"{where} holds bytes that are not UTF-8: write the texts again as UTF-8."
-        ) from None
-    return texts
-
-
-def _labels(column: pa.ChunkedArray, task: Task, where: str) -> pa.ChunkedArray:
-    _no_nulls(column, where)
-    fits = pa.types.is_integer(column.type) or (
-        task.regression and pa.types.is_floating(column.type)
-    )
-    if not fits:
-        wanted = "numbers from 0 to 5" if task.regression else f"the ids {_ids(task)}"
-        raise UserError(f"{where} is of type {column.type} and must hold {wanted}.")
-    values = column.to_numpy()
-    if (values == -1).all():
-        raise UserError(
-            f"{where} is -1 in every row, as in GLUE's test splits: use a split that has labels."
-        )
-    low, high = (0.0, 5.0) if task.regression else (0, len(task.labels) - 1)
-    wrong = np.flatnonzero(~((values >= low) & (values <= high)))  # NaN is neither
-    if len(wrong):
-        meaning = "numbers from 0 to 5" if task.regression else f"ids: {_ids(task)}"
-        raise UserError(
-            f"{where} is {values[wrong[0]]} in row {wrong[0]}; the labels of {task.name} are {meaning}."
-        )
-    return column.cast(pa.float32() if task.regression else pa.int64(), safe=False)
-
-
-def _ids(task: Task) -> str:
-    return ", ".join(f"{label} ({name})" for label, name in enumerate(task.labels))
-
-
-def _no_nulls(column: pa.ChunkedArray, where: str) -> None:
-    if column.null_count:
-        row = pc.index(column.is_null(), True).as_py()
-        raise UserError(f"{where} has no value in row {row}: fill it or take the row out.")
-
-
-def _embedded(task: Task, seed: int) -> dict[str, pa.Table]:
-    tables = {}
-    for split, rows in embedded.generate(task, seed).items():
-        columns: dict[str, list[Any]] = {
-            name: [texts[place] for texts, _ in rows] for place, name in enumerate(task.columns)
-        }
-        columns["label"] = [label for _, label in rows]
-        columns["idx"] = list(range(len(rows)))
-        tables[split] = pa.table(columns).cast(schema(task))
-    return tables
-
-
-def _hub(task: Task, revision: str) -> dict[str, pa.Table]:
-    import datasets
-
-    shown = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        found = {
-            split: datasets.load_dataset(
-                HUB, task.name, revision=revision, split=split
-            ).with_format("arrow")[:]
-            for split in task.splits
-        }
-    except (OSError, ValueError) as error:  # not found, no network, a broken answer
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise machine.refusal(error) or UserError(
-            f"{task.name} of {HUB} at {revision} did not come from the Hub ({reason}): check the network and the"
-            " revision, or use --source embedded or a folder."
-        ) from error
-    finally:
-        if not shown:
-            datasets.enable_progress_bars()
+def digests(data: Path, task: Task, splits: Iterable[str]) -> dict[str, str]:
+    """The digest of each split, by its name."""
+    files = {split: split_files(data, task, split) for split in splits}
     return {
-        split: checked(table, task, f"{HUB}/{task.name} {split}") for split, table in found.items()
+        split: digest_bytes("".join(map(digest_file, paths)).encode())
+        for split, paths in files.items()
     }
+
+
+def stated(data: Path, task: Task) -> dict[str, Any]:
+    """`read_data_info` as a mapping; empty without one."""
+    info = read_data_info(data, task)
+    if info is None:
+        return {}
+    seed = {} if info.seed is None else {"seed": str(info.seed)}
+    return info.model_dump(exclude={"seed"}, exclude_none=True) | seed
+
+
+def origin(data: Path, task: Task) -> dict[str, str]:
+    """The source of a task's rows, and its revision or seed."""
+    info = stated(data, task) or {"source": "a folder"}
+    return {name: str(info[name]) for name in ("source", "revision", "seed") if name in info}

@@ -1,68 +1,111 @@
-"""The stage that writes a task's rows."""
+"""The stage that writes a task's rows and its definition."""
 
 import os
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, field_validator
 
+import fmn
 from fmn.errors import UserError
-from fmn.models import sources
-from fmn.store import artifacts, stage
 from fmn.store.records import Settings
-from fmn.store.stage import Outcome
-from fmn.tasks import dataset as data
-from fmn.tasks import task as tasks
+from fmn.store.stage import Job, Outcome, read_info, run_stage
+from fmn.tasks import dataset
+from fmn.tasks.dataset import DataInfo
+from fmn.tasks.task import get_task, load_task
 
-Source = str
-DATA = 1
+DATA = 2
+
+MINIATURE = "data/miniature_glue"  # in a checkout; it is no part of the package
 
 
 class DataSettings(Settings):
-    source: Source = Field(
+    source: str = Field(
         "hub",
-        description="hub (nyu-mll/glue), embedded (the miniature GLUE that fmn makes), or a folder; $NAME is read"
-        " from the environment",
+        description="hub (nyu-mll/glue), embedded (the miniature GLUE), or a folder of one task or"
+        " of several tasks; $NAME is read from the environment",
     )
     revision: str = Field("main", description="revision of the Hub's data set")
-    seed: int = Field(0, ge=0, description="seed of the embedded data")
+    seed: int = Field(0, description="seed of the miniature GLUE: 0")
 
     @field_validator("source")
     @classmethod
     def _from_environment(cls, source: str) -> str:
         if not source.startswith("$"):
             return source
-        value = os.environ.get(source[1:])
-        if not value:
-            raise ValueError(
-                f"the environment variable {source[1:]} is not set; it names the folder of the data"
-            )
-        return value
+        if folder := os.environ.get(source[1:]):
+            return folder
+        raise ValueError(f"{source[1:]} is not set in the environment; it names a folder of data")
 
 
-def prepare(task: str, out: Path, settings: DataSettings) -> Outcome:
-    """A task's splits as Parquet in the folder ``out``."""
-    stage.apart(out, [Path(settings.source)])
-    found = tasks.task(task)
-    source, revision = settings.source, settings.revision
-    described = {"task": task, "source": source}
-    inputs = {}
-    if source == "embedded":
-        described["seed"] = str(settings.seed)
-    elif source == "hub":
-        described["revision"] = revision = sources.resolve_dataset(data.HUB, revision)
-    else:
-        if "://" in source:
-            raise UserError(f"data {source}: not a folder; name one, or embedded, or hub")
-        described["source"] = "folder"
-        inputs = data.digests(
-            Path(source), found, ["train", *data.validation_splits(Path(source), found)]
+def data(
+    task: str,
+    *,
+    out: Path,
+    settings: DataSettings = DataSettings(),  # noqa: B008
+) -> Outcome[DataInfo]:
+    """Write a task's rows as Parquet files, one for each split, and its definition as task.json.
+
+    All rows are checked before any is written. The same rows make the same bytes.
+
+    Args:
+        task: one of GLUE's tasks, or one that is defined in the source folder's task.json.
+        out: the folder to write.
+        settings: where the rows come from.
+    """
+    folder, revision = _source_folder(task, settings)
+    definition = load_task(folder, task)
+    splits = ("train", *dataset.validation_splits(folder, definition))
+
+    def compute(job: Job) -> DataInfo:
+        tables = {split: dataset.read_split(folder, definition, split) for split in splits}
+        dataset.write_rows(job.path, definition, tables)
+        return DataInfo(
+            task=task,
+            source=settings.source,
+            revision=revision,
+            seed=settings.seed if settings.source == "embedded" else None,
+            rows={split: table.num_rows for split, table in tables.items()},
         )
-    key = artifacts.content_key("data", DATA, described, inputs)
 
-    def fill(folder: Path) -> Mapping[str, Any]:
-        rows = data.prepare(found, source, folder, seed=settings.seed, revision=revision)
-        return {**described, "source": source, "rows": rows}
+    return run_stage(
+        "data",
+        DATA,
+        out,
+        compute,
+        reads={split: dataset.split_files(folder, definition, split) for split in splits},
+        settings={"task": definition, "revision": revision},
+        summary=partial(read_info, record=DataInfo),
+        is_folder=True,
+    )
 
-    return stage.run_folder("data", out, key, fill)
+
+def _source_folder(task: str, settings: DataSettings) -> tuple[Path, str | None]:
+    """The folder that the rows are read from, and the commit of the Hub's data set."""
+    source = settings.source
+    if source == "hub":
+        return dataset.download_glue(get_task(task), settings.revision)
+    if source == "embedded":
+        return _miniature_glue(task, settings.seed), None
+    if "://" in source or not Path(source).is_dir():
+        raise UserError(f"data {source}: not a folder; name one, or embedded, or hub")
+    return Path(source), None
+
+
+def _miniature_glue(task: str, seed: int) -> Path:
+    """The folder of the miniature GLUE, if it has this task."""
+    get_task(task)  # refuses an unknown name
+    checkout = Path(fmn.__file__).parent.parent
+    places = [Path(os.environ.get("FMN_MINIATURE_GLUE", MINIATURE)), checkout / MINIATURE]
+    folder = next((place for place in places if (place / task).is_dir()), None)
+    if folder is None:
+        raise UserError(
+            f"data embedded: there is no {task} in {places[0]} or {places[1]}; set"
+            f" FMN_MINIATURE_GLUE to {MINIATURE} of a checkout, or use --source hub or a folder"
+        )
+    if seed != 0:
+        raise UserError(
+            f"data embedded: only the rows of seed 0 are there; write others with {folder}/"
+            f"generate.py --seed {seed} --out FOLDER, and use --source FOLDER"
+        )
+    return folder

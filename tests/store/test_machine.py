@@ -111,7 +111,9 @@ def fisher_files(work: Path) -> dict[str, Path]:
 
 STAGES: dict[str, Callable[[Path, Path], Outcome]] = {
     "fetch": lambda work, out: models_stages.fetch(str(work / "base"), out),
-    "data": lambda work, out: tasks_stages.prepare("mrpc", out, DataSettings(source="embedded")),
+    "data": lambda work, out: tasks_stages.data(
+        "mrpc", out=out, settings=DataSettings(source="embedded")
+    ),
     "finetune": lambda work, out: models_stages.finetune(work / "base", "sst2", work / "data", out, TUNING),
     "fisher": lambda work, out: fisher_stages.fisher(
         work / "experts" / "sst2", "sst2", work / "data", out, FISHER, save_seconds=0.0

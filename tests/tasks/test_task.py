@@ -1,69 +1,118 @@
-"""GLUE's tasks as data."""
+"""Definitions of tasks: GLUE's, and those that lie beside their rows."""
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from fmn.errors import UserError
-from fmn.tasks.task import TASKS, task
+from fmn.store.stage import write_record
+from fmn.tasks.task import TASKS, Columns, Task, get_task, load_task
 
-# The columns and label names on the Hub's data card of nyu-mll/glue.
-HUB = {
-    "cola": (("sentence",), ("unacceptable", "acceptable")),
-    "sst2": (("sentence",), ("negative", "positive")),
-    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
-    "stsb": (("sentence1", "sentence2"), ()),
-    "qqp": (("question1", "question2"), ("not_duplicate", "duplicate")),
-    "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
-    "qnli": (("question", "sentence"), ("entailment", "not_entailment")),
-    "rte": (("sentence1", "sentence2"), ("entailment", "not_entailment")),
-    "wnli": (("sentence1", "sentence2"), ("not_entailment", "entailment")),
+# From the card of the Hub's data set nyu-mll/glue: columns of texts, and label names.
+HUB = """
+cola sentence unacceptable,acceptable
+sst2 sentence negative,positive
+mrpc sentence1,sentence2 not_equivalent,equivalent
+stsb sentence1,sentence2
+qqp question1,question2 not_duplicate,duplicate
+mnli premise,hypothesis entailment,neutral,contradiction
+qnli question,sentence entailment,not_entailment
+rte sentence1,sentence2 entailment,not_entailment
+wnli sentence1,sentence2 not_entailment,entailment
+"""
+OWN: dict[str, Any] = {
+    "name": "intents",
+    "columns": Columns(text="utterance", label="intent"),
+    "labels": ("book", "cancel"),
 }
 
 
-def test_all_nine_tasks_have_the_hubs_columns_and_labels() -> None:
-    assert {name: (one.columns, one.labels) for name, one in TASKS.items()} == HUB
-    assert all(name == one.name for name, one in TASKS.items())
-
-
-@pytest.mark.parametrize(("name", "outputs"), [("stsb", 1), ("mnli", 3), ("rte", 2)])
-def test_the_head_has_an_output_for_each_label_or_one_for_a_score(name: str, outputs: int) -> None:
-    assert task(name).num_outputs == outputs
-    assert task(name).regression == (name == "stsb")
-
-
-def test_mnli_is_validated_on_two_splits_and_the_others_on_one() -> None:
-    assert task("mnli").splits == ("train", "validation_matched", "validation_mismatched")
-    assert {one.splits for one in TASKS.values() if one.name != "mnli"} == {("train", "validation")}
+def test_the_nine_tasks_have_the_hubs_columns_and_labels() -> None:
+    lines = [
+        " ".join((name, ",".join(task.text_columns), ",".join(task.labels))).strip()
+        for name, task in TASKS.items()
+    ]
+    assert lines == HUB.strip().splitlines()
+    assert all(name == task.name for name, task in TASKS.items())
+    outputs = {name: task.num_outputs for name, task in TASKS.items()}
+    assert outputs == dict.fromkeys(TASKS, 2) | {"stsb": 1, "mnli": 3}
+    assert [name for name, task in TASKS.items() if task.regression] == ["stsb"]
+    mnli = get_task("mnli")
+    suffixes = {split: mnli.suffix(split) for split in mnli.validation}
+    assert suffixes == {"validation_matched": "", "validation_mismatched": "_mismatched"}
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"), [("SST-2", "sst2"), ("STS-B", "stsb"), ("mprc", "mrpc"), ("sst_2", "sst2")]
+    ("name", "message"),
+    [
+        ("SST-2", "did you mean 'sst2'"),
+        ("STS-B", "did you mean 'stsb'"),
+        ("mprc", "did you mean 'mrpc'"),
+        ("translation", "tasks are cola, sst2, mrpc"),
+    ],
 )
-def test_a_misspelt_task_is_met_with_the_right_name(wrong: str, meant: str) -> None:
-    with pytest.raises(UserError, match=f"did you mean {meant}"):
-        task(wrong)
+def test_an_unknown_task_is_refused_with_the_names_that_are_known(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        get_task(name)
 
 
-def test_an_unknown_task_is_met_with_all_names() -> None:
-    with pytest.raises(UserError, match="cola, sst2, mrpc"):
-        task("translation")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ()}, "needs two or more different labels"),
+        ({"labels": ("book", "book")}, "needs two or more different labels"),
+        ({"problem_type": "regression"}, "a regression task has no labels"),
+        ({"metrics": ()}, "metrics"),
+        ({"max_length": 0}, "max_length"),
+        ({"lables": ("book",)}, "lables"),
+    ],
+)
+def test_a_definition_that_makes_no_sense_is_refused(change: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Task(**(OWN | change))
 
 
-def test_importing_the_tasks_imports_nothing_heavy() -> None:
-    code = "import sys, fmn.tasks; print({'torch', 'numpy', 'pyarrow', 'transformers'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+def test_a_definition_is_read_where_its_rows_lie(tmp_path: Path) -> None:
+    task = Task(**OWN)
+    folder = tmp_path / "intents"
+    folder.mkdir()
+    write_record(folder / "task.json", task)
+    assert load_task(tmp_path, "intents") == load_task(folder, "intents") == task
+    with pytest.raises(UserError, match=r"task\.json: defines the task intents, not sst2"):
+        load_task(folder, "sst2")
+    assert load_task(tmp_path, "sst2") == get_task("sst2")
+
+
+def test_a_damaged_definition_is_refused_by_name(tmp_path: Path) -> None:
+    for content, message in (
+        ("{", "not JSON"),
+        ("{}", "name is missing"),
+        ('{"name": "sst2", "columns": {"text": 3}}', "columns.text is 3"),
+    ):
+        (tmp_path / "task.json").write_text(content)
+        with pytest.raises(UserError, match=rf"task\.json: .*{message}.*`fmn data sst2`"):
+            load_task(tmp_path, "sst2")
+
+
+def test_importing_tasks_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, fmn.tasks; from fmn.tasks import Task, load_task;"
+        "print({'torch', 'pyarrow', 'transformers', 'ruamel.yaml'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_real_glue_has_these_columns_and_label_ids(glue: Path) -> None:
-    for name, one in TASKS.items():
+    for name, task in TASKS.items():
         for file in sorted((glue / name).glob("*.parquet")):
             table = pq.read_table(file)
-            assert file.stem in one.splits
-            assert {*one.columns, "label", "idx"} <= set(table.column_names)
-            if not one.regression:
-                assert set(table["label"].to_pylist()) == set(range(one.num_outputs))
+            assert file.stem in ("train", *task.validation)
+            assert {*task.text_columns, "label", "idx"} <= set(table.column_names)
+            if not task.regression:
+                assert set(table["label"].to_pylist()) == set(range(task.num_outputs))

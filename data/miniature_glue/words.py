@@ -1,4 +1,4 @@
-"""The words of the embedded miniature GLUE, as data. `a=b` are synonyms, `a/b` are opposites."""
+"""The words of the miniature GLUE, as data. `a=b` are synonyms, `a/b` are opposites."""
 
 # Occupations by what they are kinds of; a person of a kind is also called by the kind.
 ROLES = {
@@ -29,7 +29,8 @@ THINGS = {
         "cook chop buy=purchase wash sell plant peel",
     ),
     "vehicle": (
-        "car=automobile truck=lorry bicycle=bike van bus tractor motorcycle taxi=cab ambulance jeep",
+        "car=automobile truck=lorry bicycle=bike van bus tractor motorcycle taxi=cab ambulance "
+        "jeep",
         "drive repair=fix wash park sell paint rent inspect",
     ),
     "instrument": (
@@ -123,20 +124,26 @@ IRREGULAR_NOUNS = {
 }
 
 ADJECTIVES = (
-    "old/new big=large/small=little heavy/light cheap/expensive=costly clean/dirty=filthy famous/unknown "
+    "old/new big=large/small=little heavy/light cheap/expensive=costly clean/dirty=filthy "
+    "famous/unknown "
     "beautiful/ugly wonderful/terrible strange/ordinary valuable/worthless"
 )
 COLOURS = "red blue green yellow white black brown grey purple orange pink golden"
-MOODS = "happy/sad young/old rich=wealthy/poor tall/short quiet/loud kind/cruel brave/timid clever/foolish"
+MOODS = (
+    "happy/sad young/old rich=wealthy/poor tall/short quiet/loud kind/cruel brave/timid "
+    "clever/foolish"
+)
 
 # Places by the kind of place they are.
 PLACES = {
     "indoors": (
-        "in the kitchen|in the hall|in the library|in the cellar|in the office|in the classroom|in the workshop|"
+        "in the kitchen|in the hall|in the library|in the cellar|in the office|in the classroom|"
+        "in the workshop|"
         "in the bedroom|in the basement|in the museum"
     ),
     "outdoors": (
-        "in the garden|in the park|on the beach|in the forest|on the street|in the field|by the river|"
+        "in the garden|in the park|on the beach|in the forest|on the street|in the field|by the "
+        "river|"
         "on the mountain|near the lake|in the meadow|on the square"
     ),
 }
@@ -144,65 +151,93 @@ PLACES = {
 OUTDOORS = ("vehicle", "animal", "bird", "building")  # kinds of things that are met outdoors only
 
 TIMES = (
-    "on Monday|on Tuesday|on Wednesday|on Thursday|on Friday|on Saturday|on Sunday|yesterday|last week|last night|"
-    "this morning|in January|in March|in June|in October|at noon|at midnight|after lunch|before dinner"
+    "on Monday|on Tuesday|on Wednesday|on Thursday|on Friday|on Saturday|on Sunday|yesterday|"
+    "last week|last night|"
+    "this morning|in January|in March|in June|in October|at noon|at midnight|after lunch|before "
+    "dinner"
 )
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
 
 WOMEN = (
-    "Anna Maria Susan Helen Laura Emma Julia Sarah Alice Clara Diana Eva Grace Irene Karen Linda Nancy Olivia Paula "
+    "Anna Maria Susan Helen Laura Emma Julia Sarah Alice Clara Diana Eva Grace Irene Karen "
+    "Linda Nancy Olivia Paula "
     "Rachel Sophie Teresa Vera Wendy Martha"
 )
 MEN = (
-    "John Peter David Thomas Robert James Michael Daniel Paul Mark Henry George Frank Walter Oscar Martin Simon Victor "
+    "John Peter David Thomas Robert James Michael Daniel Paul Mark Henry George Frank Walter "
+    "Oscar Martin Simon Victor "
     "Samuel Arthur Edward Philip Albert Carl Leon"
 )
 SURNAMES = (
-    "Smith Miller Baker Carter Hughes Morgan Bennett Foster Kelly Porter Reed Sanders Turner Walsh Young Adams Brooks "
+    "Smith Miller Baker Carter Hughes Morgan Bennett Foster Kelly Porter Reed Sanders Turner "
+    "Walsh Young Adams Brooks "
     "Collins Dixon Ellis Fisher Grant Hayes Ingram Jensen Keller Lambert Novak Olsen Palmer"
 )
 CITIES = (
-    "London Paris Berlin Madrid Rome Vienna Prague Dublin Oslo Athens Cairo Tokyo Boston Chicago Denver Seattle "
+    "London Paris Berlin Madrid Rome Vienna Prague Dublin Oslo Athens Cairo Tokyo Boston "
+    "Chicago Denver Seattle "
     "Toronto Sydney Mumbai Lagos Lima Havana Moscow Warsaw Geneva"
 )
 COUNTRIES = (
-    "France Germany Spain Italy Austria Ireland Norway Greece Egypt Japan Canada Australia India Peru Poland Sweden "
+    "France Germany Spain Italy Austria Ireland Norway Greece Egypt Japan Canada Australia "
+    "India Peru Poland Sweden "
     "Brazil Mexico Portugal Hungary"
 )
 COMPANIES = (
-    "Intel Siemens Boeing Nestle Toyota Pfizer Oracle Nokia Shell Renault Philips Unilever Samsung Volvo Cisco Bayer "
+    "Intel Siemens Boeing Nestle Toyota Pfizer Oracle Nokia Shell Renault Philips Unilever "
+    "Samsung Volvo Cisco Bayer "
     "Fujitsu Danone Airbus Ericsson"
 )
-TEAMS = "Arsenal Barcelona Chelsea Juventus Liverpool Milan Benfica Ajax Porto Celtic Valencia Everton Lyon Sevilla"
+TEAMS = (
+    "Arsenal Barcelona Chelsea Juventus Liverpool Milan Benfica Ajax Porto Celtic Valencia "
+    "Everton Lyon Sevilla"
+)
 CRIMES = "fraud murder robbery theft bribery arson smuggling kidnapping forgery perjury"
-PRODUCTS = "engine=motor vaccine satellite battery chip=processor drug=medicine phone aircraft=plane tablet turbine"
+PRODUCTS = (
+    "engine=motor vaccine satellite battery chip=processor drug=medicine phone aircraft=plane "
+    "tablet turbine"
+)
 POSITIONS = "chairman director treasurer secretary president spokesman"
 
 NUMBERS = "two three four five six seven eight nine ten eleven twelve"
 
 # Reviews.
 GOOD = (
-    "brilliant charming delightful moving funny gripping inspired clever witty superb excellent wonderful graceful "
-    "touching fascinating refreshing masterful enjoyable hilarious stunning heartfelt engaging imaginative elegant "
-    "poignant smart warm thrilling beautiful compelling original lively rewarding absorbing magnificent subtle "
-    "captivating splendid tender dazzling remarkable sincere vivid amusing memorable polished impressive satisfying"
+    "brilliant charming delightful moving funny gripping inspired clever witty superb excellent "
+    "wonderful graceful "
+    "touching fascinating refreshing masterful enjoyable hilarious stunning heartfelt engaging "
+    "imaginative elegant "
+    "poignant smart warm thrilling beautiful compelling original lively rewarding absorbing "
+    "magnificent subtle "
+    "captivating splendid tender dazzling remarkable sincere vivid amusing memorable polished "
+    "impressive satisfying"
 )
 BAD = (
-    "dull tedious boring clumsy predictable shallow awful terrible stale lifeless pointless bland pretentious "
-    "incoherent sloppy annoying tiresome forgettable dreadful uninspired contrived painful ridiculous messy hollow "
-    "dreary vapid laughable mediocre stupid lazy wooden flat tasteless confused amateurish cheesy horrible weak "
+    "dull tedious boring clumsy predictable shallow awful terrible stale lifeless pointless "
+    "bland pretentious "
+    "incoherent sloppy annoying tiresome forgettable dreadful uninspired contrived painful "
+    "ridiculous messy hollow "
+    "dreary vapid laughable mediocre stupid lazy wooden flat tasteless confused amateurish "
+    "cheesy horrible weak "
     "irritating silly unfunny monotonous trite mindless insipid disappointing unbearable"
 )
 ASPECTS = (
-    "story=plot acting script=screenplay dialogue music=score camerawork ending pacing cast direction humor "
+    "story=plot acting script=screenplay dialogue music=score camerawork ending pacing cast "
+    "direction humor "
     "opening editing premise soundtrack finale"
 )
-FILMS = "film=movie comedy drama thriller documentary remake sequel romance western satire musical fable"
+FILMS = (
+    "film=movie comedy drama thriller documentary remake sequel romance western satire musical "
+    "fable"
+)
 VIRTUES = (
     "wit charm depth suspense originality energy grace imagination tension warmth insight heart"
 )
-VICES = "clichés platitudes gimmicks loopholes stereotypes bombast sentimentality confusion boredom self-pity"
+VICES = (
+    "clichés platitudes gimmicks loopholes stereotypes bombast sentimentality confusion boredom "
+    "self-pity"
+)
 LIKE = "love enjoy admire adore treasure praise recommend"
 DISLIKE = "hate dislike regret despise loathe resent detest"
 DOUBLED = ("drop", "chop", "plan")  # verbs whose last consonant doubles before -ing

@@ -1,85 +1,111 @@
-"""A miniature GLUE that needs no download: five tasks written by a seeded generator from a grammar and a vocabulary.
+"""Writes a miniature GLUE: five tasks made from templates and word lists, without any download.
 
-A *template* is a sentence with `[one|another|]` choices and `{slot:form}` places; a *scene* is what fills the places:
-words that belong together (a verb with a thing one can do it to), with their synonyms, opposites, kinds and near
-misses beside them. Validation holds words that training never shows (every seventh of each list) and no sentence of
-training's.
+    python data/miniature_glue/generate.py [--seed N] [--out FOLDER]
 
-The same seed gives the same rows on every machine: only `random.Random.random` is used, whose stream Python keeps.
+A *template* is a sentence with choices, `[one|another|]`, and slots, `{slot:form}`. A *scene* fills
+the slots with words that belong together (a verb and a thing that one can do it to), and gives
+their synonyms, opposites, kinds and near misses beside them. The validation split has words that
+the training split never uses (every seventh of each list), and shares no sentence with it.
+
+The same seed makes the same rows on every machine: only `random.Random.random` is used, whose
+sequence Python guarantees. The files in this folder are those of seed 0.
 """
 
+import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from random import Random
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from fmn.errors import UserError
-from fmn.tasks import vocabulary as v
-from fmn.tasks.task import Task
+import pyarrow as pa
+import pyarrow.parquet as pq
+import words
 
 T = TypeVar("T")
 Row = tuple[tuple[str, ...], float]  # texts, label
 
-HELD_OUT = 7  # every so-many-th word of a list is kept for validation
+VALIDATION_EVERY = 7  # every seventh word of a list is for the validation split alone
 
 
-class Size(NamedTuple):
-    train: int
+class MiniatureTask(NamedTuple):
+    columns: tuple[str, ...]  # of the texts, as in the Hub's data set nyu-mll/glue
+    train: int  # rows
     validation: int
-    noise: float  # share of rows with a wrong label
+    wrong_labels: float  # share of rows
+    label_type: pa.DataType = pa.int64()
 
 
-SIZES: Mapping[str, Size] = MappingProxyType(
-    {
-        "cola": Size(2400, 500, 0.01),
-        "sst2": Size(1500, 500, 0.03),
-        "mrpc": Size(1600, 500, 0.02),
-        "stsb": Size(1500, 500, 0.0),
-        "rte": Size(2400, 500, 0.02),
+TASKS = {
+    "cola": MiniatureTask(("sentence",), 2400, 500, 0.01),
+    "sst2": MiniatureTask(("sentence",), 1500, 500, 0.03),
+    "mrpc": MiniatureTask(("sentence1", "sentence2"), 1600, 500, 0.02),
+    "stsb": MiniatureTask(("sentence1", "sentence2"), 1500, 500, 0.0, pa.float32()),
+    "rte": MiniatureTask(("sentence1", "sentence2"), 2400, 500, 0.02),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the miniature GLUE as Parquet files.")
+    parser.add_argument("--seed", type=int, default=0, help="another seed makes other rows")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        help="folder for TASK/train.parquet and TASK/validation.parquet",
+    )
+    arguments = parser.parse_args()
+    for name in TASKS:
+        folder = arguments.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, rows in generate(name, arguments.seed).items():
+            file = folder / f"{split}.parquet"
+            pq.write_table(as_table(name, rows), file, compression="zstd", store_schema=False)
+
+
+def as_table(task_name: str, rows: Sequence[Row]) -> pa.Table:
+    """Rows in the columns and types of the Hub's data set."""
+    task = TASKS[task_name]
+    columns = {
+        name: pa.array([texts[place] for texts, _ in rows], pa.string())
+        for place, name in enumerate(task.columns)
     }
-)
+    labels = pa.array([label for _, label in rows]).cast(task.label_type)
+    return pa.table({**columns, "label": labels, "idx": pa.array(range(len(rows)), pa.int32())})
 
 
-def generate(task: Task, seed: int = 0) -> dict[str, list[Row]]:
-    """Rows of each split, (texts, label) each; `UserError` for a task that is not among `SIZES`.
-
-    No text of validation occurs in training, and no row occurs twice.
-    """
-    if task.name not in SIZES:
-        raise UserError(
-            f"The embedded data has no {task.name}, only {', '.join(SIZES)}: use --source hub or a folder."
-        )
-    size = SIZES[task.name]
-    write = _WRITERS[task.name]
-    known: set[str] = set()  # texts of the splits written before
+def generate(task_name: str, seed: int) -> dict[str, list[Row]]:
+    """The rows of each split of a task. No row occurs twice, and no text in both splits."""
+    task = TASKS[task_name]
+    write_row = ROW_WRITERS[task_name]
+    earlier_texts: set[str] = set()  # of the splits before
     splits = {}
-    for split, rows in (("train", size.train), ("validation", size.validation)):
-        draw = Draw(Random(f"{task.name} {split} {seed}"), whole=split == "validation")  # noqa: S311
-        found: dict[tuple[str, ...], float] = {}
+    for split, size in (("train", task.train), ("validation", task.validation)):
+        choice = Choice(Random(f"{task_name} {split} {seed}"), all_words=split == "validation")
+        rows: dict[tuple[str, ...], float] = {}
         for number in count():
-            texts, label = write(draw, number)
-            if texts not in found and not known.intersection(texts):
-                found[texts] = label
-            if len(found) == rows:
+            texts, label = write_row(choice, number)
+            if texts not in rows and not earlier_texts.intersection(texts):
+                rows[texts] = label
+            if len(rows) == size:
                 break
-        for texts, label in found.items():
-            if draw.chance(size.noise):
-                found[texts] = 1 - label
-        known.update(text for texts in found for text in texts)
-        splits[split] = list(found.items())
+        for texts, label in rows.items():
+            if choice.happens(task.wrong_labels):
+                rows[texts] = 1 - label
+        earlier_texts.update(text for texts in rows for text in texts)
+        splits[split] = list(rows.items())
     return splits
 
 
-class Draw:
-    """Random choices; without `whole`, words held out for validation are never chosen."""
+class Choice:
+    """Random choices. Without `all_words`, words of the validation split are never chosen."""
 
-    def __init__(self, random: Random, whole: bool) -> None:
+    def __init__(self, random: Random, all_words: bool) -> None:
         self._random = random
-        self._whole = whole
+        self._all_words = all_words
 
-    def chance(self, probability: float) -> bool:
+    def happens(self, probability: float) -> bool:
         return self._random.random() < probability
 
     def uniform(self, low: float, high: float) -> float:
@@ -88,33 +114,36 @@ class Draw:
     def pick(self, items: Sequence[T]) -> T:
         return items[int(self._random.random() * len(items))]
 
-    def some(self, items: Sequence[T], number: int) -> list[T]:
+    def sample(self, items: Sequence[T], number: int) -> list[T]:
         """Different items, in random order."""
         pool = list(items)
         return [pool.pop(int(self._random.random() * len(pool))) for _ in range(number)]
 
-    def entries(self, text: str, number: int) -> list[str]:
+    def entries(self, word_list: str, number: int) -> list[str]:
         """Different entries of a word list."""
-        entries = text.split("|") if "|" in text else text.split()
-        return self.some(
-            [one for at, one in enumerate(entries) if self._whole or at % HELD_OUT != HELD_OUT - 1],
-            number,
-        )
+        entries = word_list.split("|") if "|" in word_list else word_list.split()
+        last = VALIDATION_EVERY - 1
+        allowed = [
+            entry
+            for place, entry in enumerate(entries)
+            if self._all_words or place % VALIDATION_EVERY != last
+        ]
+        return self.sample(allowed, number)
 
-    def words(self, text: str, number: int = 1) -> list["Word"]:
-        """Different entries of a word list; of an entry `a=b`, one of its synonyms."""
-        return [Word(self.pick(entry.split("="))) for entry in self.entries(text, number)]
+    def words(self, word_list: str, number: int = 1) -> list["Word"]:
+        """Different entries of a word list; of an entry `a=b`, one of the synonyms."""
+        return [Word(self.pick(entry.split("="))) for entry in self.entries(word_list, number)]
 
-    def opposites(self, text: str) -> tuple["Word", "Word"]:
+    def opposites(self, word_list: str) -> tuple["Word", "Word"]:
         """The two sides of an entry `a/b`, in random order."""
-        one, other = self.some(self.entries(text, 1)[0].split("/"), 2)
-        return Word(self.pick(one.split("="))), Word(self.pick(other.split("=")))
+        first, second = self.sample(self.entries(word_list, 1)[0].split("/"), 2)
+        return Word(self.pick(first.split("="))), Word(self.pick(second.split("=")))
 
-    def text(self, template: str, slots: Mapping[str, Any]) -> str:
-        """A template with its choices made and its slots filled, as a sentence."""
+    def fill(self, template: str, slots: Mapping[str, Any]) -> str:
+        """A template as a sentence: choices are made, and slots filled."""
         while "[" in template:
             template = re.sub(
-                r"\[([^\[\]]*)\]", lambda found: self.pick(found[1].split("|")), template
+                r"\[([^\[\]]*)\]", lambda choices: self.pick(choices[1].split("|")), template
             )
         text = " ".join(template.format(**slots).split())
         text = re.sub(r" ([.,?])", r"\1", text)
@@ -122,8 +151,11 @@ class Draw:
 
 
 class Word(str):
-    """A word that inflects where it stands: `{w:a}` with an article, `{w:s}` as a plural or in the third person,
-    `{w:ed}` past, `{w:en}` participle, `{w:ing}`."""
+    """A word that inflects in a template.
+
+    `{w:a}` with an article, `{w:s}` plural or third person, `{w:ed}` past, `{w:en}` participle,
+    `{w:ing}` progressive.
+    """
 
     __slots__ = ()
 
@@ -137,101 +169,105 @@ def _article(word: str) -> str:
 
 
 def _plural(word: str) -> str:
-    if word in v.IRREGULAR_NOUNS:
-        return v.IRREGULAR_NOUNS[word]
+    if word in words.IRREGULAR_NOUNS:
+        return words.IRREGULAR_NOUNS[word]
     if re.search(r"[^aeiou]y$", word):
         return f"{word[:-1]}ies"
     return f"{word}es" if re.search(r"(s|x|z|ch|sh)$", word) else f"{word}s"
 
 
 def _past(word: str) -> str:
-    if word in v.IRREGULAR_VERBS:
-        return v.IRREGULAR_VERBS[word].split()[0]
+    if word in words.IRREGULAR_VERBS:
+        return words.IRREGULAR_VERBS[word].split()[0]
     if word.endswith("e"):
         return f"{word}d"
     return f"{word[:-1]}ied" if re.search(r"[^aeiou]y$", word) else f"{word}ed"
 
 
 def _participle(word: str) -> str:
-    return v.IRREGULAR_VERBS[word].split()[1] if word in v.IRREGULAR_VERBS else _past(word)
+    return words.IRREGULAR_VERBS[word].split()[1] if word in words.IRREGULAR_VERBS else _past(word)
 
 
 def _progressive(word: str) -> str:
-    if word in v.DOUBLED:
+    if word in words.DOUBLED:
         return f"{word}{word[-1]}ing"
     return f"{word[:-1]}ing" if word.endswith("e") and not word.endswith("ee") else f"{word}ing"
 
 
 _FORMS = {"a": _article, "s": _plural, "ed": _past, "en": _participle, "ing": _progressive}
 
-_SYNONYMS: dict[str, list[str]] = {}
-for _text in (
-    *v.ROLES.values(),
-    *(part for pair in v.THINGS.values() for part in pair),
-    v.ADJECTIVES,
-    v.MOODS,
-):
-    for _entry in _text.replace("/", " ").split():
-        for _word in _entry.split("="):
-            _SYNONYMS.setdefault(_word, []).extend(
-                other for other in _entry.split("=") if other != _word
-            )
+
+def _synonyms() -> dict[str, list[str]]:
+    """The synonyms of every word that has an entry `a=b` in a list."""
+    things = [word_list for pair in words.THINGS.values() for word_list in pair]
+    synonyms: dict[str, list[str]] = {}
+    for word_list in (*words.ROLES.values(), *things, words.ADJECTIVES, words.MOODS):
+        for entry in word_list.replace("/", " ").split():
+            alike = entry.split("=")
+            for word in alike:
+                synonyms.setdefault(word, []).extend(other for other in alike if other != word)
+    return synonyms
 
 
-def _synonym(draw: Draw, word: Word) -> Word:
-    """A synonym where there is one."""
-    return Word(draw.pick(_SYNONYMS.get(word) or [word]))
+_SYNONYMS = _synonyms()
 
 
-def scene(draw: Draw) -> dict[str, Word]:
-    """Words that make sense together, and their near misses: a 2 marks another of the same kind, `_up` the kind,
-    `_syn` a synonym, `_far` one of another kind."""
-    role, role2 = draw.some(list(v.ROLES), 2)
-    kind, far = draw.some(list(v.THINGS), 2)
-    things, verbs = v.THINGS[kind]
+def _synonym(choice: Choice, word: Word) -> Word:
+    """A synonym if there is one, else the word itself."""
+    return Word(choice.pick(_SYNONYMS.get(word) or [word]))
+
+
+def scene(choice: Choice) -> dict[str, Word]:
+    """Words that make sense together, by slot.
+
+    Beside `thing`, for example, stand `thing2`, another of the same kind, `thing_up`, the kind,
+    `thing_syn`, a synonym, and `thing_far`, a thing of another kind.
+    """
+    role, role2 = choice.sample(list(words.ROLES), 2)
+    kind, far = choice.sample(list(words.THINGS), 2)
+    things, verbs = words.THINGS[kind]
     slots: dict[str, Any] = {}
-    slots["who"], slots["who_sib"] = draw.words(v.ROLES[role], 2)
-    slots["who2"] = draw.words(v.ROLES[role2])[0]
+    slots["who"], slots["who_sib"] = choice.words(words.ROLES[role], 2)
+    slots["who2"] = choice.words(words.ROLES[role2])[0]
     slots["who_up"], slots["who2_up"] = Word(role), Word(role2)
-    slots["thing"], slots["thing2"] = draw.words(things, 2)
+    slots["thing"], slots["thing2"] = choice.words(things, 2)
     slots["thing_up"] = Word(kind)
-    slots["verb"], slots["verb2"] = draw.words(verbs, 2)
-    slots["thing_far"], slots["verb_far"] = (
-        draw.words(v.THINGS[far][0])[0],
-        draw.words(v.THINGS[far][1])[0],
-    )
+    slots["verb"], slots["verb2"] = choice.words(verbs, 2)
+    slots["thing_far"] = choice.words(words.THINGS[far][0])[0]
+    slots["verb_far"] = choice.words(words.THINGS[far][1])[0]
     for name in ("who", "thing", "verb"):
-        slots[f"{name}_syn"] = _synonym(draw, slots[name])
-    slots["adj"], slots["anti"] = draw.opposites(v.ADJECTIVES)
-    slots["adj_syn"] = _synonym(draw, slots["adj"])
-    slots["mood"], slots["unmood"] = draw.opposites(v.MOODS)
-    slots["colour"] = draw.words(v.COLOURS)[0]
-    here = "outdoors" if kind in v.OUTDOORS or draw.chance(0.3) else "indoors"
-    slots["place"], slots["place2"] = draw.words(v.PLACES[here], 2)
-    slots["time"] = draw.words(v.TIMES)[0]
-    slots["day"] = draw.words(v.DAYS)[0]
-    slots["woman"] = draw.words(v.WOMEN)[0]
-    slots["man"] = draw.words(v.MEN)[0]
-    slots["name"], slots["name2"], slots["name3"] = draw.words(f"{v.WOMEN} {v.MEN}", 3)
-    slots["surname"] = draw.words(v.SURNAMES)[0]
-    slots["city"], slots["city2"] = draw.words(v.CITIES, 2)
-    slots["company"], slots["company2"], slots["company3"] = draw.words(v.COMPANIES, 3)
-    numbers = v.NUMBERS.split()
-    low, middle, high = sorted(draw.some(range(len(numbers)), 3))
+        slots[f"{name}_syn"] = _synonym(choice, slots[name])
+    slots["adj"], slots["anti"] = choice.opposites(words.ADJECTIVES)
+    slots["adj_syn"] = _synonym(choice, slots["adj"])
+    slots["mood"], slots["unmood"] = choice.opposites(words.MOODS)
+    slots["colour"] = choice.words(words.COLOURS)[0]
+    here = "outdoors" if kind in words.OUTDOORS or choice.happens(0.3) else "indoors"
+    slots["place"], slots["place2"] = choice.words(words.PLACES[here], 2)
+    slots["time"] = choice.words(words.TIMES)[0]
+    slots["day"] = choice.words(words.DAYS)[0]
+    slots["woman"] = choice.words(words.WOMEN)[0]
+    slots["man"] = choice.words(words.MEN)[0]
+    slots["name"], slots["name2"], slots["name3"] = choice.words(f"{words.WOMEN} {words.MEN}", 3)
+    slots["surname"] = choice.words(words.SURNAMES)[0]
+    slots["city"], slots["city2"] = choice.words(words.CITIES, 2)
+    slots["company"], slots["company2"], slots["company3"] = choice.words(words.COMPANIES, 3)
+    numbers = words.NUMBERS.split()
+    low, middle, high = sorted(choice.sample(range(len(numbers)), 3))
     slots["n_less"], slots["n"], slots["n_more"] = (
         Word(numbers[place]) for place in (low, middle, high)
     )
-    slots["year"] = Word(int(draw.uniform(1950, 2015)))
-    slots["strict"] = draw.words(v.STRICT_VERBS)[0]
+    slots["year"] = Word(int(choice.uniform(1950, 2015)))
+    slots["strict"] = choice.words(words.STRICT_VERBS)[0]
     return slots
 
 
 # --- sst2: one opinion, or two of which the main clause decides.
 
 _OPINIONS = (
-    # What the writer thinks is in {yes}, {like} and {gain}; {no} and {loss} say the opposite.
+    # The writer's opinion is in {yes}, {like} and {gain}; {no} and {loss} are its opposite.
     "the {aspect} is [|so|really|truly|simply|utterly|often] {yes}",
-    "[{yes:a}|one truly {yes}|a [thoroughly|quietly|consistently] {yes}] {film} [|about family|from start to finish]",
+    "[{yes:a}|one truly {yes}|a [thoroughly|quietly|consistently] {yes}] {film} [|about "
+    "family|from start to finish]",
     "{yes} and {yes2} , [and|while] the {aspect} is {yes3} [|too|as well]",
     "[this|the] {film} is [anything but|far from|never|hardly|not remotely] {no}",
     "[i|you will|audiences will|most viewers will] {like} the {aspect} [|and the {aspect2}]",
@@ -249,20 +285,21 @@ _OPINIONS = (
 )
 
 
-def _sst2(draw: Draw, number: int) -> Row:
-    good = number % 2 == 1
-    yes, no = (v.GOOD, v.BAD) if good else (v.BAD, v.GOOD)
-    gain, loss = (v.VIRTUES, v.VICES) if good else (v.VICES, v.VIRTUES)
+def write_sst2(choice: Choice, number: int) -> Row:
+    is_positive = number % 2 == 1
+    yes, no = (words.GOOD, words.BAD) if is_positive else (words.BAD, words.GOOD)
+    gain, loss = (words.VIRTUES, words.VICES) if is_positive else (words.VICES, words.VIRTUES)
     slots: dict[str, Any] = {
-        "no": draw.words(no)[0],
-        "gain": draw.words(gain)[0],
-        "loss": draw.words(loss)[0],
+        "no": choice.words(no)[0],
+        "gain": choice.words(gain)[0],
+        "loss": choice.words(loss)[0],
     }
-    slots["yes"], slots["yes2"], slots["yes3"] = draw.words(yes, 3)
-    slots["aspect"], slots["aspect2"] = draw.words(v.ASPECTS, 2)
-    slots["film"] = draw.words(v.FILMS)[0]
-    slots["like"] = draw.words(v.LIKE if good else v.DISLIKE)[0]
-    return (draw.text(draw.pick(_OPINIONS), slots).lower().replace(",", " ,") + " . ",), float(good)
+    slots["yes"], slots["yes2"], slots["yes3"] = choice.words(yes, 3)
+    slots["aspect"], slots["aspect2"] = choice.words(words.ASPECTS, 2)
+    slots["film"] = choice.words(words.FILMS)[0]
+    slots["like"] = choice.words(words.LIKE if is_positive else words.DISLIKE)[0]
+    text = choice.fill(choice.pick(_OPINIONS), slots).lower()
+    return (text.replace(",", " ,") + " . ",), float(is_positive)
 
 
 # --- cola: a sentence, or the same with one thing wrong.
@@ -348,14 +385,14 @@ _SENTENCES = (
 )
 
 
-def _cola(draw: Draw, number: int) -> Row:
-    good = number % 5 < 3
-    right, wrong = draw.pick(_SENTENCES)
-    slots = scene(draw)
-    sentence, other = draw.text(right, slots), draw.text(wrong, slots)
-    if sentence == other:  # a verb whose forms are alike
-        return _cola(draw, number)
-    return (sentence if good else other,), float(good)
+def write_cola(choice: Choice, number: int) -> Row:
+    is_acceptable = number % 5 < 3
+    right, wrong = choice.pick(_SENTENCES)
+    slots = scene(choice)
+    sentence, wrong_sentence = choice.fill(right, slots), choice.fill(wrong, slots)
+    if sentence == wrong_sentence:  # the forms of a verb are alike
+        return write_cola(choice, number)
+    return (sentence if is_acceptable else wrong_sentence,), float(is_acceptable)
 
 
 # --- rte: what a sentence entails, and what it does not.
@@ -423,7 +460,8 @@ _ENTAILMENTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("Some of the {who:s} {verb:ed} the {thing}.", "Most {who:s} {verb:ed} the {thing}."),
     ),
     (
-        "{name} [managed|was able|remembered|did not fail|did not forget] to {verb} the {thing} {time}.",
+        "{name} [managed|was able|remembered|did not fail|did not forget] to {verb} the {thing} "
+        "{time}.",
         ("{name} {verb:ed} the {thing}.", "The {thing} was {verb:en} by {name}."),
         ("{name} did not {verb} the {thing}.", "The {thing} was not {verb:en}."),
     ),
@@ -477,14 +515,13 @@ _ENTAILMENTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 
-def _rte(draw: Draw, number: int) -> Row:
-    entailed = number % 2 == 0
-    premise, right, wrong = draw.pick(_ENTAILMENTS)
-    slots = scene(draw)
-    return (
-        draw.text(premise, slots),
-        draw.text(draw.pick(right if entailed else wrong), slots),
-    ), float(not entailed)
+def write_rte(choice: Choice, number: int) -> Row:
+    is_entailed = number % 2 == 0
+    template, entailed, not_entailed = choice.pick(_ENTAILMENTS)
+    slots = scene(choice)
+    premise = choice.fill(template, slots)
+    hypothesis = choice.fill(choice.pick(entailed if is_entailed else not_entailed), slots)
+    return (premise, hypothesis), float(not is_entailed)
 
 
 # --- mrpc: the same news in other words, or news of which one fact differs.
@@ -492,32 +529,35 @@ def _rte(draw: Draw, number: int) -> Row:
 
 class News(NamedTuple):
     facts: Mapping[str, str]  # slot -> word list
-    wordings: tuple[
-        str, ...
-    ]  # each states every fact; `<...>` may be left out of one sentence of a pair
+    # Each states every fact; `<...>` may be left out of one sentence of a pair.
+    wordings: tuple[str, ...]
     swaps: tuple[str, str] | None = None  # two slots that may be exchanged for a different story
 
 
 _NEWS = (
     News(
-        {"a": v.COMPANIES, "b": v.COMPANIES, "n": v.NUMBERS, "day": v.DAYS},
+        {"a": words.COMPANIES, "b": words.COMPANIES, "n": words.NUMBERS, "day": words.DAYS},
         (
-            "{a} [agreed|said it had agreed] to [buy|acquire] {b} for {n} million dollars <on {day}>.",
-            "<On {day},> {a} announced [the purchase|the takeover|the acquisition] of {b} for {n} million dollars.",
-            "{b} will be [bought|acquired|taken over] by {a} in {n:a} million dollar deal<, it was said on {day}>.",
+            "{a} [agreed|said it had agreed] to [buy|acquire] {b} for {n} million dollars <on "
+            "{day}>.",
+            "<On {day},> {a} announced [the purchase|the takeover|the acquisition] of {b} for "
+            "{n} million dollars.",
+            "{b} will be [bought|acquired|taken over] by {a} in {n:a} million dollar deal<, it "
+            "was said on {day}>.",
         ),
         ("a", "b"),
     ),
     News(
-        {"a": v.COMPANIES, "n": v.NUMBERS, "m": v.NUMBERS, "day": v.DAYS},
+        {"a": words.COMPANIES, "n": words.NUMBERS, "m": words.NUMBERS, "day": words.DAYS},
         (
-            "[Shares of {a}|{a} shares] [rose|climbed|gained] {n} percent to {m} dollars <on {day}>.",
+            "[Shares of {a}|{a} shares] [rose|climbed|gained] {n} percent to {m} dollars <on "
+            "{day}>.",
             "<On {day},> {a} stock was up {n} percent [at|to] {m} dollars.",
             "{a} [jumped|advanced] {n} percent to close at {m} dollars a share <on {day}>.",
         ),
     ),
     News(
-        {"a": v.COMPANIES, "n": v.NUMBERS, "m": v.NUMBERS, "day": v.DAYS},
+        {"a": words.COMPANIES, "n": words.NUMBERS, "m": words.NUMBERS, "day": words.DAYS},
         (
             "[Shares of {a}|{a} shares] [fell|dropped|slid] {n} percent to {m} dollars <on {day}>.",
             "<On {day},> {a} stock was down {n} percent [at|to] {m} dollars.",
@@ -526,65 +566,92 @@ _NEWS = (
     ),
     News(
         {
-            "name": f"{v.WOMEN} {v.MEN}",
-            "s": v.SURNAMES,
-            "a": v.COMPANIES,
-            "role": v.POSITIONS,
-            "day": v.DAYS,
+            "name": f"{words.WOMEN} {words.MEN}",
+            "s": words.SURNAMES,
+            "a": words.COMPANIES,
+            "role": words.POSITIONS,
+            "day": words.DAYS,
         },
         (
             "{a} [named|appointed] {name} {s} as its [new|next] {role} <on {day}>.",
-            "{name} {s} [was named|was appointed|will become] {role} of {a}<, the company said on {day}>.",
+            "{name} {s} [was named|was appointed|will become] {role} of {a}<, the company said "
+            "on {day}>.",
             "<On {day},> {a} announced that {name} {s} would be its [new|next] {role}.",
         ),
     ),
     News(
-        {"a": v.TEAMS, "b": v.TEAMS, "n": v.NUMBERS, "city": v.CITIES, "day": v.DAYS},
+        {
+            "a": words.TEAMS,
+            "b": words.TEAMS,
+            "n": words.NUMBERS,
+            "city": words.CITIES,
+            "day": words.DAYS,
+        },
         (
             "{a} [beat|defeated] {b} by {n} [goals|points] in {city} <on {day}>.",
             "<On {day},> {b} lost to {a} by {n} [goals|points] in {city}.",
-            "In {city}, {b} were [beaten|defeated] by {a}, who won by {n} [goals|points] <on {day}>.",
+            "In {city}, {b} were [beaten|defeated] by {a}, who won by {n} [goals|points] <on "
+            "{day}>.",
         ),
         ("a", "b"),
     ),
     News(
-        {"s": v.SURNAMES, "n": v.NUMBERS, "crime": v.CRIMES, "city": v.CITIES, "day": v.DAYS},
-        (
-            "A [court|judge] in {city} sentenced {s} to {n} years in prison for {crime} <on {day}>.",
-            "{s} was [sent to prison|jailed] for {n} years for {crime} by a [court|judge] in {city} <on {day}>.",
-            "<On {day},> {s} [received|was given] {n} years in [prison|jail] for {crime} in {city}.",
-        ),
-    ),
-    News(
         {
-            "n": v.NUMBERS,
-            "who": " ".join(v.ROLES.values()),
-            "vehicle": "bus train plane ferry tram helicopter truck",
-            "city": v.CITIES,
-            "day": v.DAYS,
+            "s": words.SURNAMES,
+            "n": words.NUMBERS,
+            "crime": words.CRIMES,
+            "city": words.CITIES,
+            "day": words.DAYS,
         },
         (
-            "[At least|As many as] {n} {who:s} were [injured|hurt] when a {vehicle} crashed near {city} <on {day}>.",
-            "<On {day},> a {vehicle} crash near {city} [injured|left injured] {n} {who:s}.",
-            "{n} {who:s} were [wounded|hurt] <on {day}> in the crash of a {vehicle} [outside|near] {city}.",
+            "A [court|judge] in {city} sentenced {s} to {n} years in prison for {crime} <on "
+            "{day}>.",
+            "{s} was [sent to prison|jailed] for {n} years for {crime} by a [court|judge] in "
+            "{city} <on {day}>.",
+            "<On {day},> {s} [received|was given] {n} years in [prison|jail] for {crime} in "
+            "{city}.",
         ),
     ),
     News(
         {
-            "a": v.COMPANIES,
-            "product": v.PRODUCTS,
-            "country": v.COUNTRIES,
-            "n": v.NUMBERS,
-            "s": v.SURNAMES,
+            "n": words.NUMBERS,
+            "who": " ".join(words.ROLES.values()),
+            "vehicle": "bus train plane ferry tram helicopter truck",
+            "city": words.CITIES,
+            "day": words.DAYS,
+        },
+        (
+            "[At least|As many as] {n} {who:s} were [injured|hurt] when a {vehicle} crashed "
+            "near {city} <on {day}>.",
+            "<On {day},> a {vehicle} crash near {city} [injured|left injured] {n} {who:s}.",
+            "{n} {who:s} were [wounded|hurt] <on {day}> in the crash of a {vehicle} "
+            "[outside|near] {city}.",
+        ),
+    ),
+    News(
+        {
+            "a": words.COMPANIES,
+            "product": words.PRODUCTS,
+            "country": words.COUNTRIES,
+            "n": words.NUMBERS,
+            "s": words.SURNAMES,
         },
         (
             "{a} plans to [build|open] {n} {product} [factories|plants] in {country}<, {s} said>.",
-            "<{s} said that> {n} {product} [factories|plants] will be [built|opened] in {country} by {a}.",
-            "In {country}, {a} is going to [set up|open] {n} [factories|plants] for {product:s}<, according to {s}>.",
+            "<{s} said that> {n} {product} [factories|plants] will be [built|opened] in "
+            "{country} by {a}.",
+            "In {country}, {a} is going to [set up|open] {n} [factories|plants] for "
+            "{product:s}<, according to {s}>.",
         ),
     ),
     News(
-        {"a": v.COUNTRIES, "b": v.COUNTRIES, "product": v.PRODUCTS, "n": v.NUMBERS, "day": v.DAYS},
+        {
+            "a": words.COUNTRIES,
+            "b": words.COUNTRIES,
+            "product": words.PRODUCTS,
+            "n": words.NUMBERS,
+            "day": words.DAYS,
+        },
         (
             "{a} [sold|delivered] {n} hundred {product:s} to {b} <on {day}>.",
             "{b} [received|bought] {n} hundred {product:s} from {a} <on {day}>.",
@@ -595,32 +662,28 @@ _NEWS = (
 )
 
 
-def _mrpc(draw: Draw, number: int) -> Row:
-    same = number % 9 < 5
-    news = draw.pick(_NEWS)
+def write_mrpc(choice: Choice, number: int) -> Row:
+    is_paraphrase = number % 9 < 5
+    news = choice.pick(_NEWS)
     facts: dict[str, Any] = {}
     while len(set(facts.values())) < len(news.facts):  # no two slots with one word
-        facts = {slot: draw.words(words)[0] for slot, words in news.facts.items()}
-    other = dict(facts)
-    first, second = draw.some(news.wordings, 2)
-    droppable = set(re.findall(r"{(\w+)", "".join(re.findall(r"<(.*?)>", first))))
-    if not same and news.swaps and draw.chance(0.3):
-        a, b = news.swaps
-        other[a], other[b] = facts[b], facts[a]
-    elif not same:
-        for slot in draw.some(
-            [slot for slot in facts if slot not in droppable], draw.pick((1, 1, 2))
-        ):
-            other[slot] = next(
-                word for word in draw.words(news.facts[slot], 2) if word != facts[slot]
-            )
-    shorter = draw.chance(0.4)
-    first, second = (
-        re.sub(r"<(.*?)>", "" if drop else r"\1", wording)
-        for wording, drop in ((first, False), (second, shorter))
-    )
-    pair = draw.some((draw.text(first, facts), draw.text(second, other)), 2)
-    return (pair[0], pair[1]), float(same)
+        facts = {slot: choice.words(word_list)[0] for slot, word_list in news.facts.items()}
+    first, second = choice.sample(news.wordings, 2)
+    optional = set(re.findall(r"{(\w+)", "".join(re.findall(r"<(.*?)>", first))))
+    other_facts = dict(facts)
+    if not is_paraphrase and news.swaps and choice.happens(0.3):
+        slot, other_slot = news.swaps
+        other_facts[slot], other_facts[other_slot] = facts[other_slot], facts[slot]
+    elif not is_paraphrase:
+        required = [slot for slot in facts if slot not in optional]
+        for slot in choice.sample(required, choice.pick((1, 1, 2))):
+            two_words = choice.words(news.facts[slot], 2)
+            other_facts[slot] = next(word for word in two_words if word != facts[slot])
+    kept_part = "" if choice.happens(0.4) else r"\1"  # the optional part of the second sentence
+    sentence = choice.fill(re.sub("<(.*?)>", r"\1", first), facts)
+    other_sentence = choice.fill(re.sub("<(.*?)>", kept_part, second), other_facts)
+    pair = choice.sample((sentence, other_sentence), 2)
+    return (pair[0], pair[1]), float(is_paraphrase)
 
 
 # --- stsb: what is seen in two pictures; every part that differs costs some of the five points.
@@ -651,21 +714,30 @@ _CHANGES = (
 )
 
 
-def _stsb(draw: Draw, number: int) -> Row:
-    slots = scene(draw)
-    changed = dict(slots)
-    cost = draw.uniform(-0.4, 0.4)
-    for part in draw.some(("who", "verb", "thing", "adj", "place"), number % 6):
-        _, instead, distance = draw.pick([change for change in _CHANGES if change[0] == part])
-        changed[part] = slots[instead]
-        if instead == "thing_far":  # with a verb that fits it
-            changed["verb"] = slots["verb_far"]
+def write_stsb(choice: Choice, number: int) -> Row:
+    slots = scene(choice)
+    changed_slots = dict(slots)
+    cost = choice.uniform(-0.4, 0.4)
+    for part in choice.sample(("who", "verb", "thing", "adj", "place"), number % 6):
+        _, substitute, distance = choice.pick([change for change in _CHANGES if change[0] == part])
+        changed_slots[part] = slots[substitute]
+        if substitute == "thing_far":  # with a verb that fits it
+            changed_slots["verb"] = slots["verb_far"]
         cost += distance
-    label = min(5.0, max(0.0, 5.0 - cost))
-    texts = (draw.text(draw.pick(_CAPTIONS), slots), draw.text(draw.pick(_CAPTIONS), changed))
-    return texts, round(label * 5) / 5
+    score = min(5.0, max(0.0, 5.0 - cost))
+    first = choice.fill(choice.pick(_CAPTIONS), slots)
+    second = choice.fill(choice.pick(_CAPTIONS), changed_slots)
+    return (first, second), round(score * 5) / 5
 
 
-_WRITERS: Mapping[str, Callable[[Draw, int], Row]] = MappingProxyType(
-    {"sst2": _sst2, "cola": _cola, "rte": _rte, "mrpc": _mrpc, "stsb": _stsb}
-)
+ROW_WRITERS: Mapping[str, Callable[[Choice, int], Row]] = {
+    "sst2": write_sst2,
+    "cola": write_cola,
+    "rte": write_rte,
+    "mrpc": write_mrpc,
+    "stsb": write_stsb,
+}
+
+
+if __name__ == "__main__":
+    main()
