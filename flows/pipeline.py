@@ -273,8 +273,7 @@ def submit_stages(settings: Params, layout: Layout, profile: str | None) -> Futu
     if profile is not None:
         submit(
             "register", "", [("report", "")], model=layout.merged("merged"), metrics=layout.metrics("merged"),
-            report_folder=layout.report, out=layout.registered, settings=settings.registry, profile=profile,
-            params=settings,
+            report=layout.report, out=layout.registered, settings=settings.registry, params=Path(profile),
         )  # fmt: skip
     return futures
 

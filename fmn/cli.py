@@ -1,5 +1,6 @@
 """The `fmn` command: explicit paths in, files out, a short summary on the terminal or JSON for machines."""
 
+import dataclasses
 import json
 import os
 import warnings
@@ -609,11 +610,14 @@ def register(
     """
     from fmn.registry import stages as registry_stages
 
-    profile, made_with = (
-        (str(params_file), params.load(params_file)) if params_file else (None, None)
+    if params_file:
+        params.load(params_file)
+    outcome = registry_stages.register(
+        model, metrics=metrics, settings=settings, report=report, params=params_file, out=out
     )
-    outcome = registry_stages.register(model, metrics, report, out, settings, profile, made_with)
-    _say(outcome, as_json, _facts("name", "version", "alias", "reason", "run", "store"))
+    summary: Any = dict(outcome.summary)
+    shown = dataclasses.replace(outcome, summary=summary)
+    _say(shown, as_json, _facts("name", "version", "alias", "reason", "run", "store"))
 
 
 @app.command
@@ -626,11 +630,11 @@ def rollback(name: str, /, *, to: str | None = None, as_json: Json = False) -> N
     """
     from fmn.registry import stages as registry_stages
 
-    done = registry_stages.roll_back(name, to)
+    done = registry_stages.roll_back(name, to=to)
     if as_json:
-        _dump(done)
+        _dump(dict(done))
     else:
-        say(f"champion of {name}: version {done['champion']}, was {done['before'] or 'none'}")
+        say(f"champion of {name}: version {done.champion}, was {done.before or 'none'}")
 
 
 @app.command
@@ -649,7 +653,6 @@ def reproduce(
     Args:
         version: models:/NAME/VERSION or models:/NAME@ALIAS
     """
-    from fmn.registry import lineage
     from fmn.registry import stages as registry_stages
 
     found = registry_stages.read_lineage(version)
@@ -657,7 +660,7 @@ def reproduce(
         "version": found.uri,
         "tags": found.tags,
         "lineage": found.table,
-        "settings": found.settings,
+        "settings": found.lineage.settings,
     }
     if not as_json:
         show_table(
@@ -674,7 +677,7 @@ def reproduce(
     folder = out or Path("data/reproduced") / found.uri.removeprefix("models:/").replace("/", "-")
     profile = registry_stages.settings_again(found, folder)
     with _flow(folder, False, as_json):
-        made = rebuild(profile, found.tags["made"], lineage.threads(found.recipe))
+        made = rebuild(profile, found.tags["made"], found.lineage.threads)
     compared = registry_stages.compare_digests(found, *made)
     wrong = [what for what, before, now in compared if before != now]
     if as_json:

@@ -4,7 +4,6 @@ A group of settings is a section of ``params.yaml`` and, with the same names, th
 section over whole (``${fisher}`` in ``dvc.yaml`` becomes ``--estimator empirical --samples 1024 ...``).
 """
 
-import io
 import os
 import re
 from pathlib import Path
@@ -28,10 +27,10 @@ from fmn.merge.stages import MergeSettings, RealignSettings
 from fmn.models.stages import FinetuneSettings
 from fmn.registry.stages import RegistrySettings
 from fmn.store.records import Settings
+from fmn.store.yaml_file import read_yaml
 from fmn.tasks.stages import DataSettings
 from fmn.tasks.task import TASKS
 
-_DEEPEST = 20  # sections within sections of a settings file
 WEBHOOK = "FMN_WEBHOOK"  # the environment variable of the webhook's address
 
 
@@ -168,41 +167,6 @@ class Params(Settings):
 def load(path: Path) -> Params:
     """Read and check ``params.yaml``. Raises UserError naming the file, the setting and what is wrong with it."""
     return validate(read_yaml(path), str(path))
-
-
-def read_yaml(path: Path) -> Any:
-    """Plain YAML 1.2: no aliases, tags, or keys said twice."""
-    from ruamel.yaml import YAML, events
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        depth = 0
-        for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
-            depth += isinstance(event, events.CollectionStartEvent) - isinstance(
-                event, events.CollectionEndEvent
-            )
-            if depth > _DEEPEST:
-                raise UserError(f"{path}: nested more than {_DEEPEST} deep, which no setting is")
-            if isinstance(event, events.AliasEvent) or getattr(event, "anchor", None):
-                raise UserError(
-                    f"{path}: anchors and aliases are not read here; write the value out"
-                )
-            if getattr(event, "tag", None):
-                raise UserError(
-                    f"{path}: the tag {event.tag} is not read here; write a plain value"
-                )
-        return YAML(typ="safe", pure=True).load(text)
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror or error}; --params names the settings file"
-        ) from error
-    except (
-        YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # of its characters, or of a number beyond all bounds
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def validate(content: Any, where: str) -> Params:
