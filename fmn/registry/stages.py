@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from fmn.errors import UserError, redacted
 from fmn.merge.recipe import CARD, RECIPE
 from fmn.registry import lineage
 from fmn.registry.lineage import Lineage, Part
+from fmn.registry.promotion import Decision
 from fmn.store import artifacts
 from fmn.store.records import Metrics, Record, Settings, parse_record
 from fmn.store.records import Traced as Recipe
@@ -68,6 +69,19 @@ class Registered(Record):
     alias: str
     reason: str
 
+    @classmethod
+    def of(cls, version: "ModelVersion", decision: Decision) -> "Registered":
+        """A version of the present store."""
+        from fmn.registry import tracking
+
+        return cls(
+            name=version.name,
+            version=str(version.version),
+            run=str(version.run_id),
+            store=redacted(tracking.tracking_uri()),
+            **decision._asdict(),
+        )
+
 
 def register(
     model: Path,
@@ -102,9 +116,8 @@ def register(
     started = time.monotonic()
     if out is not None:
         check_output(out, [model, metrics, report, card, params])
-    recipe, scores = _read(model, metrics)
-    pinned = lineage.pin_settings(read_yaml(params), recipe, scores) if params else None
-    card_text = (card or model / CARD).read_text()
+    merged = _read(model, metrics, params)
+    card_text = _read_card(card, model)
     inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
     described = settings.model_dump(exclude={"tolerance"})
     key = artifacts.content_key("register", REGISTER, described, inputs)
@@ -115,23 +128,14 @@ def register(
         else:
             tags = {"profile": str(params), "made": model.resolve().name} if params else {}
             with tracking.new_run(client, settings.experiment, key, settings.name, tags) as run:
-                run_id = run.info.run_id
                 mlflow.log_text(card_text, CARD)
                 mlflow.log_metrics(_seconds(model, metrics, report))
                 if report:
                     mlflow.log_artifacts(str(report), "report")
-                about = (key, model, recipe, scores, pinned)
-                version = _create_version(client, run_id, settings.name, *about)
+                version = _create_version(client, run.info.run_id, settings.name, key, merged)
         is_new = tracking.PROMOTION not in version.tags
-        alias, reason = tracking.promote(client, version, settings.tolerance, _shown(card_text))
-    registered = Registered(
-        name=settings.name,
-        version=str(version.version),
-        run=str(version.run_id),
-        store=redacted(tracking.tracking_uri()),
-        alias=alias,
-        reason=reason,
-    )
+        decision = tracking.promote(client, version, settings.tolerance, _shown(card_text))
+    registered = Registered.of(version, decision)
     if out is not None:
         _record(out, registered, inputs)
     return Outcome("register", out or model, is_new, time.monotonic() - started, registered)
@@ -146,8 +150,17 @@ def _record(out: Path, registered: Registered, inputs: Mapping[str, str]) -> Non
     run_stage("register", REGISTER, out, write, reads=inputs, settings=settings, summary=str)
 
 
-def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
-    """The recipe of a merged model, and its metrics, which must be of it and of all its tasks."""
+class _Merged(NamedTuple):
+    """A merged model, its recipe, its metrics, and the settings that it was made with if known."""
+
+    model: Path
+    recipe: Recipe
+    scores: Metrics
+    settings: dict[str, Any] | None
+
+
+def _read(model: Path, metrics: Path, params: Path | None = None) -> _Merged:
+    """Read a merged model and its metrics, which must be of it and of all its tasks."""
     check_intact(model)
     recipe = read_record(model / RECIPE, Recipe, "merge with `fmn merge`")
     scores = read_record(metrics, Metrics, "make it with `fmn evaluate`")
@@ -157,24 +170,30 @@ def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
     if scores.model not in digests or not is_complete:
         remedy = f"make them with `fmn evaluate {model}`"
         raise UserError(f"{metrics}: not the metrics of all tasks of {model}; {remedy}")
-    return recipe, scores
+    settings = read_yaml(params) if params else {}
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{params}: holds no settings; --params names the settings file")
+    pinned = lineage.pin_settings(settings, recipe, scores) if params else None
+    return _Merged(model, recipe, scores, pinned)
+
+
+def _read_card(card: Path | None, model: Path) -> str:
+    """The text of a model card; by default of the merged model's own, if it has one."""
+    file = card or model / CARD
+    if card and not card.is_file():
+        raise UserError(f"{card}: no such model card; `fmn report` makes it")
+    return file.read_text() if file.is_file() else ""
 
 
 def _create_version(
-    client: "MlflowClient",
-    run_id: str,
-    name: str,
-    key: str,
-    model: Path,
-    recipe: Recipe,
-    scores: Metrics,
-    settings: dict[str, Any] | None,
+    client: "MlflowClient", run_id: str, name: str, key: str, merged: _Merged
 ) -> "ModelVersion":
     """Log a merged model and everything known of it with the current run, and register it."""
     import mlflow
 
     from fmn.registry import tracking
 
+    model, recipe, scores, settings = merged
     parts = lineage.describe(model, recipe, scores)
     record = Lineage(parts=parts, threads=lineage.threads(recipe), settings=settings)
     mlflow.log_text(record.model_dump_json(indent=1), LINEAGE)
@@ -245,7 +264,7 @@ def _inputs(parts: list[Part]) -> Iterator["DatasetInput"]:
             _, task, split = part.name.split(" ")
             source = json.dumps({"source": part.origin, "split": split})
             digest = part.digest[:32]  # MLflow keeps 36 digits
-            dataset = Dataset(task, digest, part.origin.split(",")[0], source)
+            dataset = Dataset(task, digest, part.origin.split(" ")[0], source)
             context = "training" if split == "train" else "validation"
             yield DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
 
@@ -355,7 +374,7 @@ def settings_again(version: Version, out: Path) -> Path:
 def compare_digests(version: Version, model: Path, metrics: Path) -> list[tuple[str, str, str]]:
     """A model that was made again beside the version: (what, digest recorded, digest now)."""
     recorded = {part.name: part.digest for part in version.lineage.parts}
-    parts = lineage.describe(model, *_read(model, metrics))
+    parts = lineage.describe(*_read(model, metrics)[:3])
     now = {part.name: part.digest for part in parts}
     names = dict.fromkeys([*recorded, *now])
     return [(name, recorded.get(name, ""), now.get(name, "")) for name in names]

@@ -268,6 +268,11 @@ def test_what_cannot_be_made_again_is_told(
 ) -> None:
     register("bare")
     version = registry_stages.read_lineage("models:/bare/1")
+    with pytest.raises(UserError, match=r"none\.md: no such model card"):
+        register("bare", card=tmp_path / "none.md")
+    (tmp_path / "list.yaml").write_text("- a list")
+    with pytest.raises(UserError, match=r"list\.yaml: holds no settings"):
+        register("bare", params=tmp_path / "list.yaml")
     with pytest.raises(UserError, match=r"models:/bare/1: registered without its settings; `fmn"):
         registry_stages.settings_again(version, tmp_path)
     client.create_registered_model("foreign")
