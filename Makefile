@@ -36,7 +36,7 @@ schedule: $(VENV)/installed ## Prefect's server, a worker and the deployments of
 	@python -m flows.schedule
 
 mlflow: $(VENV)/installed ## the pages of the registry, on loopback; MLFLOW_PORT=5001 for another port
-	@python -c "from fmn import registry; print(registry.page($(MLFLOW_PORT)))"
+	@python -c "from fmn.registry import tracking; print(tracking.page($(MLFLOW_PORT)))"
 	@case "$$MLFLOW_TRACKING_URI" in http*) ;; *) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	  MLFLOW_BACKEND_STORE_URI="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" exec mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1; esac
 

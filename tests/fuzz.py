@@ -1,8 +1,9 @@
-"""A coverage-guided fuzz run over what reads headers and manifests: bytes are read, or refused as a UserError.
+"""A coverage-guided fuzz run over what reads headers and JSON: bytes are read, or a UserError.
 
     python -m tests.fuzz [-runs=N] [-max_total_time=SECONDS] [CORPUS]
 
-`make torture` runs it; CORPUS is tests/corpus, to which libFuzzer adds what reaches new code. Needs atheris.
+`make torture` runs it; CORPUS is tests/corpus, to which libFuzzer adds what reaches new code. It
+needs atheris.
 """
 
 import shutil
@@ -18,24 +19,27 @@ with atheris.instrument_imports(include=["fmn"]):
     from fmn.merge import recipe
     from fmn.models import headers
     from fmn.store import artifacts
+    from fmn.store.records import Metrics
+    from fmn.store.stage import read_record, read_sidecar
 
-PLACE = Path(tempfile.mkdtemp(prefix="fuzz", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))  # noqa: S108
+MEMORY = Path("/dev/shm")  # noqa: S108
+FOLDER = Path(tempfile.mkdtemp(prefix="fuzz", dir=MEMORY if MEMORY.is_dir() else None))
+NAMES = (
+    headers.WEIGHTS,
+    headers.INDEX,
+    artifacts.MANIFEST,
+    "metrics.json",
+    recipe.RECIPE,
+    headers.WEIGHTS,
+)
 
 
 def attempt(data: bytes) -> None:
-    """The first byte says what the others are: a safetensors file, an index, a manifest, metrics or a recipe."""
+    """Read bytes as the kind of file that the first byte tells."""
     if not data:
         return
-    kind, content = data[0] % 6, data[1:]
-    name = (
-        headers.WEIGHTS,
-        headers.INDEX,
-        artifacts.MANIFEST,
-        "metrics.json",
-        recipe.RECIPE,
-        headers.WEIGHTS,
-    )[kind]
-    path = PLACE / name
+    kind, content = data[0] % len(NAMES), data[1:]
+    path = FOLDER / NAMES[kind]
     path.write_bytes(content)
     try:
         if kind == 0:
@@ -43,15 +47,15 @@ def attempt(data: bytes) -> None:
         elif kind == 1:
             headers.weight_map(path)
         elif kind == 2:
-            artifacts.read_manifest(PLACE)
+            read_sidecar(FOLDER)
         elif kind == 3:
-            artifacts.read_json(path)
+            read_record(path, Metrics)
         elif kind == 4:
-            recipe.read_recipe(PLACE)
+            recipe.read_recipe(FOLDER)
         else:
             statistics.read(path, "gram")
     except UserError as error:
-        if "\n" in str(error) or str(PLACE) not in str(error):
+        if "\n" in str(error) or str(FOLDER) not in str(error):
             raise AssertionError(f"not a line that names the file: {error}") from error
     finally:
         path.unlink()
@@ -62,7 +66,7 @@ def main() -> None:
     try:
         atheris.Fuzz()
     finally:
-        shutil.rmtree(PLACE, ignore_errors=True)
+        shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A proxy on loopback before a real MLflow server, or before none, that misbehaves as it is told."""
+"""A proxy on loopback in front of an MLflow server, or of none, with faults on demand."""
 
 import http.client
 import threading
@@ -9,28 +9,28 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # Headers of one connection, not of what it carries.
-_HOPS = ("connection", "keep-alive", "transfer-encoding", "content-length", "host")
+_HOP_HEADERS = ("connection", "keep-alive", "transfer-encoding", "content-length", "host")
 
 
 @dataclass
 class Proxy:
-    """Where it listens, what it does, and how often it was asked.
+    """Its address, its faults, and how many requests it got.
 
     Attributes:
-        faults: what happens to the next requests, one each: a status, "cut" (in the middle of the answer), "slow" (no
-            answer for a minute) or "" (it goes through, as all that come after do).
-        always: what happens to every request, where that is not empty.
+        faults: of the next requests, one each: a status, "cut" (in the middle of the answer),
+            "slow" (no answer for a minute) or "" (none). Later requests have none.
+        always: the fault of every request, if not empty.
     """
 
     url: str
     faults: list[int | str] = field(default_factory=list)
     always: int | str = ""
-    asked: int = 0
+    requests: int = 0
 
 
 @contextmanager
 def proxy(port: int | None = None) -> Iterator[Proxy]:
-    """A proxy before a server on loopback; without a port every request that is to go through is answered with 503."""
+    """A proxy of the server at a port; without a port, requests without a fault get a 503."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -40,16 +40,16 @@ def proxy(port: int | None = None) -> Iterator[Proxy]:
         ) -> None:
             self.send_response(status)
             for name, value in headers:
-                if name.lower() not in _HOPS:
+                if name.lower() not in _HOP_HEADERS:
                     self.send_header(name, value)
             self.send_header("Content-Length", str(length))
             self.end_headers()
             self.wfile.write(body)
 
-        def _pass(self) -> None:
-            made.asked += 1
+        def _handle(self) -> None:
+            state.requests += 1
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            fault = made.always or (made.faults.pop(0) if made.faults else "")
+            fault = state.always or (state.faults.pop(0) if state.faults else "")
             if fault == "slow":
                 time.sleep(60)
             if fault == "cut":
@@ -58,28 +58,25 @@ def proxy(port: int | None = None) -> Iterator[Proxy]:
             elif isinstance(fault, int) or port is None:
                 self._answer(fault if isinstance(fault, int) else 503, b"{}", [], 2)
             else:
-                kept = {
-                    name: value for name, value in self.headers.items() if name.lower() not in _HOPS
-                }
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP_HEADERS}
                 with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as server:
-                    server.request(self.command, self.path, body, kept)
+                    server.request(self.command, self.path, body, headers)
                     answer = server.getresponse()
                     content = answer.read()
                 self._answer(answer.status, content, answer.getheaders(), len(content))
 
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass  # noqa: N815
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    made = Proxy(f"http://127.0.0.1:{server.server_port}")
-    threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-    ).start()
+    state = Proxy(f"http://127.0.0.1:{server.server_port}")
+    options = {"poll_interval": 0.05}
+    threading.Thread(target=server.serve_forever, kwargs=options, daemon=True).start()
     try:
-        yield made
+        yield state
     finally:
         server.shutdown()
         server.server_close()

@@ -1,4 +1,4 @@
-"""Sources that float: every run looks where they stand, and computes again what depends on those that moved."""
+"""Sources that move: every run resolves them, and computes again what depends on them."""
 
 import re
 import shutil
@@ -57,7 +57,7 @@ def project(
 
 
 def register_expert(task: str) -> None:
-    """A version of the registered expert, made from a copy of models/TASK, which becomes the champion."""
+    """Register a copy of models/TASK as a new version of the expert, and as its champion."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
@@ -80,28 +80,20 @@ def retune(task: str) -> None:
 
 def run(capsys: pytest.CaptureFixture[str]) -> tuple[set[tuple[str, str]], str]:
     """The stages that a run computed, and the version that the registry then has."""
-    found = pipeline("params.yaml")
-    said = [
-        re.match(r"(\S+) +(\S*) +[\d.]+ s$", line) for line in capsys.readouterr().out.splitlines()
-    ]
-    return {(line[1], line[2]) for line in said if line}, found["registered"]["version"]
+    outcome = pipeline("params.yaml")
+    lines = capsys.readouterr().out.splitlines()
+    stages = [re.match(r"(\S+) +(\S*) +[\d.]+ s$", line) for line in lines]
+    return {(stage[1], stage[2]) for stage in stages if stage}, outcome["registered"]["version"]
 
 
-def of_one_expert(task: str, computed: set[tuple[str, str]]) -> None:
-    """One fetch, one Fisher, one evaluation of the expert; every merged model made and evaluated again; no more."""
-    assert {one for one in computed if one[1] in TASKS} == {
-        ("fetch", task),
-        ("fisher", task),
-        ("evaluate", task),
-    }
-    rest = {one for one in computed if one[1] not in TASKS}
-    assert {stage for stage, _ in rest} == {"merge", "evaluate", "report", "register"}
-    assert {
-        ("merge", "merged"),
-        ("merge", "average"),
-        ("evaluate", "merged"),
-        ("evaluate", "average"),
-    } < rest
+def check_one_expert(task: str, computed: set[tuple[str, str]]) -> None:
+    """The expert and every merged model were computed again, and nothing else."""
+    of_experts = {stage for stage in computed if stage[1] in TASKS}
+    assert of_experts == {("fetch", task), ("fisher", task), ("evaluate", task)}
+    others = computed - of_experts
+    assert {stage for stage, _ in others} == {"merge", "evaluate", "report", "register"}
+    merged = {(stage, name) for stage in ("merge", "evaluate") for name in ("merged", "average")}
+    assert merged < others
 
 
 @pytest.mark.slow
@@ -114,7 +106,7 @@ def test_a_run_computes_what_depends_on_sources_that_moved(
         computed, version = run(capsys)
         assert {("fetch", task) for task in TASKS} < computed
         assert version == "1"
-        assert run(capsys) == (set(), "1"), "nothing moved: nothing is computed, nothing registered"
+        assert run(capsys) == (set(), "1"), "nothing moved"
         assert [text.partition(" champion")[0] for text in webhook.taken] == [
             "fmn: tiny 1 is the new"
         ]
@@ -123,23 +115,24 @@ def test_a_run_computes_what_depends_on_sources_that_moved(
     retune("sst2")
     project.add("models", "org/sst2", Path("models/sst2"))
     computed, version = run(capsys)
-    of_one_expert("sst2", computed)
+    check_one_expert("sst2", computed)
     assert version == "2"
 
     retune("mrpc")
     register_expert("mrpc")
     computed, version = run(capsys)
-    of_one_expert("mrpc", computed)
+    check_one_expert("mrpc", computed)
 
     retune("stsb")
     computed, version = run(capsys)
-    of_one_expert("stsb", computed)
+    check_one_expert("stsb", computed)
     assert version == "4"
 
     table = pq.read_table("sets/sst2/train.parquet")
     pq.write_table(table.slice(0, 50), "sets/sst2/train.parquet")
     computed, version = run(capsys)
-    assert {one for one in computed if one[1] in TASKS} == {("data", "sst2"), ("fisher", "sst2")}
+    of_experts = {stage for stage in computed if stage[1] in TASKS}
+    assert of_experts == {("data", "sst2"), ("fisher", "sst2")}
     assert ("merge", "merged") in computed
     assert run(capsys) == (set(), version)
 
@@ -148,8 +141,7 @@ def test_a_run_computes_what_depends_on_sources_that_moved(
         monkeypatch.setenv("FMN_WEBHOOK", webhook.address)
         with pytest.raises(UserError) as failed:
             run(capsys)
-    assert re.fullmatch(
-        r"fetch stsb: models/stsb: .*config\.json.*; finished, in percent: sst2 [\d.]+, mrpc [\d.]+",
-        str(failed.value),
-    )
+    finished = r"finished, in percent: sst2 [\d.]+, mrpc [\d.]+"
+    problem = rf"fetch stsb: models/stsb: .*config\.json.*; {finished}"
+    assert re.fullmatch(problem, str(failed.value))
     assert webhook.taken == [f"fmn: params.yaml failed: {failed.value}"]

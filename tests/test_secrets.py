@@ -1,4 +1,4 @@
-"""Secrets are nowhere in what a run leaves behind or says, and what it starts listens on loopback alone."""
+"""A run leaves no secret behind and prints none; what it starts listens on loopback alone."""
 
 import shutil
 import signal
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -28,37 +29,32 @@ SECRETS = {
 
 
 def leaks(folder: Path) -> list[str]:
-    """The files below a folder that hold a planted secret, but for the profiles that it was planted in."""
+    """The files below a folder that hold a secret, without the settings that it was put in."""
     files = [
         path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(PROFILE)
     ]
     return [str(path.relative_to(folder)) for path in files if MARK.encode() in path.read_bytes()]
 
 
-def listening(of: psutil.Process) -> set[str]:
-    """The addresses that a process and those below it listen on."""
-    found = set()
-    for one in [of, *of.children(recursive=True)]:
-        try:
-            found |= {
-                f"{at.laddr.ip}"
-                for at in one.net_connections("inet")
-                if at.status == psutil.CONN_LISTEN
-            }
-        except psutil.Error:  # it has ended
-            continue
-    return found
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses that a process and its descendants listen on."""
+    addresses: set[str] = set()
+    for member in [process, *process.children(recursive=True)]:
+        with suppress(psutil.Error):  # it has ended
+            connections = member.net_connections("inet")
+            addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    return addresses
 
 
 def watched(
     process: "subprocess.Popen[str]", until: Callable[[set[str]], bool] = lambda _: False
 ) -> set[str]:
-    """The addresses that a command listens on until it ends, or until these are enough."""
-    found: set[str] = set()
-    while process.poll() is None and not until(found):
-        found |= listening(psutil.Process(process.pid))
+    """The addresses that a command listens on, until it ends or these are enough."""
+    addresses: set[str] = set()
+    while process.poll() is None and not until(addresses):
+        addresses |= listening(psutil.Process(process.pid))
         time.sleep(0.3)
-    return found
+    return addresses
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +64,11 @@ def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real MLflow server, and its address with a user name and a password; its files lie in a folder of its own."""
+    """The address, with user name and password, of a real MLflow server."""
     folder = tmp_path_factory.mktemp("server")
-    options = [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    with serving("server", *options, path="/health") as address:
+    database = ("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}")
+    files = ("--artifacts-destination", str(folder / "files"))
+    with serving("server", *database, *files, path="/health") as address:
         yield address.replace("//", f"//somebody:{MARK}6@")
     assert leaks(folder) == []
 
@@ -92,36 +84,28 @@ def profile(project: Path, name: str, old: str, new: str) -> Path:
 def test_a_run_tells_no_secret_and_listens_on_loopback_alone(project: Path, store: str) -> None:
     webhook = f"notify: {{webhook: 'http://127.0.0.1:9/{MARK}7'}}\nevaluate:"
     plain = profile(project, "plain", "evaluate:", webhook)
-    gone = f"http://somebody:{MARK}8@127.0.0.1:9"
+    no_server = f"http://somebody:{MARK}8@127.0.0.1:9"
     folder = f"base: https://user:{MARK}9@host/model?token={MARK}10"
     hub, data = f"base: hf://user:{MARK}11@org/name", f"source: 'https://user:{MARK}12@host/data'"
     runs = [
         ("registered", plain, store, True),
         ("nothing to do", plain, store, True),
-        ("no server", plain, gone, False),
+        ("no server", plain, no_server, False),
         ("no source", profile(project, "source", "base: source", folder), store, False),
         ("no hub source", profile(project, "hub", "base: source", hub), store, False),
         ("no data", profile(project, "data", "source: embedded", data), store, False),
     ]
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     for name, file, uri, succeeds in runs:
-        command = [
-            sys.executable,
-            "-m",
-            "fmn",
-            "run",
-            "--params",
-            file.name,
-            *(["--verbose"] if succeeds else []),
-        ]
-        with projects.start(
-            project, *command, MLFLOW_TRACKING_URI=uri, **quick, **SECRETS
-        ) as process:
-            heard = watched(process) if name == "registered" else {"127.0.0.1"}
+        options = ["--params", file.name, *(["--verbose"] if succeeds else [])]
+        command = [sys.executable, "-m", "fmn", "run", *options]
+        variables = {"MLFLOW_TRACKING_URI": uri, **quick, **SECRETS}
+        with projects.start(project, *command, **variables) as process:
+            addresses = watched(process) if name == "registered" else {"127.0.0.1"}
             out, err = process.communicate()
         assert (process.returncode == 0) == succeeds, f"{name}: {out}{err}"
         assert MARK not in out + err, name
-        assert heard == {"127.0.0.1"}, name
+        assert addresses == {"127.0.0.1"}, name
         assert not leaks(project), name
         if not succeeds:
             assert len(err.splitlines()) == 1, f"{name}: {err}"
@@ -139,15 +123,15 @@ def test_what_make_starts_listens_on_loopback_alone(which: str, project: Path) -
     variables = {"PREFECT_SERVER_API_PORT": "5392", **SECRETS}
     with projects.start(project, "bash", "-c", command, **variables) as process:
         try:
-            heard = watched(process, bool)
+            addresses = watched(process, bool)
             time.sleep(10)  # what comes up later
-            heard |= listening(psutil.Process(process.pid))
+            addresses |= listening(psutil.Process(process.pid))
         finally:
             if which == "mlflow":
-                for one in psutil.Process(process.pid).children(recursive=True):
-                    one.terminate()
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.terminate()
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=120)
-    assert heard == {"127.0.0.1"}, out + err
+    assert addresses == {"127.0.0.1"}, out + err
     assert MARK not in out + err
     assert not leaks(project)

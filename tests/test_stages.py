@@ -20,8 +20,6 @@ from fmn.merge import stages as merge_stages
 from fmn.merge.stages import MergeSettings
 from fmn.models import stages as models_stages
 from fmn.models.stages import FinetuneSettings
-from fmn.registry import stages as registry_stages
-from fmn.registry.stages import RegistrySettings
 from fmn.report import stages as report_stages
 from fmn.store import artifacts
 from fmn.store.stage import Outcome
@@ -396,18 +394,6 @@ def test_a_file_that_was_not_made_here_is_not_replaced(work: Path) -> None:
         path.touch()
         with pytest.raises(UserError, match="--out"):
             evaluate_stages.evaluate(work / "experts" / "sst2", ["sst2"], path, path, EVALUATE)
-
-
-def test_metrics_of_another_model_are_not_registered(work: Path) -> None:
-    merge(work)
-    evaluate_stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
-    evaluate_stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
-    merge(work, MergeSettings(mapping="paper"))
-    for metrics in ("merged.json", "part.json"):
-        with pytest.raises(UserError, match="not the metrics"):
-            registry_stages.register(
-                work / "merged", work / metrics, None, None, RegistrySettings(name="demo")
-            )
 
 
 def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back(

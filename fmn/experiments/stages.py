@@ -164,7 +164,6 @@ def search(
     def compute() -> Mapping[str, Any]:
         from fmn.experiments import search, trial
         from fmn.merge import model as merged
-        from fmn.registry import tracking as registry
 
         checkpoints.check_experts(experts, base)
         options = {**inputs.options, **merging.model_dump(exclude={"coefficient"}), "base": base}
@@ -187,20 +186,7 @@ def search(
                 contenders, encoder(coefficients, scale), settings.device, settings.dtype
             )
 
-        params = {
-            **described["merge"],
-            **settings.model_dump(exclude={"trials", "experiment"}),
-            "scale": scale,
-        }
-
         def log(done: "Sequence[Trial]") -> None:
-            registry.log_trials(
-                [_metrics(one) for one in done],
-                name=f"search {', '.join(found)}",
-                experiment=settings.experiment,
-                key=study,
-                params={**params, "tasks": ", ".join(found)},
-            )
             if progress:
                 progress(len(done), settings.trials)
 

@@ -1,264 +1,144 @@
-"""What a registered version was made from, so that it can be told and made again. Knows no MLflow."""
+"""What a registered version was made from. Knows no MLflow."""
 
-import io
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fmn.errors import UserError
-from fmn.models.sources import ELSEWHERE
+from fmn.models.sources import ELSEWHERE as SCHEMES
 from fmn.store import artifacts
-
-if TYPE_CHECKING:
-    from fmn.params import Params
+from fmn.store.records import Checkpoint, Metrics, Record
+from fmn.store.records import Traced as Recipe
+from fmn.store.yaml_file import read_yaml
 
 LOCK = Path("dvc.lock")
-LAST = (
-    "register"  # the stage of dvc.yaml that states the digest of what stands before it in the lock
-)
-# What says nothing of how the merged model is made; the section of notices holds a secret.
-_LEFT_OUT = {"compare", "notify", "full_fisher", "runner", "address", "storage"}
+LAST_STAGE = "register"  # of dvc.yaml; its entry in the lock comes after the registration
+# Sections of the settings that do not change the merged model; `notify` holds a secret.
+_NOT_RECORDED = {"compare", "notify", "full_fisher", "runner", "address", "storage"}
 
 
-def git_commit() -> str | None:
-    """The commit that the working folder is at, with a ``+`` where files differ from it; None outside of git."""
-    commands = (
-        ["git", "rev-parse", "HEAD"],
-        ["git", "status", "--porcelain", "--untracked-files=no"],
-    )
-    try:
-        done = [
-            subprocess.run(command, capture_output=True, text=True, check=False)
-            for command in commands
-        ]
-    except OSError:
-        return None
-    if any(one.returncode for one in done):
-        return None
-    commit, changes = (one.stdout.strip() for one in done)
-    return f"{commit}+" if changes else commit
+class Part(Record):
+    """Something that a merged model was made from, or a part of the model itself.
 
-
-def dvc_lock() -> str | None:
-    """The digest of what dvc.lock in the working folder says of the stages before the registration; None without it."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        content = YAML(typ="safe", pure=True).load(LOCK.read_text())
-        stages = {name: entry for name, entry in content["stages"].items() if name != LAST}
-    except (OSError, YAMLError, KeyError, TypeError, AttributeError):
-        return None
-    return artifacts.digest_bytes(artifacts.canonical(stages))
-
-
-def digests(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
-    """The digest of everything that a merged model was made from, and of what it is, by what it is of.
-
-    Args:
-        recipe: the content of ``merge.json``.
-        metrics: the content of its metrics file.
+    Attributes:
+        name: such as ``expert sst2`` or ``merged encoder``.
+        origin: where it came from, or how it was computed.
+        digest: sha256, in hexadecimal.
     """
-    found = {"base": recipe["base"]["digest"]} if recipe.get("base") else {}
-    for task, entry in metrics["data"].items():
-        found |= {f"data {task} {split}": digest for split, digest in entry["splits"].items()}
-    for task in recipe["tasks"]:
-        if train := train_digest(recipe, task):
-            found[f"data {task} train"] = train
-    found |= {f"expert {task}": entry["digest"] for task, entry in recipe["experts"].items()}
-    for kind in ("fisher", "gram"):
-        found |= {
-            f"{kind} {task}": entry["values"]
-            for task, entry in recipe[kind].items()
-            if "values" in entry
-        }
-    encoder = {
-        name: digest for name, digest in recipe["files"].items() if name.startswith("encoder/")
-    }
-    parts = {"merged encoder": encoder}
-    for name, digest in recipe["files"].items():
-        if digest not in encoder.values():  # a task's folder holds the encoder's files too
-            parts.setdefault(f"merged head {name.split('/')[1]}", {})[name] = digest
-    found |= {
-        part: artifacts.digest_bytes(artifacts.canonical(files)) for part, files in parts.items()
-    }
-    found["scores"] = artifacts.digest_bytes(artifacts.canonical(metrics["tasks"]))
-    return found
+
+    name: str
+    origin: str
+    digest: str
 
 
-def train_digest(recipe: Mapping[str, Any], task: str) -> str | None:
-    """The digest of the training split that an expert or its statistics were made from; None where none was read."""
-    entries = (recipe[kind].get(task, {}) for kind in ("fisher", "gram", "experts"))
-    return next((entry["data_digest"] for entry in entries if "data_digest" in entry), None)
+class Lineage(Record):
+    """What a merged model was made from, as it is kept with a registered version.
 
-
-def evaluation_data(metrics: Mapping[str, Any]) -> str:
-    """One digest for the data that the metrics are of."""
-    splits = {task: entry["splits"] for task, entry in metrics["data"].items()}
-    return artifacts.digest_bytes(artifacts.canonical(splits))
-
-
-def tags(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
-    """The lineage in short, for the tags of a run and a version."""
-    found = {
-        "tasks": ", ".join(recipe["tasks"]),
-        "fmn": recipe["fmn"],
-        "data": evaluation_data(metrics),
-        **{f"expert.{task}": entry["revision"] for task, entry in recipe["experts"].items()},
-        **{
-            f"{kind}.{task}": entry["digest"]
-            for kind in ("fisher", "gram")
-            for task, entry in recipe[kind].items()
-        },
-    }
-    if recipe.get("base"):
-        found["base"] = recipe["base"]["revision"]
-    here = {"git.commit": git_commit(), "dvc.lock": dvc_lock()}
-    return found | {name: value for name, value in here.items() if value}
-
-
-def pinned(
-    params: "Params", recipe: Mapping[str, Any], metrics: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The settings that a merged model was made with, as plain data: every source pinned to the revision it had."""
-
-    def pin(source: str, entry: Mapping[str, str] | None) -> str:
-        revision = (entry or {}).get("revision", "")
-        if revision.startswith(ELSEWHERE):
-            return revision
-        return source if source.startswith(ELSEWHERE) else str(Path(source).expanduser().resolve())
-
-    stated = params.model_dump(mode="json", exclude=_LEFT_OUT)
-    stated["base"] = pin(params.base, recipe.get("base"))
-    stated["sources"] = {
-        task: pin(source, recipe["experts"].get(task)) for task, source in params.sources.items()
-    }
-    if params.data.source == "hub":
-        revisions = {entry["revision"] for entry in metrics["data"].values() if "revision" in entry}
-        if len(revisions) == 1:
-            stated["data"]["revision"] = revisions.pop()
-    elif params.data.source != "embedded":
-        stated["data"]["source"] = str(Path(params.data.source).expanduser().resolve())
-    return stated
-
-
-def place(model: Path, params: "Params") -> str:
-    """The name of a model's folder in the one that the settings work in; UserError where they make it elsewhere."""
-    if model.resolve().parent != Path(params.work).resolve():
-        raise UserError(
-            f"--params: these settings make their models in {params.work}, not in {model.parent}"
-        )
-    return model.resolve().name
-
-
-def as_yaml(settings: Mapping[str, Any]) -> str:
-    """Plain data as YAML."""
-    from ruamel.yaml import YAML
-
-    text = io.StringIO()
-    YAML(typ="safe", pure=True).dump(dict(settings), text)
-    return text.getvalue()
-
-
-def again(settings: Any, work: Path, where: str) -> "Params":
-    """Recorded settings, to be followed in another folder; UserError where a source is gone, or fmn reads them no more.
-
-    Args:
-        settings: what `pinned` gave.
-        work: the folder to make everything in.
-        where: what the settings are of, for messages.
+    Attributes:
+        parts: everything that has a digest.
+        threads: see `threads`; the last bits of the model depend on them.
+        settings: the settings with every source pinned, if they are known.
     """
-    from fmn.params import validate
 
-    found = validate({**settings, "work": str(work.resolve())}, f"the settings of {where}")
-    folders = {
-        "base": found.base,
-        **{f"expert {task}": source for task, source in found.sources.items()},
-    }
-    if found.data.source not in ("hub", "embedded"):
-        folders["data"] = found.data.source
-    for name, source in folders.items():
-        if not source.startswith(ELSEWHERE) and not Path(source).is_dir():
-            raise UserError(
-                f"{where}: the {name} came from {source}, which is not there any more; put it back there"
-            )
-    return found
+    parts: list[Part]
+    threads: int | None = None
+    settings: dict[str, Any] | None = None
 
 
-def threads(recipe: Mapping[str, Any]) -> int | None:
-    """How many threads everything was computed with, on which the last bits depend; None where that differs."""
-    entries = [entry for kind in ("experts", "fisher", "gram") for entry in recipe[kind].values()]
-    counts = {int(entry["threads"]) for entry in entries if "threads" in entry}
+def describe(model: Path, recipe: Recipe, metrics: Metrics) -> list[Part]:
+    """Everything that a merged model was made from, the parts of the model, and its scores."""
+    parts = [("base", recipe.base.revision, recipe.base.digest)] if recipe.base else []
+    for task, rows in metrics.data.items():
+        origin = " ".join(filter(None, (rows.source, rows.revision, str(rows.seed or ""))))
+        parts += [(f"data {task} {split}", origin, rows.splits[split]) for split in rows.splits]
+        if digest := _training_data(recipe, task):
+            parts.append((f"data {task} train", origin, digest))
+    for task, expert in recipe.experts.items():
+        parts.append((f"expert {task}", _origin(expert), expert.digest))
+    for kind, statistics in (("fisher", recipe.fisher), ("gram", recipe.gram)):
+        for task, used in statistics.items():
+            origin = f"{used.estimator} {used.samples} examples, seed {used.seed}, {used.dtype}"
+            parts.append((f"{kind} {task}", origin.strip(), used.values))
+    files = artifacts.digest_files(model)
+    encoder = {name: digest for name, digest in files.items() if name.startswith("encoder/")}
+    parts.append(("merged encoder", recipe.method, _digest(encoder)))
+    for task in recipe.tasks:
+        names = [name for name in files if name.startswith(f"tasks/{task}/")]
+        # A task's folder has links to the encoder's files.
+        head = {name: files[name] for name in names if files[name] not in encoder.values()}
+        origin = "re-aligned" if recipe.realign else "the expert's own"
+        parts.append((f"merged head {task}", origin, _digest(head)))
+    scores = {task: entry.model_dump(mode="json") for task, entry in metrics.tasks.items()}
+    parts.append(("scores", f"{100 * metrics.score:.2f} % in the mean", _digest(scores)))
+    return [Part(name=name, origin=origin, digest=digest) for name, origin, digest in parts]
+
+
+def _training_data(recipe: Recipe, task: str) -> str:
+    """The digest of the training split behind an expert or its statistics; empty if unknown."""
+    entries = (recipe.fisher.get(task), recipe.gram.get(task), recipe.experts.get(task))
+    return next((entry.data_digest for entry in entries if entry and entry.data_digest), "")
+
+
+def _origin(expert: Checkpoint) -> str:
+    """The revision of an expert or, if fmn fine-tuned it, how."""
+    details = (f"{name.replace('_', ' ')} {value}" for name, value in expert.settings.items())
+    return "fine-tuned: " + ", ".join(details) if expert.settings else expert.revision
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return artifacts.digest_bytes(artifacts.canonical(content))
+
+
+def evaluation_data(metrics: Metrics) -> str:
+    """One digest of all data that a model was scored on."""
+    return _digest({task: rows.splits for task, rows in metrics.data.items()})
+
+
+def threads(recipe: Recipe) -> int | None:
+    """The threads of each process that computed experts and statistics, if they all had as many."""
+    counts = {expert.threads for expert in recipe.experts.values() if expert.threads}
+    counts |= {used.threads for used in [*recipe.fisher.values(), *recipe.gram.values()]}
     return counts.pop() if len(counts) == 1 else None
 
 
-def table(
-    recipe: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    stated: Mapping[str, str],
-    settings: Mapping[str, Any] | None,
-) -> list[list[str]]:
-    """The lineage for people, a row a thing: what, from where or how, digest.
-
-    Args:
-        recipe, metrics: as for `digests`.
-        stated: the tags of the version.
-        settings: what `pinned` gave, where it was recorded.
-    """
-    found, tuned = digests(recipe, metrics), (settings or {}).get("finetune", {})
-    how = {
-        f"expert {task}": _origin(entry, tuned.get(task))
-        for task, entry in recipe["experts"].items()
-    }
-    if recipe.get("base"):
-        how["base"] = recipe["base"]["revision"]
-    for kind in ("fisher", "gram"):
-        for task, entry in recipe[kind].items():
-            details = (
-                entry.get("estimator"),
-                f"{entry['samples']} examples",
-                f"seed {entry['seed']}",
-                entry["dtype"],
-            )
-            how[f"{kind} {task}"] = ", ".join(filter(None, details))
-    for task, entry in metrics["data"].items():
-        details = (
-            entry["source"],
-            *(f"{name} {entry[name]}" for name in ("revision", "seed") if name in entry),
-        )
-        how |= {name: ", ".join(details) for name in found if name.startswith(f"data {task} ")}
-    scale = f"scale {recipe['scale']:.3g}" if recipe["scale"] != 1 else None
-    how["merged encoder"] = ", ".join(filter(None, (recipe["method"], recipe["mapping"], scale)))
-    heads = "re-aligned" if recipe.get("realign") else "the expert's own"
-    how |= dict.fromkeys((f"merged head {task}" for task in recipe["tasks"]), heads)
-    how["scores"] = f"{100 * metrics['score']:.2f} % in the mean"
-    rows = [[what, how.get(what, ""), digest] for what, digest in found.items()]
-    rows.append(["settings", stated.get("profile", "not recorded"), ""])
-    rows.append(["git commit", *_compared(stated.get("git.commit"), git_commit())])
-    rows.append(["dvc.lock", *_compared(stated.get("dvc.lock"), dvc_lock())])
-    rows.append(["fmn", stated.get("fmn", ""), ""])
-    return rows
+def git_commit() -> str | None:
+    """The commit of the working folder, with ``+`` if files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
-def _origin(entry: Mapping[str, str], tuning: Mapping[str, Any] | None) -> str:
-    """Where an expert came from: its pinned source or, where it was made here, how."""
-    source, revision = entry["source"], entry["revision"]
-    if tuning:
-        names = ("epochs", "learning_rate", "batch_size", "examples", "seed")
-        return "fine-tuned: " + ", ".join(
-            f"{name.replace('_', ' ')} {tuning[name]}" for name in names
-        )
-    return (
-        f"{revision} ({source})"
-        if source != revision and source.startswith(ELSEWHERE)
-        else revision
-    )
+def dvc_lock() -> str | None:
+    """The digest of what dvc.lock says of the stages before the registration; None without it."""
+    try:
+        stages = read_yaml(LOCK)["stages"]
+        return _digest({name: entry for name, entry in stages.items() if name != LAST_STAGE})
+    except (UserError, KeyError, TypeError, AttributeError):
+        return None
 
 
-def _compared(stated: str | None, here: str | None) -> tuple[str, str]:
-    if stated is None:
-        return "not recorded", ""
-    changed = "with changes" if stated.endswith("+") else ""
-    same = ("as in this folder" if stated == here else "not that of this folder") if here else ""
-    return ", ".join(filter(None, (same, changed))), stated
+def pin_settings(settings: Mapping[str, Any], recipe: Recipe, metrics: Metrics) -> dict[str, Any]:
+    """The content of the settings file that a model was made with, with every source pinned."""
+    pinned = {name: value for name, value in settings.items() if name not in _NOT_RECORDED}
+    if "base" in pinned:
+        pinned["base"] = _pin(pinned["base"], recipe.base)
+    sources = pinned.get("sources") or {}
+    pinned["sources"] = {task: _pin(sources[task], recipe.experts.get(task)) for task in sources}
+    data = dict(pinned.get("data") or {})
+    if data.get("source") not in (None, "hub", "embedded"):
+        data["source"] = _pin(os.path.expandvars(data["source"]), None)
+    revisions = {rows.revision for rows in metrics.data.values() if rows.revision}
+    if len(revisions) == 1:
+        data["revision"] = revisions.pop()
+    return {**pinned, "data": data}
+
+
+def _pin(source: str, checkpoint: Checkpoint | None) -> str:
+    """The revision that a checkpoint came from or, of a folder, its absolute path."""
+    if checkpoint and checkpoint.revision.startswith(SCHEMES):
+        return checkpoint.revision
+    return source if source.startswith(SCHEMES) else str(Path(source).expanduser().resolve())

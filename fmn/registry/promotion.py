@@ -1,4 +1,4 @@
-"""Which registered version is the champion: when a new one takes its place, and which held it before."""
+"""Which version of a registered model is the champion. Knows no MLflow."""
 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -7,17 +7,13 @@ CHAMPION = "champion"
 CHALLENGER = "challenger"
 PROMOTED = "promoted"
 RESTORED = "restored"
-_KEPT = 60  # events; a registry's tags are bounded
+_MAX_EVENTS = 60  # of a history, which has to fit into a tag
 
 
 class Standing(NamedTuple):
-    """What a version scored.
+    """What a version scored: the mean over tasks, and each task, as shares of one.
 
-    Attributes:
-        version: its number.
-        score: mean over the tasks.
-        tasks: the score of each task.
-        data: digest of the evaluation data.
+    `data` is the digest of the evaluation data.
     """
 
     version: str
@@ -34,64 +30,65 @@ class Decision(NamedTuple):
 
 
 def decide(new: Standing, champion: Standing | None, tolerance: float) -> Decision:
-    """The champion's place for a version that scores at least as much in the mean, and on no task much less.
+    """Whether a new version becomes the champion or the challenger.
 
-    Args:
-        new: the version that was just registered.
-        champion: the version that holds the place.
-        tolerance: how much less a task may score, as a share of one.
+    It becomes the champion if its mean score is at least the champion's and no task's score is
+    lower by more than `tolerance`, a share of one, on the same tasks and data.
     """
     if champion is None:
         return Decision(CHAMPION, "the first version")
-    before = f"version {champion.version}"
+    name = f"version {champion.version}"
     if not champion.tasks:
-        return Decision(CHALLENGER, f"not comparable: {before} does not say what it scored")
+        return Decision(CHALLENGER, f"not comparable: {name} does not say what it scored")
     if set(new.tasks) != set(champion.tasks):
-        return Decision(
-            CHALLENGER,
-            f"not comparable: {before} is of other tasks ({', '.join(sorted(champion.tasks))})",
-        )
+        tasks = ", ".join(sorted(champion.tasks))
+        return Decision(CHALLENGER, f"not comparable: {name} is of other tasks ({tasks})")
     if new.data != champion.data:
-        return Decision(CHALLENGER, f"not comparable: {before} was evaluated on other data")
-    means = f"mean score {_percent(new.score)} %, {before} has {_percent(champion.score)} %"
+        return Decision(CHALLENGER, f"not comparable: {name} was evaluated on other data")
+    means = f"mean score {_percent(new.score)} %, {name} has {_percent(champion.score)} %"
     if new.score < champion.score:
         return Decision(CHALLENGER, means)
     losses = {task: champion.tasks[task] - score for task, score in new.tasks.items()}
     task = max(losses, key=losses.__getitem__)
     if losses[task] <= 0:
         return Decision(CHAMPION, f"{means}; no task scores less")
-    worst = f"{means}; {task} scores {_percent(losses[task])} less, tolerance {_percent(tolerance)}"
-    return Decision(CHAMPION if losses[task] <= tolerance + 1e-9 else CHALLENGER, worst)
+    loss = f"{task} scores {_percent(losses[task])} less, tolerance {_percent(tolerance)}"
+    # 1e-9: differences of decimal scores are not exact in binary.
+    alias = CHAMPION if losses[task] <= tolerance + 1e-9 else CHALLENGER
+    return Decision(alias, f"{means}; {loss}")
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f}"
 
 
-def add(history: str, version: str, how: str, when: str) -> str:
-    """The history of the champion's place with one event more: ``1 promoted 2026-11-01T02:00Z; 3 promoted ...``."""
-    events = [*filter(None, history.split("; ")), f"{version} {how} {when}"]
-    return "; ".join(events[-_KEPT:])
+def add_event(history: str, version: str, event: str, time: str) -> str:
+    """A history of champions with one more event; the oldest events are forgotten.
 
-
-def before(history: str, champion: str | None, there: Collection[str]) -> str | None:
-    """The version that held the place before `champion`, among those that are still there; None without one.
-
-    What a rollback took the place from does not count, so that rolling back twice goes two versions back.
+    >>> add_event("1 promoted 2026-11-01T02:00Z", "3", PROMOTED, "2026-11-02T02:00Z")
+    '1 promoted 2026-11-01T02:00Z; 3 promoted 2026-11-02T02:00Z'
     """
-    held: list[str] = []
-    for event in filter(None, history.split("; ")):
-        version, how, _ = event.split(" ")
-        if how == RESTORED and version in held:
-            held = _up_to(held, version)
-        else:
-            held.append(version)
-    if champion in held:
-        held = _up_to(held, champion)[:-1]
-    return next(
-        (version for version in reversed(held) if version in there and version != champion), None
-    )
+    events = [*filter(None, history.split("; ")), f"{version} {event} {time}"]
+    return "; ".join(events[-_MAX_EVENTS:])
 
 
-def _up_to(held: list[str], version: str) -> list[str]:
-    return held[: len(held) - held[::-1].index(version)]
+def previous_champion(history: str, champion: str | None, versions: Collection[str]) -> str | None:
+    """The champion before the present one, among the versions that still exist, if any.
+
+    A champion that was rolled back does not count, so that rolling back twice goes two back.
+    """
+    champions: list[str] = []
+    for entry in filter(None, history.split("; ")):
+        version, event, _ = entry.split(" ")
+        if event == RESTORED and version in champions:
+            champions = _before_last(champions, version)
+        champions.append(version)
+    if champion in champions:
+        champions = _before_last(champions, champion)
+    candidates = (version for version in reversed(champions) if version in versions)
+    return next((version for version in candidates if version != champion), None)
+
+
+def _before_last(champions: list[str], version: str) -> list[str]:
+    """What comes before the last occurrence of a version."""
+    return champions[: len(champions) - 1 - champions[::-1].index(version)]

@@ -39,6 +39,7 @@ class Checkpoint(Record):
     source: str = ""
     settings: dict[str, int | float | str] = {}
     data_digest: str = ""
+    threads: int | None = None
 
 
 class Sampled(Record):

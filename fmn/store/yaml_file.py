@@ -1,20 +1,20 @@
-"""Plain YAML: no aliases, no tags, no key twice."""
+"""Settings as YAML files: plain data in, plain data out."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fmn.errors import UserError
 
-DEEPEST = 20  # sections within sections
+_MAX_DEPTH = 20  # sections within sections of a settings file
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML 1.2 file.
+    """The plain data in a YAML 1.2 file.
 
     Raises:
-        UserError: the file cannot be read, is not valid, nests too deep, or holds anchors, aliases,
-            tags or a key twice.
+        UserError: the file cannot be read, or has aliases, tags, or a key twice.
     """
     from ruamel.yaml import YAML, events
     from ruamel.yaml.error import YAMLError
@@ -23,18 +23,36 @@ def read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         depth = 0
         for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
-            if isinstance(event, events.CollectionStartEvent):
-                depth += 1
-            elif isinstance(event, events.CollectionEndEvent):
-                depth -= 1
-            if depth > DEEPEST:
-                raise UserError(f"{path}: nested more than {DEEPEST} deep; no setting is")
+            depth += isinstance(event, events.CollectionStartEvent) - isinstance(
+                event, events.CollectionEndEvent
+            )
+            if depth > _MAX_DEPTH:
+                raise UserError(f"{path}: nested more than {_MAX_DEPTH} deep, which no setting is")
             if isinstance(event, events.AliasEvent) or getattr(event, "anchor", None):
-                raise UserError(f"{path}: has an anchor or alias; write the value out")
+                raise UserError(
+                    f"{path}: anchors and aliases are not read here; write the value out"
+                )
             if getattr(event, "tag", None):
-                raise UserError(f"{path}: has the tag {event.tag}; write a plain value")
+                raise UserError(
+                    f"{path}: the tag {event.tag} is not read here; write a plain value"
+                )
         return YAML(typ="safe", pure=True).load(text)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; --params names the file") from error
-    except (YAMLError, ValueError, RecursionError) as error:  # also bad characters, huge numbers
+        raise UserError(
+            f"{path}: {error.strerror or error}; --params names the settings file"
+        ) from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        # ValueError: a character that YAML does not allow, or a number out of bounds.
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def to_yaml(content: Mapping[str, Any]) -> str:
+    """Plain data as YAML, in the order of its keys."""
+    from ruamel.yaml import YAML
+
+    text = io.StringIO()
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(dict(content), text)
+    return text.getvalue()

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from fmn.experiments.stages import SearchSettings
 from fmn.merge import recipe
 from fmn.merge import stages as merge_stages
 from fmn.merge.stages import MergeSettings
-from fmn.registry import tracking as registry
 from fmn.store import artifacts
 from fmn.store.stage import Outcome, Progress
 from tests.conftest import TASKS
@@ -123,16 +122,6 @@ def test_a_damaged_journal_is_begun_anew(tmp_path: Path) -> None:
     assert run(tmp_path / "trials", 4) == run(tmp_path / "sound", 4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    patch = pytest.MonkeyPatch()
-    patch.setenv(
-        "MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    )
-    yield registry.tracking_uri()
-    patch.undo()
-
-
 def stage(
     work: Path,
     out: Path,
@@ -206,7 +195,7 @@ def test_a_merge_takes_what_was_found(
 
 
 def test_a_second_search_computes_nothing_and_a_larger_budget_goes_on(
-    tiny_work: Path, tmp_path: Path, store: str
+    tiny_work: Path, tmp_path: Path
 ) -> None:
     out, done = tmp_path / "coefficients.json", []
     settings = SearchSettings(trials=3, rows=16, device="cpu", experiment="budget")
@@ -223,23 +212,6 @@ def test_a_second_search_computes_nothing_and_a_larger_budget_goes_on(
     )
     assert done == [(3, 5), (4, 5), (5, 5)]
     assert outcome.summary["trials"][:3] == before["trials"]
-
-    import mlflow
-
-    client = mlflow.MlflowClient(store)
-    place = client.get_experiment_by_name("budget")
-    assert place is not None
-    runs = client.search_runs([place.experiment_id])
-    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    nested = {run.info.run_name: run.data.metrics for run in runs if run not in parents}
-    assert len(parents) == 1
-    assert parents[0].data.metrics["score"] == outcome.summary["score"]
-    assert parents[0].data.params["method"] == "mask-fisher"
-    assert len(client.get_metric_history(parents[0].info.run_id, "score")) == 5
-    assert len(runs) == 6
-    for number, trial in enumerate(outcome.summary["trials"]):
-        assert nested[f"trial {number}"]["score"] == trial["score"]
-        assert nested[f"trial {number}"]["coefficient.sst2"] == trial["coefficients"]["sst2"]
 
 
 def test_validation_data_is_not_read(tiny_work: Path, tmp_path: Path) -> None:

@@ -157,9 +157,9 @@ def test_it_is_evaluated_shown_asked_and_registered_as_any_merged_model(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{work / 'mlflow.db'}")
     monkeypatch.chdir(work)
     registered = registry_stages.register(
-        work / "realigned", files["realigned"], None, None, RegistrySettings(name="tiny")
+        work / "realigned", metrics=files["realigned"], settings=RegistrySettings(name="tiny")
     )
-    assert registered.summary["version"] == "1"
+    assert registered.summary.version == "1"
 
     # What was re-aligned from a model that is not shown any more is not shown.
     merge_stages.merge(

@@ -8,9 +8,9 @@ from fmn.registry.promotion import (
     PROMOTED,
     RESTORED,
     Standing,
-    add,
-    before,
+    add_event,
     decide,
+    previous_champion,
 )
 
 OLD = Standing("3", 0.80, {"sst2": 0.9, "cola": 0.7}, "data")
@@ -75,33 +75,33 @@ def test_a_champion_of_unknown_scores_keeps_its_place() -> None:
 def history(*events: tuple[str, str]) -> str:
     text = ""
     for version, how in events:
-        text = add(text, version, how, "2026-11-01T02:00Z")
+        text = add_event(text, version, how, "2026-11-01T02:00Z")
     return text
 
 
 def test_rolling_back_twice_goes_two_champions_back() -> None:
-    there = {"1", "2", "3", "4", "5"}
+    versions = {"1", "2", "3", "4", "5"}
     text = history(("1", PROMOTED), ("3", PROMOTED), ("4", PROMOTED))
-    assert before(text, "4", there) == "3"
-    text = add(text, "3", RESTORED, "2026-11-02T02:00Z")
-    assert before(text, "3", there) == "1"
-    text = add(text, "1", RESTORED, "2026-11-03T02:00Z")
-    assert before(text, "1", there) is None
-    text = add(text, "5", PROMOTED, "2026-11-04T02:00Z")
-    assert before(text, "5", there) == "1"
+    assert previous_champion(text, "4", versions) == "3"
+    text = add_event(text, "3", RESTORED, "2026-11-02T02:00Z")
+    assert previous_champion(text, "3", versions) == "1"
+    text = add_event(text, "1", RESTORED, "2026-11-03T02:00Z")
+    assert previous_champion(text, "1", versions) is None
+    text = add_event(text, "5", PROMOTED, "2026-11-04T02:00Z")
+    assert previous_champion(text, "5", versions) == "1"
 
 
 def test_a_champion_before_that_was_deleted_is_passed_over() -> None:
     text = history(("1", PROMOTED), ("3", PROMOTED), ("4", PROMOTED))
-    assert before(text, "4", {"1", "4"}) == "1"
+    assert previous_champion(text, "4", {"1", "4"}) == "1"
 
 
 def test_an_alias_that_was_moved_by_hand_goes_back_to_the_last_known_champion() -> None:
-    assert before(history(("1", PROMOTED), ("3", PROMOTED)), "2", {"1", "2", "3"}) == "3"
-    assert before("", "2", {"1", "2"}) is None
+    assert previous_champion(history(("1", PROMOTED), ("3", PROMOTED)), "2", {"1", "2", "3"}) == "3"
+    assert previous_champion("", "2", {"1", "2"}) is None
 
 
 def test_the_history_stays_short_enough_for_a_tag() -> None:
     text = history(*((str(version), PROMOTED) for version in range(1000, 3000)))
     assert len(text) < 2000
-    assert before(text, "2999", {str(version) for version in range(3000)}) == "2998"
+    assert previous_champion(text, "2999", {str(version) for version in range(3000)}) == "2998"

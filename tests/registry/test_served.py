@@ -9,10 +9,9 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 
-from fmn.merge import stages as merge_stages
-from fmn.merge.stages import MergeSettings
-from fmn.registry import tracking as registry
+from fmn.registry import tracking
 from tests.conftest import TASKS
+from tests.registry.conftest import Merged
 
 if TYPE_CHECKING:
     from fmn.registry.served import MergedModel
@@ -21,10 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
 
 
 @pytest.fixture
-def packed(tiny_work: Path, tmp_path: Path) -> Path:
-    experts = {task: tiny_work / "experts" / task for task in TASKS}
-    merge_stages.merge(experts, {}, None, tmp_path / "merged", MergeSettings(method="average"))
-    return registry.pack(tmp_path / "merged", tmp_path / "packed")
+def packed(merged: Merged, tmp_path: Path) -> Path:
+    tracking.pack(merged.model, tmp_path / "packed")
+    return tmp_path / "packed"
 
 
 def test_the_encoder_is_packed_once(packed: Path) -> None:
@@ -97,15 +95,13 @@ def test_an_encoder_in_several_files_is_served(packed: Path) -> None:
 
     from fmn.registry.served import load_tasks
 
-    whole = load_tasks(packed)["sst2"].base_model.state_dict()
+    weights = load_tasks(packed)["sst2"].base_model.state_dict()
     file = packed / "encoder" / "model.safetensors"
     tensors = load_file(file)
+    file.unlink()
     names = sorted(tensors)
     for number, part in enumerate((names[:9], names[9:]), 1):
-        save_file(
-            {n: tensors[n] for n in part},
-            packed / "encoder" / f"model-0000{number}-of-00002.safetensors",
-        )
-    file.unlink()
+        shard = file.with_name(f"model-0000{number}-of-00002.safetensors")
+        save_file({name: tensors[name] for name in part}, shard)
     again = load_tasks(packed)["sst2"].base_model.state_dict()
-    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())

@@ -207,7 +207,10 @@ def test_a_store_on_a_full_disk_says_so_and_registers_once_when_there_is_room(
 
     def register() -> Outcome:
         return registry_stages.register(
-            model, metrics, None, small / "registered.json", RegistrySettings(name="demo")
+            model,
+            metrics=metrics,
+            settings=RegistrySettings(name="demo"),
+            out=small / "registered.json",
         )
 
     for room in (
@@ -219,7 +222,7 @@ def test_a_store_on_a_full_disk_says_so_and_registers_once_when_there_is_room(
         assert str(small) in told
         assert "no space left" in told
         ballast.unlink()
-    assert register().summary["version"] == "1"
+    assert register().summary.version == "1"
     client = mlflow.MlflowClient(registry.tracking_uri())
     assert len(client.search_runs([one.experiment_id for one in client.search_experiments()])) == 1
 

@@ -15,11 +15,8 @@ from fmn.evaluate.stages import EvaluateSettings
 from fmn.merge import recipe
 from fmn.merge import stages as merge_stages
 from fmn.merge.stages import MergeSettings, RealignSettings
-from fmn.models.stages import FinetuneSettings
-from fmn.params import Params
+from fmn.registry import lineage
 from fmn.registry import stages as registry_stages
-from fmn.registry import tracking as registry
-from fmn.registry.stages import RegistrySettings
 from fmn.report import results as report
 from fmn.report import stages as report_stages
 from fmn.store import artifacts
@@ -98,24 +95,13 @@ def tabulated(metrics: Path) -> report.Table:
     return report.tabulate({}, {"merged": report_stages.evaluated(metrics)})
 
 
-@pytest.fixture
-def settings(work: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
-    """A profile that makes the models; what would be registered is made and then dropped."""
-    monkeypatch.setattr(
-        registry,
-        "register",
-        lambda *_, **given: registry.Registered("m", "1", "r", "s", True, "champion", ""),
-    )
-    return Params(
-        work=str(work), base="base", experts={"tasks": ["mrpc", "stsb"]}, sources={}, registry={"name": "m"},
-        finetune={task: FinetuneSettings() for task in ("mrpc", "stsb")},
-    )  # fmt: skip
+def described(model: Path, metrics: Path) -> None:
+    """What the registration reads of a merged model and its metrics."""
+    lineage.describe(*registry_stages._read(model, metrics)[:3])
 
 
 @pytest.mark.parametrize("name", ["merged", "realigned"])
-def test_a_recipe_that_fmn_did_not_write_is_refused_or_does(
-    name: str, work: Path, settings: Params
-) -> None:
+def test_a_recipe_that_fmn_did_not_write_is_refused_or_does(name: str, work: Path) -> None:
     file = work / name / recipe.RECIPE
     whole = file.read_bytes()
     metrics = artifacts.read_json(work / f"{name}.json")
@@ -133,41 +119,21 @@ def test_a_recipe_that_fmn_did_not_write_is_refused_or_does(
                 "",
                 metrics | {"model": artifacts.digest_file(file)},
             )
-            given = (
-                work / name,
-                work / "given.json",
-                None,
-                None,
-                RegistrySettings(name="m"),
-                "params.yaml",
-                settings,
-            )
-            went.append(survived(what, registry_stages.register, *given))
+            went.append(survived(what, described, work / name, work / "given.json"))
     finally:
         file.write_bytes(whole)
     assert any(went)
     assert not all(went)
 
 
-def test_metrics_that_fmn_did_not_write_are_refused_or_do(
-    work: Path, settings: Params, tmp_path: Path
-) -> None:
+def test_metrics_that_fmn_did_not_write_are_refused_or_do(work: Path, tmp_path: Path) -> None:
     whole, file = artifacts.read_json(work / "merged.json"), tmp_path / "metrics.json"
     predictions = artifacts.predictions_file(work / "merged.json")
     shutil.copyfile(predictions, artifacts.predictions_file(file))
     went = []
     for what, content in changed(whole):
         artifacts.write_json(file, "evaluate", "", content)
-        given = (
-            work / "merged",
-            file,
-            None,
-            None,
-            RegistrySettings(name="m"),
-            "params.yaml",
-            settings,
-        )
-        went.append(survived(what, registry_stages.register, *given))
+        went.append(survived(what, described, work / "merged", file))
         survived(what, tabulated, file)
     assert any(went)
     assert not all(went)

@@ -1,0 +1,79 @@
+"""A store of its own for each module, and a merged model to register."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlflow
+import pytest
+
+from fmn.evaluate import stages as evaluate_stages
+from fmn.evaluate.stages import EvaluateSettings
+from fmn.merge import stages as merge_stages
+from fmn.merge.stages import MergeSettings
+from fmn.registry import stages as registry_stages
+from fmn.registry import tracking
+from fmn.registry.stages import Registered, RegistrySettings
+from fmn.store.stage import Outcome
+from tests.conftest import TASKS
+
+Register = Callable[..., Outcome[Registered]]
+
+
+class Merged(NamedTuple):
+    """A merged model, and its metrics file."""
+
+    model: Path
+    metrics: Path
+
+
+def merge_and_evaluate(tiny_work: Path, out: Path, method: str = "mask-fisher") -> Merged:
+    experts = {task: tiny_work / "experts" / task for task in TASKS}
+    fisher = {task: tiny_work / "fisher" / f"{task}.parquet" for task in TASKS}
+    made = Merged(out / "merged", out / "metrics.json")
+    settings = MergeSettings(method=method)
+    merge_stages.merge(experts, fisher, tiny_work / "base", made.model, settings)
+    cpu = EvaluateSettings(device="cpu")
+    evaluate_stages.evaluate(made.model, [], tiny_work / "data", made.metrics, cpu)
+    return made
+
+
+@pytest.fixture(scope="session")
+def merged(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Merged:
+    """A merged model of three tasks; not to be changed by a test."""
+    return merge_and_evaluate(tiny_work, tmp_path_factory.mktemp("merged"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an SQLite store, where MLflow finds it; its folder is the working folder."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.chdir(folder)
+        yield tracking.tracking_uri()
+
+
+@pytest.fixture
+def client(store: str) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(store)
+
+
+@pytest.fixture
+def register(merged: Merged) -> Register:
+    """Registers the merged model, under a name and with other metrics if they are given."""
+
+    def run(
+        name: str = "demo",
+        metrics: Path | None = None,
+        settings: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Outcome[Registered]:
+        return registry_stages.register(
+            merged.model,
+            metrics=metrics or merged.metrics,
+            settings=RegistrySettings(name=name, **(settings or {})),
+            **options,
+        )
+
+    return run

@@ -1,0 +1,321 @@
+"""Registration: what a version holds, which is the champion, and how its model is made again."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from fmn.errors import UserError
+from fmn.experiments.stages import CompareSettings
+from fmn.registry import stages as registry_stages
+from fmn.registry.stages import RegistrySettings
+from fmn.store.stage import Job, read_record, read_sidecar, run_stage
+from fmn.store.yaml_file import read_yaml, to_yaml
+from tests.conftest import TASKS
+from tests.registry.conftest import Merged, Register, merge_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("store")
+
+
+def stage_output(name: str, out: Path, files: Mapping[str, str]) -> Path:
+    """A folder with a sidecar, as a stage writes it."""
+
+    def write(job: Job) -> None:
+        for file, text in files.items():
+            (job.path / file).write_text(text)
+
+    run_stage(name, 1, out, write, reads={}, settings={}, summary=str, is_folder=True)
+    return out
+
+
+def scored(merged: Merged, out: Path, scores: Mapping[str, float], split: str = "") -> Path:
+    """The metrics with other scores, or of data with another digest."""
+    content = json.loads(merged.metrics.read_text())
+    for task, score in scores.items():
+        content["tasks"][task]["score"] = score
+    all_scores = [entry["score"] for entry in content["tasks"].values()]
+    content["score"] = sum(all_scores) / len(all_scores)
+    if split:
+        content["data"]["sst2"]["splits"]["validation"] = split
+    out.write_text(json.dumps(content))
+    return out
+
+
+@pytest.fixture
+def params(merged: Merged, tmp_path: Path) -> Path:
+    settings = {
+        "work": str(merged.model.parent),
+        "base": "hf://org/base@main",
+        "experts": {"tasks": list(TASKS)},
+        "finetune": {task: {"epochs": 1, "learning_rate": 0.001} for task in TASKS},
+        "registry": {"name": "demo"},
+        "notify": {"webhook": "https://hooks.example/secret"},
+    }
+    (tmp_path / "params.yaml").write_text(to_yaml(settings))
+    return tmp_path / "params.yaml"
+
+
+def aliases(client: mlflow.MlflowClient, name: str) -> dict[str, str]:
+    model = client.get_registered_model(name)
+    return {alias: str(version) for alias, version in model.aliases.items()}
+
+
+def test_a_model_is_registered_once_with_its_metrics(
+    register: Register, merged: Merged, client: mlflow.MlflowClient, store: str
+) -> None:
+    first, second = register(), register()
+    assert (first.computed, second.computed) == (True, False)
+    assert first.summary == second.summary
+    assert register(settings={"tolerance": 0.5}).summary == first.summary
+    assert first.summary.store == store
+    run = client.get_run(first.summary.run).data
+    metrics = json.loads(merged.metrics.read_text())
+    assert run.metrics["mrpc.f1"] == metrics["tasks"]["mrpc"]["f1"]
+    assert run.metrics["score"] == metrics["score"]
+    low, high = metrics["tasks"]["mrpc"]["interval"]["f1"]
+    assert (run.metrics["mrpc.f1.low"], run.metrics["mrpc.f1.high"]) == (low, high)
+    assert run.metrics["score.low"] <= run.metrics["score"] <= run.metrics["score.high"]
+    assert (run.params["method"], run.params["coefficient.sst2"]) == ("mask-fisher", "1.0")
+
+
+def test_run_and_version_say_what_the_model_was_made_from(
+    register: Register, merged: Merged, client: mlflow.MlflowClient
+) -> None:
+    registered = register().summary
+    run = client.get_run(registered.run)
+    version = client.get_model_version(registered.name, registered.version)
+    recipe = json.loads((merged.model / "merge.json").read_text())
+    data = json.loads(merged.metrics.read_text())["data"]
+    assert run.data.tags["expert.mrpc"] == recipe["experts"]["mrpc"]["digest"]
+    assert run.data.tags["fisher.mrpc"] == recipe["fisher"]["mrpc"]["values"]
+    assert run.data.tags["tasks"] == version.tags["tasks"] == "mrpc, sst2, stsb"
+    assert version.tags["score"] == f"{100 * run.data.metrics['score']:.2f} %"
+    assert run.inputs is not None
+    inputs = {
+        (one.dataset.name, one.tags[0].value): one.dataset for one in run.inputs.dataset_inputs
+    }
+    contexts = ("training", "validation")
+    assert set(inputs) == {(task, context) for task in TASKS for context in contexts}
+    digest = inputs["sst2", "validation"].digest
+    assert data["sst2"]["splits"]["validation"].startswith(digest)
+    digest = inputs["sst2", "training"].digest
+    assert recipe["fisher"]["sst2"]["data_digest"].startswith(digest)
+    assert json.loads(str(inputs["sst2", "validation"].source))["split"] == "validation"
+
+
+def test_report_and_card_are_kept_and_shown(
+    register: Register, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    report = stage_output("report", tmp_path / "report", {"report.html": "<p>", "table.md": "| |"})
+    card = tmp_path / "card.md"
+    card.write_text("---\ntags: [fmn]\n---\n\n# Three tasks\n\n| a | b |\n|---|---|\n")
+    registered = register("reported", report=report, card=card).summary
+    files = {file.path for file in client.list_artifacts(registered.run, "report")}
+    assert {"report/table.md", "report/report.html"} <= files
+    assert mlflow.artifacts.load_text(f"runs:/{registered.run}/README.md") == card.read_text()
+    description = str(client.get_model_version("reported", "1").description)
+    heading = "Registered as champion: the first version\n\n# Three tasks\n\n| a&emsp;| b"
+    assert description.startswith(heading)
+    sidecar = read_sidecar(report)
+    assert sidecar is not None
+    run = client.get_run(registered.run).data
+    assert run.metrics["seconds/report report"] == sidecar.seconds
+
+
+def test_where_a_registration_stands_is_recorded_and_a_lost_version_is_noticed(
+    register: Register, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    out = tmp_path / "registered.json"
+    first = register("recorded", out=out).summary
+    assert read_record(out, registry_stages.Registered) == first
+    before = out.stat().st_mtime_ns
+    register("recorded", out=out)
+    assert out.stat().st_mtime_ns == before, "not written again"
+    client.delete_registered_model("recorded")
+    again = register("recorded", out=out)
+    assert again.computed
+    assert again.summary.run != first.run
+    assert read_record(out, registry_stages.Registered) == again.summary
+
+
+def test_metrics_of_another_model_or_of_some_tasks_are_refused(
+    register: Register, merged: Merged, tmp_path: Path
+) -> None:
+    whole = json.loads(merged.metrics.read_text())
+    part = {"mrpc": whole["tasks"]["mrpc"]}
+    changes: list[dict[str, Any]] = [{"model": "0" * 64}, {"data": {}}, {"tasks": part}]
+    for change in changes:
+        (tmp_path / "changed.json").write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match=r"changed\.json: not the metrics of all tasks of"):
+            register(metrics=tmp_path / "changed.json")
+
+
+def test_the_champion_moves_to_a_version_that_is_as_good_and_the_reason_is_told(
+    register: Register, merged: Merged, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    def add(number: int, split: str = "", **scores: float) -> registry_stages.Registered:
+        levels = {"mrpc": 0.7, "sst2": 0.8, "stsb": 0.6, **scores}
+        metrics = scored(merged, tmp_path / f"{number}.json", levels, split)
+        return register("rising", metrics).summary
+
+    first = add(1)
+    assert (first.alias, first.reason) == ("champion", "the first version")
+    worse = add(2, sst2=0.7)
+    assert worse.alias == "challenger"
+    assert aliases(client, "rising") == {"champion": "1", "challenger": "2"}
+    assert "sst2 scores 10.00 less, tolerance 1.00" in add(3, sst2=0.7, mrpc=0.9).reason
+    assert aliases(client, "rising") == {"champion": "1", "challenger": "3"}
+    better = add(4, mrpc=0.75)
+    assert better.alias == "champion"
+    assert aliases(client, "rising") == {"champion": "4"}, "none is the challenger of one that won"
+    other = add(5, split="f" * 64, mrpc=1, sst2=1, stsb=1)
+    assert other.reason == "not comparable: version 4 was evaluated on other data"
+    for registered in (first, worse, better, other):
+        text = f"{registered.alias}: {registered.reason}"
+        assert client.get_model_version("rising", registered.version).tags["promotion"] == text
+        assert client.get_run(registered.run).data.tags["mlflow.note.content"] == text
+    again = register("rising", tmp_path / "2.json")
+    assert (again.computed, again.summary) == (False, worse), "decided once"
+
+
+def test_the_champion_is_rolled_back_to_the_one_before(
+    register: Register, merged: Merged, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    for number in range(3):
+        metrics = scored(merged, tmp_path / f"{number}.json", {"mrpc": 0.7 + number / 10})
+        register("falling", metrics)
+    change = registry_stages.roll_back("falling")
+    assert (change.before, change.champion) == ("3", "2")
+    assert registry_stages.roll_back("falling").champion == "1"
+    with pytest.raises(UserError, match="falling: no version was the champion before; say which"):
+        registry_stages.roll_back("falling")
+    assert registry_stages.roll_back("falling", to="3").before == "1"
+    assert aliases(client, "falling") == {"champion": "3"}
+    history = client.get_registered_model("falling").tags["champion.history"].split("; ")
+    assert [event.rsplit(" ", 1)[0] for event in history] == [
+        "1 promoted", "2 promoted", "3 promoted", "2 restored", "1 restored", "3 restored",
+    ]  # fmt: skip
+    for name, version, problem in (
+        ("falling", "7", "version=7.* not found"),
+        ("falling", "3", "version 3 is the champion"),
+        ("nothing", None, "nothing not found"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            registry_stages.roll_back(name, to=version)
+
+
+def test_what_a_killed_registration_left_is_cleared_away_and_an_undecided_version_is_decided(
+    register: Register, client: mlflow.MlflowClient
+) -> None:
+    first = register("killed")
+    key = client.get_model_version("killed", "1").tags["fmn.key"]
+    # As if killed after the version was made and before it was decided on.
+    client.delete_model_version_tag("killed", "1", "promotion")
+    again = register("killed")
+    assert (again.summary, again.computed) == (first.summary, True)
+    client.delete_model_version_tag("killed", "1", "promotion")
+    client.delete_registered_model_alias("killed", "champion")
+    register("killed")
+    assert aliases(client, "killed") == {"champion": "1"}
+    # As if killed before there was a version.
+    client.delete_registered_model("killed")
+    register("killed")
+    experiment = client.get_experiment_by_name("fmn")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], f"tags.`fmn.key` = '{key}'")
+    assert [run.info.status for run in runs] == ["FINISHED"]
+
+
+def test_a_version_is_made_again_from_its_settings(
+    register: Register, merged: Merged, params: Path, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    registered = register("again", params=params).summary
+    run = client.get_run(registered.run)
+    assert run.data.tags["profile"] == str(params)
+    assert run.data.params["finetune.mrpc.learning_rate"] == "0.001"
+    recorded = mlflow.artifacts.load_text(f"runs:/{registered.run}/lineage/params.yaml")
+    assert "finetune" in recorded
+    assert "secret" not in recorded
+    version = registry_stages.read_lineage("models:/again@champion")
+    assert (version.uri, version.tags["made"]) == ("models:/again/1", "merged")
+    names = {row[0] for row in version.table}
+    assert {"base", "expert sst2", "fisher mrpc", "data stsb train", "settings"} <= names
+    assert version.lineage.threads == 1
+    settings = read_yaml(registry_stages.settings_again(version, tmp_path / "out"))
+    assert settings["work"] == str(tmp_path / "out" / "work")
+    assert settings["finetune"] == read_yaml(params)["finetune"]
+    compared = registry_stages.compare_digests(version, *merged)
+    assert compared
+    assert all(before == now for _, before, now in compared)
+
+
+def test_what_differs_from_a_version_is_told(
+    register: Register, tiny_work: Path, tmp_path: Path
+) -> None:
+    register()
+    version = registry_stages.read_lineage("models:/demo/1")
+    other = merge_and_evaluate(tiny_work, tmp_path, "average")
+    compared = registry_stages.compare_digests(version, *other)
+    wrong = {what for what, before, now in compared if before != now}
+    assert wrong == {"merged encoder", "scores", *(f"fisher {task}" for task in TASKS)}
+
+
+def test_what_cannot_be_made_again_is_told(
+    register: Register, merged: Merged, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    register("bare")
+    version = registry_stages.read_lineage("models:/bare/1")
+    with pytest.raises(UserError, match=r"none\.md: no such model card"):
+        register("bare", card=tmp_path / "none.md")
+    (tmp_path / "list.yaml").write_text("- a list")
+    with pytest.raises(UserError, match=r"list\.yaml: holds no settings"):
+        register("bare", params=tmp_path / "list.yaml")
+    with pytest.raises(UserError, match=r"models:/bare/1: registered without its settings; `fmn"):
+        registry_stages.settings_again(version, tmp_path)
+    client.create_registered_model("foreign")
+    client.create_model_version("foreign", str(merged.model))
+    with pytest.raises(UserError, match="models:/foreign/1: its run holds no lineage"):
+        registry_stages.read_lineage("models:/foreign/1")
+    for wrong in ("models:/demo", "demo", "models:/demo/one", "models:/demo/1/2"):
+        with pytest.raises(UserError, match="not a registered version; write models:/NAME/VERSION"):
+            registry_stages.read_lineage(wrong)
+
+
+def test_a_comparison_is_logged_once_with_a_run_for_each_method(
+    tmp_path: Path, client: mlflow.MlflowClient
+) -> None:
+    means = {"average": {"pairs": 0.8, "mean": 0.7}, "mine": {"pairs": 0.9, "mean": 0.85}}
+    files = {"results.json": json.dumps({"methods": means}), "table.md": "| a | b |"}
+    tables = stage_output("comparison", tmp_path / "tables", files)
+    methods: Any = {"average": {"method": "average"}, "mine": {"method": "ties", "scale": 2}}
+    comparing = CompareSettings(methods=methods)
+    settings = RegistrySettings(name="demo", experiment="compared")
+
+    def log() -> Any:
+        return registry_stages.log_comparison(
+            tables, title="methods", comparing=comparing, settings=settings
+        )
+
+    first, second = log(), log()
+    assert (first.computed, second.computed) == (True, False)
+    assert first.summary == second.summary
+    experiment = client.get_experiment_by_name("compared")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    outer = next(run for run in runs if run.info.run_id == first.summary.run)
+    nested = {run.info.run_name: run.data for run in runs if run is not outer}
+    assert {data.tags["mlflow.parentRunId"] for data in nested.values()} == {outer.info.run_id}
+    assert {method: data.metrics for method, data in nested.items()} == means
+    assert nested["mine"].params["scale"] == "2.0"
+    logged = {file.path for file in client.list_artifacts(outer.info.run_id, "tables")}
+    assert "tables/table.md" in logged
+    (tables / "table.md").write_text("changed")
+    with pytest.raises(UserError, match=r"table\.md: not what was written there"):
+        log()
+    with pytest.raises(UserError, match="not the tables of a comparison"):
+        registry_stages.log_comparison(
+            tmp_path, title="methods", comparing=comparing, settings=settings
+        )
