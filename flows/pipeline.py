@@ -133,7 +133,9 @@ def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
     )
     get_run_logger().info(line)
     say(line)
-    for note in labels.notes(outcome.summary.get("labels", {})):
+    summary = outcome.summary if isinstance(outcome.summary, Mapping) else {}
+    aligned = {task: labels.Labels(**each) for task, each in summary.get("labels", {}).items()}
+    for note in labels.notes(aligned):
         get_run_logger().warning(note)
         say(note)
     return outcome
@@ -202,7 +204,7 @@ def submit_experts(submit: Submit, settings: Params, layout: Layout) -> dict[str
     made = {name: ("finetune" if name in settings.finetune else "fetch", name) for name in names}
     for name, tuning in settings.finetune.items():
         submit(
-            *made[name], [("fetch", "base"), ("data", name)], base=layout.base, task=name, folder=layout.data,
+            *made[name], [("fetch", "base"), ("data", name)], base=layout.base, task=name, data=layout.data,
             out=layout.expert(name), settings=tuning,
         )  # fmt: skip
     return made

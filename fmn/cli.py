@@ -107,22 +107,24 @@ def _fail(message: str, status: int) -> None:
 
 def _say(outcome: "Outcome", as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
     """Print what a stage did."""
+    summary = outcome.summary if isinstance(outcome.summary, Mapping) else dict(outcome.summary)
     if as_json:
         stated = {
             "stage": outcome.stage,
             "out": str(outcome.out),
             "computed": outcome.computed,
-            **outcome.summary,
+            **summary,
         }
         _dump(stated)
         return
     done = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
     say(f"{outcome.stage}: {outcome.out} ({done})")
-    show(outcome.summary)
-    if "labels" in outcome.summary:
+    show(summary)
+    if "labels" in summary:
         from fmn.models import labels
 
-        say(*labels.notes(outcome.summary["labels"]))
+        aligned = {name: labels.Labels(**each) for name, each in summary["labels"].items()}
+        say(*labels.notes(aligned))
 
 
 def _dump(content: Any) -> None:
@@ -246,7 +248,7 @@ def fetch(source: str, /, *, out: Path, as_json: Json = False) -> None:
     """
 
     with progress_bar("fetching") as progress:
-        outcome = models_stages.fetch(source, out, progress)
+        outcome = models_stages.fetch(source, out=out, progress=progress)
     _say(outcome, as_json, _facts("revision", "model_type"))
 
 
@@ -289,7 +291,9 @@ def finetune(
     """
 
     with progress_bar(f"fine-tuning {task}") as progress:
-        outcome = models_stages.finetune(base, task, data, out, settings, progress)
+        outcome = models_stages.finetune(
+            base, task=task, data=data, out=out, settings=settings, progress=progress
+        )
     _say(outcome, as_json, _facts("examples", "steps", "loss"))
 
 
@@ -707,8 +711,8 @@ def predict(
         task: one of its tasks
     """
 
-    answer = models_stages.predict(model, task, text, text_pair)
+    answer = models_stages.predict(model, text, text_pair, task=task)
     if as_json:
-        _dump(answer)
+        _dump(answer.model_dump())
     else:
-        say(f"{answer['label']} ({answer['score']:.3f})")
+        say(f"{answer.label} ({answer.score:.3f})")

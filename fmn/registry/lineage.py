@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn.errors import UserError
-from fmn.models.sources import ELSEWHERE
+from fmn.models.sources import SCHEMES
 from fmn.store import artifacts
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ def pinned(
 
     def pin(source: str, entry: Mapping[str, str] | None) -> str:
         revision = (entry or {}).get("revision", "")
-        if revision.startswith(ELSEWHERE):
+        if revision.startswith(SCHEMES):
             return revision
-        return source if source.startswith(ELSEWHERE) else str(Path(source).expanduser().resolve())
+        return source if source.startswith(SCHEMES) else str(Path(source).expanduser().resolve())
 
     stated = params.model_dump(mode="json", exclude=_LEFT_OUT)
     stated["base"] = pin(params.base, recipe.get("base"))
@@ -179,7 +179,7 @@ def again(settings: Any, work: Path, where: str) -> "Params":
     if found.data.source not in ("hub", "embedded"):
         folders["data"] = found.data.source
     for name, source in folders.items():
-        if not source.startswith(ELSEWHERE) and not Path(source).is_dir():
+        if not source.startswith(SCHEMES) and not Path(source).is_dir():
             raise UserError(
                 f"{where}: the {name} came from {source}, which is not there any more; put it back there"
             )
@@ -250,9 +250,7 @@ def _origin(entry: Mapping[str, str], tuning: Mapping[str, Any] | None) -> str:
             f"{name.replace('_', ' ')} {tuning[name]}" for name in names
         )
     return (
-        f"{revision} ({source})"
-        if source != revision and source.startswith(ELSEWHERE)
-        else revision
+        f"{revision} ({source})" if source != revision and source.startswith(SCHEMES) else revision
     )
 
 

@@ -202,18 +202,7 @@ class Prepared(Record):
     seed: str = "0"
 
 
-class Finetuned(Record):
-    """What the manifest of an expert that was fine-tuned here says."""
-
-    epochs: float
-    learning_rate: float
-    batch_size: int
-    examples: int
-    seed: int
-    dtype: str
-
-
-MANIFESTS: Mapping[str, type[Record]] = {"finetune": Finetuned, "data": Prepared}
+MANIFESTS: Mapping[str, type[Record]] = {"data": Prepared}
 """By stage, what is read of a manifest."""
 
 

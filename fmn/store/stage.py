@@ -13,8 +13,6 @@ from typing_extensions import TypeVar
 
 from fmn import __version__
 from fmn.errors import UserError, system_errors_explained
-from fmn.merge import recipe
-from fmn.models import checkpoints
 from fmn.store import artifacts, machine
 from fmn.store.records import Record, Settings, parse_record
 
@@ -87,7 +85,7 @@ def apart(out: Path, inputs: Iterable[Path | None]) -> None:
         given = path.resolve() if path is not None else None
         if given is None or path is None:
             continue
-        model = any((given / name).is_file() for name in (recipe.RECIPE, checkpoints.CONFIG))
+        model = any((given / name).is_file() for name in ("merge.json", "config.json"))
         if where == given or where in given.parents or (model and given in where.parents):
             raise UserError(
                 f"--out {out}: would change {path}, which is read; choose another --out"
@@ -125,31 +123,6 @@ def run_json(
 
 def limit(number: int | str) -> Any:
     return None if number == "all" else number
-
-
-def lineage(folder: Path) -> dict[str, str]:
-    """Where a checkpoint comes from: the source as given, and its revision pinned."""
-    manifest = artifacts.read_manifest(folder)
-    if manifest is None:
-        return {"source": "folder", "revision": f"sha256:{artifacts.digest_folder(folder)}"}
-    info = manifest["info"]
-    made = f"{manifest['stage']}:{manifest['key'][:16]}"
-    return {"source": str(info.get("source", made)), "revision": str(info.get("revision", made))}
-
-
-def circumstances(folder: Path) -> dict[str, Any]:
-    """What a checkpoint that was fine-tuned here says it was made with, beside its settings."""
-    info = (artifacts.read_manifest(folder) or {"info": {}})["info"]
-    return {name: info[name] for name in ("data_digest", "threads") if name in info}
-
-
-def tuning(folder: Path) -> dict[str, Any]:
-    """The settings that fmn fine-tuned a checkpoint with; empty where it did not."""
-    manifest = artifacts.read_manifest(folder)
-    if manifest is None or manifest["stage"] != "finetune":
-        return {}
-    names = ("epochs", "learning_rate", "batch_size", "examples", "seed", "dtype")
-    return {name: manifest["info"][name] for name in names}
 
 
 def there(path: Path) -> Path:

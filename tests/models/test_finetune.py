@@ -107,7 +107,7 @@ def test_bfloat16_trains_float32_weights() -> None:
 
 
 def test_divergence_and_missing_examples_are_said() -> None:
-    with pytest.raises(UserError, match="learning rate"):
+    with pytest.raises(UserError, match="learning_rate"):
         train(learning_rate=1e30, epochs=4)
     with pytest.raises(UserError, match="empty"):
         train(examples=tiny_examples("bert", 4).take(np.arange(0)))

@@ -307,12 +307,12 @@ def test_the_served_model_answers_as_the_merged_one_does(merged: Path) -> None:
         for (text, second), answer in zip(
             texts.itertuples(index=False), answers.to_dict("records"), strict=True
         ):
-            expected = models_stages.predict(merged / "merged", task, text, second)
-            assert answer["label"] == expected["label"]
-            assert answer["score"] == pytest.approx(expected["score"], abs=1e-5)
+            expected = models_stages.predict(merged / "merged", text, second, task=task)
+            assert answer["label"] == expected.label
+            assert answer["score"] == pytest.approx(expected.score, abs=1e-5)
     answer = model.predict(texts[["text"]], params={"task": "sst2"}).to_dict("records")[0]
-    expected = models_stages.predict(merged / "merged", "sst2", "a warm film", None)
-    assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+    expected = models_stages.predict(merged / "merged", "a warm film", task="sst2")
+    assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
     with pytest.raises(Exception, match="not one of mrpc, sst2, stsb"):
         model.predict(texts, params={"task": "rte"})
 
@@ -570,13 +570,13 @@ def test_a_version_is_served_to_curl(merged: Path, store: str) -> None:
     with serving(*command, path="ping", MLFLOW_TRACKING_URI=store) as address:
         texts = [{"text": "a warm film"}, {"text": "dull"}]
         answers = ask(address, dataframe_records=texts, params={"task": "sst2"})
-        expected = models_stages.predict(merged / "merged", "sst2", "a warm film", None)
+        expected = models_stages.predict(merged / "merged", "a warm film", task="sst2")
         assert [set(answer["probabilities"]) for answer in answers] == [
             {"negative", "positive"}
         ] * 2
         assert (answers[0]["label"], answers[0]["score"]) == (
-            expected["label"],
-            pytest.approx(expected["score"], abs=1e-5),
+            expected.label,
+            pytest.approx(expected.score, abs=1e-5),
         )
         pair = {"text": "a warm film", "text_pair": "a cold film"}
         assert ask(address, dataframe_records=[pair], params={"task": "mrpc"})[0]["label"] in (
