@@ -7,14 +7,14 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError
-from fmn.models.headers import TensorHeader, no_weights, read_json, tensor_headers
+from fmn.models.headers import TensorHeader, names_in, no_weights, read_json, tensor_headers
 from fmn.tasks import task as tasks
 
 if TYPE_CHECKING:
@@ -33,12 +33,7 @@ TOKENIZER_FILES = (
 )
 # The largest number that a configuration may have, by what its key ends with. Beyond that, even
 # describing the model takes all time and memory.
-_LIMITS = {
-    "num_hidden_groups|inner_group_num": 30,
-    "layers?|blocks": 1000,
-    "num_labels": 100_000,
-    "": 2**31,
-}
+_LIMITS = {"hidden_groups|group_num": 30, "layers?|blocks": 1000, "num_labels": 10**5, "": 2**31}
 # What must be equal among merged models: sizes, as every configuration answers to them.
 _TRAITS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -63,10 +58,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: there is no such file, or it is no JSON object.
     """
     path = folder / CONFIG
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
     if not path.is_file():
-        raise UserError(f"{folder}: {no_checkpoint(item.name for item in folder.iterdir())}")
+        raise UserError(f"{folder}: {no_checkpoint(names_in(folder))}")
     status = path.stat()
     return copy.deepcopy(_parsed(path, status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
 
@@ -89,8 +82,7 @@ def load_config(folder: Path) -> "PretrainedConfig":
 
     try:
         with quiet():
-            config_class = CONFIG_MAPPING[raw["model_type"]]
-            config = config_class.from_dict(raw, name_or_path=str(folder))
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw, name_or_path=str(folder))
         if getattr(config, "num_hidden_layers", 1) < 1:
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
         return config
@@ -103,7 +95,7 @@ def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if (folder / "adapter_config.json").exists():  # Transformers would apply it to the weights
-        return "holds a PEFT adapter beside a model; keep one of them, `fmn fetch` copies the model"
+        return "holds a PEFT adapter beside a model; keep one of them"
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         if "auto_map" in raw:
@@ -133,9 +125,8 @@ def _entries(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, content
 
 
-def no_checkpoint(names: Iterable[str]) -> str:
+def no_checkpoint(names: Set[str]) -> str:
     """What a folder with these names, which has no config.json, is: the end of a message."""
-    names = set(names)
     if "adapter_config.json" in names:
         return no_weights(names)
     if "merge.json" in names:
@@ -195,7 +186,7 @@ def _described_shapes(config: "PretrainedConfig") -> _Shapes:
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except Exception as error:  # each architecture refuses sizes in its own way
         problem = f"{CONFIG} describes no text classifier that can be built: {_first_words(error)}"
-        raise UserError(f"{config.name_or_path or config.model_type}: {problem}") from error
+        raise UserError(f"{config.name_or_path}: {problem}") from error
     shapes = _Shapes({}, {}, f"{model.base_model_prefix}.")
     tied = getattr(model, "all_tied_weights_keys", None) or ()
     for name, value in model.state_dict().items():
@@ -221,8 +212,8 @@ def encoder_names(config: "PretrainedConfig", names: Iterable[str]) -> Names:
         name = stored.removeprefix(shapes.prefix)
         name = name if name in shapes.encoder else stored
         if name in split.encoder:
-            twice = f"{split.encoder[name]} and {stored}, which are the same tensor"
-            raise UserError(f"{config.name_or_path}: the checkpoint holds {twice}; save it again")
+            twice = f"{split.encoder[name]} and {stored} are the same tensor"
+            raise UserError(f"{config.name_or_path}: {twice}; save the checkpoint again")
         if name in shapes.encoder:
             split.encoder[name] = stored
         elif stored in shapes.head:
@@ -233,15 +224,10 @@ def encoder_names(config: "PretrainedConfig", names: Iterable[str]) -> Names:
 def check_tensors(
     folder: Path, config: "PretrainedConfig", *, head: bool
 ) -> tuple[Names, dict[str, TensorHeader]]:
-    """Compare the tensors of a folder with the model that its configuration describes.
+    """Compare a folder's tensors with the model that its configuration describes.
 
-    Args:
-        folder: the checkpoint.
-        config: its configuration.
-        head: whether it must have a classification head.
-
-    Raises:
-        UserError: names the first tensor that is missing, extra, or of another shape.
+    With `head`, it must have a classification head. Raises `UserError` that names the first tensor
+    that is missing, extra, or of another shape.
     """
     headers = tensor_headers(folder)
     shapes, names = _described_shapes(config), encoder_names(config, headers)
@@ -263,10 +249,8 @@ def check_tensors(
         # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
         if name not in names.encoder and (head or not name.startswith("pooler.")):
             refuse(f"has no {name}, but {CONFIG} describes it")
-    if head and (missing := [name for name in shapes.head if name not in names.head]):
-        raise UserError(
-            f"{folder}: has no classification head ({missing[0]}); fine-tune it, `fmn finetune`"
-        )
+    if head and (missing := sorted(set(shapes.head) - set(names.head))):
+        raise UserError(f"{folder}: has no classification head ({missing[0]}); `fmn finetune` it")
     return names, headers
 
 
@@ -283,14 +267,8 @@ def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None
     """Refuse experts that cannot be merged, from headers and small files alone.
 
     All must have the architecture, sizes, encoder tensors and vocabulary of the base (or of the
-    first expert), and each a head that fits its task.
-
-    Args:
-        experts: checkpoint folders by task name.
-        base: the folder that they were fine-tuned from, where it is known.
-
-    Raises:
-        UserError: names the task, the folder and what differs.
+    first expert), and each a head that fits its task. Raises `UserError` that names the task, the
+    folder and what differs.
     """
     if not experts:
         raise UserError("no experts were given; name at least one, TASK=DIR")
@@ -320,10 +298,8 @@ def _traits(folder: Path, task: tasks.Task | None) -> dict[str, Any]:
         check_head(folder, config, task)
     vocabulary = load_tokenizer(folder, config).get_vocab()
     if (largest := max(vocabulary.values(), default=-1)) >= config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has token ids up to {largest}, the model only"
-            f" {config.vocab_size} embeddings; take the tokenizer files of the model's checkpoint"
-        )
+        problem = f"the tokenizer has ids up to {largest}, the model {config.vocab_size} embeddings"
+        raise UserError(f"{folder}: {problem}; take the tokenizer files of the model's checkpoint")
     traits = {name: getattr(config, name, None) for name in _TRAITS}
     traits |= {name: headers[stored].shape for name, stored in sorted(names.encoder.items())}
     ids = sorted(vocabulary.items())
@@ -333,27 +309,19 @@ def _traits(folder: Path, task: tasks.Task | None) -> dict[str, Any]:
 def check_head(folder: Path, config: "PretrainedConfig", task: tasks.Task) -> None:
     """Refuse a head that has not one output for each label of the task, with a `UserError`."""
     if config.num_labels != task.num_outputs:
-        raise UserError(
-            f"{folder}: has a head of {config.num_labels} outputs, the task {task.name} needs"
-            f" {task.num_outputs}; give an expert of this task"
-        )
+        problem = f"a head of {config.num_labels} outputs, {task.name} needs {task.num_outputs}"
+        raise UserError(f"{folder}: has {problem}; give an expert of this task")
 
 
 # ---------------------------------------------------------------------------------------------
 # Loading
 
 
-def load_tokenizer(
-    folder: Path, config: "PretrainedConfig | None" = None
-) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint. One without a padding token pads with its end of text.
+def load_tokenizer(folder: Path, config: Any = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint; without a padding token, it pads with its end of text.
 
-    Args:
-        folder: the checkpoint.
-        config: its configuration, where it is loaded already.
-
-    Raises:
-        UserError: there is none, or it cannot be used.
+    `config` is the checkpoint's, where it is loaded already. `UserError` if there is no tokenizer,
+    or none that can be used.
     """
     from transformers import AutoTokenizer
 

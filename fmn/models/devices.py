@@ -15,38 +15,32 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the first CUDA device, or else the CPU.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
+    """The device of a name; "auto": the first CUDA device, or else the CPU. `UserError` if none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     remedy = "use auto, cpu, cuda or cuda:N"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"there is no device {name!r}; {remedy}") from error
+        raise UserError(f"There is no device {name!r}; {remedy}") from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r}: fmn does not compute on it; {remedy}")
+        raise UserError(f"Device {name!r} is not one that fmn computes on; {remedy}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; {remedy}"
-        )
+        count = torch.cuda.device_count()
+        raise UserError(f"Device {name!r} is not here ({count} CUDA devices); {remedy}")
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype to compute in: "float32", "bfloat16" (autocast), "float64", or "auto".
 
-    "auto" is bfloat16 where the hardware multiplies it natively, and float32 elsewhere. On a CPU
-    with AVX512-BF16 that doubles the speed of MiniLM in training and nearly triples it in
-    inference.
+    "auto" is bfloat16 where the hardware multiplies it natively (on a CPU with AVX512-BF16 that
+    makes MiniLM two to three times as fast), and float32 elsewhere.
     """
     if name == "auto":
         return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
     if name not in _DTYPES:
-        raise UserError(f"there is no dtype {name!r}; use auto, {', '.join(_DTYPES)}")
+        raise UserError(f"There is no dtype {name!r}; use auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 

@@ -72,19 +72,8 @@ def finetune(
     AdamW, with a learning rate that rises linearly over the first tenth of the steps and falls
     linearly to zero, and is `HEAD_RATE` times as high for the head. The loss is cross entropy, or
     squared error for `regression`. The same arguments, threads and hardware repeat it exactly.
-    The model stays on the device, in evaluation mode.
-
-    Args:
-        model: the expert, as `new_expert` gives it.
-        examples: the training examples.
-        regression: whether the labels are values.
-        epochs: passes over the examples; may be a fraction.
-        learning_rate: its peak.
-        batch_size: examples per step.
-        seed: draws the batches and the dropout.
-        device: where to compute (`devices.resolve_device`).
-        dtype: in what to compute (`devices.resolve_dtype`).
-        progress: called with (steps done, all steps).
+    The model stays on the device, in evaluation mode. `epochs` may be a fraction, `learning_rate`
+    is the peak, the seed draws batches and dropout; `progress` gets (steps done, all steps).
 
     Raises:
         UserError: there are no examples, or the loss diverges.

@@ -9,7 +9,7 @@ JSON header of that length, then the tensors' bytes without gaps).
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,9 +73,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
         UserError: there are no safetensors weights, a file is not valid, or the index over the
             shards does not fit them.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    names = {path.name for path in folder.iterdir()}
+    names = names_in(folder)
     if WEIGHTS in names:
         return file_headers(folder / WEIGHTS)
     if INDEX not in names:
@@ -85,10 +83,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     tensors = {name: header for shard in shards for name, header in shard.items()}
     is_doubled = sum(map(len, shards)) > len(tensors)
     if is_doubled or shard_of != {name: header.file.name for name, header in tensors.items()}:
-        raise UserError(
-            f"{folder / INDEX}: does not say where every tensor of the shards is, and that alone;"
-            " save the checkpoint again"
-        )
+        raise UserError(f"{folder / INDEX}: does not fit the shards; save the checkpoint again")
     return tensors
 
 
@@ -103,10 +98,8 @@ def weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index}: has no weight_map; get the checkpoint again")
     for tensor, shard in shard_of.items():
         if not re.fullmatch(r"\w[\w.-]*\.(bin|safetensors)", str(shard)):
-            raise UserError(
-                f"{index}: {tensor!r:.80} is in {shard!r:.80}, which is no name of a file of"
-                " weights beside it; get the checkpoint again"
-            )
+            problem = f"{tensor!r:.80} is in {shard!r:.80}, which is no file of weights beside it"
+            raise UserError(f"{index}: {problem}; get the checkpoint again")
     return shard_of
 
 
@@ -127,9 +120,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def no_weights(names: Iterable[str]) -> str:
+def names_in(folder: Path) -> set[str]:
+    """The names in a folder; `UserError` if there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    return {path.name for path in folder.iterdir()}
+
+
+def no_weights(names: Set[str]) -> str:
     """What a folder with these names, which has no weights, has instead: the end of a message."""
-    names = set(names)
     if "adapter_config.json" in names:
         return "holds a PEFT adapter alone; merge it into its base (`merge_and_unload`) and save"
     if names & {PICKLED, PICKLED_INDEX}:

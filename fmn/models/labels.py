@@ -78,15 +78,11 @@ class Labels(Record):
 def output_names(folder: Path) -> list[str]:
     """The names in a checkpoint's config.json, by output; empty where there are none."""
     try:
-        names = {int(output): str(name) for output, name in _id2label(folder).items()}
-    except (UserError, ValueError):  # whoever loads the checkpoint says what is wrong
+        id2label = checkpoints.read_config(folder)["id2label"]
+        names = {int(output): str(name) for output, name in id2label.items()}
+    except (UserError, KeyError, ValueError, AttributeError):  # loading says what is wrong
         return []
     return [names.get(output, "") for output in range(len(names))]
-
-
-def _id2label(folder: Path) -> Mapping[Any, Any]:
-    names = checkpoints.read_config(folder).get("id2label")
-    return names if isinstance(names, dict) else {}
 
 
 def by_names(task: Task, names: Sequence[str]) -> Labels | None:
@@ -187,12 +183,6 @@ def decide(checkpoint: Path, task: Task, data: Path | None, device: str = "auto"
     By names where they mean something, which needs no data; else by a slice of the training split,
     as the model answers it in float32; without one, as they stand. The same checkpoint and data
     give the same answer.
-
-    Args:
-        checkpoint: the folder of the expert.
-        task: its task.
-        data: folder of the task's rows, or of several tasks'.
-        device: where the model computes.
 
     Raises:
         UserError: the head has another size than the task, or as `by_data` does.

@@ -11,31 +11,32 @@ from fmn.store.stage import read_sidecar, sidecar_path
 
 
 class Lineage(Record):
-    """Where a checkpoint comes from.
-
-    Attributes:
-        source: as it was given to `fmn fetch`; "folder" if fmn did not write the checkpoint.
-        revision: the source pinned, or a digest of the folder.
-    """
+    """Where a checkpoint comes from: its source as given to `fmn fetch`, and the source pinned."""
 
     source: str
     revision: str
 
 
 class CheckpointInfo(Lineage):
-    """What `fmn fetch` reports of a checkpoint.
-
-    Attributes:
-        model_type: the architecture, as Transformers calls it.
-        converted_from: the pickled files that its weights were converted from.
-    """
+    """What `fmn fetch` reports; `converted_from` are the pickled files that the weights were."""
 
     model_type: str
     converted_from: list[str] = Field(default_factory=list)
 
 
-class Tuning(Record):
-    """The settings that an expert was fine-tuned with; its `examples` are rows that were used."""
+_TUNING = {"epochs", "learning_rate", "batch_size", "examples", "seed", "dtype"}
+
+
+class TrainingInfo(Record):
+    """What `fmn finetune` reports of an expert: its settings, and what they came to.
+
+    Attributes:
+        examples: training rows that were used.
+        base: where the base model comes from.
+        data_digest: digest of the training split.
+        threads: of the CPU. Sums in another number of threads round otherwise.
+        loss: mean over the last tenth of the steps.
+    """
 
     epochs: float
     learning_rate: float
@@ -43,20 +44,6 @@ class Tuning(Record):
     examples: int
     seed: int
     dtype: str
-
-
-class TrainingInfo(Tuning):
-    """What `fmn finetune` reports of an expert.
-
-    Attributes:
-        task: the task's name.
-        base: where the base model comes from.
-        data_digest: digest of the training split.
-        threads: of the CPU. Sums in another number of threads round otherwise.
-        steps: of the optimizer.
-        loss: mean over the last tenth of the steps.
-    """
-
     task: str
     base: Lineage
     data_digest: str
@@ -87,7 +74,7 @@ def training_metadata(folder: Path) -> TrainingInfo | None:
 def tuning(folder: Path) -> dict[str, Any]:
     """The settings that fmn fine-tuned a checkpoint with; empty if it did not."""
     training = training_metadata(folder)
-    return training.model_dump(include=set(Tuning.model_fields)) if training else {}
+    return training.model_dump(include=_TUNING) if training else {}
 
 
 def rows_tuned_on(expert: Path) -> tuple[int | None, int]:

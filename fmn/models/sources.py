@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 SCHEMES = ("hf://", "models:", "package:")  # how every source begins that is not a folder
 # By name, because the room stands above this one; it is loaded for a registered model alone.
 _REGISTRY = "fmn.registry.tracking"
-_HUB = re.compile(r"hf://(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w.+/-]+))?")
+_HUB = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)(?:@([\w.+/-]+))?")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)((?:/[^/@]+)*)/?(?:@([\w.+!-]+))?")
 
 
@@ -52,17 +53,14 @@ class Origin(NamedTuple):
 
 
 def pin(source: str) -> str:
-    """A source such that the same string means the same bytes.
+    """A source such that the same string means the same bytes; raises as `copy_checkpoint` does.
 
     ``hf://org/name@<40 hex>``, ``models:/name/3``, ``package:module/path@<version>``; a folder
     stands for itself. A source that is pinned to a commit needs no network.
-
-    Raises:
-        UserError: the source does not exist or cannot be reached.
     """
     if source.startswith("models:"):
         return str(import_module(_REGISTRY).pin(source))
-    if (match := _HUB.fullmatch(source)) and hub.COMMIT.fullmatch(match["revision"] or ""):
+    if (match := _HUB.fullmatch(source)) and hub.COMMIT.fullmatch(match[2] or ""):
         return source
     return _origin(source).pinned
 
@@ -94,10 +92,8 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
             is no checkpoint that can be used without running code.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.source.") as scratch:
-        if source.startswith("models:"):
-            origin = _registered(source, Path(scratch))
-        else:
-            origin = _origin(source, progress)
+        is_registered = source.startswith("models:")
+        origin = _registered(source, Path(scratch)) if is_registered else _origin(source, progress)
         try:
             for name in _small_files(origin, source):
                 shutil.copyfile(origin.local(name), folder / name)
@@ -118,7 +114,7 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
     return CheckpointInfo(
         source=source,
         revision=origin.pinned,
-        model_type=str(config.model_type),
+        model_type=config.model_type,
         converted_from=pickled,
     )
 
@@ -130,21 +126,14 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
 def _origin(source: str, progress: Progress = no_progress) -> Origin:
     if match := _PACKAGE.fullmatch(source):
         return _package_origin(source, *match.groups())
-    match = _HUB.fullmatch(source)
-    if source.startswith(SCHEMES) and (not match or ".." in source):
-        raise UserError(
-            f"{source}: not a source; write hf://org/name@revision or package:module/path"
-        )
-    if match is None:
-        return _folder_origin(Path(source).expanduser(), source, source)
-    repo = match["repo"]
-    commit, names = hub.list_model(repo, match["revision"] or "main")
-    return Origin(
-        f"hf://{repo}@{commit}",
-        names,
-        lambda name: hub.download(repo, name, commit, progress),
-        is_cache=True,
-    )
+    if (match := _HUB.fullmatch(source)) and ".." not in source:
+        repo = match[1]
+        commit, names = hub.list_model(repo, match[2] or "main")
+        local = partial(hub.download, repo, commit=commit, progress=progress)
+        return Origin(f"hf://{repo}@{commit}", names, local, is_cache=True)
+    if source.startswith(SCHEMES):
+        raise UserError(f"{source}: not a source; write hf://org/name or package:module/path")
+    return _folder_origin(Path(source).expanduser(), source, source)
 
 
 def _folder_origin(folder: Path, source: str, pinned: str) -> Origin:
@@ -157,17 +146,12 @@ def _folder_origin(folder: Path, source: str, pinned: str) -> Origin:
 def _registered(source: str, scratch: Path) -> Origin:
     """The one checkpoint in a registered model: of a model that fmn registered, the encoder."""
     pinned = str(import_module(_REGISTRY).download(source, scratch))
-    weights = (WEIGHTS, INDEX, PICKLED, PICKLED_INDEX)
-    folders = sorted(
-        path.parent
-        for path in scratch.rglob(CONFIG)
-        if any((path.parent / name).exists() for name in weights)
-    )
+    weights = {WEIGHTS, INDEX, PICKLED, PICKLED_INDEX}
+    folders = [path.parent for path in sorted(scratch.rglob(CONFIG))]
+    folders = [folder for folder in folders if weights & {path.name for path in folder.iterdir()}]
     if len(folders) != 1:
         names = ", ".join(str(path.relative_to(scratch)) for path in folders) or "none"
-        raise UserError(
-            f"{source}: holds not one checkpoint but {names}; register one, or give its folder"
-        )
+        raise UserError(f"{source}: not one checkpoint is in it but {names}; give a folder instead")
     return _folder_origin(folders[0], source, pinned)
 
 
@@ -177,11 +161,9 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
     owner = (metadata.packages_distributions().get(module) or [module.replace("_", "-")])[0]
     installed = metadata.version(owner) if roots else None
     if installed is None or version not in (None, installed):
-        wanted = f"{owner}=={version}" if version else owner
-        raise UserError(
-            f"{source}: version {installed} is installed; `pip install --no-deps {wanted}`"
-        )
-    folder, root = (Path(roots[0] + path).resolve(), Path(roots[0]).resolve())
+        remedy = f"pip install --no-deps {owner}" + (f"=={version}" if version else "")
+        raise UserError(f"{source}: version {installed} is installed; `{remedy}`")
+    folder, root = Path(roots[0] + path).resolve(), Path(roots[0]).resolve()
     if not folder.is_relative_to(root):
         raise UserError(f"{source}: leads out of the package {module}; name a folder in it")
     return _folder_origin(folder, source, f"package:{module}{path}@{installed}")
@@ -206,9 +188,7 @@ def _weights(origin: Origin, source: str) -> list[str]:
         if index in origin.names:
             shards = sorted(set(headers.weight_map(origin.local(index)).values()))
             if missing := sorted(set(shards) - origin.names):
-                raise UserError(
-                    f"{source}: {index} names {missing[0]}, which is not there; get it again"
-                )
+                raise UserError(f"{source}: {index} names {missing[0]}, which is not there")
             return [index, *shards]
     raise UserError(f"{source}: {headers.no_weights(origin.names)}")
 
@@ -238,16 +218,13 @@ def _convert(folder: Path, names: list[str]) -> None:
             tensors = _unpickle(folder / name)
             save_file(tensors, folder / target, metadata={"format": "pt"})
         except Exception as error:  # a hostile pickle can raise anything
-            raise UserError(
-                f"{folder / name}: holds more than the tensors of a model's state_dict, or is"
-                " damaged; ask its author for safetensors"
-            ) from error
+            problem = "is damaged, or holds more than tensors; ask its author for safetensors"
+            raise UserError(f"{folder / name}: {problem}") from error
         shard_of |= dict.fromkeys(tensors, target)
         (folder / name).unlink()
     (folder / PICKLED_INDEX).unlink(missing_ok=True)
     if len(names) > 1:
-        index = {"metadata": {}, "weight_map": shard_of}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}, indent=1))
 
 
 def _unpickle(path: Path) -> "dict[str, torch.Tensor]":
@@ -259,33 +236,28 @@ def _unpickle(path: Path) -> "dict[str, torch.Tensor]":
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > size:
                 raise ValueError("its parts are larger than the file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not state or any(value.nbytes > size for value in state.values()):  # by strides of zero
         raise ValueError("it is empty, or larger than the file")
     # Tied weights are written once for each name: which to drop is the model's business.
-    return {
-        name: value.detach().clone(memory_format=torch.contiguous_format)
-        for name, value in state.items()
-    }
+    contiguous = torch.contiguous_format
+    return {name: value.detach().clone(memory_format=contiguous) for name, value in state.items()}
 
 
 def _use_runtime_names(path: Path) -> None:
     """Rename what old BERT files call ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
-    names = {}
-    for name in headers.file_headers(path) if path.is_file() else ():
-        runtime = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        names[name] = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", runtime)
-    if all(name == runtime for name, runtime in names.items()):
+    stored = headers.file_headers(path) if path.is_file() else {}
+    if not any(re.search(r"LayerNorm\.(gamma|beta)$", name) for name in stored):
         return
-    if len(set(names.values())) < len(names):
-        raise UserError(
-            f"{path}: holds a LayerNorm under its old and its new name; save the checkpoint again"
-        )
     from safetensors.torch import load_file, save_file
 
-    tensors = {names[name]: tensor for name, tensor in load_file(path).items()}
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        runtime = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+        tensors[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", runtime)] = tensor
+    if len(tensors) < len(stored):
+        raise UserError(f"{path}: has a LayerNorm by its old and its new name; save it again")
     path.unlink()  # it may be a link to the Hub's cache, which must not change
     save_file(tensors, path, metadata={"format": "pt"})
 

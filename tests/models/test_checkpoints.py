@@ -88,7 +88,7 @@ def test_experts_of_one_base_pass(bert: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda path: tiny_bert(path, outputs=3), "head of 3 outputs, the task rte needs 2"),
+        (lambda path: tiny_bert(path, outputs=3), "head of 3 outputs, rte needs 2"),
         (lambda path: tiny_bert(path, hidden_size=12), "hidden_size is 12, not 8"),
         (lambda path: tiny_bert(path, num_attention_heads=4), "num_attention_heads is 4, not 2"),
         (lambda path: tiny_bert(path, num_hidden_layers=1), "num_hidden_layers is 1, not 2"),
@@ -98,7 +98,7 @@ def test_experts_of_one_base_pass(bert: Path, tmp_path: Path) -> None:
         ),
         (
             lambda path: tiny_bert(path, words=(*WORDS, "more")),
-            "token ids up to 10, the model only 10 embeddings",
+            "ids up to 10, the model 10 embeddings",
         ),
         (lambda path: path, "no such folder"),
     ],

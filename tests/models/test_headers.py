@@ -126,15 +126,15 @@ def test_shards_and_index_must_agree(copy: Path) -> None:
             tensor_headers(copy)
 
     first, second = sorted(set(weight_map.values()))
-    refused("does not say where every tensor", weight_map | {"ghost": first})
-    refused("does not say where every tensor", weight_map | {min(weight_map): second})
+    refused("does not fit the shards", weight_map | {"ghost": first})
+    refused("does not fit the shards", weight_map | {min(weight_map): second})
     missing = dict(weight_map)
     del missing["classifier.bias"]
-    refused("does not say where every tensor", missing)
+    refused("does not fit the shards", missing)
     refused("cannot be read", weight_map | {"ghost": "model-00003-of-00003.safetensors"})
     for name in ("../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.txt", 7):
-        refused("no name of a file of weights", weight_map | {"ghost": name})
+        refused("no file of weights beside it", weight_map | {"ghost": name})
     refused("has no weight_map", {})
     doubled = safetensors.torch.load_file(copy / second) | {min(weight_map): torch.ones(1)}
     safetensors.torch.save_file(doubled, copy / second)
-    refused("does not say where every tensor", weight_map)
+    refused("does not fit the shards", weight_map)

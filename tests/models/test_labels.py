@@ -175,7 +175,7 @@ def test_names_decide_before_data_and_data_before_nothing(work: Path, tmp_path: 
         assert labels.decide(work / "unnamed", sst2, nowhere) == Labels(
             order=[0, 1], origin="identity"
         )
-    with pytest.raises(UserError, match="head of 2 outputs, the task mnli needs 3"):
+    with pytest.raises(UserError, match="head of 2 outputs, mnli needs 3"):
         labels.decide(work / "named", MNLI, data)
 
 

@@ -380,7 +380,7 @@ class _Bomb:
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(copy: Path, tmp_path: Path) -> None:
     mark, out = tmp_path / "it_ran", tmp_path / "out"
-    problem = r"copy/pytorch_model\.bin: holds more than the tensors"
+    problem = r"copy/pytorch_model\.bin: is damaged, or holds more than tensors"
     for bomb in (_Bomb(mark), {**weights(copy), "bomb": _Bomb(mark)}):
         for zipped in (True, False):
             original = shutil.copytree(copy, tmp_path / "original" / "copy", dirs_exist_ok=True)
@@ -392,7 +392,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(copy: Path, tmp_path: Pa
 
 
 def test_odd_pickles_are_refused(copy: Path, tmp_path: Path) -> None:
-    problem, out, state = "holds more than the tensors", tmp_path / "out", weights(copy)
+    problem, out, state = "is damaged, or holds more than tensors", tmp_path / "out", weights(copy)
     for content in (
         [1, 2],
         {},
@@ -430,7 +430,7 @@ def test_old_names_become_runtime_names_and_links_stay_untouched(
         assert all(torch.equal(renamed[name], value) for name, value in state.items())
     both = {name: value.clone() for name, value in (old | state).items()}
     safetensors.torch.save_file(both, copy / "model.safetensors")
-    assert_refused(copy, tmp_path / "out", "under its old and its new name")
+    assert_refused(copy, tmp_path / "out", "by its old and its new name")
 
 
 @pytest.mark.parametrize(
