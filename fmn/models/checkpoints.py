@@ -232,25 +232,22 @@ def check_tensors(
     headers = tensor_headers(folder)
     shapes, names = _described_shapes(config), encoder_names(config, headers)
 
-    def refuse(problem: str) -> None:
-        raise UserError(f"{folder}: {problem}; one of them is wrong")
-
-    for name, stored in (names.encoder | (names.head if head else {})).items():
-        shape, described = headers[stored].shape, (shapes.encoder | shapes.head)[name]
-        if shape != described:
-            refuse(f"{stored} has shape {shape}, but {CONFIG} makes it {described}")
+    wrong = f"in {CONFIG}; one of them is wrong"
+    for name, shape in (shapes.encoder | (shapes.head if head else {})).items():
+        stored = names.encoder.get(name) or names.head.get(name)
+        if stored is not None and headers[stored].shape != shape:
+            problem = f"{stored} has shape {headers[stored].shape}, but {shape}"
+            raise UserError(f"{folder}: {problem} {wrong}")
+        # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
+        if stored is None and name in shapes.encoder and (head or not name.startswith("pooler.")):
+            raise UserError(f"{folder}: has no {name}, but it is {wrong}")
+        if stored is None and name in shapes.head:
+            raise UserError(f"{folder}: has no classification head ({name}); `fmn finetune` it")
     # What is called like a tensor of the encoder, but of a layer that it does not have.
     families = {_family(name) for name in shapes.encoder}
-    for stored in headers:
-        name = stored.removeprefix(shapes.prefix)
-        if name not in shapes.encoder and stored not in names.head and _family(name) in families:
-            refuse(f"has {stored}, but {CONFIG} describes fewer layers")
-    for name in shapes.encoder:
-        # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
-        if name not in names.encoder and (head or not name.startswith("pooler.")):
-            refuse(f"has no {name}, but {CONFIG} describes it")
-    if head and (missing := sorted(set(shapes.head) - set(names.head))):
-        raise UserError(f"{folder}: has no classification head ({missing[0]}); `fmn finetune` it")
+    for stored in set(headers) - set(names.encoder.values()) - set(names.head.values()):
+        if _family(stored.removeprefix(shapes.prefix)) in families:
+            raise UserError(f"{folder}: has {stored}, but fewer layers are {wrong}")
     return names, headers
 
 

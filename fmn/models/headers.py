@@ -20,7 +20,6 @@ from fmn.errors import UserError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
-PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
 class TensorHeader(NamedTuple):
@@ -97,7 +96,7 @@ def weight_map(index: Path) -> dict[str, str]:
     if not isinstance(shard_of, dict) or not shard_of:
         raise UserError(f"{index}: has no weight_map; get the checkpoint again")
     for tensor, shard in shard_of.items():
-        if not re.fullmatch(r"\w[\w.-]*\.(bin|safetensors)", str(shard)):
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", str(shard)):
             problem = f"{tensor!r:.80} is in {shard!r:.80}, which is no file of weights beside it"
             raise UserError(f"{index}: {problem}; get the checkpoint again")
     return shard_of
@@ -131,6 +130,6 @@ def no_weights(names: Set[str]) -> str:
     """What a folder with these names, which has no weights, has instead: the end of a message."""
     if "adapter_config.json" in names:
         return "holds a PEFT adapter alone; merge it into its base (`merge_and_unload`) and save"
-    if names & {PICKLED, PICKLED_INDEX}:
+    if PICKLED in names:
         return "has no safetensors weights; `fmn fetch` converts them"
     return f"has neither {WEIGHTS} nor {PICKLED}; save it with `save_pretrained`"

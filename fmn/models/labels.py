@@ -24,18 +24,12 @@ from fmn.tasks.task import task as get_task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS, SEED = 512, 0
-"""At most so many rows of the training data decide, drawn by this seed."""
-
+ROWS, SEED = 512, 0  # at most so many rows of the training data decide, drawn by this seed
+# An order is clearly better than the task's own if McNemar's exact test, one-sided and times the
+# number of other orders (Bonferroni), is below this.
 CLEARLY = 0.001
-"""An order is clearly better than the task's own if McNemar's exact test, one-sided and times the
-number of other orders (Bonferroni), is below this."""
-
-CHANCE = 0.05
-"""An expert is better than guessing if the one-sided binomial test is below this."""
-
+CHANCE = 0.05  # an expert is better than guessing if the one-sided binomial test is below this
 SCORE = "score"  # what the output of a regression task is called
-
 # Other names of a task's labels, in small letters and digits alone.
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "negative": ("neg",),
@@ -121,9 +115,8 @@ def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> L
                 f"{start} the correlation of its outputs with {rows} training rows is"
                 f" {correlation:.2f}, that of chance 0; give an expert of this task"
             )
-        return Labels(
-            order=[0], origin="training data", rows=rows, score=correlation, as_is=correlation
-        )
+        share = {"score": correlation, "as_is": correlation}
+        return Labels(order=[0], origin="training data", rows=rows, **share)
     answers = logits.argmax(axis=1)  # [N]
     identity = tuple(range(task.num_outputs))
     # By order, whether each row is right; the identity comes first, so it is the best of equals.
@@ -136,10 +129,12 @@ def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> L
         order = identity
     score, answered = float(right[order].mean()), np.argsort(order)[answers]
     if not better_than_guessing(task, answered, labels):
+        facts = (
+            f"{score:.1%} of {rows} training rows, guessing {guessed(task, answered, labels):.1%}"
+        )
         raise UserError(
-            f"{start} in the order of labels that suits it best it has {score:.1%} of {rows}"
-            f" training rows right, guessing {guessed(task, answered, labels):.1%}; give an expert"
-            " of this task, or name its labels in config.json (id2label)"
+            f"{start} in the best order of its labels it answers {facts}; give an expert of this"
+            " task, or name its labels in config.json (id2label)"
         )
     as_is = float(right[identity].mean())
     return Labels(order=list(order), origin="training data", rows=rows, score=score, as_is=as_is)
@@ -227,9 +222,7 @@ def notes(labels_by_task: Mapping[str, Labels]) -> list[str]:
         task, start = get_task(name), f"labels of {name}:"
         outputs = ", ".join(names_by_output(task, labels))
         if labels.origin == "identity":
-            lines.append(
-                f"{start} NOT NAMED in config.json, no data to find them: taken as {outputs}"
-            )
+            lines.append(f"{start} NOT NAMED in config.json, no data to find them: {outputs}")
         elif labels.origin == "training data":
             facts = f"{labels.rows} training rows say {outputs} ({labels.score:.1%} right, as they"
             facts = f"{facts} stand {labels.as_is:.1%})"

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from fmn.store import artifacts
 from fmn.store.records import Record, parse_record
 from fmn.store.stage import read_sidecar, sidecar_path
@@ -18,10 +16,10 @@ class Lineage(Record):
 
 
 class CheckpointInfo(Lineage):
-    """What `fmn fetch` reports; `converted_from` are the pickled files that the weights were."""
+    """What `fmn fetch` reports; `is_converted`: whether the weights were pickled."""
 
     model_type: str
-    converted_from: list[str] = Field(default_factory=list)
+    is_converted: bool = False
 
 
 _TUNING = {"epochs", "learning_rate", "batch_size", "examples", "seed", "dtype"}

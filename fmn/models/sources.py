@@ -4,7 +4,6 @@ Sources are pinned and verified. Nothing that comes with one is ever executed: a
 by ``torch.load(weights_only=True)`` alone.
 """
 
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fmn.errors import UserError
 from fmn.models import checkpoints, headers
 from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES, VOCABULARY_FILES
-from fmn.models.headers import INDEX, PICKLED, PICKLED_INDEX, WEIGHTS
+from fmn.models.headers import INDEX, PICKLED, WEIGHTS
 from fmn.models.provenance import CheckpointInfo
 from fmn.store import hub
 from fmn.store.stage import Progress, no_progress
@@ -101,9 +100,8 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
             weights = _weights(origin, source)
             for name in weights:
                 _take_weights(origin, name, folder / name)
-            pickled = [name for name in weights if name.endswith(".bin")]
-            if pickled:
-                _convert(folder, pickled)
+            if weights == [PICKLED]:
+                _convert(folder / PICKLED)
             _use_runtime_names(folder / WEIGHTS)
             config = checkpoints.load_config(folder)
             checkpoints.check_tensors(folder, config, head=False)
@@ -111,12 +109,8 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
                 checkpoints.load_tokenizer(folder, config)
         except UserError as error:  # the reader does not know the folder that is being written
             raise UserError(str(error).replace(str(folder), source)) from error
-    return CheckpointInfo(
-        source=source,
-        revision=origin.pinned,
-        model_type=config.model_type,
-        converted_from=pickled,
-    )
+    facts = {"model_type": config.model_type, "is_converted": weights == [PICKLED]}
+    return CheckpointInfo(source=source, revision=origin.pinned, **facts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -146,7 +140,7 @@ def _folder_origin(folder: Path, source: str, pinned: str) -> Origin:
 def _registered(source: str, scratch: Path) -> Origin:
     """The one checkpoint in a registered model: of a model that fmn registered, the encoder."""
     pinned = str(import_module(_REGISTRY).download(source, scratch))
-    weights = {WEIGHTS, INDEX, PICKLED, PICKLED_INDEX}
+    weights = {WEIGHTS, INDEX, PICKLED}
     folders = [path.parent for path in sorted(scratch.rglob(CONFIG))]
     folders = [folder for folder in folders if weights & {path.name for path in folder.iterdir()}]
     if len(folders) != 1:
@@ -182,15 +176,15 @@ def _small_files(origin: Origin, source: str) -> list[str]:
 
 def _weights(origin: Origin, source: str) -> list[str]:
     """The files of weights, and the index where they are shards; pickled only without others."""
-    for single, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
-        if single in origin.names:
-            return [single]
-        if index in origin.names:
-            shards = sorted(set(headers.weight_map(origin.local(index)).values()))
-            if missing := sorted(set(shards) - origin.names):
-                raise UserError(f"{source}: {index} names {missing[0]}, which is not there")
-            return [index, *shards]
-    raise UserError(f"{source}: {headers.no_weights(origin.names)}")
+    if WEIGHTS in origin.names or INDEX not in origin.names:
+        name = WEIGHTS if WEIGHTS in origin.names else PICKLED
+        if name not in origin.names:
+            raise UserError(f"{source}: {headers.no_weights(origin.names)}")
+        return [name]
+    shards = sorted(set(headers.weight_map(origin.local(INDEX)).values()))
+    if missing := sorted(set(shards) - origin.names):
+        raise UserError(f"{source}: {INDEX} names {missing[0]}, which is not there")
+    return [INDEX, *shards]
 
 
 def _take_weights(origin: Origin, name: str, target: Path) -> None:
@@ -206,25 +200,16 @@ def _take_weights(origin: Origin, name: str, target: Path) -> None:
 # Weights as safetensors under runtime names
 
 
-def _convert(folder: Path, names: list[str]) -> None:
-    """Turn pickled weights into safetensors: ``pytorch_model.bin``, or its shards and index."""
+def _convert(pickled: Path) -> None:
+    """Turn pickled weights into safetensors."""
     from safetensors.torch import save_file
 
-    shard_of: dict[str, str] = {}
-    for name in names:
-        stem = name.removesuffix(".bin").replace("pytorch_model", "model")
-        target = WEIGHTS if len(names) == 1 else f"{stem}.safetensors"
-        try:
-            tensors = _unpickle(folder / name)
-            save_file(tensors, folder / target, metadata={"format": "pt"})
-        except Exception as error:  # a hostile pickle can raise anything
-            problem = "is damaged, or holds more than tensors; ask its author for safetensors"
-            raise UserError(f"{folder / name}: {problem}") from error
-        shard_of |= dict.fromkeys(tensors, target)
-        (folder / name).unlink()
-    (folder / PICKLED_INDEX).unlink(missing_ok=True)
-    if len(names) > 1:
-        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}, indent=1))
+    try:
+        save_file(_unpickle(pickled), pickled.parent / WEIGHTS, metadata={"format": "pt"})
+    except Exception as error:  # a hostile pickle can raise anything
+        problem = "is damaged, or holds more than tensors; ask its author for safetensors"
+        raise UserError(f"{pickled}: {problem}") from error
+    pickled.unlink()
 
 
 def _unpickle(path: Path) -> "dict[str, torch.Tensor]":

@@ -9,23 +9,14 @@ from pydantic import Field
 from fmn.errors import UserError
 from fmn.models import checkpoints, sources
 from fmn.models.provenance import CheckpointInfo, TrainingInfo, lineage
+from fmn.store import stage
 from fmn.store.records import Record, Settings
-from fmn.store.stage import (
-    Job,
-    Outcome,
-    Progress,
-    check_intact,
-    check_output,
-    no_progress,
-    read_info,
-    run_stage,
-)
+from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks import task as tasks
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
-FETCH = FINETUNE = 2  # versions
 
 
 class FinetuneSettings(Settings):
@@ -34,23 +25,16 @@ class FinetuneSettings(Settings):
     epochs: float = Field(3, gt=0, description="passes over the training examples")
     learning_rate: float = Field(5e-5, gt=0, description="peak of the linear schedule")
     batch_size: int = Field(32, ge=1, description="examples per step")
-    examples: int | Literal["all"] = Field(
-        "all", description="training rows used at most, drawn by the seed"
-    )
+    examples: int | Literal["all"] = Field("all", description="training rows, drawn by the seed")
     seed: int = Field(0, ge=0, description="seed of the head, the order and the dropout")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field(
-        "auto", description="dtype of the matrix products; auto: bfloat16 where it is faster"
-    )
+    dtype: Dtype = Field("auto", description="of matrix products; auto: bfloat16 where faster")
 
 
 class Prediction(Record):
-    """A model's answer for one text, or a pair.
+    """A model's answer for one text, or a pair: the most probable label, and its probability.
 
-    Attributes:
-        label: the most probable label; "score" for a regression task.
-        score: its probability; for a regression task, the value.
-        probabilities: by label; empty for a regression task.
+    For a regression task, `label` is "score", `score` the value, and there are no probabilities.
     """
 
     label: str
@@ -64,27 +48,21 @@ def fetch(source: str, *, out: Path, progress: Progress = no_progress) -> Outcom
     Args:
         source: hf://org/name@revision, a folder, models:/name@alias or package:module/path
         out: the folder to write
-        progress: called with the bytes done and all bytes of a file
 
     Raises:
         UserError: the source cannot be reached, was damaged, or is no checkpoint that can be used.
     """
-    check_output(out, [Path(source)])
+    stage.check_output(out, [Path(source)])
     pinned = sources.pin(source)
 
     def compute(job: Job) -> CheckpointInfo:
         info = sources.copy_checkpoint(pinned, job.path, progress)
         return info.model_copy(update={"source": source})
 
-    return run_stage(
-        "fetch",
-        FETCH,
-        out,
-        compute,
-        reads={"folder": sources.folder_files(pinned) or None},
-        settings={"source": pinned},
-        summary=partial(read_info, record=CheckpointInfo),
-        is_folder=True,
+    reads, keys = {"folder": sources.folder_files(pinned)}, {"source": pinned}
+    summary = partial(stage.read_info, record=CheckpointInfo)
+    return stage.run_stage(
+        "fetch", 2, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
     )
 
 
@@ -104,8 +82,6 @@ def finetune(
         task: the task
         data: folder of the task's rows, or of several tasks'
         out: the folder to write
-        settings: how to fine-tune
-        progress: called with the steps done and all steps
 
     Raises:
         UserError: the base or the rows cannot be used, or the loss diverges.
@@ -125,10 +101,8 @@ def finetune(
         rows = batches.select(table["label"].to_numpy(), limit, settings.seed)
         examples = dataset.tokenize(tokenizer, definition, table.take(rows))
         model = finetune.new_expert(base, definition, settings.seed)
-        options = settings.model_dump(exclude={"examples"})
-        losses = finetune.finetune(
-            model, examples, regression=definition.regression, progress=progress, **options
-        )
+        options = settings.model_dump(exclude={"examples"}) | {"progress": progress}
+        losses = finetune.finetune(model, examples, regression=definition.regression, **options)
         with checkpoints.quiet():
             model.cpu().save_pretrained(job.path)
             tokenizer.save_pretrained(job.path)
@@ -144,15 +118,11 @@ def finetune(
             loss=sum(last) / len(last),
         )
 
-    return run_stage(
-        "finetune",
-        FINETUNE,
-        out,
-        compute,
-        reads={"base": base, "train": rows_digest},
-        settings={"task": task, "finetune": settings},
-        summary=partial(read_info, record=TrainingInfo),
-        is_folder=True,
+    reads: dict[str, Path | str] = {"base": base, "train": rows_digest}
+    keys = {"task": task, "finetune": settings}
+    summary = partial(stage.read_info, record=TrainingInfo)
+    return stage.run_stage(
+        "finetune", 2, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
     )
 
 
@@ -177,7 +147,7 @@ def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) 
     folder = model / "tasks" / task
     if not folder.is_dir():
         raise UserError(f"{model}: not a merged model of task {task}; give one, and its task")
-    check_intact(model)
+    stage.check_intact(model)
     classifier = checkpoints.load_classifier(folder)
     inputs = checkpoints.load_tokenizer(folder, classifier.config)(
         text, text_pair, truncation=True, max_length=dataset.MAX_LENGTH, return_tensors="pt"

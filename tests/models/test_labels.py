@@ -189,7 +189,7 @@ def test_every_decision_but_the_expected_one_has_a_note() -> None:
     }
     assert labels.notes(decisions) == [
         "labels of sst2: the outputs are positive, negative, as the names in config.json say",
-        "labels of mrpc: NOT NAMED in config.json, no data to find them: taken as not_equivalent,"
+        "labels of mrpc: NOT NAMED in config.json, no data to find them: not_equivalent,"
         " equivalent",
         "labels of rte: not named; 9 training rows say not_entailment, entailment (80.0% right, as"
         " they stand 20.0%)",
