@@ -26,15 +26,12 @@ MNLI = task("mnli")
     ("name", "names", "order"),
     [
         ("mnli", ["entailment", "neutral", "contradiction"], [0, 1, 2]),
-        ("mnli", ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], [2, 1, 0]),
         ("mnli", ["contradict", "entail", "neutral"], [1, 2, 0]),
         ("mrpc", ["not_paraphrase", "paraphrase"], [0, 1]),
         ("mrpc", ["Equivalent", "not equivalent"], [1, 0]),
         ("qqp", ["duplicate", "not-duplicate"], [1, 0]),
         ("sst2", ["neg", "pos"], [0, 1]),
         ("sst2", ["POSITIVE", "NEGATIVE"], [1, 0]),
-        ("cola", ["acceptable", "unacceptable"], [1, 0]),
-        ("rte", ["not_entailment", "entailment"], [1, 0]),
         ("wnli", ["not_entailment", "entailment"], [0, 1]),
         ("stsb", ["score"], [0]),
     ],
@@ -49,12 +46,10 @@ def test_names_that_mean_something_give_the_order(
     ("name", "names"),
     [
         ("mnli", ["LABEL_0", "LABEL_1", "LABEL_2"]),
-        ("mnli", ["0", "1", "2"]),
         ("mnli", ["entailment", "neutral", "LABEL_2"]),
         ("mnli", ["entailment", "entail", "neutral"]),
         ("mnli", ["entailment", "neutral"]),
         ("sst2", ["acceptable", "unacceptable"]),
-        ("stsb", ["LABEL_0"]),
         ("cola", []),
     ],
 )
@@ -118,9 +113,7 @@ def test_a_model_no_better_than_chance_is_refused_with_its_score_and_that_of_cha
     assert labels.by_data(task("sst2"), np.eye(2)[better], right, "here").score == 0.8
 
 
-def test_a_rare_label_that_is_found_now_and_then_is_more_than_guessing_where_the_metric_says_so() -> (
-    None
-):
+def test_where_the_metric_says_so_a_rare_label_that_is_found_now_and_then_is_no_guess() -> None:
     right = (np.arange(500) < 350).astype(np.int64)  # 70 % acceptable
     answers = np.where((np.arange(500) // 7) % 2 == 0, 1, right)  # half of the others found
     answers[:80] = 0  # at the price of as many errors: 69 % right, Matthews 0.2

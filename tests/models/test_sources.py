@@ -73,11 +73,8 @@ def test_a_package_is_pinned_to_its_version_and_copied_byte_for_byte(tmp_path: P
         ("package:safetensors/no/such", "no such folder"),
         ("package:safetensors/..", "leads out of the package"),
         ("package:", "not a source"),
-        ("hf://a/b/c", "not a source"),
-        ("hf://a/../b@main", "not a source"),
         ("hf://a/b@../../x", "not a source"),
         ("hf://-a/b", "not a name of the Hub"),
-        (f"hf://{'a' * 500}/b", "not a name of the Hub"),
         ("org/name", "of the Hub, write hf://org/name"),
         ("/no/such/folder", "no such folder"),
     ],
@@ -149,13 +146,10 @@ def test_a_failed_fetch_leaves_the_older_folder(copy: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("tokenizer.json", b""),
         ("tokenizer.json", b"[" * 10**5),
-        ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Evil"}}'),
-        ("tokenizer_config.json", b"[" * 10**5),
         (
             "tokenizer_config.json",
-            b'{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", null]}}',
+            b'{"tokenizer_class": "E", "auto_map": {"AutoTokenizer": "e.E"}}',
         ),
         ("special_tokens_map.json", b'{"pad_token": [1]}'),
         ("vocab.txt", b"[PAD]\n\xff\xfe\n"),
@@ -389,12 +383,10 @@ def test_old_names_become_runtime_names_and_links_stay_untouched(
     hub: Hub, copy: Path, tmp_path: Path
 ) -> None:
     state = weights(copy)
-    old = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        ): value
-        for name, value in state.items()
-    }
+    old = {}
+    for name, value in state.items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old[name.replace("LayerNorm.bias", "LayerNorm.beta")] = value
     safetensors.torch.save_file(old, copy / "model.safetensors", metadata={"format": "pt"})
     hub.add("models", "org/old", copy)
     for number in range(2):  # the second time from the cache, which must be as it was
@@ -412,7 +404,6 @@ def test_old_names_become_runtime_names_and_links_stay_untouched(
     [
         ({"model_type": "bert2", "auto_map": {"AutoModel": "modeling.X"}}, "code of its own"),
         ({"model_type": "bert2"}, "'bert2', unknown to Transformers"),
-        ({"model_type": None}, "None, unknown to Transformers"),
         ({"model_type": ["bert"]}, "unknown to Transformers"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
         ({"_attn_implementation": "someone/kernel"}, "asks for code from elsewhere"),
@@ -422,17 +413,12 @@ def test_old_names_become_runtime_names_and_links_stay_untouched(
         ({"hidden_size": 10**30}, "hidden_size = 1000000000"),
         ({"vocab_size": 2**31 - 1}, r"word_embeddings.weight has shape \(10, 8\)"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-        ({"num_attention_heads": 0}, "describes no text classifier that can be built"),
         ({"vocab_size": -3}, "describes no text classifier that can be built"),
-        ({"hidden_size": "8"}, "cannot be used"),
-        ({"hidden_size": 2.5}, "cannot be used"),
         ({"hidden_size": None}, "cannot be used"),
         ({"num_attention_heads": 3}, "describes no text classifier that can be built"),
-        ({"hidden_act": "nope"}, "describes no text classifier that can be built"),
         ({"id2label": {"x": "y"}}, "cannot be used"),
         ({"num_hidden_layers": 1}, "fewer layers are in config.json"),
         ({"num_hidden_layers": 3}, "has no encoder.layer.2"),
-        ({"intermediate_size": 13}, "one of them is wrong"),
         ({"hidden_size": 10**9}, "one of them is wrong"),
         ({"max_position_embeddings": 2 * 10**9}, "one of them is wrong"),
         ({"model_type": "albert", "num_hidden_groups": 1000}, "num_hidden_groups = 1000"),

@@ -73,14 +73,7 @@ def test_provenance_says_where_an_expert_comes_from(
     assert lineage(expert) == Lineage(
         source=f"finetune:{sidecar.key[:16]}", revision=f"finetune:{sidecar.key[:16]}"
     )
-    assert tuning(expert) == {
-        "epochs": 1,
-        "learning_rate": 1e-3,
-        "batch_size": 32,
-        "examples": 64,
-        "seed": 0,
-        "dtype": "float32",
-    }
+    assert tuning(expert) == TUNING.model_dump(exclude={"device"})
     assert rows_tuned_on(expert) == (64, 0)
 
     foreign = Path(shutil.copytree(expert, tmp_path / "foreign"))
