@@ -52,10 +52,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work folder with base, data, experts and Fisher artifacts of three tasks; not to be changed by a test."""
     work = tmp_path_factory.mktemp("work")
-    models_stages.fetch(str(tiny_base), work / "base")
+    models_stages.fetch(str(tiny_base), out=work / "base")
     for task in TASKS:
         tasks_stages.data(task, out=work / "data" / task, settings=DataSettings(source="embedded"))
-        models_stages.finetune(work / "base", task, work / "data", work / "experts" / task, TUNING)
+        models_stages.finetune(
+            work / "base",
+            task=task,
+            data=work / "data",
+            out=work / "experts" / task,
+            settings=TUNING,
+        )
         expert = work / "experts" / task
         fisher_stages.fisher(
             expert, task, work / "data", work / "fisher" / f"{task}.parquet", FISHER

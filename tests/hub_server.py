@@ -1,11 +1,12 @@
-"""A small Hub on loopback: the endpoints that huggingface_hub and datasets use to download, and ways to misbehave.
+"""A small Hub on loopback, with what huggingface_hub needs to download, and ways to misbehave.
 
     with Hub() as hub:
         commit = hub.add("models", "org/name", {"config.json": b"{}"})
         hub.misbehave("cut", "model.safetensors", times=1)
         subprocess.run([...], env=hub.environment(tmp_path / "home"))
 
-Repositories live in memory: a commit maps paths to bytes (or to files on disk), a branch names a commit.
+Repositories live in memory: a commit maps paths to bytes (or to files on disk), a branch names a
+commit.
 """
 
 import hashlib
@@ -15,16 +16,16 @@ import re
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Kind = Literal["models", "datasets"]
 Content = bytes | Path
 Fault = Literal["wrong bytes", "cut", "slow", "status"]
+Files = tuple[str, dict[str, Content]] | str  # a commit and its files, or the Hub's error code
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".model", ".h5", ".pt")
 API = re.compile(r"/api/(models|datasets)/(.+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
@@ -33,8 +34,8 @@ RESOLVE = re.compile(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)")
 
 @dataclass
 class _Repository:
-    commits: dict[str, dict[str, Content]]
-    branches: dict[str, str]
+    commits: dict[str, dict[str, Content]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,7 +48,12 @@ class _Trouble:
 
 
 class Hub:
-    """The server and what it serves. `url` is its address; `requests` lists what was asked: "GET /api/models/x"."""
+    """The server and what it serves.
+
+    Attributes:
+        requests: what was asked, as "GET /api/models/x".
+        gated: repositories whose terms nobody accepted.
+    """
 
     def __init__(self) -> None:
         self.requests: list[str] = []
@@ -58,9 +64,8 @@ class Hub:
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        )
+        options = {"poll_interval": 0.02}
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs=options)
 
     @property
     def url(self) -> str:
@@ -70,42 +75,32 @@ class Hub:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.closed = True
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """This process's environment with the Hub at this server and every cache under `home`: for a subprocess."""
-        ours = {
+        """The environment of a subprocess: the Hub is this server, every cache is under `home`."""
+        return {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-        return {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | ours
 
     def add(
         self, kind: Kind, repo_id: str, files: Mapping[str, Content] | Path, revision: str = "main"
     ) -> str:
-        """A commit of these files (a mapping, or every file of a folder) at the tip of a branch; its 40-hex name."""
+        """Commit files (a mapping, or every file of a folder) to a branch; gives the commit."""
         if isinstance(files, Path):
             files = {str(p.relative_to(files)): p for p in sorted(files.rglob("*")) if p.is_file()}
-        content = dict(files)
-        listing = "".join(
-            f"{name} {_digests(data)['blob']}\n" for name, data in sorted(content.items())
-        )
-        commit = hashlib.sha1(
-            f"{kind}/{repo_id}/{revision}\n{listing}".encode(), usedforsecurity=False
-        ).hexdigest()
-        repository = self._repositories.setdefault((kind, repo_id), _Repository({}, {}))
-        repository.commits[commit] = content
+        listing = [f"{name} {_digests(data)['blob']}" for name, data in sorted(files.items())]
+        text = "\n".join([f"{kind}/{repo_id}/{revision}", *listing])
+        commit = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        repository = self._repositories.setdefault((kind, repo_id), _Repository())
+        repository.commits[commit] = dict(files)
         repository.branches[revision] = commit
         return commit
 
@@ -114,12 +109,13 @@ class Hub:
     ) -> None:
         """The next `times` requests whose "METHOD /path" contains `match` go wrong.
 
-        "wrong bytes": the right number of bytes, each one flipped; "cut": half the body, then the connection closes;
-        "slow": the body starts after `seconds`; "status": this HTTP status instead of an answer.
+        "wrong bytes": the right number of bytes, each one flipped; "cut": half the body, then the
+        connection closes; "slow": the body starts after `seconds`; "status": this HTTP status.
         """
         self._troubles.append(_Trouble(fault, match, times, status, seconds))
 
     def trouble(self, request: str) -> _Trouble | None:
+        """Note a request; what goes wrong with it."""
         with self._lock:
             self.requests.append(request)
             for trouble in self._troubles:
@@ -128,21 +124,16 @@ class Hub:
                     return trouble
         return None
 
-    def find(
-        self, kind: str, repo_id: str, revision: str | None
-    ) -> tuple[str, dict[str, Content]] | str:
-        """Commit and files, or the Hub's error code."""
+    def find(self, kind: str, repo_id: str, revision: str | None) -> Files:
         repository = self._repositories.get((kind, repo_id))
         if repository is None:
             return "RepoNotFound"
         if repo_id in self.gated:
             return "GatedRepo"
         commit = repository.branches.get(revision or "main", revision or "main")
-        return (
-            (commit, repository.commits[commit])
-            if commit in repository.commits
-            else "RevisionNotFound"
-        )
+        if commit not in repository.commits:
+            return "RevisionNotFound"
+        return commit, repository.commits[commit]
 
 
 def _read(content: Content) -> bytes:
@@ -155,50 +146,23 @@ def _digests(content: Content) -> dict[str, Any]:
     return {"size": len(data), "blob": blob, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _is_lfs(path: str) -> bool:
-    return path.endswith(LFS_SUFFIXES)
-
-
 def _entry(path: str, content: Content) -> dict[str, Any]:
-    """A file as the tree and paths-info endpoints describe it. The git object of an LFS file is its pointer."""
+    """A file as the tree endpoint describes it."""
     facts = _digests(content)
     entry = {"type": "file", "path": path, "oid": facts["blob"], "size": facts["size"]}
-    if _is_lfs(path):
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{facts['sha256']}\nsize {facts['size']}\n"
-        entry["oid"] = _digests(pointer.encode())["blob"]
-        entry["lfs"] = {"oid": facts["sha256"], "size": facts["size"], "pointerSize": len(pointer)}
+    if path.endswith(LFS_SUFFIXES):
+        entry["lfs"] = {"oid": facts["sha256"], "size": facts["size"], "pointerSize": 130}
     return entry
-
-
-def _sibling(path: str, content: Content, blobs: bool) -> dict[str, Any]:
-    """A file as model_info and dataset_info describe it."""
-    if not blobs:
-        return {"rfilename": path}
-    entry = _entry(path, content)
-    sibling = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
-    if "lfs" in entry:
-        sibling["lfs"] = {
-            "sha256": entry["lfs"]["oid"],
-            **{k: entry["lfs"][k] for k in ("size", "pointerSize")},
-        }
-    return sibling
 
 
 def _tree(files: Mapping[str, Content], folder: str, recursive: bool) -> list[dict[str, Any]]:
     prefix = f"{folder}/" if folder else ""
     inside = {path: content for path, content in files.items() if path.startswith(prefix)}
-    folders = sorted(
-        {
-            str(p)
-            for path in inside
-            for p in Path(path).parents
-            if str(p).startswith(prefix) and str(p) != "."
-        }
-    )
+    parents = {str(parent) for path in inside for parent in Path(path).parents} - {".", folder}
     entries: list[dict[str, Any]] = [
         {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
-        for path in folders
-        if path != folder
+        for path in sorted(parents)
+        if path.startswith(prefix)
     ]
     entries += [_entry(path, content) for path, content in inside.items()]
     return entries if recursive else [e for e in entries if "/" not in e["path"][len(prefix) :]]
@@ -211,15 +175,6 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-        def do_HEAD(self) -> None:
-            self.answer()
-
-        def do_GET(self) -> None:
-            self.answer()
-
-        def do_POST(self) -> None:
-            self.answer()
-
         def answer(self) -> None:
             if hub.closed:  # a connection that was kept alive outlives the server
                 self.close_connection = True
@@ -229,84 +184,59 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             trouble = hub.trouble(f"{self.command} {unquote(address.path)}")
             if trouble is not None and trouble.fault == "status":
                 return self.send(trouble.status, b"", {})
-            query = {key: values[-1] for key, values in parse_qs(address.query).items()}
             if match := RESOLVE.fullmatch(address.path):
                 datasets, repo_id, revision, path = match.groups()
-                return self.file(
-                    "datasets" if datasets else "models",
-                    repo_id,
-                    unquote(revision),
-                    unquote(path),
-                    trouble,
-                )
+                files = hub.find("datasets" if datasets else "models", repo_id, unquote(revision))
+                return self.file(files, unquote(path), trouble)
             if match := API.fullmatch(address.path):
                 kind, repo_id, what, revision, path = match.groups()
-                return self.api(
-                    kind,
-                    repo_id,
-                    what,
-                    revision and unquote(revision),
-                    unquote(path or ""),
-                    query,
-                    body,
-                )
+                files = hub.find(kind, repo_id, revision and unquote(revision))
+                query = parse_qs(address.query)
+                return self.api(files, repo_id, what, unquote(path or ""), query, body)
             return self.send(404, b"", {})
+
+        do_HEAD = do_GET = do_POST = answer  # noqa: N815
 
         def api(
             self,
-            kind: str,
+            commit_files: Files,
             repo_id: str,
             what: str,
-            revision: str,
             path: str,
-            query: dict[str, str],
+            query: dict[str, list[str]],
             body: bytes,
         ) -> None:
-            found = hub.find(kind, repo_id, revision)
-            if isinstance(found, str):
-                return self.error(found)
-            commit, files = found
+            if isinstance(commit_files, str):
+                return self.error(commit_files)
+            commit, files = commit_files
             answer: Any
             if what == "tree":
-                answer = _tree(files, path, query.get("recursive", "").lower() in ("true", "1"))
+                answer = _tree(
+                    files, path, query.get("recursive", [""])[0].lower() in ("true", "1")
+                )
                 if path and not answer:
                     return self.error("EntryNotFound")
             elif what == "paths-info":
-                if self.headers.get("Content-Type", "").startswith("application/json"):
-                    wanted = json.loads(body)["paths"]
-                else:
-                    wanted = parse_qs(body.decode()).get("paths", [])
+                is_json = self.headers.get("Content-Type", "").startswith("application/json")
+                wanted = json.loads(body) if is_json else parse_qs(body.decode())
                 listing = _tree(files, "", recursive=True)
-                answer = [entry for entry in listing if entry["path"] in wanted]
+                answer = [entry for entry in listing if entry["path"] in wanted.get("paths", [])]
             else:
-                blobs = query.get("blobs", "").lower() in ("true", "1")
-                siblings = [_sibling(name, content, blobs) for name, content in files.items()]
-                answer = {
-                    "id": repo_id,
-                    "sha": commit,
-                    "siblings": siblings,
-                    "private": False,
-                    "gated": False,
-                    "tags": [],
-                }
+                siblings = [{"rfilename": name} for name in files]
+                facts = {"private": False, "gated": False, "tags": []}
+                answer = {"id": repo_id, "sha": commit, "siblings": siblings, **facts}
             return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-        def file(
-            self, kind: str, repo_id: str, revision: str, path: str, trouble: _Trouble | None
-        ) -> None:
-            found = hub.find(kind, repo_id, revision)
-            if isinstance(found, str):
-                return self.error(found)
-            commit, files = found
+        def file(self, commit_files: Files, path: str, trouble: _Trouble | None) -> None:
+            if isinstance(commit_files, str):
+                return self.error(commit_files)
+            commit, files = commit_files
             if path not in files:
                 return self.error("EntryNotFound", {"X-Repo-Commit": commit})
             data, facts = _read(files[path]), _digests(files[path])
-            headers = {
-                "X-Repo-Commit": commit,
-                "Accept-Ranges": "bytes",
-                "ETag": f'"{facts["blob"]}"',
-            }
-            if _is_lfs(path):
+            headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            headers["ETag"] = f'"{facts["blob"]}"'
+            if path.endswith(LFS_SUFFIXES):
                 headers["X-Linked-Etag"] = f'"{facts["sha256"]}"'
                 headers["X-Linked-Size"] = str(len(data))
             status = 200
@@ -329,7 +259,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             headers: Mapping[str, str],
             trouble: _Trouble | None = None,
         ) -> None:
-            if trouble is not None and trouble.fault == "wrong bytes":
+            fault = trouble.fault if trouble else None
+            if fault == "wrong bytes":
                 data = bytes(255 - byte for byte in data)
             self.send_response(status)
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
@@ -337,9 +268,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if self.command == "HEAD":
                 return
-            if trouble is not None and trouble.fault == "slow":
+            if trouble is not None and fault == "slow":
                 time.sleep(trouble.seconds)
-            if trouble is not None and trouble.fault == "cut":
+            if fault == "cut":
                 data = data[: len(data) // 2]
                 self.close_connection = True
             self.wfile.write(data)

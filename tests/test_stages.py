@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +57,8 @@ def merge(work: Path, settings: MergeSettings | None = None) -> Outcome:
 
 def run_all(work: Path) -> dict[str, bool]:
     """Every stage with the settings that `tiny_work` was made with, and whether it computed anything."""
-    done = (
-        {"fetch": models_stages.fetch(str(work.parent / "source"), work / "base")}
+    done: dict[str, Outcome] = (
+        {"fetch": models_stages.fetch(str(work.parent / "source"), out=work / "base")}
         if (work.parent / "source").exists()
         else {}
     )
@@ -69,7 +68,7 @@ def run_all(work: Path) -> dict[str, bool]:
             task, out=work / "data" / task, settings=DataSettings(source="embedded")
         )
         done[f"finetune {task}"] = models_stages.finetune(
-            work / "base", task, work / "data", expert, TUNING
+            work / "base", task=task, data=work / "data", out=expert, settings=TUNING
         )
         done[f"fisher {task}"] = fisher_stages.fisher(
             expert, task, work / "data", fisher_files(work)[task], FISHER
@@ -237,7 +236,7 @@ def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
     for split in ("train", "validation_matched", "validation_mismatched"):
         pq.write_table(table, folder / f"{split}.parquet")
     expert = tmp_path / "expert"
-    models_stages.finetune(work / "base", "mnli", folder, expert, TUNING)
+    models_stages.finetune(work / "base", task="mnli", data=folder, out=expert, settings=TUNING)
     entry = evaluate_stages.evaluate(
         expert, ["mnli"], folder, tmp_path / "m.json", EVALUATE
     ).summary["tasks"]["mnli"]
@@ -252,7 +251,11 @@ def _swap_fisher(work: Path) -> None:
 def _other_expert(work: Path) -> None:
     settings = FinetuneSettings(**{**TUNING.model_dump(), "seed": 1})
     models_stages.finetune(
-        work / "base", "mrpc", work / "data", work / "experts" / "mrpc", settings
+        work / "base",
+        task="mrpc",
+        data=work / "data",
+        out=work / "experts" / "mrpc",
+        settings=settings,
     )
 
 
@@ -287,22 +290,6 @@ def test_a_model_that_is_not_merged_needs_a_task(work: Path) -> None:
         evaluate_stages.evaluate(
             work / "experts" / "mrpc", [], work / "data", work / "m.json", EVALUATE
         )
-
-
-def test_predict_answers_in_the_tasks_own_words(work: Path) -> None:
-    merge(work)
-    answer = models_stages.predict(work / "merged", "sst2", "a warm and funny film", None)
-    assert answer["label"] in ("negative", "positive")
-    shares: Mapping[str, float] = answer["probabilities"]
-    assert shares.keys() == {"negative", "positive"}
-    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
-    assert isinstance(
-        models_stages.predict(work / "merged", "stsb", "one text", "another")["score"], float
-    )
-    with pytest.raises(UserError, match="takes 2 texts"):
-        models_stages.predict(work / "merged", "mrpc", "one text", None)
-    with pytest.raises(UserError, match="rte"):
-        models_stages.predict(work / "merged", "rte", "one text", "another")
 
 
 def test_all_estimators_have_artifacts_of_their_own(work: Path) -> None:

@@ -109,7 +109,7 @@ def evaluate(
                 intervals.macro({name: values["score"] for name, values in draws.items()})
             ),
             "predictions": artifacts.digest_file(predictions),
-            "labels": aligned,
+            "labels": {name: each.model_dump(by_alias=True) for name, each in aligned.items()},
             "data": origins,
         }
         if is_merged and (realigned := recipe.read_recipe(model).get("realign")):

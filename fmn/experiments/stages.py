@@ -17,9 +17,9 @@ from fmn.merge.stages import (
     _described,
     _inputs,
     _statistics,
-    _tuned_on,
 )
 from fmn.models import checkpoints
+from fmn.models.provenance import rows_tuned_on
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts, stage
 from fmn.store.records import Settings, at_least_one
@@ -148,7 +148,7 @@ def search(
         )
     inputs = _inputs(experts, fisher_files, gram_files, base, merging)
     found = {task: tasks.task(task) for task in sorted(experts)}
-    tuned_on = {task: _tuned_on(path) for task, path in sorted(experts.items())}
+    tuned_on = {task: rows_tuned_on(path) for task, path in sorted(experts.items())}
     described = {
         "merge": _described(merging, "coefficient"),
         **settings.model_dump(exclude={"trials", "experiment", "device"}),

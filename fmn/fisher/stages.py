@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from fmn import __version__
 from fmn.fisher import files as statistics
 from fmn.models import checkpoints, labels
+from fmn.models.provenance import lineage
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts, stage
 from fmn.store.records import Settings, at_least_one
@@ -230,9 +231,9 @@ def fisher(
             # Of a layer; of the largest where they differ.
             "heads": max(len(estimate.fisher[site]) for site in sites if site.node == "head"),
             "neurons": max(len(estimate.fisher[site]) for site in sites if site.node == "neuron"),
-            "checkpoint": {**stage.lineage(checkpoint), "digest": inputs["checkpoint"]},
+            "checkpoint": {**lineage(checkpoint).model_dump(), "digest": inputs["checkpoint"]},
             "data_digest": inputs["train"],
-            "labels": {task: aligned},
+            "labels": {task: aligned.model_dump(by_alias=True)},
             "estimator": settings.estimator,
             "samples": estimate.samples,
             "seed": settings.seed,
@@ -287,9 +288,9 @@ def _large_statistic(
             **described,
             "key": key,
             "model_type": checkpoints.load_config(checkpoint).model_type,
-            "checkpoint": {**stage.lineage(checkpoint), "digest": inputs["checkpoint"]},
+            "checkpoint": {**lineage(checkpoint).model_dump(), "digest": inputs["checkpoint"]},
             "data_digest": inputs["train"],
-            "labels": {task: aligned},
+            "labels": {task: aligned.model_dump(by_alias=True)},
             "samples": len(examples)
             if settings.samples == "all"
             else min(settings.samples, len(examples)),

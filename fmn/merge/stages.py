@@ -14,7 +14,7 @@ from fmn.errors import UserError, hint
 from fmn.fisher import files as statistics
 from fmn.merge import recipe
 from fmn.merge.methods import DAMPING, NEEDS, Needs
-from fmn.models import checkpoints, labels
+from fmn.models import checkpoints, labels, provenance
 from fmn.models.stages import Device, Dtype
 from fmn.report import card
 from fmn.store import artifacts, stage
@@ -242,14 +242,6 @@ def _described(settings: MergeSettings, *without: str) -> dict[str, Any]:
     return settings.model_dump(exclude={*unused, *without})
 
 
-def _tuned_on(expert: Path) -> tuple[int | None, int]:
-    """How many training rows an expert was fine-tuned on, and the seed that drew them; (None, 0), all, if not known."""
-    manifest = artifacts.read_manifest(expert)
-    if manifest is None or manifest["stage"] != "finetune":
-        return None, 0
-    return int(manifest["info"]["examples"]), int(manifest["info"]["seed"])
-
-
 def merge(
     experts: Mapping[str, Path],
     fisher_files: Mapping[str, Path],
@@ -278,7 +270,10 @@ def merge(
         task: _aligned(experts[task], task, fisher_files.get(task), inputs.experts[task])
         for task in experts
     }
-    key = artifacts.content_key("merge", MERGE, _described(settings) | {"labels": aligned}, digests)
+    plain_labels = {task: each.model_dump(by_alias=True) for task, each in aligned.items()}
+    key = artifacts.content_key(
+        "merge", MERGE, _described(settings) | {"labels": plain_labels}, digests
+    )
 
     def make() -> None:
         from fmn.merge import model as merged
@@ -289,16 +284,18 @@ def merge(
             "key": key,
             "experts": {
                 task: {
-                    **stage.lineage(experts[task]),
+                    **provenance.lineage(experts[task]).model_dump(),
                     "digest": digest,
-                    "settings": stage.tuning(experts[task]),
-                    **stage.circumstances(experts[task]),
+                    "settings": provenance.tuning(experts[task]),
+                    **_training(experts[task]),
                 }
                 for task, digest in inputs.experts.items()
             },
             **inputs.stated,
-            "labels": aligned,
-            "base": {**stage.lineage(base), "digest": inputs.base} if base else None,
+            "labels": plain_labels,
+            "base": {**provenance.lineage(base).model_dump(), "digest": inputs.base}
+            if base
+            else None,
         }
         options = {
             **inputs.options,
@@ -367,7 +364,7 @@ def realign(
             raise UserError(
                 f"expert {name}: {experts[name]} is not what {model} was merged from; give that one"
             )
-    tuned_on = {name: _tuned_on(experts[name]) for name in found}
+    tuned_on = {name: provenance.rows_tuned_on(experts[name]) for name in found}
     inputs = {
         f"data {name}": data.digests(folder, task, ["train"])["train"]
         for name, task in found.items()
@@ -457,5 +454,11 @@ def _aligned(expert: Path, task: str, fisher_file: Path | None, digest: str) -> 
         else artifacts.read_fisher(fisher_file)[2]
     )
     _belongs(fisher_file, "fisher", stated, task, expert, digest)
-    recorded: labels.Labels | None = stated.get("labels", {}).get(task)
-    return recorded or labels.as_they_stand(found)
+    recorded = stated.get("labels", {}).get(task)
+    return labels.Labels(**recorded) if recorded else labels.as_they_stand(found)
+
+
+def _training(expert: Path) -> dict[str, Any]:
+    """The digest of the rows, and the threads, that an expert was fine-tuned with."""
+    training = provenance.training_metadata(expert)
+    return training.model_dump(include={"data_digest", "threads"}) if training else {}

@@ -1,21 +1,20 @@
-"""A checkpoint: a local folder with config.json, tokenizer files and safetensors weights under runtime names.
+"""A checkpoint: a folder with config.json, tokenizer files, and safetensors under runtime names.
 
 Nothing in it is ever executed: ``trust_remote_code`` is never true.
 """
 
-import contextlib
+import copy
 import json
-import logging
-import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError
-from fmn.models.headers import TensorHeader, no_weights, read_json, tensor_headers
-from fmn.store import machine
+from fmn.models.headers import TensorHeader, names_in, no_weights, read_json, tensor_headers
 from fmn.tasks import task as tasks
 
 if TYPE_CHECKING:
@@ -24,139 +23,110 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 # Files that hold a vocabulary; the others only describe how to use it.
 VOCABULARY_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
+    *("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "spm.model"),
+    *("sentencepiece.bpe.model", "tokenizer.model"),
 )
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     "bpe.codes",
 )
-_SUMMARY = 160  # characters of another library's error that fit into one line of ours
-_MOST_LAYERS = 1000
-_MOST_LABELS = 100_000
-_LARGEST_SIZE = 2**31
+# The largest number that a configuration may have, by what its key ends with. Beyond that, even
+# describing the model takes all time and memory.
+_LIMITS = {"hidden_groups|group_num": 30, "layers?|blocks": 1000, "num_labels": 10**5, "": 2**31}
+# What must be equal among merged models: sizes, as every configuration answers to them.
+_TRAITS = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"),
+    *("max_position_embeddings", "type_vocab_size", "hidden_act"),
+)
 # What a configuration says that changes no tensor's name or shape.
 _NAMING = ("id2label", "label2id", "_name_or_path")
-# Sizes as every configuration answers to them, whatever it calls them in its file.
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "num_labels",
-)
 
 
 class Names(NamedTuple):
-    """The stored name of every encoder tensor by its name in the base model, and of every head tensor by its name in
-    AutoModelForSequenceClassification."""
+    """Stored names of tensors: the encoder's by name in the base model, the head's by their own."""
 
     encoder: dict[str, str]
     head: dict[str, str]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration and names
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says; the file is parsed once for as long as nobody touches it.
+
+    Raises:
+        UserError: there is no such file, or it is no JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: {no_checkpoint(names_in(folder))}")
+    status = path.stat()
+    return copy.deepcopy(_parsed(path, status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
+
+
+@lru_cache(maxsize=64)
+def _parsed(path: Path, *identity: int) -> dict[str, Any]:
+    return read_json(path)
 
 
 def load_config(folder: Path) -> "PretrainedConfig":
-    """The configuration in a checkpoint folder; UserError where it is absurd or needs code of its own."""
-    read_config(folder)
-    from transformers import AutoConfig
+    """The configuration of a checkpoint.
+
+    Raises:
+        UserError: it is absurd, or asks for code of its own.
+    """
+    raw = read_config(folder)
+    if problem := _problem(raw, folder):
+        raise UserError(f"{folder}: {problem}")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        with quiet("transformers"):
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+        with quiet():
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw, name_or_path=str(folder))
+        if getattr(config, "num_hidden_layers", 1) < 1:
+            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
+        return config
     except Exception as error:  # each configuration validates itself in its own way
-        told = f"{folder / CONFIG}: cannot be used: {_summary(error)}"
-        raise machine.refusal(error, folder) or UserError(told) from error
-    for name in _SIZES:
-        value = getattr(config, name, None)
-        # Some architectures have no segments, and say so with a size of zero.
-        least = 0 if name == "type_vocab_size" else 1
-        if isinstance(value, int) and value < least:
-            raise UserError(f"{folder / CONFIG}: {name} is {value}; it must be at least {least}")
-    return config
+        raise UserError(f"{folder / CONFIG}: cannot be used: {_first_words(error)}") from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands, refused where even reading it with Transformers could run code or take all memory."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if CONFIG not in names:
-        raise UserError(
-            f"{folder}: {no_checkpoint(names)}" if folder.is_dir() else f"{folder}: no such folder"
-        )
-    if "adapter_config.json" in names:  # Transformers would apply it to the weights
-        raise UserError(
-            f"{folder}: holds a PEFT adapter beside a model; keep only one of them, `fmn fetch` copies the model"
-        )
-    raw = read_json(folder / CONFIG)
-
+def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
+    """Why even describing the model would run code, or take all time and memory; or None."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    if (folder / "adapter_config.json").exists():  # Transformers would apply it to the weights
+        return "holds a PEFT adapter beside a model; keep one of them"
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         if "auto_map" in raw:
-            raise UserError(
-                f"{folder}: {CONFIG} points to code of its own (auto_map), which is never run;"
-                " choose an architecture that Transformers knows"
-            )
-        named = (
-            f"names the model_type {model_type!r:.40}, unknown to Transformers"
-            if model_type
-            else "has no model_type"
-        )
-        raise UserError(f"{folder}: {CONFIG} {named}; set it, for example to bert")
+            return f"{CONFIG} points to code of its own (auto_map), which is never run"
+        remedy = "set it, for example to bert"
+        return f"{CONFIG} has the model_type {model_type!r:.40}, unknown to Transformers; {remedy}"
     if "quantization_config" in raw:
-        raise UserError(
-            f"{folder}: the weights are quantized (quantization_config); use a checkpoint in full precision"
-        )
-    for key, value in _items(raw):
-        if "_implementation" in key and isinstance(value, str) and re.search(r"[^\w]", value):
-            raise UserError(
-                f"{folder}: {CONFIG} asks for code from elsewhere ({key}: {value:.80}), which is never run"
-            )
-        if isinstance(value, int) and not isinstance(value, bool):
-            most = (
-                _MOST_LAYERS
-                if re.search(r"layers?$|blocks$|groups?$|inner_group_num$", key)
-                else _LARGEST_SIZE
-            )
-            most = _MOST_LABELS if key.endswith("num_labels") else most
-            if abs(value) > most:
-                raise UserError(
-                    f"{folder}: {CONFIG} has {key} = {value!s:.40}, beyond anything real ({most})"
-                )
-    layers = math.prod(
-        n
-        for name in ("num_hidden_groups", "inner_group_num")
-        if isinstance(n := raw.get(name, 1), int)
-    )
-    if layers > _MOST_LAYERS:
-        raise UserError(
-            f"{folder}: {CONFIG} has {layers} layers in groups, beyond anything real ({_MOST_LAYERS})"
-        )
-    return raw
+        return "the weights are quantized; use a checkpoint without quantization_config"
+    for key, value in _entries(raw):
+        if "_implementation" in key and isinstance(value, str) and re.search(r"\W", value):
+            return f"{CONFIG} asks for code from elsewhere ({key}: {value:.80}), which is never run"
+        limit = next(limit for end, limit in _LIMITS.items() if re.search(f"(?:{end})$", key))
+        if isinstance(value, int) and abs(value) > limit:
+            return f"{CONFIG} has {key} = {value!s:.40}, beyond anything real ({limit}); correct it"
+    return None
 
 
-def no_checkpoint(names: Iterable[str]) -> str:
-    """What a folder with these names, which has no config.json, is instead: the end of a message."""
+def _entries(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value inside a JSON value, with the keys that lead to it."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _entries(value, f"{path}.{name}" if path else name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _entries(value, path)
+    else:
+        yield path, content
+
+
+def no_checkpoint(names: Set[str]) -> str:
+    """What a folder with these names, which has no config.json, is: the end of a message."""
     if "adapter_config.json" in names:
         return no_weights(names)
     if "merge.json" in names:
@@ -164,72 +134,89 @@ def no_checkpoint(names: Iterable[str]) -> str:
     return f"has no {CONFIG}; give the folder or repository of a Transformers checkpoint"
 
 
-def _items(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value inside a JSON value, with the keys that lead to it, joined by dots."""
-    if isinstance(content, dict):
-        for name, value in content.items():
-            yield from _items(value, f"{path}.{name}" if path else name)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _items(value, path)
-    else:
-        yield path, content
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings of Transformers from the terminal; and its progress bars, from now on."""
+    from transformers.utils import logging
 
-
-@contextlib.contextmanager
-def quiet(library: str) -> Iterator[None]:
-    """Keep a library's warnings from the terminal."""
-    logger = logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logger.setLevel(level)
+        logging.set_verbosity(verbosity)
 
 
-@contextlib.contextmanager
-def no_bars() -> Iterator[None]:
-    """Keep the progress bars of Transformers from the terminal."""
-    from transformers.utils import logging as bars
+def _first_words(error: BaseException) -> str:
+    """What another library says, as it fits into one line of ours."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+
+# ---------------------------------------------------------------------------------------------
+# Names and shapes of tensors
+
+
+class _Shapes(NamedTuple):
+    """Shapes of a classifier's tensors; its encoder's names begin with `prefix` in it."""
+
+    encoder: dict[str, tuple[int, ...]]
+    head: dict[str, tuple[int, ...]]
+    prefix: str
+
+
+_shapes: dict[str, _Shapes] = {}
+
+
+def _described_shapes(config: "PretrainedConfig") -> _Shapes:
+    """Shapes of the classifier that a configuration describes.
+
+    It is built without memory for weights, and once for all experts of one shape.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    sizes = {key: value for key, value in config.to_dict().items() if key not in _NAMING}
+    key = json.dumps([sizes, config.num_labels], sort_keys=True, default=str)
+    if key in _shapes:
+        return _shapes[key]
     try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
-def _summary(error: BaseException) -> str:
-    return " ".join(str(error).split())[:_SUMMARY] or type(error).__name__
+        with quiet(), torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each architecture refuses sizes in its own way
+        problem = f"{CONFIG} describes no text classifier that can be built: {_first_words(error)}"
+        raise UserError(f"{config.name_or_path}: {problem}") from error
+    shapes = _Shapes({}, {}, f"{model.base_model_prefix}.")
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    for name, value in model.state_dict().items():
+        if name not in tied:
+            part = shapes.encoder if name.startswith(shapes.prefix) else shapes.head
+            part[name.removeprefix(shapes.prefix)] = tuple(value.shape)
+    _shapes[key] = shapes
+    return shapes
 
 
 def encoder_names(config: "PretrainedConfig", names: Iterable[str]) -> Names:
-    """Split a checkpoint's stored names into encoder and head, whether or not they carry the base model's prefix.
+    """Split stored names into encoder and head, with or without the base model's prefix.
 
-    Buffers and the heads of pretraining (``cls.*``, ``lm_head.*``) are in neither, nor is a pooler that the classifier
-    does not use. UserError for a tensor that is there with and without the prefix.
+    Buffers and the heads of pretraining (``cls.*``, ``lm_head.*``) are in neither, nor is a pooler
+    that the classifier does not use.
+
+    Raises:
+        UserError: a tensor is there with and without the prefix.
     """
-    return _split(*_skeleton(config, config.model_type), names)
-
-
-def _split(encoder: Iterable[str], head: Iterable[str], prefix: str, names: Iterable[str]) -> Names:
-    known, heads = set(encoder), set(head)
+    shapes = _described_shapes(config)
     split = Names({}, {})
     for stored in names:
-        name = stored.removeprefix(prefix)
-        if name in known or stored in known:
-            name = name if name in known else stored
-            if name in split.encoder:
-                raise UserError(
-                    f"the checkpoint holds {split.encoder[name]} and {stored}, which are the same tensor"
-                )
+        name = stored.removeprefix(shapes.prefix)
+        name = name if name in shapes.encoder else stored
+        if name in split.encoder:
+            twice = f"{split.encoder[name]} and {stored} are the same tensor"
+            raise UserError(f"{config.name_or_path}: {twice}; save the checkpoint again")
+        if name in shapes.encoder:
             split.encoder[name] = stored
-        elif stored in heads:
+        elif stored in shapes.head:
             split.head[stored] = stored
     return split
 
@@ -237,81 +224,31 @@ def _split(encoder: Iterable[str], head: Iterable[str], prefix: str, names: Iter
 def check_tensors(
     folder: Path, config: "PretrainedConfig", *, head: bool
 ) -> tuple[Names, dict[str, TensorHeader]]:
-    """Compare the tensors of a folder with the model that its configuration describes; ``head``: it must have one."""
+    """Compare a folder's tensors with the model that its configuration describes.
+
+    With `head`, it must have a classification head. Raises `UserError` that names the first tensor
+    that is missing, extra, or of another shape.
+    """
     headers = tensor_headers(folder)
-    encoder, heads, prefix = _skeleton(config, str(folder))
-    try:
-        names = _split(encoder, heads, prefix, headers)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
-    for name, stored in (names.encoder | (names.head if head else {})).items():
-        shape, stated = headers[stored].shape, (encoder | heads)[name]
-        if shape != stated:
-            raise UserError(
-                f"{folder}: {stored} has shape {shape}, but {CONFIG} makes it {stated}; one of them is wrong"
-            )
-    used = {*names.encoder.values(), *names.head.values()}
-    families = {_family(name) for name in encoder}
-    for stored in headers:
-        if (
-            stored not in used
-            and stored.removeprefix(prefix) not in encoder
-            and _family(stored.removeprefix(prefix)) in families
-        ):
-            raise UserError(
-                f"{folder}: has {stored}, but {CONFIG} describes fewer layers; one of them is wrong"
-            )
-    # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
-    absent = [
-        name
-        for name in encoder
-        if name not in names.encoder and (head or not name.startswith("pooler."))
-    ]
-    if absent:
-        raise UserError(
-            f"{folder}: has no {absent[0]}, but {CONFIG} describes it; one of them is wrong"
-        )
-    if head and (absent := [name for name in heads if name not in names.head]):
-        raise UserError(
-            f"{folder}: has no classification head ({absent[0]}); fine-tune it first, `fmn finetune`"
-        )
+    shapes, names = _described_shapes(config), encoder_names(config, headers)
+
+    wrong = f"in {CONFIG}; one of them is wrong"
+    for name, shape in (shapes.encoder | (shapes.head if head else {})).items():
+        stored = names.encoder.get(name) or names.head.get(name)
+        if stored is not None and headers[stored].shape != shape:
+            problem = f"{stored} has shape {headers[stored].shape}, but {shape}"
+            raise UserError(f"{folder}: {problem} {wrong}")
+        # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
+        if stored is None and name in shapes.encoder and (head or not name.startswith("pooler.")):
+            raise UserError(f"{folder}: has no {name}, but it is {wrong}")
+        if stored is None and name in shapes.head:
+            raise UserError(f"{folder}: has no classification head ({name}); `fmn finetune` it")
+    # What is called like a tensor of the encoder, but of a layer that it does not have.
+    families = {_family(name) for name in shapes.encoder}
+    for stored in set(headers) - set(names.encoder.values()) - set(names.head.values()):
+        if _family(stored.removeprefix(shapes.prefix)) in families:
+            raise UserError(f"{folder}: has {stored}, but fewer layers are {wrong}")
     return names, headers
-
-
-_Skeleton = tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], str]
-_skeletons: dict[str, _Skeleton] = {}
-
-
-def _skeleton(config: "PretrainedConfig", where: str) -> _Skeleton:
-    """Shapes of the encoder (base model names) and of the head of the classifier that a configuration describes, and
-    the prefix that the encoder has in it. Built without memory for weights, once for experts of one shape."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    described = {key: value for key, value in config.to_dict().items() if key not in _NAMING}
-    key = json.dumps([described, config.num_labels], sort_keys=True, default=str)
-    if key in _skeletons:
-        return _skeletons[key]
-    try:
-        with quiet("transformers"), torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    except Exception as error:  # each architecture refuses sizes in its own way
-        raise UserError(
-            f"{where}: {CONFIG} describes no text classifier that can be built: {_summary(error)}"
-        ) from error
-    prefix = f"{model.base_model_prefix}."
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    shapes = {
-        name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied
-    }
-    encoder = {
-        name.removeprefix(prefix): shape
-        for name, shape in shapes.items()
-        if name.startswith(prefix)
-    }
-    head = {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
-    _skeletons[key] = encoder, head, prefix
-    return _skeletons[key]
 
 
 def _family(name: str) -> str:
@@ -319,137 +256,113 @@ def _family(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?=\.)", "#", name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking experts against each other
+# ---------------------------------------------------------------------------------------------
+# Experts that can be merged
 
 
 def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None:
-    """Refuse experts that cannot be merged, before anything expensive is done, from headers and small files alone.
+    """Refuse experts that cannot be merged, from headers and small files alone.
 
-    All must have the architecture, sizes, encoder tensors and vocabulary of the base (or of the first expert), and each
-    a head that fits its task. UserError with one line that names the task, the folder and what differs.
-
-    Args:
-        experts: checkpoint folders by task name.
-        base: the folder that they were fine-tuned from, where it is known.
+    All must have the architecture, sizes, encoder tensors and vocabulary of the base (or of the
+    first expert), and each a head that fits its task. Raises `UserError` that names the task, the
+    folder and what differs.
     """
-    folders = {"the base": base} if base is not None else {}
-    folders |= {tasks.task(name).name: path for name, path in experts.items()}
     if not experts:
         raise UserError("no experts were given; name at least one, TASK=DIR")
-    first: _Candidate | None = None
-    for who, folder in folders.items():
+    folders = {"the base": base} if base is not None else {}
+    folders |= {tasks.task(name).name: folder for name, folder in experts.items()}
+    expected: dict[str, Any] = {}
+    for name, folder in folders.items():
         try:
-            config = load_config(folder)
-            names, headers = check_tensors(folder, config, head=who in tasks.TASKS)
-            vocabulary = load_tokenizer(folder).get_vocab()
+            traits = _traits(folder, tasks.TASKS.get(name))
         except UserError as error:
-            raise UserError(f"{who}: {error}") from error
-        if who in tasks.TASKS:
-            check_head(folder, config, tasks.task(who))
-        if max(vocabulary.values(), default=-1) >= config.vocab_size:
-            raise UserError(
-                f"{who}: {folder}: the tokenizer has token ids up to {max(vocabulary.values())}, the model only"
-                f" {config.vocab_size} embeddings; take the tokenizer files of the model's own checkpoint"
-            )
-        shapes = {name: headers[stored].shape for name, stored in names.encoder.items()}
-        candidate = _Candidate(who, folder, config, shapes, vocabulary)
-        first = first or candidate
-        if difference := _difference(candidate, first):
-            raise UserError(
-                f"{who}: {folder} and {first.who} ({first.folder}) were not fine-tuned from one base: {difference};"
-                " choose experts of the same base model"
-            )
+            raise UserError(f"{name}: {error}") from error
+        expected = expected or traits
+        for trait in traits | expected if traits != expected else ():
+            here, there = traits.get(trait, "absent"), expected.get(trait, "absent")
+            if here != there:
+                raise UserError(
+                    f"{name}: {folder} and {next(iter(folders.values()))} were not fine-tuned from"
+                    f" one base: {trait} is {here}, not {there}; choose experts of the same base"
+                )
+
+
+def _traits(folder: Path, task: tasks.Task | None) -> dict[str, Any]:
+    """What must be equal among checkpoints that are merged, by what messages call it."""
+    config = load_config(folder)
+    names, headers = check_tensors(folder, config, head=task is not None)
+    if task is not None:
+        check_head(folder, config, task)
+    vocabulary = load_tokenizer(folder, config).get_vocab()
+    if (largest := max(vocabulary.values(), default=-1)) >= config.vocab_size:
+        problem = f"the tokenizer has ids up to {largest}, the model {config.vocab_size} embeddings"
+        raise UserError(f"{folder}: {problem}; take the tokenizer files of the model's checkpoint")
+    traits = {name: getattr(config, name, None) for name in _TRAITS}
+    traits |= {name: headers[stored].shape for name, stored in sorted(names.encoder.items())}
+    ids = sorted(vocabulary.items())
+    return traits | {f"the id of token {token!r:.40}": number for token, number in ids}
 
 
 def check_head(folder: Path, config: "PretrainedConfig", task: tasks.Task) -> None:
-    """Refuse a head that has not one output for each label of the task; `fmn.labels` finds which is which."""
+    """Refuse a head that has not one output for each label of the task, with a `UserError`."""
     if config.num_labels != task.num_outputs:
-        raise UserError(
-            f"{task.name}: {folder} has a head of {config.num_labels} outputs, the task needs {task.num_outputs};"
-            " give an expert of this task"
-        )
+        problem = f"a head of {config.num_labels} outputs, {task.name} needs {task.num_outputs}"
+        raise UserError(f"{folder}: has {problem}; give an expert of this task")
 
 
-class _Candidate(NamedTuple):
-    who: str
-    folder: Path
-    config: Any
-    shapes: dict[str, tuple[int, ...]]
-    vocabulary: dict[str, int]
-
-
-def _difference(one: _Candidate, other: _Candidate) -> str | None:
-    """What keeps two checkpoints from being merged, in words, or None."""
-    for name in ("model_type", *(size for size in _SIZES if size != "num_labels"), "hidden_act"):
-        values = [getattr(candidate.config, name, None) for candidate in (one, other)]
-        if values[0] != values[1]:
-            return f"{name} is {values[0]}, not {values[1]}"
-    for name in sorted({*one.shapes, *other.shapes}):
-        shapes = [candidate.shapes.get(name, "absent") for candidate in (one, other)]
-        if shapes[0] != shapes[1]:
-            return f"{name} is {shapes[0]}, not {shapes[1]}"
-    if one.vocabulary != other.vocabulary:
-        token = min(token for token, _ in one.vocabulary.items() ^ other.vocabulary.items())
-        places = [candidate.vocabulary.get(token, "absent") for candidate in (one, other)]
-        return f"the token {token!r:.40} is {places[0]} in the vocabulary, not {places[1]}"
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Loading
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a checkpoint folder. One without a padding token pads with its end of text."""
+def load_tokenizer(folder: Path, config: Any = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint; without a padding token, it pads with its end of text.
+
+    `config` is the checkpoint's, where it is loaded already. `UserError` if there is no tokenizer,
+    or none that can be used.
+    """
     from transformers import AutoTokenizer
 
-    read_config(folder)
+    config = config or load_config(folder)
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise UserError(f"{folder}: has no tokenizer files; copy those of its base model into it")
     try:
-        with quiet("transformers"):
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+                folder, config=config, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # the libraries below raise what they like on a broken file
-        told = f"{folder}: its tokenizer files cannot be used: {_summary(error)}"
-        raise machine.refusal(error, folder) or UserError(told) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise UserError(
-                f"{folder}: its tokenizer has neither a padding nor an end token; set pad_token"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
+        problem = f"its tokenizer files cannot be used: {_first_words(error)}"
+        raise UserError(f"{folder}: {problem}") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"{folder}: its tokenizer has no token for padding; set pad_token")
     return tokenizer
 
 
 def load_classifier(folder: Path) -> "PreTrainedModel":
-    """The classifier in a checkpoint folder (or a task's folder in a merged model), in float32 and evaluation mode.
+    """The classifier in a checkpoint folder, in float32 and evaluation mode.
 
-    Every weight comes from the folder: one that the model needs and the folder lacks is a UserError.
+    Raises:
+        UserError: the folder lacks a weight that the model needs, or cannot be loaded.
     """
+    config = load_config(folder)
+    check_tensors(folder, config, head=True)
+    return load_weights(folder, config)
+
+
+def load_weights(folder: Path, config: "PretrainedConfig", **options: Any) -> "PreTrainedModel":
+    """The classifier that a configuration describes, with the folder's weights; unchecked."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    config = load_config(folder)
-    check_tensors(folder, config, head=True)
-    if (
-        config.pad_token_id is None
-    ):  # a batch of unequal lengths needs one to find where each text ends
-        config.pad_token_id = load_tokenizer(folder).pad_token_id
+    if config.pad_token_id is None:  # needed to find where each text of a batch ends
+        config.pad_token_id = load_tokenizer(folder, config).pad_token_id
+    options |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     try:
-        with quiet("transformers"), no_bars():
+        with quiet():
             model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
+                folder, config=config, dtype=torch.float32, **options
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise machine.refusal(error, folder) or UserError(
-            f"{folder}: cannot be loaded: {_summary(error)}"
-        ) from error
+        raise UserError(f"{folder}: cannot be loaded: {_first_words(error)}") from error
     return model.eval()

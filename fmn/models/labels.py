@@ -1,38 +1,35 @@
 """Which output of a model stands for which label of its task: read or found, never assumed.
 
-Published checkpoints permute labels. The names in a checkpoint's configuration decide where they mean something;
-otherwise a slice of the training data does. `ordered` puts the outputs of a model into the task's order, so that all
-that computes with it (Fisher, evaluation, search) uses one and the same alignment.
+Published checkpoints permute labels. The names in a checkpoint's configuration decide where they
+mean something; otherwise a slice of the training data does. `ordered` puts the outputs of a model
+into the task's order, so that all that computes with it uses one and the same alignment.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from math import factorial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
 from fmn.errors import UserError
-from fmn.tasks import dataset as data
-from fmn.tasks.task import Task, task
+from fmn.models import checkpoints
+from fmn.store.records import Record
+from fmn.tasks import dataset
+from fmn.tasks.task import Task
+from fmn.tasks.task import task as get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS, SEED = 512, 0
-"""The slice of the training data that decides: so many rows at most, drawn by this seed."""
-
+ROWS, SEED = 512, 0  # at most so many rows of the training data decide, drawn by this seed
+# An order is clearly better than the task's own if McNemar's exact test, one-sided and times the
+# number of other orders (Bonferroni), is below this.
 CLEARLY = 0.001
-"""An order is clearly better than the task's own when McNemar's exact test, one-sided and times the number of other
-orders (Bonferroni), is below this."""
-
-CHANCE = 0.05
-"""An expert is better than guessing (`guessed`) when the one-sided binomial test is below this."""
-
+CHANCE = 0.05  # an expert is better than guessing if the one-sided binomial test is below this
 SCORE = "score"  # what the output of a regression task is called
-
 # Other names of a task's labels, in small letters and digits alone.
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "negative": ("neg",),
@@ -40,11 +37,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "unacceptable": ("notacceptable", "ungrammatical"),
     "acceptable": ("grammatical",),
     "notequivalent": (
-        "notparaphrase",
-        "nonparaphrase",
-        "notaparaphrase",
-        "nonequivalent",
-        "inequivalent",
+        *("notparaphrase", "nonparaphrase", "notaparaphrase", "nonequivalent", "inequivalent"),
     ),
     "equivalent": ("paraphrase", "isparaphrase"),
     "notduplicate": ("nonduplicate", "notduplicates", "notparaphrase", "nonparaphrase"),
@@ -55,220 +48,194 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     SCORE: ("similarity", "similarityscore"),
 }
 
-Labels = TypedDict(
-    "Labels",
-    {
-        "order": list[
-            int
-        ],  # the output that stands for each label of the task, in the task's order
-        "from": str,  # "names", "training data", "identity"
-        # Where the training data decided:
-        "rows": NotRequired[int],
-        "score": NotRequired[
-            float
-        ],  # share of the rows that this order has right; for regression, the correlation
-        "as_is": NotRequired[float],  # the same for the outputs as they stand
-    },
-)
+
+class Labels(Record):
+    """How the outputs of a model stand for the labels of its task.
+
+    Attributes:
+        order: the output that stands for each label, in the task's order.
+        origin: what decided it; "identity": nothing did, the outputs are taken as they stand.
+        rows: of training data that decided.
+        score: the share of them that this order has right; for regression, the correlation.
+        as_is: the same for the outputs as they stand.
+    """
+
+    model_config = ConfigDict(strict=True, validate_by_name=True, validate_by_alias=True)
+
+    order: list[int]
+    origin: Literal["names", "training data", "identity"] = Field(alias="from")
+    rows: int = 0
+    score: float = 0
+    as_is: float = 0
 
 
 def output_names(folder: Path) -> list[str]:
-    """The names in a checkpoint's config.json, by output; empty where there are none. Loads no library."""
+    """The names in a checkpoint's config.json, by output; empty where there are none."""
     try:
-        content = json.loads((folder / "config.json").read_bytes())
-        named = {int(output): str(name) for output, name in content["id2label"].items()}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # whoever loads the checkpoint says what is wrong
+        id2label = checkpoints.read_config(folder)["id2label"]
+        names = {int(output): str(name) for output, name in id2label.items()}
+    except (UserError, KeyError, ValueError, AttributeError):  # loading says what is wrong
         return []
-    return [named.get(output, "") for output in range(len(named))]
+    return [names.get(output, "") for output in range(len(names))]
 
 
-def by_names(one: Task, names: Sequence[str]) -> Labels | None:
-    """The order that the outputs' names give; None where they do not name each label of the task once."""
+def by_names(task: Task, names: Sequence[str]) -> Labels | None:
+    """The order that the outputs' names give; None if they do not name each label once."""
     meaning: dict[str, int] = {}
-    for label, name in enumerate(_names(one)):
+    for label, name in enumerate(_names(task)):
         meaning |= dict.fromkeys((_plain(name), *SYNONYMS.get(_plain(name), ())), label)
     outputs = {meaning.get(_plain(name)): output for output, name in enumerate(names)}
-    if len(names) != one.num_outputs or set(outputs) != set(range(one.num_outputs)):
+    if len(names) != task.num_outputs or set(outputs) != set(range(task.num_outputs)):
         return None
-    return {"order": [outputs[label] for label in range(one.num_outputs)], "from": "names"}
+    return Labels(order=[outputs[label] for label in range(task.num_outputs)], origin="names")
 
 
-def by_data(one: Task, logits: np.ndarray, labels: np.ndarray, where: str) -> Labels:
+def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> Labels:
     """The order in which the outputs fit the data best.
 
-    Another than the task's own is taken only where it is clearly better (`CLEARLY`).
+    An order other than the task's own is taken only if it is clearly better (`CLEARLY`).
 
     Args:
-        one: the task.
+        task: the task.
         logits: [N, C], the model's outputs as they stand.
         labels: [N], class ids in the task's order, or values.
-        where: names the model in messages.
+        place: names the model in messages.
 
     Raises:
-        UserError: even so the model is no better than chance (`CHANCE`); for regression: its outputs are not
-            positively correlated with the values.
+        UserError: even so the model is no better than chance (`CHANCE`); for regression: its
+            outputs are not positively correlated with the values.
     """
-    if one.regression:
+    rows, start = len(labels), f"{task.name}: {place} is no better than chance:"
+    if task.regression:
         predicted = logits[:, 0].astype(np.float64)
-        constant = np.ptp(predicted) == 0 or np.ptp(labels) == 0
-        correlation = 0.0 if constant else float(np.corrcoef(predicted, labels)[0, 1])
+        is_constant = np.ptp(predicted) == 0 or np.ptp(labels) == 0
+        correlation = 0.0 if is_constant else float(np.corrcoef(predicted, labels)[0, 1])
         if not correlation > 0:
             raise UserError(
-                f"{one.name}: {where} is no better than chance: the correlation of its outputs with {len(labels)}"
-                f" training rows is {correlation:.2f}, that of chance 0; give an expert of this task"
+                f"{start} the correlation of its outputs with {rows} training rows is"
+                f" {correlation:.2f}, that of chance 0; give an expert of this task"
             )
-        return {
-            "order": [0],
-            "from": "training data",
-            "rows": len(labels),
-            "score": correlation,
-            "as_is": correlation,
-        }
-    answers = logits.argmax(axis=1)
-    right = {
-        order: np.asarray(order)[labels] == answers
-        for order in permutations(range(one.num_outputs))
-    }
-    identity = tuple(range(one.num_outputs))  # the first of the permutations, so the best of equals
-    order = max(right, key=lambda each: int(right[each].sum()))
-    gained, lost = (
-        int((right[a] & ~right[b]).sum()) for a, b in ((order, identity), (identity, order))
-    )
-    if not (
-        gained
-        and _one_sided(gained, gained + lost, 0.5) * (factorial(one.num_outputs) - 1) < CLEARLY
-    ):
+        share = {"score": correlation, "as_is": correlation}
+        return Labels(order=[0], origin="training data", rows=rows, **share)
+    answers = logits.argmax(axis=1)  # [N]
+    identity = tuple(range(task.num_outputs))
+    # By order, whether each row is right; the identity comes first, so it is the best of equals.
+    right = {order: np.asarray(order)[labels] == answers for order in permutations(identity)}
+    order = max(right, key=lambda order: int(right[order].sum()))
+    gained = int((right[order] & ~right[identity]).sum())
+    lost = int((right[identity] & ~right[order]).sum())
+    tests = factorial(task.num_outputs) - 1
+    if not (gained and _one_sided(gained, gained + lost, 0.5) * tests < CLEARLY):
         order = identity
-    score, read = float(right[order].mean()), np.argsort(order)[answers]
-    if not better_than_guessing(one, read, labels):
-        raise UserError(
-            f"{one.name}: {where} is no better than chance: in the order of labels that suits it best it has"
-            f" {score:.1%} of {len(labels)} training rows right,"
-            f" guessing {guessed(one, read, labels):.1%}; give an expert of this task, or name its labels in"
-            " config.json (id2label)"
+    score, answered = float(right[order].mean()), np.argsort(order)[answers]
+    if not better_than_guessing(task, answered, labels):
+        facts = (
+            f"{score:.1%} of {rows} training rows, guessing {guessed(task, answered, labels):.1%}"
         )
-    return {
-        "order": list(order),
-        "from": "training data",
-        "rows": len(labels),
-        "score": score,
-        "as_is": float(right[identity].mean()),
-    }
+        raise UserError(
+            f"{start} in the best order of its labels it answers {facts}; give an expert of this"
+            " task, or name its labels in config.json (id2label)"
+        )
+    as_is = float(right[identity].mean())
+    return Labels(order=list(order), origin="training data", rows=rows, score=score, as_is=as_is)
 
 
-def guessed(one: Task, answers: np.ndarray, labels: np.ndarray) -> float:
+def guessed(task: Task, answers: np.ndarray, labels: np.ndarray) -> float:
     """The share of a classification task's rows, class ids [N], that guessing has right.
 
-    By always answering the most frequent label; where the task's metric is a Matthews correlation, which that does not
-    raise, by answering as often as these answers do each label (Cohen 1960, the expected agreement of kappa).
+    By always answering the most frequent label; if the task's metric is a Matthews correlation,
+    which that does not raise, by answering each label as often as these answers do (Cohen 1960,
+    the expected agreement of kappa).
     """
     answered, present = (
-        [np.mean(each == label) for label in range(one.num_outputs)] for each in (answers, labels)
+        [np.mean(each == label) for label in range(task.num_outputs)] for each in (answers, labels)
     )
-    return float(
-        np.dot(answered, present) if "matthews_correlation" in one.metrics else max(present)
-    )
+    is_matthews = "matthews_correlation" in task.metrics
+    return float(np.dot(answered, present) if is_matthews else max(present))
 
 
-def better_than_guessing(one: Task, answers: np.ndarray, labels: np.ndarray) -> bool:
+def better_than_guessing(task: Task, answers: np.ndarray, labels: np.ndarray) -> bool:
     """Whether chance alone would hardly have so many of a classification task's rows right."""
-    return (
-        _one_sided(int((answers == labels).sum()), len(labels), guessed(one, answers, labels))
-        < CHANCE
-    )
+    hits = int((answers == labels).sum())
+    return _one_sided(hits, len(labels), guessed(task, answers, labels)) < CHANCE
 
 
 def _one_sided(hits: int, trials: int, share: float) -> float:
-    """The probability of so many hits or more, where each is as probable as `share`."""
+    """The probability of so many hits or more, if each has the probability `share`."""
     from scipy.stats import binomtest
 
     return float(binomtest(hits, trials, share, alternative="greater").pvalue)
 
 
-def as_they_stand(one: Task) -> Labels:
+def as_they_stand(task: Task) -> Labels:
     """The task's own order, for want of names and data."""
-    return {"order": list(range(one.num_outputs)), "from": "identity"}
+    return Labels(order=list(range(task.num_outputs)), origin="identity")
 
 
-def decide(checkpoint: Path, one: Task, folder: Path | None, device: str = "auto") -> Labels:
+def decide(checkpoint: Path, task: Task, data: Path | None, device: str = "auto") -> Labels:
     """How a checkpoint's outputs stand for the task's labels: the one place that decides it.
 
-    By names where they mean something, which needs no data; else by a slice of the training split below `folder`, as
-    the model answers it in float32; without one, as they stand. The same checkpoint and data give the same answer.
-    Raises UserError for a head of another size, and as `by_data` does.
-    """
-    from fmn.models import checkpoints
+    By names where they mean something, which needs no data; else by a slice of the training split,
+    as the model answers it in float32; without one, as they stand. The same checkpoint and data
+    give the same answer.
 
-    checkpoints.check_head(checkpoint, checkpoints.load_config(checkpoint), one)
-    named = by_names(one, output_names(checkpoint))
+    Raises:
+        UserError: the head has another size than the task, or as `by_data` does.
+    """
+    checkpoints.check_head(checkpoint, checkpoints.load_config(checkpoint), task)
+    named = by_names(task, output_names(checkpoint))
     if named is not None:
         return named
-    if folder is None or not data.has(folder, one, "train"):
-        return as_they_stand(one)
-    from fmn.models import predict as evaluate
+    if data is None or not dataset.has(data, task, "train"):
+        return as_they_stand(task)
+    from fmn.models.predict import predict
     from fmn.tasks import batches
 
-    table = data.read(folder, one, "train")
+    table = dataset.read(data, task, "train")
     table = table.take(batches.select(table["label"].to_numpy(), ROWS, SEED))
-    examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), one, table)
-    logits = evaluate.predict(
-        checkpoints.load_classifier(checkpoint), examples, device=device, dtype="float32"
-    )
-    return by_data(one, logits, examples.labels, str(checkpoint))
+    examples = dataset.tokenize(checkpoints.load_tokenizer(checkpoint), task, table)
+    model = checkpoints.load_classifier(checkpoint)
+    logits = predict(model, examples, device=device, dtype="float32")
+    return by_data(task, logits, examples.labels, str(checkpoint))
 
 
-def ordered(model: "PreTrainedModel", found: Labels) -> "PreTrainedModel":
+def ordered(model: "PreTrainedModel", labels: Labels) -> "PreTrainedModel":
     """The model, whose logits [B, C] come out in the task's order from now on."""
-    order = found["order"]
 
     def reorder(_module: Any, _args: Any, output: Any) -> None:
-        output.logits = output.logits[:, order]
+        output.logits = output.logits[:, labels.order]
 
-    if order != sorted(order):
+    if labels.order != sorted(labels.order):
         model.register_forward_hook(reorder)
     return model
 
 
-def names_by_output(one: Task, found: Labels) -> list[str]:
-    """The task's own names in the order of the model's outputs: what its configuration should say."""
-    return [_names(one)[found["order"].index(output)] for output in range(one.num_outputs)]
+def names_by_output(task: Task, labels: Labels) -> list[str]:
+    """The task's own names in the order of the model's outputs, as its configuration has them."""
+    return [_names(task)[labels.order.index(output)] for output in range(task.num_outputs)]
 
 
-def notes(found: Mapping[str, Labels]) -> list[str]:
+def notes(labels_by_task: Mapping[str, Labels]) -> list[str]:
     """A line for each task whose outputs do not name the task's labels in the task's order."""
     lines = []
-    for name, labels in found.items():
-        one = task(name)
-        outputs = ", ".join(names_by_output(one, labels))
-        if labels["from"] == "names":
-            if labels["order"] != sorted(labels["order"]):
-                lines.append(
-                    f"labels of {name}: the outputs are {outputs}, as the names in config.json say"
-                )
-        elif labels["from"] == "identity":
-            lines.append(
-                f"labels of {name}: NOT NAMED in config.json, no data to find them: taken as {outputs}"
-            )
-        elif one.regression:
-            lines.append(
-                f"labels of {name}: not named; correlation {labels['score']:.2f} on {labels['rows']} rows"
-            )
-        else:
-            lines.append(
-                f"labels of {name}: not named; {labels['rows']} training rows say {outputs}"
-                f" ({labels['score']:.1%} right, as they stand {labels['as_is']:.1%})"
-            )
+    for name, labels in labels_by_task.items():
+        task, start = get_task(name), f"labels of {name}:"
+        outputs = ", ".join(names_by_output(task, labels))
+        if labels.origin == "identity":
+            lines.append(f"{start} NOT NAMED in config.json, no data to find them: {outputs}")
+        elif labels.origin == "training data":
+            facts = f"{labels.rows} training rows say {outputs} ({labels.score:.1%} right, as they"
+            facts = f"{facts} stand {labels.as_is:.1%})"
+            if task.regression:
+                facts = f"correlation {labels.score:.2f} on {labels.rows} rows"
+            lines.append(f"{start} not named; {facts}")
+        elif labels.order != sorted(labels.order):
+            lines.append(f"{start} the outputs are {outputs}, as the names in config.json say")
     return lines
 
 
-def _names(one: Task) -> tuple[str, ...]:
-    return one.labels or (SCORE,)
+def _names(task: Task) -> tuple[str, ...]:
+    return tuple(task.labels) or (SCORE,)
 
 
 def _plain(name: str) -> str:

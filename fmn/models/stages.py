@@ -1,130 +1,162 @@
-"""The stages that bring in checkpoints: fetched, or fine-tuned from a base; and prediction."""
+"""The stages that bring in checkpoints: `fetch` and `finetune`; and `predict`."""
 
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from fmn.errors import UserError
-from fmn.merge import recipe
 from fmn.models import checkpoints, sources
-from fmn.store import artifacts, stage
-from fmn.store.records import Settings
-from fmn.store.stage import Outcome, Progress
-from fmn.tasks import dataset as data
+from fmn.models.provenance import CheckpointInfo, TrainingInfo, lineage
+from fmn.store import stage
+from fmn.store.records import Record, Settings
+from fmn.store.stage import Job, Outcome, Progress, no_progress
+from fmn.tasks import dataset
 from fmn.tasks import task as tasks
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
-FETCH = 1
-FINETUNE = 1
 
 
 class FinetuneSettings(Settings):
+    """How an expert is fine-tuned."""
+
     epochs: float = Field(3, gt=0, description="passes over the training examples")
     learning_rate: float = Field(5e-5, gt=0, description="peak of the linear schedule")
-    batch_size: int = Field(32, ge=1, description="examples a step")
-    examples: int | Literal["all"] = Field(
-        "all", description="training rows used at most, drawn by the seed"
-    )
+    batch_size: int = Field(32, ge=1, description="examples per step")
+    examples: int | Literal["all"] = Field("all", description="training rows, drawn by the seed")
     seed: int = Field(0, ge=0, description="seed of the head, the order and the dropout")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field(
-        "auto", description="precision of the matrix products; auto: bfloat16 where it pays"
+    dtype: Dtype = Field("auto", description="of matrix products; auto: bfloat16 where faster")
+
+
+class Prediction(Record):
+    """A model's answer for one text, or a pair: the most probable label, and its probability.
+
+    For a regression task, `label` is "score", `score` the value, and there are no probabilities.
+    """
+
+    label: str
+    score: float
+    probabilities: dict[str, float] = Field(default_factory=dict)
+
+
+def fetch(source: str, *, out: Path, progress: Progress = no_progress) -> Outcome[CheckpointInfo]:
+    """Fetch a checkpoint, pinned and verified, into a folder.
+
+    Args:
+        source: hf://org/name@revision, a folder, models:/name@alias or package:module/path
+        out: the folder to write
+
+    Raises:
+        UserError: the source cannot be reached, was damaged, or is no checkpoint that can be used.
+    """
+    stage.check_output(out, [Path(source)])
+    pinned = sources.pin(source)
+
+    def compute(job: Job) -> CheckpointInfo:
+        info = sources.copy_checkpoint(pinned, job.path, progress)
+        return info.model_copy(update={"source": source})
+
+    reads, keys = {"folder": sources.folder_files(pinned)}, {"source": pinned}
+    summary = partial(stage.read_info, record=CheckpointInfo)
+    return stage.run_stage(
+        "fetch", 2, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
     )
-
-
-def fetch(source: str, out: Path, progress: Progress | None = None) -> Outcome:
-    """A checkpoint from its source, pinned and verified, as the folder ``out``."""
-    stage.apart(out, [Path(source)])
-    pinned = sources.resolve(source)
-    digest = sources.folder_digest(pinned)
-    key = artifacts.content_key(
-        "fetch", FETCH, {"source": pinned}, {"folder": digest} if digest else {}
-    )
-
-    def fill(folder: Path) -> Mapping[str, Any]:
-        return {**sources.fetch(pinned, folder, progress=progress), "source": source}
-
-    return stage.run_folder("fetch", out, key, fill)
 
 
 def finetune(
     base: Path,
+    *,
     task: str,
-    folder: Path,
+    data: Path,
     out: Path,
-    settings: FinetuneSettings,
-    progress: Progress | None = None,
-) -> Outcome:
-    """An expert for ``task``, fine-tuned from the checkpoint ``base`` on the training split below ``folder``."""
-    stage.apart(out, [base, folder])
-    found = tasks.task(task)
-    inputs = {"base": artifacts.digest_folder(base), **data.digests(folder, found, ["train"])}
-    described = settings.model_dump(exclude={"device"})
-    key = artifacts.content_key("finetune", FINETUNE, {"task": task, **described}, inputs)
+    settings: FinetuneSettings = FinetuneSettings(),  # noqa: B008 - it is frozen
+    progress: Progress = no_progress,
+) -> Outcome[TrainingInfo]:
+    """Fine-tune a base model on one task, which makes an expert.
 
-    def fill(target: Path) -> Mapping[str, Any]:
+    Args:
+        base: folder of the base model
+        task: the task
+        data: folder of the task's rows, or of several tasks'
+        out: the folder to write
+
+    Raises:
+        UserError: the base or the rows cannot be used, or the loss diverges.
+    """
+    definition = tasks.task(task)
+    rows_digest = dataset.digests(data, definition, ["train"])["train"]
+
+    def compute(job: Job) -> TrainingInfo:
         import torch
 
         from fmn.models import finetune
         from fmn.tasks import batches
 
         tokenizer = checkpoints.load_tokenizer(base)
-        table = data.read(folder, found, "train")
-        rows = batches.select(
-            table["label"].to_numpy(), stage.limit(settings.examples), settings.seed
-        )
-        examples = data.tokenize(tokenizer, found, table.take(rows))
-        model = finetune.new_expert(base, found, settings.seed)
-        losses = finetune.finetune(
-            model,
-            examples,
-            regression=found.regression,
-            progress=progress,
-            **settings.model_dump(exclude={"examples"}),
-        )
-        with checkpoints.no_bars():
-            model.cpu().save_pretrained(target)
-            tokenizer.save_pretrained(target)
+        table = dataset.read(data, definition, "train")
+        limit = None if settings.examples == "all" else settings.examples
+        rows = batches.select(table["label"].to_numpy(), limit, settings.seed)
+        examples = dataset.tokenize(tokenizer, definition, table.take(rows))
+        model = finetune.new_expert(base, definition, settings.seed)
+        options = settings.model_dump(exclude={"examples"}) | {"progress": progress}
+        losses = finetune.finetune(model, examples, regression=definition.regression, **options)
+        with checkpoints.quiet():
+            model.cpu().save_pretrained(job.path)
+            tokenizer.save_pretrained(job.path)
         last = losses[-max(1, len(losses) // 10) :]
-        return {
-            "task": task,
-            "base": stage.lineage(base),
-            **described,
-            "data_digest": inputs["train"],
-            "examples": len(rows),
-            "threads": torch.get_num_threads(),
-            "steps": len(losses),
-            "loss": sum(last) / len(last),
-        }
+        return TrainingInfo(
+            **settings.model_dump(exclude={"device", "examples"}),
+            task=task,
+            base=lineage(base),
+            data_digest=rows_digest,
+            examples=len(rows),
+            threads=torch.get_num_threads(),
+            steps=len(losses),
+            loss=sum(last) / len(last),
+        )
 
-    return stage.run_folder("finetune", out, key, fill)
+    reads: dict[str, Path | str] = {"base": base, "train": rows_digest}
+    keys = {"task": task, "finetune": settings}
+    summary = partial(stage.read_info, record=TrainingInfo)
+    return stage.run_stage(
+        "finetune", 2, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
+    )
 
 
-def predict(model: Path, task: str, text: str, second: str | None) -> dict[str, Any]:
-    """A merged model's answer for one text, or a pair: its label, its score, all probabilities."""
+def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) -> Prediction:
+    """Answer one text, or a pair of texts, with a merged model.
+
+    Args:
+        model: folder of the merged model
+        text: the text
+        text_pair: the second text, for a task of pairs
+        task: the task
+
+    Raises:
+        UserError: the model does not have the task, or was changed, or the task takes other texts.
+    """
     import torch
 
-    found = tasks.task(task)
-    if (len(found.text_columns) == 2) != (second is not None):
-        raise UserError(
-            f"task {task} takes {len(found.text_columns)} texts: {', '.join(found.text_columns)}"
-        )
-    recipe.verify(model)
-    folder = recipe.task_folder(model, task)
-    classifier = checkpoints.load_classifier(folder).eval()
-    inputs = checkpoints.load_tokenizer(folder)(
-        text, second, truncation=True, max_length=found.max_length, return_tensors="pt"
+    definition = tasks.task(task)
+    columns = definition.columns
+    if (len(columns) == 2) != (text_pair is not None):
+        raise UserError(f"task {task}: it takes {len(columns)} texts; give {', '.join(columns)}")
+    folder = model / "tasks" / task
+    if not folder.is_dir():
+        raise UserError(f"{model}: not a merged model of task {task}; give one, and its task")
+    stage.check_intact(model)
+    classifier = checkpoints.load_classifier(folder)
+    inputs = checkpoints.load_tokenizer(folder, classifier.config)(
+        text, text_pair, truncation=True, max_length=dataset.MAX_LENGTH, return_tensors="pt"
     )
     with torch.inference_mode():
         logits = classifier(**inputs).logits[0].float()  # [C]
-    if found.regression:
-        return {"label": "score", "score": logits.item()}
-    shares = {
-        classifier.config.id2label[label]: share
-        for label, share in enumerate(logits.softmax(-1).tolist())
-    }
+    if definition.regression:
+        return Prediction(label="score", score=logits.item())
+    names = classifier.config.id2label
+    shares = {names[label]: share for label, share in enumerate(logits.softmax(-1).tolist())}
     best = max(shares, key=shares.__getitem__)
-    return {"label": best, "score": shares[best], "probabilities": shares}
+    return Prediction(label=best, score=shares[best], probabilities=shares)

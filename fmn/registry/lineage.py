@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fmn.errors import UserError
-from fmn.models.sources import ELSEWHERE as SCHEMES
+from fmn.models.sources import SCHEMES
 from fmn.store import artifacts
 from fmn.store.records import Checkpoint, Metrics, Record
 from fmn.store.records import Traced as Recipe

@@ -180,7 +180,7 @@ def locked(out: Path) -> Iterator[None]:
 
     Lock files lie in the system's temporary folder, so none is left in a user's folder.
     """
-    folder = Path(tempfile.gettempdir()) / f"fmn-locks-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"fmn-locks-{os.geteuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     with filelock.FileLock(folder / digest_bytes(str(out.resolve()).encode())):
         yield

@@ -194,18 +194,7 @@ class Found(Record):
     merge: dict[str, Any]
 
 
-class Finetuned(Record):
-    """What the manifest of an expert that was fine-tuned here says."""
-
-    epochs: float
-    learning_rate: float
-    batch_size: int
-    examples: int
-    seed: int
-    dtype: str
-
-
-MANIFESTS: Mapping[str, type[Record]] = {"finetune": Finetuned}
+MANIFESTS: Mapping[str, type[Record]] = {}
 """By stage, what is read of a manifest."""
 
 

@@ -125,31 +125,6 @@ def limit(number: int | str) -> Any:
     return None if number == "all" else number
 
 
-def lineage(folder: Path) -> dict[str, str]:
-    """Where a checkpoint comes from: the source as given, and its revision pinned."""
-    manifest = artifacts.read_manifest(folder)
-    if manifest is None:
-        return {"source": "folder", "revision": f"sha256:{artifacts.digest_folder(folder)}"}
-    info = manifest["info"]
-    made = f"{manifest['stage']}:{manifest['key'][:16]}"
-    return {"source": str(info.get("source", made)), "revision": str(info.get("revision", made))}
-
-
-def circumstances(folder: Path) -> dict[str, Any]:
-    """What a checkpoint that was fine-tuned here says it was made with, beside its settings."""
-    info = (artifacts.read_manifest(folder) or {"info": {}})["info"]
-    return {name: info[name] for name in ("data_digest", "threads") if name in info}
-
-
-def tuning(folder: Path) -> dict[str, Any]:
-    """The settings that fmn fine-tuned a checkpoint with; empty where it did not."""
-    manifest = artifacts.read_manifest(folder)
-    if manifest is None or manifest["stage"] != "finetune":
-        return {}
-    names = ("epochs", "learning_rate", "batch_size", "examples", "seed", "dtype")
-    return {name: manifest["info"][name] for name in names}
-
-
 def there(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such file")

@@ -11,7 +11,7 @@ import torch
 
 from flows.faults import PassingError, one_line, passes
 from fmn.errors import UserError
-from fmn.models import sources
+from fmn.models import stages as models_stages
 from tests.hub_server import Hub
 
 
@@ -63,21 +63,22 @@ def test_the_network_and_a_locked_database_may_pass(tmp_path: Path) -> None:
 def test_a_server_that_is_overtaxed_may_recover_and_one_that_refuses_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fmn.store.hub.RETRY_SECONDS", 0)
     with Hub() as hub:
         hub.add("models", "org/name", {"config.json": b"{}"})
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         hub.misbehave("status", "org/name", times=1, status=503)
-        assert passes(raised(lambda: sources.fetch("hf://org/name", tmp_path / "out", patience=0)))
+        assert passes(raised(lambda: models_stages.fetch("hf://org/name", out=tmp_path / "out")))
         assert not passes(
-            raised(lambda: sources.fetch("hf://org/none", tmp_path / "out", patience=0))
+            raised(lambda: models_stages.fetch("hf://org/none", out=tmp_path / "out"))
         )
         hub.gated.add("org/name")
         assert not passes(
-            raised(lambda: sources.fetch("hf://org/name", tmp_path / "out", patience=0))
+            raised(lambda: models_stages.fetch("hf://org/name", out=tmp_path / "out"))
         )
     with Hub() as gone:
         monkeypatch.setenv("HF_ENDPOINT", gone.url)
-    assert passes(raised(lambda: sources.fetch("hf://org/name", tmp_path / "out", patience=0)))
+    assert passes(raised(lambda: models_stages.fetch("hf://org/name", out=tmp_path / "out")))
 
 
 def test_mistakes_memory_and_our_own_faults_do_not_pass(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_it_is_evaluated_shown_asked_and_registered_as_any_merged_model(
         {}, {**shown, "realigned": files["realigned"]}, {}, work / "report"
     ).summary["results"]
     assert table["tasks"]["stsb"]["merged"] != table["tasks"]["stsb"]["realigned"]
-    assert "label" in models_stages.predict(work / "realigned", "sst2", "a warm film", None)
+    assert models_stages.predict(work / "realigned", "a warm film", task="sst2").label
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{work / 'mlflow.db'}")
     monkeypatch.chdir(work)
     registered = registry_stages.register(

@@ -64,12 +64,12 @@ def test_the_served_model_answers_as_the_merged_one_does(
         for (text, second), answer in zip(
             texts.itertuples(index=False), answers.to_dict("records"), strict=True
         ):
-            expected = predict(merged, task, text, second)
-            assert answer["label"] == expected["label"]
-            assert answer["score"] == pytest.approx(expected["score"], abs=1e-5)
+            expected = models_stages.predict(merged, text, second, task=task)
+            assert answer["label"] == expected.label
+            assert answer["score"] == pytest.approx(expected.score, abs=1e-5)
     answer = model.predict(texts[["text"]], params={"task": "sst2"}).to_dict("records")[0]
-    expected = predict(merged, "sst2", "a warm film")
-    assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+    expected = models_stages.predict(merged, "a warm film", task="sst2")
+    assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
     with pytest.raises(Exception, match="not one of mrpc, sst2, stsb"):
         model.predict(texts, params={"task": "rte"})
 
@@ -313,11 +313,14 @@ def test_a_version_is_served_to_curl(register: Register, merged: Merged, store: 
     with serving(*command, path="ping", MLFLOW_TRACKING_URI=store) as address:
         texts = [{"text": "a warm film"}, {"text": "dull"}]
         answers = ask(address, dataframe_records=texts, params={"task": "sst2"})
-        expected = predict(merged, "sst2", "a warm film")
-        labels = {"negative", "positive"}
-        assert [set(answer["probabilities"]) for answer in answers] == [labels, labels]
-        assert answers[0]["label"] == expected["label"]
-        assert answers[0]["score"] == pytest.approx(expected["score"], abs=1e-5)
+        expected = models_stages.predict(merged, "a warm film", task="sst2")
+        assert [set(answer["probabilities"]) for answer in answers] == [
+            {"negative", "positive"}
+        ] * 2
+        assert (answers[0]["label"], answers[0]["score"]) == (
+            expected.label,
+            pytest.approx(expected.score, abs=1e-5),
+        )
         pair = {"text": "a warm film", "text_pair": "a cold film"}
         answer = ask(address, dataframe_records=[pair], params={"task": "mrpc"})[0]
         assert answer["label"] in ("equivalent", "not_equivalent")

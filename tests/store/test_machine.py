@@ -110,11 +110,11 @@ def fisher_files(work: Path) -> dict[str, Path]:
 
 
 STAGES: dict[str, Callable[[Path, Path], Outcome]] = {
-    "fetch": lambda work, out: models_stages.fetch(str(work / "base"), out),
+    "fetch": lambda work, out: models_stages.fetch(str(work / "base"), out=out),
     "data": lambda work, out: tasks_stages.data(
         "mrpc", out=out, settings=DataSettings(source="embedded")
     ),
-    "finetune": lambda work, out: models_stages.finetune(work / "base", "sst2", work / "data", out, TUNING),
+    "finetune": lambda work, out: models_stages.finetune(work / "base", task="sst2", data=work / "data", out=out, settings=TUNING),
     "fisher": lambda work, out: fisher_stages.fisher(
         work / "experts" / "sst2", "sst2", work / "data", out, FISHER, save_seconds=0.0
     ),
@@ -293,7 +293,11 @@ def test_a_gpu_that_is_not_there_is_told(
         made(work, "merge")
     calls: dict[str, Callable[[], Outcome]] = {
         "finetune": lambda: models_stages.finetune(
-            tiny_work / "base", "sst2", folder, out, TUNING.model_copy(update={"device": ABSENT})
+            tiny_work / "base",
+            task="sst2",
+            data=folder,
+            out=out,
+            settings=TUNING.model_copy(update={"device": ABSENT}),
         ),
         "fisher": lambda: fisher_stages.fisher(
             expert,

@@ -1,0 +1,164 @@
+"""An expert whose outputs are in another order gives the same results, whatever stage reads it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import pipeline
+
+from fmn.errors import UserError
+from fmn.evaluate import stages as evaluate_stages
+from fmn.evaluate.stages import EvaluateSettings
+from fmn.fisher import stages as fisher_stages
+from fmn.fisher.stages import Estimator, FisherSettings
+from fmn.merge import stages as merge_stages
+from fmn.merge.stages import MergeSettings
+from fmn.models import stages as models_stages
+from fmn.models.stages import FinetuneSettings
+from fmn.store import artifacts
+
+EVALUATE = EvaluateSettings(device="cpu")
+LABEL_OF_OUTPUT = [2, 0, 1]  # of the permuted expert; not its own inverse
+ORDER = [1, 2, 0]
+WORDS = ("good", "green", "never")  # what a hypothesis must hold for each label
+
+
+@pytest.fixture(scope="module")
+def work(tiny_base: Path, tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MNLI of one deciding word per label; an expert of it, and permuted ones, named and not."""
+    folder = tmp_path_factory.mktemp("permuted")
+    (folder / "data" / "mnli").mkdir(parents=True)
+    sizes = {"train": 600, "validation_matched": 120, "validation_mismatched": 90}
+    for split, rows in sizes.items():
+        random = np.random.default_rng(rows)
+        labels = random.integers(0, 3, rows)
+        hinted = np.where(random.random(rows) < 0.85, labels, random.integers(0, 3, rows))
+        very = [int(random.integers(4)) for _ in range(rows)]
+        hypotheses = [
+            f"it was {WORDS[hint]} {'very ' * count}film"
+            for hint, count in zip(hinted, very, strict=True)
+        ]
+        table = {"premise": ["the film was long"] * rows, "hypothesis": hypotheses, "label": labels}
+        pq.write_table(pa.table(table), folder / "data" / "mnli" / f"{split}.parquet")
+    models_stages.finetune(
+        tiny_base,
+        task="mnli",
+        data=folder / "data",
+        out=folder / "plain",
+        settings=FinetuneSettings(epochs=6, learning_rate=5e-3, device="cpu", dtype="float32"),
+    )
+    permute(folder / "plain", folder / "named", ["Contradict", "entails", "NEUTRAL"])
+    permute(folder / "plain", folder / "unnamed", ["LABEL_0", "LABEL_1", "LABEL_2"])
+    shutil.copytree(tiny_work / "experts" / "stsb", folder / "stsb")
+    shutil.copytree(tiny_work / "data" / "stsb", folder / "data" / "stsb")
+    shutil.copyfile(tiny_work / "fisher" / "stsb.parquet", folder / "stsb.parquet")
+    return folder
+
+
+def permute(expert: Path, out: Path, names: list[str]) -> None:
+    """A copy of an MNLI expert with its outputs in another order, under these names."""
+    shutil.copytree(expert, out)
+    (out / "fmn.json").unlink()
+    state = load_file(out / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        state[name] = state[name][LABEL_OF_OUTPUT].clone()
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    config["id2label"] = {str(output): name for output, name in enumerate(names)}
+    config["label2id"] = {name: output for output, name in enumerate(names)}
+    (out / "config.json").write_text(json.dumps(config))
+
+
+def fisher(work: Path, expert: str, out: Path, estimator: Estimator = "empirical") -> None:
+    settings = FisherSettings(estimator=estimator, samples=64, device="cpu", dtype="float32")
+    fisher_stages.fisher(work / expert, "mnli", work / "data", out, settings)
+
+
+@pytest.mark.parametrize("expert", ["named", "unnamed"])
+def test_the_scores_are_the_same(work: Path, tmp_path: Path, expert: str) -> None:
+    predictions = []
+    for name in ("plain", expert):
+        out = tmp_path / f"{name}.json"
+        evaluate_stages.evaluate(work / name, ["mnli"], work / "data", out, EVALUATE)
+        predictions.append(artifacts.read_predictions(out)["mnli"])
+    for split, answers in predictions[0].items():
+        assert (answers.predicted == answers.labels).mean() > 0.7
+        np.testing.assert_array_equal(predictions[1][split].predicted, answers.predicted)
+    labels = artifacts.read_json(tmp_path / f"{expert}.json")["labels"]["mnli"]
+    assert labels["order"] == ORDER
+    assert labels["from"] == {"named": "names", "unnamed": "training data"}[expert]
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "expected", "sampled", "batch"])
+def test_the_fisher_is_the_same(work: Path, tmp_path: Path, estimator: Estimator) -> None:
+    values = {}
+    for name in ("plain", "named", "unnamed"):
+        fisher(work, name, tmp_path / f"{name}.parquet", estimator)
+        values[name], _, metadata = artifacts.read_fisher(tmp_path / f"{name}.parquet")
+        assert metadata["labels"]["mnli"]["order"] == ([0, 1, 2] if name == "plain" else ORDER)
+    for site, nodes in values["plain"].items():
+        for name in ("named", "unnamed"):
+            np.testing.assert_allclose(values[name][site], nodes, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["mask-fisher", "average"])
+def test_the_merged_model_is_the_same(work: Path, tmp_path: Path, method: str) -> None:
+    predictions, answers = {}, {}
+    for name in ("plain", "named", "unnamed"):
+        file, out = tmp_path / f"{name}.parquet", tmp_path / name
+        fisher(work, name, file)
+        recipe = merge_stages.merge(
+            {"mnli": work / name, "stsb": work / "stsb"},
+            {"mnli": file, "stsb": work / "stsb.parquet"},
+            None,
+            out,
+            MergeSettings(method=method),
+        ).summary
+        assert recipe["labels"]["mnli"]["order"] == ([0, 1, 2] if name == "plain" else ORDER)
+        evaluate_stages.evaluate(out, [], work / "data", tmp_path / f"{name}.json", EVALUATE)
+        predictions[name] = artifacts.read_predictions(tmp_path / f"{name}.json")
+        # Plain Transformers reads it right, with none of our code.
+        ask = pipeline("text-classification", model=str(out / "tasks" / "mnli"), device="cpu")
+        pairs = [("the film was long", f"it was {word} film") for word in WORDS]
+        answers[name] = [ask({"text": text, "text_pair": pair})["label"] for text, pair in pairs]
+        predicted = [models_stages.predict(out, *pair, task="mnli").label for pair in pairs]
+        assert predicted == answers[name]
+    for name in ("named", "unnamed"):
+        assert answers[name] == answers["plain"]
+        for task, splits in predictions["plain"].items():
+            for split, plain in splits.items():
+                np.testing.assert_allclose(
+                    predictions[name][task][split].predicted, plain.predicted, rtol=1e-3, atol=1e-4
+                )
+
+
+def test_other_training_rows_decide_anew_and_names_need_none(work: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(work / "data", tmp_path / "data"))
+
+    def is_evaluated(expert: str) -> bool:
+        out = tmp_path / f"{expert}.json"
+        return evaluate_stages.evaluate(work / expert, ["mnli"], data, out, EVALUATE).computed
+
+    assert [is_evaluated("unnamed"), is_evaluated("named")] == [True, True]
+    train = pq.read_table(data / "mnli" / "train.parquet")
+    pq.write_table(train.slice(0, 500), data / "mnli" / "train.parquet")
+    assert [is_evaluated("unnamed"), is_evaluated("named")] == [True, False]
+
+
+def test_an_unnamed_expert_that_knows_nothing_is_refused(work: Path, tmp_path: Path) -> None:
+    expert = Path(shutil.copytree(work / "unnamed", tmp_path / "expert"))
+    state = load_file(expert / "model.safetensors")
+    shape = state["classifier.weight"].shape
+    state["classifier.weight"] = torch.randn(shape, generator=torch.manual_seed(0)) * 1e-6
+    save_file(state, expert / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="no better than chance"):
+        fisher_stages.fisher(
+            expert, "mnli", work / "data", tmp_path / "out.parquet", FisherSettings(device="cpu")
+        )
+    assert not (tmp_path / "out.parquet").exists()
