@@ -26,6 +26,7 @@ from fmn.tasks import stages as tasks_stages
 from fmn.terminal import complain, errors, only_ours, progress_bar, say, show_table
 
 if TYPE_CHECKING:
+    from fmn.experiments.files import SearchResult
     from fmn.store.stage import Outcome
 
 ENVIRONMENT = {
@@ -107,22 +108,25 @@ def _fail(message: str, status: int) -> None:
 
 def _say(outcome: "Outcome", as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
     """Print what a stage did."""
+    summary = outcome.summary
+    if not isinstance(summary, Mapping):
+        summary = summary.model_dump(mode="json", by_alias=True)
     if as_json:
         stated = {
             "stage": outcome.stage,
             "out": str(outcome.out),
             "computed": outcome.computed,
-            **outcome.summary,
+            **summary,
         }
         _dump(stated)
         return
     done = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
     say(f"{outcome.stage}: {outcome.out} ({done})")
-    show(outcome.summary)
-    if "labels" in outcome.summary:
+    show(summary)
+    if "labels" in summary:
         from fmn.models import labels
 
-        say(*labels.notes(outcome.summary["labels"]))
+        say(*labels.notes(summary["labels"]))
 
 
 def _dump(content: Any) -> None:
@@ -399,20 +403,31 @@ def search(
 
     experts = _by_task(expert, "--expert", selection.tasks, "")
     files = _statistics(merging.method, experts, fisher, gram)
+    fisher_files, gram_files = files
     with progress_bar("searching") as progress:
         outcome = experiments_stages.search(
-            experts, *files, base, data, out, merging, settings, progress
+            experts=experts,
+            data=data,
+            out=out,
+            fisher=fisher_files,
+            gram=gram_files,
+            base=base,
+            merging=merging,
+            settings=settings,
+            progress=progress,
         )
+    _log_search(outcome.summary, settings.experiment)
 
     def show(summary: Mapping[str, Any]) -> None:
+        uniform = summary["trials"][0]["tasks"]
         body = [
             [
                 name,
-                f"{summary['coefficients'][name]:.3f}",
-                f"{100 * entry['uniform']:.1f}",
-                f"{100 * entry['found']:.1f}",
+                f"{coefficient:.3f}",
+                f"{100 * uniform[name]:.1f}",
+                f"{100 * summary['tasks'][name]:.1f}",
             ]
-            for name, entry in summary["tasks"].items()
+            for name, coefficient in summary["coefficients"].items()
         ]
         means = ["mean", "", f"{100 * summary['uniform']:.1f}", f"{100 * summary['score']:.1f}"]
         show_table(
@@ -421,6 +436,29 @@ def search(
         _facts("scale")(summary)
 
     _say(outcome, as_json, show)
+
+
+def _log_search(result: "SearchResult", experiment: str) -> None:
+    """Log the trials of a search to MLflow; those that are there already are not logged again."""
+    from fmn.registry import tracking
+
+    trials = [
+        {
+            "score": trial.score,
+            "scale": trial.scale,
+            **{f"coefficient.{task}": value for task, value in trial.coefficients.items()},
+            **{f"relative.{task}": value for task, value in trial.tasks.items()},
+        }
+        for trial in result.trials
+    ]
+    tasks = ", ".join(result.coefficients)
+    tracking.log_trials(
+        trials,
+        name=f"search {tasks}",
+        experiment=experiment,
+        key=result.study,
+        params={**result.merge, "tasks": tasks},
+    )
 
 
 @app.command
@@ -528,7 +566,9 @@ def evaluate(
     """
 
     with progress_bar("evaluating") as progress:
-        outcome = evaluate_stages.evaluate(model, task or [], data, out, settings, progress)
+        outcome = evaluate_stages.evaluate(
+            model, data=data, out=out, tasks=task or (), settings=settings, progress=progress
+        )
 
     from fmn.report.results import MACRO, measured, span
 

@@ -11,7 +11,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fmn.errors import UserError
-from fmn.evaluate import bootstrap as intervals
 from fmn.evaluate import stages as evaluate_stages
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.fisher import stages as fisher_stages
@@ -26,8 +25,6 @@ from fmn.report import stages as report_stages
 from fmn.store import artifacts
 from fmn.store.stage import Outcome
 from fmn.tasks import stages as tasks_stages
-from fmn.tasks import task as tasks
-from fmn.tasks.dataset import read
 from fmn.tasks.stages import DataSettings
 from tests.conftest import FISHER, TASKS, TUNING
 
@@ -77,11 +74,11 @@ def run_all(work: Path) -> dict[str, bool]:
             expert, task, work / "data", fisher_files(work)[task], FISHER
         )
         done[f"evaluate {task}"] = evaluate_stages.evaluate(
-            expert, [task], work / "data", work / f"{task}.json", EVALUATE
+            expert, data=work / "data", out=work / f"{task}.json", tasks=[task], settings=EVALUATE
         )
     done["merge"] = merge(work)
     done["evaluate"] = evaluate_stages.evaluate(
-        work / "merged", [], work / "data", work / "merged.json", EVALUATE
+        work / "merged", data=work / "data", out=work / "merged.json", settings=EVALUATE
     )
     done["report"] = report_stages.write_report(
         {task: work / f"{task}.json" for task in TASKS},
@@ -172,81 +169,6 @@ def test_the_merged_model_says_where_it_comes_from(work: Path) -> None:
     assert "mrpc" in (work / "merged" / "README.md").read_text()
 
 
-def test_evaluation_puts_the_metrics_into_the_model_card(work: Path) -> None:
-    merge(work)
-    metrics = evaluate_stages.evaluate(
-        work / "merged", [], work / "data", work / "merged.json", EVALUATE
-    ).summary
-    assert set(metrics["tasks"]) == set(TASKS)
-    card = (work / "merged" / "README.md").read_text()
-    assert f"{100 * metrics['tasks']['mrpc']['f1']:.1f}" in card
-    assert set(metrics["tasks"]["stsb"]) == {
-        "pearson",
-        "spearmanr",
-        "score",
-        "examples",
-        "interval",
-    }
-
-
-def test_every_metric_has_its_interval_and_the_predictions_lie_beside(work: Path) -> None:
-    merge(work)
-    metrics = evaluate_stages.evaluate(
-        work / "merged", [], work / "data", work / "merged.json", EVALUATE
-    ).summary
-    for name, entry in metrics["tasks"].items():
-        assert set(entry["interval"]) == {*tasks.task(name).metrics, "score"}
-        for metric, (low, high) in entry["interval"].items():
-            assert low <= entry[metric] <= high
-    low, high = metrics["interval"]
-    assert low < metrics["score"] < high
-    predictions = artifacts.read_predictions(work / "merged.json")
-    for name, splits in predictions.items():
-        assert intervals.score(tasks.task(name), splits) == pytest.approx(
-            metrics["tasks"][name]["score"]
-        )
-        table = read(work / "data", tasks.task(name), "validation")
-        np.testing.assert_array_equal(splits["validation"].labels, table["label"].to_numpy())
-    assert intervals.compare(predictions, predictions).p_value == 1.0
-    shutil.copyfile(work / "merged.predictions.parquet", work / "other.predictions.parquet")
-    evaluate_stages.evaluate(
-        work / "experts" / "sst2", ["sst2"], work / "data", work / "merged.json", EVALUATE
-    )
-    shutil.move(work / "other.predictions.parquet", work / "merged.predictions.parquet")
-    with pytest.raises(UserError, match="not the predictions"):
-        artifacts.read_predictions(work / "merged.json")
-
-
-def test_lost_predictions_are_made_again(work: Path) -> None:
-    expert, out = work / "experts" / "stsb", work / "stsb.json"
-    evaluate_stages.evaluate(expert, ["stsb"], work / "data", out, EVALUATE)
-    before = [path.read_bytes() for path in (out, artifacts.predictions_file(out))]
-    artifacts.predictions_file(out).unlink()
-    assert evaluate_stages.evaluate(expert, ["stsb"], work / "data", out, EVALUATE).computed
-    assert [path.read_bytes() for path in (out, artifacts.predictions_file(out))] == before
-
-
-def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "mnli"
-    tasks_stages.prepare("mrpc", folder, DataSettings(source="embedded"))
-    import pyarrow.parquet as pq
-
-    table = (
-        pq.read_table(folder / "train.parquet")
-        .slice(0, 40)
-        .rename_columns(["premise", "hypothesis", "label", "idx"])
-    )
-    for split in ("train", "validation_matched", "validation_mismatched"):
-        pq.write_table(table, folder / f"{split}.parquet")
-    expert = tmp_path / "expert"
-    models_stages.finetune(work / "base", "mnli", folder, expert, TUNING)
-    entry = evaluate_stages.evaluate(
-        expert, ["mnli"], folder, tmp_path / "m.json", EVALUATE
-    ).summary["tasks"]["mnli"]
-    assert entry["examples"] == entry["examples_mismatched"] == 40
-    assert entry["accuracy"] == entry["accuracy_mismatched"] == entry["score"]
-
-
 def test_data_are_not_read_from_an_address(tmp_path: Path) -> None:
     settings = DataSettings(source="https://user:password@host/data")
     with pytest.raises(UserError, match=r"^data https://host/data: not a folder; name one"):
@@ -288,13 +210,6 @@ def test_what_does_not_belong_together_is_not_merged(work: Path, change: object,
     with pytest.raises(UserError, match=says):
         merge(work)
     assert not (work / "merged").exists()
-
-
-def test_a_model_that_is_not_merged_needs_a_task(work: Path) -> None:
-    with pytest.raises(UserError, match="--task"):
-        evaluate_stages.evaluate(
-            work / "experts" / "mrpc", [], work / "data", work / "m.json", EVALUATE
-        )
 
 
 def test_predict_answers_in_the_tasks_own_words(work: Path) -> None:
@@ -396,38 +311,24 @@ def test_nothing_that_is_read_or_was_not_made_here_is_replaced(
     assert artifacts.digest_files(work) == before
 
 
-def test_a_file_that_was_not_made_here_is_not_replaced(work: Path) -> None:
-    for name in ("experts/sst2/config.json", "data/sst2/train.parquet", "notes.txt"):
-        path = work / name
-        path.touch()
-        with pytest.raises(UserError, match="--out"):
-            evaluate_stages.evaluate(work / "experts" / "sst2", ["sst2"], path, path, EVALUATE)
-
-
 def test_metrics_of_another_model_are_not_registered(work: Path) -> None:
     merge(work)
-    evaluate_stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
-    evaluate_stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
+    evaluate_stages.evaluate(
+        work / "merged", data=work / "data", out=work / "merged.json", settings=EVALUATE
+    )
+    evaluate_stages.evaluate(
+        work / "merged",
+        data=work / "data",
+        out=work / "part.json",
+        tasks=["sst2"],
+        settings=EVALUATE,
+    )
     merge(work, MergeSettings(mapping="paper"))
     for metrics in ("merged.json", "part.json"):
         with pytest.raises(UserError, match="not the metrics"):
             registry_stages.register(
                 work / "merged", work / metrics, None, None, RegistrySettings(name="demo")
             )
-
-
-def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back(
-    work: Path,
-) -> None:
-    merge(work)
-    evaluate_stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
-    card = work / "merged" / "README.md"
-    before = card.read_text()
-    evaluate_stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
-    assert card.read_text() == before
-    card.unlink()
-    assert not merge(work).computed
-    assert card.is_file()
 
 
 def test_a_report_tells_how_models_were_merged_and_what_the_stages_took(work: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from fmn.errors import UserError, redacted
+from fmn.evaluate.files import read_metrics
 from fmn.merge import recipe
 from fmn.registry import lineage
 from fmn.store import artifacts
@@ -70,7 +71,7 @@ def register(
 
     started = time.monotonic()
     recipe.verify(model)
-    made, found = recipe.read_recipe(model), artifacts.read_json(metrics, formats.Metrics)
+    made, found = recipe.read_recipe(model), read_metrics(metrics).model_dump(by_alias=True)
     inputs = {
         "merged": artifacts.digest_file(model / recipe.RECIPE),
         "metrics": artifacts.digest_file(metrics),
@@ -78,7 +79,9 @@ def register(
     key = artifacts.content_key(
         "register", REGISTER, settings.model_dump(exclude={"tolerance"}), inputs
     )
-    if found.get("model") != inputs["merged"] or set(found["tasks"]) != set(made["tasks"]):
+    if found["model"] != artifacts.digest_folder(model) or set(found["tasks"]) != set(
+        made["tasks"]
+    ):
         raise UserError(
             f"{metrics}: not the metrics of all tasks of {model}; make them with `fmn evaluate {model}`"
         )
@@ -295,7 +298,7 @@ def read_lineage(source: str) -> Lineage:
             found.uri,
             found.tags,
             recipe.read_recipe(found.folder),
-            artifacts.read_json(found.folder / METRICS, formats.Metrics),
+            read_metrics(found.folder / METRICS).model_dump(by_alias=True),
             read_yaml(settings) if settings.is_file() else None,
         )
 
@@ -321,7 +324,9 @@ def settings_again(found: Lineage, out: Path) -> Path:
 def compare_digests(found: Lineage, model: Path, metrics: Path) -> list[tuple[str, str, str]]:
     """A model that was made again beside the version: (what, digest stated, digest now)."""
     before = lineage.digests(found.recipe, found.metrics)
-    now = lineage.digests(recipe.read_recipe(model), artifacts.read_json(metrics, formats.Metrics))
+    now = lineage.digests(
+        recipe.read_recipe(model), read_metrics(metrics).model_dump(by_alias=True)
+    )
     return [
         (name, before.get(name, ""), now.get(name, "")) for name in dict.fromkeys([*before, *now])
     ]

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from fmn.errors import UserError
+from fmn.evaluate import score
 from fmn.models.checkpoints import load_classifier
 from fmn.models.finetune import finetune, new_expert
-from fmn.models.predict import predict, score
+from fmn.models.predict import predict
 from fmn.tasks.batches import Examples
 from fmn.tasks.task import task
 from tests.tiny import WORDS, tiny_examples, tiny_model

@@ -19,7 +19,8 @@ from transformers import pipeline
 from fmn import cli
 from fmn.errors import UserError
 from fmn.evaluate import stages as evaluate_stages
-from fmn.evaluate.bootstrap import Answers
+from fmn.evaluate.files import read_predictions
+from fmn.evaluate.metrics import Answers
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.fisher import stages as fisher_stages
 from fmn.fisher.stages import Estimator, FisherSettings
@@ -231,9 +232,14 @@ def evaluated(
     work: Path, model: str, out: Path, *names: str
 ) -> tuple[dict[str, Any], dict[str, dict[str, Answers]]]:
     summary = evaluate_stages.evaluate(
-        work / model, names or ["mnli"], work / "data", out / f"{model}.json", EVALUATE
+        work / model,
+        data=work / "data",
+        out=out / f"{model}.json",
+        tasks=names or ["mnli"],
+        settings=EVALUATE,
     ).summary
-    return dict(summary["tasks"]), artifacts.read_predictions(out / f"{model}.json")
+    tasks = {name: scores.model_dump() for name, scores in summary.tasks.items()}
+    return tasks, read_predictions(out / f"{model}.json")
 
 
 @pytest.mark.parametrize(("turned", "source"), [("named", "names"), ("unnamed", "training data")])
@@ -246,10 +252,14 @@ def test_a_permuted_expert_has_the_same_scores(
     assert again == entries
     for split, given_answers in predictions["mnli"].items():
         np.testing.assert_array_equal(same["mnli"][split].predicted, given_answers.predicted)
-    said = artifacts.read_json(tmp_path / f"{turned}.json")["labels"]["mnli"]
+    said = json.loads((tmp_path / f"{turned}.json").read_text())["labels"]["mnli"]
     assert (said["order"], said["from"]) == ([1, 2, 0], source)
     assert not evaluate_stages.evaluate(
-        work / turned, ["mnli"], work / "data", tmp_path / f"{turned}.json", EVALUATE
+        work / turned,
+        data=work / "data",
+        out=tmp_path / f"{turned}.json",
+        tasks=["mnli"],
+        settings=EVALUATE,
     ).computed
 
 
@@ -286,8 +296,10 @@ def test_a_permuted_expert_gives_the_same_merged_model(
         source = "training data" if name == "unnamed" else "names"
         assert made["labels"]["mnli"]["from"] == source
         assert made["labels"]["mnli"]["order"] == ([0, 1, 2] if name == "plain" else [1, 2, 0])
-        evaluate_stages.evaluate(out, [], work / "data", tmp_path / f"{name}.json", EVALUATE)
-        predictions[name] = artifacts.read_predictions(tmp_path / f"{name}.json")
+        evaluate_stages.evaluate(
+            out, data=work / "data", out=tmp_path / f"{name}.json", settings=EVALUATE
+        )
+        predictions[name] = read_predictions(tmp_path / f"{name}.json")
         # Plain Transformers reads it right, with none of our code.
         ask = pipeline("text-classification", model=str(out / "tasks" / "mnli"), device="cpu")
         answers[name] = [
@@ -377,15 +389,27 @@ def test_an_order_that_was_found_is_said_by_the_command(
 def test_other_training_data_decides_anew_and_names_need_none(work: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(work / "data", data)
-    evaluate_stages.evaluate(work / "unnamed", ["mnli"], data, tmp_path / "unnamed.json", EVALUATE)
-    evaluate_stages.evaluate(work / "named", ["mnli"], data, tmp_path / "named.json", EVALUATE)
+    evaluate_stages.evaluate(
+        work / "unnamed",
+        data=data,
+        out=tmp_path / "unnamed.json",
+        tasks=["mnli"],
+        settings=EVALUATE,
+    )
+    evaluate_stages.evaluate(
+        work / "named", data=data, out=tmp_path / "named.json", tasks=["mnli"], settings=EVALUATE
+    )
     train = pq.read_table(data / "mnli" / "train.parquet")
     pq.write_table(train.slice(0, 500), data / "mnli" / "train.parquet")
     assert evaluate_stages.evaluate(
-        work / "unnamed", ["mnli"], data, tmp_path / "unnamed.json", EVALUATE
+        work / "unnamed",
+        data=data,
+        out=tmp_path / "unnamed.json",
+        tasks=["mnli"],
+        settings=EVALUATE,
     ).computed
     assert not evaluate_stages.evaluate(
-        work / "named", ["mnli"], data, tmp_path / "named.json", EVALUATE
+        work / "named", data=data, out=tmp_path / "named.json", tasks=["mnli"], settings=EVALUATE
     ).computed
 
 
@@ -409,7 +433,9 @@ def test_an_unnamed_expert_that_knows_nothing_is_refused_and_leaves_nothing(
             FisherSettings(samples=16, device="cpu", dtype="float32"),
         )
     with pytest.raises(UserError, match="no better than chance"):
-        evaluate_stages.evaluate(expert, ["mnli"], work / "data", tmp_path / "m.json", EVALUATE)
+        evaluate_stages.evaluate(
+            expert, data=work / "data", out=tmp_path / "m.json", tasks=["mnli"], settings=EVALUATE
+        )
     assert not out.exists()
     assert not [
         path for path in tmp_path.iterdir() if "m." in path.name and not path.name.startswith(".")

@@ -46,10 +46,9 @@ def work(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     merge_stages.merge(experts, fisher, tiny_work / "base", work / "merged", MergeSettings())
     evaluate_stages.evaluate(
         work / "merged",
-        [],
-        tiny_work / "data",
-        work / "merged.json",
-        EvaluateSettings(device="cpu"),
+        data=tiny_work / "data",
+        out=work / "merged.json",
+        settings=EvaluateSettings(device="cpu"),
     )
     return work
 

@@ -48,10 +48,9 @@ def merged(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     merge_stages.merge(experts, fisher, None, folder / "merged", MergeSettings())
     evaluate_stages.evaluate(
         folder / "merged",
-        [],
-        tiny_work / "data",
-        folder / "metrics.json",
-        EvaluateSettings(device="cpu"),
+        data=tiny_work / "data",
+        out=folder / "metrics.json",
+        settings=EvaluateSettings(device="cpu"),
     )
     return folder
 
