@@ -20,7 +20,7 @@ _CHUNK = 1 << 20  # weights in memory at a time
 
 
 class Difference(NamedTuple):
-    """One model's score minus another's; its 95 % interval and two-sided p-value by the bootstrap."""
+    """One model's score minus another's, its 95 % interval and its two-sided p-value."""
 
     difference: float
     interval: tuple[float, float]

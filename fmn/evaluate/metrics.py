@@ -26,7 +26,7 @@ Splits = Mapping[str, Answers]
 
 
 class Metric(NamedTuple):
-    """A metric: `compute` maps weights [R, N], whose rows sum to N, and answers [N] to values [R]."""
+    """A metric; `compute` maps weights [R, N] whose rows sum to N, and answers, to values [R]."""
 
     compute: Callable[[np.ndarray, Answers], np.ndarray]
     kind: Literal["classes", "numbers"]

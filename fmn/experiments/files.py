@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
 
 class Trial(Record):
-    """Coefficients that were tried: `tasks` are scores relative to the experts', `score` their mean."""
+    """What was tried: `tasks` are scores relative to the experts', `score` is their mean."""
 
     coefficients: dict[str, float]
     scale: float

@@ -104,7 +104,7 @@ def _sampler(seed: int, trials: int) -> "optuna.samplers.BaseSampler":
 
 
 def _open_study(file: Path, name: str, first: Mapping[str, float]) -> "optuna.Study":
-    """The study in a file, without what a killed run left; its first trial has the given parameters."""
+    """The study in a file, cleared of a killed trial; `first` are the first trial's parameters."""
     import optuna
     from optuna.trial import TrialState
     from sqlalchemy.exc import DatabaseError

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -41,8 +41,7 @@ class ComparedSettings(MergeSettings):
         None, description="of the mask Fisher; default: that of the section fisher"
     )
     realign: RefitSettings | None = Field(
-        None,
-        description="re-align every head with the merged encoder, and how; default: heads stay the experts'",
+        None, description="how to re-align heads with the merged encoder; default: they are not"
     )
 
 
@@ -54,12 +53,11 @@ class CompareSettings(Settings):
     )
     split: Literal["validation", "train"] = Field(
         "validation",
-        description="train: rows of the training split that the expert was not fine-tuned on, where there are some;"
-        " that is where settings are chosen, the validation split is for the final table alone",
+        description="what to score on; train: rows that the expert was not fine-tuned on, if any;"
+        " choose settings there, and keep the validation split for the final table",
     )
     rows: Rows | dict[str, Rows] = Field(
-        "all",
-        description="rows of a task at most, drawn by the seed; or TASK: rows, and all of the tasks left out",
+        "all", description="rows of a task at most, or TASK: rows; all of a task left out"
     )
     seed: int = Field(0, ge=0, description="seed of the draw")
     methods: dict[str, ComparedSettings] = Field(
@@ -84,8 +82,7 @@ class SearchSettings(Settings):
     )
     search_seed: int = Field(0, ge=0, description="seed of the trials and of the rows' draw")
     scale_range: tuple[float, float] | None = Field(
-        None,
-        description="LOW HIGH: where the scale of the merged task vector is searched too; needs the base",
+        None, description="LOW HIGH: search the scale of the merged task vector too; needs the base"
     )
     experiment: str = Field("fmn", description="MLflow experiment of the trials")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
@@ -137,15 +134,15 @@ def search(
     """
     _check_searchable(experts, base, merging, settings)
     inputs = _inputs(experts, fisher or {}, gram or {}, base, merging)
-    splits = dict.fromkeys(sorted(experts), ("train", settings.rows))
-    sources = _sources(experts, data, splits, settings.search_seed, settings, inputs)
+    rows = dict.fromkeys(sorted(experts), ("train", settings.rows))
     described = {
         "merge": _described(merging, "coefficient"),
         "search": settings.model_dump(mode="json", exclude={*settings.runtime, "trials"}),
-        "tuned on": {task: source.tuned_on for task, source in sources.items()},
+        "tuned on": {task: tuned_on(experts[task]) for task in rows},
     }
 
     def compute(job: Job) -> None:
+        sources = _sources(job, experts, data, rows, settings.search_seed, settings)
         study = artifacts.content_key("study", SEARCH, described, job.inputs)
         file = out.with_suffix(".trials.db")
         result = _search(experts, base, merging, settings, inputs, sources, study, file, progress)
@@ -156,7 +153,7 @@ def search(
         SEARCH,
         out,
         compute,
-        reads=_reads(experts, base, inputs, sources),
+        reads=_reads(experts, base, data, rows, inputs),
         settings={**described, "trials": settings.trials},
         summary=lambda out: read_record(out, SearchResult),
     )
@@ -186,7 +183,7 @@ def _search(
         if expert.score <= 0:
             raise UserError(
                 f"expert {task}: scores {expert.score:.3f} on {len(expert.examples)} rows of its"
-                " training data, to which no merge is relative; give more --rows, or a better expert"
+                " training data, to which no merge is relative; give more --rows or a better expert"
             )
 
     def attempt(coefficients: Mapping[str, float], scale: float) -> dict[str, float]:
@@ -222,7 +219,7 @@ def _check_searchable(
         raise UserError("--scale: the search is to find it; leave it out")
     if len(experts) < 2 and not is_scale_searched:
         raise UserError(
-            "one expert has no coefficients to search; give more --expert TASK=DIR, or --scale-range"
+            "one expert has no coefficients to search; give more --expert TASK=DIR or --scale-range"
         )
     if is_scale_searched and base is None:
         raise UserError(
@@ -257,27 +254,22 @@ def compare(
     """
     inputs = _inputs(experts, fisher or {}, gram or {}, base, merging)
     is_train, realign = settings.split == "train", merging.realign
-    splits = {
-        task: (
-            "train" if is_train else dataset.validation_splits(data, get_task(task))[0],
-            settings.rows_of(task),
-        )
-        for task in sorted(experts)
-    }
-    sources = _sources(experts, data, splits, settings.seed, settings, inputs)
-    reads = _reads(experts, base, inputs, sources)
-    for task in sources if realign else ():
+    rows = {}
+    for task in sorted(experts):
+        split = "train" if is_train else dataset.validation_splits(data, get_task(task))[0]
+        rows[task] = split, settings.rows_of(task)
+    reads = _reads(experts, base, data, rows, inputs)
+    for task in rows if realign else ():
         reads[f"texts {task}"] = dataset.digests(data, get_task(task), ["train"])["train"]
     described = {
         "merge": merging.model_dump(exclude=set() if realign else {"realign"}),
-        "rows": {**settings.model_dump(include={"split", "seed", "dtype"}), "tasks": splits},
-        "tuned on": {task: source.tuned_on for task, source in sources.items()}
-        if is_train or realign
-        else None,
+        "rows": {**settings.model_dump(include={"seed", "dtype"}), "tasks": rows},
+        "tuned on": [tuned_on(experts[task]) for task in rows] if is_train or realign else None,
     }
 
     def compute(job: Job) -> None:
-        write_record(job.path, _cell(experts, base, merging, inputs, sources, job, progress))
+        sources = _sources(job, experts, data, rows, settings.seed, settings)
+        write_record(job.path, _cell(job, experts, base, merging, inputs, sources, progress))
 
     return run_stage(
         "compare",
@@ -291,12 +283,12 @@ def compare(
 
 
 def _cell(
+    job: Job,
     experts: Files,
     base: Path,
     merging: ComparedSettings,
     inputs: _Inputs,
     sources: Mapping[str, Source],
-    job: Job,
     progress: Progress,
 ) -> Cell:
     from fmn.experiments import trial
@@ -331,41 +323,44 @@ def _cell(
 
 
 def _sources(
+    job: Job,
     experts: Files,
     data: Path,
-    splits: Mapping[str, tuple[str, int | str]],
+    rows: Mapping[str, tuple[str, int | str]],
     seed: int,
     settings: SearchSettings | CompareSettings,
-    inputs: _Inputs,
 ) -> dict[str, Source]:
-    """The experts with the split and the number of rows that encoders are tried on, by task."""
-    sources = {}
-    for task, (split, rows) in splits.items():
-        digest = dataset.digests(data, get_task(task), [split])[split]
-        how = settings.device, settings.dtype, tuned_on(experts[task])
-        sources[task] = Source(
+    """The experts by task, with the split and the number of rows that encoders are tried on."""
+    return {
+        task: Source(
             experts[task],
             task,
             data,
             split,
-            _limit(rows),
-            seed,
-            *how,
-            (inputs.experts[task], digest),
+            rows=_limit(count),
+            seed=seed,
+            device=settings.device,
+            dtype=settings.dtype,
+            tuned_on=tuned_on(experts[task]),
+            digests=(job.inputs[f"expert {task}"], job.inputs[f"data {task}"]),
         )
-    return sources
+        for task, (split, count) in rows.items()
+    }
 
 
 def _reads(
-    experts: Files, base: Path | None, inputs: _Inputs, sources: Mapping[str, Source]
+    experts: Files,
+    base: Path | None,
+    data: Path,
+    rows: Mapping[str, tuple[str, Any]],
+    inputs: _Inputs,
 ) -> dict[str, Path | str | None]:
     """What a stage reads, by name: experts, base, the method's statistics, rows."""
-    return {
-        **inputs.digests,
-        "base": base,
-        **{f"expert {task}": path for task, path in experts.items()},
-        **{f"data {task}": source.digests[1] for task, source in sources.items()},
-    }
+    reads: dict[str, Path | str | None] = {**inputs.digests, "base": base}
+    for task, (split, _) in rows.items():
+        reads[f"expert {task}"] = experts[task]
+        reads[f"data {task}"] = dataset.digests(data, get_task(task), [split])[split]
+    return reads
 
 
 def _limit(number: int | str) -> int | None:

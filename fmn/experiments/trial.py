@@ -1,23 +1,21 @@
 """Trying a merged encoder in memory: each expert's model is loaded once, and lends its head."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fmn.errors import UserError
 from fmn.evaluate.metrics import Answers, answers, score_splits
-from fmn.experiments.files import Source, TunedOn
+from fmn.experiments.files import Source
 from fmn.merge import heads
 from fmn.models import checkpoints, labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset
-from fmn.tasks.batches import Examples, random_order, select
+from fmn.tasks.batches import Examples
 from fmn.tasks.task import Task, task
 
 
@@ -46,49 +44,13 @@ def load_expert(source: Source) -> ExpertOnTask:
     aligned = labels.decide(checkpoint, named, source.data, source.device)
     model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
     table = dataset.read(source.data, named, source.split)
-    tuned_on = source.tuned_on if source.split == "train" else (None, 0)
-    order, unseen = _unseen_first(table.num_rows, source.seed, tuned_on)
-    rows = np.sort(order[: unseen or None][: source.rows])
+    tuned_on = source.tuned_on if source.split == "train" else None
+    unseen, seen = heads.unseen_first(table.num_rows, source.seed, tuned_on)
+    rows = np.sort((unseen if len(unseen) else seen)[: source.rows])
     examples = dataset.tokenize(checkpoints.load_tokenizer(checkpoint), named, table.take(rows))
     logits = predict(model, examples, device=source.device, dtype=source.dtype)
     own = answers(named, logits, examples.labels)
     return ExpertOnTask(source, named, model, rows, examples, own, score(named, own))
-
-
-def _unseen_first(total: int, seed: int, tuned_on: TunedOn) -> tuple[np.ndarray, int]:
-    """All rows at random, those first that an expert was not tuned on, and the number of these."""
-    rows = np.zeros(total)  # the draw depends on nothing but their number
-    order = random_order(rows, seed)
-    is_seen = np.isin(order, select(rows, *tuned_on))
-    return order[np.argsort(is_seen, kind="stable")], int((~is_seen).sum())
-
-
-def unlabeled(
-    checkpoint: Path,
-    task: Task,
-    data: Path,
-    texts: int | None,
-    seed: int,
-    tuned_on: TunedOn,
-    without: Collection[int] = (),
-) -> Examples:
-    """Texts of the training split to re-align a head on, drawn by the seed; labels are not read.
-
-    Texts that the expert was not tuned on come first, as it answers those that it was tuned on with
-    more certainty. Rows in `without` are left out.
-
-    Raises:
-        UserError: no text is left.
-    """
-    table = dataset.read(data, task, "train", labelled=False)
-    order, _ = _unseen_first(table.num_rows, seed, tuned_on)
-    rows = order[~np.isin(order, list(without))][:texts]
-    if not len(rows):
-        raise UserError(
-            f"{task.name}: no training text is left to re-align its head on; score fewer rows"
-        )
-    tokenizer = checkpoints.load_tokenizer(checkpoint)
-    return dataset.tokenize(tokenizer, task, table.take(np.sort(rows)))
 
 
 def try_encoder(
@@ -109,13 +71,13 @@ def try_encoder(
 def texts_for_head(
     source: Source, texts: int | None, seed: int, digest: str
 ) -> tuple[Examples, np.ndarray]:
-    """`unlabeled` texts, none of them tried, and the features of them that the expert's head reads.
+    """Texts to re-align a head on, none of them tried, and what the expert's head reads of them.
 
     `digest` is that of the rows.
     """
     expert = load_expert(source)
     tried = expert.rows.tolist() if source.split == "train" else ()
-    examples = unlabeled(
+    examples = heads.unlabeled(
         source.checkpoint, expert.task, source.data, texts, seed, source.tuned_on, tried
     )
     return examples, _features(expert, examples)

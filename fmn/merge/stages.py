@@ -380,13 +380,12 @@ def realign(
     key = artifacts.content_key("realign", REALIGN, described, {"merged": parent, **inputs})
 
     def make() -> None:
-        from fmn.experiments import trial
         from fmn.merge import heads
         from fmn.merge import model as merged
 
         changed, fits = {}, {}
         for done, (name, task) in enumerate(found.items()):
-            examples = trial.unlabeled(
+            examples = heads.unlabeled(
                 experts[name],
                 task,
                 folder,

@@ -64,10 +64,9 @@ def test_a_merged_model_is_scored_on_its_own_tasks(
     low, high = metrics.interval
     assert low < metrics.score < high
     assert bootstrap.compare(predictions, predictions).p_value == 1.0
-    columns = pq.read_schema(predictions_path(out))
-    assert {name: str(columns.field(name).type) for name in columns.names} == {
-        "task": "string", "split": "string", "row": "int32", "prediction": "double", "label": "double"
-    }  # fmt: skip
+    schema = pq.read_schema(predictions_path(out))
+    assert schema.names == ["task", "split", "row", "prediction", "label"]
+    assert [str(type) for type in schema.types] == ["string", "string", "int32", "double", "double"]
 
 
 def test_a_second_evaluation_computes_nothing_and_damage_is_repaired(

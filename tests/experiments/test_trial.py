@@ -11,6 +11,7 @@ from fmn.errors import UserError
 from fmn.evaluate.metrics import answers
 from fmn.experiments import trial
 from fmn.experiments.files import Source, TunedOn, tuned_on
+from fmn.merge import heads
 from fmn.merge import model as merged
 from fmn.models import checkpoints
 from fmn.models.predict import predict
@@ -92,7 +93,7 @@ def test_heads_are_realigned_on_texts_that_are_not_tried(tiny_work: Path) -> Non
         assert sum(tuple(text) in unseen for text in ids) >= left
     everything = expert.rows.tolist() + list(range(len(labels)))
     with pytest.raises(UserError, match="no training text is left"):
-        trial.unlabeled(
+        heads.unlabeled(
             where.checkpoint, expert.task, where.data, None, 0, where.tuned_on, everything
         )
 
