@@ -134,13 +134,3 @@ def test_a_task_that_the_model_does_not_have_is_refused(
     with pytest.raises(UserError, match=message):
         evaluate(path, data=tiny_work / "data", out=tmp_path / "m.json", tasks=tasks)
     assert not list(tmp_path.iterdir())
-
-
-def test_nothing_that_is_read_or_foreign_is_replaced(tiny_work: Path, tmp_path: Path) -> None:
-    foreign = tmp_path / "notes.json"
-    foreign.write_text("years of work")
-    expert = tiny_work / "experts" / "sst2"
-    for out in (foreign, expert / "metrics.json", expert / "config.json"):
-        with pytest.raises(UserError, match="--out"):
-            evaluate(expert, data=tiny_work / "data", out=out, tasks=["sst2"], settings=SETTINGS)
-    assert foreign.read_text() == "years of work"
