@@ -419,15 +419,14 @@ def search(
     _log_search(outcome.summary, settings.experiment)
 
     def show(summary: Mapping[str, Any]) -> None:
-        uniform = summary["trials"][0]["tasks"]
         body = [
             [
                 name,
-                f"{coefficient:.3f}",
-                f"{100 * uniform[name]:.1f}",
-                f"{100 * summary['tasks'][name]:.1f}",
+                f"{summary['coefficients'][name]:.3f}",
+                f"{100 * entry['uniform']:.1f}",
+                f"{100 * entry['best']:.1f}",
             ]
-            for name, coefficient in summary["coefficients"].items()
+            for name, entry in summary["tasks"].items()
         ]
         means = ["mean", "", f"{100 * summary['uniform']:.1f}", f"{100 * summary['score']:.1f}"]
         show_table(

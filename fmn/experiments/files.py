@@ -38,14 +38,21 @@ class Trial(Record):
     tasks: dict[str, float]
 
 
+class TaskTrials(Record):
+    """A task's expert, by its score; and relative to that, the first and the best trial."""
+
+    expert: float
+    uniform: float
+    best: float
+
+
 class SearchResult(Record):
     """What `fmn search` writes: the best trial, and how it was found.
 
     Attributes:
         uniform: score of equal coefficients, which are the first trial.
         experts: digest of each.
-        expert_scores: of each, on the rows that trials are scored on.
-        rows: how many those are.
+        rows: how many rows of each task a trial is scored on.
         merge: settings of the merge that the coefficients are for.
         study: names the search, whatever its number of trials.
     """
@@ -54,9 +61,8 @@ class SearchResult(Record):
     scale: float
     score: float
     uniform: float
-    tasks: dict[str, float]
+    tasks: dict[str, TaskTrials]
     experts: dict[str, str]
-    expert_scores: dict[str, float]
     rows: dict[str, int]
     merge: dict[str, Any]
     trials: list[Trial]

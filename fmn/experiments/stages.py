@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from fmn.errors import UserError
-from fmn.experiments.files import Cell, CellTask, SearchResult, Source, tuned_on
+from fmn.experiments.files import Cell, CellTask, SearchResult, Source, TaskTrials, tuned_on
 from fmn.fisher.stages import Estimator
 from fmn.merge.stages import MergeSettings, RefitSettings, _described, _Inputs, _inputs
 from fmn.models import checkpoints
@@ -197,11 +197,19 @@ def _search(
         attempt, list(loaded), settings.scale_range, scale=scale, trials=settings.trials,
         seed=settings.search_seed, file=file, name=study, progress=progress,
     )  # fmt: skip
+    uniform, best = trials[0], max(trials, key=lambda trial: trial.score)
     return SearchResult(
-        **max(trials, key=lambda trial: trial.score).model_dump(),
-        uniform=trials[0].score,
+        coefficients=best.coefficients,
+        scale=best.scale,
+        score=best.score,
+        uniform=uniform.score,
+        tasks={
+            task: TaskTrials(
+                expert=expert.score, uniform=uniform.tasks[task], best=best.tasks[task]
+            )
+            for task, expert in loaded.items()
+        },
         experts=dict(inputs.experts),
-        expert_scores={task: expert.score for task, expert in loaded.items()},
         rows={task: len(expert.examples) for task, expert in loaded.items()},
         merge=_described(merging, "coefficient", "scale"),
         trials=trials,
