@@ -40,17 +40,18 @@ def score(task: Task, answers: Answers) -> float:
 @lru_cache(maxsize=16)  # the cells of a comparison share experts
 def load_expert(source: Source) -> ExpertOnTask:
     """Load an expert and its rows, and let it answer."""
-    checkpoint, named = source.checkpoint, task(source.task)
-    aligned = labels.decide(checkpoint, named, source.data, source.device)
+    checkpoint, definition = source.checkpoint, task(source.task)
+    aligned = labels.decide(checkpoint, definition, source.data, source.device)
     model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
-    table = dataset.read(source.data, named, source.split)
+    table = dataset.read(source.data, definition, source.split)
     tuned_on = source.tuned_on if source.split == "train" else None
     unseen, seen = heads.unseen_first(table.num_rows, source.seed, tuned_on)
     rows = np.sort((unseen if len(unseen) else seen)[: source.rows])
-    examples = dataset.tokenize(checkpoints.load_tokenizer(checkpoint), named, table.take(rows))
+    tokenizer = checkpoints.load_tokenizer(checkpoint)
+    examples = dataset.tokenize(tokenizer, definition, table.take(rows))
     logits = predict(model, examples, device=source.device, dtype=source.dtype)
-    own = answers(named, logits, examples.labels)
-    return ExpertOnTask(source, named, model, rows, examples, own, score(named, own))
+    own = answers(definition, logits, examples.labels)
+    return ExpertOnTask(source, definition, model, rows, examples, own, score(definition, own))
 
 
 def try_encoder(
@@ -107,7 +108,7 @@ def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:
 
 @contextmanager
 def _tensors_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Parameters and buffers of a model have other values for a while."""
+    """Give parameters and buffers of a model other values within the block."""
     state = model.state_dict()
     before = {name: state[name].clone() for name in tensors}
     model.load_state_dict(dict(tensors), strict=False)
