@@ -1,11 +1,11 @@
-"""How fast `fmn.evaluate.predict` is beside `transformers.Trainer.predict` with its defaults, and how exact.
+"""Speed and accuracy of `fmn.models.predict` beside those of `transformers.Trainer.predict`.
 
     python -m benchmarks.evaluate --expert sst2=DIR mrpc=DIR --data path/to/glue --out DIR
 
-The same model predicts the same tokenised validation examples, in rounds in which the contestants alternate. Trainer's
-defaults are batches of 8 in the order of the data, each padded to its longest text, in float32. Agreement is the share
-of examples with the class that Trainer predicts (for regression: a value within 0.05, a hundredth of the scale).
-Needs `accelerate`, as Trainer does.
+The same model predicts the same tokenised validation examples, in rounds in which the contestants
+alternate. Trainer's defaults are batches of 8 in the order of the data, each padded to its longest
+text, in float32. Agreement is the share of examples with the class that Trainer predicts (for
+regression: a value within 0.05, a hundredth of the scale). Needs `accelerate`, as Trainer does.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from benchmarks.results import keep, ratio, spread
-from fmn.evaluate.bootstrap import Answers
+from fmn.evaluate.metrics import answers, score
 from fmn.models import checkpoints, labels
-from fmn.models import predict as evaluate
 from fmn.models.devices import resolve_device, resolve_dtype
+from fmn.models.predict import predict
 from fmn.report.results import markdown
 from fmn.store.records import pairs
 from fmn.tasks import dataset as data
 from fmn.tasks.batches import Examples
-from fmn.tasks.task import task
+from fmn.tasks.task import task as get_task
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -50,7 +50,7 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
-    found = [
+    results = [
         measure(name, Path(folder), options)
         for name, folder in pairs(options.expert, "--expert").items()
     ]
@@ -59,7 +59,7 @@ def main() -> None:
         "examples": options.examples,
         "cpu_time": options.cpu_time,
     }
-    keep(options.out, {**numbers, "results": found}, table(found))
+    keep(options.out, {**numbers, "results": results}, table(results))
 
 
 def parse() -> argparse.Namespace:
@@ -89,14 +89,14 @@ def parse() -> argparse.Namespace:
 
 
 def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Examples a second of every contestant in every round, and the agreement of the predictions with Trainer's."""
-    one, device = task(name), resolve_device(options.device)
+    """Examples per second in every round, and the agreement of the predictions with Trainer's."""
+    task, device = get_task(name), resolve_device(options.device)
     tokenizer = checkpoints.load_tokenizer(folder)
     model = checkpoints.load_classifier(folder)
-    labels.ordered(model, labels.decide(folder, one, options.data, options.device)).to(device)
-    table = data.read(options.data, one, one.validation[0])
+    labels.ordered(model, labels.decide(folder, task, options.data, options.device)).to(device)
+    table = data.read(options.data, task, task.validation[0])
     rows = np.random.default_rng(0).permutation(table.num_rows)[: options.examples]
-    examples = data.tokenize(tokenizer, one, table.take(rows))
+    examples = data.tokenize(tokenizer, task, table.take(rows))
     clock = time.process_time if options.cpu_time else time.perf_counter
     with tempfile.TemporaryDirectory() as scratch:
         settings = TrainingArguments(
@@ -113,64 +113,67 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
             return logits
 
         def by_fmn(dtype: str) -> Callable[[], np.ndarray]:
-            return lambda: evaluate.predict(model, examples, device=options.device, dtype=dtype)
+            return lambda: predict(model, examples, device=options.device, dtype=dtype)
 
         contestants = {
             "Trainer.predict": by_trainer,
             **{f"fmn, {dtype}": by_fmn(dtype) for dtype in options.dtypes},
         }
-        answers: dict[str, Answers] = {}
-        speeds: dict[str, list[float]] = {who: [] for who in contestants}
+        logits: dict[str, np.ndarray] = {}
+        speeds: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(options.rounds):
-            for who, run in contestants.items():
+            for contestant, run in contestants.items():
                 start = clock()
-                logits = run()
-                speeds[who].append(len(examples) / (clock() - start))
-                answers[who] = evaluate.answers(one, logits, examples.labels)
-    exact = answers["Trainer.predict"].predicted
-    near = 0.05 if one.regression else 0.0
+                logits[contestant] = run()
+                speeds[contestant].append(len(examples) / (clock() - start))
+    tolerance = 0.05 if task.regression else 0.0
+    predicted = {
+        contestant: answers(task, outputs, examples.labels).predicted
+        for contestant, outputs in logits.items()
+    }
+    trainers = predicted["Trainer.predict"]
     return {
         "task": name,
         "examples": len(examples),
         "mean_length": float(examples.lengths.mean()),
         "auto": str(resolve_dtype("auto", device)).removeprefix("torch."),
         "examples_per_second": speeds,
-        "ratios": {who: ratio(each, speeds["Trainer.predict"]) for who, each in speeds.items()},
+        "ratios": {key: ratio(each, speeds["Trainer.predict"]) for key, each in speeds.items()},
         "agreement": {
-            who: float((np.abs(each.predicted - exact) <= near).mean())
-            for who, each in answers.items()
+            key: float((np.abs(each - trainers) <= tolerance).mean())
+            for key, each in predicted.items()
         },
         "scores": {
-            who: evaluate.score_answers(one, each)["score"] for who, each in answers.items()
+            key: score(task, outputs, examples.labels)["score"] for key, outputs in logits.items()
         },
     }
 
 
 def machine(device: str) -> dict[str, Any]:
-    where = resolve_device(device)
+    resolved = resolve_device(device)
     return {
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name(resolved) if resolved.type == "cuda" else "CPU",
         "cpu": dict(torch.cpu.get_capabilities()),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     body = [
         [
-            f"{one['task']}, {one['examples']} examples of {one['mean_length']:.0f} tokens",
-            who.replace("auto", f"auto ({one['auto']})"),
-            f"{np.median(each):.1f}",
-            spread(one["ratios"][who]),
-            f"{one['agreement'][who]:.1%}",
-            f"{one['scores'][who]:.4f}",
+            "{task}, {examples} examples of {mean_length:.0f} tokens".format(**result),
+            contestant.replace("auto", f"auto ({result['auto']})"),
+            f"{np.median(speeds):.1f}",
+            spread(result["ratios"][contestant]),
+            f"{result['agreement'][contestant]:.1%}",
+            f"{result['scores'][contestant]:.4f}",
         ]
-        for one in found
-        for who, each in one["examples_per_second"].items()
+        for result in results
+        for contestant, speeds in result["examples_per_second"].items()
     ]
     return markdown(
-        ["task", "by", "examples a second", "times Trainer", "answers as Trainer", "score"], body
+        ["task", "by", "examples per second", "times Trainer", "answers as Trainer", "score"], body
     )
 
 

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fmn.evaluate import bootstrap as intervals
-from fmn.evaluate.bootstrap import METRICS, Answers
+from fmn.evaluate.metrics import METRICS, Answers, score_splits
 from fmn.fisher.architectures import NodeValues, Site
 from fmn.report.comparison import Cell
 from fmn.report.results import Cost, Evaluated
@@ -39,10 +38,10 @@ def evaluated(names: Sequence[str], right: float, seed: int = 0, count: int = 20
             split: answered(task, right, count + place, seed + place + 100 * number)
             for number, split in enumerate(task.validation)
         }
-        entry: dict[str, Any] = {"score": intervals.score(task, splits)}
+        entry: dict[str, Any] = {"score": score_splits(task, splits)["score"]}
         for split, one in splits.items():
             for metric in task.metrics:
-                value = METRICS[metric](np.ones((1, len(one.labels))), one)[0]
+                value = METRICS[metric].compute(np.ones((1, len(one.labels))), one)[0]
                 entry[metric + task.suffix(split)] = float(value)
             entry["examples" + task.suffix(split)] = len(one.labels)
         entries[name], given[name] = entry, splits
@@ -120,14 +119,14 @@ def cell(names: Sequence[str], right: float, seed: int = 0, count: int = 60) -> 
     for name in names:
         task = tasks.task(name)
         expert, mine = answered(task, 0.95, count, 1), answered(task, right, count, seed)
-        scores = [intervals.score(task, {"tried": one}) for one in (expert, mine)]
+        scores = [score_splits(task, {"tried": one})["score"] for one in (expert, mine)]
         entries[name] = {
             "score": scores[1],
             "expert": scores[0],
             "relative": scores[1] / scores[0],
             "labels": mine.labels.tolist(),
             "predictions": mine.predicted.tolist(),
-            "expert predictions": expert.predicted.tolist(),
+            "expert_predictions": expert.predicted.tolist(),
         }
     return {"tasks": entries, "seconds": 1.5}
 

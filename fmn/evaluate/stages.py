@@ -2,26 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from fmn.errors import UserError
+from fmn.evaluate import bootstrap, files
+from fmn.evaluate.files import Metrics
+from fmn.evaluate.metrics import Answers, Splits, answers, score_splits
 from fmn.merge import recipe
-from fmn.models import checkpoints, labels
+from fmn.models import labels
 from fmn.models.stages import Device, Dtype
-from fmn.report import card
-from fmn.store import artifacts, stage
 from fmn.store.records import Settings
-from fmn.store.stage import Outcome, Progress
-from fmn.tasks import dataset as data
-from fmn.tasks import task as tasks
+from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage, write_record
+from fmn.tasks import dataset
+from fmn.tasks.task import task as get_task
 
-if TYPE_CHECKING:
-    from fmn.evaluate.bootstrap import Answers
-
-
-EVALUATE = 3
+VERSION = 4
 
 
 class EvaluateSettings(Settings):
@@ -33,130 +30,111 @@ class EvaluateSettings(Settings):
 
 def evaluate(
     model: Path,
-    names: Sequence[str],
-    folder: Path,
+    *,
+    data: Path,
     out: Path,
-    settings: EvaluateSettings,
-    progress: Progress | None = None,
-) -> Outcome:
-    """The metrics of a merged model, or of one checkpoint, on the validation splits below ``folder``.
+    tasks: Sequence[str] = (),
+    settings: EvaluateSettings = EvaluateSettings(),  # noqa: B008
+    progress: Progress = no_progress,
+) -> Outcome[Metrics]:
+    """Score a merged model, or one expert, with the metrics of its tasks.
 
-    Each has its 95 % bootstrap interval. The predictions lie beside the metrics, for paired tests between models.
+    Every metric has its 95 % bootstrap interval. The predictions are written beside the metrics;
+    paired tests between models need them.
 
     Args:
-        model: a merged model, or an expert.
-        names: the tasks; a merged model's own when empty.
-        folder: of one task, or of tasks.
-        out: the metrics file. A merged model's card gets the metrics too.
+        model: a merged model, or an expert
+        data: folder of one task's rows, or of several tasks'
+        out: the metrics file, JSON
+        tasks: the tasks; by default those of the merged model
+        settings: how to compute
+        progress: called with the examples done and all examples of a split
+
+    Raises:
+        UserError: the model has no such task, its rows are missing, or its labels cannot be told.
     """
-    predictions = artifacts.predictions_file(out)
-    for path in (out, predictions):
-        stage.apart(path, [model, folder])
-    artifacts.check_replaceable(predictions)
-    is_merged = recipe.is_merged(model)
-    if is_merged:
-        recipe.verify(model)
-        digest = artifacts.digest_file(model / recipe.RECIPE)
-    else:
-        digest = artifacts.digest_folder(model)
-    chosen = list(names) or (recipe.read_recipe(model)["tasks"] if is_merged else [])
-    if not chosen:
-        raise UserError(f"{model}: not a merged model, so say which task it is for: --task TASK")
-    found = {name: tasks.task(name) for name in chosen}
-    inputs = {"model": digest}
-    splits, origins = {}, {}
-    for name, task in found.items():
-        digests = data.digests(folder, task, data.validation_splits(folder, task))
-        splits[name] = list(digests)
-        origins[name] = {**data.origin(folder, task), "splits": dict(digests)}
-        # Outputs without a name that means something are told apart by the training split.
-        if (
-            not is_merged
-            and not labels.by_names(task, labels.output_names(model))
-            and data.has(folder, task, "train")
-        ):
-            digests |= data.digests(folder, task, ["train"])
-        inputs |= {f"{name} {split}": value for split, value in digests.items()}
-    key = artifacts.content_key(
-        "evaluate", EVALUATE, settings.model_dump(exclude={"device"}), inputs
+    checkpoints = _checkpoints(model, tasks)
+    # The outputs of a merged model are named; those of an expert may take training rows to name.
+    label_data = None if recipe.is_merged(model) else data
+    reads: dict[str, Path | str] = {"model": model}
+    for name, checkpoint in checkpoints.items():
+        task = get_task(name)
+        splits = dataset.validation_splits(data, task)
+        is_named = label_data is None or labels.by_names(task, labels.output_names(checkpoint))
+        if not is_named and dataset.has(data, task, "train"):
+            splits = (*splits, "train")
+        digests = dataset.digests(data, task, splits)
+        reads |= {f"{name} {split}": digest for split, digest in digests.items()}
+
+    def compute(job: Job) -> None:
+        aligned, predictions, rows = {}, {}, {}
+        for name, checkpoint in checkpoints.items():
+            task = get_task(name)
+            aligned[name] = labels.decide(checkpoint, task, label_data, settings.device)
+            predictions[name] = _predict(name, checkpoint, aligned[name], data, settings, progress)
+            digests = {split: job.inputs[f"{name} {split}"] for split in predictions[name]}
+            rows[name] = {**dataset.origin(data, task), "splits": digests}
+        files.write_predictions(files.predictions_path(job.path), predictions)
+        known = {"model": job.inputs["model"], "labels": aligned, "data": rows}
+        write_record(job.path, Metrics.model_validate({**known, **_scores(predictions)}))
+
+    described, summary = {"evaluate": settings}, files.read_metrics
+    return run_stage(
+        "evaluate", VERSION, out, compute, reads=reads, settings=described, summary=summary
     )
 
-    def make() -> None:
-        from fmn.evaluate import bootstrap as intervals
 
-        entries, given, aligned = {}, {}, {}
-        for name, task in found.items():
-            checkpoint = recipe.task_folder(model, name) if is_merged else model
-            # What a merged model's outputs mean was decided when it was merged, and its configuration says it.
-            aligned[name] = labels.decide(
-                checkpoint, task, None if is_merged else folder, settings.device
-            )
-            tables = {split: data.read(folder, task, split) for split in splits[name]}
-            entries[name], given[name] = _scores(
-                checkpoint, task, aligned[name], tables, settings, progress
-            )
-        draws = {name: intervals.resampled(task, given[name]) for name, task in found.items()}
-        for name, values in draws.items():
-            entries[name]["interval"] = {
-                metric: intervals.interval(values[metric]) for metric in values
-            }
-        artifacts.write_predictions(predictions, given)
-        content = {
-            "model": digest,
-            "tasks": entries,
-            "score": sum(entry["score"] for entry in entries.values()) / len(entries),
-            "interval": intervals.interval(
-                intervals.macro({name: values["score"] for name, values in draws.items()})
-            ),
-            "predictions": artifacts.digest_file(predictions),
-            "labels": {name: each.model_dump(by_alias=True) for name, each in aligned.items()},
-            "data": origins,
-        }
-        if is_merged and (realigned := recipe.read_recipe(model).get("realign")):
-            content["realigned from"] = realigned["merged"]
-        artifacts.write_json(out, "evaluate", key, content)
-
-    def current() -> bool:
-        if not (artifacts.json_is_current(out, key) and predictions.is_file()):
-            return False
-        return bool(artifacts.read_json(out)["predictions"] == artifacts.digest_file(predictions))
-
-    outcome = stage.run("evaluate", out, current, make, lambda: artifacts.read_json(out))
-    if is_merged and set(chosen) == set(recipe.read_recipe(model)["tasks"]):
-        card.write(
-            model,
-            outcome.summary,
-            {name: data.stated(folder, task) for name, task in found.items()},
-        )
-    return outcome
+def _checkpoints(model: Path, tasks: Sequence[str]) -> dict[str, Path]:
+    """The folders to evaluate, by task; an expert is one and the same for all."""
+    if not recipe.is_merged(model):
+        if not tasks:
+            raise UserError(f"{model}: not a merged model; say which task it is for, --task TASK")
+        return dict.fromkeys(tasks, model)
+    known: list[str] = recipe.read_recipe(model)["tasks"]
+    if unknown := [name for name in tasks if name not in known]:
+        raise UserError(f"{model}: no task {unknown[0]!r} in it; it has {', '.join(known)}")
+    return {name: model / "tasks" / name for name in tasks or known}
 
 
-def _scores(
+def _predict(
+    name: str,
     checkpoint: Path,
-    task: tasks.Task,
     aligned: labels.Labels,
-    tables: Mapping[str, Any],
+    data: Path,
     settings: EvaluateSettings,
-    progress: Progress | None,
-) -> tuple[dict[str, Any], dict[str, "Answers"]]:
-    """A task's metrics on its validation splits, given as tables, and the answers that they are of.
+    progress: Progress,
+) -> dict[str, Answers]:
+    """A checkpoint's answers on the validation splits of a task."""
+    from fmn.models.checkpoints import load_classifier, load_tokenizer
+    from fmn.models.predict import predict
 
-    The metrics of the first split have their plain names.
-    """
-    from fmn.models.predict import answers, predict, score_answers
+    task, tokenizer = get_task(name), load_tokenizer(checkpoint)
+    model = labels.ordered(load_classifier(checkpoint), aligned)
+    how: dict[str, Any] = {**settings.model_dump(), "progress": progress}
+    predictions = {}
+    for split in dataset.validation_splits(data, task):
+        examples = dataset.tokenize(tokenizer, task, dataset.read(data, task, split))
+        predictions[split] = answers(task, predict(model, examples, **how), examples.labels)
+    return predictions
 
-    tokenizer = checkpoints.load_tokenizer(checkpoint)
-    model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
-    entry: dict[str, float] = {}
-    given = {}
-    scores = []
-    for split, table in tables.items():
-        examples = data.tokenize(tokenizer, task, table)
-        logits = predict(
-            model, examples, device=settings.device, dtype=settings.dtype, progress=progress
-        )
-        given[split] = answers(task, logits, examples.labels)
-        found = {**score_answers(task, given[split]), "examples": len(examples)}
-        scores.append(found.pop("score"))
-        entry |= {f"{name}{task.suffix(split)}": value for name, value in found.items()}
-    return {**entry, "score": sum(scores) / len(scores)}, given
+
+def _scores(predictions: Mapping[str, Splits]) -> dict[str, Any]:
+    """What `Metrics` says of a model's predictions by task."""
+    tasks: dict[str, dict[str, Any]] = {}
+    draws = {}
+    for name, splits in predictions.items():
+        task = get_task(name)
+        resampled = bootstrap.resampled(task, splits)
+        draws[name] = resampled["score"]
+        tasks[name] = {
+            **score_splits(task, splits),
+            **{f"examples{task.suffix(split)}": len(splits[split].labels) for split in splits},
+            "interval": {
+                metric: bootstrap.interval(values) for metric, values in resampled.items()
+            },
+        }
+    return {
+        "tasks": tasks,
+        "score": sum(entry["score"] for entry in tasks.values()) / len(tasks),
+        "interval": bootstrap.interval(bootstrap.macro(draws)),
+    }

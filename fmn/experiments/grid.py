@@ -20,7 +20,10 @@ def bounded(methods: Mapping[str, ComparedSettings]) -> dict[str, ComparedSettin
 
 
 def sets(tasks: Sequence[str], kinds: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The sets of experts to merge, by name ("mrpc+rte"); `kinds`: "pairs", "triples", "all", or such names."""
+    """The sets of experts to merge, by name ("mrpc+rte").
+
+    `kinds` are "pairs", "triples", "all", or such names.
+    """
     chosen = [pick for kind in kinds if kind in SIZES for pick in combinations(tasks, SIZES[kind])]
     chosen += [tuple(kind.split("+")) for kind in kinds if "+" in kind]
     chosen += [tuple(tasks)] if "all" in kinds else []

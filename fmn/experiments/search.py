@@ -1,95 +1,38 @@
-"""Coefficients lambda_j by search: which ones to try, and the trials, kept in an Optuna study.
+"""Coefficients lambda_j by search, with Optuna.
 
-The coefficients of m experts are m - 1 ratios to the first one's, searched on a log scale, and scaled to sum to m. What
-is tried next depends on nothing but the seed and the trials before it, and a trial is stored when it is done, at once:
-a search that was killed goes on, and tries what an unbroken one would have tried.
+The coefficients of m experts are m - 1 ratios to the first one's, searched on a log scale, and
+scaled to sum to m. Every finished trial is stored at once. What is tried next depends on the seed
+and the finished trials alone, so that a search that was killed goes on as if it never was.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
-import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import TPESampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, create_trial
+
+from fmn.errors import UserError
+from fmn.experiments.files import Trial
+from fmn.store.stage import Progress, no_progress
+
+if TYPE_CHECKING:
+    import optuna
 
 RATIO = 30.0  # of a coefficient to the first expert's, at most, either way
-SCALE = "scale"
-SCORES = "scores"
-
-optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 Attempt = Callable[[Mapping[str, float], float], Mapping[str, float]]
-"""Coefficients by task, and the scale, to every task's score relative to its expert's."""
+"""From coefficients by task and a scale to the score of each task relative to its expert's."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What was tried, and every task's score relative to its expert's."""
+def coefficients(tasks: Sequence[str], ratios: Sequence[float]) -> dict[str, float]:
+    """Coefficients that sum to the number of tasks, with these ratios to the first task's.
 
-    coefficients: Mapping[str, float]
-    scale: float
-    scores: Mapping[str, float]
-
-    @property
-    def score(self) -> float:
-        """The objective: the mean over tasks."""
-        return mean(self.scores)
-
-
-def mean(scores: Mapping[str, float]) -> float:
-    """Over the tasks."""
-    return sum(scores.values()) / len(scores)
-
-
-def space(
-    tasks: Sequence[str], scale_range: tuple[float, float] | None
-) -> dict[str, FloatDistribution]:
-    """What is searched: a ratio for every task but the first, and the scale where it has a range."""
-    ratios = {
-        _ratio(task, tasks[0]): FloatDistribution(1 / RATIO, RATIO, log=True) for task in tasks[1:]
-    }
-    return ratios if scale_range is None else {**ratios, SCALE: FloatDistribution(*scale_range)}
-
-
-def _ratio(task: str, first: str) -> str:
-    return f"{task}/{first}"
-
-
-def coefficients(tasks: Sequence[str], params: Mapping[str, float]) -> dict[str, float]:
-    """The coefficients by task that the ratios stand for; their sum is the number of tasks."""
-    ratios = [1.0, *(params[_ratio(task, tasks[0])] for task in tasks[1:])]
-    return {
-        task: len(tasks) * ratio / sum(ratios) for task, ratio in zip(tasks, ratios, strict=True)
-    }
-
-
-def suggest(
-    done: Sequence[FrozenTrial], searched: Mapping[str, FloatDistribution], scale: float, seed: int
-) -> dict[str, float]:
-    """What to try after these trials: first equal coefficients and the scale nearest to `scale`, then TPE's proposal.
-
-    TPE: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization", with all that is searched in one model.
+    >>> coefficients(["mrpc", "sst2"], [3.0])
+    {'mrpc': 0.5, 'sst2': 1.5}
     """
-    if not done:
-        first = {name: scale if name == SCALE else 1.0 for name in searched}
-        return {
-            name: min(max(value, searched[name].low), searched[name].high)
-            for name, value in first.items()
-        }
-    seeds = np.random.SeedSequence([seed, len(done)])
-    sampler = TPESampler(
-        seed=int(seeds.generate_state(1)[0]), multivariate=True, constant_liar=False
-    )
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.add_trials(done)
-    fixed: dict[str, BaseDistribution] = {**searched}
-    return study.ask(fixed).params
+    shares = np.array([1.0, *ratios])
+    return dict(zip(tasks, (len(tasks) * shares / shares.sum()).tolist(), strict=True))
 
 
 def search(
@@ -102,66 +45,81 @@ def search(
     seed: int,
     file: Path,
     name: str,
-    report: Callable[[Sequence[Trial]], None] = lambda done: None,
+    progress: Progress = no_progress,
 ) -> list[Trial]:
-    """Try coefficients until there are so many trials, and return them in order, the one of equal coefficients first.
+    """Try coefficients with TPE until there are so many trials; returns all, in order.
+
+    TPE: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization". The first trial has
+    equal coefficients.
 
     Args:
         attempt: computes a trial.
         tasks: of the experts, in order of name.
-        scale_range: lowest and highest scale, where it is searched.
-        scale: where it is not searched, and else of the first trial, or the nearest in range.
-        trials: the budget, with those that are there already.
+        scale_range: lowest and highest scale; None does not search it.
+        scale: where it is not searched; else that of the first trial, or the nearest in range.
+        trials: the number of trials, those of earlier runs included.
         seed: of the suggestions.
-        file: Optuna's journal, whose study ``name`` holds the trials; nobody else may write there meanwhile.
-        name: must differ between searches whose trials score differently.
-        report: called with the trials so far, at once and after each.
+        file: SQLite file of the trials.
+        name: of the Optuna study; it must differ between searches whose trials score differently.
+        progress: called with the finished trials and all of them.
+
+    Raises:
+        UserError: the file holds no trials of Optuna's.
     """
-    searched = space(tasks, scale_range)
-    study = _study(file, name)
+    from optuna.trial import TrialState
 
-    def done() -> list[FrozenTrial]:
-        return study.get_trials()[:trials]
+    names = [f"{task}/{tasks[0]}" for task in tasks[1:]]
 
-    def read() -> list[Trial]:
-        return [
-            Trial(
-                coefficients(tasks, trial.params),
-                trial.params.get(SCALE, scale),
-                trial.user_attrs[SCORES],
-            )
-            for trial in done()
-        ]
+    def objective(trial: "optuna.Trial") -> float:
+        ratios = [trial.suggest_float(name, 1 / RATIO, RATIO, log=True) for name in names]
+        tried_scale = trial.suggest_float("scale", *scale_range) if scale_range else scale
+        tried = coefficients(tasks, ratios)
+        scores = dict(attempt(tried, tried_scale))
+        mean = sum(scores.values()) / len(scores)
+        record = Trial(coefficients=tried, scale=tried_scale, score=mean, tasks=scores)
+        trial.set_user_attr("trial", record.model_dump())
+        return mean
 
-    report(read())
-    while len(before := done()) < trials:
-        params = suggest(before, searched, scale, seed)
-        scores = dict(attempt(coefficients(tasks, params), params.get(SCALE, scale)))
-        stated: dict[str, BaseDistribution] = {**searched}
-        study.add_trial(
-            create_trial(
-                params=params, distributions=stated, value=mean(scores), user_attrs={SCORES: scores}
-            )
-        )
-        report(read())
-    return read()
+    def finished() -> "list[optuna.trial.FrozenTrial]":
+        return study.get_trials(states=(TrialState.COMPLETE,))[:trials]
+
+    def prepare_next(study: "optuna.Study", _trial: Any = None) -> None:
+        # A sampler's own state does not outlive the process, so each trial has a new one.
+        study.sampler = _sampler(seed, len(finished()))
+        progress(len(finished()), trials)
+
+    nearest = {"scale": float(np.clip(scale, *scale_range))} if scale_range else {}
+    study = _open_study(file, name, dict.fromkeys(names, 1.0) | nearest)
+    prepare_next(study)
+    study.optimize(objective, max(0, trials - len(finished())), callbacks=[prepare_next])
+    return [Trial.model_validate(trial.user_attrs["trial"]) for trial in finished()]
 
 
-def _study(file: Path, name: str) -> optuna.Study:
-    """The study in Optuna's journal, without the half line and the lock of a kill; begun anew where that is damaged."""
+def _sampler(seed: int, trials: int) -> "optuna.samplers.BaseSampler":
+    """TPE, all parameters in one model, seeded for the trial after so many."""
+    from optuna.samplers import TPESampler
+
+    (state,) = np.random.SeedSequence([seed, trials]).generate_state(1)
+    return TPESampler(seed=int(state), multivariate=True)
+
+
+def _open_study(file: Path, name: str, first: Mapping[str, float]) -> "optuna.Study":
+    """The study in a file, cleared of a killed trial; `first` are the first trial's parameters."""
+    import optuna
+    from optuna.trial import TrialState
+    from sqlalchemy.exc import DatabaseError
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     file.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{file}.lock").unlink(missing_ok=True)
-    if file.is_file():
-        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-
-    def load() -> optuna.Study:
-        storage = JournalStorage(JournalFileBackend(str(file)))
-        return optuna.create_study(
+    storage = f"sqlite:///file:{quote(str(file.resolve()))}?uri=true"
+    try:
+        study = optuna.create_study(
             storage=storage, study_name=name, direction="maximize", load_if_exists=True
         )
-
-    try:
-        return load()
-    except (ValueError, KeyError, TypeError):
-        file.unlink()
-        return load()
+    except DatabaseError as error:
+        raise UserError(f"{file}: not a file of trials; remove it and run again") from error
+    for killed in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(killed.number, state=TrialState.FAIL)
+    if not study.get_trials(states=(TrialState.COMPLETE, TrialState.WAITING)):
+        study.enqueue_trial(dict(first))
+    return study

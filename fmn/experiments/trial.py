@@ -1,152 +1,116 @@
-"""Trying a merged encoder out in memory: each expert's classifier and texts are loaded once, and lend their head."""
+"""Trying a merged encoder in memory: each expert's model is loaded once, and lends its head."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fmn.errors import UserError
+from fmn.evaluate.metrics import Answers, answers, score_splits
+from fmn.experiments.files import Source
 from fmn.merge import heads
 from fmn.models import checkpoints, labels
-from fmn.models.predict import predict, score
-from fmn.tasks import dataset as data
-from fmn.tasks.batches import Examples, random_order, select
-from fmn.tasks.task import Task
+from fmn.models.predict import predict
+from fmn.tasks import dataset
+from fmn.tasks.batches import Examples
+from fmn.tasks.task import Task, task
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A task's expert and the texts that encoders are tried on.
+class ExpertOnTask:
+    """An expert, N examples at the places `rows` of their split, its answers and their score."""
 
-    `rows`: their places in the split, int64 [N]; `logits`: the expert's own, float32 [N, C]; `score`: what it scores
-    with them.
-    """
-
+    source: Source
     task: Task
     model: PreTrainedModel
     rows: np.ndarray
     examples: Examples
-    logits: np.ndarray
+    answers: Answers
     score: float
 
 
-def contender(
-    checkpoint: Path,
-    task: Task,
-    folder: Path,
-    split: str,
-    rows: int | None,
-    seed: int,
-    device: str,
-    dtype: str,
-    tuned_on: tuple[int | None, int] = (None, 0),
-) -> Contender:
-    """An expert with `rows` rows of a split below `folder`, drawn by `seed` (all when None), and its score there.
+def score(task: Task, answers: Answers) -> float:
+    """The task's score of answers on one split."""
+    return score_splits(task, {task.validation[0]: answers})["score"]
 
-    `tuned_on`: how many rows of the training split the expert was fine-tuned on, and the seed that drew them; of that
-    split only other rows are taken, where there are any.
+
+@lru_cache(maxsize=16)  # the cells of a comparison share experts
+def load_expert(source: Source) -> ExpertOnTask:
+    """Load an expert and its rows, and let it answer."""
+    checkpoint, definition = source.checkpoint, task(source.task)
+    aligned = labels.decide(checkpoint, definition, source.data, source.device)
+    model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
+    table = dataset.read(source.data, definition, source.split)
+    tuned_on = source.tuned_on if source.split == "train" else None
+    unseen, seen = heads.unseen_first(table.num_rows, source.seed, tuned_on)
+    rows = np.sort((unseen if len(unseen) else seen)[: source.rows])
+    tokenizer = checkpoints.load_tokenizer(checkpoint)
+    examples = dataset.tokenize(tokenizer, definition, table.take(rows))
+    logits = predict(model, examples, device=source.device, dtype=source.dtype)
+    own = answers(definition, logits, examples.labels)
+    return ExpertOnTask(source, definition, model, rows, examples, own, score(definition, own))
+
+
+def try_encoder(
+    expert: ExpertOnTask, encoder: Mapping[str, Tensor], head: Mapping[str, Tensor] | None = None
+) -> Answers:
+    """The answers of the expert's head on another encoder.
+
+    `encoder` has tensors by their names in the base model, `head` those of the head to change by
+    their names in the classifier. The expert is afterwards what it was.
     """
-    model = labels.ordered(
-        checkpoints.load_classifier(checkpoint), labels.decide(checkpoint, task, folder, device)
+    device, dtype = expert.source.device, expert.source.dtype
+    with _tensors_in(expert.model.base_model, encoder), _tensors_in(expert.model, head or {}):
+        logits = predict(expert.model, expert.examples, device=device, dtype=dtype)
+    return answers(expert.task, logits, expert.examples.labels)
+
+
+@lru_cache(maxsize=16)
+def texts_for_head(
+    source: Source, texts: int | None, seed: int, digest: str
+) -> tuple[Examples, np.ndarray]:
+    """Texts to re-align a head on, none of them tried, and what the expert's head reads of them.
+
+    `digest` is that of the rows.
+    """
+    expert = load_expert(source)
+    tried = expert.rows.tolist() if source.split == "train" else ()
+    examples = heads.unlabeled(
+        source.checkpoint, expert.task, source.data, texts, seed, source.tuned_on, tried
     )
-    table = data.read(folder, task, split)
-    unseen, seen = _split(table.num_rows, seed, tuned_on if split == "train" else None)
-    taken = np.sort((unseen if len(unseen) else seen)[:rows])
-    examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(taken))
-    own = predict(model, examples, device=device, dtype=dtype)
-    return Contender(task, model, taken, examples, own, score(task, own, examples.labels)["score"])
+    return examples, _features(expert, examples)
 
 
-def _split(
-    total: int, seed: int, tuned_on: tuple[int | None, int] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a split in random order: those that the expert was not tuned on, and those that it was."""
-    rows = np.zeros(total)  # which rows are drawn depends on nothing but how many there are
-    order = random_order(rows, seed)
-    tuned = np.isin(order, select(rows, *tuned_on) if tuned_on else [])
-    return order[~tuned], order[tuned]
-
-
-def unlabeled(
-    checkpoint: Path,
-    task: Task,
-    folder: Path,
-    texts: int | None,
-    seed: int,
-    tuned_on: tuple[int | None, int],
-    without: Collection[int] = (),
-) -> Examples:
-    """Texts of the training split below `folder` to re-align a head on, drawn by `seed` (all when None).
-
-    Those that the expert was not tuned on come first: what it says of those that it was is surer than what it says of
-    new ones. Labels are not read, and need not be there.
-
-    Args:
-        tuned_on: as for `contender`.
-        without: rows that must not be among them.
-    """
-    table = data.read(folder, task, "train", labelled=False)
-    order = np.concatenate(_split(table.num_rows, seed, tuned_on))
-    rows = order[~np.isin(order, list(without))][:texts]
-    if not len(rows):
-        raise UserError(
-            f"{task.name}: no training text is left to re-align its head on; score fewer rows"
-        )
-    return data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(np.sort(rows)))
-
-
-def logits(
-    one: Contender,
+def realigned_head(
+    expert: ExpertOnTask,
     encoder: Mapping[str, Tensor],
-    device: str,
-    dtype: str,
-    head: Mapping[str, Tensor] | None = None,
-) -> np.ndarray:
-    """What the expert's head says with another encoder below it, float32 [N, C]; `head`: tensors of it to change."""
-    with _in_place(one.model.base_model, encoder), _in_place(one.model, head or {}):
-        return predict(one.model, one.examples, device=device, dtype=dtype)
-
-
-def realigned(
-    one: Contender,
-    encoder: Mapping[str, Tensor],
-    examples: Examples,
-    own: np.ndarray,
+    texts: Examples,
+    features: np.ndarray,
     ridge: float | str,
-    device: str,
-    dtype: str,
 ) -> dict[str, Tensor]:
-    """The tensors of the expert's head re-aligned with another encoder below it (`fmn.heads`).
+    """The expert's head re-aligned with another encoder (`fmn.merge.heads`), for `try_encoder`.
 
-    Args:
-        examples: unlabeled texts.
-        own: `heads.features` of the expert for them.
+    `texts` and `features` are from `texts_for_head`.
     """
-    with _in_place(one.model.base_model, encoder):
-        read = heads.features(one.model, examples, device=device, dtype=dtype)
-    return heads.tensors(one.model, heads.refit(own, read, *heads.last_map(one.model), ridge))
+    with _tensors_in(expert.model.base_model, encoder):
+        merged = _features(expert, texts)
+    fit = heads.refit(features, merged, *heads.last_map(expert.model), ridge)
+    return heads.tensors(expert.model, fit)
 
 
-def relative_scores(
-    contenders: Mapping[str, Contender], encoder: Mapping[str, Tensor], device: str, dtype: str
-) -> dict[str, float]:
-    """What every expert's head scores with another encoder below it, relative to the expert's score, by task."""
-    return {
-        name: score(one.task, logits(one, encoder, device, dtype), one.examples.labels)["score"]
-        / one.score
-        for name, one in contenders.items()
-    }
+def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:
+    device, dtype = expert.source.device, expert.source.dtype
+    return heads.features(expert.model, examples, device=device, dtype=dtype)
 
 
 @contextmanager
-def _in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model's parameters and buffers of these names have these values meanwhile."""
-    mine = model.state_dict()
-    before = {name: mine[name].clone() for name in tensors}
+def _tensors_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give parameters and buffers of a model other values within the block."""
+    state = model.state_dict()
+    before = {name: state[name].clone() for name in tensors}
     model.load_state_dict(dict(tensors), strict=False)
     try:
         yield

@@ -12,8 +12,9 @@ leave-one-out error, which needs no other texts (PRESS: Allen 1974, "The Relatio
 Data Augmentation and a Method for Prediction").
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
+from fmn.models import checkpoints
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import TOKENS
-from fmn.tasks.batches import Examples, by_length
+from fmn.tasks import dataset
+from fmn.tasks.batches import Examples, by_length, random_order, select
+from fmn.tasks.task import Task
 
 RIDGES = tuple(10 ** (half / 2) for half in range(-12, 9))
 """What "auto" chooses from: two a decade."""
@@ -164,3 +168,46 @@ def tensors(model: PreTrainedModel, fit: Fit) -> dict[str, Tensor]:
         for name, value in named.items()
         if value is not None
     }
+
+
+def unseen_first(
+    total: int, seed: int, tuned_on: tuple[int | None, int] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a split in random order: those that the expert was not tuned on, and those it was.
+
+    Args:
+        total: the number of rows.
+        tuned_on: how many of them (None: all), and the seed that drew them; None: it was on none.
+    """
+    rows = np.zeros(total)  # which rows are drawn depends on nothing but how many there are
+    order = random_order(rows, seed)
+    is_seen = np.isin(order, select(rows, *tuned_on) if tuned_on else [])
+    return order[~is_seen], order[is_seen]
+
+
+def unlabeled(
+    checkpoint: Path,
+    task: Task,
+    folder: Path,
+    texts: int | None,
+    seed: int,
+    tuned_on: tuple[int | None, int],
+    without: Collection[int] = (),
+) -> Examples:
+    """Texts of the training split below `folder` to re-align a head on; labels are not read.
+
+    Those that the expert was not tuned on come first: what it says of new texts is less sure.
+
+    Args:
+        texts: how many (None: all), drawn by `seed`.
+        tuned_on: as for `unseen_first`.
+        without: rows that must not be among them.
+    """
+    table = dataset.read(folder, task, "train", labelled=False)
+    order = np.concatenate(unseen_first(table.num_rows, seed, tuned_on))
+    rows = order[~np.isin(order, list(without))][:texts]
+    if not len(rows):
+        raise UserError(
+            f"{task.name}: no training text is left to re-align its head on; score fewer rows"
+        )
+    return dataset.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(np.sort(rows)))

@@ -377,13 +377,12 @@ def realign(
     key = artifacts.content_key("realign", REALIGN, described, {"merged": parent, **inputs})
 
     def make() -> None:
-        from fmn.experiments import trial
         from fmn.merge import heads
         from fmn.merge import model as merged
 
         changed, fits = {}, {}
         for done, (name, task) in enumerate(found.items()):
-            examples = trial.unlabeled(
+            examples = heads.unlabeled(
                 experts[name],
                 task,
                 folder,
@@ -422,7 +421,7 @@ def realign(
 
 def _searched(file: Path, inputs: _Inputs, settings: MergeSettings) -> dict[str, Any]:
     """What `search` found, with the file's digest; UserError where it was for another merge than this."""
-    found = artifacts.read_json(file, formats.Found, "`fmn search` makes coefficients")
+    found = stage.read_record(file, formats.Found, "`fmn search` makes coefficients").model_dump()
     if settings.coefficient or settings.scale != "auto":
         raise UserError(
             f"--coefficients {file} gives coefficients and scale; leave out --coefficient and --scale"

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmn.evaluate import bootstrap as intervals
-from fmn.evaluate.bootstrap import Answers, Difference
+from fmn.evaluate.bootstrap import Difference
+from fmn.evaluate.metrics import Answers
 from fmn.experiments.grid import AVERAGE, BOUNDS
 from fmn.report.results import EXPERT, Estimate, markdown, mean, percent, points, span
 from fmn.tasks import task as tasks
@@ -63,7 +64,7 @@ def resampled(cells: Cells) -> dict[str, dict[str, Resampled]]:
         entries = cell["tasks"]
         mine = {task: scores(task, entry, "predictions") for task, entry in entries.items()}
         shares = {
-            task: intervals.relative(mine[task], scores(task, entry, "expert predictions"))
+            task: intervals.relative(mine[task], scores(task, entry, "expert_predictions"))
             for task, entry in entries.items()
             if entry["relative"] is not None
         }
@@ -203,7 +204,7 @@ def compared(cells: Cells) -> Compared:
     }
     entries = next(iter(cells[last].values()))["tasks"]
     alone = {
-        task: {"tried": Answers(np.array(entry["expert predictions"]), np.array(entry["labels"]))}
+        task: {"tried": Answers(np.array(entry["expert_predictions"]), np.array(entry["labels"]))}
         for task, entry in entries.items()
     }
     scores[EXPERT] = by_task(

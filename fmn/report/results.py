@@ -13,7 +13,8 @@ from fmn.tasks.task import TASKS
 if TYPE_CHECKING:
     import numpy as np
 
-    from fmn.evaluate.bootstrap import Difference, Splits
+    from fmn.evaluate.bootstrap import Difference
+    from fmn.evaluate.metrics import Splits
     from fmn.fisher.architectures import NodeValues
 
 MACRO = "mean"
@@ -384,7 +385,6 @@ def _difference_rows(table: Table) -> list[dict[str, Any]]:
             "low": round(100 * one.interval[0], 3),
             "high": round(100 * one.interval[1], 3),
             "p": one.p_value,
-            "mcnemar": one.mcnemar,
         }
         for name, by_row in table.differences.items()
         for row, one in by_row.items()

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from fmn.errors import UserError
+from fmn.evaluate import files as metrics_files
+from fmn.experiments.files import Cell
 from fmn.merge import recipe
 from fmn.report import results as report
 from fmn.store import artifacts, stage
-from fmn.store import records as formats
 from fmn.store.stage import Outcome
 
 REPORT = 3
@@ -30,7 +31,7 @@ COSTED = (
 
 def realigned(folder: Path, merged_models: Mapping[str, Path]) -> dict[str, Path]:
     """The metrics files in ``folder``, by name, of models that are one of the merged ones with its heads re-aligned."""
-    shown = {artifacts.read_json(stage.there(file)).get("model") for file in merged_models.values()}
+    shown = {metrics_files.read_metrics(file).model for file in merged_models.values()}
     found = {
         file.stem: file
         for file in sorted(folder.glob("*.json"))
@@ -71,7 +72,8 @@ def write_report(
         for name, file in named.items()
     }
     metrics = {
-        name: artifacts.read_json(file, formats.Metrics) for name, file in merged_models.items()
+        name: metrics_files.read_metrics(file).model_dump(by_alias=True)
+        for name, file in merged_models.items()
     }
     folders = _merged_below(work, metrics) if work else {}
     recipes = {name: recipe.read_recipe(folder) for name, folder in folders.items()}
@@ -102,7 +104,8 @@ def write_report(
 def evaluated(metrics: Path) -> report.Evaluated:
     """What a metrics file says, and the predictions beside it."""
     return report.Evaluated(
-        artifacts.read_json(metrics, formats.Metrics), artifacts.read_predictions(metrics)
+        metrics_files.read_metrics(metrics).model_dump(by_alias=True),
+        metrics_files.read_predictions(metrics),
     )
 
 
@@ -146,7 +149,9 @@ def write_comparison(cells: Mapping[str, Mapping[str, Path]], out: Path) -> Outc
         from fmn.report import comparison
 
         read = {
-            name: {method: artifacts.read_json(path, formats.Cell) for method, path in row.items()}
+            name: {
+                method: stage.read_record(path, Cell).model_dump() for method, path in row.items()
+            }
             for name, row in cells.items()
         }
         return comparison.write(target, read)

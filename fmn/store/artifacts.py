@@ -26,7 +26,6 @@ from fmn.store import machine
 from fmn.store import records as formats
 
 if TYPE_CHECKING:
-    from fmn.evaluate.bootstrap import Answers, Splits
     from fmn.fisher.architectures import NodeValues
 
 MANIFEST = "fmn.json"
@@ -376,65 +375,6 @@ def read_costs(folder: Path) -> dict[Path, tuple[str, float]]:
         out, kept = path.with_name(path.name[1 : -len(COST)]), _read_json(path)
         if kept is not None and out.exists():
             found[out] = (str(kept["stage"]), float(kept["seconds"]))
-    return found
-
-
-def predictions_file(metrics: Path) -> Path:
-    """Where the predictions lie that a metrics file was computed from: beside it."""
-    return metrics.with_suffix(".predictions.parquet")
-
-
-def write_predictions(path: Path, predictions: "Mapping[str, Splits]") -> None:
-    """Write a model's answers by task and split: a row an example, in the order of the data.
-
-    Columns: task, split (string), row (int32, within its split), prediction and label (float64: a class id in the
-    task's order, or the value of a regression task).
-    """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("task", "split", "row", "prediction", "label")
-    }
-    for task, splits in predictions.items():
-        for split, answers in splits.items():
-            count = len(answers.labels)
-            columns["task"].append(np.repeat(task, count))
-            columns["split"].append(np.repeat(split, count))
-            columns["row"].append(np.arange(count, dtype=np.int32))
-            columns["prediction"].append(answers.predicted.astype(np.float64))
-            columns["label"].append(answers.labels.astype(np.float64))
-    with whole_file(path) as file:
-        pq.write_table(
-            pa.table({name: np.concatenate(parts) for name, parts in columns.items()}), file
-        )
-
-
-def read_predictions(metrics: Path) -> "dict[str, dict[str, Answers]]":
-    """The answers, by task and split, that a metrics file was computed from.
-
-    Raises UserError when they are not beside it, or not those any more.
-    """
-    import pyarrow.parquet as pq
-
-    from fmn.evaluate.bootstrap import Answers
-
-    path = predictions_file(metrics)
-    if not path.is_file() or digest_file(path) != read_json(metrics).get("predictions"):
-        raise UserError(
-            f"{path}: not there, or not the predictions that {metrics} is of; make both with `fmn evaluate`"
-        )
-    table = pq.read_table(path, columns=["task", "split", "prediction", "label"])
-    names = list(zip(table["task"].to_pylist(), table["split"].to_pylist(), strict=True))
-    starts = [row for row in range(len(names)) if row == 0 or names[row] != names[row - 1]]
-    found: dict[str, dict[str, Answers]] = {}
-    for start, end in zip(starts, [*starts[1:], len(names)], strict=True):
-        task, split = names[start]
-        answers = Answers(
-            *(table[name].slice(start, end - start).to_numpy() for name in ("prediction", "label"))
-        )
-        found.setdefault(task, {})[split] = answers
     return found
 
 

@@ -12,8 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fmn.errors import UserError
 from fmn.merge.methods import NEEDS
 
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
-
 
 class Record(BaseModel):
     """A JSON object; true is no number in it, and a number no text."""
@@ -112,38 +110,6 @@ class Traced(Recipe):
     gram: dict[str, Weighing]
 
 
-class Scores(Record):
-    """A task's metrics."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, float]
-
-    score: float
-    examples: int
-    interval: dict[str, Interval]
-
-
-class Rows(Record):
-    """The rows that a task's metrics are of."""
-
-    splits: dict[str, str]
-    source: str = ""
-    revision: str = ""
-    seed: str = ""
-
-
-class Metrics(Record):
-    """What `fmn evaluate` writes."""
-
-    model: str
-    tasks: Annotated[dict[str, Scores], Field(min_length=1)]
-    score: float
-    interval: Interval
-    predictions: str
-    labels: dict[str, Labels] = {}
-    data: dict[str, Rows] = {}
-
-
 class Measured(Record):
     """A checkpoint that a statistic is of."""
 
@@ -163,24 +129,6 @@ class GramMatrices(Statistic):
 
     inputs: dict[str, str]
     transposed: list[str]
-
-
-class Tried(Record):
-    """What a merged model and the expert say of a task's rows."""
-
-    score: float
-    expert: float
-    relative: float | None
-    labels: list[float]
-    predictions: list[float]
-    alone: list[float] = Field(alias="expert predictions")
-
-
-class Cell(Record):
-    """What a comparison found of a method and a set of experts."""
-
-    tasks: dict[str, Tried]
-    seconds: float
 
 
 class Found(Record):

@@ -1,88 +1,103 @@
-"""Trying encoders out in memory: the expert's own answers, another encoder's, and which rows they are asked."""
+"""Trying encoders in memory: the expert's own answers, another encoder's, and on which rows."""
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from fmn.errors import UserError
+from fmn.evaluate.metrics import answers
 from fmn.experiments import trial
+from fmn.experiments.files import Source, TunedOn, tuned_on
+from fmn.merge import heads
 from fmn.merge import model as merged
 from fmn.models import checkpoints
 from fmn.models.predict import predict
-from fmn.tasks import dataset as data
-from fmn.tasks import task as tasks
+from fmn.tasks import dataset
 from fmn.tasks.batches import select
+from fmn.tasks.task import task
+from tests.conftest import TUNING
 
-CPU = ("cpu", "float32")
+
+def source(
+    work: Path,
+    name: str,
+    split: str = "validation",
+    rows: int | None = None,
+    tuned_on: TunedOn = (None, 0),
+) -> Source:
+    expert = work / "experts" / name
+    return Source(expert, name, work / "data", split, rows, 0, "cpu", "float32", tuned_on)
 
 
-def test_the_experts_head_answers_over_another_encoder(tiny_work: Path) -> None:
-    experts = {task: tiny_work / "experts" / task for task in ("sst2", "mrpc")}
-    one = trial.contender(
-        experts["sst2"], tasks.task("sst2"), tiny_work / "data", "validation", 20, 0, *CPU
-    )
+def test_the_experts_head_answers_on_another_encoder(tiny_work: Path, tmp_path: Path) -> None:
+    experts = {name: tiny_work / "experts" / name for name in ("sst2", "mrpc")}
+    expert = trial.load_expert(source(tiny_work, "sst2", rows=20))
+    before = {name: tensor.clone() for name, tensor in expert.model.state_dict().items()}
+    own = trial.try_encoder(expert, {})
     encoder = merged.in_memory(experts, method="average")
-    before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
-    found = trial.logits(one, encoder, *CPU)
-    assert all(torch.equal(before[name], tensor) for name, tensor in one.model.state_dict().items())
-    assert found.shape == one.logits.shape == (20, 2)
-    assert not np.allclose(found, one.logits)
+    tried = trial.try_encoder(expert, encoder)
+    after = expert.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    np.testing.assert_array_equal(own.predicted, expert.answers.predicted)
+    assert len(tried.predicted) == len(expert.rows) == 20
 
-    merged.write(tiny_work.parent / "trial", experts, method="average")
-    written = checkpoints.load_classifier(tiny_work.parent / "trial" / "tasks" / "sst2")
-    np.testing.assert_allclose(
-        found, predict(written, one.examples, device="cpu", dtype="float32"), atol=1e-6
-    )
+    merged.write(tmp_path / "merged", experts, method="average")
+    written = checkpoints.load_classifier(tmp_path / "merged" / "tasks" / "sst2")
+    logits = predict(written, expert.examples, device="cpu", dtype="float32")
+    expected = answers(task("sst2"), logits, expert.examples.labels)
+    np.testing.assert_array_equal(tried.predicted, expected.predicted)
 
 
 def test_its_own_encoder_gives_the_experts_answers(tiny_work: Path) -> None:
-    folder = tiny_work / "experts" / "stsb"
-    one = trial.contender(
-        folder, tasks.task("stsb"), tiny_work / "data", "validation", None, 0, *CPU
+    expert = trial.load_expert(source(tiny_work, "stsb"))
+    stored = load_file(expert.source.checkpoint / "model.safetensors")
+    prefix = "bert."
+    own = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
+    np.testing.assert_array_equal(
+        trial.try_encoder(expert, own).predicted, expert.answers.predicted
     )
-    stored = load_file(folder / "model.safetensors")
-    own = {
-        name.removeprefix("bert."): tensor
-        for name, tensor in stored.items()
-        if name.startswith("bert.")
-    }
-    np.testing.assert_array_equal(trial.logits(one, own, *CPU), one.logits)
+    other = {name: 1.1 * tensor for name, tensor in own.items()}
+    assert not np.allclose(trial.try_encoder(expert, other).predicted, expert.answers.predicted)
 
 
-def test_training_rows_that_the_expert_saw_are_left_out_while_there_are_others(
-    tiny_work: Path,
-) -> None:
-    task, folder = tasks.task("sst2"), tiny_work / "data"
-    table = data.read(folder, task, "train")
-    labels = table["label"].to_numpy()
-    tokenizer = checkpoints.load_tokenizer(tiny_work / "experts" / "sst2")
-    texts = data.tokenize(tokenizer, task, table).inputs["input_ids"]
-    seen = {tuple(texts[row]) for row in select(labels, 200, 3)}
-    unseen = {
-        tuple(texts[row]) for row in np.setdiff1d(np.arange(len(labels)), select(labels, 200, 3))
-    }
+def test_training_rows_that_the_expert_saw_come_last(tiny_work: Path) -> None:
+    labels = dataset.read(tiny_work / "data", task("sst2"), "train")["label"].to_numpy()
+    seen = set(select(labels, 200, 3).tolist())
 
-    def asked(tuned_on: tuple[int | None, int]) -> list[tuple[int, ...]]:
-        one = trial.contender(
-            tiny_work / "experts" / "sst2", task, folder, "train", 50, 0, *CPU, tuned_on
+    def rows(tuned_on: TunedOn) -> set[int]:
+        return set(
+            trial.load_expert(source(tiny_work, "sst2", "train", 50, tuned_on)).rows.tolist()
         )
-        return [tuple(text) for text in one.examples.inputs["input_ids"]]
 
-    assert set(asked((200, 3))) <= unseen
-    assert len(asked((None, 0))) == 50
-    assert set(asked((None, 0))) & seen
+    assert len(rows((200, 3))) == len(rows((None, 0))) == 50
+    assert not rows((200, 3)) & seen
+    assert rows((None, 0)) & seen
 
-    # Texts to re-align heads on: unseen ones first, none that encoders are tried on, and labels play no part.
-    one = trial.contender(
-        tiny_work / "experts" / "sst2", task, folder, "train", 50, 0, *CPU, (200, 3)
-    )
-    count = len(labels) - 200 - 50
-    expert = tiny_work / "experts" / "sst2"
-    for limit, new in ((count, count), (count + 30, count), (None, count)):
-        found = trial.unlabeled(expert, task, folder, limit, 1, (200, 3), one.rows).inputs[
-            "input_ids"
-        ]
-        assert len(found) == (limit or len(labels) - 50)
-        assert sum(tuple(text) in unseen for text in found) >= new
-        assert not {tuple(text) for text in found} & set(asked((200, 3))) - seen
+
+def test_heads_are_realigned_on_texts_that_are_not_tried(tiny_work: Path) -> None:
+    table = dataset.read(tiny_work / "data", task("sst2"), "train")
+    labels = table["label"].to_numpy()
+    where = source(tiny_work, "sst2", "train", 50, (200, 3))
+    expert = trial.load_expert(where)
+    tokenizer = checkpoints.load_tokenizer(where.checkpoint)
+    tokens = dataset.tokenize(tokenizer, task("sst2"), table).inputs["input_ids"]
+    unseen = {tuple(tokens[row]) for row in set(range(len(labels))) - {*select(labels, 200, 3)}}
+    left = len(labels) - 200 - 50
+    for limit in (left, left + 30, None):
+        texts, features = trial.texts_for_head(where, limit, 1, "")
+        ids = texts.inputs["input_ids"]
+        assert len(features) == len(ids) == (limit or len(labels) - 50)
+        assert sum(tuple(text) in unseen for text in ids) >= left
+    everything = expert.rows.tolist() + list(range(len(labels)))
+    with pytest.raises(UserError, match="no training text is left"):
+        heads.unlabeled(
+            where.checkpoint, expert.task, where.data, None, 0, where.tuned_on, everything
+        )
+
+
+def test_the_sidecar_says_what_an_expert_was_tuned_on(tiny_work: Path) -> None:
+    assert tuned_on(tiny_work / "experts" / "sst2") == (TUNING.examples, TUNING.seed)
+    assert tuned_on(tiny_work / "base") == tuned_on(tiny_work) == (None, 0)

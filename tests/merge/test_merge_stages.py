@@ -14,11 +14,9 @@ import torch
 from fmn.errors import UserError
 from fmn.evaluate import stages as evaluate_stages
 from fmn.evaluate.stages import EvaluateSettings
-from fmn.experiments import stages as experiments_stages
-from fmn.experiments.stages import ComparedSettings, CompareSettings
 from fmn.merge import heads, recipe
 from fmn.merge import stages as merge_stages
-from fmn.merge.stages import MergeSettings, RealignSettings, RefitSettings
+from fmn.merge.stages import MergeSettings, RealignSettings
 from fmn.models import checkpoints
 from fmn.models import stages as models_stages
 from fmn.registry import stages as registry_stages
@@ -146,7 +144,7 @@ def test_it_is_evaluated_shown_asked_and_registered_as_any_merged_model(
     realign(work)
     files = {name: work / "metrics" / f"{name}.json" for name in ("merged", "realigned")}
     for name, file in files.items():
-        evaluate_stages.evaluate(work / name, [], work / "data", file, EVALUATE)
+        evaluate_stages.evaluate(work / name, data=work / "data", out=file, settings=EVALUATE)
     shown = {"merged": files["merged"]}
     assert report_stages.realigned(work / "metrics", shown) == {"realigned": files["realigned"]}
     table = report_stages.write_report(
@@ -169,37 +167,7 @@ def test_it_is_evaluated_shown_asked_and_registered_as_any_merged_model(
         work / "merged",
         MergeSettings(method="average", coefficient=["sst2=2"]),
     )
-    evaluate_stages.evaluate(work / "merged", [], work / "data", files["merged"], EVALUATE)
+    evaluate_stages.evaluate(
+        work / "merged", data=work / "data", out=files["merged"], settings=EVALUATE
+    )
     assert report_stages.realigned(work / "metrics", shown) == {}
-
-
-def test_a_comparison_tries_in_memory_what_the_stage_writes(work: Path) -> None:
-    asked = CompareSettings(methods={"any": ComparedSettings(method="average")}, device="cpu")
-    tuned_on: dict[str, tuple[int | None, int]] = dict.fromkeys(TASKS, (64, 0))
-
-    def cell(name: str, settings: CompareSettings, refit: RefitSettings | None) -> Outcome:
-        merging = ComparedSettings(method="average", realign=refit)
-        out = work / "cells" / f"{name}.json"
-        return experiments_stages.compare(
-            experts(work), {}, {}, work / "base", work / "data", out, merging, settings, tuned_on
-        )
-
-    realign(work)
-    metrics = work / "metrics.json"
-    found = cell("realigned", asked, RefitSettings(texts=40)).summary["tasks"]
-    evaluate_stages.evaluate(work / "realigned", [], work / "data", metrics, EVALUATE)
-    answers = artifacts.read_predictions(metrics)
-    for name in TASKS:
-        np.testing.assert_allclose(
-            found[name]["predictions"], answers[name]["validation"].predicted, atol=1e-4
-        )
-    assert cell("plain", asked, None).summary["tasks"]["stsb"]["score"] != found["stsb"]["score"]
-
-    train = asked.model_copy(update={"split": "train", "rows": 20})
-    assert cell("train", train, RefitSettings(texts="all")).computed
-    assert not cell("train", train, RefitSettings(texts="all")).computed
-    assert cell("train", train, RefitSettings(texts=40)).computed
-    every = asked.model_copy(update={"split": "train", "rows": "all"})
-    tuned_on = dict.fromkeys(TASKS, (None, 0))
-    with pytest.raises(UserError, match="no training text is left"):
-        cell("none", every, RefitSettings(texts=40))

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fmn.errors import UserError
+from fmn.evaluate import score
 from fmn.models.checkpoints import load_classifier
 from fmn.models.finetune import finetune, new_expert
 from fmn.models.predict import predict

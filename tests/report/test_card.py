@@ -203,7 +203,10 @@ def test_the_commands_make_the_same_model_again(
     settings = MergeSettings(coefficient=["sst2=0.3"], mapping="paper", normalise="site")
     merge_stages.merge(experts, fisher, work / "base", work / "merged", settings)
     evaluate_stages.evaluate(
-        work / "merged", [], work / "data", work / "merged.json", EvaluateSettings(device="cpu")
+        work / "merged",
+        data=work / "data",
+        out=work / "merged.json",
+        settings=EvaluateSettings(device="cpu"),
     )
     found = ModelCard.load(work / "merged" / recipe.CARD)
     block = found.text.split("## How to reproduce it")[1].split("```")[1].strip().splitlines()

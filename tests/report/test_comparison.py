@@ -21,7 +21,7 @@ def cell(seconds: float = 1.0, **relative: float | None) -> dict[str, Any]:
                 "relative": share,
                 "labels": [0, 1] * 50,
                 "predictions": [0, 1] * right + [1, 0] * (50 - right),
-                "expert predictions": [0, 1] * 40 + [1, 0] * 10,
+                "expert_predictions": [0, 1] * 40 + [1, 0] * 10,
             }
             for task, share in relative.items()
             for right in (int(40 * (share or 0.0)),)
@@ -74,7 +74,7 @@ def test_the_interval_of_a_mean_is_of_the_same_examples_in_all_sets() -> None:
 
 def test_an_expert_that_may_score_nothing_leaves_no_interval() -> None:
     weak = cell(sst2=0.5, cola=0.5)
-    weak["tasks"]["cola"]["expert predictions"] = [0, 1] * 26 + [1, 0] * 24
+    weak["tasks"]["cola"]["expert_predictions"] = [0, 1] * 26 + [1, 0] * 24
     found = comparison.summary({"cola+sst2": {"average": weak}})["average"]
     assert found["mean"].interval is None
 

@@ -128,15 +128,13 @@ STAGES: dict[str, Callable[[Path, Path], Outcome]] = {
         experts(work), fisher_files(work), work / "base", out, MergeSettings()
     ),
     "search": lambda work, out: experiments_stages.search(
-        experts(work), fisher_files(work), {}, work / "base", work / "data", out, MergeSettings(),
-        SearchSettings(trials=2, rows=8, device="cpu"),
+        experts=experts(work), fisher=fisher_files(work), base=work / "base", data=work / "data",
+        out=out, settings=SearchSettings(trials=2, rows=8, device="cpu"),
     ),
     "realign": lambda work, out: merge_stages.realign(
         work / "merged", experts(work), work / "data", out, RealignSettings(texts=16, device="cpu")
     ),
-    "evaluate": lambda work, out: evaluate_stages.evaluate(
-        work / "merged", [], work / "data", out, EvaluateSettings(device="cpu", dtype="float32")
-    ),
+    "evaluate": lambda work, out: evaluate_stages.evaluate(work / "merged", data=work / "data", out=out, settings=EvaluateSettings(device="cpu", dtype="float32")),
     "report": lambda work, out: report_stages.write_report(
         {}, {"merged": work / "metrics.json"}, fisher_files(work), out, work
     ),
@@ -320,7 +318,10 @@ def test_a_gpu_that_is_not_there_is_told(
             RealignSettings(texts=16, device=ABSENT),
         ),
         "evaluate": lambda: evaluate_stages.evaluate(
-            work / "merged", [], folder, tmp_path / "metrics.json", EvaluateSettings(device=ABSENT)
+            work / "merged",
+            data=folder,
+            out=tmp_path / "metrics.json",
+            settings=EvaluateSettings(device=ABSENT),
         ),
     }
     told = refused(calls[stage])

@@ -11,6 +11,7 @@ import pytest
 
 from fmn.errors import UserError
 from fmn.evaluate import stages as evaluate_stages
+from fmn.evaluate.files import predictions_path
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.merge import recipe
 from fmn.merge import stages as merge_stages
@@ -73,7 +74,10 @@ def work(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for name in ("merged", "realigned"):
         evaluate_stages.evaluate(
-            out / name, [], tiny_work / "data", out / f"{name}.json", EvaluateSettings(device="cpu")
+            out / name,
+            data=tiny_work / "data",
+            out=out / f"{name}.json",
+            settings=EvaluateSettings(device="cpu"),
         )
     return out
 
@@ -128,8 +132,8 @@ def test_a_recipe_that_fmn_did_not_write_is_refused_or_does(name: str, work: Pat
 
 def test_metrics_that_fmn_did_not_write_are_refused_or_do(work: Path, tmp_path: Path) -> None:
     whole, file = artifacts.read_json(work / "merged.json"), tmp_path / "metrics.json"
-    predictions = artifacts.predictions_file(work / "merged.json")
-    shutil.copyfile(predictions, artifacts.predictions_file(file))
+    predictions = predictions_path(work / "merged.json")
+    shutil.copyfile(predictions, predictions_path(file))
     went = []
     for what, content in changed(whole):
         artifacts.write_json(file, "evaluate", "", content)

@@ -1,0 +1,98 @@
+"""What the stages of this room read of an expert, and what they write."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fmn.store.records import Record
+from fmn.store.stage import read_sidecar
+
+TunedOn = tuple[int | None, int]
+"""How many training rows an expert was fine-tuned on (None: all), and the seed that drew them."""
+
+
+class Source(NamedTuple):
+    """An expert, the rows that encoders are tried on, and how to compute.
+
+    `rows` of the split are drawn by `seed`, all where it is None; of the training split only those
+    that the expert was not tuned on, while there are some. `digests` are of expert and split.
+    """
+
+    checkpoint: Path
+    task: str
+    data: Path
+    split: str
+    rows: int | None
+    seed: int
+    device: str
+    dtype: str
+    tuned_on: TunedOn = (None, 0)
+    digests: tuple[str, ...] = ()
+
+
+class Trial(Record):
+    """What was tried: `tasks` are scores relative to the experts', `score` is their mean."""
+
+    coefficients: dict[str, float]
+    scale: float
+    score: float
+    tasks: dict[str, float]
+
+
+class TaskTrials(Record):
+    """A task's expert, by its score; and relative to that, the first and the best trial."""
+
+    expert: float
+    uniform: float
+    best: float
+
+
+class SearchResult(Record):
+    """What `fmn search` writes: the best trial, and how it was found.
+
+    Attributes:
+        uniform: score of equal coefficients, which are the first trial.
+        experts: digest of each.
+        rows: how many rows of each task a trial is scored on.
+        merge: settings of the merge that the coefficients are for.
+        study: names the search, whatever its number of trials.
+    """
+
+    coefficients: dict[str, float]
+    scale: float
+    score: float
+    uniform: float
+    tasks: dict[str, TaskTrials]
+    experts: dict[str, str]
+    rows: dict[str, int]
+    merge: dict[str, Any]
+    trials: list[Trial]
+    study: str
+
+
+class CellTask(Record):
+    """The merged model's score and answers on N rows of a task, beside the expert's.
+
+    `relative` is the quotient of the scores; None where the expert's is not above zero.
+    """
+
+    score: float
+    expert: float
+    relative: float | None
+    labels: list[float]
+    predictions: list[float]
+    expert_predictions: list[float]
+
+
+class Cell(Record):
+    """A cell of a comparison: experts merged in one way, and the run time of the merge."""
+
+    tasks: dict[str, CellTask]
+    seconds: float
+
+
+def tuned_on(expert: Path) -> TunedOn:
+    """What an expert's sidecar says of its fine-tuning; (None, 0) if fmn did not fine-tune it."""
+    sidecar = read_sidecar(expert)
+    if sidecar is None or sidecar.stage != "finetune":
+        return None, 0
+    return int(sidecar.info["examples"]), int(sidecar.info["seed"])

@@ -1,0 +1,239 @@
+"""The stages `search` and `compare`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fmn.errors import UserError
+from fmn.evaluate.files import read_predictions
+from fmn.evaluate.stages import EvaluateSettings, evaluate
+from fmn.experiments import stages
+from fmn.experiments.files import Cell, SearchResult
+from fmn.experiments.stages import ComparedSettings, CompareSettings, SearchSettings
+from fmn.merge import recipe
+from fmn.merge import stages as merge_stages
+from fmn.merge.stages import MergeSettings, RealignSettings, RefitSettings
+from fmn.store import artifacts
+from fmn.store.stage import Outcome, Progress, no_progress
+from tests.conftest import TASKS
+
+SEARCH = SearchSettings(trials=5, rows=24, device="cpu")
+SMALL = SearchSettings(trials=1, rows=8, device="cpu")
+
+
+def search(
+    work: Path,
+    out: Path,
+    merging: MergeSettings = MergeSettings(),  # noqa: B008
+    settings: SearchSettings = SEARCH,
+    tasks: tuple[str, ...] = TASKS,
+    progress: Progress = no_progress,
+) -> Outcome[SearchResult]:
+    return stages.search(
+        experts={task: work / "experts" / task for task in tasks},
+        fisher={task: work / "fisher" / f"{task}.parquet" for task in tasks},
+        base=work / "base",
+        data=work / "data",
+        out=out,
+        merging=merging,
+        settings=settings,
+        progress=progress,
+    )
+
+
+def merge(
+    work: Path, out: Path, coefficients: Path | None, tasks: tuple[str, ...] = TASKS, **how: Any
+) -> dict[str, Any]:
+    """Merge the tiny experts; returns the recipe."""
+    merge_stages.merge(
+        {task: work / "experts" / task for task in tasks},
+        {task: work / "fisher" / f"{task}.parquet" for task in tasks},
+        work / "base",
+        out,
+        MergeSettings(**how),
+        coefficients=coefficients,
+    )
+    return recipe.read_recipe(out)
+
+
+@pytest.mark.parametrize(
+    ("how", "ends"),
+    [
+        ({}, None),
+        ({"method": "average"}, (0.5, 2.0)),
+        ({"method": "task-arithmetic"}, (0.2, 1.2)),
+        ({"method": "ties", "scale": 1.5}, None),
+    ],
+)
+def test_a_merge_takes_the_result(
+    tiny_work: Path, tmp_path: Path, how: dict[str, Any], ends: tuple[float, float] | None
+) -> None:
+    out = tmp_path / "coefficients.json"
+    settings = SearchSettings(trials=4, rows=24, device="cpu", scale_range=ends)
+    result = search(tiny_work, out, MergeSettings(**how), settings).summary
+    assert result.score >= result.uniform == result.trials[0].score
+    assert result.score == max(trial.score for trial in result.trials)
+    assert sum(result.coefficients.values()) == pytest.approx(len(TASKS))
+    method = {name: value for name, value in how.items() if name != "scale"}
+    made = merge(tiny_work, tmp_path / "merged", out, **method)
+    assert (made["coefficients"], made["scale"]) == (result.coefficients, result.scale)
+    assert made["search"] == {
+        "digest": artifacts.digest_file(out), "score": result.score, "uniform": result.uniform
+    }  # fmt: skip
+    if ends is None:  # the scale is that of a merge without coefficients
+        assert merge(tiny_work, tmp_path / "plain", None, **how)["scale"] == result.scale > 1
+
+
+def test_a_second_search_computes_nothing_and_more_trials_go_on(
+    tiny_work: Path, tmp_path: Path
+) -> None:
+    out, done = tmp_path / "coefficients.json", []
+    settings = SearchSettings(trials=3, rows=16, device="cpu")
+    first = search(tiny_work, out, settings=settings, tasks=TASKS[:2])
+    assert first.computed
+    elsewhere = settings.model_copy(update={"experiment": "other"})
+    assert not search(tiny_work, out, settings=elsewhere, tasks=TASKS[:2]).computed
+    more = search(
+        tiny_work,
+        out,
+        settings=settings.model_copy(update={"trials": 5}),
+        tasks=TASKS[:2],
+        progress=lambda number, total: done.append((number, total)),
+    )
+    assert done == [(3, 5), (4, 5), (5, 5)]
+    assert more.summary.trials[:3] == first.summary.trials
+    assert more.summary.study == first.summary.study
+
+
+def test_validation_data_is_not_read(tiny_work: Path, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(tiny_work, tmp_path / "work"))
+    for file in (work / "data").rglob("validation*"):
+        file.unlink()
+    assert search(work, tmp_path / "coefficients.json", settings=SMALL).computed
+
+
+def test_an_expert_that_scores_nothing_is_named(tiny_work: Path, tmp_path: Path) -> None:
+    settings = SearchSettings(trials=1, rows=1, device="cpu")  # of one row, a correlation is zero
+    with pytest.raises(UserError, match=r"expert \w+: scores 0\.000 on 1 rows"):
+        search(tiny_work, tmp_path / "coefficients.json", settings=settings)
+    assert not (tmp_path / "coefficients.json").exists()
+
+
+def test_coefficients_of_another_merge_are_refused(tiny_work: Path, tmp_path: Path) -> None:
+    file, other = tmp_path / "coefficients.json", tmp_path / "other.json"
+    search(tiny_work, file, settings=SMALL, tasks=TASKS[:2])
+    other.write_text('{"score": 1.0}')
+    merged = tmp_path / "merged"
+
+    def refused(
+        message: str, tasks: tuple[str, ...] = TASKS[:2], path: Path = file, **how: Any
+    ) -> None:
+        with pytest.raises(UserError, match=message):
+            merge(tiny_work, merged, path, tasks, **how)
+        assert not merged.exists()
+
+    refused("other experts than these", TASKS)
+    refused("other experts than these", (TASKS[0], TASKS[2]))
+    refused("another mapping", mapping="paper")
+    refused("another method", method="average")
+    refused("leave out --coefficient and --scale", coefficient=["sst2=2"])
+    refused("leave out --coefficient and --scale", scale=2.0)
+    refused("no such file", path=tmp_path / "nowhere.json")
+    refused("`fmn search` makes coefficients", path=other)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scale": 2.0}))
+    refused("not what was written")
+
+
+@pytest.mark.parametrize(
+    ("how", "settings", "tasks", "message"),
+    [
+        ({"coefficient": ["sst2=2"]}, SEARCH, TASKS, "--coefficient: the search is to find it"),
+        ({"scale": 2}, SearchSettings(scale_range=(1, 2)), TASKS, "--scale: the search is to"),
+        ({}, SEARCH, TASKS[:1], "one expert"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(
+    tiny_work: Path,
+    tmp_path: Path,
+    how: dict[str, Any],
+    settings: SearchSettings,
+    tasks: tuple[str, ...],
+    message: str,
+) -> None:
+    with pytest.raises(UserError, match=message):
+        search(tiny_work, tmp_path / "c.json", MergeSettings(**how), settings, tasks)
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.experiments.test_stages import search
+search(Path(sys.argv[1]), Path(sys.argv[2]), progress=lambda done, total: print(done, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_search_gives_the_bytes_of_an_unbroken_one(
+    tiny_work: Path, tmp_path: Path
+) -> None:
+    killed, unbroken = tmp_path / "killed.json", tmp_path / "unbroken.json"
+    environment = {**os.environ, "PYTHONPATH": str(Path(stages.__file__).parents[2])}
+    command = [sys.executable, "-c", KILLED, str(tiny_work), str(killed)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while int(next(process.stdout)) < 2:
+            pass
+        process.kill()
+    assert not killed.exists()
+    reported: list[int] = []
+    search(tiny_work, killed, progress=lambda done, total: reported.append(done))
+    assert 2 <= reported[0] < SEARCH.trials
+    search(tiny_work, unbroken)
+    assert killed.read_bytes() == unbroken.read_bytes()
+
+
+def test_a_cell_tries_in_memory_what_the_other_stages_write(
+    tiny_work: Path, tmp_path: Path
+) -> None:
+    work = Path(shutil.copytree(tiny_work, tmp_path / "work"))
+    experts = {task: work / "experts" / task for task in TASKS}
+    validation = CompareSettings(methods={"any": ComparedSettings(method="average")}, device="cpu")
+    train = validation.model_copy(update={"split": "train", "rows": 20})
+
+    def cell(name: str, settings: CompareSettings, texts: Any = None) -> Outcome[Cell]:
+        refit = RefitSettings(texts=texts) if texts else None
+        return stages.compare(
+            experts=experts,
+            base=work / "base",
+            data=work / "data",
+            out=work / f"{name}.json",
+            merging=ComparedSettings(method="average", realign=refit),
+            settings=settings,
+        )
+
+    merge(work, work / "merged", None, method="average")
+    how = RealignSettings(texts=40, device="cpu")
+    merge_stages.realign(work / "merged", experts, work / "data", work / "realigned", how)
+    for name, model, texts in (("plain", "merged", None), ("refit", "realigned", 40)):
+        tasks = cell(name, validation, texts).summary.tasks
+        metrics, data = work / f"{model}-metrics.json", work / "data"
+        evaluate(work / model, data=data, out=metrics, settings=EvaluateSettings(device="cpu"))
+        for task, splits in read_predictions(metrics).items():
+            expected = splits["validation"].predicted
+            np.testing.assert_allclose(tasks[task].predictions, expected, atol=1e-4)
+            score, of_expert = tasks[task].score, tasks[task].expert
+            assert tasks[task].relative == (score / of_expert if of_expert > 0 else None)
+    computed = [cell("train", train, texts).computed for texts in ("all", "all", 40)]
+    assert computed == [True, False, True]
+    for expert in experts.values():  # without which all rows may have been seen
+        (expert / artifacts.MANIFEST).unlink()
+    with pytest.raises(UserError, match="no training text is left"):
+        cell("none", train.model_copy(update={"rows": "all"}), 40)
