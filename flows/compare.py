@@ -41,7 +41,9 @@ def compare(profile: str, name: str) -> dict[tuple[str, str], Outcome]:
             outcomes = collect(
                 submit_comparison(settings, comparing, layout, layout.work / "compare" / name)
             )
-    pages.show_results(*outcomes["comparison", ""].summary["table"])
+    pages.show_results(
+        outcomes["comparison", ""].summary.header, outcomes["comparison", ""].summary.body
+    )
     return outcomes
 
 
@@ -139,7 +141,9 @@ def submit_comparison(
         "comparison",
         "",
         [key for key in futures if key[0] == "compare"],
-        cells=cells,
+        cells={
+            f"{name}/{method}": path for name, row in cells.items() for method, path in row.items()
+        },
         out=out / "tables",
     )
     submit(
@@ -158,8 +162,9 @@ def run_compare(profile: Path, name: str) -> dict[str, Any]:
     started = time.monotonic()
     settings, _ = _settings(profile, name)  # a mistake there is told before Prefect starts
     with answering():
-        found = dict(compare(str(profile), name)["comparison", ""].summary)
-    show_table(*found["table"])
+        outcome = compare(str(profile), name)["comparison", ""]
+    found: dict[str, Any] = outcome.summary.model_dump()
+    show_table(found["header"], found["body"])
     say(
         f"report     {Path(settings.work) / 'compare' / name / 'tables' / 'report.html'}",
         f"{time.monotonic() - started:.0f} s",

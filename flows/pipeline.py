@@ -92,8 +92,8 @@ STAGES: Mapping[str, Callable[..., Outcome]] = {
     "realign": merge_stages.realign,
     "evaluate": evaluate_stages.evaluate,
     "compare": experiments_stages.compare,
-    "comparison": report_stages.write_comparison,
-    "report": report_stages.write_report,
+    "comparison": report_stages.comparison,
+    "report": report_stages.report,
     "register": registry_stages.register,
     "log": registry_stages.log_comparison,
 }
@@ -162,8 +162,9 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
         with cluster.joined(settings):
             outcomes = collect(submit_stages(settings, layout, profile))
         dvc.keep_in_step(Path(profile), [outcome.out for outcome in outcomes.values()])
-        found, registered = outcomes["report", ""].summary, dict(outcomes["register", ""].summary)
-        pages.show_results(*found["table"])
+        report, registered = outcomes["report", ""].summary, dict(outcomes["register", ""].summary)
+        found = report.model_dump()
+        pages.show_results(report.header, report.body)
         pages.show_links(registered, layout.report)
         if outcomes["register", ""].computed:
             registry_stages.record_dvc_lock(registered["run"])
@@ -267,8 +268,8 @@ def submit_stages(settings: Params, layout: Layout, profile: str | None) -> Futu
     evaluated = [("evaluate", name) for name in [*names, *models]]
     submit(
         "report", "", evaluated, experts={name: layout.expert_metrics(name) for name in names},
-        merged_models={model: layout.metrics(model) for model in models}, fisher_files=fisher_files,
-        out=layout.report, work=layout.work,
+        merged={model: layout.metrics(model) for model in models}, fisher=fisher_files,
+        models={model: layout.merged(model) for model in models}, out=layout.report,
     )  # fmt: skip
     if profile is not None:
         submit(
@@ -325,7 +326,7 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     with answering():
         outcome: dict[str, Any] = pipeline(str(profile))
     layout = Layout(Path(params.load(profile).work))
-    show_table(*outcome["table"])
+    show_table(outcome["header"], outcome["body"])
     say(*outcome["notes"])
     registered = outcome["registered"]
     say(f"report     {layout.report / 'report.html'}")

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -22,11 +22,9 @@ from fmn.models import stages as models_stages
 from fmn.registry import stages as registry_stages
 from fmn.report import stages as report_stages
 from fmn.store import machine, records
+from fmn.store.stage import Outcome
 from fmn.tasks import stages as tasks_stages
 from fmn.terminal import complain, errors, only_ours, progress_bar, say, show_table
-
-if TYPE_CHECKING:
-    from fmn.store.stage import Outcome
 
 ENVIRONMENT = {
     # Idle threads sleep instead of spinning: two that spin beside another busy process made training six times slower.
@@ -530,18 +528,10 @@ def evaluate(
     with progress_bar("evaluating") as progress:
         outcome = evaluate_stages.evaluate(model, task or [], data, out, settings, progress)
 
-    from fmn.report.results import MACRO, measured, span
+    from fmn.report.results import evaluate_table
 
     def show(summary: Mapping[str, Any]) -> None:
-        body = [
-            [name, metric, split, f"{100 * value:.2f}", span(interval), str(examples)]
-            for name, entry in summary["tasks"].items()
-            for split, metric, value, examples, interval in measured(name, entry)
-        ]
-        body.append(
-            [MACRO, "score", "", f"{100 * summary['score']:.2f}", span(summary["interval"]), ""]
-        )
-        show_table(["task", "metric", "split", "%", "95 % interval", "examples"], body)
+        show_table(*evaluate_table(records.Metrics.model_validate(summary)))
 
     _say(outcome, as_json, show)
 
@@ -551,10 +541,9 @@ def report(
     *,
     merged: list[str],
     out: Path,
-    realigned: Path | None = None,
+    model: list[str] | None = None,
     expert: list[str] | None = None,
     fisher: list[str] | None = None,
-    work: Path | None = None,
     selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
     as_json: Json = False,
 ) -> None:
@@ -562,28 +551,28 @@ def report(
 
     Args:
         merged: NAME=FILE: the metrics file of each merged model, by the name to show
-        realigned: folder of metrics files; of those, DIR/NAME.json, whose models `fmn realign` made from a model shown,
-            each is shown too
+        model: NAME=DIR: the folder of each merged model, by the same names
         expert: TASK=FILE: the metrics file of each expert, or one folder that holds DIR/TASK.json
         fisher: TASK=FILE: the Fisher artifact of each expert, or one folder that holds DIR/TASK.parquet
-        work: the run's folder: how the models were merged and what the stages took is read there
         out: folder of the page, the pictures and the numbers
     """
 
     models = {name: Path(file) for name, file in records.pairs(merged, "--merged").items()}
-    outcome = report_stages.write_report(
-        _by_task(expert, "--expert", selection.tasks, ".json") if expert else {},
-        models | (report_stages.realigned(realigned, models) if realigned else {}),
-        _by_task(fisher, "--fisher", selection.tasks, ".parquet") if fisher else {},
-        out,
-        work,
+    folders = records.pairs(model or [], "--model")
+    outcome = report_stages.report(
+        merged=models,
+        out=out,
+        models={name: Path(folder) for name, folder in folders.items()},
+        experts=_by_task(expert, "--expert", selection.tasks, ".json") if expert else {},
+        fisher=_by_task(fisher, "--fisher", selection.tasks, ".parquet") if fisher else {},
     )
 
     def show(summary: Mapping[str, Any]) -> None:
-        show_table(*summary["table"])
+        show_table(summary["header"], summary["body"])
         say(*summary["notes"])
 
-    _say(outcome, as_json, show)
+    summary = outcome.summary.model_dump()
+    _say(Outcome(outcome.stage, out, outcome.computed, outcome.seconds, summary), as_json, show)
 
 
 @app.command

@@ -22,7 +22,6 @@ from fmn.models import stages as models_stages
 from fmn.models.stages import FinetuneSettings
 from fmn.registry import stages as registry_stages
 from fmn.registry.stages import RegistrySettings
-from fmn.report import stages as report_stages
 from fmn.store import artifacts
 from fmn.store.stage import Outcome
 from fmn.tasks import stages as tasks_stages
@@ -83,20 +82,12 @@ def run_all(work: Path) -> dict[str, bool]:
     done["evaluate"] = evaluate_stages.evaluate(
         work / "merged", [], work / "data", work / "merged.json", EVALUATE
     )
-    done["report"] = report_stages.write_report(
-        {task: work / f"{task}.json" for task in TASKS},
-        {"merged": work / "merged.json"},
-        fisher_files(work),
-        work / "report",
-        work,
-    )
     return {name: outcome.computed for name, outcome in done.items()}
 
 
 def test_a_second_run_computes_nothing(work: Path) -> None:
     first = run_all(work)
     assert first["merge"]
-    assert first["report"]
     assert not any(run_all(work).values())
 
 
@@ -110,7 +101,6 @@ def test_a_second_run_computes_nothing(work: Path) -> None:
         ("merged/merge.json", {"merge"}),
         ("merged.json", {"evaluate"}),
         ("merged.predictions.parquet", {"evaluate"}),
-        ("report/table.md", {"report"}),
     ],
 )
 def test_a_damaged_output_alone_is_made_again_with_the_same_bytes(
@@ -169,17 +159,14 @@ def test_the_merged_model_says_where_it_comes_from(work: Path) -> None:
     assert recipe["experts"]["mrpc"]["digest"] == artifacts.digest_folder(work / "experts" / "mrpc")
     assert recipe["fisher"]["mrpc"]["digest"] == artifacts.digest_file(fisher_files(work)["mrpc"])
     assert (recipe["method"], recipe["mapping"]) == ("mask-fisher", "structured")
-    assert "mrpc" in (work / "merged" / "README.md").read_text()
 
 
-def test_evaluation_puts_the_metrics_into_the_model_card(work: Path) -> None:
+def test_evaluation_scores_every_task(work: Path) -> None:
     merge(work)
     metrics = evaluate_stages.evaluate(
         work / "merged", [], work / "data", work / "merged.json", EVALUATE
     ).summary
     assert set(metrics["tasks"]) == set(TASKS)
-    card = (work / "merged" / "README.md").read_text()
-    assert f"{100 * metrics['tasks']['mrpc']['f1']:.1f}" in card
     assert set(metrics["tasks"]["stsb"]) == {
         "pearson",
         "spearmanr",
@@ -414,62 +401,6 @@ def test_metrics_of_another_model_are_not_registered(work: Path) -> None:
             registry_stages.register(
                 work / "merged", work / metrics, None, None, RegistrySettings(name="demo")
             )
-
-
-def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back(
-    work: Path,
-) -> None:
-    merge(work)
-    evaluate_stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
-    card = work / "merged" / "README.md"
-    before = card.read_text()
-    evaluate_stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
-    assert card.read_text() == before
-    card.unlink()
-    assert not merge(work).computed
-    assert card.is_file()
-
-
-def test_a_report_tells_how_models_were_merged_and_what_the_stages_took(work: Path) -> None:
-    run_all(work)
-    page = (work / "report" / "report.html").read_text()
-    for words in (
-        "The model merged with mask-fisher",
-        "finetune:",
-        "Who owns what",
-        "What it cost",
-    ):
-        assert words in page, words
-    found = [
-        line.split(",") for line in (work / "report" / "costs.csv").read_text().splitlines()[1:]
-    ]
-    assert [(stage, name) for stage, name, _ in found] == [
-        ("fetch", "base"),
-        *((stage, task) for stage in ("data", "finetune", "fisher") for task in sorted(TASKS)),
-        ("merge", "merged"),
-        *(("evaluate", name) for name in (*sorted(TASKS), "merged")),
-    ]
-    assert all(float(seconds) > 0 for _, _, seconds in found)
-    without = report_stages.write_report({}, {"merged": work / "merged.json"}, {}, work / "other")
-    assert without.computed
-    assert "mask-fisher" not in (work / "other" / "report.html").read_text()
-
-
-def test_a_report_is_not_of_other_fisher_information_than_the_merge(work: Path) -> None:
-    run_all(work)
-    settings = FISHER.model_copy(update={"seed": 1})
-    fisher_stages.fisher(
-        experts(work)["sst2"], "sst2", work / "data", fisher_files(work)["sst2"], settings
-    )
-    with pytest.raises(
-        UserError, match=r"sst2\.parquet: not the Fisher that merged was merged with"
-    ):
-        report_stages.write_report(
-            {}, {"merged": work / "merged.json"}, fisher_files(work), work / "other", work
-        )
-    assert not (work / "other").exists()
-    with pytest.raises(UserError, match="choose another"):
-        report_stages.write_report({}, {"expert": work / "merged.json"}, {}, work / "other")
 
 
 def test_a_clock_is_no_part_of_what_an_output_is(work: Path) -> None:

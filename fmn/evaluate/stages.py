@@ -10,7 +10,6 @@ from fmn.errors import UserError
 from fmn.merge import recipe
 from fmn.models import checkpoints, labels
 from fmn.models.stages import Device, Dtype
-from fmn.report import card
 from fmn.store import artifacts, stage
 from fmn.store.records import Settings
 from fmn.store.stage import Outcome, Progress
@@ -47,7 +46,7 @@ def evaluate(
         model: a merged model, or an expert.
         names: the tasks; a merged model's own when empty.
         folder: of one task, or of tasks.
-        out: the metrics file. A merged model's card gets the metrics too.
+        out: the metrics file.
     """
     predictions = artifacts.predictions_file(out)
     for path in (out, predictions):
@@ -121,14 +120,7 @@ def evaluate(
             return False
         return bool(artifacts.read_json(out)["predictions"] == artifacts.digest_file(predictions))
 
-    outcome = stage.run("evaluate", out, current, make, lambda: artifacts.read_json(out))
-    if is_merged and set(chosen) == set(recipe.read_recipe(model)["tasks"]):
-        card.write(
-            model,
-            outcome.summary,
-            {name: data.stated(folder, task) for name, task in found.items()},
-        )
-    return outcome
+    return stage.run("evaluate", out, current, make, lambda: artifacts.read_json(out))
 
 
 def _scores(

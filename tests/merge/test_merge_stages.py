@@ -147,12 +147,8 @@ def test_it_is_evaluated_shown_asked_and_registered_as_any_merged_model(
     files = {name: work / "metrics" / f"{name}.json" for name in ("merged", "realigned")}
     for name, file in files.items():
         evaluate_stages.evaluate(work / name, [], work / "data", file, EVALUATE)
-    shown = {"merged": files["merged"]}
-    assert report_stages.realigned(work / "metrics", shown) == {"realigned": files["realigned"]}
-    table = report_stages.write_report(
-        {}, {**shown, "realigned": files["realigned"]}, {}, work / "report"
-    ).summary["results"]
-    assert table["tasks"]["stsb"]["merged"] != table["tasks"]["stsb"]["realigned"]
+    table = report_stages.report(merged=files, out=work / "report").summary.results
+    assert table.tasks["stsb"]["merged"] != table.tasks["stsb"]["realigned"]
     assert "label" in models_stages.predict(work / "realigned", "sst2", "a warm film", None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{work / 'mlflow.db'}")
     monkeypatch.chdir(work)
@@ -160,17 +156,6 @@ def test_it_is_evaluated_shown_asked_and_registered_as_any_merged_model(
         work / "realigned", files["realigned"], None, None, RegistrySettings(name="tiny")
     )
     assert registered.summary["version"] == "1"
-
-    # What was re-aligned from a model that is not shown any more is not shown.
-    merge_stages.merge(
-        experts(work),
-        {},
-        None,
-        work / "merged",
-        MergeSettings(method="average", coefficient=["sst2=2"]),
-    )
-    evaluate_stages.evaluate(work / "merged", [], work / "data", files["merged"], EVALUATE)
-    assert report_stages.realigned(work / "metrics", shown) == {}
 
 
 def test_a_comparison_tries_in_memory_what_the_stage_writes(work: Path) -> None:

@@ -24,7 +24,7 @@ from fmn.report import stages as report_stages
 from fmn.store import artifacts
 from fmn.store.stage import Outcome
 from tests.conftest import TASKS, TUNING
-from tests.report.test_comparison import CELLS
+from tests.report.test_comparison import CELLS, write_cells
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -178,14 +178,7 @@ def test_where_a_registration_stands_is_recorded(work: Path, tmp_path: Path) -> 
 
 
 def test_a_comparison_is_logged_once_with_a_run_for_each_method(tmp_path: Path, store: str) -> None:
-    cells = {
-        name: {method: tmp_path / name / f"{method}.json" for method in row}
-        for name, row in CELLS.items()
-    }
-    for name, row in CELLS.items():
-        for method, cell in row.items():
-            artifacts.write_json(cells[name][method], "compare", name + method, cell)
-    report_stages.write_comparison(cells, tmp_path / "tables")
+    report_stages.comparison(cells=write_cells(tmp_path), out=tmp_path / "tables")
     comparing = CompareSettings.model_validate(
         {
             "methods": {
@@ -210,7 +203,7 @@ def test_a_comparison_is_logged_once_with_a_run_for_each_method(tmp_path: Path, 
     parent = next(run for run in runs if run.info.run_id == first.summary["run"])
     children = {run.info.run_name: run.data for run in runs if run is not parent}
     assert {run.data.tags.get("mlflow.parentRunId") for run in runs} == {None, parent.info.run_id}
-    means = comparison.summary(CELLS)
+    means = comparison.compare(CELLS).means
     assert set(children) == set(means)
     assert children["mine"].params["scale"] == "2.0"
     assert children["mine"].metrics["pairs"] == pytest.approx(means["mine"]["pairs"].value)

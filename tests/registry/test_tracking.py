@@ -169,7 +169,7 @@ def test_the_report_is_kept_with_the_run(
     merged: Path, client: mlflow.MlflowClient, tmp_path: Path
 ) -> None:
     report = tmp_path / "report"
-    report_stages.write_report({}, {"merged": merged / "metrics.json"}, {}, report)
+    report_stages.report(merged={"merged": merged / "metrics.json"}, out=report)
     settings = RegistrySettings(name="reported")
     outcome = registry_stages.register(
         merged / "merged", merged / "metrics.json", report, None, settings

@@ -3,18 +3,17 @@
 import os
 from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fmn.experiments import grid
-from fmn.report import comparison, page, pictures
-from fmn.report import results as report
-from fmn.report.page import Cell
+from fmn.report import comparison, figures, page
 from fmn.tasks.task import TASKS
 from tests import browser, reports
 from tests.browser import Browser
+from tests.reports import SEVEN
 
 A4 = (688, 1009)  # CSS pixels between the page's margins of 14 and 15 mm
 BLOCKS = "table, figure, dl, .figures"
@@ -51,25 +50,18 @@ class Reader(HTMLParser):
         return [attributes for name, attributes in self.found if name == tag]
 
 
-def run_page(names: tuple[str, ...], layers: int, heads: int, **more: Any) -> str:
-    experts, merged = reports.run(names, count=60)
-    merged |= {name: reports.evaluated(names, 0.85, 50, 60) for name in more.get("models", ())}
-    table = report.tabulate(experts, merged)
-    recipes = {name: reports.recipe(names, "average") for name in merged}
-    recipes["merged"] = reports.recipe(names, **more.get("recipe", {}))
-    costs = reports.costs(names)
-    drawn = pictures.of_run(table, reports.fisher(names, layers, heads), recipes["merged"], costs)
-    return page.of_run(table, recipes, costs, drawn)
+def run_page(*arguments: Any, **more: Any) -> str:
+    report = reports.report(*arguments, **more)
+    return page.run_page(report, figures.draw(figures.RUN_PICTURES, report))
 
 
-def compare_page() -> str:
-    names = ("cola", "mnli", "mrpc", "qqp", "rte", "sst2", "stsb")
-    sets = grid.sets(names, ["pairs", "all"])
+def comparison_page() -> str:
+    sets = {"+".join(pair): pair for pair in combinations(SEVEN, 2)} | {"+".join(SEVEN): SEVEN}
     methods = {"base": 0.5, "average": 0.6} | {
         f"a method with a long name {n}": 0.6 + 0.02 * n for n in range(6)
     }
-    found = comparison.compared(reports.cells(sets, methods))
-    return page.of_comparison(found, pictures.of_comparison(found))
+    content = comparison.compare(reports.cells(sets, methods))
+    return page.comparison_page(content, figures.draw(figures.COMPARISON_PICTURES, content))
 
 
 def test_the_page_says_what_was_found() -> None:
@@ -91,18 +83,8 @@ def test_the_page_says_what_was_found() -> None:
         "Together 2 min",
     ):
         assert words in said, words
-    assert [one["id"] for one in read.every("figure")] == [
-        f"picture-{name}"
-        for name in (
-            "scores",
-            "differences",
-            "fisher-heads",
-            "fisher-neurons",
-            "owners",
-            "owners-heads",
-            "cost",
-        )
-    ]
+    names = [make.__name__.replace("_", "-") for make in figures.RUN_PICTURES]
+    assert [one["id"] for one in read.every("figure")] == [f"picture-{name}" for name in names]
     assert all(one.get("role") == "img" and one.get("aria-labelledby") for one in read.every("svg"))
     assert {one.get("scope") for one in read.every("th")} == {"col", "row"}
     ids = [attributes["id"] for _, attributes in read.found if "id" in attributes]
@@ -124,35 +106,27 @@ def test_nothing_is_fetched_and_nothing_runs() -> None:
         if name in ("href", "src", "xlink:href", "style") and value
     ]
     assert not [value for value in addresses if "//" in value]
-    assert "@import" not in page.STYLE
-    assert "url(" not in page.STYLE
+    style = page.render("style.css")
+    assert "@import" not in style
+    assert "url(" not in style
 
 
 def test_names_are_text_whatever_is_in_them() -> None:
-    shown = page.table(
-        ["<b>", Cell("x & y", ["<i>"])], [["mean", "-1.5"], ["a-1", ""]], "<caption>"
-    )
-    read = Reader(shown)
-    assert {tag for tag, _ in read.found} <= {
-        "table",
-        "caption",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-        "small",
-        "span",
-    }
-    assert "−1.5" in read.text, "a minus sign"
-    assert "a-1" in read.text
-    assert '<tr class="mean">' in shown
+    names = ("cola", "sst2")
+    experts = {name: {"revision": "<b>x & y</b>", "digest": ""} for name in names}
+    plain = Reader(run_page(names, models=("heads",)))
+    read = Reader(run_page(names, models=("<i>a</i> -1.5",), recipe={"experts": experts}))
+    words = " ".join(read.text)
+    assert "<i>a</i> \N{MINUS SIGN}1.5" in words
+    assert "<b>x & y</b>" in words
+    for tag in ("i", "b"):
+        assert len(read.every(tag)) == len(plain.every(tag))
 
 
 def test_a_comparison_has_every_set_and_method() -> None:
-    said = " ".join(" ".join(Reader(compare_page()).text).split())
+    said = " ".join(" ".join(Reader(comparison_page()).text).split())
     for words in (
-        "8 ways to merge cola, mnli, mrpc, qqp, rte, sst2 and stsb",
+        "8 ways to merge cola, mnli, mrpc, qnli, rte, sst2 and stsb",
         "rte + stsb",
         "Pairs of experts",
     ):
@@ -178,7 +152,7 @@ PAGES: Mapping[str, Any] = {
     "nine tasks and many layers": lambda: run_page(
         tuple(sorted(TASKS)), 24, 16, models=("merged, heads re-aligned",)
     ),
-    "a comparison": compare_page,
+    "a comparison": comparison_page,
 }
 
 

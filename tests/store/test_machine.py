@@ -135,8 +135,8 @@ STAGES: dict[str, Callable[[Path, Path], Outcome]] = {
     "evaluate": lambda work, out: evaluate_stages.evaluate(
         work / "merged", [], work / "data", out, EvaluateSettings(device="cpu", dtype="float32")
     ),
-    "report": lambda work, out: report_stages.write_report(
-        {}, {"merged": work / "metrics.json"}, fisher_files(work), out, work
+    "report": lambda work, out: report_stages.report(
+        merged={"merged": work / "metrics.json"}, fisher=fisher_files(work), out=out
     ),
 }  # fmt: skip
 OUTPUTS = {
