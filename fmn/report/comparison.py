@@ -6,26 +6,17 @@ A cell is a set of experts merged with one method and tried on every task of the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fmn.evaluate import bootstrap
 from fmn.evaluate.bootstrap import Answers, Difference
-from fmn.report.results import (
-    AVERAGE,
-    BOUNDS,
-    EXPERT,
-    MACRO,
-    Estimate,
-    TextTable,
-    estimate,
-    percent,
-    span,
-)
-from fmn.store.records import Cell, Record, Tried
-from fmn.tasks import task as tasks
+from fmn.report import results
+from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, estimate
+from fmn.store.records import Cell, Record
 
 Cells = Mapping[str, Mapping[str, Cell]]
 """By set of experts and method."""
@@ -56,61 +47,45 @@ class Comparison:
     best: str
 
 
-class _Draws(NamedTuple):
-    """A cell in every bootstrap resample [R]: its scores by task, and their mean share if any."""
-
-    scores: Mapping[str, np.ndarray]
-    relative: np.ndarray | None
-
-
 def compare(cells: Cells) -> Comparison:
     """The tables over the cells."""
-    experts: dict[tuple[str, bytes, bytes], np.ndarray] = {}
+    known: dict[Any, np.ndarray] = {}
     draws = {
-        name: {method: _draw(cell, experts) for method, cell in row.items()}
+        name: {method: _draw(cell, known) for method, cell in row.items()}
         for name, row in cells.items()
     }
     methods = list(next(iter(cells.values())))
     means = {method: _means(cells, draws, method) for method in methods}
     largest = list(cells)[-1]
-    last = cells[largest]
-    scores = {
-        method: _by_task(
-            {task: one.score for task, one in cell.tasks.items()}, draws[largest][method].scores
-        )
-        for method, cell in last.items()
-    }
-    entries = next(iter(last.values())).tasks
-    alone = {task: {"tried": _answers(one, one.alone)} for task, one in entries.items()}
-    expert_scores = {task: one.expert for task, one in entries.items()}
-    scores[EXPERT] = _by_task(expert_scores, bootstrap.draws(alone))
+    scores = {method: _by_task(cell) for method, cell in cells[largest].items()}
+    any_cell = next(iter(cells[largest].values()))
     candidates = [method for method in methods if method not in BOUNDS] or methods
     return Comparison(
-        means,
-        {method: fmean(row[method].seconds for row in cells.values()) for method in methods},
-        {
+        means=means,
+        seconds={m: fmean(row[m].seconds for row in cells.values()) for m in methods},
+        sets={
             method: {
-                name: estimate(relative(row[method]), [draws[name][method].relative])
+                name: estimate([relative(row[method])], [draws[name][method]])
                 for name, row in cells.items()
             }
             for method in methods
         },
-        largest,
-        scores,
-        differences(last),
-        {method: pairs(cells, method) for method in methods},
-        max(candidates, key=lambda method: means[method][MACRO].value),
+        largest=largest,
+        scores=scores | {EXPERT: _by_task(any_cell, of_expert=True)},
+        differences=differences(cells[largest]),
+        pairs={method: pairs(cells, method) for method in methods},
+        best=max(candidates, key=lambda method: means[method][MACRO].value),
     )
 
 
 def kinds(cells: Cells) -> dict[str, list[str]]:
     """The sets of each size, by "pairs", "triples", "all"."""
-    largest = max(name.count("+") + 1 for name in cells)
-    names = {2: "pairs", 3: "triples", largest: "all"}
-    result: dict[str, list[str]] = {}
-    for name in cells:
-        result.setdefault(names[name.count("+") + 1], []).append(name)
-    return result
+    sizes = {name: name.count("+") + 1 for name in cells}
+    titles = {2: "pairs", 3: "triples", max(sizes.values()): "all"}
+    by_title: dict[str, list[str]] = {}
+    for name, size in sizes.items():
+        by_title.setdefault(titles[size], []).append(name)
+    return by_title
 
 
 def relative(cell: Cell) -> float:
@@ -119,26 +94,33 @@ def relative(cell: Cell) -> float:
     return fmean(shares) if shares else 0.0
 
 
-def _answers(tried: Tried, predictions: Sequence[float]) -> Answers:
-    return Answers(np.array(predictions), np.array(tried.labels))
+def answers(cell: Cell, of_expert: bool = False) -> dict[str, dict[str, Answers]]:
+    """What the merged model of a cell, or the experts, answered, by task and split."""
+    return {
+        task: {"tried": Answers(np.array(predictions), np.array(one.labels))}
+        for task, one in cell.tasks.items()
+        for predictions in [one.alone if of_expert else one.predictions]
+    }
 
 
-def _draw(cell: Cell, known: dict[tuple[str, bytes, bytes], np.ndarray]) -> _Draws:
-    """`known` keeps scores by task and answers: an expert answers the same in every cell."""
+def _draw(cell: Cell, known: dict[Any, np.ndarray]) -> np.ndarray | None:
+    """`relative` in every bootstrap resample [R]; None if an expert scores nothing in one.
 
-    def scores(task: str, answers: Answers) -> np.ndarray:
-        key = (task, answers.predicted.tobytes(), answers.labels.tobytes())
-        if key not in known:
-            known[key] = bootstrap.resampled(tasks.task(task), {"tried": answers})["score"]
-        return known[key]
+    `known` keeps the draws by task and answers: an expert answers the same in every cell.
+    """
 
-    merged, shares = {}, []
-    for task, one in cell.tasks.items():
-        merged[task] = scores(task, _answers(one, one.predictions))
-        if one.relative is not None:
-            expert = scores(task, _answers(one, one.alone))
-            shares.append(bootstrap.relative(merged[task], expert))
-    return _Draws(merged, _mean(shares))
+    def draw(of_expert: bool) -> dict[str, np.ndarray]:
+        draws = {}
+        for task, splits in answers(cell, of_expert).items():
+            key = (task, *(part.tobytes() for part in splits["tried"]))
+            if key not in known:
+                known[key] = bootstrap.draws({task: splits})[task]
+            draws[task] = known[key]
+        return draws
+
+    merged, expert = draw(of_expert=False), draw(of_expert=True)
+    scored = [task for task, one in cell.tasks.items() if one.relative is not None]
+    return _mean([bootstrap.relative(merged[t], expert[t]) for t in scored])
 
 
 def _mean(draws: Sequence[np.ndarray | None]) -> np.ndarray | None:
@@ -148,19 +130,22 @@ def _mean(draws: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 
 def _means(
-    cells: Cells, draws: Mapping[str, Mapping[str, _Draws]], method: str
+    cells: Cells, draws: Mapping[str, Mapping[str, np.ndarray | None]], method: str
 ) -> dict[str, Estimate]:
     """A method's mean of `relative` over the sets of each size, and MACRO, the mean of these."""
-    result, parts = {}, []
+    means, parts = {}, []
     for kind, names in kinds(cells).items():
-        parts.append(_mean([draws[name][method].relative for name in names]))
-        result[kind] = estimate(fmean(relative(cells[name][method]) for name in names), parts[-1:])
-    return {**result, MACRO: estimate(fmean(one.value for one in result.values()), parts)}
+        parts.append(_mean([draws[name][method] for name in names]))
+        means[kind] = estimate([fmean(relative(cells[name][method]) for name in names)], parts[-1:])
+    return {**means, MACRO: estimate([one.value for one in means.values()], parts)}
 
 
-def _by_task(scores: Mapping[str, float], draws: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
-    result = {task: estimate(score, [draws[task]]) for task, score in scores.items()}
-    return {**result, MACRO: estimate(fmean(scores.values()), list(draws.values()))}
+def _by_task(cell: Cell, of_expert: bool = False) -> dict[str, Estimate]:
+    """The scores of a cell's merged model, or of the experts, and their mean."""
+    draws = bootstrap.draws(answers(cell, of_expert))
+    scores = {t: one.expert if of_expert else one.score for t, one in cell.tasks.items()}
+    rows = {task: estimate([score], [draws[task]]) for task, score in scores.items()}
+    return {**rows, MACRO: estimate(list(scores.values()), list(draws.values()))}
 
 
 def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
@@ -168,18 +153,10 @@ def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
 
     Without the method `average`, from the first method's.
     """
-    answers = {
-        method: {
-            task: {"tried": _answers(one, one.predictions)} for task, one in cell.tasks.items()
-        }
-        for method, cell in row.items()
-    }
-    first = AVERAGE if AVERAGE in answers else next(iter(answers))
-    return {
-        method: bootstrap.compare(one, answers[first])
-        for method, one in answers.items()
-        if method != first
-    }
+    first = answers(row.get(AVERAGE) or next(iter(row.values())))
+    compared = {method: bootstrap.compare(answers(cell), first) for method, cell in row.items()}
+    compared.pop(AVERAGE if AVERAGE in row else next(iter(row)))
+    return compared
 
 
 def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
@@ -187,9 +164,8 @@ def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
     return {
         (task, partner): share
         for row in cells.values()
-        for task in row[method].tasks
-        for partner in row[method].tasks
-        if task != partner and len(row[method].tasks) == 2
+        for task, partner in permutations(row[method].tasks, 2)
+        if len(row[method].tasks) == 2
         if (share := row[method].tasks[task].relative) is not None
     }
 
@@ -197,11 +173,16 @@ def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
 # ---- as text and as numbers ----
 
 
-def text_table(comparison: Comparison) -> TextTable:
+def text_table(comparison: Comparison) -> results.TextTable:
     """Header and rows: each method's means in percent, and the seconds that a merge takes."""
     kinds = list(comparison.means[comparison.best])
     body = [
-        [method, *(percent(one.value) for one in row.values()), span(row[MACRO].interval), seconds]
+        [
+            method,
+            *(results.percent(one.value) for one in row.values()),
+            results.span(row[MACRO].interval),
+            seconds,
+        ]
         for method, row in comparison.means.items()
         for seconds in [f"{comparison.seconds[method]:.1f}"]
     ]
@@ -223,9 +204,9 @@ class ComparisonResults(Record):
     sets: dict[str, dict[str, dict[str, dict[str, float | None]]]]
 
 
-def results(cells: Cells, comparison: Comparison) -> ComparisonResults:
+def numbers(cells: Cells, comparison: Comparison) -> ComparisonResults:
     """The tables as numbers."""
-    numbers: ComparisonResults = ComparisonResults(methods={}, intervals={}, sets={})
+    numbers = ComparisonResults(methods={}, intervals={}, sets={})
     for method, row in comparison.means.items():
         numbers.methods[method] = {kind: one.value for kind, one in row.items()}
         numbers.methods[method]["seconds"] = comparison.seconds[method]

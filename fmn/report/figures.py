@@ -14,26 +14,16 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from itertools import product
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from fmn.report import results
 from fmn.report.comparison import Comparison
-from fmn.report.results import (
-    AVERAGE,
-    EXPERT,
-    MACRO,
-    SIGNIFICANT,
-    Estimate,
-    Report,
-    differences_in_words,
-    listed,
-    percent,
-    points,
-    seconds,
-)
+from fmn.report.results import AVERAGE, EXPERT, MACRO, Estimate, Report, percent, seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,18 +32,17 @@ if TYPE_CHECKING:
     from fmn.fisher.architectures import NodeValues, Site
 
 INK, SOFT, FAINT, BLUE, RED = "#1f2328", "#59636e", "#d1d6dc", "#0072B2", "#D55E00"
-Mark = tuple[str, str]
-"""A marker and its colour."""
-MARKS = {"base": ("v", "#8c959f"), AVERAGE: ("o", "#E69F00"), EXPERT: ("s", INK)}
 HEADLINE = ("D", BLUE)
+"""Marker and colour of the headline; then of the bounds, and of all others."""
+BOUNDS = {"base": ("v", "#8c959f"), AVERAGE: ("o", "#E69F00"), EXPERT: ("s", INK)}
 OTHERS = (("^", "#009E73"), ("P", "#CC79A7"), ("X", RED), ("<", "#56B4E9"), (">", "#000000"))
 INCHES = 9.2  # width of a picture: that of a page's text at its natural size
-STYLE = Path(__file__).parent / "templates" / "pictures.mplstyle"
 DARK = 0.55  # numbers are white on what is darker than this part of a colour scale
+STYLE = Path(__file__).parent / "templates" / "pictures.mplstyle"
 
 T = TypeVar("T")
 Drawn = tuple["Figure", str] | None
-"""A figure and what it shows, in a sentence."""
+"""A figure, and what it shows."""
 
 
 class Picture(NamedTuple):
@@ -70,16 +59,15 @@ def draw(pictures: Mapping[Callable[[T], Drawn], str], content: T) -> dict[str, 
     """The pictures of a report or a comparison, by section of its page."""
     import matplotlib as mpl
 
-    sections: dict[str, list[Picture]] = {}
+    sections: dict[str, list[Picture]] = {section: [] for section in pictures.values()}
     with mpl.rc_context(fname=STYLE):
         for make, section in pictures.items():
             if drawn := make(content):
-                figure, finding = drawn
                 name = make.__name__.replace("_", "-")
                 title, _, reading = (inspect.getdoc(make) or "").partition(".\n\n")
-                svg = _svg(figure, name, title, finding)
-                picture = Picture(name, title, finding, " ".join(reading.split()), svg)
-                sections.setdefault(section, []).append(picture)
+                svg = _svg(drawn[0], name, title, drawn[1])
+                reading = " ".join(reading.split())
+                sections[section].append(Picture(name, title, drawn[1], reading, svg))
     return sections
 
 
@@ -115,32 +103,22 @@ def _panels(
     rows = -(-len(titles) // 4)
     columns = max(2, -(-len(titles) // rows))
     figure, axes = _figure(rows * height + 0.2, rows, columns, **options)
-    for place, axis in enumerate(axes.flat):
-        if place >= len(titles):
-            axis.set_axis_off()
-            continue
-        axis.set_title(titles[place])
-        axis.set_xlabel(below, fontsize=8)
-        axis.set_ylabel(side if place % columns == 0 else "", fontsize=8)
-        axis.tick_params(length=0, labelsize=8)
+    for place, (axis, title) in enumerate(zip(axes.flat, titles, strict=False)):
+        axis.set(title=title, xlabel=below, ylabel=side if place % columns == 0 else "")
+    for axis in axes.flat[len(titles) :]:
+        axis.set_axis_off()
     return figure, list(axes.flat[: len(titles)])
 
 
-def _interval(axis: "Axes", y: float, estimate: Estimate, mark: Mark, bold: bool) -> float:
-    """Draw an estimate in percent as a marker on its interval; returns the interval's end."""
-    low, high = estimate.interval or (estimate.value, estimate.value)
+def _interval(
+    axis: "Axes", y: float, estimate: Estimate, mark: tuple[str, str], bold: bool
+) -> tuple[float, float]:
+    """Draw an estimate in percent as a marker on its interval; returns the interval's ends."""
+    low, high = (100 * end for end in estimate.interval or (estimate.value, estimate.value))
     marker, colour = mark
-    axis.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=2 if bold else 1.3)
+    axis.plot([low, high], [y, y], color=colour, linewidth=2 if bold else 1.3)
     axis.plot(100 * estimate.value, y, marker, color=colour, markersize=6 if bold else 5)
-    return 100 * high
-
-
-def _rows(axis: "Axes", names: Sequence[str], places: Iterable[float], fontsize: float) -> None:
-    """Name the rows of a picture of horizontal lines."""
-    axis.set_yticks(list(places), names, fontsize=fontsize)
-    axis.tick_params("y", length=0)
-    axis.grid(axis="x")
-    axis.spines["left"].set_visible(False)
+    return low, high
 
 
 def _ticks(names: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
@@ -150,25 +128,22 @@ def _ticks(names: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
 
 
 def _map(axis: "Axes", grid: np.ndarray, rows: Sequence[str], **options: Any) -> Any:
-    """A map of numbers [rows, columns]."""
-    options = {"cmap": "cividis", "linewidth": 0.5, **options}
-    image = axis.pcolormesh(grid, edgecolors="white", **options)
-    axis.set_yticks(*_ticks(rows, 12), fontsize=8)
-    axis.tick_params(length=0, labelsize=8)
+    """A map of numbers [rows, columns], from above to below."""
+    axis.grid(False)
     axis.spines[:].set_visible(False)
+    axis.set_yticks(*_ticks(rows, 12))
     axis.invert_yaxis()
-    return image
+    return axis.pcolormesh(grid, edgecolors="white", linewidth=0.5, **options)
 
 
 def _numbers(axis: "Axes", grid: np.ndarray, form: str, is_dark: np.ndarray) -> None:
     """Write a map's numbers [rows, columns] into it, in percent."""
-    size = 8 if len(grid) < 7 else 7
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
             text = form.format(100 * value).replace("-", "\N{MINUS SIGN}")
             colour = "white" if is_dark[row, column] else "black"
             place = (column + 0.5, row + 0.52)
-            axis.text(*place, text, ha="center", va="center", fontsize=size, color=colour)
+            axis.text(*place, text, ha="center", va="center", fontsize=7.5, color=colour)
 
 
 def _bar(figure: "Figure", image: Any, axes: Any, ticks: Mapping[str, float]) -> None:
@@ -177,10 +152,9 @@ def _bar(figure: "Figure", image: Any, axes: Any, ticks: Mapping[str, float]) ->
     bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=16, anchor=(0, 0.97), pad=0.02)
     bar.set_ticks(list(ticks.values()), labels=list(ticks))
     bar.minorticks_off()
+    bar.outline.set_visible(False)
     if bar.solids is not None:
         bar.solids.set(rasterized=False, edgecolor="face")  # vectors like all else
-    bar.ax.tick_params(labelsize=8, length=0)
-    bar.outline.set_visible(False)
 
 
 # ---- scores ----
@@ -194,42 +168,35 @@ def scores(report: Report) -> Drawn:
     from matplotlib.lines import Line2D
 
     table, names, rows = report.table, list(report.table.columns), report.table.rows
-    marks = _marks(names, table.headline)
+    marks, step, lows = _marks(names, table.headline), len(names) + 1, [1.0]
     figure, axes = _figure(0.75 + len(rows) * (0.16 * len(names) + 0.14))
-    axis, step, least = axes[0, 0], len(names) + 1, 0.0
-    for group, row in enumerate(rows):
-        for y, name in enumerate(names, group * step):
-            if entry := table.columns[name].get(row):
-                bold = name == table.headline
-                place = (_interval(axis, y, entry.score, marks[name], bold), y)
-                text = axis.annotate(
-                    percent(entry.score.value),
-                    place,
-                    (6, 0),
-                    va="center",
-                    textcoords="offset points",
-                )
-                text.set(
-                    fontsize=8, color=INK if bold else SOFT, weight="bold" if bold else "normal"
-                )
-                least = min(least, 100 * (entry.score.interval or entry.score)[0] - 1)
-        if group:
-            axis.axhline(group * step - 1, color=FAINT, linewidth=1.6 if row == MACRO else 0.8)
-    _rows(axis, rows, np.arange(len(rows)) * step + (len(names) - 1) / 2, 10)
-    axis.set(xlim=(least, 106), ylim=(len(rows) * step - 1, -1), xlabel="score, %")
+    axis = axes[0, 0]
+    for y, (row, name) in enumerate(product(rows, [*names, ""])):
+        if not name:
+            axis.axhline(y, color=FAINT, linewidth=0.8)
+        elif entry := table.columns[name].get(row):
+            bold = name == table.headline
+            low, high = _interval(axis, y, entry.score, marks[name], bold)
+            style = {"color": INK, "weight": "bold"} if bold else {"color": SOFT}
+            axis.text(high + 0.8, y, percent(entry.score.value), va="center", size=8, **style)
+            lows.append(low)
+    if MACRO in rows:
+        axis.axhline((len(rows) - 1) * step - 1, color=FAINT, linewidth=1.6)
+    axis.set_yticks(np.arange(len(rows)) * step + (len(names) - 1) / 2, rows, fontsize=10)
+    axis.set(xlim=(min(lows) - 1, 106), ylim=(len(rows) * step - 1, -1), xlabel="score, %")
     axis.set_xticks(range(0, 101, 20))
-    lines = [Line2D([], [], marker=m, color=c, lw=1.2, markersize=5.5) for m, c in marks.values()]
-    figure.legend(lines, names, loc="outside upper left", ncols=len(names), fontsize=9.5)
+    lines = [Line2D([], [], marker=marker, color=colour) for marker, colour in marks.values()]
+    figure.legend(lines, names, loc="outside upper left", ncols=len(names))
     last = {name: column[rows[-1]] for name, column in table.columns.items() if rows[-1] in column}
-    where = "In the mean over the tasks" if rows[-1] == MACRO else f"On {rows[-1]}"
-    said = (f"{name} {percent(entry.score.value)} %" for name, entry in last.items())
-    return figure, f"{where}: {', '.join(said)}."
+    place = "In the mean over the tasks" if rows[-1] == MACRO else f"On {rows[-1]}"
+    words = (f"{name} {percent(entry.score.value)} %" for name, entry in last.items())
+    return figure, f"{place}: {', '.join(words)}."
 
 
-def _marks(names: Sequence[str], headline: str) -> dict[str, Mark]:
+def _marks(names: Sequence[str], headline: str) -> dict[str, tuple[str, str]]:
     """The marker and the colour of every column."""
     others = iter(OTHERS * len(names))
-    marks = {name: MARKS.get(name) or next(others) for name in names if name != headline}
+    marks = {name: BOUNDS.get(name) or next(others) for name in names if name != headline}
     return {name: marks.get(name, HEADLINE) for name in names}
 
 
@@ -242,29 +209,30 @@ def differences(report: Report) -> Drawn:
     table, rows, count = report.table, report.table.rows, len(report.table.differences)
     if not count:
         return None
+    looks = dict(
+        zip(results.VERDICTS, ((BLUE, ">", 2), (RED, "<", 2), (SOFT, "o", 1.2)), strict=True)
+    )
     figure, axes = _figure(0.8 + 0.3 * len(rows), 1, count, sharey=True)
     for axis, (name, by_row) in zip(axes[0], table.differences.items(), strict=True):
-        _rows(axis, rows, range(len(rows)), 10)
         axis.axvline(0, color=SOFT, linewidth=0.8)
         for y, one in ((rows.index(row), one) for row, one in by_row.items() if row in rows):
-            real, up = one.p_value < SIGNIFICANT, one.difference > 0
-            colour, marker = (SOFT, "o") if not real else (BLUE, ">") if up else (RED, "<")
-            ends = [100 * end for end in one.interval]
-            axis.plot(ends, [y, y], color=colour, linewidth=2 if real else 1.2)
-            dot = axis.plot(100 * one.difference, y, marker, color=colour, markersize=6.5)
-            dot[0].set_markerfacecolor(colour if real else "white")
+            colour, marker, width = looks[results.verdict(one)]
+            axis.plot([100 * end for end in one.interval], [y, y], color=colour, linewidth=width)
+            face = "white" if marker == "o" else colour
+            axis.plot(100 * one.difference, y, marker, color=colour, mfc=face, markersize=6.5)
+        axis.set_yticks(range(len(rows)), rows, fontsize=10)
         axis.set_title(fill(f"{table.headline} less {name}", 96 // count))
         axis.set(xlabel="points", ylim=(len(rows) - 0.4, -0.6), xmargin=0.12)
         if MACRO in rows:
             axis.axhline(len(rows) - 1.5, color=FAINT, linewidth=1.6)
-    return figure, " ".join(differences_in_words(table))
+    return figure, " ".join(results.differences_in_words(table))
 
 
 # ---- Fisher information ----
 
 
-def _sites(values: "NodeValues", *kinds: str) -> "list[Site]":
-    return [site for site in sorted(values) if site.node in kinds]
+def _sites(values: "NodeValues", is_neuron: bool) -> "list[Site]":
+    return [site for site in sorted(values) if (site.node == "neuron") == is_neuron]
 
 
 def _labels(sites: "Sequence[Site]") -> list[str]:
@@ -274,7 +242,7 @@ def _labels(sites: "Sequence[Site]") -> list[str]:
 
 def _heads(values: "NodeValues") -> tuple[np.ndarray, list[str]]:
     """Values of the attention heads [layers, heads], NaN where a layer has fewer; the layers."""
-    sites = _sites(values, "head", "cross_head")
+    sites = _sites(values, is_neuron=False)
     grid = np.full((len(sites), max(len(values[site]) for site in sites)), np.nan)
     for row, site in enumerate(sites):
         grid[row, : len(values[site])] = values[site]
@@ -304,19 +272,16 @@ def fisher_heads(report: Report) -> Drawn:
 
     if not report.fisher:
         return None
-    first, shown, rings = [], {}, []
-    for task, values in report.fisher.items():
-        grid, layers = _heads(values)
-        times = grid / (np.nanmean(grid) or 1.0)
-        shown[task] = np.clip(times, 0.01, 10), layers
-        row, head = np.unravel_index(np.nanargmax(times), times.shape)
-        rings.append((head + 0.5, row + 0.5))
-        first.append(
-            f"{task} layer {layers[row]} head {head} ({times[row, head]:.1f} times the mean)"
-        )
+    experts = {task: _heads(values) for task, values in report.fisher.items()}
+    times = {task: grid / (np.nanmean(grid) or 1.0) for task, (grid, _) in experts.items()}
+    shown = {task: (np.clip(times[task], 0.01, 10), experts[task][1]) for task in experts}
     figure, axes, image = _head_maps(shown, norm=LogNorm(0.01, 10))
-    for axis, ring in zip(axes, rings, strict=True):
-        axis.plot(*ring, "o", color="white", markersize=5.5, mec="black", mew=0.9)
+    first = []
+    for axis, (task, grid) in zip(axes, times.items(), strict=True):
+        row, head = np.unravel_index(np.nanargmax(grid), grid.shape)
+        axis.plot(head + 0.5, row + 0.5, "o", color="white", mec="black", mew=0.9)
+        place = f"{task} layer {experts[task][1][row]} head {head}"
+        first.append(f"{place} ({grid[row, head]:.1f} times the mean)")
     _bar(figure, image, axes, {"0.01 ×": 0.01, "0.1 ×": 0.1, "mean": 1, "10 ×": 10})
     return figure, f"The head with the most, by expert: {'; '.join(first)}."
 
@@ -329,11 +294,10 @@ def fisher_neurons(report: Report) -> Drawn:
     """
     if not report.fisher:
         return None
-    label = "times the mean neuron"
+    label, first = "times the mean neuron", []
     figure, axes = _panels(list(report.fisher), 2.1, label, "layer", sharey=True)
-    first = []
     for axis, (task, values) in zip(axes, report.fisher.items(), strict=True):
-        sites = _sites(values, "neuron")
+        sites = _sites(values, is_neuron=True)
         labels, layers = _labels(sites), np.arange(len(sites))
         mean = float(np.concatenate([values[site] for site in sites]).mean()) or 1.0
         levels = (0.05, 0.25, 0.5, 0.75, 0.95, 1)
@@ -347,27 +311,24 @@ def fisher_neurons(report: Report) -> Drawn:
         axis.set_xticks(layers[::step], labels[::step])
         axis.set(yscale="log", xlim=(-0.6, len(sites) - 0.4))
         axis.minorticks_off()
+        axis.grid(False, axis="x")
         axis.grid(axis="y")
         sums = np.array([values[site].sum() for site in sites])
-        most, share = int(sums.argmax()), sums.max() / (sums.sum() or 1.0)
-        first.append(f"{task} layer {labels[most]} ({percent(share)} % of all)")
+        share = percent(sums.max() / (sums.sum() or 1.0))
+        first.append(f"{task} layer {labels[sums.argmax()]} ({share} % of all)")
     return figure, f"The layer whose neurons have the most, by expert: {'; '.join(first)}."
 
 
 # ---- who owns what ----
 
 
-def _top(shares: Iterable[np.ndarray]) -> float:
-    """The end of a scale of shares: the largest, to the next tenth."""
-    return min(1.0, float(np.ceil(10 * max(np.nanmax(part) for part in shares)) / 10))
-
-
-def _share_ticks(experts: int, top: float) -> dict[str, float]:
-    """The numbers beside a colour bar of shares, the equal share among them."""
+def _share_ticks(experts: int, shares: Iterable[np.ndarray]) -> dict[str, float]:
+    """The numbers beside a colour bar of shares, from 0 to the last; the equal share among them."""
+    top = min(1.0, float(np.ceil(10 * max(np.nanmax(part) for part in shares)) / 10))
     equal, step = 1 / experts, 0.1 if top <= 0.5 else 0.2
-    others = [mark for mark in np.arange(step, top + 0.01, step) if abs(mark - equal) > 0.08 * top]
-    ticks = {"0 %": 0.0, f"{100 * equal:.0f} % equal": equal}
-    return ticks | {f"{100 * mark:.0f} %": mark for mark in others}
+    others = [mark for mark in np.arange(step, top, step) if abs(mark - equal) > 0.08 * top]
+    marks = {"0 %": 0.0, f"{100 * equal:.0f} % equal": equal}
+    return marks | {f"{100 * mark:.0f} %": mark for mark in [*others, top]}
 
 
 def owners(report: Report) -> Drawn:
@@ -376,30 +337,31 @@ def owners(report: Report) -> Drawn:
     Each number is an expert's share in percent, the mean over the layer's nodes; the columns add
     up to 100.
     """
-    shares, tasks = report.shares, list(report.shares)
+    shares, tasks, most = report.shares, list(report.shares), []
     if len(tasks) < 2:
         return None
-    kinds = {"attention heads": ("head", "cross_head"), "feed-forward neurons": ("neuron",)}
-    sites = {title: _sites(shares[tasks[0]], *nodes) for title, nodes in kinds.items()}
+    kinds = {"attention heads": False, "feed-forward neurons": True}
+    sites = {title: _sites(shares[tasks[0]], kind) for title, kind in kinds.items()}
     grids = {  # [experts, layers]
-        title: np.array([[shares[task][site].mean() for site in sites[title]] for task in tasks])
-        for title in kinds
-        if sites[title]
+        title: np.array([[shares[task][site].mean() for site in layers] for task in tasks])
+        for title, layers in sites.items()
+        if layers
     }
-    top, most = _top(grids.values()), []
+    ticks = _share_ticks(len(tasks), grids.values())
+    top = max(ticks.values())
     figure, axes = _figure(0.75 + len(grids) * (0.5 + 0.27 * len(tasks)), len(grids))
     for axis, (title, grid) in zip(axes[:, 0], grids.items(), strict=True):
         image = _map(axis, grid, tasks, vmin=0, vmax=top)
         _numbers(axis, grid, "{:.0f}", grid < DARK * top)
         axis.set_xticks(*_ticks(_labels(sites[title]), 24))
         axis.set_title(f"Share of the {title}, % of each layer")
-        nodes = [np.concatenate([shares[task][site] for site in sites[title]]) for task in tasks]
-        share, task = max((part.mean(), task) for part, task in zip(nodes, tasks, strict=True))
-        most.append(f"{task} owns most of the {title} ({percent(share)} %)")
-    axes[-1, 0].set_xlabel("layer", fontsize=8)
-    _bar(figure, image, list(axes[:, 0]), _share_ticks(len(tasks), top))
+        nodes = {task: np.concatenate([shares[task][s] for s in sites[title]]) for task in tasks}
+        first = max(nodes, key=lambda task: float(nodes[task].mean()))
+        most.append(f"{first} owns most of the {title} ({percent(nodes[first].mean())} %)")
+    axes[-1, 0].set_xlabel("layer")
+    _bar(figure, image, list(axes[:, 0]), ticks)
     equal = percent(1 / len(tasks))
-    return figure, f"Of {len(tasks)} experts, {listed(most)}; an equal share is {equal} %."
+    return figure, f"Of {len(tasks)} experts, {results.listed(most)}; an equal share is {equal} %."
 
 
 def owners_heads(report: Report) -> Drawn:
@@ -412,19 +374,19 @@ def owners_heads(report: Report) -> Drawn:
         return None
     experts = {task: _heads(values) for task, values in report.shares.items()}
     grids = np.array([grid for grid, _ in experts.values()])  # [experts, layers, heads]
-    top, present = _top(grids), ~np.isnan(grids[0])
+    ticks, present = _share_ticks(len(grids), grids), ~np.isnan(grids[0])
+    top = max(ticks.values())
     winners = np.nan_to_num(grids, nan=-1).argmax(axis=0)  # [layers, heads]
     figure, axes, image = _head_maps(experts, vmin=0, vmax=top)
     wins = []
     for place, (axis, task) in enumerate(zip(axes, experts, strict=True)):
-        is_first, is_dark = (winners == place) & present, grids[place] < DARK * top
-        for colour, heads in (("white", is_first & is_dark), ("black", is_first & ~is_dark)):
-            rows, columns = np.nonzero(heads)
-            axis.plot(columns + 0.5, rows + 0.5, ".", markersize=3.5, color=colour)
-        wins.append(f"{task} {is_first.sum()}")
-    _bar(figure, image, axes, _share_ticks(len(grids), top))
-    said = f"Of {present.sum()} attention heads, the expert with the largest share is"
-    return figure, f"{said}: {', '.join(wins)}."
+        rows, heads = np.nonzero((winners == place) & present)
+        colours = np.where(grids[place, rows, heads] < DARK * top, "white", "black")
+        axis.scatter(heads + 0.5, rows + 0.5, s=3, c=colours)
+        wins.append(f"{task} {len(rows)}")
+    _bar(figure, image, axes, ticks)
+    words = f"Of {present.sum()} attention heads, the expert with the largest share is"
+    return figure, f"{words}: {', '.join(wins)}."
 
 
 # ---- cost ----
@@ -437,28 +399,25 @@ def cost(report: Report) -> Drawn:
     """
     if not report.costs:
         return None
-    stages: dict[str, list[tuple[float, str]]] = {}
-    for stage, name, time in report.costs:
-        stages.setdefault(stage, []).append((time, name))
-    sums = {stage: sum(time for time, _ in parts) for stage, parts in stages.items()}
-    most, longest = max((time, stage) for stage, time in sums.items())
+    sums = dict.fromkeys((one.stage for one in report.costs), 0.0)
+    stages, whole = list(sums), {one.stage: 0.0 for one in report.costs}
+    for one in report.costs:
+        whole[one.stage] += one.seconds
+    longest = max(stages, key=whole.__getitem__)
     figure, axes = _figure(0.55 + 0.34 * len(stages))
     axis = axes[0, 0]
-    for y, (stage, parts) in enumerate(stages.items()):
-        start = 0.0
-        for time, name in sorted(parts, reverse=True):
-            axis.barh(y, time, 0.62, start, color="#9cc4e4", edgecolor="white", linewidth=1)
-            if time > 0.06 * most:
-                axis.text(start + time / 2, y, name, ha="center", va="center", fontsize=8)
-            start += time
-        place = (start + 0.005 * most, y)
-        axis.text(*place, seconds(sums[stage]), va="center")
-    axis.set_yticks(range(len(stages)), list(stages), fontsize=10)
-    axis.set(xlabel="seconds", xlim=(0, 1.12 * most), ylim=(len(stages) - 0.5, -0.5))
-    axis.tick_params(length=0)
-    axis.grid(axis="x")
-    total = seconds(sum(sums.values()))
-    return figure, f"The stages took {total} together; {longest} the most, {seconds(most)}."
+    for stage, name, time in sorted(report.costs, key=lambda one: -one.seconds):
+        y, start = stages.index(stage), sums[stage]
+        axis.barh(y, time, 0.62, start, color="#9cc4e4", edgecolor="white", linewidth=1)
+        if time > 0.06 * whole[longest]:
+            axis.text(start + time / 2, y, name, ha="center", va="center", fontsize=8)
+        sums[stage] += time
+    for y, stage in enumerate(stages):
+        axis.text(whole[stage] + 0.006 * whole[longest], y, seconds(whole[stage]), va="center")
+    axis.set_yticks(range(len(stages)), stages, fontsize=10)
+    axis.set(xlabel="seconds", xlim=(0, 1.12 * whole[longest]), ylim=(len(stages) - 0.5, -0.5))
+    words = f"The stages took {seconds(sum(whole.values()))} together"
+    return figure, f"{words}; {longest} the most, {seconds(whole[longest])}."
 
 
 # ---- the comparison of methods ----
@@ -472,18 +431,18 @@ def methods(comparison: Comparison) -> Drawn:
     means = {method: row[MACRO] for method, row in comparison.means.items()}
     order = sorted(means, key=lambda method: -means[method].value)
     figure, axes = _figure(0.6 + 0.24 * len(order))
-    axis, ends = axes[0, 0], [100.0]
+    axis, highs = axes[0, 0], [100.0]
     axis.axvline(100, color=INK, linewidth=1)
     axis.text(100.5, -0.9, EXPERT, va="center", fontsize=8.5)
     for y, method in enumerate(order):
         bold = method == comparison.best
-        mark = HEADLINE if bold else MARKS.get(method, OTHERS[0])
-        ends.append(_interval(axis, y, means[method], mark, bold))
+        mark = HEADLINE if bold else BOUNDS.get(method, OTHERS[0])
+        highs.append(_interval(axis, y, means[method], mark, bold)[1])
         text = axis.text(1.01, y, percent(means[method].value), va="center", fontsize=8.5)
         text.set(transform=axis.get_yaxis_transform(), weight="bold" if bold else "normal")
-    _rows(axis, order, range(len(order)), 9)
+    axis.set_yticks(range(len(order)), order, fontsize=9)
     least = min(0.0, *(100 * one.value for one in means.values()))
-    axis.set(xlim=(least, 1.02 * max(ends)), ylim=(len(order) - 0.4, -1.4))
+    axis.set(xlim=(least, 1.02 * max(highs)), ylim=(len(order) - 0.4, -1.4))
     axis.set_xlabel("% of the experts' scores, mean over the sets")
     most, fewest = (f"{name} {percent(means[name].value)} %" for name in (order[0], order[-1]))
     return figure, f"The most: {most}; the least: {fewest}."
@@ -512,18 +471,16 @@ def pairs(comparison: Comparison) -> Drawn:
         (axes[0, 1], best, other, "{:.0f}", shares, other < DARK * 1.2),
         (axes[0, 2], f"{best} less {first}", change, "{:+.0f}", gains, abs(change) > 0.6 * most),
     ):
-        _map(axis, np.ma.masked_invalid(grid), tasks, **options, linewidth=0.8)
+        _map(axis, np.ma.masked_invalid(grid), tasks, **options)
         _numbers(axis, grid, form, is_dark)
         axis.set_xticks(*_ticks(tasks, len(tasks)), rotation=45, ha="right", rotation_mode="anchor")
-        axis.set_title(fill(title, 34))
-        axis.set_xlabel("merged with", fontsize=8)
-        axis.set(aspect="equal", facecolor="#eceff2")
-    axes[0, 0].set_ylabel("scored task", fontsize=8)
+        axis.set(title=fill(title, 34), xlabel="merged with", aspect="equal", facecolor="#eceff2")
+    axes[0, 0].set_ylabel("scored task")
     row, column = np.unravel_index(np.nanargmax(change), change.shape)
     count, higher = (~np.isnan(change)).sum(), (change > 0).sum()
-    gain = f"{points(change[row, column])} points, of {tasks[row]} when merged with {tasks[column]}"
-    said = f"Of {count} scores in pairs, {higher} are higher with {best} than with {first}"
-    return figure, f"{said}; the largest gain is {gain}."
+    words = f"Of {count} scores in pairs, {higher} are higher with {best} than with {first}"
+    gain = f"{results.points(change[row, column])} points, of {tasks[row]}"
+    return figure, f"{words}; the largest gain is {gain} when merged with {tasks[column]}."
 
 
 RUN_PICTURES: Mapping[Callable[[Report], Drawn], str] = {

@@ -4,7 +4,7 @@ The pages are jinja2 templates in ``templates/``; all text in them is escaped.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 Pictures = Mapping[str, Sequence[Picture]]
-"""By section."""
+"""By section of the page."""
 
 
 def run_page(report: Report, pictures: Pictures) -> str:
@@ -34,51 +34,38 @@ def comparison_page(comparison: Comparison, pictures: Pictures) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """A template filled with values; what it leaves undefined is an error."""
+    """A template filled with values; a name that it does not know is an error."""
     return _templates().get_template(template).render(values)
 
 
 @cache
 def _templates() -> "Environment":
-    from jinja2 import (
-        Environment,
-        PackageLoader,
-        StrictUndefined,
-        pass_eval_context,
-        select_autoescape,
-    )
+    import jinja2
 
-    @pass_eval_context
-    def finalize(context: Any, value: Any) -> Any:
-        return minus(value) if context.autoescape and type(value) is str else value
-
-    templates = Environment(
-        loader=PackageLoader("fmn.report"),
-        autoescape=select_autoescape(),  # by the template's name: HTML, not Markdown
-        undefined=StrictUndefined,
-        finalize=finalize,
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("fmn.report"),
+        autoescape=jinja2.select_autoescape(),  # by the template's name: HTML, not Markdown
+        finalize=jinja2.pass_eval_context(_with_minus),
+        undefined=jinja2.StrictUndefined,
+        extensions=["jinja2.ext.do"],
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("differences_in_words", "listed", "percent", "points", "remarks", "seconds", "span")
-    templates.filters |= {name: getattr(results, name) for name in (*names, "verdict")}
-    own = (bounds, coefficients, largest, metrics_of, parts, settings, statistics)
+    words = ("differences_in_words", "listed", "percent", "points", "remarks", "seconds", "span")
+    templates.filters |= {name: getattr(results, name) for name in (*words, "verdict")}
+    own = (largest, metrics_of, settings, statistics)
     templates.filters |= {function.__name__: function for function in own}
-    templates.filters["lines"] = str.splitlines
+    templates.globals |= {"bounds": BOUNDS}
     return templates
 
 
-# ---- what the templates call ----
+def _with_minus(context: Any, value: Any) -> Any:
+    """Text of a page with a minus sign, instead of a hyphen, before numbers."""
+    is_text = context.autoescape and type(value) is str
+    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", value) if is_text else value
 
 
-def minus(text: str) -> str:
-    """The text with a minus sign, instead of a hyphen, before numbers."""
-    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)
-
-
-def bounds(columns: Collection[str]) -> str:
-    """What the bounds among some columns are."""
-    return "; ".join(f"{name}: {what}" for name, what in BOUNDS.items() if name in columns) + "."
+# ---- filters ----
 
 
 def metrics_of(task: str) -> str:
@@ -90,37 +77,18 @@ def metrics_of(task: str) -> str:
 def settings(recipe: Recipe) -> str:
     """The settings of a merge that belong to its method, in words."""
     names = ("mapping", "normalise", "exponent", "damping", "density", "seed")
-    words = [f"{name} {getattr(recipe, name)}" for name in names]
-    words = [
-        word for name, word in zip(names, words, strict=True) if getattr(recipe, name) is not None
-    ]
-    return ", ".join([*words, *(["heads re-aligned"] if recipe.realign else [])])
+    words = [f"{name} {value}" for name in names if (value := getattr(recipe, name)) is not None]
+    return ", ".join(words + ["heads re-aligned"] * (recipe.realign is not None))
 
 
-def coefficients(recipe: Recipe) -> str:
-    """The coefficients of a merge by task."""
-    values = recipe.coefficients
-    if len(set(values.values())) == 1:
-        return f"{next(iter(values.values())):g} each"
-    return ", ".join(f"{task} {value:.3g}" for task, value in values.items())
-
-
-def statistics(recipe: Recipe, task: str) -> list[str]:
+def statistics(recipe: Recipe, task: str) -> str:
     """What weighed an expert in a merge, in words."""
     fisher = "mask Fisher" if NEEDS[recipe.method].fisher == "nodes" else "Fisher"
-    return [
+    return "; ".join(
         f"{title} of {one.samples} examples{f', {one.estimator}' if one.estimator else ''}"
         for title, by_task in ((fisher, recipe.fisher), ("Gram matrices", recipe.gram))
         if (one := by_task.get(task))
-    ]
-
-
-def parts(columns: Collection[str], most: int = 7) -> list[list[str]]:
-    """Columns for tables that fit on a page, of about equal number."""
-    names = list(columns)
-    count = -(-len(names) // most)
-    size = -(-len(names) // count)
-    return [names[start : start + size] for start in range(0, len(names), size)]
+    )
 
 
 def largest(rows: Mapping[str, Mapping[str, Estimate]], column: str) -> str:

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError
-from fmn.store.records import Metrics, Recipe, Record, Scores
+from fmn.store.records import Metrics, Recipe, Scores
 from fmn.tasks.task import TASKS
 
 if TYPE_CHECKING:
@@ -132,28 +132,22 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
                 f"{name}: no metrics of task {missing[0]}; evaluate it on {', '.join(entries)}"
             )
     models = {name: dict.fromkeys(entries, model) for name, model in merged.items()}
-    alone = {task: experts[task] for task in entries if task in experts}
-    models |= {EXPERT: alone} if alone else {}
-    answers = {
-        name: {task: model.answers[task] for task, model in by_task.items()}
-        for name, by_task in models.items()
-    }
-    draws = {name: bootstrap.draws(by_task) for name, by_task in answers.items()}
-    columns = {
-        name: _column(by_task, draws[name], alone, draws.get(EXPERT, {}))
-        for name, by_task in models.items()
-    }
+    if alone := {task: experts[task] for task in entries if task in experts}:
+        models[EXPERT] = alone
+    columns = {}
+    for name, by_task in models.items():
+        scores = {task: model.metrics.tasks[task].score for task, model in by_task.items()}
+        answers = {task: model.answers[task] for task, model in by_task.items()}
+        columns[name] = _Column(scores, answers, bootstrap.draws(answers))
     first = headline(merged)
-    guessing = (t for t in alone if _guesses(t, answers[EXPERT][t], columns[EXPERT][t].score))
+    others = [name for name in columns if name != first]
     return Table(
         tasks=tuple(entries),
         examples={task: _examples(scores) for task, scores in entries.items()},
-        columns=columns,
+        columns={name: _entries(column, columns.get(EXPERT)) for name, column in columns.items()},
         headline=first,
-        differences={
-            name: _differences(answers, draws, first, name) for name in models if name != first
-        },
-        guessing=tuple(guessing),
+        differences={name: _differences(first, name, columns) for name in others},
+        guessing=tuple(task for task in alone if _guesses(task, columns[EXPERT])),
     )
 
 
@@ -168,65 +162,62 @@ def _examples(scores: Scores) -> int:
     return sum(int(values[name]) for name in values if name.startswith("examples"))
 
 
-def _column(
-    models: Mapping[str, Evaluated],
-    draws: "Mapping[str, np.ndarray]",
-    experts: Mapping[str, Evaluated],
-    expert_draws: "Mapping[str, np.ndarray]",
-) -> dict[str, Entry]:
-    """The entries of a column by row; a task whose expert scores nothing has no share."""
+class _Column(NamedTuple):
+    """Scores, answers, and the score in each bootstrap resample, float64 [R], all by task."""
+
+    scores: Mapping[str, float]
+    answers: "Mapping[str, Splits]"
+    draws: "Mapping[str, np.ndarray]"
+
+    def rows(self) -> dict[str, list[str]]:
+        """The tasks that each row of the table is the mean over."""
+        return {task: [task] for task in self.scores} | {MACRO: list(self.scores)}
+
+
+def _entries(column: _Column, expert: _Column | None) -> dict[str, Entry]:
+    """A column by row; a task whose expert scores nothing has no share."""
     from fmn.evaluate import bootstrap
 
-    scores = {task: model.metrics.tasks[task].score for task, model in models.items()}
-    shares, share_draws = {}, {}
-    for task in scores:
-        if task in experts and (alone := experts[task].metrics.tasks[task].score) > 0:
-            shares[task] = scores[task] / alone
-            share_draws[task] = bootstrap.relative(draws[task], expert_draws[task])
-    column = {
-        task: Entry(
-            estimate(scores[task], [draws[task]]),
-            estimate(shares[task], [share_draws[task]]) if task in shares else None,
-        )
-        for task in scores
-    }
-    mean_share = estimate(fmean(shares.values()), share_draws.values()) if shares else None
-    column[MACRO] = Entry(estimate(fmean(scores.values()), draws.values()), mean_share)
-    return column
+    alone = {} if expert is None else expert.scores
+    shares = {t: score / alone[t] for t, score in column.scores.items() if alone.get(t, 0) > 0}
+    draws = {t: bootstrap.relative(column.draws[t], expert.draws[t]) for t in shares if expert}
+    entries = {}
+    for row, tasks in column.rows().items():
+        score = estimate([column.scores[t] for t in tasks], [column.draws[t] for t in tasks])
+        known = [task for task in tasks if task in shares]
+        share = estimate([shares[t] for t in known], [draws[t] for t in known]) if known else None
+        entries[row] = Entry(score, share)
+    return entries
 
 
-def estimate(value: float, draws: "Iterable[np.ndarray | None]") -> Estimate:
-    """A mean with its interval; without an interval if a part of the mean has no draws.
+def estimate(values: Sequence[float], draws: "Sequence[np.ndarray | None]") -> Estimate:
+    """The mean of some values with its interval; without, if a value has no draws.
 
     Args:
-        value: the mean.
-        draws: every part of the mean in each resample [R].
+        values: scores or shares.
+        draws: each of them in every resample [R].
     """
     import numpy as np
 
     from fmn.evaluate import bootstrap
 
-    parts = list(draws)
-    known = [part for part in parts if part is not None]
-    whole = len(known) == len(parts)
-    return Estimate(value, bootstrap.interval(np.mean(known, axis=0)) if whole else None)
+    known = [part for part in draws if part is not None]
+    interval = bootstrap.interval(np.mean(known, axis=0)) if len(known) == len(draws) else None
+    return Estimate(fmean(values), interval)
 
 
 def _differences(
-    answers: "Mapping[str, Mapping[str, Splits]]",
-    draws: "Mapping[str, Mapping[str, np.ndarray]]",
-    first: str,
-    second: str,
+    first: str, second: str, columns: Mapping[str, _Column]
 ) -> "dict[str, Difference]":
-    """The score of one column less that of another, by each of the latter's tasks and MACRO."""
+    """The score of one column less that of another, by the latter's rows."""
     from fmn.evaluate import bootstrap
 
+    one, other = columns[first], columns[second]
     differences = {}
-    for row in (*answers[second], MACRO):
-        tasks = list(answers[second]) if row == MACRO else [row]
-        one, other = ({task: answers[name][task] for task in tasks} for name in (first, second))
+    for row, tasks in other.rows().items():
+        answers = [{task: column.answers[task] for task in tasks} for column in (one, other)]
         try:
-            differences[row] = bootstrap.compare(one, other, drawn=(draws[first], draws[second]))
+            differences[row] = bootstrap.compare(*answers, drawn=(one.draws, other.draws))
         except ValueError as error:
             raise UserError(
                 f"{first} and {second}: {error}; evaluate both on the same data"
@@ -234,13 +225,15 @@ def _differences(
     return differences
 
 
-def _guesses(task: str, answers: "Splits", score: Estimate) -> bool:
-    """Whether answers are no better than guessing; in regression: not surely correlated."""
+def _guesses(task: str, expert: _Column) -> bool:
+    """Whether an expert is no better than guessing; in regression: not surely correlated."""
+    from fmn.evaluate import bootstrap
     from fmn.models.labels import better_than_guessing
 
     if TASKS[task].regression:
-        return (score.interval or score)[0] <= 0
-    return not any(better_than_guessing(TASKS[task], *split) for split in answers.values())
+        return bootstrap.interval(expert.draws[task])[0] <= 0
+    splits = expert.answers[task].values()
+    return not any(better_than_guessing(TASKS[task], *answers) for answers in splits)
 
 
 def node_shares(fisher: "Mapping[str, NodeValues]", recipe: Recipe) -> "dict[str, NodeValues]":
@@ -412,54 +405,25 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 # ---- as numbers ----
 
 
-class Score(Record):
-    """A score, its share of the expert's score, and the score's 95 % interval."""
-
-    score: float
-    relative: float | None
-    low: float | None
-    high: float | None
-
-
-class Results(Record):
-    """``results.json``: scores by task and model, and their mean by model."""
-
-    tasks: dict[str, dict[str, Score]]
-    mean: dict[str, Score]
-
-
-def results(table: Table) -> Results:
-    """The table as numbers."""
-    rows: dict[str, dict[str, Score]] = {row: {} for row in (*table.tasks, MACRO)}
+def results(table: Table) -> dict[str, Any]:
+    """``results.json``: by task and model "score", "low", "high", "relative"; "mean" by model."""
+    rows: dict[str, dict[str, Any]] = {row: {} for row in (*table.tasks, MACRO)}
     for name, column in table.columns.items():
         for row, (score, share) in column.items():
             low, high = score.interval or (None, None)
             relative = share.value if share else None
-            rows[row][name] = Score(score=score.value, relative=relative, low=low, high=high)
+            numbers = {"score": score.value, "relative": relative, "low": low, "high": high}
+            rows[row][name] = numbers
     mean = rows.pop(MACRO)
-    return Results(tasks=rows, mean=mean)
+    return {"tasks": rows, MACRO: mean}
 
 
 def score_rows(table: Table) -> list[dict[str, Any]]:
     """The rows of ``scores.csv``; numbers in percent."""
     numbers = results(table)
     return [
-        {"scored": f"{row}: {name}", "task": row, "model": name, **_rounded(score.model_dump())}
+        {"scored": f"{row}: {name}", "task": row, "model": name}
+        | {key: None if one is None else round(100 * one, 3) for key, one in score.items()}
         for row in table.rows
-        for name, score in (numbers.mean if row == MACRO else numbers.tasks[row]).items()
+        for name, score in (numbers[MACRO] if row == MACRO else numbers["tasks"][row]).items()
     ]
-
-
-def difference_rows(table: Table) -> list[dict[str, Any]]:
-    """The rows of ``differences.csv``; differences in percent points."""
-    return [
-        {"task": row, "model": table.headline, "less": name}
-        | _rounded({"difference": one.difference, "low": one.interval[0], "high": one.interval[1]})
-        | {"p": one.p_value, "mcnemar": one.mcnemar}
-        for name, by_row in table.differences.items()
-        for row, one in by_row.items()
-    ]
-
-
-def _rounded(shares: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {key: None if one is None else round(100 * one, 3) for key, one in shares.items()}

@@ -1,6 +1,7 @@
 """The stages that write a run's report and the tables of a comparison."""
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,15 +34,7 @@ class ReportInfo(Record):
     header: list[str]
     body: list[list[str]]
     notes: list[str]
-    results: results.Results
-
-
-class ComparisonInfo(Record):
-    """What a comparison says on a terminal: its first table, and its numbers by method."""
-
-    header: list[str]
-    body: list[list[str]]
-    methods: dict[str, dict[str, float]]
+    results: dict[str, Any]
 
 
 def report(
@@ -112,11 +105,11 @@ def _write_report(
     costs = _costs(fisher, models, experts, merged)
     content = Report(table, recipes, values, costs)
 
-    write_record(job.path / "results.json", results.results(table))
+    numbers = results.results(table)
+    (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     wide = results.text_table(table, width=1 << 10)
     (job.path / "table.md").write_text(results.markdown(*wide))
     _write_csv(job.path / "scores.csv", results.score_rows(table))
-    _write_csv(job.path / "differences.csv", results.difference_rows(table))
     _write_csv(job.path / "costs.csv", [cost._asdict() for cost in costs])
     pictures = figures.draw(figures.RUN_PICTURES, content)
     _write_pictures(job.path / "pictures", pictures)
@@ -126,7 +119,6 @@ def _write_report(
         path.parent.mkdir(exist_ok=True)
         path.write_text(card.card(recipe, evaluated[name].metrics))
     header, body = results.text_table(table)
-    numbers = results.results(table)
     return ReportInfo(header=header, body=body, notes=results.notes(table), results=numbers)
 
 
@@ -159,7 +151,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer.writerows(rows)
 
 
-def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ComparisonInfo]:
+def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ReportInfo]:
     """Write the tables of a comparison of merge methods: report.html, pictures, numbers.
 
     Args:
@@ -167,7 +159,7 @@ def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ComparisonInf
         out: folder of the page, the pictures and the numbers
     """
 
-    def compute(job: Job) -> ComparisonInfo:
+    def compute(job: Job) -> ReportInfo:
         from fmn.report import comparison, figures, page
 
         by_set: dict[str, dict[str, Cell]] = {}
@@ -175,7 +167,7 @@ def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ComparisonInf
             experts, _, method = name.partition("/")
             by_set.setdefault(experts, {})[method] = read_record(path, Cell)
         content = comparison.compare(by_set)
-        numbers = comparison.results(by_set, content)
+        numbers = comparison.numbers(by_set, content)
         write_record(job.path / "results.json", numbers)
         header, body = comparison.text_table(content)
         methods = results.markdown(header, body)
@@ -184,7 +176,7 @@ def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ComparisonInf
         pictures = figures.draw(figures.COMPARISON_PICTURES, content)
         _write_pictures(job.path / "pictures", pictures)
         (job.path / "report.html").write_text(page.comparison_page(content, pictures))
-        return ComparisonInfo(header=header, body=body, methods=numbers.methods)
+        return ReportInfo(header=header, body=body, notes=[], results=numbers.methods)
 
     return run_stage(
         "comparison",
@@ -193,6 +185,6 @@ def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ComparisonInf
         compute,
         reads=cells,
         settings={"order": list(cells)},
-        summary=lambda folder: read_info(folder, ComparisonInfo),
+        summary=lambda folder: read_info(folder, ReportInfo),
         is_folder=True,
     )

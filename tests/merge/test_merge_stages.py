@@ -148,7 +148,7 @@ def test_it_is_evaluated_shown_asked_and_registered_as_any_merged_model(
     for name, file in files.items():
         evaluate_stages.evaluate(work / name, [], work / "data", file, EVALUATE)
     table = report_stages.report(merged=files, out=work / "report").summary.results
-    assert table.tasks["stsb"]["merged"] != table.tasks["stsb"]["realigned"]
+    assert table["tasks"]["stsb"]["merged"] != table["tasks"]["stsb"]["realigned"]
     assert "label" in models_stages.predict(work / "realigned", "sst2", "a warm film", None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{work / 'mlflow.db'}")
     monkeypatch.chdir(work)

@@ -105,7 +105,7 @@ def test_the_tables_are_text_and_numbers() -> None:
     assert header == ["method", "pairs", "all", "mean", "95 % interval", "seconds"]
     assert [*body[1][:4], body[1][5]] == ["mine", "85.0", "60.0", "72.5", "2.0"]
     assert body[2] == ["expert", "100.0", "100.0", "100.0", "", ""]
-    numbers = comparison.results(CELLS, compared)
+    numbers = comparison.numbers(CELLS, compared)
     assert numbers.sets["cola+rte"]["mine"]["rte"]["relative"] == 0.8
     assert numbers.methods["mine"]["pairs"] == pytest.approx(0.85)
     assert numbers.methods["mine"]["seconds"] == 2
