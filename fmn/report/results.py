@@ -143,7 +143,7 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
     others = [name for name in columns if name != first]
     return Table(
         tasks=tuple(entries),
-        examples={task: _examples(scores) for task, scores in entries.items()},
+        examples={task: _count(columns[first].answers[task]) for task in entries},
         columns={name: _entries(column, columns.get(EXPERT)) for name, column in columns.items()},
         headline=first,
         differences={name: _differences(first, name, columns) for name in others},
@@ -157,9 +157,8 @@ def headline(names: Iterable[str]) -> str:
     return "merged" if "merged" in candidates else candidates[-1]
 
 
-def _examples(scores: Scores) -> int:
-    values = scores.model_dump()
-    return sum(int(values[name]) for name in values if name.startswith("examples"))
+def _count(answers: "Splits") -> int:
+    return sum(len(split.labels) for split in answers.values())
 
 
 class _Column(NamedTuple):

@@ -8,24 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from fmn.errors import UserError
 from fmn.report import results
-from fmn.report.results import EXPERT, Cost, Evaluated, Report
-from fmn.store import artifacts
+from fmn.store import artifacts, stage
 from fmn.store.records import Cell, Metrics, Recipe, Record
-from fmn.store.stage import (
-    Job,
-    Outcome,
-    read_info,
-    read_record,
-    read_sidecar,
-    run_stage,
-    write_record,
-)
+from fmn.store.stage import Job, Outcome, read_record
 
 if TYPE_CHECKING:
     from fmn.report.figures import Picture
 
 REPORT = 4
 COMPARISON = 3
+Paths = Mapping[str, Path]
 
 
 class ReportInfo(Record):
@@ -56,64 +48,55 @@ def report(
     """
     if not merged:
         raise UserError("--merged NAME=FILE: no metrics file of a merged model; give one")
-    if EXPERT in merged:
-        raise UserError(f"--merged {EXPERT}=FILE: the experts' column is called so; choose another")
+    if results.EXPERT in merged:
+        raise UserError("--merged expert=FILE: the experts' column is called so; choose another")
     if unknown := [name for name in models if name not in merged]:
         raise UserError(f"--model {unknown[0]}=DIR: no metrics of it; give --merged too")
-    files = {"merged": merged, "model": models, "expert": experts, "fisher": fisher}
-    reads = {
-        f"{kind} {name}": path for kind, paths in files.items() for name, path in paths.items()
-    }
-    # Predictions belong to their metrics file, which holds their digest.
-    return run_stage(
+    files = {"merged": merged, "models": models, "experts": experts, "fisher": fisher}
+    return stage.run_stage(
         "report",
         REPORT,
         out,
-        lambda job: _write_report(job, merged, models, experts, fisher),
-        reads=reads,
-        settings={"order": list(reads)},
-        summary=lambda folder: read_info(folder, ReportInfo),
+        lambda job: _write_report(job, **files),
+        # Predictions lie beside their metrics file, which holds their digest.
+        reads={f"{kind} {name}": path for kind in files for name, path in files[kind].items()},
+        settings={kind: list(paths) for kind, paths in files.items()},
+        summary=lambda folder: stage.read_info(folder, ReportInfo),
         is_folder=True,
     )
 
 
 def _write_report(
-    job: Job,
-    merged: Mapping[str, Path],
-    models: Mapping[str, Path],
-    experts: Mapping[str, Path],
-    fisher: Mapping[str, Path],
+    job: Job, merged: Paths, models: Paths, experts: Paths, fisher: Paths
 ) -> ReportInfo:
     from fmn.report import card, figures, page
 
     evaluated = {name: read_evaluated(path) for name, path in merged.items()}
-    recipes = {
-        name: read_record(folder / "merge.json", Recipe, "merge again")
-        for name, folder in models.items()
-    }
-    for name, folder in models.items():
-        if evaluated[name].metrics.model != job.inputs[f"model {name}"]:
-            raise UserError(f"{merged[name]}: not the metrics of {folder}; evaluate that model")
     table = results.tabulate({t: read_evaluated(path) for t, path in experts.items()}, evaluated)
+    recipes = {}
+    for name, folder in models.items():
+        if evaluated[name].metrics.model != job.inputs[f"models {name}"]:
+            raise UserError(f"{merged[name]}: not the metrics of {folder}; evaluate that model")
+        recipes[name] = read_record(folder / "merge.json", Recipe, "merge again")
     if recipe := recipes.get(table.headline):
-        for task, path in fisher.items():
-            if task in recipe.fisher and recipe.fisher[task].digest != job.inputs[f"fisher {task}"]:
+        for task in fisher.keys() & recipe.fisher:
+            if recipe.fisher[task].digest != job.inputs[f"fisher {task}"]:
                 raise UserError(
-                    f"{path}: not the Fisher that {table.headline} was merged with; give that one"
+                    f"{fisher[task]}: not the Fisher that {table.headline} was merged with;"
+                    " give that one"
                 )
     values = {task: artifacts.read_fisher(path)[0] for task, path in fisher.items()}
     costs = _costs(fisher, models, experts, merged)
-    content = Report(table, recipes, values, costs)
+    content = results.Report(table, recipes, values, costs)
 
     numbers = results.results(table)
-    (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     wide = results.text_table(table, width=1 << 10)
+    (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (job.path / "table.md").write_text(results.markdown(*wide))
     _write_csv(job.path / "scores.csv", results.score_rows(table))
     _write_csv(job.path / "costs.csv", [cost._asdict() for cost in costs])
     pictures = figures.draw(figures.RUN_PICTURES, content)
-    _write_pictures(job.path / "pictures", pictures)
-    (job.path / "report.html").write_text(page.run_page(content, pictures))
+    _write_page(job.path, page.run_page(content, pictures), pictures)
     for name, recipe in recipes.items():
         path = job.path / "cards" / f"{name}.md"
         path.parent.mkdir(exist_ok=True)
@@ -122,24 +105,26 @@ def _write_report(
     return ReportInfo(header=header, body=body, notes=results.notes(table), results=numbers)
 
 
-def read_evaluated(metrics: Path) -> Evaluated:
+def read_evaluated(metrics: Path) -> results.Evaluated:
     """A metrics file, and the predictions beside it."""
     content = read_record(metrics, Metrics, "make it again with `fmn evaluate`")
-    return Evaluated(content, artifacts.read_predictions(metrics))
+    return results.Evaluated(content, artifacts.read_predictions(metrics))
 
 
-def _costs(*inputs: Mapping[str, Path]) -> list[Cost]:
-    """The run times of the stages that wrote these inputs, if their sidecars tell, stage by stage."""
-    sidecars = [(name, read_sidecar(path)) for paths in inputs for name, path in paths.items()]
-    costs = [Cost(one.stage, name, one.seconds) for name, one in sidecars if one]
+def _costs(*inputs: Paths) -> list[results.Cost]:
+    """The run times of the stages that wrote these inputs, if their sidecars tell; by stage."""
+    sidecars = [(name, stage.read_sidecar(path)) for each in inputs for name, path in each.items()]
+    costs = [results.Cost(one.stage, name, one.seconds) for name, one in sidecars if one]
     stages = list(dict.fromkeys(cost.stage for cost in costs))
     return sorted(costs, key=lambda cost: stages.index(cost.stage))
 
 
-def _write_pictures(folder: Path, pictures: "Mapping[str, Sequence[Picture]]") -> None:
-    folder.mkdir()
+def _write_page(folder: Path, page: str, pictures: "Mapping[str, Sequence[Picture]]") -> None:
+    """Write ``report.html``, and its pictures as files of their own."""
+    (folder / "report.html").write_text(page)
+    (folder / "pictures").mkdir()
     for picture in (picture for section in pictures.values() for picture in section):
-        (folder / f"{picture.name}.svg").write_text(picture.svg + "\n")
+        (folder / "pictures" / f"{picture.name}.svg").write_text(picture.svg + "\n")
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -158,33 +143,32 @@ def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ReportInfo]:
         cells: the file of each cell, by SET/METHOD
         out: folder of the page, the pictures and the numbers
     """
-
-    def compute(job: Job) -> ReportInfo:
-        from fmn.report import comparison, figures, page
-
-        by_set: dict[str, dict[str, Cell]] = {}
-        for name, path in cells.items():
-            experts, _, method = name.partition("/")
-            by_set.setdefault(experts, {})[method] = read_record(path, Cell)
-        content = comparison.compare(by_set)
-        numbers = comparison.numbers(by_set, content)
-        write_record(job.path / "results.json", numbers)
-        header, body = comparison.text_table(content)
-        methods = results.markdown(header, body)
-        table = page.render("table.md", comparison=content, methods=methods)
-        (job.path / "table.md").write_text(table.rstrip() + "\n")
-        pictures = figures.draw(figures.COMPARISON_PICTURES, content)
-        _write_pictures(job.path / "pictures", pictures)
-        (job.path / "report.html").write_text(page.comparison_page(content, pictures))
-        return ReportInfo(header=header, body=body, notes=[], results=numbers.methods)
-
-    return run_stage(
+    return stage.run_stage(
         "comparison",
         COMPARISON,
         out,
-        compute,
+        lambda job: _write_comparison(job.path, cells),
         reads=cells,
         settings={"order": list(cells)},
-        summary=lambda folder: read_info(folder, ReportInfo),
+        summary=lambda folder: stage.read_info(folder, ReportInfo),
         is_folder=True,
     )
+
+
+def _write_comparison(folder: Path, paths: Paths) -> ReportInfo:
+    from fmn.report import comparison, figures, page
+
+    cells: dict[str, dict[str, Cell]] = {}
+    for name, path in paths.items():
+        experts, _, method = name.partition("/")
+        cells.setdefault(experts, {})[method] = read_record(path, Cell)
+    content = comparison.compare(cells)
+    numbers = comparison.numbers(cells, content)
+    stage.write_record(folder / "results.json", numbers)
+    header, body = comparison.text_table(content)
+    methods = results.markdown(header, body)
+    tables = page.render("table.md", comparison=content, methods=methods)
+    (folder / "table.md").write_text(tables.rstrip() + "\n")
+    pictures = figures.draw(figures.COMPARISON_PICTURES, content)
+    _write_page(folder, page.comparison_page(content, pictures), pictures)
+    return ReportInfo(header=header, body=body, notes=[], results=numbers.methods)
