@@ -71,7 +71,7 @@ def run(
 def fisher(
     names: Sequence[str], layers: int = 12, heads: int = 12, neurons: int = 200
 ) -> dict[str, NodeValues]:
-    """Fisher information that falls with the layer and is far larger in some nodes than in others."""
+    """Fisher information that falls with the layer and differs much between nodes."""
     random = np.random.default_rng(0)
     return {
         name: {

@@ -1,7 +1,7 @@
 """The model card of a merged model: what the Hub reads of it, and what people read.
 
-Its body is the jinja2 template ``templates/card.md``: what the model was merged from, its scores, and
-the commands that make it again.
+Its body is the jinja2 template ``templates/card.md``: what the model was merged from, its scores,
+and the commands that make it again.
 """
 
 from collections.abc import Mapping
@@ -113,7 +113,7 @@ def data_options(rows: Rows | None) -> str:
 
 
 def source(checkpoint: Checkpoint, name: str) -> str:
-    """Where `fmn fetch` finds a checkpoint; a folder, of which only the digest is known, is path/to/NAME."""
+    """Where `fmn fetch` finds a checkpoint; path/to/NAME for a folder, whose path is not known."""
     is_address = checkpoint.revision.startswith(("hf://", "models:", "package:"))
     return quote(checkpoint.revision) if is_address else f"path/to/{name}"
 

@@ -453,22 +453,22 @@ def pairs(comparison: Comparison) -> Drawn:
 
     A row for the task that is scored, a column for its partner: percent of the expert's score.
     """
-    kept, best = comparison.pairs, comparison.best
-    first = AVERAGE if AVERAGE in kept else next(iter(kept))
-    tasks = list(dict.fromkeys(task for pair in kept[first] for task in pair))
+    shares, best = comparison.pairs, comparison.best
+    first = AVERAGE if AVERAGE in shares else next(iter(shares))
+    tasks = list(dict.fromkeys(task for pair in shares[first] for task in pair))
     if not tasks:
         return None
-    one, other = (
-        np.array([[kept[method].get((a, b), np.nan) for b in tasks] for a in tasks])
+    before, after = (
+        np.array([[shares[method].get((a, b), np.nan) for b in tasks] for a in tasks])
         for method in (first, best)
     )
-    change = other - one  # [scored task, partner]
+    change = after - before  # [scored task, partner]
     most = max(0.05, float(np.nanmax(np.abs(change))))
-    shares, gains = {"vmin": 0, "vmax": 1.2}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
+    plain, gains = {"vmin": 0, "vmax": 1.2}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
     figure, axes = _figure(3.8, 1, 3)
     for axis, title, grid, form, options, is_dark in (
-        (axes[0, 0], first, one, "{:.0f}", shares, one < DARK * 1.2),
-        (axes[0, 1], best, other, "{:.0f}", shares, other < DARK * 1.2),
+        (axes[0, 0], first, before, "{:.0f}", plain, before < DARK * 1.2),
+        (axes[0, 1], best, after, "{:.0f}", plain, after < DARK * 1.2),
         (axes[0, 2], f"{best} less {first}", change, "{:+.0f}", gains, abs(change) > 0.6 * most),
     ):
         _map(axis, np.ma.masked_invalid(grid), tasks, **options)

@@ -211,12 +211,11 @@ def _differences(
     """The score of one column less that of another, by the latter's rows."""
     from fmn.evaluate import bootstrap
 
-    one, other = columns[first], columns[second]
-    differences = {}
-    for row, tasks in other.rows().items():
-        answers = [{task: column.answers[task] for task in tasks} for column in (one, other)]
+    pair, differences = (columns[first], columns[second]), {}
+    for row, tasks in columns[second].rows().items():
+        answers = [{task: column.answers[task] for task in tasks} for column in pair]
         try:
-            differences[row] = bootstrap.compare(*answers, drawn=(one.draws, other.draws))
+            differences[row] = bootstrap.compare(*answers, drawn=(pair[0].draws, pair[1].draws))
         except ValueError as error:
             raise UserError(
                 f"{first} and {second}: {error}; evaluate both on the same data"

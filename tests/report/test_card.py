@@ -1,4 +1,4 @@
-"""The model card: what the Hub reads of it, what people read, and that its commands make the model again."""
+"""The model card: what the Hub reads, what people read, commands that make the model again."""
 
 import json
 import shlex

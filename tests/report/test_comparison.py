@@ -62,25 +62,24 @@ def test_means_over_the_sets_of_each_size() -> None:
 
 def test_the_interval_of_a_mean_is_of_the_same_examples_in_all_sets() -> None:
     twice = {"cola+sst2": {"average": cell(sst2=0.5)}, "rte+sst2": {"average": cell(sst2=0.5)}}
-    found = comparison.compare(twice).means["average"]
+    both = comparison.compare(twice).means["average"]
     alone = comparison.compare({"cola+sst2": twice["cola+sst2"]}).means["average"]
-    assert found["mean"].interval == alone["mean"].interval, (
+    assert both["mean"].interval == alone["mean"].interval, (
         "the same examples twice make nothing more certain"
     )
-    low, high = found["mean"].interval or (0, 0)
+    low, high = both["mean"].interval or (0, 0)
     assert low < 0.5 < high
 
 
 def test_an_expert_that_may_score_nothing_leaves_no_interval() -> None:
     weak = cell(sst2=0.5, cola=0.5)
     weak.tasks["cola"].alone = [0.0, 1.0] * 26 + [1.0, 0.0] * 24
-    found = comparison.compare({"cola+sst2": {"average": weak}}).means["average"]
-    assert found["mean"].interval is None
+    means = comparison.compare({"cola+sst2": {"average": weak}}).means["average"]
+    assert means["mean"].interval is None
 
 
 def test_pairs_are_by_scored_task_and_partner() -> None:
-    found = comparison.pairs(CELLS, "mine")
-    assert found == {
+    assert comparison.pairs(CELLS, "mine") == {
         ("cola", "rte"): 1.0,
         ("rte", "cola"): 0.8,
         ("cola", "sst2"): 0.6,
@@ -90,13 +89,13 @@ def test_pairs_are_by_scored_task_and_partner() -> None:
 
 
 def test_a_difference_is_told_from_chance_on_the_same_examples() -> None:
-    found = comparison.differences(
+    differences = comparison.differences(
         {"better": cell(rte=1.0), "average": cell(rte=0.5), "same": cell(rte=0.5)}
     )
-    assert found.keys() == {"better", "same"}, "held against the average, wherever it stands"
-    assert found["better"].difference == pytest.approx(0.4)
-    assert found["better"].p_value < 0.01
-    assert (found["same"].difference, found["same"].p_value) == (0, 1)
+    assert differences.keys() == {"better", "same"}, "held against the average, wherever it stands"
+    assert differences["better"].difference == pytest.approx(0.4)
+    assert differences["better"].p_value < 0.01
+    assert (differences["same"].difference, differences["same"].p_value) == (0, 1)
 
 
 def test_the_tables_are_text_and_numbers() -> None:

@@ -1,4 +1,4 @@
-"""Pictures: text that stays text, words for those who do not see them, no colour that tells alone."""
+"""Pictures: text stays text, words tell what they show, and no colour tells anything alone."""
 
 import re
 import xml.etree.ElementTree as ET
