@@ -43,7 +43,7 @@ def card(recipe: Recipe, metrics: Metrics) -> str:
         data_options=data_options,
         data_set=data_set,
         options=options,
-        source=source,
+        source=source_of,
         statistics=(  # command, recipe's entries, suffix of the file
             ("fisher", recipe.fisher, "parquet")
             if nodes
@@ -61,8 +61,9 @@ def front_matter(recipe: Recipe, metrics: Metrics) -> "ModelCardData":
     tasks = list(recipe.experts) or recipe.tasks
     results = []
     for task, scores in metrics.tasks.items():
-        rows = metrics.data.get(task) or Rows(splits={})
-        data_set_id, title = DATA_SETS.get(rows.source, ("glue", "GLUE from a folder"))
+        rows = metrics.data.get(task)
+        source = rows.source if rows else ""
+        data_set_id, title = DATA_SETS.get(source, ("glue", "GLUE from a folder"))
         for split, metric, value, examples, _ in measured(task, scores):
             result = EvalResult(
                 task_type="text-classification",
@@ -71,7 +72,7 @@ def front_matter(recipe: Recipe, metrics: Metrics) -> "ModelCardData":
                 dataset_name=f"{title}, {task}",
                 dataset_config=task,
                 dataset_split=split,
-                dataset_revision=rows.revision or None,
+                dataset_revision=(rows.revision or None) if rows else None,
                 dataset_args={"rows": examples},
                 metric_type=HUB_METRICS.get(metric, metric),
                 metric_name=f"{task} {metric.replace('_', ' ')}",
@@ -112,7 +113,7 @@ def data_options(rows: Rows | None) -> str:
     return options({"source": rows.source, "revision": rows.revision, "seed": rows.seed})
 
 
-def source(checkpoint: Checkpoint, name: str) -> str:
+def source_of(checkpoint: Checkpoint, name: str) -> str:
     """Where `fmn fetch` finds a checkpoint; path/to/NAME for a folder, whose path is not known."""
     is_address = checkpoint.revision.startswith(("hf://", "models:", "package:"))
     return quote(checkpoint.revision) if is_address else f"path/to/{name}"

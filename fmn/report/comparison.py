@@ -99,7 +99,7 @@ def answers(cell: Cell, of_expert: bool = False) -> dict[str, dict[str, Answers]
     return {
         task: {"tried": Answers(np.array(predictions), np.array(one.labels))}
         for task, one in cell.tasks.items()
-        for predictions in [one.alone if of_expert else one.predictions]
+        for predictions in [one.expert_predictions if of_expert else one.predictions]
     }
 
 

@@ -183,7 +183,7 @@ class Tried(Record):
     relative: float | None
     labels: list[float]
     predictions: list[float]
-    alone: list[float] = Field(alias="expert predictions")
+    expert_predictions: list[float] = Field(alias="expert predictions")
 
 
 class Cell(Record):

@@ -73,7 +73,7 @@ def test_the_interval_of_a_mean_is_of_the_same_examples_in_all_sets() -> None:
 
 def test_an_expert_that_may_score_nothing_leaves_no_interval() -> None:
     weak = cell(sst2=0.5, cola=0.5)
-    weak.tasks["cola"].alone = [0.0, 1.0] * 26 + [1.0, 0.0] * 24
+    weak.tasks["cola"].expert_predictions = [0.0, 1.0] * 26 + [1.0, 0.0] * 24
     means = comparison.compare({"cola+sst2": {"average": weak}}).means["average"]
     assert means["mean"].interval is None
 
