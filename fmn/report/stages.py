@@ -1,159 +1,174 @@
-"""The stage that writes a run's report."""
+"""The stages that write a run's report and the tables of a comparison."""
 
-from collections.abc import Mapping
+import csv
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fmn.errors import UserError
-from fmn.evaluate import files as metrics_files
-from fmn.experiments.files import Cell
-from fmn.merge import recipe
-from fmn.report import results as report
+from fmn.report import results
 from fmn.store import artifacts, stage
-from fmn.store.stage import Outcome
+from fmn.store.records import Cell, Metrics, Recipe, Record
+from fmn.store.stage import Job, Outcome, read_record
 
-REPORT = 3
+if TYPE_CHECKING:
+    from fmn.report.figures import Picture
 
-# The stages that a report says the cost of, in their order.
-COSTED = (
-    "fetch",
-    "data",
-    "finetune",
-    "fisher",
-    "full-fisher",
-    "gram",
-    "search",
-    "merge",
-    "realign",
-    "evaluate",
-)
+REPORT = 4
+COMPARISON = 3
+Paths = Mapping[str, Path]
 
 
-def realigned(folder: Path, merged_models: Mapping[str, Path]) -> dict[str, Path]:
-    """The metrics files in ``folder``, by name, of models that are one of the merged ones with its heads re-aligned."""
-    shown = {metrics_files.read_metrics(file).model for file in merged_models.values()}
-    found = {
-        file.stem: file
-        for file in sorted(folder.glob("*.json"))
-        if file not in merged_models.values()
-    }
-    return {
-        name: file
-        for name, file in found.items()
-        if artifacts.read_json(file).get("realigned from") in shown
-    }
+class ReportInfo(Record):
+    """What a report says on a terminal: its table, notes below it, and the numbers."""
+
+    header: list[str]
+    body: list[list[str]]
+    notes: list[str]
+    results: dict[str, Any]
 
 
-def write_report(
-    experts: Mapping[str, Path],
-    merged_models: Mapping[str, Path],
-    fisher_files: Mapping[str, Path],
+def report(
+    *,
+    merged: Mapping[str, Path],
     out: Path,
-    work: Path | None = None,
-) -> Outcome:
-    """Tables, pictures and a page of them in the folder ``out``.
+    models: Mapping[str, Path] = {},
+    experts: Mapping[str, Path] = {},
+    fisher: Mapping[str, Path] = {},
+) -> Outcome[ReportInfo]:
+    """Write report.html, the page of a run: tables, pictures, and the same as files of their own.
 
     Args:
-        experts: metrics files of the experts by task.
-        merged_models: metrics files of the merged models by the name that the table gives them.
-        fisher_files: Fisher artifacts by task.
-        work: the run's folder, which tells how the models were merged and what the stages took.
+        merged: the metrics file of each merged model, by the name to show
+        out: folder of the page, the pictures, the numbers and the model cards
+        models: the folder of each merged model, by the same names: how it was merged is read there
+        experts: the metrics file of each expert, by task
+        fisher: the Fisher artifact of each expert, by task
     """
-    if not merged_models:
-        raise UserError("--merged NAME=FILE: at least one metrics file of a merged model is needed")
-    if report.EXPERT in merged_models:
-        raise UserError(
-            f"--merged {report.EXPERT}=FILE: the experts' column has that name; choose another"
-        )
-    files = {"expert": experts, "merged": merged_models, "fisher": fisher_files}
-    inputs = {
-        f"{kind} {name}": artifacts.digest_file(stage.there(file))
-        for kind, named in files.items()
-        for name, file in named.items()
-    }
-    metrics = {
-        name: metrics_files.read_metrics(file).model_dump(by_alias=True)
-        for name, file in merged_models.items()
-    }
-    folders = _merged_below(work, metrics) if work else {}
-    recipes = {name: recipe.read_recipe(folder) for name, folder in folders.items()}
-    # What a recipe says is in the metrics' digest of it; what the stages took is no part of what a report is.
-    key = artifacts.content_key(
-        "report", REPORT, {"order": list(inputs), "recipes": list(recipes)}, inputs
-    )
-    for task, stated in recipes.get(report.headline(metrics), {}).get("fisher", {}).items():
-        if task in fisher_files and stated["digest"] != inputs[f"fisher {task}"]:
-            raise UserError(
-                f"{fisher_files[task]}: not the Fisher that {report.headline(metrics)} was merged with"
-            )
-
-    def fill(folder: Path) -> Mapping[str, Any]:
-        alone = {task: evaluated(file) for task, file in experts.items()}
-        table = report.tabulate(
-            alone, {name: evaluated(file) for name, file in merged_models.items()}
-        )
-        fisher = {task: artifacts.read_fisher(file)[0] for task, file in fisher_files.items()}
-        names = {name: name for name in table.tasks} | {
-            path.name: name for name, path in folders.items()
-        }
-        return report.write(folder, table, fisher, recipes, _costs(work, names) if work else [])
-
-    return stage.run_folder("report", out, key, fill)
-
-
-def evaluated(metrics: Path) -> report.Evaluated:
-    """What a metrics file says, and the predictions beside it."""
-    return report.Evaluated(
-        metrics_files.read_metrics(metrics).model_dump(by_alias=True),
-        metrics_files.read_predictions(metrics),
+    if not merged:
+        raise UserError("--merged NAME=FILE: no metrics file of a merged model; give one")
+    if results.EXPERT in merged:
+        raise UserError("--merged expert=FILE: the experts' column is called so; choose another")
+    if unknown := [name for name in models if name not in merged]:
+        raise UserError(f"--model {unknown[0]}=DIR: no metrics of it; give --merged too")
+    files = {"merged": merged, "models": models, "experts": experts, "fisher": fisher}
+    return stage.run_stage(
+        "report",
+        REPORT,
+        out,
+        lambda job: _write_report(job, **files),
+        # Predictions lie beside their metrics file, which holds their digest.
+        reads={f"{kind} {name}": path for kind in files for name, path in files[kind].items()},
+        settings={kind: list(paths) for kind, paths in files.items()},
+        summary=lambda folder: stage.read_info(folder, ReportInfo),
+        is_folder=True,
     )
 
 
-def _merged_below(work: Path, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
-    """The folders of merged models in the run's folder, by the name of the metrics that are of them."""
-    there = {
-        artifacts.digest_file(path): path.parent for path in sorted(work.glob(f"*/{recipe.RECIPE}"))
-    }
-    return {
-        name: there[content["model"]]
-        for name, content in metrics.items()
-        if content.get("model") in there
-    }
+def _write_report(
+    job: Job, merged: Paths, models: Paths, experts: Paths, fisher: Paths
+) -> ReportInfo:
+    from fmn.report import card, figures, page
+
+    evaluated = {name: read_evaluated(path) for name, path in merged.items()}
+    table = results.tabulate({t: read_evaluated(path) for t, path in experts.items()}, evaluated)
+    recipes = {}
+    for name, folder in models.items():
+        if evaluated[name].metrics.model != job.inputs[f"models {name}"]:
+            raise UserError(f"{merged[name]}: not the metrics of {folder}; evaluate that model")
+        recipes[name] = read_record(folder / "merge.json", Recipe, "merge again")
+    if recipe := recipes.get(table.headline):
+        for task in fisher.keys() & recipe.fisher:
+            if recipe.fisher[task].digest != job.inputs[f"fisher {task}"]:
+                raise UserError(
+                    f"{fisher[task]}: not the Fisher that {table.headline} was merged with;"
+                    " give that one"
+                )
+    values = {task: artifacts.read_fisher(path)[0] for task, path in fisher.items()}
+    costs = _costs(fisher, models, experts, merged)
+    content = results.Report(table, recipes, values, costs)
+
+    numbers = results.results(table)
+    wide = results.text_table(table, width=1 << 10)
+    (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (job.path / "table.md").write_text(results.markdown(*wide))
+    _write_csv(job.path / "scores.csv", results.score_rows(table))
+    _write_csv(job.path / "costs.csv", [cost._asdict() for cost in costs])
+    pictures = figures.draw(figures.RUN_PICTURES, content)
+    _write_page(job.path, page.run_page(content, pictures), pictures)
+    for name, recipe in recipes.items():
+        path = job.path / "cards" / f"{name}.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(card.card(recipe, evaluated[name].metrics))
+    header, body = results.text_table(table)
+    return ReportInfo(header=header, body=body, notes=results.notes(table), results=numbers)
 
 
-def _costs(work: Path, names: Mapping[str, str]) -> list[report.Cost]:
-    """What the stages before a report took, in their order, by the names that the report gives their outputs."""
-    shown = {"base": "base", **names}
-    found = [
-        report.Cost(made_by, shown[name], seconds)
-        for path, (made_by, seconds) in artifacts.read_costs(work).items()
-        if made_by in COSTED and (name := path.name.split(".")[0]) in shown
-    ]
-    order = list(shown.values())
-    return sorted(found, key=lambda one: (COSTED.index(one.stage), order.index(one.name)))
+def read_evaluated(metrics: Path) -> results.Evaluated:
+    """A metrics file, and the predictions beside it."""
+    content = read_record(metrics, Metrics, "make it again with `fmn evaluate`")
+    return results.Evaluated(content, artifacts.read_predictions(metrics))
 
 
-COMPARISON = 2
+def _costs(*inputs: Paths) -> list[results.Cost]:
+    """The run times of the stages that wrote these inputs, if their sidecars tell; by stage."""
+    sidecars = [(name, stage.read_sidecar(path)) for each in inputs for name, path in each.items()]
+    costs = [results.Cost(one.stage, name, one.seconds) for name, one in sidecars if one]
+    stages = list(dict.fromkeys(cost.stage for cost in costs))
+    return sorted(costs, key=lambda cost: stages.index(cost.stage))
 
 
-def write_comparison(cells: Mapping[str, Mapping[str, Path]], out: Path) -> Outcome:
-    """The tables of a comparison in the folder ``out``, from its cells' files by set and method."""
-    inputs = {
-        f"{name}/{method}": artifacts.digest_file(stage.there(path))
-        for name, row in cells.items()
-        for method, path in row.items()
-    }
-    key = artifacts.content_key("comparison", COMPARISON, {"order": list(inputs)}, inputs)
+def _write_page(folder: Path, page: str, pictures: "Mapping[str, Sequence[Picture]]") -> None:
+    """Write ``report.html``, and its pictures as files of their own."""
+    (folder / "report.html").write_text(page)
+    (folder / "pictures").mkdir()
+    for picture in (picture for section in pictures.values() for picture in section):
+        (folder / "pictures" / f"{picture.name}.svg").write_text(picture.svg + "\n")
 
-    def fill(target: Path) -> Mapping[str, Any]:
-        from fmn.report import comparison
 
-        read = {
-            name: {
-                method: stage.read_record(path, Cell).model_dump() for method, path in row.items()
-            }
-            for name, row in cells.items()
-        }
-        return comparison.write(target, read)
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV; no file if there are none."""
+    if rows:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
-    return stage.run_folder("comparison", out, key, fill)
+
+def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ReportInfo]:
+    """Write the tables of a comparison of merge methods: report.html, pictures, numbers.
+
+    Args:
+        cells: the file of each cell, by SET/METHOD
+        out: folder of the page, the pictures and the numbers
+    """
+    return stage.run_stage(
+        "comparison",
+        COMPARISON,
+        out,
+        lambda job: _write_comparison(job.path, cells),
+        reads=cells,
+        settings={"order": list(cells)},
+        summary=lambda folder: stage.read_info(folder, ReportInfo),
+        is_folder=True,
+    )
+
+
+def _write_comparison(folder: Path, paths: Paths) -> ReportInfo:
+    from fmn.report import comparison, figures, page
+
+    cells: dict[str, dict[str, Cell]] = {}
+    for name, path in paths.items():
+        experts, _, method = name.partition("/")
+        cells.setdefault(experts, {})[method] = read_record(path, Cell)
+    content = comparison.compare(cells)
+    numbers = comparison.numbers(cells, content)
+    stage.write_record(folder / "results.json", numbers)
+    header, body = comparison.text_table(content)
+    methods = results.markdown(header, body)
+    tables = page.render("table.md", comparison=content, methods=methods)
+    (folder / "table.md").write_text(tables.rstrip() + "\n")
+    pictures = figures.draw(figures.COMPARISON_PICTURES, content)
+    _write_page(folder, page.comparison_page(content, pictures), pictures)
+    return ReportInfo(header=header, body=body, notes=[], results=numbers.methods)

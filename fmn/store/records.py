@@ -80,6 +80,13 @@ class Realigned(Record):
     tasks: dict[str, Fit]
 
 
+class Searched(Record):
+    """What a search of the coefficients found, as shares of the experts' scores."""
+
+    score: float
+    uniform: float
+
+
 class Recipe(Record):
     """``merge.json`` of any merged model."""
 
@@ -98,6 +105,10 @@ class Recipe(Record):
     base: Checkpoint | None = None
     labels: dict[str, Labels] = {}
     realign: Realigned | None = None
+    search: Searched | None = None
+    fmn: str = ""
+    fisher: dict[str, Weighing] = {}
+    gram: dict[str, Weighing] = {}
 
 
 class Traced(Recipe):

@@ -96,7 +96,7 @@ def survived(what: str, attempt: Callable[..., object], *given: Any) -> bool:
 
 
 def tabulated(metrics: Path) -> report.Table:
-    return report.tabulate({}, {"merged": report_stages.evaluated(metrics)})
+    return report.tabulate({}, {"merged": report_stages.read_evaluated(metrics)})
 
 
 def described(model: Path, metrics: Path) -> None:
