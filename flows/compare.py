@@ -10,8 +10,8 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import cluster, notices, pages, workers
+from flows.pages import server_answers
 from flows.pipeline import Futures, Layout, collect, submit_experts, submitter
-from flows.server import answering
 from fmn import params
 from fmn.errors import UserError
 from fmn.experiments import grid
@@ -34,7 +34,7 @@ def compare(profile: str, name: str) -> dict[tuple[str, str], Outcome]:
     Raises:
         UserError: naming every stage that failed, and why; cells that finished are kept.
     """
-    with notices.failures_told(Path(profile)):
+    with notices.failures_reported(Path(profile)):
         settings, comparing = _settings(Path(profile), name)
         layout = Layout(Path(settings.work))
         with cluster.joined(settings):
@@ -157,7 +157,7 @@ def run_compare(profile: Path, name: str) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn compare` does."""
     started = time.monotonic()
     settings, _ = _settings(profile, name)  # a mistake there is told before Prefect starts
-    with answering():
+    with server_answers():
         found = dict(compare(str(profile), name)["comparison", ""].summary)
     show_table(*found["table"])
     say(

@@ -19,9 +19,9 @@ from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 
-from flows import cluster, dvc, limits, notices, pages, workers
-from flows.faults import PassingError, one_line
-from flows.server import answering
+from flows import cluster, dvc, notices, pages, workers
+from flows.pages import server_answers
+from flows.workers import TransientError, one_line
 from fmn import params
 from fmn.errors import UserError
 from fmn.evaluate import stages as evaluate_stages
@@ -100,9 +100,9 @@ STAGES: Mapping[str, Callable[..., Outcome]] = {
 
 
 def _worth_another_try(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    if not isinstance(state.data, PassingError):
+    if not isinstance(state.data, TransientError):
         return False
-    say(f"{run.name}: {state.data}; trying again")
+    say(f"{run.name}: {state.data}; retrying")
     return True
 
 
@@ -117,7 +117,7 @@ def run_stage(stage: str, name: str, arguments: dict[str, Any]) -> Outcome:
     """Run one stage with these arguments; say what it did in the task's log and on the terminal."""
     title = f"{stage} {name}".strip()
     elsewhere = cluster.takes(stage)
-    slot = nullcontext() if elsewhere else limits.device_slot(arguments)
+    slot = nullcontext() if elsewhere else pages.device_slot(arguments)
     with slot, progress_bar(title) as bar, pages.progress_page(title) as page:
 
         def progress(done: int, total: int) -> None:
@@ -156,7 +156,7 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
     Raises:
         UserError: naming every stage that failed, and why; what finished is kept.
     """
-    with notices.failures_told(Path(profile)):
+    with notices.failures_reported(Path(profile)):
         settings = params.load(Path(profile))
         layout = Layout(Path(settings.work))
         with cluster.joined(settings):
@@ -164,10 +164,14 @@ def pipeline(profile: str = "params.yaml") -> dict[str, Any]:
         dvc.keep_in_step(Path(profile), [outcome.out for outcome in outcomes.values()])
         found, registered = outcomes["report", ""].summary, dict(outcomes["register", ""].summary)
         pages.show_results(*found["table"])
-        pages.show_links(registered, layout.report)
+        name, version = registered["name"], registered["version"]
+        page = layout.report / "report.html"
+        pages.show_links(registered["store"], registered["run"], name, version, page)
         if outcomes["register", ""].computed:
             registry_stages.record_dvc_lock(registered["run"])
-            notices.tell_champion(Path(profile), registered)
+            if registered["alias"] == "champion":
+                reason = registered["reason"]
+                notices.send(Path(profile), f"fmn: {name} {version} is the new champion: {reason}")
     return {
         **found,
         "registered": registered,
@@ -322,7 +326,7 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn run` does."""
     started = time.monotonic()
     params.load(profile)  # a mistake there is told before Prefect starts
-    with answering():
+    with server_answers():
         outcome: dict[str, Any] = pipeline(str(profile))
     layout = Layout(Path(params.load(profile).work))
     show_table(*outcome["table"])

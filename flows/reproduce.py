@@ -7,8 +7,8 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import workers
+from flows.pages import server_answers
 from flows.pipeline import Layout, collect, submit_stages
-from flows.server import answering
 from fmn import params
 
 
@@ -37,7 +37,7 @@ def rebuild(profile: Path, name: str, threads: int | None) -> tuple[Path, Path]:
     """
     if threads is not None:
         os.environ["FMN_THREADS"] = str(threads)
-    with answering():
+    with server_answers():
         reproduce(str(profile))
     layout = Layout(Path(params.load(profile).work))
     return layout.merged(name), layout.metrics(name)

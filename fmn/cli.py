@@ -1,7 +1,6 @@
 """The `fmn` command: explicit paths in, files out, a short summary on the terminal or JSON for machines."""
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -12,6 +11,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from fmn import __version__, params
+from fmn.environment import settle_environment
 from fmn.errors import UserError
 from fmn.evaluate import stages as evaluate_stages
 from fmn.experiments import stages as experiments_stages
@@ -28,20 +28,6 @@ from fmn.terminal import complain, errors, only_ours, progress_bar, say, show_ta
 if TYPE_CHECKING:
     from fmn.store.stage import Outcome
 
-ENVIRONMENT = {
-    # Idle threads sleep instead of spinning: two that spin beside another busy process made training six times slower.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "DO_NOT_TRACK": "true",
-    "DVC_NO_ANALYTICS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_XET": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
 FLAT = Parameter(name="*")
 Profile = Annotated[Path, Parameter(name="--params", help="the settings")]
 Verbose = Annotated[
@@ -79,12 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, OSError):
             _fail(f"{error.filename or 'fmn'}: {error.strerror or error}", 1)
         raise
-
-
-def settle_environment() -> None:
-    """Keep libraries quiet, and threads out of each other's way; before the libraries are imported."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
 
 
 def _one_line(error: cyclopts.CycloptsError) -> str:
