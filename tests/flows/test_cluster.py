@@ -353,8 +353,7 @@ def test_a_worker_that_is_killed_in_a_fisher_changes_nothing(
         settings = folder / "params.yaml"
         text = settings.read_text().replace("empirical, samples: 32", "expected, samples: all")
         settings.write_text(text)
-    done = torture.finish(torture.flow(local))
-    assert done.code == 0, done.output
+    torture.finish(torture.flow(local))
 
     remote = f"runner: dask\naddress: {dask.address}\nstorage: file://{tmp_path}/shared\n"
     (far / "params.yaml").write_text((far / "params.yaml").read_text() + remote)
@@ -364,12 +363,11 @@ def test_a_worker_that_is_killed_in_a_fisher_changes_nothing(
     flow = torture.flow(far)
     wait_until(lambda: dask.at_work("sst2.parquet") or flow.poll() is not None)
     victim = dask.at_work("sst2.parquet")
-    assert victim is not None, torture.finish(flow).output
+    assert victim is not None, torture.finish(flow)
     dask.kill(victim)
-    done = torture.finish(flow)
-    assert done.code == 0, done.output
+    torture.finish(flow)
     assert torture.state(far).files == torture.state(local).files
 
     # A run on this machine has nothing left to do.
     (far / "params.yaml").write_text((local / "params.yaml").read_text())
-    assert "nothing had changed" in torture.finish(torture.flow(far)).output
+    assert "nothing had changed" in torture.finish(torture.flow(far))
