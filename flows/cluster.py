@@ -6,16 +6,17 @@ sidecar. Retries, progress and messages are the flow's, so workers need no Prefe
 """
 
 import os
+import re
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
@@ -29,7 +30,7 @@ from fmn.store.stage import Outcome, Progress
 
 STAGES = ("finetune", "fisher", "full-fisher", "gram", "evaluate", "compare")
 TIMEOUT = 15.0  # seconds that a scheduler, or its first worker, has to answer
-MAX_STAGES = 64  # stages that wait for the cluster at once, or twice its threads if that is more
+MAX_STAGES = 256  # stages that wait for the cluster at once
 _POLL = 0.5  # seconds between two looks at a stage, and between two reports of its progress
 _START = "`dask worker ADDRESS --nthreads 1 --memory-limit 0 --local-directory DIR`"
 
@@ -51,7 +52,7 @@ _cluster: ContextVar[_Cluster | None] = ContextVar("cluster", default=None)
 
 
 @cache
-def versions() -> dict[str, str]:
+def versions() -> str:
     """What must be the same on all machines: fmn's version and files, and what computes."""
     import flows
     import fmn
@@ -59,11 +60,10 @@ def versions() -> dict[str, str]:
     packages = [Path(package.__path__[0]) for package in (flows, fmn)]
     files = [file for package in packages for file in artifacts.visible(package).values()]
     code = "".join(artifacts.digest_file(file) for file in files if file.suffix != ".pyc")
-    installed = {"fmn": f"{fmn.__version__} ({artifacts.digest_bytes(code.encode())[:12]})"}
-    for name in ("torch", "transformers", "tokenizers"):
-        with suppress(PackageNotFoundError):
-            installed[name] = version(name).partition("+")[0]  # +cu130 and the like compute alike
-    return installed
+    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers")]
+    digest = artifacts.digest_bytes(code.encode())[:12]
+    # A build for GPUs, such as 2.13.0+cu130, counts as the same.
+    return re.sub(r"\+\w+", "", f"fmn {fmn.__version__} {digest}, {', '.join(libraries)}")
 
 
 @contextmanager
@@ -99,8 +99,7 @@ def joined(settings: Params) -> Iterator[None]:
         infos = client.scheduler_info(n_workers=-1)["workers"].values()
         has_gpus = any(info["resources"].get("GPU", 0) >= 1 for info in infos)
         # A stage that waits for the cluster holds a thread of the flow's task runner.
-        threads = max(MAX_STAGES, 2 * sum(client.nthreads().values())) + workers.count()
-        runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=threads)
+        runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=MAX_STAGES)
         flow = FlowRunContext.get()
         context = flow.model_copy(update={"task_runner": runner}) if flow else nullcontext()
         token = _cluster.set(_Cluster(client, storage, has_gpus))
@@ -113,11 +112,9 @@ def joined(settings: Params) -> Iterator[None]:
 
 def check_workers(client: Any, storage: Storage, url: str) -> None:
     """Raise UserError unless all workers can run stages and see at `url` what `storage` writes."""
-    from distributed import TimeoutError as NoAnswerError
-
     try:
         client.wait_for_workers(1, timeout=TIMEOUT)
-    except (NoAnswerError, TimeoutError) as error:
+    except TimeoutError as error:
         raise UserError(f"the Dask scheduler has no workers; start some: {_START}") from error
     with TemporaryDirectory() as folder:
         (Path(folder) / "probe").write_text(uuid.uuid4().hex)
@@ -125,10 +122,8 @@ def check_workers(client: Any, storage: Storage, url: str) -> None:
         try:
             storage.put(Path(folder), probe)
         except Exception as error:  # each file system has errors of its own
-            raise UserError(
-                f"storage {storage.url}: cannot be written ({workers.one_line(error)});"
-                " grant access to it, or choose another URL"
-            ) from error
+            reason = workers.one_line(error)
+            raise UserError(f"storage {url}: cannot be written ({reason}); grant access") from error
     try:
         problems = client.run(_check_worker, url, probe, versions(), on_error="return")
     finally:
@@ -193,10 +188,7 @@ def _replace(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 
 def _submit(cluster: _Cluster, title: str, call: tuple[Any, ...], progress: Progress) -> Digests:
-    """Have a worker run a stage, whose `call` is the first arguments of `work`.
-
-    It is cancelled when this run ends first.
-    """
+    """Have a worker run `work(*call, ...)`; it is cancelled when this run ends first."""
     from distributed import KilledWorker
 
     client, topic = cluster.client, f"{title}-{uuid.uuid4().hex}"
@@ -215,8 +207,7 @@ def _submit(cluster: _Cluster, title: str, call: tuple[Any, ...], progress: Prog
                 progress(*latest[-1])
         if future.status not in ("finished", "error"):
             raise UserError("the Dask scheduler went away; start it, and run again to go on")
-        digests: Digests = future.result()
-        return digests
+        return cast(Digests, future.result())
     except KilledWorker as error:
         raise UserError(f"{error} Perhaps they lack the memory for one model.") from error
     finally:
@@ -230,14 +221,12 @@ def _submit(cluster: _Cluster, title: str, call: tuple[Any, ...], progress: Prog
 _one_at_a_time = threading.Lock()  # stages set the seeds and threads of their process
 
 
-def _check_versions(expected: Mapping[str, str]) -> None:
-    for name, wanted in expected.items():
-        if (here := versions().get(name)) != wanted:
-            raise UserError(f"{name} {here} there, {wanted} where the flow runs")
+def _check_versions(expected: str) -> None:
+    if versions() != expected:
+        raise UserError(f"it has {versions()}; the flow has {expected}")
 
 
-def _check_worker(url: str, probe: Digests, expected: Mapping[str, str]) -> None:
-    """Raise an error unless this worker can run stages."""
+def _check_worker(url: str, probe: Digests, expected: str) -> None:
     _check_versions(expected)
     with TemporaryDirectory() as folder:
         Storage(url).get(Path(folder), probe)
@@ -248,7 +237,7 @@ def work(
     arguments: Mapping[str, Any],
     out: str,
     url: str,
-    expected: Mapping[str, str],
+    expected: str,
     threads: int,
 ) -> Digests:
     """Fetch a stage's inputs, run it, and store its output.

@@ -14,12 +14,7 @@ from urllib.parse import quote
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect import artifacts
 from prefect.concurrency.sync import concurrency
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME
@@ -56,13 +51,15 @@ def progress_page(title: str) -> Iterator[Progress]:
             return
         due = time.monotonic() + _POLL
         if page is None:
-            page = _publish(create_progress_artifact, 100 * done / total, _key(title), title)
+            page = _publish(
+                artifacts.create_progress_artifact, 100 * done / total, _key(title), title
+            )
         else:
-            _publish(update_progress_artifact, page, 100 * done / total)
+            _publish(artifacts.update_progress_artifact, page, 100 * done / total)
 
     yield show
     if page is not None:
-        _publish(update_progress_artifact, page, 100.0)
+        _publish(artifacts.update_progress_artifact, page, 100.0)
 
 
 def show_costs(outcomes: Mapping[tuple[str, str], Outcome]) -> None:
@@ -73,32 +70,24 @@ def show_costs(outcomes: Mapping[tuple[str, str], Outcome]) -> None:
     ]
     total = sum(outcome.seconds for outcome in outcomes.values())
     key, text = _key("costs", flow_run.name), f"{total:.0f} s of work, side by side"
-    _publish(create_table_artifact, rows, key, text)
+    _publish(artifacts.create_table_artifact, rows, key, text)
 
 
 def show_results(header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
     """Show the table of results of this flow run."""
     text = report.markdown(header, body)
-    _publish(create_markdown_artifact, text, _key("results", flow_run.name))
+    _publish(artifacts.create_markdown_artifact, text, _key("results", flow_run.name))
 
 
 def show_links(store: str, run: str, model: str, version: str, report_file: Path) -> None:
-    """Show links to the MLflow run, the registered version and the report.
-
-    Args:
-        store: MLflow's tracking URI.
-        run: id of the MLflow run.
-        model: name of the registered model.
-        version: its version.
-        report_file: the report's page.
-    """
+    """Show links to the MLflow run (its id) in a tracking store, the version and the report."""
     mlflow = store.rstrip("/") if store.startswith("http") else MLFLOW
     text = (
         f"- [MLflow run]({mlflow}/#/runs/{run})\n"
         f"- [{model} {version}]({mlflow}/#/models/{quote(model)}/versions/{version})\n"
         f"- [report]({report_file.resolve().as_uri()})\n\n`make mlflow` serves local pages"
     )
-    _publish(create_markdown_artifact, text, _key("links", flow_run.name))
+    _publish(artifacts.create_markdown_artifact, text, _key("links", flow_run.name))
 
 
 def _key(*words: str) -> str:
@@ -113,8 +102,8 @@ def device_slot(arguments: Mapping[str, Any]) -> Iterator[None]:
     All runs on a server share the limit. `prefect gcl create fmn-gpu --limit 1` makes it; without
     it no stage waits.
     """
-    uses_gpu = getattr(arguments.get("settings"), "device", "cpu") != "cpu"
-    names = [LIMIT] if uses_gpu else []
+    device = getattr(arguments.get("settings"), "device", "cpu")
+    names = [] if device == "cpu" else [LIMIT]
     with concurrency(names, lease_duration=_LEASE, raise_on_lease_renewal_failure=False):
         yield
 

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -96,12 +95,11 @@ def run(
     """Call a stage function in a process of its own, as soon as a slot is free.
 
     Raises:
-        UserError: what the stage raises, or the process was killed for lack of memory.
+        UserError: what the stage raises.
         TransientError: a retry may help: the stage failed that way, or the process was killed.
         UnexpectedError: the stage has a bug.
     """
     slot = _free.get()
-    kills = _out_of_memory_kills()
     try:
         check_not_ended()
         if slot not in _pools:
@@ -121,10 +119,9 @@ def run(
     except BrokenProcessPool as error:
         del _pools[slot]
         check_not_ended()
-        if _out_of_memory_kills() > kills:
-            message = "its process was killed for lack of memory; free some, and run again"
-            raise UserError(message) from error
-        raise TransientError("its process was killed; run again to go on from here") from error
+        raise TransientError(
+            "its process was killed, perhaps for lack of memory; run again to go on from here"
+        ) from error
     finally:
         _free.put(slot)
 
@@ -138,14 +135,6 @@ def check_not_ended() -> None:
     """Raise a UserError once `end` was called."""
     if _ended.value:
         raise UserError("ended with its run")
-
-
-def _out_of_memory_kills() -> int:
-    """How many processes the kernel has killed for lack of memory since it started."""
-    with suppress(OSError):
-        counters = Path("/proc/vmstat").read_text().split()
-        return int(counters[counters.index("oom_kill") + 1])
-    return 0
 
 
 # What follows runs in the process of a slot.
