@@ -32,6 +32,7 @@ STAGES = ("finetune", "fisher", "full-fisher", "gram", "evaluate", "compare")
 TIMEOUT = 15.0  # seconds that a scheduler, or its first worker, has to answer
 MAX_STAGES = 256  # stages that wait for the cluster at once
 _POLL = 0.5  # seconds between two looks at a stage, and between two reports of its progress
+_INSTALL = "install fmn[dask] of the flow's version there, and restart it"
 _START = "`dask worker ADDRESS --nthreads 1 --memory-limit 0 --local-directory DIR`"
 
 
@@ -71,8 +72,8 @@ def joined(settings: Params) -> Iterator[None]:
     """Within it, stages named in `STAGES` run on the cluster that the settings name, if any.
 
     Raises:
-        UserError: the scheduler does not answer or has no workers; a worker has no fmn or another
-            version of it, or does not see the storage; the storage cannot be written.
+        UserError: the scheduler does not answer or has no workers, or a worker has no fmn or
+            another version of it.
     """
     if settings.runner == "local":
         yield
@@ -95,7 +96,7 @@ def joined(settings: Params) -> Iterator[None]:
             " start it with `dask scheduler`, or correct the address"
         ) from error
     with client:
-        check_workers(client, storage, storage.url)
+        _check_workers(client)
         infos = client.scheduler_info(n_workers=-1)["workers"].values()
         has_gpus = any(info["resources"].get("GPU", 0) >= 1 for info in infos)
         # A stage that waits for the cluster holds a thread of the flow's task runner.
@@ -110,30 +111,16 @@ def joined(settings: Params) -> Iterator[None]:
             _cluster.reset(token)
 
 
-def check_workers(client: Any, storage: Storage, url: str) -> None:
-    """Raise UserError unless all workers can run stages and see at `url` what `storage` writes."""
+def _check_workers(client: Any) -> None:
+    """Raise UserError, naming the worker, unless there are workers and all run the same code."""
     try:
         client.wait_for_workers(1, timeout=TIMEOUT)
     except TimeoutError as error:
         raise UserError(f"the Dask scheduler has no workers; start some: {_START}") from error
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "probe").write_text(uuid.uuid4().hex)
-        probe = digest_files(Path(folder))
-        try:
-            storage.put(Path(folder), probe)
-        except Exception as error:  # each file system has errors of its own
-            reason = workers.one_line(error)
-            raise UserError(f"storage {url}: cannot be written ({reason}); grant access") from error
-    try:
-        problems = client.run(_check_worker, url, probe, versions(), on_error="return")
-    finally:
-        storage.remove(probe["probe"])
+    problems = client.run(_check_versions, versions(), on_error="return")
     for worker, problem in problems.items():
         if problem is not None:
-            raise UserError(
-                f"worker {worker}: {workers.one_line(problem)};"
-                f" it needs fmn[dask] of the flow's version, and access to {url}"
-            )
+            raise UserError(f"worker {worker}: {workers.one_line(problem)}; {_INSTALL}")
 
 
 def takes(name: str) -> bool:
@@ -155,8 +142,6 @@ def run(
 
     def compute(out: Path) -> None:
         sent = _replace({key: item for key, item in arguments.items() if key != "out"}, Path, send)
-        if hasattr(sent.get("settings"), "workers"):  # a worker of the cluster has one GPU
-            sent["settings"] = sent["settings"].model_copy(update={"workers": 1})
         digests = _submit(cluster, f"{name} {out.name}", (function, sent, out.name), progress)
         with artifacts.scratch_folder(out) as scratch:
             cluster.storage.get(scratch, digests)
@@ -224,12 +209,6 @@ _one_at_a_time = threading.Lock()  # stages set the seeds and threads of their p
 def _check_versions(expected: str) -> None:
     if versions() != expected:
         raise UserError(f"it has {versions()}; the flow has {expected}")
-
-
-def _check_worker(url: str, probe: Digests, expected: str) -> None:
-    _check_versions(expected)
-    with TemporaryDirectory() as folder:
-        Storage(url).get(Path(folder), probe)
 
 
 def work(

@@ -1,4 +1,4 @@
-"""What a flow run has to do with its Prefect server: pages, GPU slots, and a server that is gone."""
+"""A flow run and its Prefect server: pages, GPU slots, and a server that does not answer."""
 
 import os
 import re
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 from urllib.parse import quote
 from uuid import UUID
@@ -17,11 +16,11 @@ import httpx
 from prefect import artifacts
 from prefect.concurrency.sync import concurrency
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME
+from prefect.settings import PREFECT_API_URL
 
-from fmn.errors import causes, system_errors_explained
+from fmn.errors import causes
 from fmn.report import results as report
-from fmn.store.stage import Outcome, Progress
+from fmn.store.stage import Progress
 from fmn.terminal import complain
 
 LONG = 10.0  # seconds after which a stage gets a progress page
@@ -60,17 +59,6 @@ def progress_page(title: str) -> Iterator[Progress]:
     yield show
     if page is not None:
         _publish(artifacts.update_progress_artifact, page, 100.0)
-
-
-def show_costs(outcomes: Mapping[tuple[str, str], Outcome]) -> None:
-    """Show a table of what the stages of this flow run did, and how long each took."""
-    rows = [
-        {"stage": stage, "of": name, "seconds": round(item.seconds, 1), "computed": item.computed}
-        for (stage, name), item in outcomes.items()
-    ]
-    total = sum(outcome.seconds for outcome in outcomes.values())
-    key, text = _key("costs", flow_run.name), f"{total:.0f} s of work, side by side"
-    _publish(artifacts.create_table_artifact, rows, key, text)
 
 
 def show_results(header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
@@ -113,17 +101,8 @@ def server_answers() -> Iterator[None]:
     """End this process with one line if the Prefect server does not answer, or not any more.
 
     A server that this process started ends with it, on SIGTERM too.
-
-    Raises:
-        UserError: Prefect's folder cannot be written, which an own server would fail at.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    if not PREFECT_API_URL.value():
-        home = PREFECT_HOME.value()
-        with system_errors_explained(home):
-            home.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=home) as file:
-                file.write(b"1")
     try:
         yield
     except Exception as error:

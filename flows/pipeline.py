@@ -306,7 +306,6 @@ def collect(futures: Futures) -> dict[tuple[str, str], Outcome]:
             raise found
         elif isinstance(found, Exception):
             failures.append(f"{stage} {name}".strip() + f": {one_line(found)}")
-    pages.show_costs(outcomes)
     if failures:
         evaluated = {
             name: outcome.summary

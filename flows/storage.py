@@ -83,15 +83,12 @@ class Storage:
             try:
                 self._system.get_file(place, str(path))
             except FileNotFoundError:
-                raise TransientError(f"{self.url}: {name} ({place}) is missing") from None
+                message = f"{self.url}: {name} ({place}) is missing; all machines must see this URL"
+                raise TransientError(message) from None
             if artifacts.digest_file(path) != digest:
-                self.remove(digest)
+                self._system.rm_file(place)
                 raise TransientError(f"{self.url}: {name} ({place}) was damaged, and is removed")
             fetched[digest] = path
-
-    def remove(self, digest: str) -> None:
-        """Remove a file."""
-        self._system.rm_file(self._place(digest))
 
     def _place(self, digest: str) -> str:
         return f"{self._root}/files/{digest[:2]}/{digest}"

@@ -26,7 +26,7 @@ FMN, DVC = (sys.executable, "-m", "fmn"), (sys.executable, "-m", "dvc")
 
 
 def make_project(folder: Path, base: Path) -> Path:
-    """Fill a folder with the code, the stages, the settings, and the base as the folder `source`."""
+    """Fill a folder with the code, the stages, the settings, and the base as `source`."""
     folder.mkdir(exist_ok=True)
     for name in ("fmn", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -5,14 +5,11 @@ from pathlib import Path
 import pytest
 
 from tests.projects import (
-    DVC,
-    FMN,
     dvc,
     flow,
     make_project,
     repro,
     run,
-    start,
     take_folders_as_experts,
 )
 from tests.test_floating import retune
@@ -93,16 +90,6 @@ def test_a_second_clone_is_spared_what_was_pushed(project: Path, tmp_path: Path)
     assert (clone / "data/tiny/fisher/sst2.parquet").read_bytes() == (
         project / "data/tiny/fisher/sst2.parquet"
     ).read_bytes()
-
-
-def test_a_flow_and_dvc_at_once(tiny_base: Path, tmp_path: Path) -> None:
-    folder = make_project(tmp_path, tiny_base)
-    for process in [start(folder, *FMN, "run"), start(folder, *DVC, "repro")]:
-        out, err = process.communicate()
-        assert process.returncode == 0, out + err
-    assert "up to date" in dvc(folder, "status")
-    assert "models:/tiny/1" in (output := flow(folder))
-    assert "nothing had changed" in output
 
 
 def test_dvc_looks_where_sources_stand(

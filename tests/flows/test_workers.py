@@ -1,4 +1,4 @@
-"""Stages in worker processes: results, progress and errors come back; nothing outlives its owner."""
+"""Stages in processes: results, progress and errors come back; nothing outlives its owner."""
 
 import errno
 import os
@@ -20,10 +20,8 @@ import torch
 from flows import workers
 from flows.workers import TransientError, UnexpectedError, is_transient, one_line
 from fmn.errors import UserError
-from fmn.models import sources
 from fmn.store.stage import Outcome, Progress, no_progress, run_stage
 from tests.conftest import ROOT
-from tests.hub_server import Hub
 
 
 def count_to(total: int, out: Path, progress: Progress = no_progress) -> Outcome:
@@ -208,21 +206,14 @@ def test_network_errors_and_a_locked_database_are_transient(tmp_path: Path) -> N
     assert is_transient(through_mlflow(ConnectionError("gone")))
 
 
+@pytest.mark.parametrize(("status", "expected"), [(503, True), (429, True), (404, False)])
 def test_a_busy_server_is_transient_and_one_that_refuses_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: int, expected: bool
 ) -> None:
-    def fetch_error(name: str) -> BaseException:
-        return raised(lambda: sources.fetch(f"hf://org/{name}", tmp_path / "out", patience=0))
-
-    with Hub() as hub:
-        hub.add("models", "org/name", {"config.json": b"{}"})
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        hub.misbehave("status", "org/name", times=1, status=503)
-        assert is_transient(fetch_error("name"))
-        assert not is_transient(fetch_error("none"))
-        hub.gated.add("org/name")
-        assert not is_transient(fetch_error("name"))
-    assert is_transient(fetch_error("name")), "the server is gone"
+    error = UserError("hf://org/name: it failed")
+    request, response = httpx.Request("GET", "http://hub"), httpx.Response(status)
+    error.__cause__ = httpx.HTTPStatusError("failed", request=request, response=response)
+    assert is_transient(error) == expected
 
 
 def test_mistakes_lack_of_memory_and_bugs_are_not_transient() -> None:
@@ -234,11 +225,10 @@ def test_mistakes_lack_of_memory_and_bugs_are_not_transient() -> None:
     assert not is_transient(through_mlflow(no_table)), "MLflow calls it transient"
 
 
-def test_a_file_that_vanished_may_come_back(tmp_path: Path) -> None:
-    error = raised((tmp_path / "away").read_bytes)
-    assert is_transient(error)
+def test_a_file_that_vanished_may_come_back() -> None:
+    assert is_transient(FileNotFoundError("away"))
     mistake = UserError("no such file")
-    mistake.__cause__ = error
+    mistake.__cause__ = FileNotFoundError("away")
     assert not is_transient(mistake)
 
 
