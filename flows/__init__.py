@@ -1,5 +1,5 @@
-"""Prefect over fmn's stages; nothing in fmn knows of it."""
+"""Prefect flows over fmn's stages; nothing in fmn imports them."""
 
-from fmn.cli import settle_environment
+from fmn.environment import settle_environment
 
 settle_environment()  # before Prefect is imported

@@ -11,7 +11,7 @@ from prefect import flow
 from flows import cluster, graph, notices, pages
 from flows.graph import Node
 from flows.pipeline import RUNNER, Outcomes, run_nodes
-from flows.server import answering
+from flows.pages import server_answers
 from fmn import params
 from fmn.errors import UserError
 from fmn.experiments import grid
@@ -33,11 +33,12 @@ def compare_methods(profile: str, name: str) -> Outcomes:
     Raises:
         UserError: names the stages that failed and why; cells that finished are kept.
     """
-    with notices.failures_told(Path(profile)):
+    with notices.failures_reported(Path(profile)):
         settings, comparing = _settings(Path(profile), name)
         with cluster.joined(settings):
             outcomes = run_nodes(nodes(settings, comparing, Path(profile), name))
-    pages.show_results(*outcomes["comparison", ""].summary.table)
+    tables = outcomes["comparison", ""].summary
+    pages.show_results(tables.header, tables.body)
     return outcomes
 
 
@@ -45,10 +46,10 @@ def run_compare(profile: Path, name: str) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn compare` does."""
     started = time.monotonic()
     _settings(profile, name)  # a mistake there is reported before Prefect starts
-    with answering():
+    with server_answers():
         outcomes: Outcomes = compare_methods(str(profile), name)
     tables = outcomes["comparison", ""]
-    show_table(*tables.summary.table)
+    show_table(tables.summary.header, tables.summary.body)
     say(f"report     {tables.out / 'report.html'}", f"{time.monotonic() - started:.0f} s")
     summary: dict[str, Any] = tables.summary.model_dump(mode="json")
     return summary

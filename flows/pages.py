@@ -1,6 +1,9 @@
-"""What a flow run shows on the Prefect server's pages: results, costs, links, progress; it runs on without them."""
+"""A flow run and its Prefect server: pages, GPU slots, and a server that does not answer."""
 
+import os
 import re
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,104 +13,107 @@ from urllib.parse import quote
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect import artifacts
+from prefect.concurrency.sync import concurrency
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 
+from fmn.errors import causes
 from fmn.report import results as report
-from fmn.store.stage import Outcome, Progress
+from fmn.store.stage import Progress
+from fmn.terminal import complain
 
-LONG = 10.0  # seconds after which a stage has a progress page
-_STEP = 5.0  # seconds between two looks at it
+LONG = 10.0  # seconds after which a stage gets a progress page
+LIMIT = "fmn-gpu"
 MLFLOW = "http://127.0.0.1:5000"  # where `make mlflow` shows a store that has no pages of its own
-
-_gone = False  # whether the server has stopped answering
+_POLL = 5.0  # seconds between two updates of a progress page
+_LEASE = 60.0  # seconds until the slot of a killed run is free again; Prefect's minimum
 
 
 def _publish(make: Callable[..., Any], *arguments: Any) -> Any:
-    """Make or change an artifact; None where that fails. A server that went away is waited for once."""
-    global _gone
-    if _gone:
-        return None
+    """Make or change an artifact; None where the server does not take it: the run goes on."""
     try:
         return make(*arguments)
-    except httpx.HTTPError as error:
-        _gone = isinstance(error, httpx.TransportError)
+    except httpx.HTTPError:
         return None
 
 
 @contextmanager
 def progress_page(title: str) -> Iterator[Progress]:
-    """A progress artifact for a stage that takes long. Yields what takes (done, total)."""
+    """Show a stage's progress on a page if it takes long; yields what takes (done, total)."""
     page: UUID | None = None
     due = time.monotonic() + LONG
 
-    def report_progress(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         nonlocal page, due
         if time.monotonic() < due:
             return
-        due = time.monotonic() + _STEP
+        due = time.monotonic() + _POLL
         if page is None:
-            page = _publish(create_progress_artifact, 100 * done / total, _key(title), title)
+            page = _publish(
+                artifacts.create_progress_artifact, 100 * done / total, _key(title), title
+            )
         else:
-            _publish(update_progress_artifact, page, 100 * done / total)
+            _publish(artifacts.update_progress_artifact, page, 100 * done / total)
 
-    yield report_progress
+    yield show
     if page is not None:
-        _publish(update_progress_artifact, page, 100.0)
-
-
-def show_costs(outcomes: Mapping[tuple[str, str], Outcome]) -> None:
-    """A table of what the stages of this flow run did, and how long each took."""
-    rows = [
-        {
-            "stage": stage,
-            "of": name,
-            "seconds": round(outcome.seconds, 1),
-            "computed": outcome.computed,
-        }
-        for (stage, name), outcome in outcomes.items()
-    ]
-    total = sum(outcome.seconds for outcome in outcomes.values())
-    _publish(
-        create_table_artifact,
-        rows,
-        _key("costs", flow_run.name),
-        f"{total:.0f} s of work, side by side",
-    )
+        _publish(artifacts.update_progress_artifact, page, 100.0)
 
 
 def show_results(header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-    """The table of results of this flow run."""
-    _publish(
-        create_markdown_artifact, report.markdown(header, body), _key("results", flow_run.name)
+    """Show the table of results of this flow run."""
+    text = report.markdown(header, body)
+    _publish(artifacts.create_markdown_artifact, text, _key("results", flow_run.name))
+
+
+def show_links(store: str, run: str, model: str, version: str, report_file: Path) -> None:
+    """Show links to the MLflow run (its id) in a tracking store, the version and the report."""
+    mlflow = store.rstrip("/") if store.startswith("http") else MLFLOW
+    text = (
+        f"- [MLflow run]({mlflow}/#/runs/{run})\n"
+        f"- [{model} {version}]({mlflow}/#/models/{quote(model)}/versions/{version})\n"
+        f"- [report]({report_file.resolve().as_uri()})\n\n`make mlflow` serves local pages"
     )
-
-
-def show_links(registered: Mapping[str, Any], report_folder: Path) -> None:
-    """Links to the MLflow run, the registered version and the report."""
-    store = registered["store"]
-    pages = store.rstrip("/") if store.startswith("http") else MLFLOW
-    version = f"{registered['name']} {registered['version']}"
-    page = next(iter(sorted(report_folder.glob("*.html"))), report_folder)
-    links = {
-        "run": (f"{pages}/#/runs/{registered['run']}", f"MLflow run of {version}"),
-        "version": (
-            f"{pages}/#/models/{quote(registered['name'])}/versions/{registered['version']}",
-            version,
-        ),
-        "report": (page.resolve().as_uri(), f"report of {version}"),
-    }
-    for name, (link, text) in links.items():
-        described = f"{text}; `make mlflow` serves local pages"
-        _publish(create_link_artifact, link, text, _key(name, flow_run.name), described)
+    _publish(artifacts.create_markdown_artifact, text, _key("links", flow_run.name))
 
 
 def _key(*words: str) -> str:
     """Words as an artifact's key, under which Prefect lines up the artifacts of all runs."""
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+@contextmanager
+def device_slot(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Hold a slot of the server's limit `fmn-gpu` for a stage that does not compute on the CPU.
+
+    All runs on a server share the limit. `prefect gcl create fmn-gpu --limit 1` makes it; without
+    it no stage waits.
+    """
+    device = getattr(arguments.get("settings"), "device", "cpu")
+    names = [] if device == "cpu" else [LIMIT]
+    with concurrency(names, lease_duration=_LEASE, raise_on_lease_renewal_failure=False):
+        yield
+
+
+@contextmanager
+def server_answers() -> Iterator[None]:
+    """End this process with one line if the Prefect server does not answer, or not any more.
+
+    A server that this process started ends with it, on SIGTERM too.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    except Exception as error:
+        chain = list(causes(error))
+        not_started = any("ephemeral Prefect API" in str(cause) for cause in chain)
+        if not not_started and not any(isinstance(item, httpx.TransportError) for item in chain):
+            raise
+        server = PREFECT_API_URL.value() or "that this run started"
+        complain(
+            f"the Prefect server {server} does not answer;"
+            " what finished is kept: run again to go on from here"
+        )
+        sys.stdout.flush()
+        os._exit(1)  # Prefect would spend minutes at exit on events that nobody takes

@@ -19,10 +19,10 @@ from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 
-from flows import cluster, dvc, graph, limits, notices, pages, workers
-from flows.faults import PassingError, one_line
+from flows import cluster, dvc, graph, notices, pages, workers
 from flows.graph import Node
-from flows.server import answering
+from flows.pages import server_answers
+from flows.workers import TransientError, one_line
 from fmn import params
 from fmn.errors import UserError
 from fmn.models import labels
@@ -35,9 +35,9 @@ RUNNER: Any = ThreadPoolTaskRunner(max_workers=workers.count())
 
 
 def _is_transient(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    if not isinstance(state.data, PassingError):
+    if not isinstance(state.data, TransientError):
         return False
-    say(f"{run.name}: {state.data}; trying again")
+    say(f"{run.name}: {state.data}; retrying")
     return True
 
 
@@ -51,7 +51,7 @@ def _is_transient(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> boo
 def run_node(node: Node) -> Outcome[Any]:
     """Run one stage; say what it did in the task's log and on the terminal."""
     on_cluster = cluster.takes(node.stage)
-    slot = nullcontext() if on_cluster else limits.device_slot(node.arguments)
+    slot = nullcontext() if on_cluster else pages.device_slot(node.arguments)
     with slot, progress_bar(node.title) as bar, pages.progress_page(node.title) as page:
 
         def progress(done: int, total: int) -> None:
@@ -96,7 +96,6 @@ def run_nodes(nodes: Sequence[Node]) -> Outcomes:
             raise result
         elif isinstance(result, Exception):
             failures.append(f"{stage} {name}".strip() + f": {one_line(result)}")
-    pages.show_costs(outcomes)
     if failures:
         scores = [
             f"{name} {100 * outcome.summary.score:.1f}"
@@ -122,17 +121,21 @@ def pipeline(profile: str = "params.yaml") -> Outcomes:
         UserError: as `run_nodes` does.
     """
     path = Path(profile)
-    with notices.failures_told(path):
+    with notices.failures_reported(path):
         settings = params.load(path)
         with cluster.joined(settings):
             outcomes = run_nodes(graph.nodes(settings, path))
         dvc.keep_in_step(path, [outcome.out for outcome in outcomes.values()])
         report, registered = outcomes["report", ""], outcomes["register", ""]
-        pages.show_results(*report.summary.table)
-        pages.show_links(registered.summary, report.out)
+        pages.show_results(report.summary.header, report.summary.body)
+        version = registered.summary
+        page = report.out / "report.html"
+        pages.show_links(version.store, version.run, version.name, version.version, page)
         if registered.computed:
-            record_dvc_lock(registered.summary.run)
-            notices.tell_champion(path, registered.summary)
+            record_dvc_lock(version.run)
+            if version.alias == "champion":
+                text = f"{version.name} {version.version} is the new champion: {version.reason}"
+                notices.send(path, f"fmn: {text}")
     return outcomes
 
 
@@ -140,11 +143,11 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn run` does."""
     started = time.monotonic()
     params.load(profile)  # a mistake there is reported before Prefect starts
-    with answering():
+    with server_answers():
         outcomes: Outcomes = pipeline(str(profile))
     report, registered = outcomes["report", ""], outcomes["register", ""].summary
     computed = any(outcome.computed for outcome in outcomes.values())
-    show_table(*report.summary.table)
+    show_table(report.summary.header, report.summary.body)
     say(*report.summary.notes)
     say(f"report     {report.out / 'report.html'}")
     say(f"model      {outcomes['merge', 'merged'].out}")
@@ -178,7 +181,7 @@ def rebuild(profile: Path, name: str, threads: int | None) -> tuple[Path, Path]:
     """
     if threads is not None:
         os.environ["FMN_THREADS"] = str(threads)
-    with answering():
+    with server_answers():
         outcomes: Outcomes = reproduce(str(profile))
     outputs = {(outcome.stage, name): outcome.out for (_, name), outcome in outcomes.items()}
     model = outputs.get(("realign", name)) or outputs["merge", name]

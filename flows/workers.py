@@ -1,9 +1,10 @@
-"""Stages in processes of their own, side by side: each has a GPU, or its share of the cores."""
+"""Stages in processes of their own, side by side: each process has one GPU, or one core."""
 
 import inspect
 import multiprocessing
 import os
 import signal
+import sqlite3
 import threading
 import time
 import traceback
@@ -11,29 +12,65 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
-from flows.faults import PassingError, UnforeseenError, one_line, passes
-from fmn.errors import UserError, redacted
-from fmn.store import machine
+from fmn.errors import UserError, causes, redacted, system_error
 from fmn.store.stage import Outcome, Progress
 
-_POLL = 0.1  # seconds between two looks at a worker's progress
+_POLL = 0.1  # seconds between two looks at a stage's progress
+_RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
+# The HTTP clients' own errors by name, as importing the clients takes long.
+_HTTP_CLIENTS = ("httpx", "httpx2", "requests")
+_NETWORK_ERRORS = (
+    *("TransportError", "ConnectionError", "Timeout", "ChunkedEncodingError", "RetryError"),
+)
 
 
-class _Slot(NamedTuple):
-    """A place where stages run one after the other, in one process for as long as that lives."""
+class TransientError(UserError):
+    """A failure that may not happen again, such as a lost connection: the stage is retried."""
 
-    number: int
-    worker: ProcessPoolExecutor
-    counts: Any  # shared int64 [2]: how much the stage has done, and of how much
+
+class UnexpectedError(Exception):
+    """A bug in a stage, as the process that ran the stage reports it."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, with its type unless the user caused it; without secrets."""
+    is_message = isinstance(error, UserError | UnexpectedError)
+    return redacted(" ".join((str(error) if is_message else repr(error)).split()))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a retry may help: after a network failure, a busy server or a locked database.
+
+    It may also help where a file vanished: DVC removes an output before it makes it again. (A file
+    that never existed is a UserError.)
+    """
+    if isinstance(error, FileNotFoundError):
+        return True
+    if system_error(error) is not None:  # a full disk, too little memory
+        return False
+    chain = list(causes(error))
+    # MLflow calls every error of its database transient; SQLite's own message is more precise.
+    if database := [cause for cause in chain if isinstance(cause, sqlite3.OperationalError)]:
+        return any("locked" in str(cause) or "busy" in str(cause) for cause in database)
+    return any(map(_is_network_error, chain))
+
+
+def _is_network_error(error: BaseException) -> bool:
+    types = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    return (
+        isinstance(error, TransientError | ConnectionError | TimeoutError)
+        or getattr(getattr(error, "response", None), "status_code", None) in _RETRIED_STATUSES
+        or getattr(error, "error_code", None) == "TEMPORARILY_UNAVAILABLE"  # MLflow's
+        or any(client in _HTTP_CLIENTS and name in _NETWORK_ERRORS for client, name in types)
+    )
 
 
 def gpus() -> int:
-    """GPUs of this machine that the driver lists; counted without PyTorch, which takes seconds to import."""
+    """Number of this machine's GPUs; without PyTorch, which takes seconds to import."""
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
@@ -42,149 +79,114 @@ def count() -> int:
     return gpus() or len(os.sched_getaffinity(0))
 
 
-class _RemoteError(Exception):
-    """An error of another process with its traceback, as text."""
-
-
 _context = multiprocessing.get_context("spawn")
-_first_use = threading.RLock()  # two threads at once must not make the slots twice
-
-
-@cache
-def _ended() -> Any:
-    """Shared: not zero once nothing is to run any more."""
-    return _context.Value("b", 0, lock=False)
-
-
-def _slot(number: int) -> _Slot:
-    counts = _context.Array("q", 2, lock=False)
-    return _Slot(
-        number,
-        ProcessPoolExecutor(1, _context, _settle, (counts, _ended(), number, os.getpid())),
-        counts,
-    )
-
-
-@cache
-def _slots() -> SimpleQueue[_Slot]:
-    """The slots that are free."""
-    free: SimpleQueue[_Slot] = SimpleQueue()
-    for number in range(count()):
-        free.put(_slot(number))
-    return free
+_ended: Any = _context.Value("b", 0, lock=False)  # shared: not zero once all processes must end
+_free: SimpleQueue[int] = SimpleQueue()  # numbers of the slots in which no stage runs
+for _number in range(count()):
+    _free.put(_number)
+# By slot: a pool of one process, and how far its stage is, shared int64 [2]: (done, total).
+# Each slot has a pool of its own because a killed process breaks its whole pool.
+_pools: dict[int, tuple[ProcessPoolExecutor, Any]] = {}
 
 
 def run(
     function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress
 ) -> Outcome:
-    """Call a stage function in a worker process, and leave the others in peace when it dies.
+    """Call a stage function in a process of its own, as soon as a slot is free.
 
     Raises:
-        what the stage raises; PassingError when its reason may pass by itself, or when the process was killed;
-        UserError when it was killed for want of memory.
+        UserError: what the stage raises.
+        TransientError: a retry may help: the stage failed that way, or the process was killed.
+        UnexpectedError: the stage has a bug.
     """
-    with _first_use:
-        free = _slots()
-    slot = free.get()
-    slot.counts[:] = [0, 0]
-    killed = _killed_for_memory()
+    slot = _free.get()
     try:
-        _check_not_ended()
-        future = slot.worker.submit(_work, function, dict(arguments))
+        check_not_ended()
+        if slot not in _pools:
+            counter = _context.Array("q", 2, lock=False)
+            process = ProcessPoolExecutor(
+                1, _context, _start_process, (counter, _ended, slot, os.getpid())
+            )
+            _pools[slot] = process, counter
+        process, counter = _pools[slot]
+        counter[:] = [0, 0]
+        future = process.submit(_run_here, function, dict(arguments))
         while not future.done():
             wait([future], timeout=_POLL)
-            done, total = slot.counts
-            if total:
-                progress(done, total)
+            if counter[1]:
+                progress(*counter)
         return future.result()
     except BrokenProcessPool as error:
-        _check_not_ended()
-        slot = _slot(slot.number)
-        if _killed_for_memory() > killed:
-            raise UserError(
-                "the machine ran out of memory, and its process was killed; free some and run again to go on"
-            ) from error
-        raise PassingError("its process was killed; run again to go on from here") from error
+        del _pools[slot]
+        check_not_ended()
+        raise TransientError(
+            "its process was killed, perhaps for lack of memory; run again to go on from here"
+        ) from error
     finally:
-        free.put(slot)
+        _free.put(slot)
 
 
 def end() -> None:
     """End the stages that run, within about a second, and start no others."""
-    with _first_use:
-        _ended().value = 1
+    _ended.value = 1
 
 
-def ended() -> bool:
-    """Whether `end` was called."""
-    with _first_use:
-        return bool(_ended().value)
-
-
-def _check_not_ended() -> None:
-    if ended():
+def check_not_ended() -> None:
+    """Raise a UserError once `end` was called."""
+    if _ended.value:
         raise UserError("ended with its run")
 
 
-def _killed_for_memory() -> int:
-    """How many processes the kernel has killed for want of memory."""
-    try:
-        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    except OSError:
-        return 0
-    return int(counters.get("oom_kill", 0))
+# What follows runs in the process of a slot.
+
+_counter: Any = None
 
 
-_counts: Any = None
-
-
-def _settle(counts: Any, ended: Any, number: int, parent: int) -> None:
-    """In a new worker, before it imports PyTorch: its GPU or its threads, and an end when the parent ends."""
-    global _counts
-    _counts = counts
+def _start_process(counter: Any, must_end: Any, slot: int, parent: int) -> None:
+    """Choose the process's GPU or its threads before PyTorch is imported."""
+    global _counter
+    _counter = counter
     if gpus():
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus())))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen[number % len(seen)]
+        every = ",".join(map(str, range(gpus())))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
     else:
         os.environ["OMP_NUM_THREADS"] = os.environ.get("FMN_THREADS", "1")
     warnings.filterwarnings("ignore")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then calls `end`
-    threading.Thread(target=_end_with, args=(parent, ended), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which calls `end`
+    threading.Thread(target=_exit_with, args=(parent, must_end), daemon=True).start()
 
 
-def _end_with(parent: int, ended: Any) -> None:
-    while os.getppid() == parent and not ended.value:
+def _exit_with(parent: int, must_end: Any) -> None:
+    """End this process when its parent ends or asks for it, whatever the stage is doing."""
+    while os.getppid() == parent and not must_end.value:
         time.sleep(1)
     os._exit(1)
 
 
-def _work(function: Callable[..., Outcome], arguments: dict[str, Any]) -> Outcome:
-    def report(done: int, total: int) -> None:
-        _counts[:] = [done, total]
+def _run_here(function: Callable[..., Outcome], arguments: dict[str, Any]) -> Outcome:
+    def progress(done: int, total: int) -> None:
+        _counter[:] = [done, total]
 
-    return call(function, arguments, report)
+    return call(function, arguments, progress)
 
 
 def call(
     function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress
 ) -> Outcome:
-    """Call a stage function here; PassingError when the reason why it fails may pass by itself."""
-    reported = (
-        {"progress": progress} if "progress" in inspect.signature(function).parameters else {}
-    )
+    """Call a stage function in this process; raises what `run` does, each with one line.
+
+    What an error was raised from does not leave the process: it could not always be pickled, and
+    might hold secrets.
+    """
+    if "progress" in inspect.signature(function).parameters:
+        arguments = {**arguments, "progress": progress}
     try:
-        return function(**arguments, **reported)
-    except PassingError:
-        raise
+        return function(**arguments)
     except Exception as error:
-        # What it was raised from does not travel to the parent, nor do secrets, which would be in the server's log.
-        told = (
-            error if isinstance(error, UserError) else machine.refusal(error, arguments.get("out"))
-        )
-        if told is None and not passes(error):
-            raise UnforeseenError(one_line(error)) from _RemoteError(
-                redacted("".join(traceback.format_exception(error)))
-            )
-        raise (PassingError if passes(told or error) else UserError)(
-            one_line(told or error)
-        ) from None
+        if is_transient(error):
+            raise TransientError(one_line(error)) from None
+        if isinstance(error, UserError):
+            raise UserError(one_line(error)) from None
+        text = redacted("".join(traceback.format_exception(error)))
+        raise UnexpectedError(one_line(error)) from RuntimeError(text)

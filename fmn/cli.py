@@ -243,7 +243,7 @@ def _show_search(result: Any) -> None:
 
 
 def _show_report(summary: Any) -> None:
-    show_table(*summary.table)
+    show_table(summary.header, summary.body)
     say(*summary.notes)
 
 
@@ -346,12 +346,12 @@ def rollback(name: str, /, *, to: str | None = None, as_json: Json = False) -> N
         name: name of the registered model
         to: the version that is to be the champion instead
     """
-    change = roll_back(name, to)
+    change = roll_back(name, to=to)
     if as_json:
-        _print_json(change)
+        _print_json(change.model_dump())
     else:
-        before = change["before"] or "none"
-        say(f"champion of {name}: version {change['champion']}, was {before}")
+        before = change.before or "none"
+        say(f"champion of {name}: version {change.champion}, was {before}")
 
 
 @app.command(name="predict")

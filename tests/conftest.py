@@ -104,6 +104,6 @@ def own_workers() -> Iterator[None]:
     """Worker processes that start with a module's first stage, and so in its environment and working folder."""
     from flows import workers
 
-    workers._slots.cache_clear()
+    workers._pools.clear()
     yield
-    workers._slots.cache_clear()
+    workers._pools.clear()

@@ -1,4 +1,4 @@
-"""A project as a user has it: a working folder with git, DVC, this checkout's stages and a tiny profile."""
+"""A project as a user has it: a working folder with git, DVC, this checkout's code and settings."""
 
 import os
 import shutil
@@ -22,10 +22,12 @@ merge: {method: mask-fisher, mapping: structured}
 evaluate: {dtype: float32}
 registry: {name: tiny}
 """
+FMN, DVC = (sys.executable, "-m", "fmn"), (sys.executable, "-m", "dvc")
 
 
 def make_project(folder: Path, base: Path) -> Path:
-    """Fill a folder: the code, the stages, the profile, and the base as the folder `source`."""
+    """Fill a folder with the code, the stages, the settings, and the base as `source`."""
+    folder.mkdir(exist_ok=True)
     for name in ("fmn", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore"):
@@ -37,17 +39,24 @@ def make_project(folder: Path, base: Path) -> Path:
     run(folder, "git", "init", "-q")
     run(folder, "git", "config", "user.name", "Somebody")
     run(folder, "git", "config", "user.email", "somebody@example.org")
-    run(folder, sys.executable, "-m", "dvc", "init", "-q")
+    dvc(folder, "init", "-q")
     return folder
 
 
+def take_folders_as_experts(project: Path, experts: Path) -> None:
+    """Let a project fetch its experts from folders of its own, `models/TASK`."""
+    for task in ("sst2", "stsb"):
+        shutil.copytree(experts / task, project / "models" / task)
+        (project / "models" / task / "fmn.json").unlink()
+    head, rest = PROFILE.split("sources:")
+    sources = "sources: {sst2: models/sst2, stsb: models/stsb}\n"
+    (project / "params.yaml").write_text(head + sources + rest[rest.index("data:") :])
+
+
 def environment(folder: Path) -> dict[str, str]:
-    """This process's environment, with the project's code, its own Prefect home and its own registry."""
-    ours = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PREFECT", "MLFLOW", "FMN"))
-    }
+    """This process's environment, with the project's code, Prefect home and registry."""
+    hidden = ("PREFECT", "MLFLOW", "FMN")
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     return ours | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ours['PATH']}",
         "PREFECT_HOME": str(folder / ".prefect"),
@@ -79,27 +88,16 @@ def run(
 def flow(
     folder: Path, *arguments: str, fails: bool = False, stdout: bool = False, **variables: str
 ) -> str:
-    return run(
-        folder,
-        sys.executable,
-        "-m",
-        "fmn",
-        "run",
-        *arguments,
-        fails=fails,
-        stdout=stdout,
-        **variables,
-    )
+    """What `fmn run` prints."""
+    return run(folder, *FMN, "run", *arguments, fails=fails, stdout=stdout, **variables)
 
 
 def dvc(folder: Path, *arguments: str) -> str:
-    return run(folder, sys.executable, "-m", "dvc", *arguments)
+    """What a DVC command prints."""
+    return run(folder, *DVC, *arguments)
 
 
 def repro(folder: Path) -> list[str]:
     """The stages that `dvc repro` runs."""
-    return [
-        line.split("'")[1]
-        for line in dvc(folder, "repro").splitlines()
-        if line.startswith("Running stage")
-    ]
+    lines = dvc(folder, "repro").splitlines()
+    return [line.split("'")[1] for line in lines if line.startswith("Running stage")]

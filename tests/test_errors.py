@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from flows.faults import PassingError
+from flows.workers import TransientError
 from fmn.errors import UserError, redacted
 
 
@@ -58,6 +58,6 @@ def test_what_the_environment_calls_a_secret_is_not_told(monkeypatch: pytest.Mon
 
 
 def test_errors_travel_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for error in (UserError("http://a:b@c: x"), PassingError("y")):
+    for error in (UserError("http://a:b@c: x"), TransientError("y")):
         again = pickle.loads(pickle.dumps(error))  # noqa: S301
         assert (type(again), str(again)) == (type(error), str(error))

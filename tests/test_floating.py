@@ -107,7 +107,7 @@ def test_a_run_computes_what_depends_on_sources_that_moved(
         assert {("fetch", task) for task in TASKS} < computed
         assert version == "1"
         assert run(capsys) == (set(), "1"), "nothing moved"
-        assert [text.partition(" champion")[0] for text in webhook.taken] == [
+        assert [text.partition(" champion")[0] for text in webhook.texts] == [
             "fmn: tiny 1 is the new"
         ]
     monkeypatch.delenv("FMN_WEBHOOK")
@@ -144,4 +144,4 @@ def test_a_run_computes_what_depends_on_sources_that_moved(
     finished = r"finished, in percent: sst2 [\d.]+, mrpc [\d.]+"
     problem = rf"fetch stsb: models/stsb: .*config\.json.*; {finished}"
     assert re.fullmatch(problem, str(failed.value))
-    assert webhook.taken == [f"fmn: params.yaml failed: {failed.value}"]
+    assert webhook.texts == [f"fmn: params.yaml failed: {failed.value}"]

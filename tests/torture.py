@@ -1,21 +1,19 @@
-"""What the tests of kills, rot and crowds share: a project whose whole pipeline takes seconds, and what it came to."""
+"""What tests of kills, damage and crowds share: a pipeline of seconds, and what it came to."""
 
 import hashlib
-import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from fmn.store.artifacts import COST
 from tests import projects
 
 MORE = """
@@ -24,161 +22,131 @@ realign: {realigned: {texts: 16}}
 """
 # Where the outputs of the stages lie below the work folder.
 OUTPUTS = (
-    "base", "data/*", "experts/*", "fisher/*", "base-heads", "average", "merged", "realigned", "metrics/experts/*.json",
-    "metrics/*.json",
-    "report", "registered.json",
+    "base", "data/*", "experts/*", "fisher/*", "base-heads", "average", "merged", "realigned",
+    "metrics/experts/*.json", "metrics/*.json", "report", "registered.json",
 )  # fmt: skip
-CLOCKED = (
-    "registered.json",
-    "run.log",
-    "cost.svg",
-)  # what says when something happened, or how long it took
+# Files that say when something happened, or how long it took.
+CLOCKS = re.compile(r"run\.log|registered\.json.*|cost\.svg|report/(?!results\.json|table\.md).*")
+SECONDS = re.compile(rb'"seconds": [\d.e+-]+')
+SIDECAR = "fmn.json"
 
 
 def make_project(folder: Path, base: Path) -> Path:
-    """A project that also takes Gram matrices and re-aligns the heads."""
+    """A project that also computes Gram matrices and re-aligns the heads."""
     projects.make_project(folder, base)
-    profile = projects.PROFILE.replace(
-        "method: mask-fisher, mapping: structured", "method: fisher-regmean"
-    )
-    (folder / "params.yaml").write_text(profile.rstrip() + MORE)
+    merge = "method: mask-fisher, mapping: structured"
+    settings = projects.PROFILE.replace(merge, "method: fisher-regmean")
+    (folder / "params.yaml").write_text(settings.rstrip() + MORE)
     return folder
 
 
-def start(folder: Path, *command: str, **variables: str) -> "subprocess.Popen[str]":
+def start(folder: Path, *command: str) -> "subprocess.Popen[str]":
     """A command in a process group of its own."""
     return subprocess.Popen(
-        command, cwd=folder, env=projects.environment(folder) | variables, stdout=subprocess.PIPE,
+        command, cwd=folder, env=projects.environment(folder), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 
-def flow(folder: Path, **variables: str) -> "subprocess.Popen[str]":
+def flow(folder: Path) -> "subprocess.Popen[str]":
     """`fmn run`, started."""
-    return start(folder, sys.executable, "-m", "fmn", "run", **variables)
+    return start(folder, *projects.FMN, "run")
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended, and all that it printed."""
-
-    code: int
-    said: str
-
-
-def finish(process: "subprocess.Popen[str]", timeout: float = 600) -> Done:
-    """Wait for a command."""
+def finish(process: "subprocess.Popen[str]", timeout: float = 600) -> str:
+    """Wait for a command, which must succeed; returns all that it printed."""
     with process:
-        said = process.communicate(timeout=timeout)[0]
-    return Done(process.returncode, said)
+        output = process.communicate(timeout=timeout)[0]
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    return output
 
 
-def kill(process: "subprocess.Popen[str]", whole: bool) -> bool:
-    """SIGKILL to a command alone, or to its whole group; whether it was still running."""
-    running = process.poll() is None
-    if running and not whole:
+def kill(process: "subprocess.Popen[str]", whole_group: bool) -> bool:
+    """Kill a command alone, or with its whole group; whether it was still running."""
+    is_running = process.poll() is None
+    if is_running and not whole_group:
         process.kill()
         process.wait()
         time.sleep(1.5)  # workers look once a second whether their owner lives
-    # What is left of the group must not run on into the next attempt, which a new machine would not have either.
+    # What is left of the group must not run on into the next attempt.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    finish(process)
-    return running
+    with process:
+        process.communicate()
+    return is_running
 
 
-def outputs(work: Path) -> Iterator[Path]:
-    """The outputs that stages have finished, by what their names say."""
-    for pattern in OUTPUTS:
-        yield from (path for path in sorted(work.glob(pattern)) if not path.name.startswith("."))
+def outputs(work: Path) -> list[Path]:
+    """The outputs that stages have finished."""
+    paths = [path for pattern in OUTPUTS for path in sorted(work.glob(pattern))]
+    return [path for path in paths if path.name[0] != "." and not path.name.endswith(SIDECAR)]
+
+
+def computations(work: Path) -> dict[Path, bytes]:
+    """The sidecar of every finished output: its run time tells one computation from another."""
+    sidecars = {
+        path: path / SIDECAR if path.is_dir() else path.with_name(f"{path.name}.{SIDECAR}")
+        for path in outputs(work)
+    }
+    return {path: file.read_bytes() for path, file in sidecars.items() if file.is_file()}
 
 
 @dataclass(frozen=True)
 class State:
-    """What a run came to, but for what a clock or chance decides.
+    """What a run came to, but for what a clock decides.
 
-    `files`: sha256 by name; `versions`: of the registered model, with their metrics and tags.
+    Attributes:
+        files: sha256 by name.
+        versions: metrics of every version of the registered model.
     """
 
-    files: Mapping[str, str] = field(default_factory=dict)
-    versions: Mapping[str, object] = field(default_factory=dict)
+    files: Mapping[str, str]
+    versions: Mapping[str, object]
 
 
 def state(folder: Path) -> State:
     """What lies in a project's work folder and in its registry."""
-    work = folder / "data" / "tiny"
-    files = {}
+    work, files = folder / "data" / "tiny", {}
     for path in sorted(work.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(work).parts)
-        if (
-            path.is_file()
-            and not hidden
-            and path.name not in CLOCKED
-            and path.parent.name != "report"
-        ):
-            files[path.relative_to(work).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for name in ("results.json", "table.md"):
-        files[f"report/{name}"] = hashlib.sha256((work / "report" / name).read_bytes()).hexdigest()
+        name = path.relative_to(work).as_posix()
+        is_hidden = any(part.startswith(".") for part in name.split("/"))
+        if path.is_file() and not is_hidden and not CLOCKS.fullmatch(name):
+            content = SECONDS.sub(b"", path.read_bytes())
+            files[name] = hashlib.sha256(content).hexdigest()
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
-        rows = database.execute(
-            "SELECT name, version, run_id FROM model_versions ORDER BY version"
-        ).fetchall()
+        metrics = "SELECT key, value, step FROM metrics WHERE run_uuid = ? AND key NOT LIKE ?"
         versions = {
-            f"{name}/{version}": sorted(
-                database.execute(
-                    "SELECT key, value, step FROM metrics WHERE run_uuid = ?", (run,)
-                ).fetchall()
-            )
-            for name, version, run in rows
+            f"{name}/{version}": sorted(database.execute(metrics, (run, "%seconds%")))
+            for name, version, run in database.execute(
+                "SELECT name, version, run_id FROM model_versions ORDER BY version"
+            ).fetchall()
         }
-    return State(
-        files,
-        {key: [one for one in found if "seconds" not in one[0]] for key, found in versions.items()},
-    )
+    return State(files, versions)
 
 
-def places(work: Path) -> dict[Path, int]:
-    """Of every finished output, the inode of what its stage noted when it made it: another one for each time.
+def damage(path: Path, how: str, chance: random.Random, other: Path | None = None) -> None:
+    """Do to an output what disks and people do.
 
-    The output's own will not do: DVC puts links and copies in the place of what it keeps.
+    Args:
+        path: the output.
+        how: "flip" a bit, "cut" a file, "empty" it, "delete" the output, or "swap" it for `other`.
+        chance: chooses the file and the bit.
+        other: another output.
     """
-    notes = {path: path.with_name(f".{path.name}{COST}") for path in outputs(work)}
-    return {path: note.stat().st_ino for path, note in notes.items() if note.is_file()}
-
-
-def broken(path: Path, how: str, chance: random.Random, other: Path | None = None) -> None:
-    """Do to an output what disks and people do: "flip" a bit, "cut" it, "empty", "delete" or "swap" it for another."""
     if how == "delete":
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         return
-    if how == "swap" and other is not None:
-        spare = path.with_name("spare")
-        path.rename(spare)
+    if other is not None:
+        spare = path.rename(path.with_name("spare"))
         other.rename(path)
         spare.rename(other)
         return
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(one for one in path.rglob("*") if one.is_file() and one.stat().st_size)
-    )
-    file = chance.choice(files)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.stat().st_size]
+    file = chance.choice(files) if path.is_dir() else path
     content = bytearray(file.read_bytes())
     if how == "flip":
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-    file.unlink()  # a merged model's encoder is linked to from its tasks; only this name of it rots
-    file.write_bytes(
-        {"flip": bytes(content), "cut": bytes(content[: len(content) // 2]), "empty": b""}[how]
-    )
-
-
-def versions(folder: Path) -> int:
-    """How many versions are registered."""
-    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
-        return int(database.execute("SELECT count(*) FROM model_versions").fetchone()[0])
-
-
-def registered(folder: Path) -> dict[str, object]:
-    """What the run says that it registered."""
-    found: dict[str, object] = json.loads((folder / "data/tiny/registered.json").read_text())
-    return found
+    file.unlink()  # a merged model's encoder has a second name, which stays intact
+    length = {"flip": len(content), "cut": len(content) // 2, "empty": 0}[how]
+    file.write_bytes(content[:length])

@@ -1,4 +1,4 @@
-"""dvc.lock after a flow: in step where DVC describes the profile, and never at the price of the run."""
+"""dvc.lock after a flow: in step where DVC describes the run, and never at the price of the run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ STAGES = "stages: {one: {cmd: 'echo 1 > out', outs: [out: {persist: true}]}}\n"
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A DVC project whose only output somebody else has made."""
+    """A DVC project whose only output was made by something else."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_STAGE", raising=False)
     run("git", "init", "-q")
@@ -33,66 +33,61 @@ def run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def keep(profile: str = "params.yaml") -> None:
+def keep_in_step(profile: str = "params.yaml") -> None:
     dvc.keep_in_step(Path(profile), [Path("out")])
 
 
+def hold_lock(project: Path, process: int) -> Path:
+    """Let DVC's lock file say that a process is in the middle of a stage."""
+    lock = project / ".dvc" / "tmp" / "rwlock"
+    holder = {"pid": process, "cmd": "dvc repro"}
+    lock.write_text(json.dumps({"write": {str(project / "out"): holder}, "read": {}}))
+    return lock
+
+
 def test_dvc_has_nothing_to_do_after_a_flow(project: Path) -> None:
-    keep()
-    assert "up to date" in run(sys.executable, "-m", "dvc", "status")
+    keep_in_step()
     first = Path("dvc.lock").read_text()
     Path("out").write_text("2\n")
-    keep()
+    keep_in_step()
     assert Path("dvc.lock").read_text() != first
     assert "up to date" in run(sys.executable, "-m", "dvc", "status")
-
-
-def test_what_is_in_step_is_left_alone(project: Path) -> None:
-    keep()
     os.utime("dvc.lock", (2e9, 2e9))
-    keep()
-    assert Path("dvc.lock").stat().st_mtime == 2e9
+    keep_in_step()
+    assert Path("dvc.lock").stat().st_mtime == 2e9, "what is in step is left alone"
 
 
-def test_only_the_profile_that_dvc_describes_is_its_business(
+def test_only_the_settings_that_dvc_describes_are_its_business(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep("other.yaml")
+    keep_in_step("other.yaml")
     monkeypatch.setenv("DVC_STAGE", "one")
-    keep()
+    keep_in_step()
     monkeypatch.delenv("DVC_STAGE")
     Path("dvc.yaml").unlink()
-    keep()
+    keep_in_step()
     assert not Path("dvc.lock").exists()
 
 
-def test_a_busy_dvc_is_waited_for(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    holder = {"pid": os.getpid(), "cmd": "dvc repro"}
-    busy = project / ".dvc" / "tmp" / "rwlock"
-    busy.write_text(json.dumps({"write": {str(project / "out"): holder}, "read": {}}))
-    threading.Timer(3, busy.unlink).start()
+def test_a_busy_dvc_is_waited_for(project: Path) -> None:
+    threading.Timer(3, hold_lock(project, os.getpid()).unlink).start()
     started = time.monotonic()
-    keep()
+    keep_in_step()
     assert time.monotonic() - started > 3
     assert Path("dvc.lock").is_file()
-    assert capsys.readouterr().out == "DVC is busy; waiting for it, 120 s at most\n"
 
 
 def test_a_dvc_that_stays_busy_or_fails_costs_a_line(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dvc, "PATIENCE", 0.0)
-    holder = {"pid": os.getpid(), "cmd": "dvc repro"}
-    busy = project / ".dvc" / "tmp" / "rwlock"
-    busy.write_text(json.dumps({"write": {str(project / "out"): holder}, "read": {}}))
-    keep()
+    hold_lock(project, os.getpid())
+    keep_in_step()
     assert "DVC is busy; `dvc commit --force` does it\n" in capsys.readouterr().out
-    busy.write_text(
-        json.dumps({"write": {str(project / "out"): {**holder, "pid": 2**22}}, "read": {}})
-    )
+    hold_lock(project, 2**22)  # of a process that is gone
     Path("out").unlink()
     dvc.keep_in_step(Path("params.yaml"), [])
-    said = capsys.readouterr().out
-    assert said.startswith("DVC was not brought in step: ")
-    assert said.count("\n") == 1
-    assert "out" in said
+    output = capsys.readouterr().out
+    assert output.startswith("DVC was not brought in step: ")
+    assert output.count("\n") == 1
+    assert "out" in output

@@ -1,12 +1,17 @@
-"""DVC and flows in one workspace: what a change rebuilds, what DVC's commands say, what a second clone is spared."""
+"""DVC and flows in one workspace: what a change rebuilds, what a second clone is spared."""
 
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.projects import PROFILE, dvc, flow, make_project, repro, run, start
+from tests.projects import (
+    dvc,
+    flow,
+    make_project,
+    repro,
+    run,
+    take_folders_as_experts,
+)
 from tests.test_floating import retune
 
 pytestmark = pytest.mark.slow
@@ -57,27 +62,6 @@ def test_a_change_rebuilds_what_depends_on_it(project: Path) -> None:
     assert repro(project) == []
 
 
-def test_what_dvc_says_of_a_project_and_an_experiment(project: Path) -> None:
-    commit(project)
-    assert "merge" in dvc(project, "dag", "--md")
-    edit(project, "mapping: structured", "mapping: paper")
-    run(project, "git", "checkout", "-q", "params.yaml")
-    said = dvc(project, "exp", "run", "-S", "merge.mapping=paper")
-    assert [line.split("'")[1] for line in said.splitlines() if line.startswith("Running")] == [
-        "merge",
-        *AFTER_MERGE,
-    ]
-    changed = dvc(project, "params", "diff")
-    assert "merge.mapping" in changed
-    assert "structured" in changed
-    assert "tasks.stsb.merged.score" in dvc(project, "metrics", "diff")
-    assert "paper" in dvc(project, "exp", "show", "--md")
-    page = project / "dvc_plots" / "index.html"
-    assert str(page) in dvc(project, "plots", "show")
-    assert "scores.svg" in page.read_text()
-    assert "nothing had changed" in flow(project)
-
-
 def test_a_second_clone_is_spared_what_was_pushed(project: Path, tmp_path: Path) -> None:
     dvc(project, "repro")
     dvc(project, "remote", "add", "-d", "store", str(tmp_path / "store"))
@@ -108,39 +92,21 @@ def test_a_second_clone_is_spared_what_was_pushed(project: Path, tmp_path: Path)
     ).read_bytes()
 
 
-def test_a_flow_and_dvc_at_once(tiny_base: Path, tmp_path: Path) -> None:
-    folder = make_project(tmp_path, tiny_base)
-    commands = ([sys.executable, "-m", "fmn", "run"], [sys.executable, "-m", "dvc", "repro"])
-    for process in [start(folder, *command) for command in commands]:
-        out, err = process.communicate()
-        assert process.returncode == 0, out + err
-    assert "up to date" in dvc(folder, "status")
-    assert "models:/tiny/1" in (said := flow(folder))
-    assert "nothing had changed" in said
-
-
 def test_dvc_looks_where_sources_stand(
     project: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_project(tmp_path, tiny_base)
-    for task in ("sst2", "stsb"):
-        shutil.copytree(project / "data/tiny/experts" / task, folder / "models" / task)
-        (folder / "models" / task / "fmn.json").unlink()
-    head, rest = PROFILE.split("sources:")
-    tail = rest[rest.index("data:") :]
-    (folder / "params.yaml").write_text(
-        f"{head}sources: {{sst2: models/sst2, stsb: models/stsb}}\n{tail}"
-    )
+    take_folders_as_experts(folder, project / "data/tiny/experts")
     flow(folder)
-    looked = ["fetch@sst2", "fetch@stsb"]
-    assert repro(folder) == looked
+    fetches = ["fetch@sst2", "fetch@stsb"]
+    assert repro(folder) == fetches
     monkeypatch.chdir(folder)
     retune("stsb")
     ran = repro(folder)
-    assert ran[:2] == looked
+    assert ran[:2] == fetches
     assert {"fisher@stsb", "evaluate-expert@stsb", "merge", *AFTER_MERGE} < set(ran)
     assert not [stage for stage in ran[2:] if "@sst2" in stage or stage.startswith("data")]
     assert "nothing had changed" in flow(folder)
     retune("sst2")
     assert "nothing had changed" not in flow(folder)
-    assert repro(folder) == looked
+    assert repro(folder) == fetches

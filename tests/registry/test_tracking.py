@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR
 
-from flows.faults import passes
+from flows.workers import is_transient
 from fmn.errors import UserError
 from fmn.models import stages as models_stages
 from fmn.registry import tracking
@@ -135,7 +135,7 @@ def test_a_server_that_fails_is_asked_again_and_then_told_in_one_line(
     assert str(told.value).startswith(problem)
     assert "run again to go on from here" in str(told.value)
     assert "\n" not in str(told.value)
-    assert passes(told.value), "a flow tries it again"
+    assert is_transient(told.value), "a flow tries it again"
 
 
 def test_the_patience_with_a_server_is_bounded() -> None:
