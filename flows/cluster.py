@@ -28,7 +28,7 @@ from fmn.params import Params
 from fmn.store import artifacts, stage
 from fmn.store.stage import Outcome, Progress
 
-STAGES = ("finetune", "fisher", "full-fisher", "gram", "evaluate", "compare")
+STAGES = ("finetune", "fisher", "full_fisher", "gram", "evaluate", "compare")
 TIMEOUT = 15.0  # seconds that a scheduler, or its first worker, has to answer
 MAX_STAGES = 256  # stages that wait for the cluster at once
 _POLL = 0.5  # seconds between two looks at a stage, and between two reports of its progress
@@ -123,26 +123,27 @@ def _check_workers(client: Any) -> None:
             raise UserError(f"worker {worker}: {workers.one_line(problem)}; {_INSTALL}")
 
 
-def takes(name: str) -> bool:
-    """Whether stages of this name run on the cluster."""
-    return name in STAGES and _cluster.get() is not None
+def takes(function: Callable[..., Outcome]) -> bool:
+    """Whether a stage runs on the cluster."""
+    return function.__name__ in STAGES and _cluster.get() is not None
 
 
 def run(
-    name: str, function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress
+    function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress
 ) -> Outcome:
     """Call a stage, with its computation on the cluster; raises what `flows.workers.run` does."""
     cluster = cast(_Cluster, _cluster.get())
 
     def send(path: Path) -> Files:
-        is_data = path in (arguments.get("data"), arguments.get("folder"))
-        digests = digest_files(path, _tasks(arguments, path) if is_data else ())
+        tasks = _tasks(arguments, path) if path == arguments.get("data") else ()
+        digests = digest_files(path, tasks)
         cluster.storage.put(path if path.is_dir() else path.parent, digests)
         return Files("" if path.is_dir() else path.name, digests)
 
     def compute(out: Path) -> None:
         sent = _replace({key: item for key, item in arguments.items() if key != "out"}, Path, send)
-        digests = _submit(cluster, f"{name} {out.name}", (function, sent, out.name), progress)
+        title = f"{function.__name__} {out.name}"
+        digests = _submit(cluster, title, (function, sent, out.name), progress)
         with artifacts.scratch_folder(out) as scratch:
             cluster.storage.get(scratch, digests)
             if (scratch / out.name).is_dir():
@@ -159,7 +160,7 @@ def run(
 
 def _tasks(arguments: Mapping[str, Any], data: Path) -> tuple[str, ...]:
     """The tasks whose folders in `data` a stage reads; none where `data` is one task's folder."""
-    names = [arguments[key] for key in ("tasks", "names", "experts") if arguments.get(key)]
+    names = [arguments[key] for key in ("tasks", "experts") if arguments.get(key)]
     merged = [path.name for path in (arguments.get("model", data) / "tasks").glob("*")]
     tasks = [arguments["task"]] if "task" in arguments else [*names, merged][0]
     return tuple(task for task in tasks if (data / task).is_dir())

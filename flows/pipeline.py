@@ -50,7 +50,7 @@ def _is_transient(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> boo
 )
 def run_node(node: Node) -> Outcome[Any]:
     """Run one stage; say what it did in the task's log and on the terminal."""
-    on_cluster = cluster.takes(node.stage)
+    on_cluster = cluster.takes(node.function)
     slot = nullcontext() if on_cluster else pages.device_slot(node.arguments)
     with slot, progress_bar(node.title) as bar, pages.progress_page(node.title) as page:
 
