@@ -24,8 +24,8 @@ from benchmarks.results import DOCS, STORE, processor, write
 from fmn.fisher import gram
 from fmn.fisher import mask_nodes as fisher
 from fmn.fisher import parameters as diagonal
+from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
 from fmn.models.predict import predict
-from fmn.store import artifacts
 from fmn.tasks.batches import Examples
 
 PAGE, KEPT = DOCS / "scale.md", STORE / "scale.json"
@@ -115,8 +115,10 @@ def measure(name: str) -> dict[str, Any]:
     stored = sum(moment.numel() for moment in moments.values()) * 4
     if stored != gram_bytes(shape):
         raise SystemExit(f"{name}: Gram matrices of {stored} bytes, {gram_bytes(shape)} expected")
+    origin = CheckpointOrigin(digest="")
+    metadata = FisherMetadata(task="mrpc", checkpoint=origin, samples=2, estimator="empirical")
     with tempfile.TemporaryDirectory() as folder:
-        artifacts.write_fisher(Path(folder) / "x.parquet", found.fisher, found.stderr, {})
+        write_fisher(Path(folder) / "x.parquet", found.fisher, found.stderr, metadata)
         size = (Path(folder) / "x.parquet").stat().st_size
     whole = sum(parameter.numel() for parameter in model.parameters())
     return {

@@ -27,7 +27,6 @@ from flows import storage, workers
 from flows.faults import one_line
 from flows.storage import Cache, Made, Storage, Tree
 from fmn.errors import UserError
-from fmn.fisher.stages import FisherSettings
 from fmn.merge import recipe
 from fmn.params import Params
 from fmn.store import artifacts, machine, stage
@@ -123,11 +122,6 @@ def request(
         return Input(digest, value.name if value.is_file() else "")
 
     sent = {name: travelling(name, value) for name, value in arguments.items() if name != "out"}
-    settings = sent.get("settings")
-    if isinstance(settings, FisherSettings):
-        sent["settings"] = settings.model_copy(
-            update={"workers": 1}
-        )  # a worker of the cluster has one GPU
     threads = int(os.environ.get("FMN_THREADS", "1"))
     out = arguments["out"].name  # that of another output would not fit
     described = {

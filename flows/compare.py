@@ -101,7 +101,7 @@ def submit_comparison(
         for name in names:
             submit(
                 statistic.stage, f"{name} {statistic.name}", [made[name], ("data", name)],
-                checkpoint=layout.expert(name), task=name, folder=layout.data, out=file(statistic, name),
+                checkpoint=layout.expert(name), task=name, data=layout.data, out=file(statistic, name),
                 settings=statistic.settings[name],
             )  # fmt: skip
     tuned_on = {

@@ -231,7 +231,7 @@ def submit_stages(settings: Params, layout: Layout, profile: str | None) -> Futu
     for name in names:
         submit(
             "fisher", name, [made[name], ("data", name)], checkpoint=layout.expert(name), task=name,
-            folder=layout.data, out=layout.fisher(name), settings=settings.fisher,
+            data=layout.data, out=layout.fisher(name), settings=settings.fisher,
         )  # fmt: skip
         submit(
             "evaluate", name, [made[name], ("data", name)], model=layout.expert(name), names=[name],
@@ -239,7 +239,7 @@ def submit_stages(settings: Params, layout: Layout, profile: str | None) -> Futu
         )  # fmt: skip
     for name, settled in settings.gram.items():
         submit(
-            "gram", name, [made[name], ("data", name)], checkpoint=layout.expert(name), task=name, folder=layout.data,
+            "gram", name, [made[name], ("data", name)], checkpoint=layout.expert(name), task=name, data=layout.data,
             out=layout.gram(name), settings=settled,
         )  # fmt: skip
     experts = {name: layout.expert(name) for name in names}

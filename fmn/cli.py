@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
+from pydantic import BaseModel
 
 from fmn import __version__, params
 from fmn.errors import UserError
@@ -107,22 +108,25 @@ def _fail(message: str, status: int) -> None:
 
 def _say(outcome: "Outcome", as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
     """Print what a stage did."""
+    summary = outcome.summary
+    if isinstance(summary, BaseModel):
+        summary = summary.model_dump(mode="json", by_alias=True)
     if as_json:
         stated = {
             "stage": outcome.stage,
             "out": str(outcome.out),
             "computed": outcome.computed,
-            **outcome.summary,
+            **summary,
         }
         _dump(stated)
         return
     done = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
     say(f"{outcome.stage}: {outcome.out} ({done})")
-    show(outcome.summary)
-    if "labels" in outcome.summary:
+    show(summary)
+    if "labels" in summary:
         from fmn.models import labels
 
-        say(*labels.notes(outcome.summary["labels"]))
+        say(*labels.notes(summary["labels"]))
 
 
 def _dump(content: Any) -> None:
@@ -313,11 +317,13 @@ def fisher(
     """
 
     with progress_bar(f"Fisher of {task}") as progress:
-        outcome = fisher_stages.fisher(checkpoint, task, data, out, settings, progress)
+        outcome = fisher_stages.fisher(
+            checkpoint, task=task, data=data, out=out, settings=settings, progress=progress
+        )
     _say(
         outcome,
         as_json,
-        _facts("estimator", "samples", "dtype", "device", "relative_stderr", "rank_correlation"),
+        _facts("estimator", "samples", "dtype", "device", "relative_stderr"),
     )
 
 
@@ -343,7 +349,9 @@ def full_fisher(
     """
 
     with progress_bar(f"full Fisher of {task}") as progress:
-        outcome = fisher_stages.full_fisher(checkpoint, task, data, out, settings, progress)
+        outcome = fisher_stages.full_fisher(
+            checkpoint, task=task, data=data, out=out, settings=settings, progress=progress
+        )
     _say(outcome, as_json, _facts("estimator", "samples", "dtype"))
 
 
@@ -367,7 +375,9 @@ def gram(
     """
 
     with progress_bar(f"Gram matrices of {task}") as progress:
-        outcome = fisher_stages.gram(checkpoint, task, data, out, settings, progress)
+        outcome = fisher_stages.gram(
+            checkpoint, task=task, data=data, out=out, settings=settings, progress=progress
+        )
     _say(outcome, as_json, _facts("samples", "dtype"))
 
 

@@ -57,9 +57,8 @@ def tiny_work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         tasks_stages.prepare(task, work / "data" / task, DataSettings(source="embedded"))
         models_stages.finetune(work / "base", task, work / "data", work / "experts" / task, TUNING)
         expert = work / "experts" / task
-        fisher_stages.fisher(
-            expert, task, work / "data", work / "fisher" / f"{task}.parquet", FISHER
-        )
+        out = work / "fisher" / f"{task}.parquet"
+        fisher_stages.fisher(expert, task=task, data=work / "data", out=out, settings=FISHER)
     return work
 
 

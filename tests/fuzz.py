@@ -49,7 +49,7 @@ def attempt(data: bytes) -> None:
         elif kind == 4:
             recipe.read_recipe(PLACE)
         else:
-            statistics.read(path, "gram")
+            statistics.read_statistic(path, statistics.GramMetadata)
     except UserError as error:
         if "\n" in str(error) or str(PLACE) not in str(error):
             raise AssertionError(f"not a line that names the file: {error}") from error

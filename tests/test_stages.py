@@ -1,8 +1,6 @@
 """Stages: files to files, made once, made again when and only when something they depend on changed."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from fmn.evaluate import bootstrap as intervals
 from fmn.evaluate import stages as evaluate_stages
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.fisher import stages as fisher_stages
-from fmn.fisher.stages import Estimator, FisherSettings
 from fmn.merge import stages as merge_stages
 from fmn.merge.stages import MergeSettings
 from fmn.models import stages as models_stages
@@ -74,7 +71,7 @@ def run_all(work: Path) -> dict[str, bool]:
             work / "base", task, work / "data", expert, TUNING
         )
         done[f"fisher {task}"] = fisher_stages.fisher(
-            expert, task, work / "data", fisher_files(work)[task], FISHER
+            expert, task=task, data=work / "data", out=fisher_files(work)[task], settings=FISHER
         )
         done[f"evaluate {task}"] = evaluate_stages.evaluate(
             expert, [task], work / "data", work / f"{task}.json", EVALUATE
@@ -145,22 +142,6 @@ def test_the_method_average_depends_neither_on_fisher_nor_on_mapping(work: Path)
         work / "merged",
         MergeSettings(method="average", mapping="paper"),
     ).computed
-
-
-def test_the_fisher_artifact_says_what_it_was_made_of(work: Path) -> None:
-    fisher, stderr, stated = artifacts.read_fisher(fisher_files(work)["mrpc"])
-    assert (stated["task"], stated["estimator"], stated["samples"], stated["seed"]) == (
-        "mrpc",
-        "empirical",
-        32,
-        0,
-    )
-    assert (stated["layers"], stated["heads"], stated["neurons"]) == (2, 4, 24)
-    assert stated["checkpoint"]["digest"] == artifacts.digest_folder(work / "experts" / "mrpc")
-    assert stderr is not None
-    assert {site: len(nodes) for site, nodes in fisher.items()} == {
-        site: len(nodes) for site, nodes in stderr.items()
-    }
 
 
 def test_the_merged_model_says_where_it_comes_from(work: Path) -> None:
@@ -313,71 +294,6 @@ def test_predict_answers_in_the_tasks_own_words(work: Path) -> None:
         models_stages.predict(work / "merged", "rte", "one text", "another")
 
 
-def test_all_estimators_have_artifacts_of_their_own(work: Path) -> None:
-    out = work / "f.parquet"
-    expert = work / "experts" / "sst2"
-    for estimator in ("empirical", "expected", "sampled", "batch"):
-        settings = FisherSettings(estimator=estimator, samples=32, device="cpu", dtype="float32")
-        assert fisher_stages.fisher(expert, "sst2", work / "data", out, settings).computed
-        _, stderr, stated = artifacts.read_fisher(out)
-        assert stated["estimator"] == estimator
-        assert (stderr is None) == (estimator == "batch")
-
-
-def test_a_killed_fisher_run_goes_on_and_gives_the_same_bytes(work: Path) -> None:
-    expert, data, whole, killed = (
-        work / "experts" / "sst2",
-        work / "data",
-        work / "whole.parquet",
-        work / "killed.parquet",
-    )
-    settings = FisherSettings(samples="all", device="cpu", dtype="float32")
-    fisher_stages.fisher(expert, "sst2", data, whole, settings)
-    code = (
-        "import sys; from pathlib import Path; from fmn.fisher import stages as fisher_stages\n"
-        "from fmn.fisher.stages import FisherSettings\n"
-        "settings = FisherSettings(samples='all', device='cpu', dtype='float32')\n"
-        "expert, data, out = map(Path, sys.argv[1:])\n"
-        "fisher_stages.fisher(expert, 'sst2', data, out, settings, lambda done, total: print(done, flush=True), 0.0)\n"
-    )
-    command = [sys.executable, "-c", code, str(expert), str(data), str(killed)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        seen = [int(next(process.stdout)) for _ in range(4)][-1]
-        process.kill()
-    assert not killed.exists()
-    reported: list[int] = []
-    fisher_stages.fisher(
-        expert, "sst2", data, killed, settings, lambda done, total: reported.append(done)
-    )
-    assert reported[0] >= seen, (
-        "finished batches are not repeated"
-    )  # the last one seen may not have been saved
-    assert killed.read_bytes() == whole.read_bytes()
-    assert not [path for path in work.iterdir() if "partial" in path.name]
-
-
-@pytest.mark.parametrize("estimator", ["empirical", "batch"])
-def test_workers_share_the_examples_and_change_nothing_but_rounding(
-    work: Path, estimator: Estimator
-) -> None:
-    expert, data = work / "experts" / "sst2", work / "data"
-    found = []
-    for workers in (1, 3):
-        out = work / f"{workers}.parquet"
-        settings = FisherSettings(
-            estimator=estimator, samples=200, workers=workers, device="cpu", dtype="float32"
-        )
-        fisher_stages.fisher(expert, "sst2", data, out, settings)
-        found.append(artifacts.read_fisher(out))
-        assert not [path for path in work.iterdir() if "partial" in path.name]
-    (one, _, said), (three, _, also) = found
-    assert said["samples"] == also["samples"] == 200
-    assert said["key"] == also["key"], "the number of workers is no part of what is asked"
-    for site, nodes in one.items():
-        np.testing.assert_allclose(three[site], nodes, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     "out",
     ["experts", "experts/mrpc", "experts/mrpc/merged", "fisher/mrpc.parquet", "base", "notes", "."],
@@ -459,7 +375,11 @@ def test_a_report_is_not_of_other_fisher_information_than_the_merge(work: Path) 
     run_all(work)
     settings = FISHER.model_copy(update={"seed": 1})
     fisher_stages.fisher(
-        experts(work)["sst2"], "sst2", work / "data", fisher_files(work)["sst2"], settings
+        experts(work)["sst2"],
+        task="sst2",
+        data=work / "data",
+        out=fisher_files(work)["sst2"],
+        settings=settings,
     )
     with pytest.raises(
         UserError, match=r"sst2\.parquet: not the Fisher that merged was merged with"

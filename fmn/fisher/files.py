@@ -140,8 +140,8 @@ def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, FisherMetad
         content = json.loads((table.schema.metadata or {})[METADATA.encode()])
         layers, nodes, index, values = (table[name].cast(types[name]) for name in types)
         errors = None if table["stderr"].null_count else table["stderr"].cast(pa.float64())
-        if any(column.null_count for column in (layers, nodes, index, values)):
-            raise ValueError("nulls")
+        if not len(table) or any(c.null_count for c in (layers, nodes, index, values)):
+            raise ValueError("no rows, or rows without a value")
     except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a Fisher artifact, or damaged; {remedy}") from error
     metadata = parse_record(content, FisherMetadata, path, remedy)

@@ -5,30 +5,29 @@ al. 2023, arXiv 2212.09849, section 3). Maps that read the same input (query, ke
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
-from fmn.fisher.runner import LINEAR, max_batch_tokens, prepared
+from fmn.fisher.runner import LINEAR, hooked, max_batch_tokens, prepared
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.tasks.batches import Examples, by_length, select
 
 
 @dataclass(frozen=True)
 class Grams:
-    """Gram matrices and the modules that they belong to; modules by path in the base model.
+    """Gram matrices and the linear maps that they belong to; maps by path in the base model.
 
     Attributes:
-        moments: by input, float32 [n, n]: the mean of x x^T over tokens. An input has the name of
-            the first module that reads it.
-        inputs: by module, the input that it reads.
-        transposed: the modules whose weights are stored [in, out].
+        moments: by input, float32 [n, n]: the mean of x x^T over tokens. An input is named after
+            the first map that reads it.
+        inputs: by map, the input that it reads.
+        transposed: the maps whose weights are stored [in, out].
     """
 
     moments: dict[str, Tensor]
@@ -51,7 +50,7 @@ def estimate(
     Arguments as for `fmn.fisher.estimate`; labels are not read. It does not depend on batch size,
     but for rounding. Costs a forward pass and about one and a half times its matrix products.
     """
-    on = resolve_device(device)
+    target = resolve_device(device)
     sample = examples.take(select(examples.labels, samples, seed))
     if not len(sample):
         raise UserError("there are no examples to compute Gram matrices from")
@@ -65,46 +64,37 @@ def estimate(
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = defaultdict(int)
     done = 0
-    with prepared(model, sample, on, resolve_dtype(dtype, on)) as runner, torch.no_grad():
-        for batch in by_length(sample, tokens=max_batch_tokens(on)):
-            with _inputs_recorded(linear) as reads:
+    with prepared(model, sample, target, resolve_dtype(dtype, target)) as runner, torch.no_grad():
+        for batch in by_length(sample, tokens=max_batch_tokens(target)):
+            reads: dict[str, list[Tensor]] = defaultdict(list)  # shared modules read several times
+            hooks = {
+                name: lambda _, args, own=name: reads[own].append(args[0])  # noqa: B023
+                for name in linear
+            }
+            with hooked((linear[name], hook) for name, hook in hooks.items()):
                 runner.logits(batch)
             if not inputs:
                 first: dict[int, str] = {}
                 inputs = {name: first.setdefault(id(x[0]), name) for name, x in reads.items()}
-            mask = batch.inputs.get("attention_mask")  # [B, T]
             for name in set(inputs.values()):
                 for read in reads[name]:
-                    rows = _without_padding(read, mask)  # [N, n]
-                    product = rows.new_zeros(rows.shape[1], rows.shape[1])
-                    sums.setdefault(name, product).addmm_(rows.T, rows)
+                    rows = _without_padding(read, batch.inputs.get("attention_mask"))  # [N, n]
+                    zeros = rows.new_zeros(rows.shape[1], rows.shape[1])
+                    sums.setdefault(name, zeros).addmm_(rows.T, rows)
                     tokens[name] += len(rows)
             done += len(batch.rows)
             if progress:
                 progress(done, len(sample))
     return Grams(
-        {name: sums[name].div(tokens[name]).cpu() for name in inputs if name in sums},
+        {name: total.div(tokens[name]).cpu() for name, total in sums.items()},
         inputs,
         frozenset(name for name in inputs if isinstance(linear[name], Conv1D)),
     )
 
 
 def _without_padding(read: Tensor, mask: Tensor | None) -> Tensor:
-    """The vectors [N, n] of an activation [..., n] that belong to tokens."""
+    """The vectors [N, n] of an activation [..., n] that belong to tokens; `mask`: [B, T]."""
     rows = read.flatten(0, -2)  # [B, T, n] -> [B * T, n]
     if mask is not None and read.shape[:-1] == mask.shape:
         rows = rows[mask.bool().flatten().to(read.device)]
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-@contextmanager
-def _inputs_recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the modules read in a forward pass, by name; a shared module reads several times."""
-    reads: dict[str, list[Tensor]] = defaultdict(list)
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            handle = module.register_forward_pre_hook(
-                lambda _, args, name=name: reads[name].append(args[0])
-            )
-            hooks.callback(handle.remove)
-        yield reads

@@ -24,7 +24,7 @@ batches, as in the released code of the paper.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,13 +36,21 @@ from transformers import PreTrainedModel
 
 from fmn.errors import UserError
 from fmn.fisher.architectures import MaskSite, NodeValues, mask_sites
-from fmn.fisher.runner import Runner, float_dtype, max_batch_tokens, prepared, to_device
+from fmn.fisher.runner import (
+    Runner,
+    backward_passes,
+    float_dtype,
+    hooked,
+    max_batch_tokens,
+    prepared,
+    to_device,
+)
 from fmn.models.devices import free_memory, resolve_device, resolve_dtype
 from fmn.tasks.batches import Batch, Examples, by_length, halved, select
 
 ESTIMATORS = ("empirical", "expected", "sampled", "batch")
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
-CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH_SIZE
+CHUNK = 4096  # examples that are sorted by length together, for the other estimators
 
 
 @dataclass(frozen=True)
@@ -74,11 +82,11 @@ class PartialSums:
     """Float64 sums over the examples of a run so far, for P mask nodes.
 
     Attributes:
-        total: [P], of the examples' terms: squared gradients.
-        squares: [P], of the squared terms.
-        pending: [G, P], for "batch" the gradients of the batches that are not complete yet.
+        total: [P], of the squared gradients.
+        squares: [P], of their squares.
+        pending: [P], for "batch" the gradient of the mean loss of the batch under way, so far.
         done: examples summed up.
-        batch_tokens: tokens of a batch at most.
+        batch_tokens: tokens of the largest batch that is computed at once.
     """
 
     total: Tensor
@@ -92,41 +100,14 @@ class PartialSums:
         total, squares, pending = (tensor.to(device, copy=True) for tensor in tensors)
         return PartialSums(total, squares, pending, self.done, self.batch_tokens)
 
-    def add(self, terms: Tensor, places: np.ndarray, chunk: int) -> None:
-        """Add the terms [B, P] of the examples at `places` [B] of a chunk of so many examples.
-
-        All is computed before anything is changed, so that running out of memory leaves the sums
-        as they were.
-        """
-        terms = terms.double()
-        if len(self.pending):
-            batches = places // BATCH_SIZE
-            sizes = np.minimum(BATCH_SIZE, chunk - batches * BATCH_SIZE)
-            shares = np.zeros((len(self.pending), len(places)))  # of an example in the mean loss
-            shares[batches, np.arange(len(places))] = 1 / sizes
-            matrix = to_device(torch.from_numpy(shares), terms.device, terms.dtype)
-            self.pending += matrix @ terms  # [G, B] @ [B, P]
-        else:
-            total, squares = terms.sum(0), terms.square_().sum(0)
-            self.total += total
-            self.squares += squares
-        self.done += len(places)
-
-    def complete_batches(self) -> None:
-        """Square and sum up the pending gradients, at the end of a chunk."""
-        self.total += self.pending.square().sum(0)
-        self.pending.zero_()
-
 
 @dataclass(frozen=True)
 class _Run:
     """What a run computes: the terms of the examples `rows`, int64 [N], in this order."""
 
     sites: tuple[MaskSite, ...]
+    loss: "Loss"
     rows: np.ndarray
-    estimator: str
-    regression: bool
-    seed: int
     device: torch.device
     dtype: torch.dtype
 
@@ -176,9 +157,10 @@ def estimate(
     """
     _check(model, examples, estimator, regression)
     rows = select(examples.labels, samples, seed, stratified)
-    on = resolve_device(device)
-    run = _Run(mask_sites(model), rows, estimator, regression, seed, on, resolve_dtype(dtype, on))
-    sums = resume.copy_to(on) if resume else _no_sums(run, examples)
+    target = resolve_device(device)
+    loss = Loss(estimator, regression, seed)
+    run = _Run(mask_sites(model), loss, rows, target, resolve_dtype(dtype, target))
+    sums = resume.copy_to(target) if resume else _no_sums(run, examples)
     saved = time.monotonic()
     with prepared(model, examples, run.device, run.dtype) as runner:
         for _ in _add_batches(runner, run, examples, sums):
@@ -195,41 +177,49 @@ def estimate(
 def _add_batches(
     runner: Runner, run: _Run, examples: Examples, sums: PartialSums
 ) -> Iterator[None]:
-    """Add the terms of the examples that `sums` does not have yet; yields after every batch."""
-    for start in range(sums.done // CHUNK * CHUNK, len(run.rows), CHUNK):
-        rows = run.rows[start : start + CHUNK]
+    """Add the examples that `sums` does not have yet; yields after every batch.
+
+    An error while the terms are computed leaves the sums as they were.
+    """
+    is_batch = run.loss.estimator == "batch"
+    size = BATCH_SIZE if is_batch else CHUNK
+    for start in range(sums.done // size * size, len(run.rows), size):
+        rows = run.rows[start : start + size]
         chunk = examples.take(rows)
         while (done := sums.done - start) < len(rows):
             batch = next(by_length(chunk, tokens=sums.batch_tokens, start=done))
             try:
-                terms = _terms(runner, run, batch, rows[batch.rows])
-                sums.add(terms, batch.rows, len(rows))
+                terms = _terms(runner, run, batch, rows[batch.rows]).double()  # [B, P]
+                total, squares = terms.sum(0), terms.square_().sum(0)
             except (MemoryError, RuntimeError) as error:
                 sums.batch_tokens = halved(batch, error)
                 continue
-            if sums.done == start + len(rows):
-                sums.complete_batches()
+            if is_batch:
+                sums.pending += total / len(rows)
+            else:
+                sums.total += total
+                sums.squares += squares
+            sums.done += len(batch.rows)
+            if is_batch and sums.done == start + len(rows):
+                sums.total += sums.pending.square()
+                sums.pending.zero_()
             yield
 
 
 def _terms(runner: Runner, run: _Run, batch: Batch, rows: np.ndarray) -> Tensor:
-    """The estimator's term of every example and node, [B, P]: squared gradients; for "batch" the
-    gradients themselves."""
+    """The squared mask gradients of every example, [B, P], summed over the loss's directions; for
+    "batch" the gradients themselves."""
     gradients = torch.zeros(len(rows), run.nodes, dtype=float_dtype(run.dtype), device=run.device)
+    terms = torch.zeros_like(gradients)
     with torch.enable_grad(), _mask_gradients(runner.model, run.sites, gradients) as leaves:
         logits = runner.logits(batch)
-        directions = loss_directions(
-            logits, batch.labels, rows, run.estimator, run.regression, run.seed
-        )
-        squares = torch.zeros_like(gradients)
-        for i, direction in enumerate(directions):
-            gradients.zero_()
-            more = i + 1 < len(directions)
-            torch.autograd.grad(logits, leaves, direction.to(logits.dtype), retain_graph=more)
-            if run.estimator == "batch":
+        directions = run.loss.directions(logits, batch.labels, rows)
+        for _ in backward_passes(logits, leaves, directions):
+            if run.loss.estimator == "batch":
                 return gradients
-            squares.addcmul_(gradients, gradients)
-    return squares
+            terms.addcmul_(gradients, gradients)
+            gradients.zero_()
+    return terms
 
 
 @contextmanager
@@ -266,44 +256,44 @@ def _mask_gradients(
         activation.register_hook(add)
         return (activation, *args[1:])
 
-    with ExitStack() as hooks:
-        of_sites = torch.split(gradients, [site.nodes for site in sites], dim=1)
-        for site, columns in zip(sites, of_sites, strict=True):
-            hook = partial(watch, site, columns)
-            handle = model.get_submodule(site.module).register_forward_pre_hook(hook)
-            hooks.callback(handle.remove)
+    columns = torch.split(gradients, [site.nodes for site in sites], dim=1)
+    with hooked(
+        (model.get_submodule(site.module), partial(watch, site, own))
+        for site, own in zip(sites, columns, strict=True)
+    ):
         yield leaves
 
 
-def loss_directions(
-    logits: Tensor,
-    labels: Tensor,
-    rows: np.ndarray,
-    estimator: str,
-    regression: bool,
-    seed: int,
-) -> list[Tensor]:
-    """Vectors v [B, C]: the estimator sums the squares of the gradients of v . logits over them.
+@dataclass(frozen=True)
+class Loss:
+    """What is differentiated: the loss of an estimator's labels, drawn by `seed` for "sampled"."""
 
-    Args:
-        logits: [B, C], the model's outputs.
-        labels: [B], class ids, or values.
-        rows: [B], the examples' rows, for "sampled".
-    """
-    logits = logits.detach().to(float_dtype(logits.dtype))
-    labels = to_device(labels, logits.device, logits.dtype if regression else torch.int64)
-    p = logits.log_softmax(1).exp()
-    if estimator == "expected":
-        return [torch.ones_like(logits)] if regression else _expected_directions(logits)
-    if estimator == "sampled":
-        uniform = torch.from_numpy(uniform_draws(seed, rows))
-        uniform = to_device(uniform, logits.device, logits.dtype)
-        if regression:  # the label is drawn from N(y, 1), and log p = -(label - y)^2 / 2
-            return [torch.special.ndtri(uniform)[:, None]]
-        labels = (p.cumsum(1) < uniform[:, None]).sum(1).clamp(max=p.shape[1] - 1)
-    if regression:
-        return [2 * (logits - labels[:, None])]
-    return [p.scatter_add(1, labels[:, None], -torch.ones_like(p[:, :1]))]
+    estimator: str
+    regression: bool
+    seed: int
+
+    def directions(self, logits: Tensor, labels: Tensor, rows: np.ndarray) -> list[Tensor]:
+        """Vectors v [B, C]: the estimator sums the squared gradients of v . logits over them.
+
+        Args:
+            logits: [B, C], the model's outputs.
+            labels: [B], class ids, or values.
+            rows: [B], the examples' rows.
+        """
+        logits = logits.detach().to(float_dtype(logits.dtype))
+        p = logits.log_softmax(1).exp()
+        if self.estimator == "expected":
+            return [torch.ones_like(logits)] if self.regression else _expected_directions(logits)
+        if self.estimator == "sampled":
+            uniform = torch.from_numpy(uniform_draws(self.seed, rows))
+            uniform = to_device(uniform, logits.device, logits.dtype)
+            if self.regression:  # the label is drawn from N(y, 1), and log p = -(label - y)^2 / 2
+                return [torch.special.ndtri(uniform)[:, None]]
+            labels = (p.cumsum(1) < uniform[:, None]).sum(1).clamp(max=p.shape[1] - 1)
+        if self.regression:
+            return [2 * (logits - to_device(labels, logits.device, logits.dtype)[:, None])]
+        labels = to_device(labels, logits.device, torch.int64)
+        return [p.scatter_add(1, labels[:, None], -torch.ones_like(p[:, :1]))]
 
 
 def _expected_directions(logits: Tensor) -> list[Tensor]:
@@ -355,10 +345,9 @@ def _check(model: PreTrainedModel, examples: Examples, estimator: str, regressio
 
 
 def _no_sums(run: _Run, examples: Examples) -> PartialSums:
-    batches = CHUNK // BATCH_SIZE if run.estimator == "batch" else 0
-    zeros = partial(torch.zeros, dtype=torch.float64, device=run.device)
+    total, squares, pending = torch.zeros(3, run.nodes, dtype=torch.float64, device=run.device)
     tokens = _tokens_that_fit(run, int(examples.lengths[run.rows].max()))
-    return PartialSums(zeros(run.nodes), zeros(run.nodes), zeros(batches, run.nodes), 0, tokens)
+    return PartialSums(total, squares, pending, done=0, batch_tokens=tokens)
 
 
 def _tokens_that_fit(run: _Run, longest: int) -> int:
@@ -379,7 +368,7 @@ def _tokens_that_fit(run: _Run, longest: int) -> int:
 def _summary(run: _Run, sums: PartialSums) -> Estimate:
     fisher, squares = sums.total.cpu().numpy(), sums.squares.cpu().numpy()
     stderr = None
-    if run.estimator != "batch":
+    if run.loss.estimator != "batch":
         fisher = fisher / sums.done
         stderr = np.full_like(fisher, np.nan)
         if sums.done > 1:

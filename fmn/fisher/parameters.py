@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.fisher.mask_nodes import loss_directions
-from fmn.fisher.runner import float_dtype, prepared
+from fmn.fisher.mask_nodes import Loss
+from fmn.fisher.runner import backward_passes, float_dtype, prepared
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.tasks.batches import Examples, pad_batch, select
 
@@ -42,11 +42,12 @@ def estimate(
     if estimator not in ESTIMATORS:
         choice = ", ".join(ESTIMATORS)
         raise UserError(f"estimator {estimator!r} is unknown here: choose one of {choice}")
-    on = resolve_device(device)
+    loss = Loss(estimator, regression, seed)
+    target = resolve_device(device)
     rows = select(examples.labels, samples, seed)
     lengths = examples.lengths
     prefix = f"{model.base_model_prefix}."
-    with prepared(model, examples, on, resolve_dtype(dtype, on)) as runner:
+    with prepared(model, examples, target, resolve_dtype(dtype, target)) as runner:
         names = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
         leaves = [runner.tensors[name].requires_grad_() for name in names]
         # Leaves may be bfloat16; the sums are not.
@@ -55,14 +56,8 @@ def estimate(
             batch = pad_batch(examples, rows[done - 1 : done], int(lengths[row]))
             with torch.enable_grad():
                 logits = runner.logits(batch)
-            directions = loss_directions(
-                logits, batch.labels, rows[done - 1 : done], estimator, regression, seed
-            )
-            for i, direction in enumerate(directions):
-                more = i + 1 < len(directions)
-                gradients = torch.autograd.grad(
-                    logits, leaves, direction.to(logits.dtype), more, allow_unused=True
-                )
+            directions = loss.directions(logits, batch.labels, rows[done - 1 : done])
+            for gradients in backward_passes(logits, leaves, directions):
                 for total, gradient in zip(sums, gradients, strict=True):
                     if gradient is not None:
                         total.addcmul_(gradient.to(total.dtype), gradient.to(total.dtype))

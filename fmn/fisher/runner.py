@@ -1,6 +1,6 @@
 """A model made ready for the statistics: on its device, in its number format, one pass a batch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -56,6 +56,26 @@ class Runner:
         return logits
 
 
+def backward_passes(
+    logits: Tensor, leaves: Sequence[Tensor], directions: Sequence[Tensor]
+) -> Iterator[Sequence[Tensor | None]]:
+    """For each direction v [B, C], the gradients of v . logits with respect to the leaves."""
+    for number, direction in enumerate(directions, 1):
+        more = number < len(directions)
+        yield torch.autograd.grad(
+            logits, leaves, direction.to(logits.dtype), retain_graph=more, allow_unused=True
+        )
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Call a hook before every forward pass of a module."""
+    with ExitStack() as registered:
+        for module, hook in hooks:
+            registered.callback(module.register_forward_pre_hook(hook).remove)
+        yield
+
+
 @contextmanager
 def prepared(
     model: PreTrainedModel, examples: Examples, device: torch.device, dtype: torch.dtype
@@ -72,9 +92,8 @@ def prepared(
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         is_narrow = dtype == torch.bfloat16 and name.rpartition(".")[0] in encoder
         floats = torch.bfloat16 if is_narrow else float_dtype(dtype)
-        tensors[name] = tensor.detach().to(
-            device, floats if tensor.is_floating_point() else tensor.dtype
-        )
+        kind = floats if tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.detach().to(device, kind)
     config = model.config
     with ExitStack() as restored:
         for module in model.modules():
@@ -103,14 +122,12 @@ def _set(restored: ExitStack, target: object, name: str, value: object) -> None:
     setattr(target, name, value)
 
 
-def _without_autocast(
-    forward: Callable[[Tensor], Tensor], device: torch.device
-) -> Callable[[Tensor], Tensor]:
+def _without_autocast(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """A module's forward in the number format of its weights."""
 
-    def in_float(activation: Tensor, *args: Any) -> Tensor:
+    def in_float(activation: Tensor) -> Any:
         with torch.autocast(device.type, enabled=False):
-            wide = activation.float() if activation.dtype == torch.bfloat16 else activation
-            return forward(wide, *args)
+            is_narrow = activation.dtype == torch.bfloat16
+            return forward(activation.float() if is_narrow else activation)
 
     return in_float

@@ -1,14 +1,14 @@
 """The stages that compute statistics of one expert on its task's training split."""
 
-import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
 from fmn.fisher import files
-from fmn.fisher.files import FisherMetadata, GramMetadata, StatisticMetadata
+from fmn.fisher.files import CheckpointOrigin, FisherMetadata, GramMetadata, StatisticMetadata
 from fmn.models import checkpoints, labels
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts, stage
@@ -18,13 +18,9 @@ from fmn.tasks import dataset
 from fmn.tasks import task as tasks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from fmn.fisher.mask_nodes import PartialSums
-    from fmn.tasks.batches import Examples
 
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
-M = TypeVar("M", bound=files.Metadata)
 
 VERSION = 3  # raised when the same inputs and settings give other numbers than before
 SAVE_SECONDS = 5.0  # from one save of partial sums to the next
@@ -83,44 +79,35 @@ def fisher(
         out: the Parquet file
     """
 
-    def compute(job: Job) -> None:
+    def compute(expert: _Expert, path: Path) -> None:
         from fmn.fisher.mask_nodes import estimate
 
-        expert = _load(job, checkpoint, task, data, settings, settings.stratified)
-        sums = out.with_name(f".{out.name}.partial-sums")
+        saved = out.with_name(f".{out.name}.partial-sums")
         key = "{key} {device} {dtype}".format(**expert.metadata)
-        found = estimate(
-            expert.model,
-            expert.examples,
+        result = estimate(
+            **expert.arguments,
             estimator=settings.estimator,
             regression=tasks.task(task).regression,
             stratified=settings.stratified,
-            resume=_read_sums(sums, key),
-            save=lambda partial: _write_sums(sums, key, partial),
-            save_seconds=SAVE_SECONDS,
             progress=progress,
-            **expert.options,
+            resume=_read_sums(saved, key),
+            save=lambda sums: _write_sums(saved, key, sums),
+            save_seconds=SAVE_SECONDS,
         )
-        heads, neurons = (
-            max(len(nodes) for site, nodes in found.fisher.items() if site.node == kind)
-            for kind in ("head", "neuron")
-        )
+        counts = {site: len(nodes) for site, nodes in result.fisher.items()}
         metadata = FisherMetadata(
             **expert.metadata,
             estimator=settings.estimator,
             stratified=settings.stratified,
-            layers=len({site.layer for site in found.fisher}),
-            heads=heads,
-            neurons=neurons,
-            relative_stderr=found.relative_error,
+            layers=len({site.layer for site in counts}),
+            heads=max(count for site, count in counts.items() if site.node == "head"),
+            neurons=max(count for site, count in counts.items() if site.node == "neuron"),
+            relative_stderr=result.relative_error,
         )
-        files.write_fisher(job.path, found.fisher, found.stderr, metadata)
-        sums.unlink(missing_ok=True)
+        files.write_fisher(path, result.fisher, result.stderr, metadata)
+        saved.unlink(missing_ok=True)
 
-    def summary(path: Path) -> FisherMetadata:
-        return files.read_fisher(path)[2]
-
-    return _run("fisher", checkpoint, task, data, out, settings, compute, summary)
+    return _run("fisher", checkpoint, task, data, out, settings, compute, files.read_fisher)
 
 
 def full_fisher(
@@ -141,25 +128,18 @@ def full_fisher(
         out: the safetensors file
     """
 
-    def compute(job: Job) -> None:
+    def compute(expert: _Expert, path: Path) -> None:
         from fmn.fisher.parameters import estimate
 
-        expert = _load(job, checkpoint, task, data, settings)
+        regression, estimator = tasks.task(task).regression, settings.estimator
         tensors = estimate(
-            expert.model,
-            expert.examples,
-            estimator=settings.estimator,
-            regression=tasks.task(task).regression,
-            progress=progress,
-            **expert.options,
+            **expert.arguments, estimator=estimator, regression=regression, progress=progress
         )
-        metadata = StatisticMetadata(**expert.metadata, estimator=settings.estimator)
-        files.write_statistic(job.path, tensors, metadata)
+        metadata = StatisticMetadata(**expert.metadata, estimator=estimator)
+        files.write_statistic(path, tensors, metadata)
 
-    def summary(path: Path) -> StatisticMetadata:
-        return files.read_statistic(path, StatisticMetadata)[1]
-
-    return _run("full-fisher", checkpoint, task, data, out, settings, compute, summary)
+    read = partial(files.read_statistic, record=StatisticMetadata)
+    return _run("full-fisher", checkpoint, task, data, out, settings, compute, read)
 
 
 def gram(
@@ -180,20 +160,24 @@ def gram(
         out: the safetensors file
     """
 
-    def compute(job: Job) -> None:
+    def compute(expert: _Expert, path: Path) -> None:
         from fmn.fisher.gram import estimate
 
-        expert = _load(job, checkpoint, task, data, settings)
-        grams = estimate(expert.model, expert.examples, progress=progress, **expert.options)
+        grams = estimate(**expert.arguments, progress=progress)
         metadata = GramMetadata(
             **expert.metadata, inputs=grams.inputs, transposed=sorted(grams.transposed)
         )
-        files.write_statistic(job.path, grams.moments, metadata)
+        files.write_statistic(path, grams.moments, metadata)
 
-    def summary(path: Path) -> GramMetadata:
-        return files.read_statistic(path, GramMetadata)[1]
+    read = partial(files.read_statistic, record=GramMetadata)
+    return _run("gram", checkpoint, task, data, out, settings, compute, read)
 
-    return _run("gram", checkpoint, task, data, out, settings, compute, summary)
+
+class _Expert(NamedTuple):
+    """What the functions that estimate a statistic are called with, and what its metadata say."""
+
+    arguments: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def _run(
@@ -203,101 +187,80 @@ def _run(
     data: Path,
     out: Path,
     settings: SampleSettings,
-    compute: Callable[[Job], None],
-    summary: Callable[[Path], M],
-) -> Outcome[M]:
-    train = dataset.digests(data, tasks.task(task), ["train"])["train"]
+    compute: Callable[[_Expert, Path], None],
+    read: Callable[[Path], tuple[Any, ...]],
+) -> Outcome[Any]:
+    """Run a stage; `read` gives back the statistic's metadata last."""
     return run_stage(
         name,
         VERSION,
         out,
-        compute,
-        reads={"checkpoint": checkpoint, "train": train},
+        lambda job: compute(_load(job, checkpoint, tasks.task(task), data, settings), job.path),
+        reads={"checkpoint": checkpoint, **dataset.digests(data, tasks.task(task), ["train"])},
         settings={"task": task, "settings": settings},
-        summary=summary,
+        summary=lambda path: read(path)[-1],
     )
 
 
-class _Expert(NamedTuple):
-    """An expert, examples to compute a statistic on, and what all statistics have in common.
-
-    Attributes:
-        options: arguments of the statistics' `estimate` functions.
-        metadata: entries of the statistics' metadata.
-    """
-
-    model: "PreTrainedModel"
-    examples: "Examples"
-    options: dict[str, Any]
-    metadata: dict[str, Any]
-
-
 def _load(
-    job: Job,
-    checkpoint: Path,
-    task_name: str,
-    data: Path,
-    settings: SampleSettings,
-    stratified: bool = False,
+    job: Job, checkpoint: Path, task: tasks.Task, data: Path, settings: SampleSettings
 ) -> _Expert:
-    """The expert, with outputs in its task's order; only the rows of the sample are tokenised."""
+    """An expert, its outputs in the task's order, and its sample, the only rows with tokens."""
     import torch
 
     from fmn.models.devices import resolve_device, resolve_dtype
     from fmn.tasks.batches import select
 
-    task = tasks.task(task_name)
     aligned = labels.decide(checkpoint, task, data, settings.device)
     model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
     table = dataset.read(data, task, "train")
     samples = None if settings.samples == "all" else settings.samples
+    stratified = getattr(settings, "stratified", False)
     rows = select(table["label"].to_numpy(), samples, settings.seed, stratified)
+    tokenizer = checkpoints.load_tokenizer(checkpoint)
     device = resolve_device(settings.device)
     dtype = str(resolve_dtype(settings.dtype, device)).removeprefix("torch.")
-    origin = {**stage.lineage(checkpoint), "digest": job.inputs["checkpoint"]}
-    return _Expert(
-        model,
-        dataset.tokenize(checkpoints.load_tokenizer(checkpoint), task, table, rows=rows),
-        {"samples": samples, "seed": settings.seed, "device": str(device), "dtype": dtype},
-        {
-            "key": job.key,
-            "task": task_name,
-            "model_type": model.config.model_type,
-            "checkpoint": files.CheckpointOrigin.model_validate(origin),
-            "data_digest": job.inputs["train"],
-            "labels": {task_name: Labels.model_validate(aligned)},
-            "samples": len(rows),
-            "seed": settings.seed,
-            "dtype": dtype,
-            "device": device.type,
-            "threads": torch.get_num_threads(),
-        },
-    )
+    arguments = {
+        "model": model,
+        "examples": dataset.tokenize(tokenizer, task, table, rows=rows),
+        "samples": samples,
+        "seed": settings.seed,
+        "device": str(device),
+        "dtype": dtype,
+    }
+    metadata = {
+        "key": job.key,
+        "task": task.name,
+        "model_type": model.config.model_type,
+        "checkpoint": CheckpointOrigin(
+            **stage.lineage(checkpoint), digest=job.inputs["checkpoint"]
+        ),
+        "data_digest": job.inputs["train"],
+        "labels": {task.name: Labels.model_validate(aligned)},
+        "samples": len(rows),
+        "seed": settings.seed,
+        "dtype": dtype,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
+    return _Expert(arguments, metadata)
 
 
 def _write_sums(path: Path, key: str, sums: "PartialSums") -> None:
-    import numpy as np
+    import torch
 
-    with artifacts.whole_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, key=np.asarray(key), **vars(sums))
+    with artifacts.whole_file(path) as partial_file:
+        torch.save({"key": key, **vars(sums)}, partial_file)
 
 
 def _read_sums(path: Path, key: str) -> "PartialSums | None":
-    """The partial sums of a run that was killed, if it was for the same key."""
-    import numpy as np
+    """The partial sums of a run that was killed, if it was the same run."""
     import torch
 
     from fmn.fisher.mask_nodes import PartialSums
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if str(arrays["key"]) != key:
-                return None
-            total, squares, pending = (
-                torch.from_numpy(arrays[name]) for name in ("total", "squares", "pending")
-            )
-            return PartialSums(
-                total, squares, pending, int(arrays["done"]), int(arrays["batch_tokens"])
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        content = torch.load(path, weights_only=True)
+        return PartialSums(**content) if content.pop("key") == key else None
+    except Exception:  # a file that is absent or damaged may raise anything
         return None

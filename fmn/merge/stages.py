@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from fmn import __version__
 from fmn.errors import UserError, hint
 from fmn.fisher import files as statistics
+from fmn.fisher.files import GramMetadata, Metadata, StatisticMetadata
 from fmn.merge import recipe
 from fmn.merge.methods import DAMPING, NEEDS, Needs
 from fmn.models import checkpoints, labels
@@ -119,15 +120,12 @@ class RealignSettings(RefitSettings):
     )
 
 
-def _belongs(
-    path: Path, kind: str, stated: Mapping[str, Any], task: str, expert: Path, digest: str
-) -> None:
+def _belongs(path: Path, kind: str, stated: Metadata, task: str, expert: Path, digest: str) -> None:
     """Refuse a statistic of another task, or of another checkpoint than the expert with this digest."""
     title = {"fisher": "Fisher", "gram": "Gram matrices"}[kind]
-    formats.check(stated, formats.Statistic, path, "make it again")
-    if stated["task"] != task:
-        raise UserError(f"{path}: the {title} of task {stated['task']}, given for {task}")
-    if stated["checkpoint"]["digest"] != digest:
+    if stated.task != task:
+        raise UserError(f"{path}: the {title} of task {stated.task}, given for {task}")
+    if stated.checkpoint.digest != digest:
         raise UserError(f"{path}: the {title} of another checkpoint than {expert}; make it again")
 
 
@@ -168,26 +166,25 @@ def _statistics(
             )
             stated[kind][task] = {
                 "digest": artifacts.digest_file(files[task]),
-                "values": artifacts.digest_values(files[task]),
-                **{name: metadata[name] for name in names if name in metadata},
+                "values": statistics.digest_values(files[task]),
+                **metadata.model_dump(include=set(names)),
             }
         options[option] = found
 
     def nodes(path: Path) -> tuple[Any, Any]:
-        values, _, metadata = artifacts.read_fisher(path)
+        values, _, metadata = statistics.read_fisher(path)
         return values, metadata
 
     def grams(path: Path) -> tuple[Any, Any]:
         from fmn.merge.model import StoredGrams
 
-        headers, metadata = statistics.read(path, "gram")
-        formats.check(metadata, formats.GramMatrices, path, "make it again")
-        return StoredGrams(headers, metadata["inputs"], metadata["transposed"]), metadata
+        headers, metadata = statistics.read_statistic(path, GramMetadata)
+        return StoredGrams(headers, metadata.inputs, metadata.transposed), metadata
 
     if needs.fisher == "nodes":
         take("fisher", "fisher", "fisher", fisher_files, nodes)
     if needs.fisher == "parameters":
-        read_full = partial(statistics.read, kind="full-fisher")
+        read_full = partial(statistics.read_statistic, record=StatisticMetadata)
         take("fisher", "full_fisher", "full-fisher", fisher_files, read_full)
     if needs.gram:
         take("gram", "grams", "gram", gram_files, grams)
@@ -451,11 +448,14 @@ def _aligned(expert: Path, task: str, fisher_file: Path | None, digest: str) -> 
     if named is not None or fisher_file is None:
         return named or labels.as_they_stand(found)
     large = fisher_file.suffix == ".safetensors"
-    stated = (
-        statistics.read(fisher_file, "full-fisher")[1]
+    stated: Metadata = (
+        statistics.read_statistic(fisher_file, StatisticMetadata)[1]
         if large
-        else artifacts.read_fisher(fisher_file)[2]
+        else statistics.read_fisher(fisher_file)[2]
     )
     _belongs(fisher_file, "fisher", stated, task, expert, digest)
-    recorded: labels.Labels | None = stated.get("labels", {}).get(task)
-    return recorded or labels.as_they_stand(found)
+    recorded = stated.labels.get(task)
+    if recorded is None:
+        return labels.as_they_stand(found)
+    aligned: labels.Labels = recorded.model_dump(by_alias=True)  # type: ignore[assignment]
+    return aligned

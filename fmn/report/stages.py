@@ -90,7 +90,9 @@ def write_report(
         table = report.tabulate(
             alone, {name: evaluated(file) for name, file in merged_models.items()}
         )
-        fisher = {task: artifacts.read_fisher(file)[0] for task, file in fisher_files.items()}
+        from fmn.fisher.files import read_fisher
+
+        fisher = {task: read_fisher(file)[0] for task, file in fisher_files.items()}
         names = {name: name for name in table.tasks} | {
             path.name: name for name, path in folders.items()
         }

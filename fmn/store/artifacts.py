@@ -8,10 +8,8 @@ its Parquet metadata.
 
 import hashlib
 import json
-import math
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,17 +20,14 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from fmn.errors import UserError
-from fmn.store import machine
 from fmn.store import records as formats
 
 if TYPE_CHECKING:
     from fmn.evaluate.bootstrap import Answers, Splits
-    from fmn.fisher.architectures import NodeValues
 
 MANIFEST = "fmn.json"
 CARD = "README.md"  # which people may edit
 COST = ".cost"
-FISHER_FORMAT = 1
 
 _digests: dict[tuple[Any, ...], str] = {}
 
@@ -436,166 +431,3 @@ def read_predictions(metrics: Path) -> "dict[str, dict[str, Answers]]":
         )
         found.setdefault(task, {})[split] = answers
     return found
-
-
-def digest_values(path: Path) -> str:
-    """sha256 of the numbers in a file of statistics, in hexadecimal; the same whatever its metadata say.
-
-    Args:
-        path: a Fisher artifact, or statistics in safetensors.
-    """
-    if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-        return digest_file(path, 8 + length)
-    digest = hashlib.sha256()
-    for values in read_fisher(path)[:2]:
-        for site in sorted(values or {}):
-            digest.update(repr(tuple(site)).encode())
-            digest.update((values or {})[site].tobytes())
-    return digest.hexdigest()
-
-
-def _fisher_digest(columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(canonical(metadata))
-    for name in sorted(columns):
-        digest.update(columns[name].tobytes())
-    return digest.hexdigest()
-
-
-def write_fisher(
-    path: Path, fisher: "NodeValues", stderr: "NodeValues | None", metadata: Mapping[str, Any]
-) -> None:
-    """Write a Fisher artifact: a row per mask node, sorted by (layer, node, index).
-
-    Args:
-        path: the Parquet file.
-        fisher: float64 [nodes] for each (layer, node kind).
-        stderr: the same for the standard errors, or None where the estimator has none.
-        metadata: what goes, as JSON, into the schema metadata under ``fmn`` beside the format and the digest.
-    """
-    import numpy as np
-    import pyarrow as pa
-
-    sites = sorted(fisher)
-    rows = [len(fisher[site]) for site in sites]
-    columns = {
-        "layer": np.repeat(np.array([site[0] for site in sites], np.int16), rows),
-        "node": np.repeat(np.array([site[1] for site in sites]), rows),
-        "index": np.concatenate([np.arange(count, dtype=np.int32) for count in rows]),
-        "fisher": np.concatenate([np.asarray(fisher[site], np.float64) for site in sites]),
-    }
-    if stderr is not None:
-        columns["stderr"] = np.concatenate([np.asarray(stderr[site], np.float64) for site in sites])
-    stated = {**metadata, "format": FISHER_FORMAT, "pyarrow": pa.__version__}
-    stated["digest"] = _fisher_digest(columns, stated)
-    with whole_file(path) as file:
-        file.write_bytes(_fisher_bytes(columns, stated))
-
-
-def _fisher_bytes(columns: Mapping[str, Any], stated: Mapping[str, Any]) -> bytes:
-    """The Parquet file of a Fisher artifact, which depends on nothing but what it holds and PyArrow's version."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    errors = (
-        pa.array(columns["stderr"])
-        if "stderr" in columns
-        else pa.nulls(len(columns["layer"]), pa.float64())
-    )
-    node = pa.array(columns["node"].tolist()).dictionary_encode()
-    table = pa.table(
-        {name: columns[name] for name in ("layer",)}
-        | {"node": node}
-        | {name: columns[name] for name in ("index", "fisher")}
-        | {"stderr": errors}
-    ).replace_schema_metadata({"fmn": json.dumps(stated, sort_keys=True)})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, dict[str, Any]]":
-    """Read a Fisher artifact: (fisher, stderr or None, metadata); arrays are float64 [nodes] by (layer, node kind).
-
-    Raises UserError for a file that is not a Fisher artifact, was damaged, or holds a value that cannot be a Fisher
-    information (negative, NaN or infinite), naming its node.
-    """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from fmn.fisher.architectures import Site
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such Fisher artifact; `fmn fisher` makes one")
-    try:
-        table = pq.read_table(path)
-        metadata = json.loads((table.schema.metadata or {})[b"fmn"])
-        columns = {
-            "layer": table["layer"].to_numpy().astype(np.int16, casting="safe"),
-            "node": np.array(table["node"].to_pylist(), dtype=str),
-            "index": table["index"].to_numpy().astype(np.int32, casting="safe"),
-            "fisher": table["fisher"].to_numpy().astype(np.float64, casting="safe"),
-        }
-        if not table["stderr"].null_count:
-            columns["stderr"] = table["stderr"].to_numpy().astype(np.float64, casting="safe")
-        digest = metadata.pop("digest")
-    except (
-        pa.ArrowException,
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
-        told = f"{path}: not a Fisher artifact, or damaged; make it again with `fmn fisher`"
-        raise machine.refusal(error, path) or UserError(told) from error
-    if metadata.get("format") != FISHER_FORMAT:
-        raise UserError(
-            f"{path}: Fisher format {metadata.get('format')}, this fmn reads {FISHER_FORMAT}; make it again"
-        )
-    # A bit that decodes to nothing, in statistics or padding, must not go unnoticed: digests of the file depend on it.
-    exact = metadata.get("pyarrow") != pa.__version__ or (
-        path.read_bytes() == _fisher_bytes(columns, {**metadata, "digest": digest})
-    )
-    if not exact or not agrees(digest, lambda: _fisher_digest(columns, metadata)):
-        raise UserError(
-            f"{path}: its content is not what was written; make it again with `fmn fisher`"
-        )
-
-    sites = [
-        Site(*site)
-        for site in zip(columns["layer"].tolist(), columns["node"].tolist(), strict=True)
-    ]
-    for site, index, value in zip(sites, columns["index"], columns["fisher"], strict=True):
-        if not (math.isfinite(value) and value >= 0):
-            raise UserError(
-                f"{path}: the Fisher of layer {site.layer}, {site.node} {index} is {value}; make it again"
-            )
-    starts = [row for row in range(len(sites)) if row == 0 or sites[row] != sites[row - 1]]
-    spans = {
-        sites[start]: slice(start, end)
-        for start, end in zip(starts, [*starts[1:], len(sites)], strict=True)
-    }
-    for site, span in spans.items():
-        if columns["index"][span].tolist() != list(range(span.stop - span.start)):
-            raise UserError(
-                f"{path}: the rows of layer {site.layer}, {site.node} are not numbered 0, 1, 2, ..."
-            )
-    fisher = {site: columns["fisher"][span] for site, span in spans.items()}
-    stderr = (
-        {site: columns["stderr"][span] for site, span in spans.items()}
-        if "stderr" in columns
-        else None
-    )
-    return fisher, stderr, metadata
-
-
-def fisher_is_current(path: Path, key: str) -> bool:
-    """Whether a Fisher artifact was made for this content key and is still what was written."""
-    try:
-        return bool(read_fisher(path)[2].get("key") == key)
-    except UserError:
-        return False

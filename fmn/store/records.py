@@ -143,27 +143,6 @@ class Metrics(Record):
     data: dict[str, Rows] = {}
 
 
-class Measured(Record):
-    """A checkpoint that a statistic is of."""
-
-    digest: str
-
-
-class Statistic(Sampled):
-    """What the metadata of a mask Fisher, a full Fisher or Gram matrices say."""
-
-    task: str
-    checkpoint: Measured
-    labels: dict[str, Labels] = {}
-
-
-class GramMatrices(Statistic):
-    """Of which the metadata also say which map reads which input."""
-
-    inputs: dict[str, str]
-    transposed: list[str]
-
-
 class Tried(Record):
     """What a merged model and the expert say of a task's rows."""
 

@@ -43,7 +43,7 @@ def profile(address: str, url: str) -> Params:
 
 def asked(work: Path, **changed: Any) -> Request:
     arguments = {
-        "checkpoint": work / "experts/sst2", "task": "sst2", "folder": work / "data", "out": work / "x.parquet",
+        "checkpoint": work / "experts/sst2", "task": "sst2", "data": work / "data", "out": work / "x.parquet",
         "settings": FISHER,
     }  # fmt: skip
     return cluster.request("fisher", fisher_stages.fisher, arguments | changed)[0]

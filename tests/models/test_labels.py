@@ -21,6 +21,7 @@ from fmn.errors import UserError
 from fmn.evaluate import stages as evaluate_stages
 from fmn.evaluate.bootstrap import Answers
 from fmn.evaluate.stages import EvaluateSettings
+from fmn.fisher import read_fisher
 from fmn.fisher import stages as fisher_stages
 from fmn.fisher.stages import Estimator, FisherSettings
 from fmn.merge import recipe
@@ -261,10 +262,14 @@ def test_a_permuted_expert_has_the_same_fisher(
     found = {}
     for name in ("plain", "named", "unnamed"):
         fisher_stages.fisher(
-            work / name, "mnli", work / "data", tmp_path / f"{name}.parquet", asked
+            work / name,
+            task="mnli",
+            data=work / "data",
+            out=tmp_path / f"{name}.parquet",
+            settings=asked,
         )
-        found[name], _, stated = artifacts.read_fisher(tmp_path / f"{name}.parquet")
-        assert stated["labels"]["mnli"]["order"] == ([0, 1, 2] if name == "plain" else [1, 2, 0])
+        found[name], _, stated = read_fisher(tmp_path / f"{name}.parquet")
+        assert stated.labels["mnli"].order == ([0, 1, 2] if name == "plain" else [1, 2, 0])
     for site, nodes in found["plain"].items():
         for name in ("named", "unnamed"):
             np.testing.assert_allclose(found[name][site], nodes, rtol=1e-4, atol=1e-12)
@@ -278,7 +283,7 @@ def test_a_permuted_expert_gives_the_same_merged_model(
     predictions, answers = {}, {}
     for name in ("plain", "named", "unnamed"):
         file, out = tmp_path / f"{name}.parquet", tmp_path / name
-        fisher_stages.fisher(work / name, "mnli", work / "data", file, asked)
+        fisher_stages.fisher(work / name, task="mnli", data=work / "data", out=file, settings=asked)
         made = merge_stages.merge(
             {"mnli": work / name, "stsb": work / "stsb"}, {"mnli": file, "stsb": work / "stsb.parquet"}, None, out,
             MergeSettings(method=method),
@@ -403,10 +408,10 @@ def test_an_unnamed_expert_that_knows_nothing_is_refused_and_leaves_nothing(
     with pytest.raises(UserError, match="no better than chance"):
         fisher_stages.fisher(
             expert,
-            "mnli",
-            work / "data",
-            out,
-            FisherSettings(samples=16, device="cpu", dtype="float32"),
+            task="mnli",
+            data=work / "data",
+            out=out,
+            settings=FisherSettings(samples=16, device="cpu", dtype="float32"),
         )
     with pytest.raises(UserError, match="no better than chance"):
         evaluate_stages.evaluate(expert, ["mnli"], work / "data", tmp_path / "m.json", EVALUATE)
