@@ -21,7 +21,7 @@ from fmn.registry import stages as registry_stages
 from fmn.registry.stages import RegistrySettings
 from fmn.report import stages as report_stages
 from fmn.store import artifacts
-from fmn.store.stage import Outcome
+from fmn.store.stage import Outcome, sidecar_path
 from fmn.tasks import stages as tasks_stages
 from fmn.tasks import task as tasks
 from fmn.tasks.dataset import read
@@ -236,6 +236,7 @@ def test_data_are_not_read_from_an_address(tmp_path: Path) -> None:
 
 def _swap_fisher(work: Path) -> None:
     shutil.copyfile(fisher_files(work)["sst2"], fisher_files(work)["mrpc"])
+    sidecar_path(fisher_files(work)["mrpc"]).unlink()
 
 
 def _other_expert(work: Path) -> None:

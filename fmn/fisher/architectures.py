@@ -266,7 +266,7 @@ def _recognised(config: "PretrainedConfig", shapes: Shapes) -> Stack:
 
 
 def _score(stack: Stack, shapes: Shapes, hidden_size: int | None) -> tuple[int, int] | None:
-    """How well a stack fits a model: (parameters explained, - modules missing); None: not at all."""
+    """How well a stack fits a model: (parameters explained, -modules missing), or None."""
     norms = [norm for block in stack.blocks for norm in block.norms]
     explained: set[str] = set()
     missing = 0

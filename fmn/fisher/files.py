@@ -1,8 +1,8 @@
 """The files of statistics, and the records in them that say what they were computed from.
 
-The mask Fisher has a number a node and is Parquet. The full Fisher and Gram matrices are as large as
-the expert: float32 tensors in safetensors, read a slice at a time when experts are merged. Both have
-their record as JSON in the file's metadata, under ``fmn``. A stage's sidecar has their sha256.
+The mask Fisher, with one number a node, is a Parquet file. The full Fisher and Gram matrices, as
+large as the expert, are safetensors, so that a merge can read them a slice at a time. Both have
+their record as JSON in the file's metadata, under ``fmn``. Their sha256 is in the stage's sidecar.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class Metadata(Record):
 
 
 class FisherMetadata(Metadata):
-    """Of a mask Fisher. `heads` and `neurons` are those of a layer; of the largest if they differ."""
+    """Of a mask Fisher. `heads`, `neurons`: those of a layer; of the largest if layers differ."""
 
     format: Literal[1] = 1
     estimator: str

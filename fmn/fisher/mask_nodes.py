@@ -50,7 +50,7 @@ from fmn.tasks.batches import Batch, Examples, by_length, halved, select
 
 ESTIMATORS = ("empirical", "expected", "sampled", "batch")
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
-CHUNK = 4096  # examples that are sorted by length together, for the other estimators
+CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class PartialSums:
     Attributes:
         total: [P], of the squared gradients.
         squares: [P], of their squares.
-        pending: [P], for "batch" the gradient of the mean loss of the batch under way, so far.
+        pending: [G, P], for "batch" the gradients of the mean losses of the chunk's batches, so far.
         done: examples summed up.
         batch_tokens: tokens of the largest batch that is computed at once.
     """
@@ -99,6 +99,29 @@ class PartialSums:
         tensors = (self.total, self.squares, self.pending)
         total, squares, pending = (tensor.to(device, copy=True) for tensor in tensors)
         return PartialSums(total, squares, pending, self.done, self.batch_tokens)
+
+    def add(self, terms: Tensor, places: np.ndarray, chunk: int) -> None:
+        """Add the terms [B, P] of the examples at `places` [B] of a chunk of so many examples.
+
+        All is computed before anything is changed, so that running out of memory leaves the sums
+        as they were.
+        """
+        terms = terms.double()
+        if len(self.pending):
+            batches = places // BATCH_SIZE
+            sizes = np.minimum(BATCH_SIZE, chunk - batches * BATCH_SIZE)
+            shares = (np.arange(len(self.pending))[:, None] == batches) / sizes  # of the mean loss
+            self.pending += to_device(torch.from_numpy(shares), terms.device, None) @ terms
+        else:
+            total, squares = terms.sum(0), terms.square_().sum(0)
+            self.total += total
+            self.squares += squares
+        self.done += len(places)
+
+    def complete_batches(self) -> None:
+        """Square and sum up the pending gradients, at the end of a chunk."""
+        self.total += self.pending.square().sum(0)
+        self.pending.zero_()
 
 
 @dataclass(frozen=True)
@@ -132,7 +155,7 @@ def estimate(
     save: Callable[[PartialSums], None] | None = None,
     save_seconds: float = 30.0,
 ) -> Estimate:
-    """The diagonal Fisher information of the mask nodes of a Transformer with a classification head.
+    """The diagonal Fisher information of the mask nodes of a Transformer with a classifier's head.
 
     It does not depend on batch size or device, but for rounding. Batches are as large as memory
     allows. The model is left as it was.
@@ -177,32 +200,20 @@ def estimate(
 def _add_batches(
     runner: Runner, run: _Run, examples: Examples, sums: PartialSums
 ) -> Iterator[None]:
-    """Add the examples that `sums` does not have yet; yields after every batch.
-
-    An error while the terms are computed leaves the sums as they were.
-    """
-    is_batch = run.loss.estimator == "batch"
-    size = BATCH_SIZE if is_batch else CHUNK
-    for start in range(sums.done // size * size, len(run.rows), size):
-        rows = run.rows[start : start + size]
+    """Add the examples that `sums` does not have yet; yields after every batch."""
+    for start in range(sums.done // CHUNK * CHUNK, len(run.rows), CHUNK):
+        rows = run.rows[start : start + CHUNK]
         chunk = examples.take(rows)
         while (done := sums.done - start) < len(rows):
             batch = next(by_length(chunk, tokens=sums.batch_tokens, start=done))
             try:
-                terms = _terms(runner, run, batch, rows[batch.rows]).double()  # [B, P]
-                total, squares = terms.sum(0), terms.square_().sum(0)
+                terms = _terms(runner, run, batch, rows[batch.rows])
+                sums.add(terms, batch.rows, len(rows))
             except (MemoryError, RuntimeError) as error:
                 sums.batch_tokens = halved(batch, error)
                 continue
-            if is_batch:
-                sums.pending += total / len(rows)
-            else:
-                sums.total += total
-                sums.squares += squares
-            sums.done += len(batch.rows)
-            if is_batch and sums.done == start + len(rows):
-                sums.total += sums.pending.square()
-                sums.pending.zero_()
+            if sums.done == start + len(rows):
+                sums.complete_batches()
             yield
 
 
@@ -314,7 +325,7 @@ def _expected_directions(logits: Tensor) -> list[Tensor]:
 
 
 def uniform_draws(seed: int, rows: np.ndarray) -> np.ndarray:
-    """A number in (0, 1) for each row, float64 [B], from the row and the seed alone (SplitMix64)."""
+    """A number in (0, 1) for each row, float64 [B], of the row and seed alone (SplitMix64)."""
     z = rows.astype(np.uint64) + np.uint64(1)
     for salt in (np.uint64(seed % 2**64), np.uint64(0)):
         z = (z ^ salt) * np.uint64(0x9E3779B97F4A7C15)
@@ -345,9 +356,10 @@ def _check(model: PreTrainedModel, examples: Examples, estimator: str, regressio
 
 
 def _no_sums(run: _Run, examples: Examples) -> PartialSums:
-    total, squares, pending = torch.zeros(3, run.nodes, dtype=torch.float64, device=run.device)
+    batches = CHUNK // BATCH_SIZE if run.loss.estimator == "batch" else 0
+    zeros = partial(torch.zeros, dtype=torch.float64, device=run.device)
     tokens = _tokens_that_fit(run, int(examples.lengths[run.rows].max()))
-    return PartialSums(total, squares, pending, done=0, batch_tokens=tokens)
+    return PartialSums(zeros(run.nodes), zeros(run.nodes), zeros(batches, run.nodes), 0, tokens)
 
 
 def _tokens_that_fit(run: _Run, longest: int) -> int:

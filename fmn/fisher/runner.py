@@ -30,7 +30,7 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
     """The tensor on the device; the copy does not wait for the work that is queued there."""
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, dtype, non_blocking=True)
 

@@ -195,7 +195,7 @@ def test_the_result_does_not_depend_on_batches(
 ) -> None:
     model, examples = tiny_model("roberta"), tiny_examples("roberta", 70)
     before = flat(run(model, examples, estimator))
-    monkeypatch.setattr(mask_nodes, "CHUNK", 50)
+    monkeypatch.setattr(mask_nodes, "CHUNK", 2 * BATCH_SIZE)
     monkeypatch.setattr(mask_nodes, "max_batch_tokens", lambda device: 30)
     np.testing.assert_allclose(flat(run(model, examples, estimator)), before, rtol=1e-10)
 
