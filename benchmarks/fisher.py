@@ -17,7 +17,7 @@ import importlib.metadata
 import importlib.resources
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ from transformers import (
 
 from benchmarks.results import keep, ratio, spread
 from fmn.fisher.architectures import mask_sites
-from fmn.fisher.mask_nodes import GROUP, estimate
+from fmn.fisher.mask_nodes import BATCH_SIZE, estimate
 from fmn.report.results import markdown
-from fmn.tasks.batches import Examples, by_length, pad_batch
+from fmn.tasks.batches import Batch, Examples, by_length, pad_batch
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -244,8 +244,7 @@ def released(setting: Setting) -> np.ndarray:
     ]
     total = torch.zeros(sum(site.nodes for site in sites), device=device)
     shuffled = setting.examples.take(np.random.default_rng(0).permutation(len(setting.examples)))
-    for start in range(0, len(shuffled), GROUP):
-        batch = pad_batch(shuffled, np.arange(start, min(start + GROUP, len(shuffled))))
+    for batch in consecutive(shuffled, BATCH_SIZE):
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         loss = torch.nn.functional.cross_entropy(model(**inputs).logits, batch.labels.to(device))
         total += torch.cat(torch.autograd.grad(loss, masks)).square()
@@ -255,12 +254,18 @@ def released(setting: Setting) -> np.ndarray:
     return found
 
 
+def consecutive(examples: Examples, size: int) -> Iterator[Batch]:
+    """Batches of consecutive examples, each padded to its longest."""
+    for start in range(0, len(examples), size):
+        rows = np.arange(start, min(start + size, len(examples)))
+        yield pad_batch(examples, rows, int(examples.lengths[rows].max()))
+
+
 def full(setting: Setting, examples: Examples) -> None:
     """sum_c p_c (d log p_c / d theta)^2 of all weights."""
     weights = [weight for weight in setting.model.parameters() if weight.requires_grad]
     total = [torch.zeros_like(weight) for weight in weights]
-    for row in range(len(examples)):
-        batch = pad_batch(examples, np.array([row]))
+    for batch in consecutive(examples, 1):
         inputs = {name: tensor.to(setting.device) for name, tensor in batch.inputs.items()}
         log_p = setting.model(**inputs).logits[0].log_softmax(0)
         for c in range(len(log_p)):

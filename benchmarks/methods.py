@@ -44,7 +44,8 @@ def work(out):
             "full-fisher": (fisher_stages.full_fisher, fisher_stages.FullFisherSettings),
             "gram": (fisher_stages.gram, fisher_stages.GramSettings),
         }[kind]
-        stage(Path(given["expert"]), given["task"], Path(given["data"]), out, settings(**given["settings"]))
+        expert, data = Path(given["expert"]), Path(given["data"])
+        stage(expert, task=given["task"], data=data, out=out, settings=settings(**given["settings"]))
 def resident(name):
     status = Path("/proc/self/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))

@@ -63,9 +63,8 @@ def tiny_work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             settings=TUNING,
         )
         expert = work / "experts" / task
-        fisher_stages.fisher(
-            expert, task, work / "data", work / "fisher" / f"{task}.parquet", FISHER
-        )
+        out = work / "fisher" / f"{task}.parquet"
+        fisher_stages.fisher(expert, task=task, data=work / "data", out=out, settings=FISHER)
     return work
 
 

@@ -53,7 +53,7 @@ def attempt(data: bytes) -> None:
         elif kind == 4:
             recipe.read_recipe(FOLDER)
         else:
-            statistics.read(path, "gram")
+            statistics.read_statistic(path, statistics.GramMetadata)
     except UserError as error:
         if "\n" in str(error) or str(FOLDER) not in str(error):
             raise AssertionError(f"not a line that names the file: {error}") from error

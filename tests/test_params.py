@@ -80,7 +80,6 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ),
         ("fisher: {estimator: bath}", "fisher.estimator"),
         ("fisher: {samples: 0}", "at least one example"),
-        ("fisher: {samples: auto, workers: 2}", "take workers 1"),
         ("fishr: {}", "fishr: unknown setting; did you mean 'fisher'"),
         ("runner: desk", "runner"),
         ("runner: dask\nstorage: s3://bucket/fmn", "runner dask needs `address`"),

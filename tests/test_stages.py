@@ -1,8 +1,7 @@
 """Stages: files to files, made once, made again when and only when something they depend on changed."""
 
 import shutil
-import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,15 @@ from fmn.evaluate import bootstrap as intervals
 from fmn.evaluate import stages as evaluate_stages
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.fisher import stages as fisher_stages
-from fmn.fisher.stages import Estimator, FisherSettings
 from fmn.merge import stages as merge_stages
 from fmn.merge.stages import MergeSettings
 from fmn.models import stages as models_stages
 from fmn.models.stages import FinetuneSettings
+from fmn.registry import stages as registry_stages
+from fmn.registry.stages import RegistrySettings
 from fmn.report import stages as report_stages
 from fmn.store import artifacts
-from fmn.store.stage import Outcome
+from fmn.store.stage import Outcome, sidecar_path
 from fmn.tasks import stages as tasks_stages
 from fmn.tasks import task as tasks
 from fmn.tasks.dataset import read
@@ -57,21 +57,21 @@ def merge(work: Path, settings: MergeSettings | None = None) -> Outcome:
 
 def run_all(work: Path) -> dict[str, bool]:
     """Every stage with the settings that `tiny_work` was made with, and whether it computed anything."""
-    done: dict[str, Outcome] = (
-        {"fetch": models_stages.fetch(str(work.parent / "source"), out=work / "base")}
+    done = (
+        {"fetch": models_stages.fetch(str(work.parent / "source"), work / "base")}
         if (work.parent / "source").exists()
         else {}
     )
     for task in TASKS:
         expert = work / "experts" / task
-        done[f"data {task}"] = tasks_stages.data(
-            task, out=work / "data" / task, settings=DataSettings(source="embedded")
+        done[f"data {task}"] = tasks_stages.prepare(
+            task, work / "data" / task, DataSettings(source="embedded")
         )
         done[f"finetune {task}"] = models_stages.finetune(
-            work / "base", task=task, data=work / "data", out=expert, settings=TUNING
+            work / "base", task, work / "data", expert, TUNING
         )
         done[f"fisher {task}"] = fisher_stages.fisher(
-            expert, task, work / "data", fisher_files(work)[task], FISHER
+            expert, task=task, data=work / "data", out=fisher_files(work)[task], settings=FISHER
         )
         done[f"evaluate {task}"] = evaluate_stages.evaluate(
             expert, [task], work / "data", work / f"{task}.json", EVALUATE
@@ -144,22 +144,6 @@ def test_the_method_average_depends_neither_on_fisher_nor_on_mapping(work: Path)
     ).computed
 
 
-def test_the_fisher_artifact_says_what_it_was_made_of(work: Path) -> None:
-    fisher, stderr, stated = artifacts.read_fisher(fisher_files(work)["mrpc"])
-    assert (stated["task"], stated["estimator"], stated["samples"], stated["seed"]) == (
-        "mrpc",
-        "empirical",
-        32,
-        0,
-    )
-    assert (stated["layers"], stated["heads"], stated["neurons"]) == (2, 4, 24)
-    assert stated["checkpoint"]["digest"] == artifacts.digest_folder(work / "experts" / "mrpc")
-    assert stderr is not None
-    assert {site: len(nodes) for site, nodes in fisher.items()} == {
-        site: len(nodes) for site, nodes in stderr.items()
-    }
-
-
 def test_the_merged_model_says_where_it_comes_from(work: Path) -> None:
     recipe = merge(work).summary
     assert list(recipe["experts"]) == sorted(TASKS)
@@ -225,18 +209,18 @@ def test_lost_predictions_are_made_again(work: Path) -> None:
 
 def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mnli"
+    tasks_stages.prepare("mrpc", folder, DataSettings(source="embedded"))
     import pyarrow.parquet as pq
 
-    folder.mkdir()
     table = (
-        pq.read_table(work / "data" / "mrpc" / "train.parquet")
+        pq.read_table(folder / "train.parquet")
         .slice(0, 40)
         .rename_columns(["premise", "hypothesis", "label", "idx"])
     )
     for split in ("train", "validation_matched", "validation_mismatched"):
         pq.write_table(table, folder / f"{split}.parquet")
     expert = tmp_path / "expert"
-    models_stages.finetune(work / "base", task="mnli", data=folder, out=expert, settings=TUNING)
+    models_stages.finetune(work / "base", "mnli", folder, expert, TUNING)
     entry = evaluate_stages.evaluate(
         expert, ["mnli"], folder, tmp_path / "m.json", EVALUATE
     ).summary["tasks"]["mnli"]
@@ -244,18 +228,21 @@ def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
     assert entry["accuracy"] == entry["accuracy_mismatched"] == entry["score"]
 
 
+def test_data_are_not_read_from_an_address(tmp_path: Path) -> None:
+    settings = DataSettings(source="https://user:password@host/data")
+    with pytest.raises(UserError, match=r"^data https://host/data: not a folder; name one"):
+        tasks_stages.prepare("sst2", tmp_path / "sst2", settings)
+
+
 def _swap_fisher(work: Path) -> None:
     shutil.copyfile(fisher_files(work)["sst2"], fisher_files(work)["mrpc"])
+    sidecar_path(fisher_files(work)["mrpc"]).unlink()
 
 
 def _other_expert(work: Path) -> None:
     settings = FinetuneSettings(**{**TUNING.model_dump(), "seed": 1})
     models_stages.finetune(
-        work / "base",
-        task="mrpc",
-        data=work / "data",
-        out=work / "experts" / "mrpc",
-        settings=settings,
+        work / "base", "mrpc", work / "data", work / "experts" / "mrpc", settings
     )
 
 
@@ -292,69 +279,20 @@ def test_a_model_that_is_not_merged_needs_a_task(work: Path) -> None:
         )
 
 
-def test_all_estimators_have_artifacts_of_their_own(work: Path) -> None:
-    out = work / "f.parquet"
-    expert = work / "experts" / "sst2"
-    for estimator in ("empirical", "expected", "sampled", "batch"):
-        settings = FisherSettings(estimator=estimator, samples=32, device="cpu", dtype="float32")
-        assert fisher_stages.fisher(expert, "sst2", work / "data", out, settings).computed
-        _, stderr, stated = artifacts.read_fisher(out)
-        assert stated["estimator"] == estimator
-        assert (stderr is None) == (estimator == "batch")
-
-
-def test_a_killed_fisher_run_goes_on_and_gives_the_same_bytes(work: Path) -> None:
-    expert, data, whole, killed = (
-        work / "experts" / "sst2",
-        work / "data",
-        work / "whole.parquet",
-        work / "killed.parquet",
+def test_predict_answers_in_the_tasks_own_words(work: Path) -> None:
+    merge(work)
+    answer = models_stages.predict(work / "merged", "sst2", "a warm and funny film", None)
+    assert answer["label"] in ("negative", "positive")
+    shares: Mapping[str, float] = answer["probabilities"]
+    assert shares.keys() == {"negative", "positive"}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    assert isinstance(
+        models_stages.predict(work / "merged", "stsb", "one text", "another")["score"], float
     )
-    settings = FisherSettings(samples="all", device="cpu", dtype="float32")
-    fisher_stages.fisher(expert, "sst2", data, whole, settings)
-    code = (
-        "import sys; from pathlib import Path; from fmn.fisher import stages as fisher_stages\n"
-        "from fmn.fisher.stages import FisherSettings\n"
-        "settings = FisherSettings(samples='all', device='cpu', dtype='float32')\n"
-        "expert, data, out = map(Path, sys.argv[1:])\n"
-        "fisher_stages.fisher(expert, 'sst2', data, out, settings, lambda done, total: print(done, flush=True), 0.0)\n"
-    )
-    command = [sys.executable, "-c", code, str(expert), str(data), str(killed)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        seen = [int(next(process.stdout)) for _ in range(4)][-1]
-        process.kill()
-    assert not killed.exists()
-    reported: list[int] = []
-    fisher_stages.fisher(
-        expert, "sst2", data, killed, settings, lambda done, total: reported.append(done)
-    )
-    assert reported[0] >= seen, (
-        "finished batches are not repeated"
-    )  # the last one seen may not have been saved
-    assert killed.read_bytes() == whole.read_bytes()
-    assert not [path for path in work.iterdir() if "partial" in path.name]
-
-
-@pytest.mark.parametrize("estimator", ["empirical", "batch"])
-def test_workers_share_the_examples_and_change_nothing_but_rounding(
-    work: Path, estimator: Estimator
-) -> None:
-    expert, data = work / "experts" / "sst2", work / "data"
-    found = []
-    for workers in (1, 3):
-        out = work / f"{workers}.parquet"
-        settings = FisherSettings(
-            estimator=estimator, samples=200, workers=workers, device="cpu", dtype="float32"
-        )
-        fisher_stages.fisher(expert, "sst2", data, out, settings)
-        found.append(artifacts.read_fisher(out))
-        assert not [path for path in work.iterdir() if "partial" in path.name]
-    (one, _, said), (three, _, also) = found
-    assert said["samples"] == also["samples"] == 200
-    assert said["key"] == also["key"], "the number of workers is no part of what is asked"
-    for site, nodes in one.items():
-        np.testing.assert_allclose(three[site], nodes, rtol=1e-5)
+    with pytest.raises(UserError, match="takes 2 texts"):
+        models_stages.predict(work / "merged", "mrpc", "one text", None)
+    with pytest.raises(UserError, match="rte"):
+        models_stages.predict(work / "merged", "rte", "one text", "another")
 
 
 @pytest.mark.parametrize(
@@ -381,6 +319,18 @@ def test_a_file_that_was_not_made_here_is_not_replaced(work: Path) -> None:
         path.touch()
         with pytest.raises(UserError, match="--out"):
             evaluate_stages.evaluate(work / "experts" / "sst2", ["sst2"], path, path, EVALUATE)
+
+
+def test_metrics_of_another_model_are_not_registered(work: Path) -> None:
+    merge(work)
+    evaluate_stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
+    evaluate_stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
+    merge(work, MergeSettings(mapping="paper"))
+    for metrics in ("merged.json", "part.json"):
+        with pytest.raises(UserError, match="not the metrics"):
+            registry_stages.register(
+                work / "merged", work / metrics, None, None, RegistrySettings(name="demo")
+            )
 
 
 def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back(
@@ -426,7 +376,11 @@ def test_a_report_is_not_of_other_fisher_information_than_the_merge(work: Path) 
     run_all(work)
     settings = FISHER.model_copy(update={"seed": 1})
     fisher_stages.fisher(
-        experts(work)["sst2"], "sst2", work / "data", fisher_files(work)["sst2"], settings
+        experts(work)["sst2"],
+        task="sst2",
+        data=work / "data",
+        out=fisher_files(work)["sst2"],
+        settings=settings,
     )
     with pytest.raises(
         UserError, match=r"sst2\.parquet: not the Fisher that merged was merged with"

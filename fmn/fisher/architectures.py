@@ -1,12 +1,14 @@
 """Where mask nodes sit in a Transformer, and which rows or columns of which parameters they own.
 
-An architecture is an entry of data in `ARCHITECTURES`. Everything below reads that table: `mask_sites` says which
-modules' inputs the mask nodes multiply, `claims` which nodes weigh each parameter of the encoder in a merge.
+An architecture is an entry of the table `ARCHITECTURES`. `mask_sites` reads from it which modules'
+inputs the mask nodes multiply, `claims` which nodes weigh each parameter of the encoder in a merge.
+A model that is not in the table is put together from the blocks of those that are.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +18,10 @@ from fmn.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of an encoder's parameters, by name in the base model
+("encoder.layer.0.attention.self.query.weight")."""
 
 
 class Site(NamedTuple):
@@ -31,21 +37,29 @@ NodeValues = dict[Site, np.ndarray]
 
 @dataclass(frozen=True)
 class Block:
-    """The mask nodes of one kind and the modules around them, by their path below the layer.
+    """The mask nodes of one kind in a layer, and the modules around them by path below the layer.
 
-    `output`: the projection whose input the nodes multiply.
-    `inputs`: the projections that compute the nodes; those that a model does not have are passed over. Each is written
-    "rows module", where the letters of `rows` say what its output rows are, one after another: q (a head each),
-    k, v (a key-value head each: a group of heads under grouped-query attention), u (a neuron each).
-    `norms`: normalisations before or after that belong to the block.
-    `transposed`: weights are stored [in, out].
+    Modules that a model does not have are skipped, but for the output.
+
+    Attributes:
+        node: the kind of nodes, as in `Site`.
+        output: the projection whose input the nodes multiply.
+        inputs: the projections that compute the nodes, as (rows, module). The letters of `rows` say
+            what its output rows are, one after another: q (a head each), k and v (a key-value head
+            each, which serves a group of heads under grouped-query attention), u (a neuron each).
+        norms: normalisations before or after that belong to the block.
+        transposed: whether weights are stored [in, out].
     """
 
     node: str
     output: str
-    inputs: tuple[str, ...]
-    norms: tuple[str, ...] = ()
+    inputs: tuple[tuple[str, str], ...]
+    norms: tuple[str, ...]
     transposed: bool = False
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (self.output, *(module for _, module in self.inputs), *self.norms)
 
 
 @dataclass(frozen=True)
@@ -56,194 +70,230 @@ class Stack:
     blocks: tuple[Block, ...]
 
 
-_BERT_FEED_FORWARD = Block(
-    "neuron", "output.dense", ("u intermediate.dense",), ("output.LayerNorm",)
-)
-_PROJECTIONS = ("q self_attn.q_proj", "k self_attn.k_proj", "v self_attn.v_proj")
-_PROJECTION_NORMS = ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm")
-_GATED = ("u mlp.gate_proj", "u mlp.up_proj")
-
-_BERT = Stack(
-    "encoder.layer.{}",
-    (
-        Block(
-            "head",
-            "attention.output.dense",
-            ("q attention.self.query", "k attention.self.key", "v attention.self.value"),
-            ("attention.output.LayerNorm",),
-        ),
-        _BERT_FEED_FORWARD,
-    ),
-)
-_LLAMA = Stack(
-    "layers.{}",
-    (
-        Block("head", "self_attn.o_proj", _PROJECTIONS, _PROJECTION_NORMS),
-        Block("neuron", "mlp.down_proj", _GATED, ("post_attention_layernorm",)),
-    ),
-)
-_GEMMA = Stack(
-    "layers.{}",
-    (
-        Block(
-            "head",
-            "self_attn.o_proj",
-            _PROJECTIONS,
-            (*_PROJECTION_NORMS, "post_attention_layernorm"),
-        ),
-        Block(
-            "neuron",
-            "mlp.down_proj",
-            _GATED,
-            ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-        ),
-    ),
-)
+# ---------------------------------------------------------------------------------------------
+# The table
 
 
-def _t5(stack: str, attentions: tuple[tuple[str, str], ...]) -> Stack:
-    """The encoder or decoder of T5: its attentions in order (node, module), then the feed-forward, plain or gated."""
-    blocks = [
-        Block(
-            node,
-            f"layer.{i}.{module}.o",
-            (f"q layer.{i}.{module}.q", f"k layer.{i}.{module}.k", f"v layer.{i}.{module}.v"),
-            (f"layer.{i}.layer_norm",),
-        )
-        for i, (node, module) in enumerate(attentions)
-    ]
-    last = f"layer.{len(attentions)}"
-    dense = f"{last}.DenseReluDense"
-    feed = Block(
-        "neuron",
-        f"{dense}.wo",
-        tuple(f"u {dense}.{wi}" for wi in ("wi", "wi_0", "wi_1")),
-        (f"{last}.layer_norm",),
+def _layers(path: str, *blocks: Block) -> tuple[Stack, ...]:
+    return (Stack(path, blocks),)
+
+
+def _block(node: str, output: str, inputs: str, norms: str, *, transposed: bool = False) -> Block:
+    """A block whose inputs are written "PARENT: ROWS=MODULE ...", its norms "MODULE ..."."""
+    parent, _, modules = inputs.rpartition(": ")
+    pairs = (entry.split("=") for entry in modules.split())
+    paths = tuple((rows, f"{parent}.{module}".lstrip(".")) for rows, module in pairs)
+    return Block(node, output, paths, tuple(norms.split()), transposed)
+
+
+_heads, _cross_heads, _neurons = (partial(_block, n) for n in ("head", "cross_head", "neuron"))
+
+_BERT_HEADS, _DEBERTA_HEADS = (
+    _heads("attention.output.dense", f"attention.self: {inputs}", "attention.output.LayerNorm")
+    for inputs in (
+        "q=query k=key v=value",
+        "q=query_proj k=key_proj v=value_proj q=pos_query_proj k=pos_key_proj",
     )
-    return Stack(f"{stack}.block.{{}}", (*blocks, feed))
-
+)
+_BERT_NEURONS = _neurons("output.dense", "intermediate: u=dense", "output.LayerNorm")
+_BERT = _layers("encoder.layer.{}", _BERT_HEADS, _BERT_NEURONS)
+_QKV = "self_attn: q=q_proj k=k_proj v=v_proj"
+_QK_NORMS = "self_attn.q_norm self_attn.k_norm input_layernorm"
+_GATED = "mlp: u=gate_proj u=up_proj"
+_GATED_NORMS = "pre_feedforward_layernorm post_feedforward_layernorm"
+_LLAMA = _layers(
+    "layers.{}",
+    _heads("self_attn.o_proj", _QKV, _QK_NORMS),
+    _neurons("mlp.down_proj", _GATED, "post_attention_layernorm"),
+)
+_GEMMA = _layers(
+    "layers.{}",
+    _heads("self_attn.o_proj", _QKV, f"{_QK_NORMS} post_attention_layernorm"),
+    _neurons("mlp.down_proj", _GATED, _GATED_NORMS),
+)
+_T5_HEADS = _heads(
+    "layer.0.SelfAttention.o", "layer.0.SelfAttention: q=q k=k v=v", "layer.0.layer_norm"
+)
+_T5_CROSS_HEADS = _cross_heads(
+    "layer.1.EncDecAttention.o", "layer.1.EncDecAttention: q=q k=k v=v", "layer.1.layer_norm"
+)
+_T5_ENCODER_NEURONS, _T5_DECODER_NEURONS = (
+    _neurons(f"{dense}.wo", f"{dense}: u=wi u=wi_0 u=wi_1", f"{dense[:7]}.layer_norm")
+    for dense in ("layer.1.DenseReluDense", "layer.2.DenseReluDense")
+)
 
 ARCHITECTURES: Mapping[str, tuple[Stack, ...]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), (_BERT,)),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), (_LLAMA,)),
-    **dict.fromkeys(("gemma2", "gemma3_text"), (_GEMMA,)),
-    "distilbert": (
-        Stack(
-            "transformer.layer.{}",
-            (
-                Block(
-                    "head",
-                    "attention.out_lin",
-                    ("q attention.q_lin", "k attention.k_lin", "v attention.v_lin"),
-                    ("sa_layer_norm",),
-                ),
-                Block("neuron", "ffn.lin2", ("u ffn.lin1",), ("output_layer_norm",)),
-            ),
-        ),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA),
+    "deberta-v2": _layers("encoder.layer.{}", _DEBERTA_HEADS, _BERT_NEURONS),
+    "distilbert": _layers(
+        "transformer.layer.{}",
+        _heads("attention.out_lin", "attention: q=q_lin k=k_lin v=v_lin", "sa_layer_norm"),
+        _neurons("ffn.lin2", "ffn: u=lin1", "output_layer_norm"),
     ),
-    "mpnet": (
-        Stack(
-            "encoder.layer.{}",
-            (
-                Block(
-                    "head",
-                    "attention.attn.o",
-                    ("q attention.attn.q", "k attention.attn.k", "v attention.attn.v"),
-                    ("attention.LayerNorm",),
-                ),
-                _BERT_FEED_FORWARD,
-            ),
-        ),
+    "mpnet": _layers(
+        "encoder.layer.{}",
+        _heads("attention.attn.o", "attention.attn: q=q k=k v=v", "attention.LayerNorm"),
+        _BERT_NEURONS,
     ),
-    "albert": (
-        Stack(
-            "encoder.albert_layer_groups.{}.albert_layers.{}",
-            (
-                Block(
-                    "head",
-                    "attention.dense",
-                    ("q attention.query", "k attention.key", "v attention.value"),
-                    ("attention.LayerNorm",),
-                ),
-                Block("neuron", "ffn_output", ("u ffn",), ("full_layer_layer_norm",)),
-            ),
-        ),
+    "albert": _layers(
+        "encoder.albert_layer_groups.{}.albert_layers.{}",
+        _heads("attention.dense", "attention: q=query k=key v=value", "attention.LayerNorm"),
+        _neurons("ffn_output", "u=ffn", "full_layer_layer_norm"),
     ),
-    "deberta-v2": (
-        Stack(
-            "encoder.layer.{}",
-            (
-                Block(
-                    "head",
-                    "attention.output.dense",
-                    (
-                        "q attention.self.query_proj",
-                        "k attention.self.key_proj",
-                        "v attention.self.value_proj",
-                        "q attention.self.pos_query_proj",
-                        "k attention.self.pos_key_proj",
-                    ),
-                    ("attention.output.LayerNorm",),
-                ),
-                _BERT_FEED_FORWARD,
-            ),
-        ),
+    "modernbert": _layers(
+        "layers.{}",
+        _heads("attn.Wo", "attn: qkv=Wqkv", "attn_norm"),
+        _neurons("mlp.Wo", "mlp: uu=Wi", "mlp_norm"),
     ),
-    "modernbert": (
-        Stack(
-            "layers.{}",
-            (
-                Block("head", "attn.Wo", ("qkv attn.Wqkv",), ("attn_norm",)),
-                Block("neuron", "mlp.Wo", ("uu mlp.Wi",), ("mlp_norm",)),
-            ),
-        ),
+    "gpt2": _layers(
+        "h.{}",
+        _heads("attn.c_proj", "attn: qkv=c_attn", "ln_1", transposed=True),
+        _neurons("mlp.c_proj", "mlp: u=c_fc", "ln_2", transposed=True),
     ),
-    "gpt2": (
-        Stack(
-            "h.{}",
-            (
-                Block("head", "attn.c_proj", ("qkv attn.c_attn",), ("ln_1",), transposed=True),
-                Block("neuron", "mlp.c_proj", ("u mlp.c_fc",), ("ln_2",), transposed=True),
-            ),
-        ),
-    ),
-    "t5": (
-        _t5("encoder", (("head", "SelfAttention"),)),
-        _t5("decoder", (("head", "SelfAttention"), ("cross_head", "EncDecAttention"))),
-    ),
-    "vit": (
-        Stack(
-            "layers.{}",
-            (
-                Block(
-                    "head",
-                    "attention.o_proj",
-                    ("q attention.q_proj", "k attention.k_proj", "v attention.v_proj"),
-                    ("layernorm_before",),
-                ),
-                Block("neuron", "mlp.fc2", ("u mlp.fc1",), ("layernorm_after",)),
-            ),
-        ),
+    "t5": _layers("encoder.block.{}", _T5_HEADS, _T5_ENCODER_NEURONS)
+    + _layers("decoder.block.{}", _T5_HEADS, _T5_CROSS_HEADS, _T5_DECODER_NEURONS),
+    "vit": _layers(
+        "layers.{}",
+        _heads("attention.o_proj", "attention: q=q_proj k=k_proj v=v_proj", "layernorm_before"),
+        _neurons("mlp.fc2", "mlp: u=fc1", "layernorm_after"),
     ),
 }
 
 
 @dataclass(frozen=True)
 class MaskSite:
-    """A module of the model whose input [..., nodes * channels] the mask nodes of `site` multiply."""
+    """A module whose input [..., nodes * channels] the mask nodes of `site` multiply: the output
+    projection of `block` in the layer with the path `layer`."""
 
     site: Site
-    module: str
+    layer: str
+    block: Block
     nodes: int
     channels: int
+
+    @property
+    def module(self) -> str:
+        return f"{self.layer}.{self.block.output}"
+
+
+def mask_sites(model: "PreTrainedModel") -> tuple[MaskSite, ...]:
+    """The modules of `model`, by their paths in it, whose inputs the mask nodes multiply.
+
+    Raises:
+        UserError: the architecture is neither in the table nor recognised.
+    """
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
+    sites = _sites(model.config, shapes)
+    return tuple(replace(site, layer=f"{prefix}{site.layer}") for site in sites)
+
+
+def node_counts(config: "PretrainedConfig", shapes: Shapes) -> dict[Site, int]:
+    """How many mask nodes every site of a model has."""
+    return {site.site: site.nodes for site in _sites(config, shapes)}
+
+
+def _sites(config: "PretrainedConfig", shapes: Shapes) -> list[MaskSite]:
+    """Every block of every layer; layers are numbered through all stacks."""
+    stacks = ARCHITECTURES.get(config.model_type) or (_recognised(config, shapes),)
+    layers = [(stack, path) for stack in stacks for path in _layer_paths(stack.path, shapes)]
+    if not layers:
+        expected = ", ".join(stack.path for stack in stacks)
+        raise UserError(
+            f"no layer of a {config.model_type} (expected are parameters below {expected}); give a "
+            "complete checkpoint"
+        )
+    sites = []
+    for number, (stack, path) in enumerate(layers):
+        for block in stack.blocks:
+            shape = _matrix_shape(f"{path}.{block.output}", block, shapes)
+            if shape is None:
+                raise UserError(
+                    f"{path}.{block.output}.weight is missing in this {config.model_type}; give a "
+                    "complete checkpoint"
+                )
+            width = shape[1]
+            nodes = width if block.node == "neuron" else int(config.num_attention_heads)
+            sites.append(MaskSite(Site(number, block.node), path, block, nodes, width // nodes))
+    return sites
+
+
+def _matrix_shape(module: str, block: Block, shapes: Shapes) -> tuple[int, int] | None:
+    """The shape of the weight of one of the block's modules, as [out, in]; None: it has none."""
+    shape = shapes.get(f"{module}.weight")
+    if shape is None:
+        return None
+    return (shape[1], shape[0]) if block.transposed else (shape[0], shape[1])
+
+
+def _layer_paths(path: str, shapes: Shapes) -> list[str]:
+    """The paths of a stack's layers, in the order of their numbers."""
+    pattern = re.compile(re.escape(path).replace(r"\{\}", r"(\d+)") + r"\.")
+    matches = filter(None, map(pattern.match, shapes))
+    numbers = {tuple(map(int, match.groups())) for match in matches}
+    return [path.format(*layer) for layer in sorted(numbers)]
+
+
+def _recognised(config: "PretrainedConfig", shapes: Shapes) -> Stack:
+    """The stack of a model that is not in the table, put together from blocks that are.
+
+    It must explain every matrix of every numbered layer. Among several that do (they differ in
+    their normalisations), the one that explains most and misses least, if there is only one.
+    """
+    stacks = [stack for entry in ARCHITECTURES.values() for stack in entry]
+    blocks = dict.fromkeys(block for stack in stacks for block in stack.blocks)
+    numbered = filter(None, (re.match(r"(.*?)\.\d+\..+", name) for name in shapes))
+    paths = dict.fromkeys(f"{match[1]}.{{}}" for match in numbered)
+    scores: dict[Stack, tuple[int, int]] = {}
+    for path, *pair in product(paths, blocks, blocks):
+        if [block.node for block in pair] == ["head", "neuron"]:
+            stack = Stack(path, tuple(pair))
+            if score := _score(stack, shapes, getattr(config, "hidden_size", None)):
+                scores[stack] = score
+    best = [stack for stack, score in scores.items() if score == max(scores.values())]
+    if len(best) == 1 and getattr(config, "num_attention_heads", None):
+        return best[0]
+    raise UserError(
+        f"model type {config.model_type!r} is not known and {'more than one' if best else 'no'} "
+        "known layer fits it; add to ARCHITECTURES in fmn/fisher/architectures.py an entry "
+        f'"{config.model_type}" with the path of its layers and two lines, _heads("OUTPUT '
+        'PROJECTION", "PARENT: q=... k=... v=...", "NORMS") and _neurons("DOWN PROJECTION", '
+        '"PARENT: u=...", "NORMS")'
+    )
+
+
+def _score(stack: Stack, shapes: Shapes, hidden_size: int | None) -> tuple[int, int] | None:
+    """How well a stack fits a model: (parameters explained, -modules missing), or None."""
+    norms = [norm for block in stack.blocks for norm in block.norms]
+    explained: set[str] = set()
+    missing = 0
+    for path, block in product(_layer_paths(stack.path, shapes), stack.blocks):
+        shape = _matrix_shape(f"{path}.{block.output}", block, shapes)
+        if shape is None or shape[0] != hidden_size:
+            return None
+        for module in block.modules:
+            names = {f"{path}.{module}.{kind}" for kind in ("weight", "bias")} & shapes.keys()
+            explained |= names
+            missing += not names
+    matrices = {n for n, shape in shapes.items() if re.search(r"\.\d+\.", n) and len(shape) > 1}
+    fits = matrices <= explained and len(set(norms)) == len(norms)
+    return (len(explained), -missing) if fits else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Which nodes weigh which parameters
 
 
 @dataclass(frozen=True)
 class Part:
     """Some consecutive entries of a parameter along one axis, and the nodes that weigh them.
 
-    The `nodes` of `site` fall into `groups` runs of equal length; the mean of each run weighs an equal share of the
-    `entries`. So as many groups as nodes weigh rows by node, one group weighs all by the mean of the site.
+    The `nodes` of `site` fall into `groups` runs of equal length; the mean of each run weighs an
+    equal share of the `entries`. So as many groups as nodes weigh rows by node, one group weighs
+    all by the mean of the site.
     """
 
     site: Site
@@ -254,9 +304,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Claim:
-    """Which nodes weigh a parameter: the `parts` of its axis `axis`, in order, or of no axis (one weight for it whole).
+    """Which nodes weigh a parameter: the `parts` of its axis `axis`, in order, or, for the axis
+    None, one part weighs all of it.
 
-    No parts at all: the universal weight, the mean over layers of the sum of the layer's site means.
+    No parts at all: the universal weight, the mean over layers of the sum of their site means.
     """
 
     ndim: int = 0
@@ -264,279 +315,114 @@ class Claim:
     parts: tuple[Part, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A block in the layer of a model: `path` of the layer below the base model, `nodes` of its site."""
-
-    path: str
-    block: Block
-    site: Site
-    nodes: int
-
-
-def mask_sites(model: "PreTrainedModel") -> tuple[MaskSite, ...]:
-    """The modules of `model` whose inputs the mask nodes multiply, with `module` a path in `model` itself.
-
-    Raises UserError for an architecture that is neither described nor recognised.
-    """
-    base = model.base_model
-    prefix = "" if base is model else f"{model.base_model_prefix}."
-    shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
-    return tuple(
-        MaskSite(
-            place.site,
-            f"{prefix}{place.path}.{place.block.output}",
-            place.nodes,
-            width // place.nodes,
-        )
-        for place in _places(model.config, shapes)
-        for width in (_width(place.block, shapes[f"{place.path}.{place.block.output}.weight"]),)
-    )
-
-
-def node_counts(
-    config: "PretrainedConfig", shapes: Mapping[str, tuple[int, ...]]
-) -> dict[Site, int]:
-    """How many mask nodes every site of a model has; `shapes` as for `claims`."""
-    return {place.site: place.nodes for place in _places(config, shapes)}
-
-
-def claims(
-    config: "PretrainedConfig", shapes: Mapping[str, tuple[int, ...]], mapping: str
-) -> dict[str, Claim]:
+def claims(config: "PretrainedConfig", shapes: Shapes, mapping: str) -> dict[str, Claim]:
     """For every parameter of an encoder, the nodes that weigh it.
 
-    `shapes`: the parameters by their names in the base model ("encoder.layer.0.attention.self.query.weight").
-    `mapping`: "structured" (each node weighs the rows and columns it owns) or "paper" (value, attention output and
-    feed-forward down projections are weighed by layer means, as in the released code of arXiv 2403.09891).
-    Raises UserError for an architecture that is neither described nor recognised.
+    Args:
+        mapping: "structured" (each node weighs the rows and columns it owns) or "paper" (value,
+            attention output and feed-forward down projections are weighed by layer means, as in the
+            released code of arXiv 2403.09891).
+
+    Raises:
+        UserError: the architecture is neither in the table nor recognised.
     """
     if mapping not in ("structured", "paper"):
         raise UserError(f"mapping {mapping!r} is unknown: choose structured or paper")
-    found = dict.fromkeys(shapes, Claim())
-    for place in _places(config, shapes):
-        for tensor, claim in _place_claims(place, config, shapes, mapping == "structured"):
-            found[tensor] = claim
-    return found
+    by_name = dict.fromkeys(shapes, Claim())
+    for site in _sites(config, shapes):
+        for module, kind, claim in _claims_of(site, config, shapes, mapping == "structured"):
+            if (name := f"{site.layer}.{module}.{kind}") in shapes:
+                by_name[name] = claim
+    return by_name
+
+
+def _claims_of(
+    site: MaskSite, config: "PretrainedConfig", shapes: Shapes, structured: bool
+) -> Iterator[tuple[str, str, Claim]]:
+    """The claims of a site, as (module below the layer, "weight" or "bias", claim)."""
+    block, nodes = site.block, site.nodes
+    rows, columns = (1, 0) if block.transposed else (0, 1)
+    mean = Claim(parts=(Part(site.site, nodes, 1, 1),))
+    owned = Claim(2, columns, (Part(site.site, nodes, nodes, nodes * site.channels),))
+    yield block.output, "weight", owned if structured else mean
+    yield block.output, "bias", mean
+    key_value_heads = getattr(config, "num_key_value_heads", None) or nodes
+    units = {"q": nodes, "k": key_value_heads, "v": key_value_heads, "u": nodes}
+    for letters, module in block.inputs:
+        if shape := _matrix_shape(f"{site.layer}.{module}", block, shapes):
+            entries = shape[0] // sum(units[letter] for letter in letters)  # of a unit
+            groups = {**units, "v": units["v"] if structured else 1}
+            parts = tuple(
+                Part(site.site, nodes, groups[letter], entries * units[letter])
+                for letter in letters
+            )
+            yield module, "weight", Claim(2, rows, parts)
+            yield module, "bias", Claim(1, 0, parts)
+    for module in block.norms:
+        yield module, "weight", mean
+        yield module, "bias", mean
 
 
 def weights(claim: Claim, values: NodeValues) -> np.ndarray:
-    """The weights of a parameter, float64, broadcastable against it: shape [], or ones but for the claimed axis.
+    """The weights of a parameter, float64: shape [], or ones but for the claimed axis.
 
-    Raises UserError where `values` has not the nodes of the claim.
+    Raises:
+        UserError: `values` are the nodes of another model.
     """
     if not claim.parts:
         layers = {site.layer for site in values}
         return np.asarray(sum(float(np.mean(nodes)) for nodes in values.values()) / len(layers))
-    runs = [np.repeat(_groups(part, values), part.entries // part.groups) for part in claim.parts]
+    runs = [np.repeat(_group_means(p, values), p.entries // p.groups) for p in claim.parts]
     if claim.axis is None:
         return runs[0].reshape(())
-    return np.concatenate(runs).reshape(
-        [-1 if axis == claim.axis else 1 for axis in range(claim.ndim)]
-    )
+    shape = [-1 if axis == claim.axis else 1 for axis in range(claim.ndim)]
+    return np.concatenate(runs).reshape(shape)
 
 
 def output_weights(claim: Claim, values: NodeValues, transposed: bool = False) -> np.ndarray:
     """The weights of a matrix's output rows, float64 [rows], or [1] where all rows have the same.
 
-    A matrix whose columns the nodes own, not its rows (a projection after mask nodes), has their mean.
-    `transposed`: the matrix is stored [in, out].
+    A matrix whose columns the nodes own, not its rows (a projection after mask nodes), has their
+    mean. `transposed`: the matrix is stored [in, out].
     """
     if claim.axis is None or claim.axis == (1 if transposed else 0):
         return np.ravel(weights(claim, values))
     return np.array([np.mean([np.mean(values[part.site]) for part in claim.parts])])
 
 
-def tempered(values: NodeValues, normalise: str, exponent: float) -> NodeValues:
-    """An expert's Fisher information to a power, then divided so that experts can be compared.
-
-    `normalise`: "none"; "expert": by its universal weight (see `weights`); "kind": by its mean over all nodes of a
-    kind; "site": by its mean over the nodes of a kind in one layer. Experts differ in the scale of their losses, and
-    without a common scale the one with the largest loss would own every node. All-zero Fisher information stays so.
-    """
-    raised = {site: np.asarray(nodes, np.float64) ** exponent for site, nodes in values.items()}
-    if normalise == "none":
-        return raised
-    if normalise == "expert":
-        scales = dict.fromkeys(raised, float(weights(Claim(), raised)))
-    else:
-        groups: dict[Site | str, list[np.ndarray]] = {}
-        group = {site: site.node if normalise == "kind" else site for site in raised}
-        for site, nodes in raised.items():
-            groups.setdefault(group[site], []).append(nodes)
-        scales = {site: float(np.concatenate(groups[group[site]]).mean()) for site in raised}
-    return {site: nodes / (scales[site] or 1.0) for site, nodes in raised.items()}
-
-
-def _groups(part: Part, values: NodeValues) -> np.ndarray:
+def _group_means(part: Part, values: NodeValues) -> np.ndarray:
     """The mean of each group of the part's nodes, [groups]."""
     layer, node = part.site
     nodes = np.asarray(values.get(part.site, ()), dtype=np.float64)
     if len(nodes) != part.nodes:
         raise UserError(
-            f"the Fisher information has {len(nodes)} {node} nodes in layer {layer}, the model {part.nodes}: "
-            "it is that of another model"
+            f"the Fisher information has {len(nodes)} {node} nodes in layer {layer}, the model "
+            f"{part.nodes}: it is that of another model; give that of this one"
         )
-    means: np.ndarray = nodes.reshape(part.groups, -1).mean(
-        axis=1
-    )  # [nodes] -> [groups, run] -> [groups]
+    means: np.ndarray = nodes.reshape(part.groups, -1).mean(axis=1)  # [nodes] -> [groups]
     return means
 
 
-def _place_claims(
-    place: _Place,
-    config: "PretrainedConfig",
-    shapes: Mapping[str, tuple[int, ...]],
-    structured: bool,
-) -> list[tuple[str, Claim]]:
-    """The claims of one block in one layer, by parameter name."""
-    block, site, nodes = place.block, place.site, place.nodes
-    units = {
-        "q": nodes,
-        "k": _key_value_heads(config, nodes),
-        "v": _key_value_heads(config, nodes),
-        "u": nodes,
-    }
-    mean = Claim(parts=(Part(site, nodes, 1, 1),))
-    made: list[tuple[str, Claim]] = []
+def tempered(values: NodeValues, normalise: str, exponent: float) -> NodeValues:
+    """An expert's Fisher information to a power, then divided so that experts can be compared.
 
-    def add(module: str, name: str, parts: tuple[Part, ...] | None, axis: int = 0) -> None:
-        full = f"{place.path}.{module}.{name}"
-        if full in shapes:
-            claim = mean if parts is None else Claim(len(shapes[full]), axis, parts)
-            made.append((full, claim))
+    Experts differ in the scale of their losses, and without a common scale the one with the largest
+    loss would own every node. Fisher information that is zero everywhere stays so.
 
-    width = _width(block, shapes[f"{place.path}.{block.output}.weight"])
-    add(
-        block.output,
-        "weight",
-        (Part(site, nodes, nodes, width),) if structured else None,
-        0 if block.transposed else 1,
-    )
-    add(block.output, "bias", None)
-    for rows, module in (entry.split() for entry in block.inputs):
-        shape = shapes.get(f"{place.path}.{module}.weight")
-        if shape is None:
-            continue
-        total = sum(units[row] for row in rows)
-        entries = shape[1 if block.transposed else 0]
-        if entries % total:
-            raise UserError(
-                f"{place.path}.{module}.weight has {entries} rows, which {total} nodes cannot share equally"
-            )
-        parts = tuple(
-            Part(
-                site,
-                nodes,
-                units[row] if structured or row != "v" else 1,
-                entries * units[row] // total,
-            )
-            for row in rows
-        )
-        add(module, "weight", parts, 1 if block.transposed else 0)
-        add(module, "bias", parts)
-    for module in block.norms:
-        add(module, "weight", None)
-        add(module, "bias", None)
-    return made
-
-
-def _key_value_heads(config: "PretrainedConfig", heads: int) -> int:
-    return getattr(config, "num_key_value_heads", None) or heads
-
-
-def _width(block: Block, shape: tuple[int, ...]) -> int:
-    """Entries of the input of the block's output projection, from the shape of its weight."""
-    return shape[0 if block.transposed else 1]
-
-
-def _places(config: "PretrainedConfig", shapes: Mapping[str, tuple[int, ...]]) -> list[_Place]:
-    """Every block of every layer, layers numbered through all stacks."""
-    stacks = ARCHITECTURES.get(config.model_type) or (_recognised(config, shapes),)
-    places: list[_Place] = []
-    layer = 0
-    for stack in stacks:
-        for path in _layers(stack.path, shapes):
-            for block in stack.blocks:
-                shape = shapes.get(f"{path}.{block.output}.weight")
-                if shape is None:
-                    raise UserError(
-                        f"{path}.{block.output}.weight is missing: this is not a whole {config.model_type}"
-                    )
-                width = _width(block, shape)
-                nodes = width if block.node == "neuron" else int(config.num_attention_heads)
-                if width % nodes:
-                    raise UserError(
-                        f"{path}.{block.output} takes {width} channels, which {nodes} heads cannot share"
-                    )
-                places.append(_Place(path, block, Site(layer, block.node), nodes))
-            layer += 1
-    if not places:
-        expected = ", ".join(stack.path for stack in stacks)
-        raise UserError(
-            f"no layer of a {config.model_type} found (expected parameters below {expected})"
-        )
-    return places
-
-
-def _layers(path: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The paths of a stack's layers, in the order of their numbers."""
-    pattern = re.compile(re.escape(path).replace(r"\{\}", r"(\d+)") + r"\.")
-    matches = [match for match in map(pattern.match, shapes) if match]
-    numbers = {tuple(map(int, match.groups())) for match in matches}
-    return [path.format(*layer) for layer in sorted(numbers)]
-
-
-def _recognised(config: "PretrainedConfig", shapes: Mapping[str, tuple[int, ...]]) -> Stack:
-    """The stack of an undescribed model, put together from blocks that described architectures have.
-
-    It must explain every matrix of every numbered layer. Among several that do (they differ in their normalisations),
-    the one that explains most and misses least is taken, if it is the only one.
+    Args:
+        normalise: what to divide by. "none": nothing; "expert": the universal weight (see `Claim`);
+            "kind": the mean over all nodes of a kind; "site": that over a kind in one layer.
     """
-    numbered = [
-        match for match in (re.match(r"(.*?)\.\d+\.(.+)", name) for name in shapes) if match
-    ]
-    matrices = {match[0] for match in numbered if len(shapes[match[0]]) > 1}
-    blocks = dict.fromkeys(
-        block for stacks in ARCHITECTURES.values() for stack in stacks for block in stack.blocks
-    )
-    hidden = getattr(config, "hidden_size", None)
-    fits: dict[tuple[int, int], list[Stack]] = {}
-    for path in sorted({match[1] + ".{}" for match in numbered}):
-        for head, neuron in product(blocks, blocks):
-            if (head.node, neuron.node) != ("head", "neuron") or set(head.norms) & set(
-                neuron.norms
-            ):
-                continue
-            layers = _layers(path, shapes)
-            outputs = [
-                (shapes.get(f"{layer}.{block.output}.weight"), block)
-                for layer in layers
-                for block in (head, neuron)
-            ]
-            if not all(
-                shape and shape[1 if block.transposed else 0] == hidden for shape, block in outputs
-            ):
-                continue
-            explained: set[str] = set()
-            missing = 0
-            for layer, module in product(layers, [*_modules(head), *_modules(neuron)]):
-                names = {f"{layer}.{module}.{kind}" for kind in ("weight", "bias")} & shapes.keys()
-                explained |= names
-                missing += not names
-            if matrices <= explained:
-                fits.setdefault((len(explained), -missing), []).append(Stack(path, (head, neuron)))
-    best = fits[max(fits)] if fits else []
-    if len(best) == 1 and getattr(config, "num_attention_heads", None):
-        return best[0]
-    number = "more than one" if best else "no"
-    raise UserError(
-        f"model type {config.model_type!r} is not described and {number} known layer fits it: "
-        f'add to ARCHITECTURES in fmn/architectures.py an entry "{config.model_type}" with the path of its layers and '
-        'two lines, Block("head", ATTENTION OUTPUT PROJECTION, ("q ...", "k ...", "v ..."), (NORMS...)) and '
-        'Block("neuron", DOWN PROJECTION, ("u ...",), (NORMS...))'
-    )
+    raised = {site: np.asarray(nodes, np.float64) ** exponent for site, nodes in values.items()}
 
+    def scale(site: Site) -> float:
+        if normalise == "expert":
+            return float(weights(Claim(), raised))
+        group = [
+            n for s, n in raised.items() if s == site or (normalise, s.node) == ("kind", site.node)
+        ]
+        return float(np.concatenate(group).mean())
 
-def _modules(block: Block) -> list[str]:
-    return [block.output, *(entry.split()[1] for entry in block.inputs), *block.norms]
+    if normalise == "none":
+        return raised
+    return {site: nodes / (scale(site) or 1.0) for site, nodes in raised.items()}

@@ -1,79 +1,213 @@
-"""Statistics of an expert that are as large as it is, as safetensors with their lineage in the header.
+"""The files of statistics, and the records in them that say what they were computed from.
 
-The mask Fisher has a number a node and goes to Parquet (`fmn.artifacts`). The full diagonal Fisher and Gram matrices go
-here: float32 tensors by name, read a slice at a time when experts are merged. What they were made from stands as JSON
-in the file's metadata, under ``fmn``, with a sha256 of all that the file says: metadata, header and tensors.
+The mask Fisher, with one number a node, is a Parquet file. The full Fisher and Gram matrices, as
+large as the expert, are safetensors, so that a merge can read them a slice at a time. Both have
+their record as JSON in the file's metadata, under ``fmn``. Their sha256 is in the stage's sidecar.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
-from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypeVar
 
+from pydantic import Field
+
+from fmn import __version__
 from fmn.errors import UserError
-from fmn.models.headers import TensorHeader, read_file
-from fmn.store.artifacts import agrees, canonical, digest_bytes, digest_file, whole_file
+from fmn.store.artifacts import digest_file, whole_file
+from fmn.store.records import Labels, Record, parse_record
+from fmn.store.stage import check_intact
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 2
-COMMANDS = {"full-fisher": "fmn full-fisher", "gram": "fmn gram"}
+    from fmn.fisher.architectures import NodeValues
+    from fmn.models.headers import TensorHeader
+
+METADATA = "fmn"  # key in the metadata of Parquet and safetensors
 
 
-def write(
-    path: Path, kind: str, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, Any]
+class CheckpointOrigin(Record):
+    """Which checkpoint a statistic is of: its source, pinned to a revision, and its digest."""
+
+    source: str = ""
+    revision: str = ""
+    digest: str
+
+
+class Metadata(Record):
+    """What a statistic was computed from. `key`: its content key; `threads`: those of the CPU."""
+
+    key: str = ""
+    task: str
+    model_type: str = ""
+    checkpoint: CheckpointOrigin
+    data_digest: str = ""
+    labels: dict[str, Labels] = Field(default_factory=dict)
+    samples: int
+    seed: int = 0
+    dtype: str = ""
+    device: str = ""
+    threads: int = 1
+    fmn: str = __version__
+
+
+class FisherMetadata(Metadata):
+    """Of a mask Fisher. `heads`, `neurons`: those of a layer; of the largest if layers differ."""
+
+    format: Literal[1] = 1
+    estimator: str
+    stratified: bool = False
+    layers: int = 0
+    heads: int = 0
+    neurons: int = 0
+    relative_stderr: float | None = None
+
+
+class StatisticMetadata(Metadata):
+    """Of a full Fisher."""
+
+    format: Literal[2] = 2
+    kind: Literal["full-fisher"] = "full-fisher"
+    estimator: str
+
+
+class GramMetadata(Metadata):
+    """Of Gram matrices. `inputs`: by linear map, the input that it reads; `transposed`: the maps
+    whose weights are stored [in, out]."""
+
+    format: Literal[2] = 2
+    kind: Literal["gram"] = "gram"
+    inputs: dict[str, str]
+    transposed: list[str]
+
+
+M = TypeVar("M", StatisticMetadata, GramMetadata)
+
+
+def write_fisher(
+    path: Path, fisher: "NodeValues", stderr: "NodeValues | None", metadata: FisherMetadata
 ) -> None:
-    """Write float32 tensors and what they were made from; `kind`: one of COMMANDS."""
+    """Write a mask Fisher as Parquet: a row per mask node, sorted by (layer, node, index).
+
+    Args:
+        fisher: float64 [nodes] for each site.
+        stderr: the same for the standard errors, or None where the estimator has none.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sites = sorted(fisher)
+    counts = [len(fisher[site]) for site in sites]
+    columns = {
+        "layer": np.repeat(np.array([site.layer for site in sites], np.int16), counts),
+        "node": pa.array(np.repeat([site.node for site in sites], counts)).dictionary_encode(),
+        "index": np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
+        "fisher": np.concatenate([fisher[site] for site in sites]),
+        "stderr": pa.nulls(sum(counts), pa.float64())
+        if stderr is None
+        else np.concatenate([stderr[site] for site in sites]),
+    }
+    table = pa.table(columns).replace_schema_metadata(
+        {METADATA: metadata.model_dump_json(by_alias=True)}
+    )
+    with whole_file(path) as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+
+
+def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, FisherMetadata]":
+    """Read a mask Fisher: (fisher, stderr or None, metadata), float64 [nodes] by site.
+
+    Raises:
+        UserError: it is not a mask Fisher, was damaged, or holds a value that cannot be a Fisher
+            information (negative, NaN or infinite).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from fmn.fisher.architectures import Site
+
+    remedy = "make it again with `fmn fisher`"
+    if not path.is_file():
+        raise UserError(f"{path}: no such Fisher artifact; make it with `fmn fisher`")
+    check_intact(path)
+    types = {"layer": pa.int16(), "node": pa.string(), "index": pa.int32(), "fisher": pa.float64()}
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        content = json.loads((table.schema.metadata or {})[METADATA.encode()])
+        layers, nodes, index, values = (table[name].cast(types[name]) for name in types)
+        errors = None if table["stderr"].null_count else table["stderr"].cast(pa.float64())
+        if not len(table) or any(c.null_count for c in (layers, nodes, index, values)):
+            raise ValueError("no rows, or rows without a value")
+    except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a Fisher artifact, or damaged; {remedy}") from error
+    metadata = parse_record(content, FisherMetadata, path, remedy)
+    fisher: NodeValues = {}
+    stderr: NodeValues = {}
+    rows = zip(layers.to_pylist(), nodes.to_pylist(), index.to_pylist(), strict=True)
+    start = 0
+    for (layer, node), group in groupby(rows, key=lambda row: row[:2]):
+        place = f"{path}: layer {layer}, {node}"
+        numbers = [row[2] for row in group]
+        if numbers != list(range(len(numbers))) or (layer, node) in fisher:
+            raise UserError(f"{place}: rows are not numbered 0, 1, 2, ...; {remedy}")
+        site = Site(layer, node)
+        fisher[site] = values.slice(start, len(numbers)).to_numpy()
+        if errors is not None:
+            stderr[site] = errors.slice(start, len(numbers)).to_numpy()
+        start += len(numbers)
+        for number, value in enumerate(fisher[site]):
+            if not 0 <= value < float("inf"):
+                raise UserError(f"{place} {number}: a Fisher information of {value}; {remedy}")
+    return fisher, None if errors is None else stderr, metadata
+
+
+def write_statistic(
+    path: Path, tensors: "Mapping[str, Tensor]", metadata: StatisticMetadata | GramMetadata
+) -> None:
+    """Write a full Fisher or Gram matrices as float32 safetensors."""
     from safetensors.torch import save_file
 
-    kept = {name: tensors[name].float().contiguous() for name in sorted(tensors)}
-    stated = {**metadata, "kind": kind, "format": FORMAT}
-    values = sha256()
-    for tensor in kept.values():  # in the order in which the file has them
-        values.update(tensor.numpy().data)
-    shapes = {name: list(tensor.shape) for name, tensor in kept.items()}
-    stated["digest"] = _digest(stated, shapes, values.hexdigest())
+    narrow = {name: tensors[name].float().contiguous() for name in sorted(tensors)}
     with whole_file(path) as file:
-        save_file(kept, file, {"fmn": canonical(stated).decode()})
+        save_file(narrow, file, {METADATA: metadata.model_dump_json(by_alias=True)})
 
 
-def _digest(stated: Mapping[str, Any], shapes: Mapping[str, list[int]], values: str) -> str:
-    """Of metadata, the tensors' shapes in the order of the file, and the sha256 of their bytes."""
-    return digest_bytes(canonical([{**stated, "digest": None}, list(shapes.items()), values]))
+def read_statistic(path: Path, record: type[M]) -> "tuple[dict[str, TensorHeader], M]":
+    """Where the tensors of a full Fisher or of Gram matrices lie, by name, and their metadata.
 
+    Args:
+        record: StatisticMetadata or GramMetadata.
 
-def read(path: Path, kind: str) -> tuple[dict[str, TensorHeader], dict[str, Any]]:
-    """Where the tensors lie, by name, and what they were made from.
-
-    Raises UserError for a file that is not of this kind or was damaged.
+    Raises:
+        UserError: the file is not such a statistic, or was damaged.
     """
-    remedy = f"`{COMMANDS[kind]}` makes one"
+    from fmn.models.headers import read_file
+
+    kind = record.model_fields["kind"].default
+    remedy = f"make it with `fmn {kind}`"
     if not path.is_file():
         raise UserError(f"{path}: no such {kind} file; {remedy}")
-    headers, metadata = read_file(path)
+    check_intact(path)
+    headers, stored = read_file(path)
     try:
-        stated = json.loads(metadata["fmn"])
-        found, digest = stated["kind"], stated["digest"]
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        content = json.loads(stored[METADATA])
+    except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: holds no statistic of fmn's; {remedy}") from error
-    if found != kind or stated.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: holds {found} of format {stated.get('format')}, not {kind} of {FORMAT}; {remedy}"
-        )
-    start = min((header.start for header in headers.values()), default=0)
-    in_order = sorted(headers.items(), key=lambda one: one[1].start)
-    shapes = {name: list(header.shape) for name, header in in_order}
-    right = agrees(digest, lambda: _digest(stated, shapes, digest_file(path, start)))
-    if not right or {one.dtype for one in headers.values()} - {"F32"}:
-        raise UserError(f"{path}: its content is not what was written; make it again")
-    return headers, stated
+    return headers, parse_record(content, record, path, remedy)
 
 
-def is_current(path: Path, kind: str, key: str) -> bool:
-    """Whether a statistic was made for this content key and is still what was written."""
-    try:
-        return bool(read(path, kind)[1].get("key") == key)
-    except UserError:
-        return False
+def digest_values(path: Path) -> str:
+    """sha256 of the numbers in a file of statistics; the same whatever its metadata say."""
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        return digest_file(path, 8 + header)
+    digest = hashlib.sha256()
+    for values in read_fisher(path)[:2]:
+        for site, nodes in sorted((values or {}).items()):
+            digest.update(repr(tuple(site)).encode() + nodes.tobytes())
+    return digest.hexdigest()

@@ -1,54 +1,38 @@
 """Gram matrices of the inputs of an encoder's linear maps: what RegMean needs of every expert.
 
-For a linear map y = W x + b, the second moment E[x x^T] over all tokens that are no padding (Jin et al. 2023, arXiv
-2212.09849, section 3). Maps that read the same input (query, key, value) share one.
+For a linear map y = W x + b, the second moment E[x x^T] over all tokens that are no padding (Jin et
+al. 2023, arXiv 2212.09849, section 3). Maps that read the same input (query, key, value) share one.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
-from fmn.fisher.mask_nodes import prepared
+from fmn.fisher.runner import LINEAR, hooked, max_batch_tokens, prepared
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.tasks.batches import Examples, by_length, select
-
-TOKENS = {"cpu": 2048, "cuda": 32768}  # of a batch
 
 
 @dataclass(frozen=True)
 class Grams:
-    """What `estimate` finds.
+    """Gram matrices and the linear maps that they belong to; maps by path in the base model.
 
-    `moments`: by input, float32 [n, n]: the mean of x x^T over tokens.
-    `inputs`: by module path in the base model, the input that it reads.
-    `transposed`: the modules whose weights are stored [in, out].
+    Attributes:
+        moments: by input, float32 [n, n]: the mean of x x^T over tokens. An input is named after
+            the first map that reads it.
+        inputs: by map, the input that it reads.
+        transposed: the maps whose weights are stored [in, out].
     """
 
     moments: dict[str, Tensor]
     inputs: dict[str, str]
     transposed: frozenset[str]
-
-
-class _Sums:
-    """Of one input, over the tokens so far."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.tokens = 0
-
-    def add(self, tokens: Tensor) -> None:
-        """Takes in tokens [N, n]."""
-        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        if self.total is None:
-            self.total = wide.new_zeros(wide.shape[1], wide.shape[1])
-        self.total.addmm_(wide.T, wide)
-        self.tokens += len(wide)
 
 
 def estimate(
@@ -61,77 +45,56 @@ def estimate(
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Grams:
-    """The Gram matrices of `model`, a Transformer with a classification head, on a sample of examples.
+    """The Gram matrices of a Transformer with a classification head on a sample of examples.
 
-    `samples`, `seed`, `device` and `dtype` as for `fmn.fisher.estimate`; labels are not looked at. The result does not
-    depend on the size of batches, but for rounding. Costs a forward pass and about one and a half times its products.
+    Arguments as for `fmn.fisher.estimate`; labels are not read. It does not depend on batch size,
+    but for rounding. Costs a forward pass and about one and a half times its matrix products.
     """
-    where = resolve_device(device)
-    chosen = examples.take(select(examples.labels, samples, seed))
-    if not len(chosen):
+    target = resolve_device(device)
+    sample = examples.take(select(examples.labels, samples, seed))
+    if not len(sample):
         raise UserError("there are no examples to compute Gram matrices from")
     prefix = f"{model.base_model_prefix}."
     linear = {
         name.removeprefix(prefix): module
         for name, module in model.named_modules()
-        if name.startswith(prefix) and isinstance(module, (nn.Linear, Conv1D))
+        if name.startswith(prefix) and isinstance(module, LINEAR)
     }
-    sums: dict[str, _Sums] = {}
     inputs: dict[str, str] = {}
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = defaultdict(int)
     done = 0
-    with prepared(model, chosen, where, resolve_dtype(dtype, where)) as runner, torch.no_grad():
-        for batch in by_length(chosen, tokens=TOKENS.get(where.type, TOKENS["cpu"])):
-            mask = batch.inputs.get("attention_mask")
-            mask = None if mask is None else mask.bool().to(where)  # [B, T]
-            with _watched(linear, mask, sums, inputs):
+    with prepared(model, sample, target, resolve_dtype(dtype, target)) as runner, torch.no_grad():
+        for batch in by_length(sample, tokens=max_batch_tokens(target)):
+            reads: dict[str, list[Tensor]] = defaultdict(list)  # shared modules read several times
+            hooks = {
+                name: lambda _, args, own=name: reads[own].append(args[0])  # noqa: B023
+                for name in linear
+            }
+            with hooked((linear[name], hook) for name, hook in hooks.items()):
                 runner.logits(batch)
+            if not inputs:
+                first: dict[int, str] = {}
+                inputs = {name: first.setdefault(id(x[0]), name) for name, x in reads.items()}
+            for name in set(inputs.values()):
+                for read in reads[name]:
+                    rows = _without_padding(read, batch.inputs.get("attention_mask"))  # [N, n]
+                    zeros = rows.new_zeros(rows.shape[1], rows.shape[1])
+                    sums.setdefault(name, zeros).addmm_(rows.T, rows)
+                    tokens[name] += len(rows)
             done += len(batch.rows)
             if progress:
-                progress(done, len(chosen))
+                progress(done, len(sample))
     return Grams(
-        {
-            name: total.total.div(total.tokens).cpu()
-            for name, total in sums.items()
-            if total.total is not None
-        },
+        {name: total.div(tokens[name]).cpu() for name, total in sums.items()},
         inputs,
-        frozenset(
-            name for name, module in linear.items() if isinstance(module, Conv1D) and name in inputs
-        ),
+        frozenset(name for name in inputs if isinstance(linear[name], Conv1D)),
     )
 
 
-@contextmanager
-def _watched(
-    linear: dict[str, nn.Module],
-    mask: Tensor | None,
-    sums: dict[str, _Sums],
-    inputs: dict[str, str],
-) -> Iterator[None]:
-    """Adds what the modules read in a forward pass to `sums`. Which modules read one and the same tensor is found in
-    the first pass, and noted in `inputs`."""
-    first = not inputs
-    seen: list[
-        tuple[Tensor, str]
-    ] = []  # keeps the tensors alive, so that no other takes their place
-
-    def watch(name: str, read: Tensor) -> None:
-        if first and name not in inputs:
-            inputs[name] = next((other for tensor, other in seen if tensor is read), name)
-            seen.append((read, name))
-        if inputs.get(name) != name:
-            return
-        rows = read.flatten(0, -2)  # [B, T, n] -> [B * T, n]
-        if mask is not None and read.ndim == 3 and read.shape[:2] == mask.shape:
-            rows = rows[mask.flatten()]
-        sums.setdefault(name, _Sums()).add(rows)
-
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0]))
-        for name, module in linear.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _without_padding(read: Tensor, mask: Tensor | None) -> Tensor:
+    """The vectors [N, n] of an activation [..., n] that belong to tokens; `mask`: [B, T]."""
+    rows = read.flatten(0, -2)  # [B, T, n] -> [B * T, n]
+    if mask is not None and read.shape[:-1] == mask.shape:
+        rows = rows[mask.bool().flatten().to(read.device)]
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -1,160 +1,43 @@
-"""What JSON that stages read of one another must hold: what was made by hand, or by another fmn, is refused by name.
-
-Digests tell that a file is what was written, not who wrote it. Only what is read is stated; more may stand beside it.
-"""
+"""Records and settings: the pydantic models that rooms build theirs on."""
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from fmn.errors import UserError
-from fmn.merge.methods import NEEDS
 
 
 class Record(BaseModel):
-    """A JSON object; true is no number in it, and a number no text."""
+    """What one stage writes as JSON and others read; further entries are ignored.
 
-    model_config = ConfigDict(strict=True)
+    Types are strict: true is no number in it, and a number no text.
+    """
 
-
-class Labels(Record):
-    """`fmn.labels.Labels`."""
-
-    order: list[int]
-    origin: str = Field(alias="from")
-    score: float = 0
-    as_is: float = 0
-    rows: int = 0
+    model_config = ConfigDict(strict=True, frozen=True)
 
 
-class Checkpoint(Record):
-    """An expert or a base that was merged."""
+class Settings(BaseModel):
+    """A section of the settings; with the same names, the options of a command.
 
-    digest: str
-    revision: str
-    source: str = ""
-    settings: dict[str, int | float | str] = {}
-    data_digest: str = ""
-    threads: int | None = None
+    They do not change once read, and an unknown one is an error.
 
+    Attributes:
+        runtime: names of the fields that only say where or how fast to compute. An output does not
+            depend on them.
+    """
 
-class Sampled(Record):
-    """How a statistic was made."""
+    runtime: ClassVar[set[str]] = {"device"}
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    samples: int
-    key: str = ""
-    estimator: str = ""
-    stratified: bool = False
-    seed: int = 0
-    dtype: str = ""
-    data_digest: str = ""
-    threads: int = 1
-
-
-class Weighing(Sampled):
-    """A statistic that a merge took."""
-
-    digest: str
-    values: str = ""
-
-
-class Fit(Record):
-    """A head that was re-aligned."""
-
-    texts: int
-    ridge: float
-    before: float
-    after: float
-
-
-class Realigned(Record):
-    """What heads were re-aligned with."""
-
-    merged: str
-    texts: int | Literal["all"]
-    ridge: float | Literal["auto"]
-    seed: int
-    dtype: str
-    tasks: dict[str, Fit]
-
-
-class Searched(Record):
-    """What a search of the coefficients found, as shares of the experts' scores."""
-
-    score: float
-    uniform: float
-
-
-class Recipe(Record):
-    """``merge.json`` of any merged model."""
-
-    tasks: Annotated[list[str], Field(min_length=1)]
-    method: Literal[tuple(NEEDS)]  # type: ignore[valid-type]
-    files: dict[str, str]
-    coefficients: dict[str, float]
-    mapping: str | None = None
-    normalise: str | None = None
-    exponent: float | None = None
-    damping: float | None = None
-    scale: float = 1
-    density: float | None = None
-    seed: int | None = None
-    experts: dict[str, Checkpoint] = {}
-    base: Checkpoint | None = None
-    labels: dict[str, Labels] = {}
-    realign: Realigned | None = None
-    search: Searched | None = None
-    fmn: str = ""
-    fisher: dict[str, Weighing] = {}
-    gram: dict[str, Weighing] = {}
-
-
-class Traced(Recipe):
-    """``merge.json`` that says what a model was made from, as `fmn merge` does."""
-
-    fmn: str
-    key: str
-    experts: dict[str, Checkpoint]
-    fisher: dict[str, Weighing]
-    gram: dict[str, Weighing]
-
-
-class Measured(Record):
-    """A checkpoint that a statistic is of."""
-
-    digest: str
-
-
-class Statistic(Sampled):
-    """What the metadata of a mask Fisher, a full Fisher or Gram matrices say."""
-
-    task: str
-    checkpoint: Measured
-    labels: dict[str, Labels] = {}
-
-
-class GramMatrices(Statistic):
-    """Of which the metadata also say which map reads which input."""
-
-    inputs: dict[str, str]
-    transposed: list[str]
-
-
-class Found(Record):
-    """What `fmn search` writes."""
-
-    coefficients: dict[str, float]
-    scale: float
-    score: float
-    uniform: float
-    experts: dict[str, str]
-    merge: dict[str, Any]
-
-
-MANIFESTS: Mapping[str, type[Record]] = {}
-"""By stage, what is read of a manifest."""
+    @field_validator("*")
+    @classmethod
+    def _check_value(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("a number of more than 64 bits")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("has a NUL character")
+        return value
 
 
 R = TypeVar("R", bound=Record)
@@ -176,67 +59,21 @@ def parse_record(content: Any, record: type[R], place: object, remedy: str = "ma
         raise UserError(f"{place}: {name} {problem}; {remedy}") from error
 
 
-def fits(content: Mapping[str, Any], form: type[Record]) -> bool:
-    """Whether content is as `form` has it."""
-    try:
-        form.model_validate(content)
-    except ValidationError:
-        return False
-    return True
-
-
-def check(content: Mapping[str, Any], form: type[Record], place: object, remedy: str) -> None:
-    """Raise UserError that names the first entry that is not as `form` has it; `place` and `remedy` go around it."""
-    try:
-        form.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        what = (
-            "is missing"
-            if first["type"] == "missing"
-            else f"is {first['input']!r:.60}, not as fmn writes it"
-        )
-        raise UserError(f"{place}: {where} {what}; {remedy}") from error
-
-
 def pairs(items: list[str], option: str) -> dict[str, str]:
-    """``["a=1", "b=2"]`` as a dictionary; UserError for one without ``=`` or said twice."""
-    found: dict[str, str] = {}
+    """``["a=1", "b=2"]`` as a dictionary; UserError for an item without ``=`` or given twice."""
+    values: dict[str, str] = {}
     for item in items:
-        name, equals, value = item.partition("=")
-        if not (name and equals and value):
+        name, _, value = item.partition("=")
+        if not (name and value):
             raise UserError(f"{option} {item}: expected NAME=VALUE")
-        if name in found:
+        if name in values:
             raise UserError(f"{option}: {name} is given twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
-def at_least_one(samples: int | str) -> int | str:
-    if isinstance(samples, int) and samples < 1:
+def at_least_one(number: int | str) -> int | str:
+    """A validator of settings that count: a number is at least one, a word is as it is."""
+    if isinstance(number, int) and number < 1:
         raise ValueError("at least one example is needed")
-    return samples
-
-
-class Settings(BaseModel):
-    """A section of the settings; with the same names, the options of a command.
-
-    They do not change once read, and an unknown one is an error.
-
-    Attributes:
-        runtime: names of the fields that only say where or how fast to compute. An output does not
-            depend on them.
-    """
-
-    runtime: ClassVar[set[str]] = {"device", "workers"}
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _fits(cls, value: Any) -> Any:
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError("a number of more than 64 bits")
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("holds a NUL character")
-        return value
+    return number

@@ -5,29 +5,45 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
-from fmn.fisher import architectures
 from fmn.fisher.architectures import (
     ARCHITECTURES,
     Claim,
     NodeValues,
+    Part,
     Site,
     claims,
     mask_sites,
     node_counts,
+    output_weights,
+    tempered,
     weights,
 )
 from tests.tiny import CONFIGS, tiny_model
 
+Shapes = dict[str, tuple[int, ...]]
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+
+def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def random_values(model: transformers.PreTrainedModel) -> NodeValues:
     rng = np.random.default_rng(0)
     return {site.site: rng.uniform(0.5, 2, site.nodes) for site in mask_sites(model)}
+
+
+def spread(
+    model: transformers.PreTrainedModel, mapping: str, values: NodeValues
+) -> dict[str, np.ndarray]:
+    """The weights of every parameter, broadcast to its shape."""
+    shapes = shapes_of(model.base_model)
+    return {
+        name: np.broadcast_to(weights(claim, values), shapes[name])
+        for name, claim in claims(model.config, shapes, mapping).items()
+    }
 
 
 def test_every_architecture_has_a_tiny_model() -> None:
@@ -39,20 +55,17 @@ def test_every_architecture_has_a_tiny_model() -> None:
 def test_every_parameter_is_claimed_once_with_weights_of_its_shape(name: str, mapping: str) -> None:
     model = tiny_model(name)
     shapes = shapes_of(model.base_model)
-    found = claims(model.config, shapes, mapping)
-    assert found.keys() == shapes.keys()
+    by_name = claims(model.config, shapes, mapping)
+    assert by_name.keys() == shapes.keys()
     values = random_values(model)
-    for tensor, claim in found.items():
+    for parameter, claim in by_name.items():
         weight = weights(claim, values)
         assert weight.dtype == np.float64
-        assert np.broadcast_shapes(weight.shape, shapes[tensor]) == shapes[tensor], tensor
-    # All that is in a layer belongs to its nodes, but for T5's position biases, which all layers share.
-    inside = [
-        tensor
-        for tensor, claim in found.items()
-        if claim == Claim() and any(map(str.isdigit, tensor.split(".")))
-    ]
-    assert all("relative_attention_bias" in tensor for tensor in inside)
+        assert np.broadcast_shapes(weight.shape, shapes[parameter]) == shapes[parameter]
+    # All that is in a layer belongs to its nodes, but for T5's position biases, which all share.
+    universal = [parameter for parameter, claim in by_name.items() if claim == Claim()]
+    inside = [name for name in universal if any(map(str.isdigit, name.split(".")))]
+    assert all("relative_attention_bias" in parameter for parameter in inside)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -61,15 +74,13 @@ def test_sites_are_the_inputs_of_projections(name: str) -> None:
     sites = mask_sites(model)
     for site in sites:
         module = model.get_submodule(site.module)
-        transposed = isinstance(module, transformers.pytorch_utils.Conv1D)
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        assert weight.shape[0 if transposed else 1] == site.nodes * site.channels
+        assert weight.shape[0 if isinstance(module, Conv1D) else 1] == site.nodes * site.channels
         assert site.channels == 1 if site.site.node == "neuron" else site.nodes == 4
-    assert len({site.site for site in sites}) == len(sites)
-    assert {site.site: site.nodes for site in sites} == node_counts(
-        model.config, shapes_of(model.base_model)
-    )
+    counts = {site.site: site.nodes for site in sites}
+    assert len(counts) == len(sites)
+    assert counts == node_counts(model.config, shapes_of(model.base_model))
 
 
 def test_a_base_model_alone_has_the_sites_of_the_whole() -> None:
@@ -79,55 +90,39 @@ def test_a_base_model_alone_has_the_sites_of_the_whole() -> None:
     ]
 
 
-def scaled(
-    model: transformers.PreTrainedModel, mapping: str, values: NodeValues
-) -> dict[str, np.ndarray]:
-    """The weights of every parameter, broadcast to its shape."""
-    shapes = shapes_of(model.base_model)
-    return {
-        name: np.broadcast_to(weights(claim, values), shapes[name])
-        for name, claim in claims(model.config, shapes, mapping).items()
-    }
-
-
 def test_structured_bert() -> None:
     model = tiny_model("bert")
     values = random_values(model)
-    found = scaled(model, "structured", values)
-    head, neuron = values[Site(1, "head")], values[Site(1, "neuron")]
+    by_name = spread(model, "structured", values)
     layer = "encoder.layer.1."
+    neuron, head = values[Site(1, "neuron")], values[Site(1, "head")]
     by_head = np.repeat(head, 6)
-    for name in ("query", "key", "value"):
-        np.testing.assert_array_equal(
-            found[f"{layer}attention.self.{name}.weight"], np.tile(by_head[:, None], 24)
-        )
-        np.testing.assert_array_equal(found[f"{layer}attention.self.{name}.bias"], by_head)
-    np.testing.assert_array_equal(
-        found[f"{layer}attention.output.dense.weight"], np.tile(by_head, (24, 1))
-    )
-    np.testing.assert_array_equal(
-        found[f"{layer}intermediate.dense.weight"], np.tile(neuron[:, None], 24)
-    )
-    np.testing.assert_array_equal(found[f"{layer}intermediate.dense.bias"], neuron)
-    np.testing.assert_array_equal(found[f"{layer}output.dense.weight"], np.tile(neuron, (24, 1)))
+    means = [values[Site(i, "head")].mean() + values[Site(i, "neuron")].mean() for i in range(2)]
+    expected = {
+        **{f"{layer}attention.self.{name}.weight": by_head[:, None] for name in ("query", "key")},
+        f"{layer}attention.self.value.weight": by_head[:, None],
+        **{f"{layer}attention.self.{name}.bias": by_head for name in ("query", "key", "value")},
+        f"{layer}attention.output.dense.weight": by_head,
+        f"{layer}intermediate.dense.weight": neuron[:, None],
+        f"{layer}intermediate.dense.bias": neuron,
+        f"{layer}output.dense.weight": neuron,
+        **dict.fromkeys(
+            ("embeddings.word_embeddings.weight", "embeddings.LayerNorm.bias", "pooler.dense.bias"),
+            np.mean(means),
+        ),
+    }
     for name in ("dense.bias", "LayerNorm.weight", "LayerNorm.bias"):
-        np.testing.assert_allclose(found[f"{layer}attention.output.{name}"], head.mean())
-        np.testing.assert_allclose(found[f"{layer}output.{name}"], neuron.mean())
-    universal = np.mean(
-        [values[Site(i, "head")].mean() + values[Site(i, "neuron")].mean() for i in range(2)]
-    )
-    for name in (
-        "embeddings.word_embeddings.weight",
-        "embeddings.LayerNorm.bias",
-        "pooler.dense.weight",
-    ):
-        np.testing.assert_allclose(found[name], universal)
+        expected |= {f"{layer}attention.output.{name}": head.mean()}
+        expected |= {f"{layer}output.{name}": neuron.mean()}
+    for name, weight in expected.items():
+        wanted = np.broadcast_to(weight, by_name[name].shape)
+        np.testing.assert_allclose(by_name[name], wanted, rtol=1e-14, err_msg=name)
 
 
 def test_paper_bert_differs_from_structured_in_three_parameters_a_layer() -> None:
     model = tiny_model("bert")
     values = random_values(model)
-    found, structured = scaled(model, "paper", values), scaled(model, "structured", values)
+    paper, structured = (spread(model, mapping, values) for mapping in ("paper", "structured"))
     means = {
         f"encoder.layer.{i}.{name}": values[Site(i, node)].mean()
         for i in range(2)
@@ -138,112 +133,101 @@ def test_paper_bert_differs_from_structured_in_three_parameters_a_layer() -> Non
             ("output.dense.weight", "neuron"),
         )
     }
-    for name, weight in found.items():
+    for name, weight in paper.items():
         np.testing.assert_allclose(weight, means.get(name, structured[name]), rtol=1e-14)
 
 
 def test_key_and_value_rows_of_grouped_heads_weigh_the_mean_of_their_group() -> None:
     model = tiny_model("llama")
     values = random_values(model)
-    found = scaled(model, "structured", values)
+    by_name = spread(model, "structured", values)
     head, neuron = values[Site(0, "head")], values[Site(0, "neuron")]
     groups = np.repeat([head[:2].mean(), head[2:].mean()], 8)
-    np.testing.assert_array_equal(
-        found["layers.0.self_attn.q_proj.weight"][:, 0], np.repeat(head, 8)
-    )
-    np.testing.assert_array_equal(found["layers.0.self_attn.k_proj.weight"][:, 0], groups)
-    np.testing.assert_array_equal(found["layers.0.self_attn.v_proj.weight"][:, 0], groups)
-    np.testing.assert_array_equal(found["layers.0.self_attn.o_proj.weight"][0], np.repeat(head, 8))
-    np.testing.assert_array_equal(found["layers.0.mlp.gate_proj.weight"][:, 0], neuron)
-    np.testing.assert_array_equal(found["layers.0.mlp.up_proj.weight"][:, 0], neuron)
+    for name, rows in (
+        ("self_attn.q_proj", np.repeat(head, 8)),
+        ("self_attn.k_proj", groups),
+        ("self_attn.v_proj", groups),
+        ("mlp.gate_proj", neuron),
+        ("mlp.up_proj", neuron),
+    ):
+        np.testing.assert_array_equal(by_name[f"layers.0.{name}.weight"][:, 0], rows)
+    columns = by_name["layers.0.self_attn.o_proj.weight"][0]
+    np.testing.assert_array_equal(columns, np.repeat(head, 8))
 
 
 def test_fused_projections_are_claimed_part_by_part() -> None:
     model = tiny_model("modernbert")
     values = random_values(model)
     head, neuron = values[Site(0, "head")], values[Site(0, "neuron")]
-    rows = np.repeat(head, 6)
-    fused = scaled(model, "structured", values)
-    np.testing.assert_array_equal(
-        fused["layers.0.attn.Wqkv.weight"][:, 0], np.concatenate([rows, rows, rows])
-    )
-    np.testing.assert_array_equal(
-        fused["layers.0.mlp.Wi.weight"][:, 0], np.concatenate([neuron, neuron])
-    )
-    paper = scaled(model, "paper", values)
-    mean = np.full(24, head.mean())
-    np.testing.assert_allclose(
-        paper["layers.0.attn.Wqkv.weight"][:, 0], np.concatenate([rows, rows, mean]), rtol=1e-14
-    )
+    rows, mean = np.repeat(head, 6), np.full(24, head.mean())
+    for mapping, value in (("structured", rows), ("paper", mean)):
+        fused = spread(model, mapping, values)["layers.0.attn.Wqkv.weight"][:, 0]
+        np.testing.assert_allclose(fused, np.concatenate([rows, rows, value]), rtol=1e-14)
+    fused = spread(model, "structured", values)["layers.0.mlp.Wi.weight"][:, 0]
+    np.testing.assert_array_equal(fused, np.concatenate([neuron, neuron]))
 
 
 def test_transposed_weights_are_claimed_on_the_other_axis() -> None:
     model = tiny_model("gpt2")
     values = random_values(model)
-    found = scaled(model, "structured", values)
-    head, neuron = values[Site(1, "head")], values[Site(1, "neuron")]
-    rows = np.tile(np.repeat(head, 6), 3)
-    np.testing.assert_array_equal(found["h.1.attn.c_attn.weight"], np.tile(rows, (24, 1)))
-    np.testing.assert_array_equal(found["h.1.attn.c_attn.bias"], rows)
-    np.testing.assert_array_equal(found["h.1.attn.c_proj.weight"][:, 0], np.repeat(head, 6))
-    np.testing.assert_array_equal(found["h.1.mlp.c_fc.weight"][0], neuron)
-    np.testing.assert_array_equal(found["h.1.mlp.c_proj.weight"][:, 0], neuron)
+    by_name = spread(model, "structured", values)
+    head, neuron = np.repeat(values[Site(1, "head")], 6), values[Site(1, "neuron")]
+    for name, weight in (
+        ("attn.c_attn.weight", np.tile(head, 3)),
+        ("attn.c_attn.bias", np.tile(head, 3)),
+        ("attn.c_proj.weight", head[:, None]),
+        ("mlp.c_fc.weight", neuron),
+        ("mlp.c_proj.weight", neuron[:, None]),
+    ):
+        wanted = np.broadcast_to(weight, by_name[f"h.1.{name}"].shape)
+        np.testing.assert_array_equal(by_name[f"h.1.{name}"], wanted)
 
 
 def test_shared_layers_are_one_layer_and_decoder_layers_follow_the_encoders() -> None:
-    assert [site.site for site in mask_sites(tiny_model("albert"))] == [
-        Site(0, "head"),
-        Site(0, "neuron"),
-    ]
+    albert = [site.site for site in mask_sites(tiny_model("albert"))]
+    assert albert == [Site(0, "head"), Site(0, "neuron")]
     assert {site.site.layer for site in mask_sites(tiny_model("albert-groups"))} == {0, 1}
     decoder = [site for site in mask_sites(tiny_model("t5")) if site.site.layer == 2]
     assert [site.site.node for site in decoder] == ["head", "cross_head", "neuron"]
     assert all(site.module.startswith("transformer.decoder.block.0.") for site in decoder)
 
 
-def test_owned_rows_and_columns_switch_their_node_off() -> None:
-    """Zero in every row and column that a node owns silences exactly what a zero mask would: the output projection's
-    columns. So the rows belong to the node too: changing them then changes nothing."""
-    for name in ("bert", "llama", "gpt2", "modernbert", "t5-gated", "deberta-v2"):
-        model = tiny_model(name)
-        base = model.base_model
-        sites = {site.site: np.zeros(site.nodes) for site in mask_sites(model)}
-        marked = Site(0, "head"), Site(0, "neuron")
-        for site in marked:
-            # Under grouped attention a key-value row serves its whole group, here the first two heads.
-            sites[site][: 2 if name == "llama" and site.node == "head" else 1] = 1
-        found = claims(model.config, shapes_of(base), "structured")
-        state = base.state_dict()
-        inputs = {"input_ids": torch.tensor([[1, 5, 6, 7, 2]])}
-        if name.startswith("t5"):
-            inputs["decoder_input_ids"] = torch.tensor([[0, 4, 2]])
-        outputs = {site.module for site in mask_sites(model) if site.site in marked}
-
-        def run() -> torch.Tensor:
-            with torch.no_grad():
-                hidden: torch.Tensor = base(**inputs).last_hidden_state  # noqa: B023
-                return hidden
-
-        prefix = f"{model.base_model_prefix}."
-        owned = {
-            tensor: torch.from_numpy(
-                np.broadcast_to(weights(claim, sites), state[tensor].shape) == 1
-            )
-            for tensor, claim in found.items()
-            if claim.axis is not None
-        }
-        with torch.no_grad():
-            for tensor, rows in owned.items():
-                if prefix + tensor.removesuffix(".weight") in outputs:
-                    state[tensor][rows] = 0
-            silenced = run()
-            for tensor, rows in owned.items():
-                if prefix + tensor.removesuffix(".weight") not in outputs:
-                    state[tensor][rows] += torch.randn(int(rows.sum()), dtype=torch.float64)
-        torch.testing.assert_close(run(), silenced)
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "modernbert", "t5-gated", "deberta-v2"])
+def test_owned_rows_and_columns_switch_their_node_off(name: str) -> None:
+    """Zero in the output projection's columns of a node silences it, as a zero mask would. So its
+    rows elsewhere are its own too: changing them then changes nothing."""
+    model = tiny_model(name)
+    base = model.base_model
+    values = {site.site: np.zeros(site.nodes) for site in mask_sites(model)}
+    marked = Site(0, "head"), Site(0, "neuron")
+    for site in marked:
+        # Under grouped attention a key-value row serves its whole group, here the first two heads.
+        values[site][: 2 if name == "llama" and site.node == "head" else 1] = 1
+    inputs = {"input_ids": torch.tensor([[1, 5, 6, 7, 2]])}
+    if name.startswith("t5"):
+        inputs["decoder_input_ids"] = torch.tensor([[0, 4, 2]])
+    prefix = f"{model.base_model_prefix}."
+    sites = [site.module.removeprefix(prefix) for site in mask_sites(model) if site.site in marked]
+    outputs = {f"{module}.weight" for module in sites}
+    state = base.state_dict()
+    owned = {
+        parameter: torch.from_numpy(
+            np.broadcast_to(weights(claim, values), state[parameter].shape) == 1
+        )
+        for parameter, claim in claims(model.config, shapes_of(base), "structured").items()
+        if claim.axis is not None
+    }
+    with torch.no_grad():
+        for parameter in owned.keys() & outputs:
+            state[parameter][owned[parameter]] = 0
+        silenced = base(**inputs).last_hidden_state
+        for parameter in owned.keys() - outputs:
+            rows = owned[parameter]
+            state[parameter][rows] += torch.randn(int(rows.sum()), dtype=torch.float64)
+        torch.testing.assert_close(base(**inputs).last_hidden_state, silenced)
 
 
-class _Unknown(transformers.PretrainedConfig):  # type: ignore[misc]
+class Unknown(transformers.PretrainedConfig):  # type: ignore[misc]
     model_type = "unheard-of"
     hidden_size = 24
     num_attention_heads = 4
@@ -256,55 +240,44 @@ class _Unknown(transformers.PretrainedConfig):  # type: ignore[misc]
 def test_an_undescribed_architecture_is_recognised_from_its_modules(name: str) -> None:
     model = tiny_model(name)
     shapes = shapes_of(model.base_model)
-    config = _Unknown()
+    config = Unknown()
     config.num_key_value_heads = getattr(model.config, "num_key_value_heads", None)
     assert claims(config, shapes, "structured") == claims(model.config, shapes, "structured")
 
 
-def test_an_unrecognisable_architecture_is_refused_with_the_lines_to_add() -> None:
-    shapes = {"tower.0.alpha.weight": (8, 8), "tower.0.beta.weight": (8, 8)}
-    with pytest.raises(
-        UserError, match=r'unheard-of.*ARCHITECTURES.*two lines, Block\("head".*Block\("neuron"'
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [
+        ("ernie", "encoder.layer.0.attention.output.LayerNorm"),
+        ("olmo2", "layers.0.post_attention_layernorm"),
+    ],
+)
+def test_models_built_like_the_described_ones_need_no_lines_of_their_own(
+    kind: str, norm: str
+) -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "vocab_size": 30}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **layers, pad_token_id=0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    assert kind not in ARCHITECTURES
+    sites = [site.site for site in mask_sites(model)]
+    assert sites == [Site(i, node) for i in range(2) for node in ("head", "neuron")]
+    claim = claims(config, shapes_of(model.base_model), "structured")[f"{norm}.weight"]
+    assert claim.parts[0].site == Site(0, "head")
+
+
+def test_what_no_known_layer_fits_is_refused_with_the_lines_to_add() -> None:
+    gpt2, llama = (shapes_of(tiny_model(name).base_model) for name in ("gpt2", "llama"))
+    turned = {name: shape[::-1] if name[:2] == "h." else shape for name, shape in gpt2.items()}
+    for shapes in (
+        {"tower.0.alpha.weight": (8, 8), "tower.0.beta.weight": (8, 8)},
+        turned,  # weights stored the other way round
+        llama | {"layers.0.mlp.router.weight": (4, 24)},  # a matrix nobody claims
     ):
-        claims(_Unknown(), shapes, "structured")
-
-
-def test_weights_stored_the_other_way_round_are_not_taken_for_the_known_ones() -> None:
-    shapes = shapes_of(tiny_model("gpt2").base_model)
-    turned = {
-        name: shape[::-1] if name.startswith("h.") else shape for name, shape in shapes.items()
-    }
-    with pytest.raises(UserError, match="unheard-of"):
-        claims(_Unknown(), turned, "structured")
-
-
-def test_models_built_like_the_described_ones_need_no_lines_of_their_own() -> None:
-    for kind, like in (("ernie", "bert"), ("olmo2", "gemma2")):
-        own = {
-            name: getattr(CONFIGS["llama"](), name)
-            for name in ("hidden_size", "intermediate_size", "vocab_size")
-        }
-        config = transformers.AutoConfig.for_model(
-            kind, **own, num_hidden_layers=2, num_attention_heads=4, num_labels=2, pad_token_id=0
-        )
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
-        found = claims(config, shapes_of(model.base_model), "structured")
-        assert kind not in ARCHITECTURES
-        assert [site.site for site in mask_sites(model)] == [
-            Site(i, node) for i in range(2) for node in ("head", "neuron")
-        ]
-        after_attention = {
-            "bert": "encoder.layer.0.attention.output.LayerNorm",
-            "gemma2": "layers.0.post_attention_layernorm",
-        }
-        assert found[f"{after_attention[like]}.weight"].parts[0].site == Site(0, "head")
-
-
-def test_a_layer_with_matrices_nobody_claims_is_not_recognised() -> None:
-    shapes = shapes_of(tiny_model("llama").base_model)
-    shapes["layers.0.mlp.router.weight"] = (4, 24)
-    with pytest.raises(UserError, match="unheard-of"):
-        claims(_Unknown(), shapes, "structured")
+        with pytest.raises(
+            UserError, match=r"unheard-of.*ARCHITECTURES.*two lines, _heads\(.*_neurons\("
+        ):
+            claims(Unknown(), shapes, "structured")
 
 
 def test_missing_layers_unknown_mappings_and_foreign_values_are_refused() -> None:
@@ -314,72 +287,55 @@ def test_missing_layers_unknown_mappings_and_foreign_values_are_refused() -> Non
         claims(model.config, shapes, "other")
     with pytest.raises(UserError, match="no layer of a bert"):
         claims(model.config, {}, "paper")
-    torn = {
-        name: shape
-        for name, shape in shapes.items()
-        if name != "encoder.layer.1.output.dense.weight"
-    }
-    with pytest.raises(UserError, match=r"encoder.layer.1.output.dense.weight is missing"):
-        claims(model.config, torn, "paper")
+    missing = "encoder.layer.1.output.dense.weight"
+    with pytest.raises(UserError, match=f"{missing} is missing"):
+        claims(model.config, {n: s for n, s in shapes.items() if n != missing}, "paper")
     claim = claims(model.config, shapes, "structured")["encoder.layer.1.intermediate.dense.weight"]
-    with pytest.raises(UserError, match="has 0 neuron nodes in layer 1, the model 20"):
-        weights(claim, {})
-    with pytest.raises(UserError, match="has 19 neuron nodes in layer 1, the model 20"):
-        weights(claim, {Site(1, "neuron"): np.ones(19)})
+    for values in ({}, {Site(1, "neuron"): np.ones(19)}):
+        with pytest.raises(UserError, match=r"has \d+ neuron nodes in layer 1, the model 20"):
+            weights(claim, values)
 
 
+HEADS, NEURONS = [Site(0, "head"), Site(1, "head")], [Site(0, "neuron"), Site(1, "neuron")]
 FISHER: NodeValues = {
-    Site(0, "head"): np.array([1.0, 3.0]),
-    Site(0, "neuron"): np.array([10.0, 20.0, 30.0]),
-    Site(1, "head"): np.array([4.0, 8.0]),
-    Site(1, "neuron"): np.array([0.0, 40.0, 80.0]),
+    HEADS[0]: np.array([1.0, 3.0]),
+    NEURONS[0]: np.array([10.0, 20.0, 30.0]),
+    HEADS[1]: np.array([4.0, 8.0]),
+    NEURONS[1]: np.array([0.0, 40.0, 80.0]),
 }
 
 
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("normalise", "groups"),
-    [
-        ("site", [[Site(0, "head")], [Site(1, "head")], [Site(0, "neuron")], [Site(1, "neuron")]]),
-        ("kind", [[Site(0, "head"), Site(1, "head")], [Site(0, "neuron"), Site(1, "neuron")]]),
-    ],
+    [("site", [[site] for site in FISHER]), ("kind", [HEADS, NEURONS])],
 )
 def test_normalised_fisher_has_mean_one_in_its_group_and_keeps_its_proportions(
-    normalise: str, groups: list[list[Site]]
+    normalise: str, groups: list[list[Site]], exponent: float
 ) -> None:
-    for exponent in (1.0, 0.5):
-        found = architectures.tempered(FISHER, normalise, exponent)
-        for group in groups:
-            values = np.concatenate([found[site] for site in group])
-            raised = np.concatenate([FISHER[site] for site in group]) ** exponent
-            assert values.mean() == pytest.approx(1)
-            np.testing.assert_allclose(values * raised.mean(), raised)
+    normalised = tempered(FISHER, normalise, exponent)
+    for group in groups:
+        values = np.concatenate([normalised[site] for site in group])
+        raised = np.concatenate([FISHER[site] for site in group]) ** exponent
+        assert values.mean() == pytest.approx(1)
+        np.testing.assert_allclose(values * raised.mean(), raised)
 
 
-def test_experts_whose_losses_differ_in_scale_alone_become_equal() -> None:
+@pytest.mark.parametrize("normalise", ["none", "expert", "kind", "site"])
+def test_scale_of_the_loss_is_normalised_away_and_zero_stays_zero(normalise: str) -> None:
     larger = {site: 100 * values for site, values in FISHER.items()}
-    for normalise in ("expert", "kind", "site"):
-        one, other = (architectures.tempered(values, normalise, 1.0) for values in (FISHER, larger))
-        for site in FISHER:
-            np.testing.assert_allclose(one[site], other[site])
-    plain = architectures.tempered(larger, "none", 1.0)
-    assert all(np.array_equal(plain[site], larger[site]) for site in FISHER)
+    scale = 100 if normalise == "none" else 1
+    for site, values in tempered(larger, normalise, 1.0).items():
+        np.testing.assert_allclose(values, scale * tempered(FISHER, normalise, 1.0)[site])
+    zero = {site: np.zeros_like(values) for site, values in FISHER.items()}
+    assert not any(values.any() for values in tempered(zero, normalise, 1.0).values())
 
 
-def test_fisher_that_is_zero_everywhere_stays_zero() -> None:
-    nothing = {site: np.zeros_like(values) for site, values in FISHER.items()}
-    for normalise in ("none", "expert", "kind", "site"):
-        assert not any(
-            values.any() for values in architectures.tempered(nothing, normalise, 1.0).values()
-        )
-
-
-def test_rows_of_a_matrix_are_weighed_by_their_nodes_or_by_the_mean_of_the_nodes_before_them() -> (
-    None
-):
+def test_rows_of_a_matrix_have_the_weights_of_their_nodes_or_the_mean_of_the_nodes_before() -> None:
     values: NodeValues = {Site(0, "neuron"): np.array([1.0, 2.0, 6.0])}
-    part = architectures.Part(Site(0, "neuron"), 3, 3, 3)
-    rows, columns = architectures.Claim(2, 0, (part,)), architectures.Claim(2, 1, (part,))
-    assert architectures.output_weights(rows, values).tolist() == [1, 2, 6]
-    assert architectures.output_weights(columns, values).tolist() == [3]
-    assert architectures.output_weights(columns, values, transposed=True).tolist() == [1, 2, 6]
-    assert architectures.output_weights(architectures.Claim(), values).tolist() == [3]
+    part = Part(Site(0, "neuron"), 3, 3, 3)
+    rows, columns = Claim(2, 0, (part,)), Claim(2, 1, (part,))
+    assert output_weights(rows, values).tolist() == [1, 2, 6]
+    assert output_weights(columns, values).tolist() == [3]
+    assert output_weights(columns, values, transposed=True).tolist() == [1, 2, 6]
+    assert output_weights(Claim(), values).tolist() == [3]

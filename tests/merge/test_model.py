@@ -17,7 +17,6 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from fmn.errors import UserError
 from fmn.fisher import architectures, gram
-from fmn.fisher import files as statistics
 from fmn.fisher import parameters as diagonal
 from fmn.fisher.architectures import NodeValues
 from fmn.merge import model as merged
@@ -25,6 +24,7 @@ from fmn.merge import recipe
 from fmn.merge.methods import NEEDS
 from fmn.merge.regmean import rounded
 from fmn.merge.rules import LINEAR
+from fmn.models.headers import file_headers
 from tests.tiny import tiny_examples, tiny_model
 
 LABELS = {"mrpc": 2, "stsb": 1, "mnli": 3}
@@ -456,12 +456,12 @@ def statistics_of(
         squares = diagonal.estimate(
             model, examples, estimator="expected", regression=task == "stsb", device="cpu"
         )
-        statistics.write(where / f"{task}.full", "full-fisher", squares, {})
-        full[task] = statistics.read(where / f"{task}.full", "full-fisher")[0]
+        save_file(squares, where / f"{task}.full")
+        full[task] = file_headers(where / f"{task}.full")
         found = gram.estimate(model, examples, device="cpu")
-        statistics.write(where / f"{task}.gram", "gram", found.moments, {})
+        save_file(found.moments, where / f"{task}.gram")
         grams[task] = merged.StoredGrams(
-            statistics.read(where / f"{task}.gram", "gram")[0],
+            file_headers(where / f"{task}.gram"),
             found.inputs,
             sorted(found.transposed),
         )
@@ -550,9 +550,9 @@ def test_gpt2_whose_weights_are_transposed_is_regressed_alike(tmp_path: Path) ->
     for seed, (task, folder) in enumerate(folders.items()):
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         found = gram.estimate(model, tiny_examples("gpt2", 30, 2, seed), device="cpu")
-        statistics.write(tmp_path / f"{task}.gram", "gram", found.moments, {})
+        save_file(found.moments, tmp_path / f"{task}.gram")
         grams[task] = merged.StoredGrams(
-            statistics.read(tmp_path / f"{task}.gram", "gram")[0],
+            file_headers(tmp_path / f"{task}.gram"),
             found.inputs,
             sorted(found.transposed),
         )
@@ -579,8 +579,8 @@ def test_equal_experts_are_the_result_whatever_auto_stands_for(method: str, tmp_
     folders = dict.fromkeys(("mrpc", "rte", "sst2"), one)
     model = AutoModelForSequenceClassification.from_pretrained(one)
     found = gram.estimate(model, tiny_examples("bert", 20, 2), device="cpu")
-    statistics.write(tmp_path / "one.gram", "gram", found.moments, {})
-    grams = merged.StoredGrams(statistics.read(tmp_path / "one.gram", "gram")[0], found.inputs, ())
+    save_file(found.moments, tmp_path / "one.gram")
+    grams = merged.StoredGrams(file_headers(tmp_path / "one.gram"), found.inputs, ())
     nodes = fisher(folders)
     given: dict[str, Any] = {"fisher": nodes, "grams": dict.fromkeys(folders, grams), "base": base}
     for experts_ in (folders, {"rte": one}):

@@ -116,13 +116,15 @@ STAGES: dict[str, Callable[[Path, Path], Outcome]] = {
     ),
     "finetune": lambda work, out: models_stages.finetune(work / "base", task="sst2", data=work / "data", out=out, settings=TUNING),
     "fisher": lambda work, out: fisher_stages.fisher(
-        work / "experts" / "sst2", "sst2", work / "data", out, FISHER, save_seconds=0.0
+        work / "experts" / "sst2", task="sst2", data=work / "data", out=out, settings=FISHER
     ),
     "full-fisher": lambda work, out: fisher_stages.full_fisher(
-        work / "experts" / "sst2", "sst2", work / "data", out, FullFisherSettings(samples=8, device="cpu")
+        work / "experts" / "sst2", task="sst2", data=work / "data", out=out,
+        settings=FullFisherSettings(samples=8, device="cpu"),
     ),
     "gram": lambda work, out: fisher_stages.gram(
-        work / "experts" / "sst2", "sst2", work / "data", out, GramSettings(samples=8, device="cpu")
+        work / "experts" / "sst2", task="sst2", data=work / "data", out=out,
+        settings=GramSettings(samples=8, device="cpu"),
     ),
     "merge": lambda work, out: merge_stages.merge(
         experts(work), fisher_files(work), work / "base", out, MergeSettings()
@@ -299,16 +301,24 @@ def test_a_gpu_that_is_not_there_is_told(
         ),
         "fisher": lambda: fisher_stages.fisher(
             expert,
-            "sst2",
-            folder,
-            tmp_path / "out.parquet",
-            FISHER.model_copy(update={"device": ABSENT}),
+            task="sst2",
+            data=folder,
+            out=tmp_path / "out.parquet",
+            settings=FISHER.model_copy(update={"device": ABSENT}),
         ),
         "full-fisher": lambda: fisher_stages.full_fisher(
-            expert, "sst2", folder, out, FullFisherSettings(samples=8, device=ABSENT)
+            expert,
+            task="sst2",
+            data=folder,
+            out=out,
+            settings=FullFisherSettings(samples=8, device=ABSENT),
         ),
         "gram": lambda: fisher_stages.gram(
-            expert, "sst2", folder, out, GramSettings(samples=8, device=ABSENT)
+            expert,
+            task="sst2",
+            data=folder,
+            out=out,
+            settings=GramSettings(samples=8, device=ABSENT),
         ),
         "realign": lambda: merge_stages.realign(
             work / "merged",

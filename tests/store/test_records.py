@@ -161,19 +161,3 @@ def test_a_manifest_that_fmn_did_not_write_is_refused_or_does(
             MergeSettings(method="average"),
         )
         survived(what, merge_stages.merge, *given)
-
-
-def test_a_fisher_that_fmn_did_not_write_is_refused_or_does(
-    tiny_work: Path, tmp_path: Path
-) -> None:
-    experts = {task: tiny_work / "experts" / task for task in ("mrpc", "stsb")}
-    fisher = {task: tiny_work / "fisher" / f"{task}.parquet" for task in experts}
-    values, stderr, metadata = artifacts.read_fisher(fisher["mrpc"])
-    fisher["mrpc"] = tmp_path / "mrpc.parquet"
-    went = []
-    for number, (what, content) in enumerate(changed(metadata, FEW)):
-        artifacts.write_fisher(fisher["mrpc"], values, stderr, content)
-        given = (experts, fisher, None, tmp_path / f"{number}", MergeSettings(method="mask-fisher"))
-        went.append(survived(what, merge_stages.merge, *given))
-    assert any(went)
-    assert not all(went)

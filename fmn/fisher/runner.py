@@ -1,0 +1,133 @@
+"""A model made ready for the statistics: on its device, in its number format, one pass a batch."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fmn.models.devices import autocast
+from fmn.tasks.batches import Batch, Examples
+
+LINEAR = (nn.Linear, Conv1D)
+
+
+def max_batch_tokens(device: torch.device) -> int:
+    """Tokens of a batch, padding included, beyond which batches are no faster."""
+    return 32768 if device.type == "cuda" else 2048
+
+
+def float_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The number format of weights, sums and logits: only matrix products are in bfloat16."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """The tensor on the device; the copy does not wait for the work that is queued there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model ready to run; `tensors` stand in for its parameters and buffers."""
+
+    model: PreTrainedModel
+    tensors: Mapping[str, Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's outputs, [B, C]."""
+        floats = float_dtype(self.dtype)
+        inputs = {
+            name: to_device(tensor, self.device, floats if tensor.is_floating_point() else None)
+            for name, tensor in batch.inputs.items()
+        }
+        with autocast(self.device, self.dtype):
+            logits: Tensor = functional_call(self.model, dict(self.tensors), (), inputs).logits
+        return logits
+
+
+def backward_passes(
+    logits: Tensor, leaves: Sequence[Tensor], directions: Sequence[Tensor]
+) -> Iterator[Sequence[Tensor | None]]:
+    """For each direction v [B, C], the gradients of v . logits with respect to the leaves."""
+    for number, direction in enumerate(directions, 1):
+        more = number < len(directions)
+        yield torch.autograd.grad(
+            logits, leaves, direction.to(logits.dtype), retain_graph=more, allow_unused=True
+        )
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Call a hook before every forward pass of a module."""
+    with ExitStack() as registered:
+        for module, hook in hooks:
+            registered.callback(module.register_forward_pre_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def prepared(
+    model: PreTrainedModel, examples: Examples, device: torch.device, dtype: torch.dtype
+) -> Iterator[Runner]:
+    """The model in evaluation mode, with its tensors on the device; afterwards as it was.
+
+    For bfloat16 the encoder's matrices are cast here, once: autocast would cast them again in every
+    pass. The head stays in float32, as rounded logits would blur the probabilities of confident
+    models.
+    """
+    linear = {path: module for path, module in model.named_modules() if isinstance(module, LINEAR)}
+    encoder = {path for path in linear if path.startswith(f"{model.base_model_prefix}.")}
+    tensors = {}
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        is_narrow = dtype == torch.bfloat16 and name.rpartition(".")[0] in encoder
+        floats = torch.bfloat16 if is_narrow else float_dtype(dtype)
+        kind = floats if tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.detach().to(device, kind)
+    config = model.config
+    with ExitStack() as restored:
+        for module in model.modules():
+            _set(restored, module, "training", False)
+        # The backward pass of sdpa is slow on a CPU: half the speed in bfloat16.
+        if device.type == "cpu" and config._attn_implementation == "sdpa":
+            restored.callback(model.set_attn_implementation, "sdpa")
+            model.set_attn_implementation("eager")
+        if getattr(config, "use_cache", False):
+            _set(restored, config, "use_cache", False)
+        # Decoders look for the last token that is no padding.
+        if getattr(config, "pad_token_id", 0) is None:
+            _set(restored, config, "pad_token_id", examples.pad.get("input_ids"))
+        for path in linear.keys() - encoder:
+            forward = _without_autocast(linear[path].forward, device)
+            _set(restored, linear[path], "forward", forward)
+        yield Runner(model, tensors, device, dtype)
+
+
+def _set(restored: ExitStack, target: object, name: str, value: object) -> None:
+    """Set an attribute of an object until `restored` closes."""
+    if name in vars(target):
+        restored.callback(setattr, target, name, vars(target)[name])
+    else:
+        restored.callback(delattr, target, name)
+    setattr(target, name, value)
+
+
+def _without_autocast(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A module's forward in the number format of its weights."""
+
+    def in_float(activation: Tensor) -> Any:
+        with torch.autocast(device.type, enabled=False):
+            is_narrow = activation.dtype == torch.bfloat16
+            return forward(activation.float() if is_narrow else activation)
+
+    return in_float
