@@ -150,7 +150,7 @@ def _tasks(arguments: Mapping[str, Any]) -> tuple[str, ...]:
     named = (
         arguments.get("names")
         or arguments.get("experts")
-        or recipe.read_recipe(arguments["model"])["tasks"]
+        or recipe.read_recipe(arguments["model"]).tasks
     )
     return tuple(named)
 

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,6 +108,8 @@ def _fail(message: str, status: int) -> None:
 
 def _say(outcome: "Outcome", as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
     """Print what a stage did."""
+    if isinstance(outcome.summary, records.Record):
+        outcome = replace(outcome, summary=outcome.summary.model_dump(mode="json", by_alias=True))
     if as_json:
         stated = {
             "stage": outcome.stage,
@@ -453,8 +456,9 @@ def merge(
     fisher_files, gram_files = _statistics(settings.method, experts, fisher, gram)
     with progress_bar("merging") as progress:
         outcome = merge_stages.merge(
-            experts, fisher_files, base, out, settings, progress, gram_files, coefficients
-        )
+            experts=experts, out=out, fisher=fisher_files, gram=gram_files, base=base,
+            coefficients=coefficients, settings=settings, progress=progress,
+        )  # fmt: skip
 
     def show(summary: Mapping[str, Any]) -> None:
         coefficients = summary["coefficients"]
@@ -487,9 +491,11 @@ def realign(
     """
     from fmn.merge import recipe
 
-    experts = _by_task(expert, "--expert", recipe.read_recipe(model)["tasks"], "")
+    experts = _by_task(expert, "--expert", recipe.read_recipe(model).tasks, "")
     with progress_bar("re-aligning") as progress:
-        outcome = merge_stages.realign(model, experts, data, out, settings, progress)
+        outcome = merge_stages.realign(
+            model, experts=experts, data=data, out=out, settings=settings, progress=progress
+        )
 
     def show(summary: Mapping[str, Any]) -> None:
         body = [

@@ -55,11 +55,11 @@ def evaluate(
     artifacts.check_replaceable(predictions)
     is_merged = recipe.is_merged(model)
     if is_merged:
-        recipe.verify(model)
+        stage.check_intact(model)
         digest = artifacts.digest_file(model / recipe.RECIPE)
     else:
         digest = artifacts.digest_folder(model)
-    chosen = list(names) or (recipe.read_recipe(model)["tasks"] if is_merged else [])
+    chosen = list(names) or (recipe.read_recipe(model).tasks if is_merged else [])
     if not chosen:
         raise UserError(f"{model}: not a merged model, so say which task it is for: --task TASK")
     found = {name: tasks.task(name) for name in chosen}
@@ -112,8 +112,8 @@ def evaluate(
             "labels": aligned,
             "data": origins,
         }
-        if is_merged and (realigned := recipe.read_recipe(model).get("realign")):
-            content["realigned from"] = realigned["merged"]
+        if is_merged and (realigned := recipe.read_recipe(model).realign):
+            content["realigned from"] = realigned.merged
         artifacts.write_json(out, "evaluate", key, content)
 
     def current() -> bool:
@@ -122,7 +122,7 @@ def evaluate(
         return bool(artifacts.read_json(out)["predictions"] == artifacts.digest_file(predictions))
 
     outcome = stage.run("evaluate", out, current, make, lambda: artifacts.read_json(out))
-    if is_merged and set(chosen) == set(recipe.read_recipe(model)["tasks"]):
+    if is_merged and set(chosen) == set(recipe.read_recipe(model).tasks):
         card.write(
             model,
             outcome.summary,

@@ -11,15 +11,9 @@ from pydantic import Field, field_validator
 from fmn.errors import UserError
 from fmn.fisher.stages import Estimator
 from fmn.merge.methods import NEEDS
-from fmn.merge.stages import (
-    MergeSettings,
-    RefitSettings,
-    _described,
-    _inputs,
-    _statistics,
-    _tuned_on,
-)
+from fmn.merge.stages import MergeSettings, RefitSettings, statistics_files
 from fmn.models import checkpoints
+from fmn.models.provenance import rows_tuned_on
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts, stage
 from fmn.store.records import Settings, at_least_one
@@ -146,11 +140,16 @@ def search(
         raise UserError(
             "--scale-range needs the model that the experts were tuned from; give --base DIR"
         )
-    inputs = _inputs(experts, fisher_files, gram_files, base, merging)
+    method = NEEDS[merging.method]
+    digests = {task: artifacts.digest_folder(path) for task, path in sorted(experts.items())}
+    files = statistics_files(method, digests, fisher_files, gram_files)
+    read = {f"expert {task}": digest for task, digest in digests.items()}
+    read |= {name: artifacts.digest_file(path) for name, path in files.items()}
+    read |= {"base": artifacts.digest_folder(base)} if base else {}
     found = {task: tasks.task(task) for task in sorted(experts)}
-    tuned_on = {task: _tuned_on(path) for task, path in sorted(experts.items())}
+    tuned_on = {task: rows_tuned_on(path) for task, path in sorted(experts.items())}
     described = {
-        "merge": _described(merging, "coefficient"),
+        "merge": merging.used("coefficient"),
         **settings.model_dump(exclude={"trials", "experiment", "device"}),
         "tuned on": {task: list(rows) for task, rows in tuned_on.items()},
     }
@@ -158,7 +157,7 @@ def search(
         f"data {name}": data.digests(folder, task, ["train"])["train"]
         for name, task in found.items()
     }
-    study = artifacts.content_key("search", SEARCH, described, {**inputs.digests, **rows})
+    study = artifacts.content_key("search", SEARCH, described, {**read, **rows})
     key = artifacts.content_key("search", SEARCH, {"study": study, "trials": settings.trials}, {})
 
     def compute() -> Mapping[str, Any]:
@@ -167,9 +166,11 @@ def search(
         from fmn.registry import tracking as registry
 
         checkpoints.check_experts(experts, base)
-        options = {**inputs.options, **merging.model_dump(exclude={"coefficient"}), "base": base}
-        scale = merged.scale(experts, **options)
-        encoder = merged.recombiner(experts, searched or scale != 1, **options)
+        from fmn.merge.inputs import read_statistics
+
+        statistics = read_statistics(method, digests, fisher_files, gram_files)
+        scale = merged.scale(experts, merging, base, statistics)
+        encoder = merged.merger(experts, merging, base, statistics)
         limit = (stage.limit(settings.rows), settings.search_seed, settings.device, settings.dtype)
         contenders = {
             name: trial.contender(experts[name], task, folder, "train", *limit, tuned_on[name])
@@ -223,8 +224,8 @@ def search(
                 for name, one in contenders.items()
             },
             "rows": {name: len(one.examples) for name, one in contenders.items()},
-            "experts": inputs.experts,
-            "merge": _described(merging, "coefficient", "scale"),
+            "experts": digests,
+            "merge": merging.used("coefficient", "scale"),
             "trials": [
                 {
                     "coefficients": one.coefficients,
@@ -266,13 +267,12 @@ def _unlabeled(
     Args:
         contender: the arguments of `_contender`.
     """
-    from fmn.experiments import trial
     from fmn.merge import heads
 
     _, _, checkpoint, _, folder, split, _, _, device, dtype, tuned_on = contender
     one = _contender(*contender)
     without = one.rows if split == "train" else ()
-    examples = trial.unlabeled(checkpoint, one.task, folder, texts, seed, tuned_on, without)
+    examples = heads.unlabeled(checkpoint, one.task, folder, texts, seed, tuned_on, without)
     return examples, heads.features(one.model, examples, device=device, dtype=dtype)
 
 
@@ -294,7 +294,7 @@ def compare(
     """
     needs = NEEDS[merging.method]
     digests = {task: artifacts.digest_folder(path) for task, path in sorted(experts.items())}
-    options, stated = _statistics(needs, experts, digests, fisher_files, gram_files)
+    files = statistics_files(needs, digests, fisher_files, gram_files)
     splits = {
         task: data.validation_splits(folder, tasks.task(task))[0]
         if settings.split == "validation"
@@ -304,11 +304,7 @@ def compare(
     inputs = {f"expert {task}": digest for task, digest in digests.items()} | {
         "base": artifacts.digest_folder(base)
     }
-    inputs |= {
-        f"{kind} {task}": entry["digest"]
-        for kind, entries in stated.items()
-        for task, entry in entries.items()
-    }
+    inputs |= {name: artifacts.digest_file(path) for name, path in files.items()}
     inputs |= {
         task: data.digests(folder, tasks.task(task), [split])[split]
         for task, split in splits.items()
@@ -335,12 +331,12 @@ def compare(
     def compute() -> Mapping[str, Any]:
         from fmn.experiments import trial
         from fmn.merge import model as merged
+        from fmn.merge.inputs import read_statistics
         from fmn.models.predict import answers, score
 
         started = time.monotonic()
-        how = merging.model_dump(exclude={"coefficient", "estimator", "realign"})
-        how |= {**options, "coefficients": merging.coefficients, "base": base}
-        encoder = merged.in_memory(experts, **how)
+        statistics = read_statistics(needs, digests, fisher_files, gram_files)
+        encoder = merged.in_memory(experts, merging, base, statistics)
         seconds = time.monotonic() - started
         entries = {}
         for task, split in splits.items():

@@ -1,6 +1,6 @@
 """Trying a merged encoder out in memory: each expert's classifier and texts are loaded once, and lend their head."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,11 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fmn.errors import UserError
 from fmn.merge import heads
 from fmn.models import checkpoints, labels
 from fmn.models.predict import predict, score
 from fmn.tasks import dataset as data
-from fmn.tasks.batches import Examples, random_order, select
+from fmn.tasks.batches import Examples
 from fmn.tasks.task import Task
 
 
@@ -54,49 +53,11 @@ def contender(
         checkpoints.load_classifier(checkpoint), labels.decide(checkpoint, task, folder, device)
     )
     table = data.read(folder, task, split)
-    unseen, seen = _split(table.num_rows, seed, tuned_on if split == "train" else None)
+    unseen, seen = heads.unseen_first(table.num_rows, seed, tuned_on if split == "train" else None)
     taken = np.sort((unseen if len(unseen) else seen)[:rows])
     examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(taken))
     own = predict(model, examples, device=device, dtype=dtype)
     return Contender(task, model, taken, examples, own, score(task, own, examples.labels)["score"])
-
-
-def _split(
-    total: int, seed: int, tuned_on: tuple[int | None, int] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a split in random order: those that the expert was not tuned on, and those that it was."""
-    rows = np.zeros(total)  # which rows are drawn depends on nothing but how many there are
-    order = random_order(rows, seed)
-    tuned = np.isin(order, select(rows, *tuned_on) if tuned_on else [])
-    return order[~tuned], order[tuned]
-
-
-def unlabeled(
-    checkpoint: Path,
-    task: Task,
-    folder: Path,
-    texts: int | None,
-    seed: int,
-    tuned_on: tuple[int | None, int],
-    without: Collection[int] = (),
-) -> Examples:
-    """Texts of the training split below `folder` to re-align a head on, drawn by `seed` (all when None).
-
-    Those that the expert was not tuned on come first: what it says of those that it was is surer than what it says of
-    new ones. Labels are not read, and need not be there.
-
-    Args:
-        tuned_on: as for `contender`.
-        without: rows that must not be among them.
-    """
-    table = data.read(folder, task, "train", labelled=False)
-    order = np.concatenate(_split(table.num_rows, seed, tuned_on))
-    rows = order[~np.isin(order, list(without))][:texts]
-    if not len(rows):
-        raise UserError(
-            f"{task.name}: no training text is left to re-align its head on; score fewer rows"
-        )
-    return data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(np.sort(rows)))
 
 
 def logits(

@@ -110,7 +110,7 @@ def predict(model: Path, task: str, text: str, second: str | None) -> dict[str, 
     found = tasks.task(task)
     if (len(found.columns) == 2) != (second is not None):
         raise UserError(f"task {task} takes {len(found.columns)} texts: {', '.join(found.columns)}")
-    recipe.verify(model)
+    stage.check_intact(model)
     folder = recipe.task_folder(model, task)
     classifier = checkpoints.load_classifier(folder).eval()
     inputs = checkpoints.load_tokenizer(folder)(

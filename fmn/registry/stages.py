@@ -18,7 +18,7 @@ from fmn.registry import lineage
 from fmn.store import artifacts
 from fmn.store import records as formats
 from fmn.store.records import Settings
-from fmn.store.stage import Outcome
+from fmn.store.stage import Outcome, check_intact
 from fmn.tasks import task as tasks
 
 if TYPE_CHECKING:
@@ -69,8 +69,11 @@ def register(
     from fmn.registry import tracking as registry
 
     started = time.monotonic()
-    recipe.verify(model)
-    made, found = recipe.read_recipe(model), artifacts.read_json(metrics, formats.Metrics)
+    check_intact(model)
+    made, found = (
+        recipe.read_recipe(model).model_dump(mode="json", by_alias=True),
+        artifacts.read_json(metrics, formats.Metrics),
+    )
     inputs = {
         "merged": artifacts.digest_file(model / recipe.RECIPE),
         "metrics": artifacts.digest_file(metrics),
@@ -86,7 +89,6 @@ def register(
         raise UserError(
             f"{metrics}: made by an older fmn, which did not say of which data; evaluate again"
         )
-    formats.check(made, formats.Traced, model / recipe.RECIPE, "merge with `fmn merge`")
     tags = lineage.tags(made, found)
     stated, seconds = None, {}
     if params is not None:
@@ -294,7 +296,7 @@ def read_lineage(source: str) -> Lineage:
         return Lineage(
             found.uri,
             found.tags,
-            recipe.read_recipe(found.folder),
+            recipe.read_recipe(found.folder).model_dump(mode="json", by_alias=True),
             artifacts.read_json(found.folder / METRICS, formats.Metrics),
             read_yaml(settings) if settings.is_file() else None,
         )
@@ -321,7 +323,10 @@ def settings_again(found: Lineage, out: Path) -> Path:
 def compare_digests(found: Lineage, model: Path, metrics: Path) -> list[tuple[str, str, str]]:
     """A model that was made again beside the version: (what, digest stated, digest now)."""
     before = lineage.digests(found.recipe, found.metrics)
-    now = lineage.digests(recipe.read_recipe(model), artifacts.read_json(metrics, formats.Metrics))
+    now = lineage.digests(
+        recipe.read_recipe(model).model_dump(mode="json", by_alias=True),
+        artifacts.read_json(metrics, formats.Metrics),
+    )
     return [
         (name, before.get(name, ""), now.get(name, "")) for name in dict.fromkeys([*before, *now])
     ]

@@ -24,7 +24,9 @@ Stated = Mapping[str, Mapping[str, Any]]
 
 def write(folder: Path, metrics: Mapping[str, Any] | None, data: Stated | None = None) -> None:
     """The card of the merged model in `folder`, written anew where it says something else; arguments as for `card`."""
-    text = card(recipe.read_recipe(folder), metrics, data or {})
+    text = card(
+        recipe.read_recipe(folder).model_dump(mode="json", by_alias=True), metrics, data or {}
+    )
     path = folder / recipe.CARD
     if not path.is_file() or path.read_text() != text:
         with artifacts.whole_file(path) as file:

@@ -74,7 +74,10 @@ def write_report(
         name: artifacts.read_json(file, formats.Metrics) for name, file in merged_models.items()
     }
     folders = _merged_below(work, metrics) if work else {}
-    recipes = {name: recipe.read_recipe(folder) for name, folder in folders.items()}
+    recipes = {
+        name: recipe.read_recipe(folder).model_dump(mode="json", by_alias=True)
+        for name, folder in folders.items()
+    }
     # What a recipe says is in the metrics' digest of it; what the stages took is no part of what a report is.
     key = artifacts.content_key(
         "report", REPORT, {"order": list(inputs), "recipes": list(recipes)}, inputs

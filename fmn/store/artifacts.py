@@ -57,20 +57,27 @@ def agrees(digest: object, compute: Callable[[], str]) -> bool:
 
 def digest_file(path: Path, start: int = 0) -> str:
     """sha256 of a file's bytes from ``start`` on, in hexadecimal; read again only when the file was touched since."""
-    status = path.stat()
-    identity = (
-        status.st_dev,
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        start,
-    )
+    identity = _identity(path, start)
     if identity not in _digests:
         with path.open("rb") as file:
             file.seek(start)
             _digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
     return _digests[identity]
+
+
+def remember_digest(path: Path, digest: str) -> None:
+    """Spare `digest_file` reading a file whose sha256 is known from writing it.
+
+    To be called when the file is complete and has all its names: a hard link, or renaming the file
+    itself, changes its status, and it would be read again. Renaming its folder does not.
+    """
+    _digests[_identity(path, 0)] = digest
+
+
+def _identity(path: Path, start: int) -> tuple[int, ...]:
+    status = path.stat()
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return (status.st_dev, status.st_ino, status.st_size, *times, start)
 
 
 def digest_files(folder: Path) -> dict[str, str]:

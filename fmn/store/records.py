@@ -5,12 +5,11 @@ Digests tell that a file is what was written, not who wrote it. Only what is rea
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fmn.errors import UserError
-from fmn.merge.methods import NEEDS
 
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
@@ -31,16 +30,6 @@ class Labels(Record):
     rows: int = 0
 
 
-class Checkpoint(Record):
-    """An expert or a base that was merged."""
-
-    digest: str
-    revision: str
-    source: str = ""
-    settings: dict[str, int | float | str] = {}
-    data_digest: str = ""
-
-
 class Sampled(Record):
     """How a statistic was made."""
 
@@ -52,63 +41,6 @@ class Sampled(Record):
     dtype: str = ""
     data_digest: str = ""
     threads: int = 1
-
-
-class Weighing(Sampled):
-    """A statistic that a merge took."""
-
-    digest: str
-    values: str = ""
-
-
-class Fit(Record):
-    """A head that was re-aligned."""
-
-    texts: int
-    ridge: float
-    before: float
-    after: float
-
-
-class Realigned(Record):
-    """What heads were re-aligned with."""
-
-    merged: str
-    texts: int | Literal["all"]
-    ridge: float | Literal["auto"]
-    seed: int
-    dtype: str
-    tasks: dict[str, Fit]
-
-
-class Recipe(Record):
-    """``merge.json`` of any merged model."""
-
-    tasks: Annotated[list[str], Field(min_length=1)]
-    method: Literal[tuple(NEEDS)]  # type: ignore[valid-type]
-    files: dict[str, str]
-    coefficients: dict[str, float]
-    mapping: str | None = None
-    normalise: str | None = None
-    exponent: float | None = None
-    damping: float | None = None
-    scale: float = 1
-    density: float | None = None
-    seed: int | None = None
-    experts: dict[str, Checkpoint] = {}
-    base: Checkpoint | None = None
-    labels: dict[str, Labels] = {}
-    realign: Realigned | None = None
-
-
-class Traced(Recipe):
-    """``merge.json`` that says what a model was made from, as `fmn merge` does."""
-
-    fmn: str
-    key: str
-    experts: dict[str, Checkpoint]
-    fisher: dict[str, Weighing]
-    gram: dict[str, Weighing]
 
 
 class Scores(Record):

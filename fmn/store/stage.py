@@ -13,8 +13,6 @@ from typing_extensions import TypeVar
 
 from fmn import __version__
 from fmn.errors import UserError, system_errors_explained
-from fmn.merge import recipe
-from fmn.models import checkpoints
 from fmn.store import artifacts, machine
 from fmn.store.records import Record, Settings, parse_record
 
@@ -87,7 +85,7 @@ def apart(out: Path, inputs: Iterable[Path | None]) -> None:
         given = path.resolve() if path is not None else None
         if given is None or path is None:
             continue
-        model = any((given / name).is_file() for name in (recipe.RECIPE, checkpoints.CONFIG))
+        model = any((given / name).is_file() for name in ("merge.json", "config.json"))
         if where == given or where in given.parents or (model and given in where.parents):
             raise UserError(
                 f"--out {out}: would change {path}, which is read; choose another --out"

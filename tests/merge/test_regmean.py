@@ -23,8 +23,8 @@ def problem(
     return [torch.from_numpy(random.normal(size=(rows, width))) for _ in range(experts)], inputs
 
 
-def gram(inputs: Sequence[np.ndarray], number: int) -> Tensor:
-    return torch.from_numpy(inputs[number].T @ inputs[number] / len(inputs[number]))
+def grams(inputs: Sequence[np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(tokens.T @ tokens / len(tokens)) for tokens in inputs]
 
 
 def least_squares(
@@ -52,7 +52,7 @@ def test_it_is_least_squares_on_the_experts_outputs(
     matrices, inputs = problem(seed, experts, rows, width)
     random = np.random.default_rng(seed)
     for weights in (np.ones((experts, 1)), random.gamma(1.0, size=(experts, 1))):
-        merged = regress(matrices, lambda number: gram(inputs, number), torch.from_numpy(weights))
+        merged = regress(matrices, grams(inputs), torch.from_numpy(weights))
         expected = least_squares(matrices, inputs, np.repeat(weights, rows, 1))
         outputs = [one @ (merged.numpy() - expected).T for one in inputs]
         assert max(np.abs(one).max() for one in outputs) < 1e-4 * max(
@@ -64,7 +64,7 @@ def test_it_is_least_squares_on_the_experts_outputs(
 def test_rows_have_weights_of_their_own(seed: int, experts: int) -> None:
     matrices, inputs = problem(seed, experts, 5, 4)
     weights = rounded(torch.from_numpy(np.random.default_rng(seed).gamma(1.0, size=(experts, 5))))
-    merged = regress(matrices, lambda number: gram(inputs, number), weights)
+    merged = regress(matrices, grams(inputs), weights)
     expected = least_squares(matrices, inputs, weights.numpy())
     outputs = [one @ (merged.numpy() - expected).T for one in inputs]
     assert max(np.abs(one).max() for one in outputs) < 1e-4 * max(
@@ -78,7 +78,7 @@ def test_equal_experts_are_the_result_bit_for_bit(seed: int, experts: int) -> No
     same = [matrices[0].float()] * experts
     weights = torch.from_numpy(np.random.default_rng(seed).gamma(0.2, size=(experts, 6)))
     for given_weights in (weights, weights[:, :1]):
-        merged = regress(same, lambda number: gram(inputs, number), given_weights)
+        merged = regress(same, grams(inputs), given_weights)
         assert torch.equal(merged.float(), same[0])
 
 
@@ -86,10 +86,10 @@ def test_the_order_of_the_experts_does_not_matter() -> None:
     matrices, inputs = problem(0, 3, 6, 5)
     weights = torch.rand(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     turned = [2, 0, 1]
-    one = regress(matrices, lambda number: gram(inputs, number), weights)
+    one = regress(matrices, grams(inputs), weights)
     two = regress(
         [matrices[j] for j in turned],
-        lambda number: gram(inputs, turned[number]),
+        [grams(inputs)[j] for j in turned],
         weights[torch.tensor(turned)],
     )
     torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
@@ -99,14 +99,12 @@ def test_where_no_input_goes_and_where_no_weight_is_the_experts_are_averaged() -
     matrices, inputs = problem(0, 2, 3, 4)
     for one in inputs:
         one[:, 2] = 0  # a dead neuron before this map
-    merged = regress(matrices, lambda number: gram(inputs, number), torch.ones(2, 1))
+    merged = regress(matrices, grams(inputs), torch.ones(2, 1))
     torch.testing.assert_close(merged[:, 2], (matrices[0] + matrices[1])[:, 2] / 2)
     weights = torch.tensor([[1.0, 0.0, 3.0], [2.0, 0.0, 0.0]])
-    rows = regress(matrices, lambda number: gram(inputs, number), weights)
+    rows = regress(matrices, grams(inputs), weights)
     torch.testing.assert_close(rows[1], merged[1], rtol=1e-9, atol=1e-9)
-    silent = regress(
-        matrices, lambda number: torch.zeros(4, 4, dtype=torch.float64), torch.ones(2, 1)
-    )
+    silent = regress(matrices, [torch.zeros(4, 4, dtype=torch.float64)] * 2, torch.ones(2, 1))
     torch.testing.assert_close(silent, (matrices[0] + matrices[1]) / 2)
 
 

@@ -1,0 +1,99 @@
+"""Where a checkpoint comes from, and how it was fine-tuned; read from its folder's sidecar."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from fmn.store import artifacts
+from fmn.store.records import Record, parse_record
+from fmn.store.stage import read_sidecar, sidecar_path
+
+
+class Lineage(Record):
+    """Where a checkpoint comes from.
+
+    Attributes:
+        source: as it was given to `fmn fetch`; "folder" if fmn did not write the checkpoint.
+        revision: the source pinned, or a digest of the folder.
+    """
+
+    source: str
+    revision: str
+
+
+class CheckpointInfo(Lineage):
+    """What `fmn fetch` reports of a checkpoint.
+
+    Attributes:
+        model_type: the architecture, as Transformers calls it.
+        converted_from: the pickled files that its weights were converted from.
+    """
+
+    model_type: str
+    converted_from: list[str] = Field(default_factory=list)
+
+
+class Tuning(Record):
+    """The settings that an expert was fine-tuned with; its `examples` are rows that were used."""
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    examples: int
+    seed: int
+    dtype: str
+
+
+class TrainingInfo(Tuning):
+    """What `fmn finetune` reports of an expert.
+
+    Attributes:
+        task: the task's name.
+        base: where the base model comes from.
+        data_digest: digest of the training split.
+        threads: of the CPU. Sums in another number of threads round otherwise.
+        steps: of the optimizer.
+        loss: mean over the last tenth of the steps.
+    """
+
+    task: str
+    base: Lineage
+    data_digest: str
+    threads: int
+    steps: int
+    loss: float
+
+
+def lineage(folder: Path) -> Lineage:
+    """Where a checkpoint comes from."""
+    sidecar = read_sidecar(folder)
+    if sidecar is None:
+        return Lineage(source="folder", revision=f"sha256:{artifacts.digest_folder(folder)}")
+    if sidecar.stage == "fetch":
+        return parse_record(sidecar.info, Lineage, sidecar_path(folder))
+    output = f"{sidecar.stage}:{sidecar.key[:16]}"
+    return Lineage(source=output, revision=output)
+
+
+def training_metadata(folder: Path) -> TrainingInfo | None:
+    """How a checkpoint was fine-tuned; None if fmn did not fine-tune it."""
+    sidecar = read_sidecar(folder)
+    if sidecar is None or sidecar.stage != "finetune":
+        return None
+    return parse_record(sidecar.info, TrainingInfo, sidecar_path(folder))
+
+
+def tuning(folder: Path) -> dict[str, Any]:
+    """The settings that fmn fine-tuned a checkpoint with; empty if it did not."""
+    training = training_metadata(folder)
+    return training.model_dump(include=set(Tuning.model_fields)) if training else {}
+
+
+def rows_tuned_on(expert: Path) -> tuple[int | None, int]:
+    """How many training rows an expert was fine-tuned on, and the seed that drew them.
+
+    (None, 0), which stands for all rows, if that is not known.
+    """
+    training = training_metadata(expert)
+    return (training.examples, training.seed) if training else (None, 0)
