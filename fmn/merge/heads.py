@@ -64,11 +64,7 @@ def last_map(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def features(
-    model: PreTrainedModel,
-    examples: Examples,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
+    model: PreTrainedModel, examples: Examples, *, device: str = "auto", dtype: str = "auto"
 ) -> np.ndarray:
     """What the last linear map of the head reads, float32 [N, n], in the examples' order.
 

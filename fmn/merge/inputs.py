@@ -62,10 +62,7 @@ class _Metadata(Statistic):
 
 
 def read_statistics(
-    method: Method,
-    digests: Mapping[str, str],
-    fisher: Mapping[str, Path],
-    gram: Mapping[str, Path],
+    method: Method, digests: Mapping[str, str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
 ) -> Statistics:
     """The statistics that a method takes, each of the very expert and task that it is given for.
 

@@ -241,11 +241,7 @@ def merged_pieces(checked: Plan, read: Read) -> Iterator[Tensor]:
 
 
 def _merged_rows(
-    checked: Plan,
-    parameter: Parameter,
-    nodes: list[Tensor] | None,
-    rows: slice | None,
-    read: Read,
+    checked: Plan, parameter: Parameter, nodes: list[Tensor] | None, rows: slice | None, read: Read
 ) -> Tensor:
     """Some rows of a merged parameter, in its dtype."""
     method, settings, count = METHODS[checked.settings.method], checked.settings, len(checked.tasks)

@@ -173,7 +173,7 @@ def _searched(
     if name := artifacts.differing(searched.experts, digests):
         raise UserError(f"{file}: of other experts than these (see {name}); search again")
     wanted = settings.used("coefficient", "scale")
-    for name in sorted({*wanted, *searched.merge}):
+    for name in {**wanted, **searched.merge}:
         if wanted.get(name) != searched.merge.get(name):
             raise UserError(f"{file}: of a merge with another {name}; search again")
     coefficient = [f"{task}={value!r}" for task, value in searched.coefficients.items()]

@@ -159,14 +159,14 @@ def merge(
 ) -> dict[str, Any]:
     tasks = json.loads(file.read_text())["coefficients"]
     merge_stages.merge(
-        {task: work / "experts" / task for task in tasks},
-        {task: work / "fisher" / f"{task}.parquet" for task in tasks},
-        work / "base",
-        out,
-        settings or MergeSettings(),
+        experts={task: work / "experts" / task for task in tasks},
+        fisher={task: work / "fisher" / f"{task}.parquet" for task in tasks},
+        base=work / "base",
+        out=out,
+        settings=settings or MergeSettings(),
         coefficients=file,
     )
-    return recipe.read_recipe(out)
+    return recipe.read_recipe(out).model_dump(mode="json", by_alias=True)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,14 @@ def test_a_merge_takes_what_was_found(
     ):  # as it was asked for, or the method's own, which a merge without coefficients takes too
         experts = {task: tiny_work / "experts" / task for task in TASKS}
         files = {task: tiny_work / "fisher" / f"{task}.parquet" for task in TASKS}
-        plain = merge_stages.merge(experts, files, tiny_work / "base", tmp_path / "plain", merging)
-        assert found["scale"] == plain.summary["scale"] > 1
+        plain = merge_stages.merge(
+            experts=experts,
+            fisher=files,
+            base=tiny_work / "base",
+            out=tmp_path / "plain",
+            settings=merging,
+        )
+        assert found["scale"] == plain.summary.scale > 1
     assert made["search"] == {
         "digest": artifacts.digest_file(out), "score": found["score"], "uniform": found["uniform"]
     }  # fmt: skip
@@ -272,10 +278,7 @@ def test_what_belongs_to_another_merge_is_refused(tiny_work: Path, tmp_path: Pat
         experts = {task: tiny_work / "experts" / task for task in tasks}
         fisher = {task: tiny_work / "fisher" / f"{task}.parquet" for task in tasks}
         with pytest.raises(UserError, match=says):
-            merge_stages.merge(
-                experts, fisher, tiny_work / "base", tmp_path / "merged", MergeSettings(**settings),
-                coefficients=coefficients,
-            )  # fmt: skip
+            merge_stages.merge(experts=experts, fisher=fisher, base=tiny_work / "base", out=tmp_path / "merged", settings=MergeSettings(**settings), coefficients=coefficients)  # fmt: skip
         assert not (tmp_path / "merged").exists()
 
     refused("other experts than these", TASKS)

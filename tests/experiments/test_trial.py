@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from fmn.experiments import trial
+from fmn.merge import heads
 from fmn.merge import model as merged
+from fmn.merge.stages import MergeSettings
 from fmn.models import checkpoints
 from fmn.models.predict import predict
 from fmn.tasks import dataset as data
@@ -22,14 +24,14 @@ def test_the_experts_head_answers_over_another_encoder(tiny_work: Path) -> None:
     one = trial.contender(
         experts["sst2"], tasks.task("sst2"), tiny_work / "data", "validation", 20, 0, *CPU
     )
-    encoder = merged.in_memory(experts, method="average")
+    encoder = merged.in_memory(experts, MergeSettings(method="average"))
     before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
     found = trial.logits(one, encoder, *CPU)
     assert all(torch.equal(before[name], tensor) for name, tensor in one.model.state_dict().items())
     assert found.shape == one.logits.shape == (20, 2)
     assert not np.allclose(found, one.logits)
 
-    merged.write(tiny_work.parent / "trial", experts, method="average")
+    merged.write_model(tiny_work.parent / "trial", experts, MergeSettings(method="average"))
     written = checkpoints.load_classifier(tiny_work.parent / "trial" / "tasks" / "sst2")
     np.testing.assert_allclose(
         found, predict(written, one.examples, device="cpu", dtype="float32"), atol=1e-6
@@ -80,7 +82,7 @@ def test_training_rows_that_the_expert_saw_are_left_out_while_there_are_others(
     count = len(labels) - 200 - 50
     expert = tiny_work / "experts" / "sst2"
     for limit, new in ((count, count), (count + 30, count), (None, count)):
-        found = trial.unlabeled(expert, task, folder, limit, 1, (200, 3), one.rows).inputs[
+        found = heads.unlabeled(expert, task, folder, limit, 1, (200, 3), one.rows).inputs[
             "input_ids"
         ]
         assert len(found) == (limit or len(labels) - 50)

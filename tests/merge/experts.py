@@ -54,7 +54,7 @@ def node_fisher(experts: Mapping[str, Path], seed: int = 0) -> dict[str, NodeVal
 
 def full_fisher(experts: Mapping[str, Path], target: Path) -> dict[str, Mapping[str, TensorHeader]]:
     """The Fisher information of all parameters, in files TASK.full below a folder."""
-    headers = {}
+    headers: dict[str, Mapping[str, TensorHeader]] = {}
     for seed, (task, folder) in enumerate(experts.items()):
         squares = parameters.estimate(
             load(folder),

@@ -63,7 +63,7 @@ def dropped(vectors: np.ndarray, density: float) -> np.ndarray:
         torch.rand(vectors[0].shape, generator=rules.generator(5, task, "weight")) < density
         for task in TASKS
     ]
-    return vectors * np.stack([draw.numpy() for draw in draws]) / density
+    return np.asarray(vectors * np.stack([draw.numpy() for draw in draws]) / density)
 
 
 def task_singular_vectors(vectors: np.ndarray, strengths: np.ndarray) -> np.ndarray:

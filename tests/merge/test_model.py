@@ -1,5 +1,6 @@
 """Merging checkpoints, and the merged model's folder as people load it: without our code."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -53,7 +54,7 @@ for folder in folders:
 assert "fmn" not in sys.modules
 print(json.dumps(result))
 """
-COMPLETE = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+COMPLETE: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
 
 def loaded(folders: Iterable[Path], elsewhere: Path) -> dict[str, Any]:
@@ -149,10 +150,13 @@ def test_the_encoder_is_not_read_again_for_its_digest(
 ) -> None:
     model.write_model(tmp_path / "out", checkpoints(tmp_path), AVERAGE)
     read: list[str] = []
-    digest = artifacts.hashlib.file_digest
-    monkeypatch.setattr(
-        "hashlib.file_digest", lambda file, kind: read.append(file.name) or digest(file, kind)
-    )
+    digest = hashlib.file_digest
+
+    def watched(file: Any, kind: str) -> Any:
+        read.append(file.name)
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", watched)
     (tmp_path / "out").rename(tmp_path / "moved")
     digests = artifacts.digest_files(tmp_path / "moved")
     assert not [name for name in read if "encoder/model" in name or "-00001-of" in name]
@@ -264,8 +268,8 @@ def test_regression_of_every_linear_map(method: str, tmp_path: Path) -> None:
         second = []
         for task in experts:
             moment = load_file(tmp_path / f"{task}.gram")[gram[task].inputs[module]]
-            moment = moment.double().numpy()
-            second.append(0.7 * moment + 0.3 * np.diag(np.diag(moment)))
+            full = moment.double().numpy()
+            second.append(0.7 * full + 0.3 * np.diag(np.diag(full)))
         matrices = [stored[task][f"bert.{module}.weight"].double().numpy() for task in experts]
         for row in range(len(matrices[0])):
             weighed = [r[row] * moment for r, moment in zip(ratios, second, strict=True)]

@@ -279,13 +279,10 @@ def test_a_permuted_expert_gives_the_same_merged_model(
     for name in ("plain", "named", "unnamed"):
         file, out = tmp_path / f"{name}.parquet", tmp_path / name
         fisher_stages.fisher(work / name, "mnli", work / "data", file, asked)
-        made = merge_stages.merge(
-            {"mnli": work / name, "stsb": work / "stsb"}, {"mnli": file, "stsb": work / "stsb.parquet"}, None, out,
-            MergeSettings(method=method),
-        ).summary  # fmt: skip
+        made = merge_stages.merge(experts={"mnli": work / name, "stsb": work / "stsb"}, fisher={"mnli": file, "stsb": work / "stsb.parquet"}, out=out, settings=MergeSettings(method=method)).summary  # fmt: skip
         source = "training data" if name == "unnamed" else "names"
-        assert made["labels"]["mnli"]["from"] == source
-        assert made["labels"]["mnli"]["order"] == ([0, 1, 2] if name == "plain" else [1, 2, 0])
+        assert made.labels["mnli"].origin == source
+        assert made.labels["mnli"].order == ([0, 1, 2] if name == "plain" else [1, 2, 0])
         evaluate_stages.evaluate(out, [], work / "data", tmp_path / f"{name}.json", EVALUATE)
         predictions[name] = artifacts.read_predictions(tmp_path / f"{name}.json")
         # Plain Transformers reads it right, with none of our code.
@@ -316,8 +313,10 @@ def test_without_names_and_data_the_outputs_are_taken_as_they_stand_and_it_is_sa
     asked = ["--expert", f"mnli={work / 'unnamed'}", f"stsb={work / 'stsb'}", "--method", "average"]
     cli.main(["merge", *asked, "--out", str(tmp_path / "merged")])
     assert "labels of mnli: NOT NAMED" in capsys.readouterr().out
-    stated = recipe.read_recipe(tmp_path / "merged")["labels"]
-    assert stated == {
+    stated = recipe.read_recipe(tmp_path / "merged").labels
+    assert {
+        name: each.model_dump(by_alias=True, exclude_defaults=True) for name, each in stated.items()
+    } == {
         "mnli": {"order": [0, 1, 2], "from": "identity"},
         "stsb": {"order": [0], "from": "names"},
     }

@@ -43,7 +43,13 @@ def work(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("registered") / "work"
     experts = {task: tiny_work / "experts" / task for task in TASKS}
     fisher = {task: tiny_work / "fisher" / f"{task}.parquet" for task in TASKS}
-    merge_stages.merge(experts, fisher, tiny_work / "base", work / "merged", MergeSettings())
+    merge_stages.merge(
+        experts=experts,
+        fisher=fisher,
+        base=tiny_work / "base",
+        out=work / "merged",
+        settings=MergeSettings(),
+    )
     evaluate_stages.evaluate(
         work / "merged",
         [],
@@ -122,7 +128,10 @@ def test_what_differs_from_a_version_is_told(
     found = registry_stages.read_lineage("models:/demo/1")
     experts = {task: tiny_work / "experts" / task for task in TASKS}
     merge_stages.merge(
-        experts, {}, tiny_work / "base", tmp_path / "other", MergeSettings(method="average")
+        experts=experts,
+        base=tiny_work / "base",
+        out=tmp_path / "other",
+        settings=MergeSettings(method="average"),
     )
     compared = registry_stages.compare_digests(found, tmp_path / "other", work / "merged.json")
     wrong = {what for what, before, now in compared if before != now}

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
 @pytest.fixture
 def packed(tiny_work: Path, tmp_path: Path) -> Path:
     experts = {task: tiny_work / "experts" / task for task in TASKS}
-    merge_stages.merge(experts, {}, None, tmp_path / "merged", MergeSettings(method="average"))
+    merge_stages.merge(
+        experts=experts, out=tmp_path / "merged", settings=MergeSettings(method="average")
+    )
     return registry.pack(tmp_path / "merged", tmp_path / "packed")
 
 

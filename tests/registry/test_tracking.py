@@ -45,7 +45,9 @@ def merged(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
     experts = {task: tiny_work / "experts" / task for task in TASKS}
     fisher = {task: tiny_work / "fisher" / f"{task}.parquet" for task in TASKS}
-    merge_stages.merge(experts, fisher, None, folder / "merged", MergeSettings())
+    merge_stages.merge(
+        experts=experts, fisher=fisher, out=folder / "merged", settings=MergeSettings()
+    )
     evaluate_stages.evaluate(
         folder / "merged",
         [],

@@ -122,16 +122,12 @@ STAGES: dict[str, Callable[[Path, Path], Outcome]] = {
     "gram": lambda work, out: fisher_stages.gram(
         work / "experts" / "sst2", "sst2", work / "data", out, GramSettings(samples=8, device="cpu")
     ),
-    "merge": lambda work, out: merge_stages.merge(
-        experts(work), fisher_files(work), work / "base", out, MergeSettings()
-    ),
+    "merge": lambda work, out: merge_stages.merge(experts=experts(work), fisher=fisher_files(work), base=work / "base", out=out, settings=MergeSettings()),
     "search": lambda work, out: experiments_stages.search(
         experts(work), fisher_files(work), {}, work / "base", work / "data", out, MergeSettings(),
         SearchSettings(trials=2, rows=8, device="cpu"),
     ),
-    "realign": lambda work, out: merge_stages.realign(
-        work / "merged", experts(work), work / "data", out, RealignSettings(texts=16, device="cpu")
-    ),
+    "realign": lambda work, out: merge_stages.realign(work / "merged", experts=experts(work), data=work / "data", out=out, settings=RealignSettings(texts=16, device="cpu")),
     "evaluate": lambda work, out: evaluate_stages.evaluate(
         work / "merged", [], work / "data", out, EvaluateSettings(device="cpu", dtype="float32")
     ),
@@ -305,10 +301,10 @@ def test_a_gpu_that_is_not_there_is_told(
         ),
         "realign": lambda: merge_stages.realign(
             work / "merged",
-            experts(work),
-            folder,
-            tmp_path / "realigned",
-            RealignSettings(texts=16, device=ABSENT),
+            experts=experts(work),
+            data=folder,
+            out=tmp_path / "realigned",
+            settings=RealignSettings(texts=16, device=ABSENT),
         ),
         "evaluate": lambda: evaluate_stages.evaluate(
             work / "merged", [], folder, tmp_path / "metrics.json", EvaluateSettings(device=ABSENT)
