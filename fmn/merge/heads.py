@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
+from fmn.merge.recipe import Fit as FitRecord
 from fmn.models import checkpoints
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import TOKENS
@@ -173,10 +174,28 @@ def tensors(model: PreTrainedModel, fit: Fit) -> dict[str, Tensor]:
     }
 
 
+def realigned_head(
+    expert: Path, merged: Path, examples: Examples, ridge: float | str, device: str, dtype: str
+) -> tuple[dict[str, Tensor], FitRecord]:
+    """The tensors of an expert's head re-aligned with a merged encoder, and how well they fit.
+
+    Args:
+        expert: the expert's folder.
+        merged: the folder of its task in the merged model.
+        examples: unlabeled texts.
+    """
+    model = checkpoints.load_classifier(expert)
+    own = features(model, examples, device=device, dtype=dtype)
+    read = features(checkpoints.load_classifier(merged), examples, device=device, dtype=dtype)
+    fit = refit(own, read, *last_map(model), ridge)
+    record = FitRecord(texts=len(examples), ridge=fit.ridge, before=fit.before, after=fit.after)
+    return tensors(model, fit), record
+
+
 def unseen_first(
     total: int, seed: int, tuned_on: tuple[int | None, int] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a split in random order: those that the expert was not tuned on, and those it was.
+    """A split's rows in random order: those that the expert was not tuned on, and the others.
 
     Args:
         total: the number of rows.

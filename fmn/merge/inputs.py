@@ -93,7 +93,7 @@ def read_statistics(
 def _record(
     path: Path, content: Mapping[str, Any], task: str, digest: str
 ) -> tuple[Statistic, _Metadata]:
-    """What the recipe says of a statistic, and its metadata, which must be of this task and expert."""
+    """A statistic for the recipe, and its metadata, which must be of this task and expert."""
     metadata = parse_record(content, _Metadata, path)
     if metadata.task != task:
         raise UserError(f"{path}: of task {metadata.task}, given for {task}; give that of {task}")
@@ -159,15 +159,8 @@ class Plan:
     @property
     def stored(self) -> set[TensorHeader]:
         """Everything that the merge reads."""
-        stored: set[TensorHeader] = set()
-        for each in self.parameters:
-            stored |= {
-                *each.experts,
-                *each.fisher,
-                *each.grams,
-                *([each.base] if each.base else []),
-            }
-        return stored
+        groups = ((*p.experts, *p.fisher, *p.grams, p.base) for p in self.parameters)
+        return {header for group in groups for header in group if header}
 
     def fisher(self, name: str) -> list[Tensor]:
         """The mask nodes' Fisher information for a parameter, broadcastable against it."""
@@ -331,7 +324,7 @@ def _of_shape(header: TensorHeader | None, shape: tuple[int, ...], problem: str)
 def _check_nodes(
     task: str, fisher: Mapping[str, NodeValues], counts: Mapping[Site, int]
 ) -> NodeValues:
-    """An expert's Fisher information, which must have the model's nodes and be finite, from 0 on."""
+    """An expert's Fisher information, which must have the model's nodes and be finite and >= 0."""
     if task not in fisher:
         raise UserError(f"expert {task}: no Fisher information; give --fisher {task}=FILE")
     values = fisher[task]

@@ -128,7 +128,7 @@ def in_memory(
     base: Path | None = None,
     statistics: Statistics = NO_STATISTICS,
 ) -> dict[str, Tensor]:
-    """The merged encoder's tensors by their names in the base model, as `write_model` writes them."""
+    """The merged encoder's tensors by names in the base model, as `write_model` writes them."""
     checked = _with_scale(plan(experts, settings, base, statistics))
     with stream.reading(checked.stored) as read:
         return _tensors(checked, read)

@@ -90,7 +90,7 @@ class MergeSettings(Settings):
 
 
 class Checkpoint(Lineage):
-    """A checkpoint that was merged; what is said of its fine-tuning is empty if fmn did not do it."""
+    """A checkpoint that was merged; how it was fine-tuned is empty if fmn did not do that."""
 
     digest: str
     settings: dict[str, int | float | str] = Field(default_factory=dict)
@@ -99,7 +99,7 @@ class Checkpoint(Lineage):
 
 
 class Statistic(Record):
-    """A statistic that was used: digests of its file and of its numbers, and how it was computed."""
+    """A statistic that was used: digests of its file and of its numbers, how it was computed."""
 
     digest: str = ""
     values: str = ""
@@ -114,7 +114,7 @@ class Statistic(Record):
 
 
 class Search(Record):
-    """The search that gave the coefficients: its file, its score, and that of equal coefficients."""
+    """The search that gave the coefficients: its file, its score, that of equal coefficients."""
 
     digest: str
     score: float

@@ -46,7 +46,7 @@ def weighted_mean(tensors: Sequence[Tensor], shares: Tensor) -> Tensor:
     Every step moves the mean towards one expert, ``m += s_j / (s_1 + ... + s_j) (theta_j - m)``
     (West 1979, "Updating mean and variance estimates"): one pass over memory, and no accumulator
     wider than float32. Equal experts give the expert bit for bit, as does an expert with the whole
-    share; the experts' order changes rounding alone. NaN and Inf are never lost, whatever the share.
+    share; the experts' order changes rounding alone. NaN and Inf are never lost.
 
     Args:
         tensors: of any floating dtypes and of one shape.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -10,7 +10,6 @@ from fmn.errors import UserError
 from fmn.merge.methods import METHODS, Method
 from fmn.merge.recipe import (
     Checkpoint,
-    Fit,
     MergeSettings,
     Realigned,
     Recipe,
@@ -85,12 +84,13 @@ def merge(
     """
     method, fisher, gram = METHODS[settings.method], dict(fisher or {}), dict(gram or {})
     experts = dict(sorted(experts.items()))
-    reads = {f"expert {task}": folder for task, folder in experts.items()}
-    reads |= statistics_files(method, experts, fisher, gram)
     named = {t: labels.by_names(tasks.task(t), labels.output_names(experts[t])) for t in experts}
     # How an expert's outputs stand for the labels may have been found with its Fisher information.
     unnamed = [task for task in experts if named[task] is None and task in fisher]
+    reads: dict[str, Path | None] = {f"expert {task}": path for task, path in experts.items()}
+    reads |= statistics_files(method, experts, fisher, gram)
     reads |= {f"fisher {task}": fisher[task] for task in unnamed}
+    reads |= {"base": base, "coefficients": coefficients}
 
     def compute(job: Job) -> None:
         from fmn.merge.inputs import read_labels, read_statistics
@@ -101,43 +101,30 @@ def merge(
         statistics = read_statistics(method, digests, fisher, gram)
         aligned = {t: named[t] or labels.as_they_stand(tasks.task(t)) for t in experts}
         aligned |= {task: read_labels(fisher[task], task, digests[task]) for task in unnamed}
-        lineage: dict[str, Any] = {
+        chosen, search = _searched(coefficients, job, digests, settings)
+        lineage = {
             **statistics.records,
             "experts": {task: _checkpoint(experts[task], digests[task]) for task in experts},
             "base": _checkpoint(base, job.inputs["base"]) if base else None,
             "labels": aligned,
+            "search": search,
         }
-        chosen = settings
-        if coefficients:
-            chosen, search = _searched(coefficients, digests, settings)
-            lineage["search"] = Search(digest=job.inputs["coefficients"], **search)
+        names = {t: labels.names_by_output(tasks.task(t), aligned[t]) for t in experts}
         write_model(
-            job.path,
-            experts,
-            chosen,
-            base=base,
-            statistics=statistics,
-            labels={t: labels.names_by_output(tasks.task(t), aligned[t]) for t in experts},
-            lineage=lineage,
-            progress=progress,
-        )
+            job.path, experts, chosen, base=base, statistics=statistics, labels=names,
+            lineage=lineage, progress=progress,
+        )  # fmt: skip
 
     return run_stage(
-        "merge",
-        MERGE,
-        out,
-        compute,
-        reads={**reads, "base": base, "coefficients": coefficients},
-        settings=settings.used(),
-        summary=read_recipe,
-        is_folder=True,
-    )
+        "merge", MERGE, out, compute,
+        reads=reads, settings=settings.used(), summary=read_recipe, is_folder=True,
+    )  # fmt: skip
 
 
 def statistics_files(
     method: Method, experts: Iterable[str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
 ) -> dict[str, Path]:
-    """The files that a method takes, by "fisher TASK" and "gram TASK"; UserError if one is missing."""
+    """The files that a method takes, by "fisher TASK" and "gram TASK"; UserError if one lacks."""
     files = {}
     for kind, is_needed, by_task in (
         ("fisher", method.fisher, fisher),
@@ -162,9 +149,11 @@ def _checkpoint(folder: Path, digest: str) -> Checkpoint:
 
 
 def _searched(
-    file: Path, digests: Mapping[str, str], settings: MergeSettings
-) -> tuple[MergeSettings, dict[str, float]]:
-    """The settings with the coefficients of a search, which must be of such a merge; its scores."""
+    file: Path | None, job: Job, digests: Mapping[str, str], settings: MergeSettings
+) -> tuple[MergeSettings, Search | None]:
+    """The settings with the coefficients of a search, which must be of such a merge."""
+    if file is None:
+        return settings, None
     searched = read_record(file, SearchedCoefficients, "`fmn search` makes coefficients")
     if settings.coefficient or settings.scale != "auto":
         raise UserError(
@@ -178,7 +167,8 @@ def _searched(
             raise UserError(f"{file}: of a merge with another {name}; search again")
     coefficient = [f"{task}={value!r}" for task, value in searched.coefficients.items()]
     chosen = settings.model_copy(update={"coefficient": coefficient, "scale": searched.scale})
-    return chosen, {"score": searched.score, "uniform": searched.uniform}
+    digest = job.inputs["coefficients"]
+    return chosen, Search(digest=digest, score=searched.score, uniform=searched.uniform)
 
 
 def realign(
@@ -213,25 +203,16 @@ def realign(
         reads[f"data {task}"] = dataset.digests(data, tasks.task(task), ["train"])["train"]
 
     def compute(job: Job) -> None:
-        from fmn.merge import heads
+        from fmn.merge.heads import realigned_head, unlabeled
         from fmn.merge.model import write_realigned
 
         texts = None if settings.texts == "all" else settings.texts
-        where = {"device": settings.device, "dtype": settings.dtype}
         tensors, fits = {}, {}
         for task in merged.tasks:
-            examples = heads.unlabeled(
-                experts[task], tasks.task(task), data, texts, settings.seed, rows[task]
-            )
-            expert = checkpoints.load_classifier(experts[task])
-            above_merged = checkpoints.load_classifier(task_folder(model, task))
-            own = heads.features(expert, examples, **where)
-            read = heads.features(above_merged, examples, **where)
-            fit = heads.refit(own, read, *heads.last_map(expert), settings.ridge)
-            tensors[task] = heads.tensors(expert, fit)
-            fits[task] = Fit(
-                texts=len(examples), ridge=fit.ridge, before=fit.before, after=fit.after
-            )
+            expert, above = experts[task], task_folder(model, task)
+            examples = unlabeled(expert, tasks.task(task), data, texts, settings.seed, rows[task])
+            options = settings.ridge, settings.device, settings.dtype
+            tensors[task], fits[task] = realigned_head(expert, above, examples, *options)
             progress(len(fits), len(merged.tasks))
         realigned = Realigned(
             merged=job.inputs["model"],
@@ -242,16 +223,11 @@ def realign(
         recipe = merged.model_copy(update={"realign": realigned})
         write_realigned(job.path, model, tensors, recipe)
 
+    described = {"realign": settings, "tuned on": {task: list(n) for task, n in rows.items()}}
     return run_stage(
-        "realign",
-        REALIGN,
-        out,
-        compute,
-        reads=reads,
-        settings={"realign": settings, "tuned on": {task: list(n) for task, n in rows.items()}},
-        summary=read_recipe,
-        is_folder=True,
-    )
+        "realign", REALIGN, out, compute,
+        reads=reads, settings=described, summary=read_recipe, is_folder=True,
+    )  # fmt: skip
 
 
 def _check_experts(model: Path, merged: Recipe, experts: Mapping[str, Path]) -> None:

@@ -111,10 +111,10 @@ def test_a_method_is_its_published_formula(name: str, shape: tuple[int, ...]) ->
 def test_no_method_depends_on_the_order_of_the_experts_or_changes_them(name: str) -> None:
     experts, base = [random((9, 6), seed) for seed in range(3)], random((9, 6), 9)
     before = [tensor.clone() for tensor in (*experts, base)]
-    one = run(name, experts, base)
-    two = run(name, experts[::-1], base, LAMBDAS[::-1], TASKS[::-1])
-    tolerance = 1e-12 if one.dtype == np.float64 else 1e-6
-    np.testing.assert_allclose(one, two, rtol=tolerance, atol=tolerance)
+    merged = run(name, experts, base)
+    turned = run(name, experts[::-1], base, LAMBDAS[::-1], TASKS[::-1])
+    tolerance = 1e-12 if merged.dtype == np.float64 else 1e-6
+    np.testing.assert_allclose(merged, turned, rtol=tolerance, atol=tolerance)
     assert all(map(torch.equal, before, (*experts, base)))
 
 

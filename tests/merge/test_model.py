@@ -184,8 +184,8 @@ def test_sharded_experts_merge_as_whole_ones(tmp_path: Path) -> None:
     for task, folder in experts.items():
         load(folder).save_pretrained(tmp_path / "sharded" / task, max_shard_size=20_000)
     sharded = {task: tmp_path / "sharded" / task for task in experts}
-    one, two = (model.in_memory(folders, AVERAGE) for folders in (experts, sharded))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (model.in_memory(folders, AVERAGE) for folders in (experts, sharded))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_half_precision_experts_give_a_model_that_loads_as_such(tmp_path: Path) -> None:
@@ -484,13 +484,13 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 folder, method = Path(sys.argv[1]), sys.argv[2]
-one = {"embedding": torch.randn(120_000, 512)}  # 246 MB
-checked = prepared(folder, dict.fromkeys("abcd", one), one, method, 1.5)
+tensors = {"embedding": torch.randn(120_000, 512)}  # 246 MB
+checked = prepared(folder, dict.fromkeys("abcd", tensors), tensors, method, 1.5)
 if method == "mask-fisher":
     fisher = [torch.rand(120_000, 1, dtype=torch.float64) for _ in "abcd"]
     model.Plan.fisher = lambda checked, name: fisher
     object.__setattr__(checked, "nodes", [{}])
-del one
+del tensors
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
 with stream.reading(checked.stored) as read:

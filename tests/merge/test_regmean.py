@@ -30,19 +30,19 @@ def grams(inputs: Sequence[np.ndarray]) -> list[Tensor]:
 def least_squares(
     matrices: Sequence[Tensor], inputs: Sequence[np.ndarray], weights: np.ndarray
 ) -> np.ndarray:
-    """Row by row, the map whose outputs on all inputs are nearest to the experts', each with the root of its weight."""
-    found = []
+    """Row by row, the map whose outputs are nearest to the experts', by the roots of the weights."""
+    result = []
     for row in range(len(matrices[0])):
         roots = np.sqrt(weights[:, row])
-        x = np.concatenate([root * one for root, one in zip(roots, inputs, strict=True)])
+        x = np.concatenate([root * tokens for root, tokens in zip(roots, inputs, strict=True)])
         y = np.concatenate(
             [
-                root * one @ m[row].numpy()
-                for root, one, m in zip(roots, inputs, matrices, strict=True)
+                root * tokens @ m[row].numpy()
+                for root, tokens, m in zip(roots, inputs, matrices, strict=True)
             ]
         )
-        found.append(np.linalg.lstsq(x, y, rcond=None)[0])
-    return np.stack(found)
+        result.append(np.linalg.lstsq(x, y, rcond=None)[0])
+    return np.stack(result)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
@@ -54,9 +54,9 @@ def test_it_is_least_squares_on_the_experts_outputs(
     for weights in (np.ones((experts, 1)), random.gamma(1.0, size=(experts, 1))):
         merged = regress(matrices, grams(inputs), torch.from_numpy(weights))
         expected = least_squares(matrices, inputs, np.repeat(weights, rows, 1))
-        outputs = [one @ (merged.numpy() - expected).T for one in inputs]
-        assert max(np.abs(one).max() for one in outputs) < 1e-4 * max(
-            np.abs(one).max() for one in inputs
+        outputs = [tokens @ (merged.numpy() - expected).T for tokens in inputs]
+        assert max(np.abs(tokens).max() for tokens in outputs) < 1e-4 * max(
+            np.abs(tokens).max() for tokens in inputs
         )
 
 
@@ -66,9 +66,9 @@ def test_rows_have_weights_of_their_own(seed: int, experts: int) -> None:
     weights = rounded(torch.from_numpy(np.random.default_rng(seed).gamma(1.0, size=(experts, 5))))
     merged = regress(matrices, grams(inputs), weights)
     expected = least_squares(matrices, inputs, weights.numpy())
-    outputs = [one @ (merged.numpy() - expected).T for one in inputs]
-    assert max(np.abs(one).max() for one in outputs) < 1e-4 * max(
-        np.abs(one).max() for one in inputs
+    outputs = [tokens @ (merged.numpy() - expected).T for tokens in inputs]
+    assert max(np.abs(tokens).max() for tokens in outputs) < 1e-4 * max(
+        np.abs(tokens).max() for tokens in inputs
     )
 
 
@@ -86,19 +86,19 @@ def test_the_order_of_the_experts_does_not_matter() -> None:
     matrices, inputs = problem(0, 3, 6, 5)
     weights = torch.rand(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     turned = [2, 0, 1]
-    one = regress(matrices, grams(inputs), weights)
-    two = regress(
+    first = regress(matrices, grams(inputs), weights)
+    second = regress(
         [matrices[j] for j in turned],
         [grams(inputs)[j] for j in turned],
         weights[torch.tensor(turned)],
     )
-    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9)
 
 
 def test_where_no_input_goes_and_where_no_weight_is_the_experts_are_averaged() -> None:
     matrices, inputs = problem(0, 2, 3, 4)
-    for one in inputs:
-        one[:, 2] = 0  # a dead neuron before this map
+    for tokens in inputs:
+        tokens[:, 2] = 0  # a dead neuron before this map
     merged = regress(matrices, grams(inputs), torch.ones(2, 1))
     torch.testing.assert_close(merged[:, 2], (matrices[0] + matrices[1])[:, 2] / 2)
     weights = torch.tensor([[1.0, 0.0, 3.0], [2.0, 0.0, 0.0]])
@@ -117,10 +117,10 @@ def test_damping_shrinks_what_is_off_the_diagonal() -> None:
 @given(st.lists(st.floats(1e-300, 1e300), min_size=2, max_size=4))
 def test_rounded_weights_are_near_and_relative_to_the_largest(values: list[float]) -> None:
     weights = torch.tensor(values, dtype=torch.float64)[:, None]
-    found = rounded(weights, 0.25)
-    assert found.max() == 1
+    result = rounded(weights, 0.25)
+    assert result.max() == 1
     exact = (weights / weights.max()).clamp(min=2.0**-20)
-    assert ((found / exact).log2().abs() <= 0.125 + 1e-9).all()
+    assert ((result / exact).log2().abs() <= 0.125 + 1e-9).all()
 
 
 def test_weights_that_are_all_zero_count_alike() -> None:

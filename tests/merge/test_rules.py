@@ -92,17 +92,17 @@ def test_the_mean_of_one_expert_is_a_tensor_of_its_own() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
-    "given", [(0.0, 0.5, 0.5), (1.0, 0.0, 0.0), (0.2, 0.8, 0.0), (0.0, 0.0, 1.0)]
+    "given_shares", [(0.0, 0.5, 0.5), (1.0, 0.0, 0.0), (0.2, 0.8, 0.0), (0.0, 0.0, 1.0)]
 )
 @pytest.mark.parametrize("by_row", [False, True])
 def test_what_is_not_finite_is_never_lost(
-    by_row: bool, given: tuple[float, ...], value: float
+    by_row: bool, given_shares: tuple[float, ...], value: float
 ) -> None:
     for bad in range(3):
         experts = [torch.randn(40, 9) for seed in range(3)]
         experts[bad][17, 4] = value
         mean = weighted_mean(
-            experts, doubles(given).reshape(3, 1, 1).expand(3, 40 if by_row else 1, 1)
+            experts, doubles(given_shares).reshape(3, 1, 1).expand(3, 40 if by_row else 1, 1)
         )
         assert not mean[17, 4].isfinite()
         assert int(mean.isfinite().sum()) == 40 * 9 - 1

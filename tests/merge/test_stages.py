@@ -39,13 +39,13 @@ def experts(work: Path) -> dict[str, Path]:
 
 
 def merged(work: Path, settings: MergeSettings = AVERAGE, **options: Any) -> Outcome[Recipe]:
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "experts": experts(work),
         "fisher": {name: work / "fisher" / f"{name}.parquet" for name in TASKS},
         "base": work / "base",
         "out": work / "merged",
     }
-    return merge(**{**given, **options}, settings=settings)
+    return merge(**{**arguments, **options}, settings=settings)
 
 
 def realigned(work: Path, settings: RealignSettings = SETTINGS) -> Outcome[Recipe]:
@@ -258,15 +258,15 @@ def test_an_encoder_that_is_the_experts_own_leaves_its_head_as_it_is(work: Path)
 
 def test_other_experts_than_those_that_were_merged_are_refused(work: Path) -> None:
     merged(work)
-    given: dict[str, Any] = {"data": work / "data", "out": work / "more", "settings": SETTINGS}
+    arguments: dict[str, Any] = {"data": work / "data", "out": work / "more", "settings": SETTINGS}
     other = {**experts(work), "sst2": work / "experts" / "mrpc"}
     with pytest.raises(UserError, match=r"expert sst2: .* is not what .*merged was merged from"):
-        realign(work / "merged", experts=other, **given)
+        realign(work / "merged", experts=other, **arguments)
     del other["stsb"], other["sst2"]
     with pytest.raises(UserError, match="--expert sst2=DIR is missing"):
-        realign(work / "merged", experts=other, **given)
+        realign(work / "merged", experts=other, **arguments)
     realigned(work)
     with pytest.raises(UserError, match="re-aligned already"):
-        realign(work / "realigned", experts=experts(work), **given)
+        realign(work / "realigned", experts=experts(work), **arguments)
     with pytest.raises(UserError, match="--out"):
-        realign(work / "merged", experts=experts(work), **{**given, "out": work / "data"})
+        realign(work / "merged", experts=experts(work), **{**arguments, "out": work / "data"})
