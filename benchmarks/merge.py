@@ -10,7 +10,8 @@ Times are of the work alone, without starting Python or importing libraries (eac
 experts); memory is the peak of the resident set above what it was when the work began.
 
 - copy: every input read through one buffer, and the bytes of one of them written and flushed to the disk.
-- average, mask-fisher: `fmn.merged.write`, which also flushes to the disk, takes digests and writes the heads.
+- average, mask-fisher: `fmn.merge.write_model` within what `run_stage` does for a folder: it also
+  writes the heads, takes the digests of all files, and flushes them to the disk.
 - mergekit: its linear merge through its own Python interface, from an environment made for it; it does not flush,
   so the time until its files are flushed is given too.
 
@@ -76,22 +77,33 @@ OURS = """
 import shutil, sys
 from pathlib import Path
 import numpy as np
-from fmn.merge import model as merged
 from fmn.fisher.architectures import Site
+from fmn.merge.inputs import Statistics
+from fmn.merge.model import write_model
+from fmn.merge.recipe import MergeSettings
+from fmn.models import checkpoints
+from fmn.store import artifacts
 method = sys.argv[1]
 def fisher(folder, tasks):
-    config = merged.checkpoints.load_config(folder)
+    config = checkpoints.load_config(folder)
     random = np.random.default_rng(0)
     sizes = {"head": config.num_attention_heads, "neuron": config.intermediate_size}
     layers = range(config.num_hidden_layers)
     return {
-        task: {Site(layer, node): random.gamma(1.0, size=size) for layer in layers for node, size in sizes.items()}
+        task: {
+            Site(layer, node): random.gamma(1.0, size=size)
+            for layer in layers
+            for node, size in sizes.items()
+        }
         for task in tasks
     }
 def work(inputs, out):
     experts = {Path(name).name: Path(name) for name in inputs}
-    given = fisher(Path(inputs[0]), experts) if method == "mask-fisher" else None
-    merged.write(Path(out), experts, method=method, fisher=given)
+    statistics = Statistics(fisher(Path(inputs[0]), experts) if method == "mask-fisher" else {})
+    with artifacts.scratch_folder(Path(out)) as folder:
+        write_model(folder, experts, MergeSettings(method=method), statistics=statistics)
+        artifacts.digest_files(folder)
+        artifacts.publish_folder(folder, Path(out))
 """
 THEIRS = """
 import shutil, sys
@@ -131,7 +143,7 @@ else:
 with torch.device("meta"):
     model = AutoModelForSequenceClassification.from_config(config)
 config.architectures = [type(model).__name__]
-slots = [stream.Slot(name, dtype, tuple(tensor.shape)) for name, tensor in sorted(model.state_dict().items())]
+slots = [stream.TensorSpec(name, dtype, tuple(tensor.shape)) for name, tensor in sorted(model.state_dict().items())]
 block = (0.02 * torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))).to(dtype)
 def pieces(seed):
     at = seed * 1_000_003  # every tensor of every expert begins elsewhere in the block

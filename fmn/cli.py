@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,7 +102,33 @@ def _fail(message: str, status: int) -> None:
     raise SystemExit(status)
 
 
+<<<<<<< HEAD
 def _print_json(content: Any) -> None:
+=======
+def _say(outcome: "Outcome", as_json: bool, show: Callable[[Mapping[str, Any]], None]) -> None:
+    """Print what a stage did."""
+    if isinstance(outcome.summary, records.Record):
+        outcome = replace(outcome, summary=outcome.summary.model_dump(mode="json", by_alias=True))
+    if as_json:
+        stated = {
+            "stage": outcome.stage,
+            "out": str(outcome.out),
+            "computed": outcome.computed,
+            **outcome.summary,
+        }
+        _dump(stated)
+        return
+    done = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
+    say(f"{outcome.stage}: {outcome.out} ({done})")
+    show(outcome.summary)
+    if "labels" in outcome.summary:
+        from fmn.models import labels
+
+        say(*labels.notes(outcome.summary["labels"]))
+
+
+def _dump(content: Any) -> None:
+>>>>>>> room-merge
     print(json.dumps(content, indent=1, default=str))  # noqa: T201
 
 
@@ -329,6 +356,7 @@ def stage(
     """
     from flows.graph import find_node
 
+<<<<<<< HEAD
     node = find_node(params.load(params_file), params_file, name, of)
     if "progress" not in inspect.signature(node.function).parameters:
         outcome = node.function(**node.arguments)
@@ -336,6 +364,359 @@ def stage(
         with progress_bar(node.title) as progress:
             outcome = node.function(**node.arguments, progress=progress)
     _print_outcome(outcome, as_json, lambda summary: None)
+=======
+    _say(tasks_stages.prepare(task, out, settings), as_json, _facts("rows"))
+
+
+@app.command
+def finetune(
+    base: Path,
+    /,
+    *,
+    task: str,
+    data: Data,
+    out: Path,
+    settings: Annotated[models_stages.FinetuneSettings, FLAT] = models_stages.FinetuneSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Fine-tune an expert from a base model.
+
+    Args:
+        base: the base model's folder, made by `fmn fetch`
+        task: a GLUE task
+        out: the expert's folder
+    """
+
+    with progress_bar(f"fine-tuning {task}") as progress:
+        outcome = models_stages.finetune(base, task, data, out, settings, progress)
+    _say(outcome, as_json, _facts("examples", "steps", "loss"))
+
+
+@app.command
+def fisher(
+    checkpoint: Path,
+    /,
+    *,
+    task: str,
+    data: Data,
+    out: Path,
+    settings: Annotated[fisher_stages.FisherSettings, FLAT] = fisher_stages.FisherSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Compute the Fisher information of an expert's mask nodes.
+
+    Args:
+        checkpoint: the expert's folder
+        task: its GLUE task
+        out: the Parquet file
+    """
+
+    with progress_bar(f"Fisher of {task}") as progress:
+        outcome = fisher_stages.fisher(checkpoint, task, data, out, settings, progress)
+    _say(
+        outcome,
+        as_json,
+        _facts("estimator", "samples", "dtype", "device", "relative_stderr", "rank_correlation"),
+    )
+
+
+@app.command
+def full_fisher(
+    checkpoint: Path,
+    /,
+    *,
+    task: str,
+    data: Data,
+    out: Path,
+    settings: Annotated[
+        fisher_stages.FullFisherSettings, FLAT
+    ] = fisher_stages.FullFisherSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Compute the exact Fisher information of all of an expert's parameters, for `fmn merge --method fisher`.
+
+    Args:
+        checkpoint: the expert's folder
+        task: its GLUE task
+        out: the safetensors file
+    """
+
+    with progress_bar(f"full Fisher of {task}") as progress:
+        outcome = fisher_stages.full_fisher(checkpoint, task, data, out, settings, progress)
+    _say(outcome, as_json, _facts("estimator", "samples", "dtype"))
+
+
+@app.command
+def gram(
+    checkpoint: Path,
+    /,
+    *,
+    task: str,
+    data: Data,
+    out: Path,
+    settings: Annotated[fisher_stages.GramSettings, FLAT] = fisher_stages.GramSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Compute the Gram matrices of what an expert's linear maps read, for the methods regmean and fisher-regmean.
+
+    Args:
+        checkpoint: the expert's folder
+        task: its GLUE task
+        out: the safetensors file
+    """
+
+    with progress_bar(f"Gram matrices of {task}") as progress:
+        outcome = fisher_stages.gram(checkpoint, task, data, out, settings, progress)
+    _say(outcome, as_json, _facts("samples", "dtype"))
+
+
+@app.command
+def search(
+    *,
+    expert: list[str],
+    data: Data,
+    out: Path,
+    fisher: list[str] | None = None,
+    gram: list[str] | None = None,
+    base: Path | None = None,
+    selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
+    merging: Annotated[merge_stages.MergeSettings, FLAT] = merge_stages.MergeSettings(),  # noqa: B008
+    settings: Annotated[
+        experiments_stages.SearchSettings, FLAT
+    ] = experiments_stages.SearchSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Search the coefficients of a merge, on rows of the training data.
+
+    Args:
+        expert: TASK=DIR for each expert, or one folder that holds DIR/TASK
+        out: the file of coefficients, JSON, for `fmn merge --coefficients`
+        fisher: as for `fmn merge`
+        gram: as for `fmn merge`
+        base: the folder of the model that the experts were fine-tuned from
+    """
+
+    experts = _by_task(expert, "--expert", selection.tasks, "")
+    files = _statistics(merging.method, experts, fisher, gram)
+    with progress_bar("searching") as progress:
+        outcome = experiments_stages.search(
+            experts, *files, base, data, out, merging, settings, progress
+        )
+
+    def show(summary: Mapping[str, Any]) -> None:
+        body = [
+            [
+                name,
+                f"{summary['coefficients'][name]:.3f}",
+                f"{100 * entry['uniform']:.1f}",
+                f"{100 * entry['found']:.1f}",
+            ]
+            for name, entry in summary["tasks"].items()
+        ]
+        means = ["mean", "", f"{100 * summary['uniform']:.1f}", f"{100 * summary['score']:.1f}"]
+        show_table(
+            ["task", "coefficient", "uniform, % of expert", "found, % of expert"], [*body, means]
+        )
+        _facts("scale")(summary)
+
+    _say(outcome, as_json, show)
+
+
+@app.command
+def merge(
+    *,
+    expert: list[str],
+    out: Path,
+    fisher: list[str] | None = None,
+    gram: list[str] | None = None,
+    base: Path | None = None,
+    coefficients: Path | None = None,
+    selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
+    settings: Annotated[merge_stages.MergeSettings, FLAT] = merge_stages.MergeSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Merge experts into one model.
+
+    Args:
+        expert: TASK=DIR for each expert, or one folder that holds DIR/TASK
+        out: the merged model's folder
+        fisher: TASK=FILE for each expert, or one folder that holds DIR/TASK.parquet; for method fisher the full Fisher,
+            DIR/TASK.safetensors
+        gram: TASK=FILE for each expert, or one folder that holds DIR/TASK.gram.safetensors; for regmean,
+            fisher-regmean
+        base: the folder of the model that the experts were fine-tuned from
+        coefficients: a file made by `fmn search`, which gives coefficients and scale
+    """
+
+    experts = _by_task(expert, "--expert", selection.tasks, "")
+    fisher_files, gram_files = _statistics(settings.method, experts, fisher, gram)
+    with progress_bar("merging") as progress:
+        outcome = merge_stages.merge(
+            experts=experts, out=out, fisher=fisher_files, gram=gram_files, base=base,
+            coefficients=coefficients, settings=settings, progress=progress,
+        )  # fmt: skip
+
+    def show(summary: Mapping[str, Any]) -> None:
+        coefficients = summary["coefficients"]
+        body = [
+            [name, f"{coefficients[name]:g}", entry["revision"]]
+            for name, entry in summary["experts"].items()
+        ]
+        show_table(["task", "coefficient", "expert"], body)
+
+    _say(outcome, as_json, show)
+
+
+@app.command
+def realign(
+    model: Path,
+    /,
+    *,
+    expert: list[str],
+    data: Data,
+    out: Path,
+    settings: Annotated[merge_stages.RealignSettings, FLAT] = merge_stages.RealignSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Re-align a merged model's heads with its encoder, on unlabeled training texts; gives a merged model of its own.
+
+    Args:
+        model: the merged model's folder
+        expert: TASK=DIR for each expert that was merged, or one folder that holds DIR/TASK
+        out: the new model's folder; its encoder is a hard link to the merged model's
+    """
+    from fmn.merge import recipe
+
+    experts = _by_task(expert, "--expert", recipe.read_recipe(model).tasks, "")
+    with progress_bar("re-aligning") as progress:
+        outcome = merge_stages.realign(
+            model, experts=experts, data=data, out=out, settings=settings, progress=progress
+        )
+
+    def show(summary: Mapping[str, Any]) -> None:
+        body = [
+            [
+                name,
+                str(fit["texts"]),
+                f"{fit['ridge']:.2g}",
+                *(_percent(fit[when]) for when in ("before", "after")),
+            ]
+            for name, fit in summary["realign"]["tasks"].items()
+        ]
+        show_table(["task", "texts", "ridge", "off the expert's outputs, %", "re-aligned"], body)
+
+    _say(outcome, as_json, show)
+
+
+@app.command
+def evaluate(
+    model: Path,
+    /,
+    *,
+    data: Data,
+    out: Path,
+    task: list[str] | None = None,
+    settings: Annotated[
+        evaluate_stages.EvaluateSettings, FLAT
+    ] = evaluate_stages.EvaluateSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Score a merged model, or one checkpoint, with GLUE's own metrics.
+
+    Args:
+        model: a merged model, or an expert
+        task: the tasks; a merged model's own when none is given
+        out: the metrics file, JSON
+    """
+
+    with progress_bar("evaluating") as progress:
+        outcome = evaluate_stages.evaluate(model, task or [], data, out, settings, progress)
+
+    from fmn.report.results import MACRO, measured, span
+
+    def show(summary: Mapping[str, Any]) -> None:
+        body = [
+            [name, metric, split, f"{100 * value:.2f}", span(interval), str(examples)]
+            for name, entry in summary["tasks"].items()
+            for split, metric, value, examples, interval in measured(name, entry)
+        ]
+        body.append(
+            [MACRO, "score", "", f"{100 * summary['score']:.2f}", span(summary["interval"]), ""]
+        )
+        show_table(["task", "metric", "split", "%", "95 % interval", "examples"], body)
+
+    _say(outcome, as_json, show)
+
+
+@app.command
+def report(
+    *,
+    merged: list[str],
+    out: Path,
+    realigned: Path | None = None,
+    expert: list[str] | None = None,
+    fisher: list[str] | None = None,
+    work: Path | None = None,
+    selection: Annotated[params.ExpertsSettings, FLAT] = params.ExpertsSettings(),  # noqa: B008
+    as_json: Json = False,
+) -> None:
+    """Write report.html, the page of a run: tables, pictures, and the same as files of their own.
+
+    Args:
+        merged: NAME=FILE: the metrics file of each merged model, by the name to show
+        realigned: folder of metrics files; of those, DIR/NAME.json, whose models `fmn realign` made from a model shown,
+            each is shown too
+        expert: TASK=FILE: the metrics file of each expert, or one folder that holds DIR/TASK.json
+        fisher: TASK=FILE: the Fisher artifact of each expert, or one folder that holds DIR/TASK.parquet
+        work: the run's folder: how the models were merged and what the stages took is read there
+        out: folder of the page, the pictures and the numbers
+    """
+
+    models = {name: Path(file) for name, file in records.pairs(merged, "--merged").items()}
+    outcome = report_stages.write_report(
+        _by_task(expert, "--expert", selection.tasks, ".json") if expert else {},
+        models | (report_stages.realigned(realigned, models) if realigned else {}),
+        _by_task(fisher, "--fisher", selection.tasks, ".parquet") if fisher else {},
+        out,
+        work,
+    )
+
+    def show(summary: Mapping[str, Any]) -> None:
+        show_table(*summary["table"])
+        say(*summary["notes"])
+
+    _say(outcome, as_json, show)
+
+
+@app.command
+def register(
+    model: Path,
+    /,
+    *,
+    metrics: Path,
+    settings: Annotated[registry_stages.RegistrySettings, FLAT],
+    report: Path | None = None,
+    params_file: Annotated[Path | None, Parameter(name="--params")] = None,
+    out: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Register a merged model, with its metrics, in MLflow; it becomes the champion or the challenger.
+
+    Args:
+        model: the merged model's folder
+        metrics: its metrics file, made by `fmn evaluate`
+        report: folder to keep with the run, made by `fmn report`
+        params_file: the settings that the model was made with, to keep with it; `fmn reproduce` follows them
+        out: a file that records name, version and run
+    """
+    from fmn.registry import stages as registry_stages
+
+    profile, made_with = (
+        (str(params_file), params.load(params_file)) if params_file else (None, None)
+    )
+    outcome = registry_stages.register(model, metrics, report, out, settings, profile, made_with)
+    _say(outcome, as_json, _facts("name", "version", "alias", "reason", "run", "store"))
+>>>>>>> room-merge
 
 
 @app.command

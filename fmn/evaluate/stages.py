@@ -53,6 +53,7 @@ def evaluate(
     Raises:
         UserError: the model has no such task, its rows are missing, or its labels cannot be told.
     """
+<<<<<<< HEAD
     checkpoints = _checkpoints(model, tasks)
     # The outputs of a merged model are named; those of an expert may take training rows to name.
     label_data = None if recipe.is_merged(model) else data
@@ -81,9 +82,42 @@ def evaluate(
     described, summary = {"evaluate": settings}, files.read_metrics
     return run_stage(
         "evaluate", VERSION, out, compute, reads=reads, settings=described, summary=summary
+=======
+    predictions = artifacts.predictions_file(out)
+    for path in (out, predictions):
+        stage.apart(path, [model, folder])
+    artifacts.check_replaceable(predictions)
+    is_merged = recipe.is_merged(model)
+    if is_merged:
+        stage.check_intact(model)
+        digest = artifacts.digest_file(model / recipe.RECIPE)
+    else:
+        digest = artifacts.digest_folder(model)
+    chosen = list(names) or (recipe.read_recipe(model).tasks if is_merged else [])
+    if not chosen:
+        raise UserError(f"{model}: not a merged model, so say which task it is for: --task TASK")
+    found = {name: tasks.task(name) for name in chosen}
+    inputs = {"model": digest}
+    splits, origins = {}, {}
+    for name, task in found.items():
+        digests = data.digests(folder, task, data.validation_splits(folder, task))
+        splits[name] = list(digests)
+        origins[name] = {**data.origin(folder, task), "splits": dict(digests)}
+        # Outputs without a name that means something are told apart by the training split.
+        if (
+            not is_merged
+            and not labels.by_names(task, labels.output_names(model))
+            and data.has(folder, task, "train")
+        ):
+            digests |= data.digests(folder, task, ["train"])
+        inputs |= {f"{name} {split}": value for split, value in digests.items()}
+    key = artifacts.content_key(
+        "evaluate", EVALUATE, settings.model_dump(exclude={"device"}), inputs
+>>>>>>> room-merge
     )
 
 
+<<<<<<< HEAD
 def _checkpoints(model: Path, tasks: Sequence[str]) -> dict[str, Path]:
     """The folders to evaluate, by task; an expert is one and the same for all."""
     if not recipe.is_merged(model):
@@ -94,6 +128,53 @@ def _checkpoints(model: Path, tasks: Sequence[str]) -> dict[str, Path]:
     if unknown := [name for name in tasks if name not in known]:
         raise UserError(f"{model}: no task {unknown[0]!r} in it; it has {', '.join(known)}")
     return {name: model / "tasks" / name for name in tasks or known}
+=======
+        entries, given, aligned = {}, {}, {}
+        for name, task in found.items():
+            checkpoint = recipe.task_folder(model, name) if is_merged else model
+            # What a merged model's outputs mean was decided when it was merged, and its configuration says it.
+            aligned[name] = labels.decide(
+                checkpoint, task, None if is_merged else folder, settings.device
+            )
+            tables = {split: data.read(folder, task, split) for split in splits[name]}
+            entries[name], given[name] = _scores(
+                checkpoint, task, aligned[name], tables, settings, progress
+            )
+        draws = {name: intervals.resampled(task, given[name]) for name, task in found.items()}
+        for name, values in draws.items():
+            entries[name]["interval"] = {
+                metric: intervals.interval(values[metric]) for metric in values
+            }
+        artifacts.write_predictions(predictions, given)
+        content = {
+            "model": digest,
+            "tasks": entries,
+            "score": sum(entry["score"] for entry in entries.values()) / len(entries),
+            "interval": intervals.interval(
+                intervals.macro({name: values["score"] for name, values in draws.items()})
+            ),
+            "predictions": artifacts.digest_file(predictions),
+            "labels": aligned,
+            "data": origins,
+        }
+        if is_merged and (realigned := recipe.read_recipe(model).realign):
+            content["realigned from"] = realigned.merged
+        artifacts.write_json(out, "evaluate", key, content)
+
+    def current() -> bool:
+        if not (artifacts.json_is_current(out, key) and predictions.is_file()):
+            return False
+        return bool(artifacts.read_json(out)["predictions"] == artifacts.digest_file(predictions))
+
+    outcome = stage.run("evaluate", out, current, make, lambda: artifacts.read_json(out))
+    if is_merged and set(chosen) == set(recipe.read_recipe(model).tasks):
+        card.write(
+            model,
+            outcome.summary,
+            {name: data.stated(folder, task) for name, task in found.items()},
+        )
+    return outcome
+>>>>>>> room-merge
 
 
 def _predict(

@@ -1,18 +1,21 @@
-"""Heads re-aligned with a merged encoder: the last linear map of each, fitted anew to what its expert answers.
+"""Heads re-aligned with a merged encoder: each head's last linear map, fitted to its expert.
 
-A merged encoder hands a head other features than the expert's encoder, which the head was trained on. Of texts x
-without labels, let g(x) be what the head's last linear map W, b reads in the expert, and h(x) what it reads in the
-merged model. The map that answers from h as the expert does from g is found by ridge regression about W, b itself:
+A merged encoder hands a head other features than the expert's encoder, which the head was trained
+on. For texts x without labels, let g(x) be what the head's last linear map W, b reads in the
+expert, and h(x) what it reads in the merged model. The map that answers from h as the expert does
+from g is found by ridge regression about W, b itself:
 
-    min over W', b' of   mean_x |W' h(x) + b' - (W g(x) + b)|^2 + ridge * E * (|W' - W|^2 + |b' - b|^2)
+    min over W', b' of   mean_x |W' h(x) + b' - (W g(x) + b)|^2
+                         + ridge * E * (|W' - W|^2 + |b' - b|^2)
 
-E is the mean over features (1, which b multiplies, is one) of their second moment, so that `ridge` has no unit. The
-head stays as it is where both encoders are the same, and as `ridge` grows. "auto" is the one of `RIDGES` with the least
-leave-one-out error, which needs no other texts (PRESS: Allen 1974, "The Relationship between Variable Selection and
-Data Augmentation and a Method for Prediction").
+E is the mean over features (1, which b multiplies, is one) of their second moment, so that `ridge`
+has no unit. The head stays as it is where both encoders are the same, and as `ridge` grows. "auto"
+is the one of `RIDGES` with the least leave-one-out error, which needs no other texts (PRESS: Allen
+1974, "The Relationship between Variable Selection and Data Augmentation and a Method for
+Prediction").
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
+from fmn.merge.recipe import Fit as FitRecord
 from fmn.models import checkpoints
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import TOKENS
@@ -34,7 +38,7 @@ RIDGES = tuple(10 ** (half / 2) for half in range(-12, 9))
 
 
 def last_linear(model: PreTrainedModel) -> str:
-    """The path of the linear map that ends the head of a classifier. Raises UserError where there is none."""
+    """The path of the linear map that ends the head of a classifier; UserError if there is none."""
     prefix = f"{model.base_model_prefix}."
     paths = [
         name
@@ -45,7 +49,8 @@ def last_linear(model: PreTrainedModel) -> str:
     ]
     if not paths:
         raise UserError(
-            f"a {model.config.model_type} has no head that ends in a linear map; its head stays as it is"
+            f"a {model.config.model_type} has no head that ends in a linear map; its head stays as"
+            " it is"
         )
     return str(paths[-1])
 
@@ -53,58 +58,56 @@ def last_linear(model: PreTrainedModel) -> str:
 def last_map(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray | None]:
     """Weight [C, n] and bias [C], or None, of the head's last linear map, float64."""
     linear = model.get_submodule(last_linear(model))
-    named = {
+    arrays = {
         name: value.detach().double().cpu().numpy() for name, value in linear.named_parameters()
     }
-    return named["weight"], named.get("bias")
+    return arrays["weight"], arrays.get("bias")
 
 
 def features(
-    model: PreTrainedModel,
-    examples: Examples,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    model: PreTrainedModel, examples: Examples, *, device: str = "auto", dtype: str = "auto"
 ) -> np.ndarray:
-    """What the last linear map of the head reads, float32 [N, n], in the examples' order; labels are not looked at.
+    """What the last linear map of the head reads, float32 [N, n], in the examples' order.
 
-    Other arguments as for `fmn.evaluate.predict`.
+    Labels are not looked at. Other arguments as for `fmn.models.predict.predict`.
     """
-    where = resolve_device(device)
-    precision = resolve_dtype(dtype, where)
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
     path = last_linear(model)
     linear = model.get_submodule(path)
-    found = np.zeros((len(examples), linear.in_features), dtype=np.float32)
+    read = np.zeros((len(examples), linear.in_features), dtype=np.float32)
+    tokens = TOKENS if torch_device.type == "cpu" else 16 * TOKENS
     model.eval()
-    done = 0
-    model.set_submodule(
-        path, nn.Identity()
-    )  # so that the model gives, of every token's features, those it answers from
+    # So the model gives, of every token's features, those that it answers from.
+    model.set_submodule(path, nn.Identity())
     try:
-        with placed(model, where, precision), torch.inference_mode(), autocast(where, precision):
-            for batch in by_length(examples, tokens=TOKENS if where.type == "cpu" else 16 * TOKENS):
+        with (
+            placed(model, torch_device, torch_dtype),
+            torch.inference_mode(),
+            autocast(torch_device, torch_dtype),
+        ):
+            for batch in by_length(examples, tokens=tokens):
+                inputs = {name: value.to(torch_device) for name, value in batch.inputs.items()}
                 # Not by a call, whose hooks may put the outputs into another order.
-                output = model.forward(
-                    **{name: value.to(where) for name, value in batch.inputs.items()}
-                ).logits
-                found[batch.rows] = output.float().cpu().numpy()
-                done += len(batch.rows)
-                if progress:
-                    progress(done, len(examples))
+                read[batch.rows] = model.forward(**inputs).logits.float().cpu().numpy()
     finally:
         model.set_submodule(path, linear)
-    return found
+    return read
 
 
 @dataclass(frozen=True)
 class Fit:
     """The last linear map of a head, fitted anew.
 
-    `weight`: float64 [C, n]; `bias`: float64 [C], None where the map has none; `ridge`: the one that was taken.
-    `before`, `after`: mean squared difference of the outputs from the expert's, over the variance of the expert's; with
-    the map as it was, and with the new one, each text answered by the map that the others give (leave-one-out); None
-    where a text alone decides its answer, as without ridge and with fewer texts than features.
+    Attributes:
+        weight: float64 [C, n].
+        bias: float64 [C]; None where the map has none.
+        ridge: the ridge that was used.
+        before: mean squared difference of the outputs from the expert's with the map as it was,
+            over the variance of the expert's.
+        after: the same with the new map, each text answered by the map that the others give
+            (leave-one-out); None where a text alone decides its answer, as without ridge and with
+            fewer texts than features.
     """
 
     weight: np.ndarray
@@ -124,7 +127,8 @@ def refit(
     """The map that answers from the merged model's features as the expert does from its own.
 
     Args:
-        own, merged: [N, n], what the map reads in the expert and in the merged model, of the same N texts.
+        own, merged: [N, n], what the map reads in the expert and in the merged model, of the same
+            N texts.
         weight, bias: [C, n] and [C], the map as it is.
         ridge: at least 0, or "auto" (see above).
     """
@@ -134,15 +138,15 @@ def refit(
     if bias is not None:
         read = np.concatenate([read, np.ones((len(read), 1))], 1)  # [N, n + 1]
     left, spread, right = np.linalg.svd(read, full_matrices=False)
-    kept = spread > spread[0] * max(read.shape) * np.finfo(np.float64).eps
-    left, spread, right = left[:, kept], spread[kept], right[kept]
+    is_signal = spread > spread[0] * max(read.shape) * np.finfo(np.float64).eps
+    left, spread, right = left[:, is_signal], spread[is_signal], right[is_signal]
     energy = float((spread**2).sum()) / read.shape[1]
     turned = left.T @ lacking  # [k, C]
 
     def error(ridge: float) -> float:
         shrunk = spread**2 / (spread**2 + ridge * energy)
         rest = 1 - (left**2 @ shrunk)  # [N], one minus each text's leverage
-        if rest.min() < 1e-9:  # it alone decides what the map answers to it
+        if rest.min() < 1e-9:  # a text alone decides what the map answers to it
             return np.inf
         return float((((lacking - left @ (shrunk[:, None] * turned)) / rest[:, None]) ** 2).mean())
 
@@ -160,20 +164,38 @@ def refit(
 
 
 def tensors(model: PreTrainedModel, fit: Fit) -> dict[str, Tensor]:
-    """What changes in the model by a fit of its head's last linear map: tensors by name, in the model's own types."""
+    """The tensors of a model that a fit of its head changes, by name, in the model's own dtypes."""
     path = last_linear(model)
-    named = {"weight": fit.weight, "bias": fit.bias}
+    arrays = {"weight": fit.weight, "bias": fit.bias}
     return {
         f"{path}.{name}": torch.from_numpy(value).to(model.get_parameter(f"{path}.{name}").dtype)
-        for name, value in named.items()
+        for name, value in arrays.items()
         if value is not None
     }
+
+
+def realigned_head(
+    expert: Path, merged: Path, examples: Examples, ridge: float | str, device: str, dtype: str
+) -> tuple[dict[str, Tensor], FitRecord]:
+    """The tensors of an expert's head re-aligned with a merged encoder, and how well they fit.
+
+    Args:
+        expert: the expert's folder.
+        merged: the folder of its task in the merged model.
+        examples: unlabeled texts.
+    """
+    model = checkpoints.load_classifier(expert)
+    own = features(model, examples, device=device, dtype=dtype)
+    read = features(checkpoints.load_classifier(merged), examples, device=device, dtype=dtype)
+    fit = refit(own, read, *last_map(model), ridge)
+    record = FitRecord(texts=len(examples), ridge=fit.ridge, before=fit.before, after=fit.after)
+    return tensors(model, fit), record
 
 
 def unseen_first(
     total: int, seed: int, tuned_on: tuple[int | None, int] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a split in random order: those that the expert was not tuned on, and those it was.
+    """A split's rows in random order: those that the expert was not tuned on, and the others.
 
     Args:
         total: the number of rows.

@@ -1,101 +1,237 @@
-"""The merge methods by name, and what each needs; `fmn.merge` is how they compute. Loads nothing heavy."""
+"""The merge methods: each a short function on tensors, with its name, its paper and its needs.
+
+A method merges one parameter. It takes those of these arguments that it names; sequences have an
+item for each expert:
+
+- ``experts``: the experts' tensors, of any floating dtype, not to be changed; ``base``: the base's.
+- ``coefficients``: ``lambda_j``, at least zero and not all zero.
+- ``fisher``: the experts' Fisher information, broadcastable against the parameter.
+- ``grams``: Gram matrices of the inputs, float64 [n, n], where the parameter is the matrix
+  [rows, n] of a linear map; else None.
+- ``generators``: of random numbers, the same whatever the order of the experts.
+- ``density``, ``damping``: settings.
+
+To add a method, write its function here, under `method`. This module loads no PyTorch, so that the
+command line starts fast; functions import what they compute with.
+"""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+Tensors: TypeAlias = "Sequence[Tensor]"
+Coefficients: TypeAlias = Sequence[float]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Tuning(NamedTuple):
+    """What the setting "auto" stands for.
+
+    Attributes:
+        normalise, exponent: of the Fisher information (`fmn.fisher.architectures.tempered`).
+        growth: the merged task vector is scaled by the effective number of task vectors to this
+            power (`fmn.merge.model.effective_number`), at most by `most`; 0 leaves it.
+    """
+
+    normalise: str = "none"
+    exponent: float = 1.0
+    growth: float = 0.0
+    most: float = math.inf
+
+    def scale(self, effective_number: float) -> float:
+        """The scale of the merged task vector, to three decimals; 1 where all experts are equal."""
+        return round(min(math.pow(effective_number, self.growth), self.most), 3)
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a merge method needs and depends on beside the experts and their coefficients.
+class Method:
+    """A merge method and its needs.
 
     Attributes:
-        fisher: the Fisher information that it weighs experts by: of mask "nodes", of "parameters" (the full diagonal),
-            or none; then the coefficients alone weigh.
-        gram: whether it needs Gram matrices.
-        base: whether it needs the base model.
+        paper: where it is from, on arXiv; None where it has no paper of its own.
+        fisher: whose Fisher information it takes: that of mask "nodes", of all "parameters", none.
+        statistic: the kind of file that holds the Fisher information of all parameters.
+        gram, base: whether it takes Gram matrices, and the base model.
         random: whether it draws at random, and so depends on the seed.
-        density: the part of a task vector that is kept unless told otherwise; None where all is.
+        density: default share of a task vector's entries that stay; None where all do.
+        element_wise: whether an entry of the result depends on the same entry of its inputs alone,
+            so that parameters can be merged in pieces. NaN and Inf in an expert or the base must
+            come out as such, so that only the result need be checked.
     """
 
+    name: str
+    function: Callable[..., Tensor]
+    arguments: tuple[str, ...]
+    paper: str | None = None
     fisher: Literal["nodes", "parameters"] | None = None
+    statistic: str = "full-fisher"
     gram: bool = False
     base: bool = False
     random: bool = False
     density: float | None = None
+    element_wise: bool = False
+    auto: Tuning = field(default_factory=Tuning)
+
+    def __call__(self, **inputs: Any) -> Tensor:
+        """Merge one parameter: call the function with those of the inputs that it names."""
+        return self.function(**{name: inputs[name] for name in self.arguments})
 
 
-NEEDS: Mapping[str, Needs] = {
-    "average": Needs(),
-    "mask-fisher": Needs(fisher="nodes"),
-    "fisher": Needs(fisher="parameters"),
-    "regmean": Needs(gram=True),
-    "fisher-regmean": Needs(fisher="nodes", gram=True),
-    "task-arithmetic": Needs(base=True),
-    "ties": Needs(base=True, density=0.2),
-    "dare-ties": Needs(base=True, random=True, density=0.5),
-    "tsv-m": Needs(base=True),
-    "iso-c": Needs(base=True),
-}
-
-PAPERS: Mapping[str, str | None] = {
-    "average": None,
-    "mask-fisher": "2403.09891",
-    "fisher": "2111.09832",
-    "regmean": "2212.09849",
-    "fisher-regmean": "2212.09849",
-    "task-arithmetic": "2212.04089",
-    "ties": "2306.01708",
-    "dare-ties": "2311.03099",
-    "tsv-m": "2412.00081",
-    "iso-c": "2502.04959",
-}
-"""Where a method is from, on arXiv."""
+METHODS: dict[str, Method] = {}
+"""Every merge method by name."""
 
 
-class Tuning(NamedTuple):
-    """What "auto" stands for where it depends on the method.
+def method(name: str, **needs: Any) -> Callable[[_Function], _Function]:
+    """Enter a function into `METHODS`; ``needs`` are attributes of `Method`."""
 
-    Attributes:
-        normalise: how the Fisher information of mask nodes is made comparable (`fmn.architectures.tempered`).
-        exponent: of the Fisher information.
-        growth: the scale of the merged task vector is the effective number of task vectors to this power
-            (`fmn.stream.effective_number`); 0 leaves it.
-        most: the largest such scale.
+    def enter(function: _Function) -> _Function:
+        METHODS[name] = Method(name, function, tuple(signature(function).parameters), **needs)
+        return function
+
+    return enter
+
+
+@method("average", element_wise=True)
+def average(experts: Tensors, coefficients: Coefficients) -> Tensor:
+    """``sum_j lambda_j theta_j / sum_j lambda_j``."""
+    from fmn.merge.rules import even, shares, weighted_mean
+
+    return weighted_mean(experts, shares(even(len(experts)), coefficients))
+
+
+# This tuning, and that of fisher-regmean, was chosen on rows of training splits: docs/results.md.
+@method("mask-fisher", paper="2403.09891", fisher="nodes", element_wise=True,
+        auto=Tuning("kind", growth=0.5))  # fmt: skip
+def mask_fisher(experts: Tensors, coefficients: Coefficients, fisher: Tensors) -> Tensor:
+    """``sum_j lambda_j F_j theta_j / sum_j lambda_j F_j``, F_j of the mask nodes (section 3)."""
+    from fmn.merge.rules import shares, weighted_mean
+
+    return weighted_mean(experts, shares(fisher, coefficients))
+
+
+@method("fisher", paper="2111.09832", fisher="parameters", element_wise=True)
+def full_fisher(experts: Tensors, coefficients: Coefficients, fisher: Tensors) -> Tensor:
+    """``sum_j lambda_j F_j theta_j / sum_j lambda_j F_j``, F_j of each parameter (eq. 4)."""
+    return mask_fisher(experts, coefficients, fisher)
+
+
+@method("regmean", paper="2212.09849", gram=True)
+def regmean(
+    experts: Tensors, coefficients: Coefficients, grams: Tensors | None, damping: float
+) -> Tensor:
+    """Linear maps by regression on the experts' outputs (eq. 2); all else is averaged."""
+    from fmn.merge.rules import even
+
+    return fisher_regmean(experts, coefficients, even(len(experts)), grams, damping)
+
+
+@method("fisher-regmean", paper="2212.09849", fisher="nodes", gram=True,
+        auto=Tuning("site", growth=0.5, most=1.45))  # fmt: skip
+def fisher_regmean(
+    experts: Tensors,
+    coefficients: Coefficients,
+    fisher: Tensors,
+    grams: Tensors | None,
+    damping: float,
+) -> Tensor:
+    """RegMean whose output rows are weighed by the Fisher information of their mask nodes."""
+    from fmn.merge.regmean import damped, regress, row_weights
+
+    if grams is None:
+        return mask_fisher(experts, coefficients, fisher)
+    moments = [damped(gram, damping) for gram in grams]
+    return regress(experts, moments, row_weights(fisher, coefficients))
+
+
+@method("task-arithmetic", paper="2212.04089", base=True, element_wise=True)
+def task_arithmetic(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
+    """``base + sum_j lambda_j tau_j`` with the task vectors tau_j (section 4)."""
+    from fmn.merge.rules import task_vectors, weighted_sum
+
+    return base + weighted_sum(task_vectors(experts, base), coefficients)
+
+
+@method("ties", paper="2306.01708", base=True, density=0.2)
+def ties(experts: Tensors, base: Tensor, coefficients: Coefficients, density: float) -> Tensor:
+    """Trim small changes, elect a sign for each entry, average the changes of that sign."""
+    from fmn.merge.rules import disjoint_mean, elect, task_vectors, trim
+
+    vectors = [trim(vector, density) for vector in task_vectors(experts, base)]
+    return base + disjoint_mean(vectors, elect(vectors, coefficients), coefficients)
+
+
+@method("dare-ties", paper="2311.03099", base=True, random=True, density=0.5)
+def dare_ties(
+    experts: Tensors,
+    base: Tensor,
+    coefficients: Coefficients,
+    density: float,
+    generators: Sequence[Generator],
+) -> Tensor:
+    """Drop changes at random and rescale the others, then elect and average as TIES does."""
+    from fmn.merge.rules import disjoint_mean, drop, elect, task_vectors
+
+    pairs = zip(task_vectors(experts, base), generators, strict=True)
+    vectors = [drop(vector, density, generator) for vector, generator in pairs]
+    return base + disjoint_mean(vectors, elect(vectors, coefficients), coefficients)
+
+
+@method("tsv-m", paper="2412.00081", base=True)
+def tsv_m(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
+    """The first 1/m of each task's singular vectors, made orthonormal together (algorithm 1).
+
+    Parameters that are no matrices, or too small for a vector a task, are averaged.
     """
+    import torch
 
-    normalise: str
-    exponent: float
-    growth: float = 0.0
-    most: float = math.inf
+    from fmn.merge.rules import nearest_orthonormal, strengths, svd, task_vectors
 
-    def scale(self, effective: float) -> float:
-        """Of the merged task vector, to three decimals; exactly 1 where the experts are all the same."""
-        return round(min(math.pow(effective, self.growth), self.most), 3)
-
-
-DAMPING = 0.9
-"""Of Gram matrices (`fmn.regmean.damped`)."""
-
-PLAIN = Tuning("none", 1.0)
-
-# Chosen on rows of training splits that experts were not tuned on: docs/results.md.
-AUTO: Mapping[str, Tuning] = {
-    "mask-fisher": Tuning("kind", 1.0, growth=0.5),
-    "fisher-regmean": Tuning("site", 1.0, growth=0.5, most=1.45),
-}
+    rank = min(base.shape, default=0) // len(experts)
+    if base.ndim != 2 or rank == 0:
+        return average(experts, coefficients)
+    parts = [svd(vector, rank) for vector in task_vectors(experts, base)]
+    left = nearest_orthonormal(torch.cat([u for u, _, _ in parts], 1))
+    right = nearest_orthonormal(torch.cat([vh for _, _, vh in parts]))
+    scaled = [weight * s for weight, (_, s, _) in zip(strengths(coefficients), parts, strict=True)]
+    return base + left * torch.cat(scaled) @ right
 
 
-def tuned(method: str, mapping: str, base: bool, normalise: str, exponent: float | str) -> Tuning:
-    """The settings with every "auto" replaced.
+@method("iso-c", paper="2502.04959", base=True)
+def iso_c(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
+    """The sum of the task matrices with each singular value replaced by their mean (eq. 4).
 
-    The mapping "paper", and mask-fisher where the base is not given, are the plain rule of the paper.
+    Parameters that are no matrices are averaged.
     """
-    plain = mapping == "paper" or (method == "mask-fisher" and not base)
-    auto = PLAIN if plain else AUTO.get(method, PLAIN)
+    from fmn.merge.rules import strengths, svd, task_vectors, weighted_sum
+
+    if base.ndim != 2:
+        return average(experts, coefficients)
+    u, s, vh = svd(weighted_sum(task_vectors(experts, base), strengths(coefficients)))
+    return base + s.sum() / min(base.shape) * u @ vh
+
+
+def tuned(name: str, mapping: str, has_base: bool, normalise: str, exponent: float | str) -> Tuning:
+    """A method's settings with every "auto" replaced.
+
+    With the mapping "paper", and for mask-fisher without the base, "auto" is the paper's plain
+    rule. Without the base nothing is scaled.
+    """
+    is_plain = mapping == "paper" or (name == "mask-fisher" and not has_base)
+    auto = Tuning() if is_plain else METHODS[name].auto
     return auto._replace(
         normalise=auto.normalise if normalise == "auto" else normalise,
         exponent=auto.exponent if isinstance(exponent, str) else exponent,
-        growth=auto.growth if base else 0.0,
+        growth=auto.growth if has_base else 0.0,
     )
+
+
+# Old names; they go when the last caller says METHODS.
+NEEDS = METHODS
+PAPERS: Mapping[str, str | None] = {name: each.paper for name, each in METHODS.items()}

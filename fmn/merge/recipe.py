@@ -1,78 +1,232 @@
-"""What a merged model's folder says of itself (``merge.json``), and whether its files are still those. Loads no torch.
+"""How a model is merged (settings) and was merged (``merge.json``). Loads no PyTorch.
 
-`fmn.merged` writes the folder, and describes it.
+A merged model is a folder::
+
+    merge.json     the recipe
+    README.md      a short model card
+    encoder/       loads with AutoModel.from_pretrained
+    tasks/TASK/    loads with AutoModelForSequenceClassification.from_pretrained
 """
 
-import json
-from collections.abc import Mapping
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fmn.errors import UserError
-from fmn.store import machine
-from fmn.store import records as formats
-from fmn.store.artifacts import agrees, canonical, differing, digest_bytes, digest_files
+from pydantic import Field, field_validator
+
+from fmn import __version__
+from fmn.errors import UserError, hint
+from fmn.merge.methods import METHODS
+from fmn.models.provenance import Lineage
+from fmn.store.records import Labels, Record, Settings, pairs
+from fmn.store.stage import read_record
 
 RECIPE = "merge.json"
 CARD = "README.md"
-FORMAT = 1
+NodeMapping = Literal["structured", "paper"]
+
+
+def _known(method: str) -> str:
+    if method not in METHODS:
+        remedy = hint(method, METHODS) or f"; choose one of {', '.join(METHODS)}"
+        raise ValueError(f"unknown method {method!r}{remedy}")
+    return method
+
+
+class MergeSettings(Settings):
+    method: str = Field("mask-fisher", description=f"one of {', '.join(METHODS)}")
+    mapping: NodeMapping = Field(
+        "structured", description="how node weights spread over parameters; paper: its code's way"
+    )
+    coefficient: list[str] = Field(
+        default_factory=list, description="TASK=X: the weight lambda of a task's expert, else 1"
+    )
+    normalise: Literal["auto", "none", "expert", "kind", "site"] = Field(
+        "auto",
+        description="what an expert's Fisher is divided by: nothing, its mean over all nodes, over"
+        " a kind of nodes, or over a kind in one layer; auto: the method's own",
+    )
+    exponent: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="power of the Fisher; auto: the method's own"
+    )
+    damping: float = Field(
+        0.9, ge=0, le=1, description="factor of the off-diagonal entries of Gram matrices"
+    )
+    scale: float | Literal["auto"] = Field(
+        "auto", description="of the merged task vector; auto: the method's own. Needs the base"
+    )
+    density: float | None = Field(
+        None, gt=0, le=1, description="share of a task vector that stays; default: the method's"
+    )
+    seed: int = Field(0, ge=0, description="seed of the methods that draw at random")
+
+    _is_known = field_validator("method")(_known)
+
+    @field_validator("coefficient")
+    @classmethod
+    def _are_numbers(cls, coefficient: list[str]) -> list[str]:
+        try:
+            values = {name: float(x) for name, x in pairs(coefficient, "--coefficient").items()}
+        except (UserError, ValueError) as error:
+            raise ValueError(f"coefficient: {error}") from error
+        for task, value in values.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"coefficient {task}={value}: not a finite number, zero or more")
+        return coefficient
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The coefficients that are given, by task."""
+        return {name: float(x) for name, x in pairs(self.coefficient, "--coefficient").items()}
+
+    def used(self, *without: str) -> dict[str, Any]:
+        """The settings that the method depends on, but for those named."""
+        method = METHODS[self.method]
+        unused = set() if method.fisher == "nodes" else {"mapping", "normalise", "exponent"}
+        unused |= set() if method.gram else {"damping"}
+        unused |= set() if method.density else {"density"}
+        unused |= set() if method.random else {"seed"}
+        return self.model_dump(mode="json", exclude={*unused, *without})
+
+
+class Checkpoint(Lineage):
+    """A checkpoint that was merged; how it was fine-tuned is empty if fmn did not do that."""
+
+    digest: str
+    settings: dict[str, int | float | str] = Field(default_factory=dict)
+    data_digest: str = ""
+    threads: int = 0
+
+
+class Statistic(Record):
+    """A statistic that was used: digests of its file and of its numbers, how it was computed."""
+
+    digest: str = ""
+    values: str = ""
+    estimator: str = ""
+    samples: int
+    seed: int = 0
+    stratified: bool = False
+    dtype: str = ""
+    data_digest: str = ""
+    threads: int = 1
+    key: str = ""
+
+
+class Search(Record):
+    """The search that gave the coefficients: its file, its score, that of equal coefficients."""
+
+    digest: str
+    score: float
+    uniform: float
+
+
+class Fit(Record):
+    """A head that was re-aligned; as `fmn.merge.heads.Fit` says."""
+
+    texts: int
+    ridge: float
+    before: float
+    after: float | None
+
+
+class Realigned(Record):
+    """How heads were re-aligned: digests of the model that they are from and of the texts, fits."""
+
+    merged: str
+    texts: int | Literal["all"]
+    ridge: float | Literal["auto"]
+    seed: int
+    dtype: str
+    data: dict[str, str] = Field(default_factory=dict)
+    tasks: dict[str, Fit]
+
+
+class Recipe(Record):
+    """How a model was merged and from what; settings that its method does not use are None.
+
+    `labels` says by task which of the expert's outputs stands for which label.
+    """
+
+    format: Literal[2] = 2
+    fmn: str = __version__
+    tasks: Annotated[list[str], Field(min_length=1)]
+    method: str
+    coefficients: dict[str, float]
+    scale: float = 1
+    mapping: str | None = None
+    normalise: str | None = None
+    exponent: float | None = None
+    damping: float | None = None
+    density: float | None = None
+    seed: int | None = None
+    experts: dict[str, Checkpoint] = Field(default_factory=dict)
+    base: Checkpoint | None = None
+    fisher: dict[str, Statistic] = Field(default_factory=dict)
+    gram: dict[str, Statistic] = Field(default_factory=dict)
+    labels: dict[str, Labels] = Field(default_factory=dict)
+    search: Search | None = None
+    realign: Realigned | None = None
+
+    _is_known = field_validator("method")(_known)
+
+
+class SearchedCoefficients(Record):
+    """What a merge reads of the output of `fmn search`.
+
+    `experts` (digests by task) and `merge` (settings) say which merge it is for.
+    """
+
+    coefficients: dict[str, float]
+    scale: float
+    score: float
+    uniform: float
+    experts: dict[str, str]
+    merge: dict[str, Any]
 
 
 def is_merged(folder: Path) -> bool:
-    """Whether a folder holds a merged model rather than a checkpoint of one model."""
+    """Whether a folder holds a merged model, and not a checkpoint of one model."""
     return (folder / RECIPE).is_file()
 
 
-def read_recipe(folder: Path) -> dict[str, Any]:
-    """The content of ``merge.json``; UserError where there is none that can be read."""
-    try:
-        content = json.loads((folder / RECIPE).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        told = f"{folder}: not a merged model ({RECIPE} missing or damaged); `fmn merge` makes one"
-        raise machine.refusal(error, folder) or UserError(told) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(
-            f"{folder / RECIPE}: not of format {FORMAT}, which this fmn reads; merge again"
-        )
-    formats.check(content, formats.Recipe, folder / RECIPE, "merge again")
-    return content
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a merged model.
+
+    Raises:
+        UserError: there is none, or it is not as this fmn writes it.
+    """
+    return read_record(folder / RECIPE, Recipe, "`fmn merge` makes a merged model")
 
 
 def task_folder(folder: Path, task: str) -> Path:
-    """The checkpoint of one task of a merged model; UserError for a task that it does not have."""
-    tasks = read_recipe(folder)["tasks"]
+    """The checkpoint of one task of a merged model; UserError if the model does not have it."""
+    tasks = read_recipe(folder).tasks
     if task not in tasks:
-        raise UserError(
-            f"{folder}: no task {task!r} in this merged model; it has {', '.join(tasks)}"
-        )
+        raise UserError(f"{folder}: has no task {task!r}; choose one of {', '.join(tasks)}")
     return folder / "tasks" / task
 
 
-def write_recipe(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Write ``merge.json``, with a digest of what it says; returns all of it."""
-    stated = {**content, "digest": _digest(content)}
-    (folder / RECIPE).write_text(json.dumps(stated, indent=1) + "\n")
-    return stated
+def card(recipe: Recipe) -> str:
+    """A short model card, without scores."""
+    paper = METHODS[recipe.method].paper
+    source = f" (arXiv {paper})" if paper else ""
+    heads = "re-aligned with it" if recipe.realign else "the expert's own"
+    return f"""---
+library_name: transformers
+tags: [fmn, model-merging]
+---
 
+# One encoder for {", ".join(recipe.tasks)}
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return digest_bytes(
-        canonical({name: value for name, value in content.items() if name != "digest"})
-    )
+Merged from an expert for each task with the method {recipe.method}{source}; `{RECIPE}` says from
+what. Each task's head is {heads}. A task loads with Transformers alone:
 
+```python
+from transformers import AutoModelForSequenceClassification
 
-def verify(folder: Path) -> None:
-    """Raise UserError naming the first file of a merged model that is missing, was added, or changed."""
-    stated = read_recipe(folder)
-    if "digest" in stated and not agrees(
-        stated["digest"], lambda: _digest(stated)
-    ):  # older ones have none
-        raise UserError(f"{folder / RECIPE}: not what was written there; merge again")
-    found = {
-        name: digest for name, digest in digest_files(folder).items() if name not in (RECIPE, CARD)
-    }
-    wrong = differing(stated["files"], found)
-    if wrong is not None:
-        raise UserError(
-            f"{folder / wrong}: not what was written there (see {folder / RECIPE}); merge again"
-        )
+model = AutoModelForSequenceClassification.from_pretrained("tasks/{recipe.tasks[0]}")
+```
+
+`fmn report` writes the model card with scores.
+"""

@@ -1,30 +1,39 @@
-"""Merging linear maps by regression: RegMean, and RegMean whose output rows have weights of their own.
+"""Merging linear maps by regression: RegMean, and RegMean whose output rows have their own weights.
 
-RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) finds the matrix whose outputs are nearest to those of every expert
-on that expert's own inputs: ``W = (sum_j G_j)^-1 sum_j G_j W_j`` with the Gram matrices G_j of the inputs. Those are
-the *input* curvature of the experts' losses. The Fisher information of the mask node that an output row belongs to
-stands in for the *output* curvature (the two factors of K-FAC, Martens and Grosse 2015, arXiv 1503.05671), so with
-weights d: ``W[o] = (sum_j d_j[o] G_j)^-1 sum_j d_j[o] G_j W_j[o]``.
+RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) finds the matrix whose outputs are nearest to
+those of every expert on that expert's own inputs: ``W = (sum_j G_j)^-1 sum_j G_j W_j`` with the
+Gram matrices G_j of the inputs. They are the *input* curvature of the experts' losses. The Fisher
+information of the mask node that an output row belongs to stands in for the *output* curvature (the
+two factors of K-FAC, Martens and Grosse 2015, arXiv 1503.05671), so with weights d:
+``W[o] = (sum_j d_j[o] G_j)^-1 sum_j d_j[o] G_j W_j[o]``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-RIDGE = 1e-6
-"""Of the mean diagonal entry, added to the diagonal: directions that no input has stay the weighted mean."""
-
-STEP = 0.25
-"""Weights are rounded to powers of ``2^STEP``, so rows of like weights share a factorisation."""
-
-SMALLEST = -20.0
-"""Logarithm to base 2 of the smallest weight, relative to the largest, that is not taken as it."""
+RIDGE = 1e-6  # of the mean diagonal entry; directions that no input has stay the weighted mean
+STEP = 0.25  # weights are rounded to powers of 2^STEP, so that like rows share a factorisation
+SMALLEST = -20.0  # logarithm to base 2 of the smallest weight relative to the largest
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """The Gram matrix with its off-diagonal entries times `damping` (Jin et al. 2023, section 3.3: 0.9)."""
+    """The Gram matrix with its off-diagonal entries times `damping` (arXiv 2212.09849, 3.3)."""
     return torch.lerp(gram.diagonal().diag(), gram, damping)
+
+
+def row_weights(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Each expert's weight of a matrix's output rows: lambda times the mean Fisher of the row.
+
+    Args:
+        fisher: broadcastable against the matrix [rows, n].
+
+    Returns:
+        float64 [experts, rows], or [experts, 1] where the rows do not differ.
+    """
+    rows = torch.stack([each.double().mean(-1).flatten() for each in fisher])
+    return torch.tensor(coefficients, dtype=torch.float64)[:, None] * rows
 
 
 def rounded(weights: Tensor, step: float = STEP) -> Tensor:
@@ -32,7 +41,7 @@ def rounded(weights: Tensor, step: float = STEP) -> Tensor:
 
     Args:
         weights: at least zero, [experts, rows]. Where all are zero, all count alike.
-        step: 0 leaves them as they are between 1 and ``2^SMALLEST``.
+        step: 0 leaves them as they are between ``2^SMALLEST`` and 1.
 
     Returns:
         float64 [experts, rows], the largest of each row is one.
@@ -44,52 +53,37 @@ def rounded(weights: Tensor, step: float = STEP) -> Tensor:
     return torch.exp2((powers / step).round() * step if step else powers)
 
 
-def regress(experts: Sequence[Tensor], gram: Callable[[int], Tensor], weights: Tensor) -> Tensor:
+def regress(experts: Sequence[Tensor], grams: Sequence[Tensor], weights: Tensor) -> Tensor:
     """The matrix W that minimises ``sum_j d_j[o] E_j |(W[o] - W_j[o]) x|^2`` for every row o.
 
     Args:
         experts: W_j, [rows, n].
-        gram: the expert's number to ``E_j[x x^T]``, float64 [n, n].
-        weights: d_j, at least zero, [experts, rows] or [experts, 1]; columns of zeros stand for equal ones.
+        grams: ``E_j[x x^T]``, float64 [n, n].
+        weights: d_j, at least zero, [experts, rows] or [experts, 1]; zeros stand for equal ones.
 
     Returns:
-        float64 [rows, n]. Where a weight is the same for all rows, a factorisation of n^3 / 3 multiplications serves
-        all rows. For two experts one diagonalisation of both Gram matrices does (about 10 n^3). Otherwise there is a
-        factorisation for every different column of `rounded` weights.
+        float64 [rows, n]. Where the rows' weights do not differ, one factorisation of n^3 / 3
+        multiplications serves all. For two experts one diagonalisation of both Gram matrices does
+        (about 10 n^3). Otherwise each different column of `rounded` weights takes a factorisation.
     """
-    single, pair = weights.shape[1] == 1, len(experts) == 2
-    weights = weights.double() if single else rounded(weights, 0 if pair else STEP)
+    is_single, is_pair = weights.shape[1] == 1, len(experts) == 2
+    weights = weights.double() if is_single else rounded(weights, 0 if is_pair else STEP)
     weights = torch.where(weights.sum(0) > 0, weights, 1.0)
     shares = weights / weights.sum(0)
     # Solved for the difference from the weighted mean, which is exact where the experts are equal.
-    start = torch.stack(
-        [share[:, None] * expert for share, expert in zip(shares, experts, strict=True)]
-    ).sum(0)
+    start = torch.stack([s[:, None] * w for s, w in zip(shares, experts, strict=True)]).sum(0)
     pull = torch.zeros_like(start)
-    if single:
-        total = torch.zeros(start.shape[1], start.shape[1], dtype=torch.float64)
-        for number, (share, expert) in enumerate(zip(shares[:, 0], experts, strict=True)):
-            weighed = share * gram(number)
-            total += weighed
-            pull += (expert - start) @ weighed
-        return start + _solve(total, pull)
-    grams = torch.stack([gram(number) for number in range(len(experts))])  # [experts, n, n]
-    for share, expert, one in zip(shares, experts, grams, strict=True):
-        pull += share[:, None] * ((expert - start) @ one)
-    if pair:
-        return start + _solve_pair(grams, shares, pull)
-    kinds, kind = torch.unique(shares.T, dim=0, return_inverse=True)  # [kinds, experts], [rows]
-    merged = start.clone()
-    for number, share in enumerate(kinds):
-        rows = (kind == number).nonzero()[:, 0]
-        total = (share @ grams.flatten(1)).view_as(grams[0])  # [experts] @ [experts, n * n]
-        merged[rows] += _solve(total, pull[rows])
-    return merged
-
-
-def _solve(gram: Tensor, pull: Tensor) -> Tensor:
-    """``pull (gram + ridge)^-1``, [rows, n]."""
-    return torch.cholesky_solve(pull.T, torch.linalg.cholesky(_regular(gram))).T
+    for share, expert, gram in zip(shares, experts, grams, strict=True):
+        pull += share[:, None] * ((expert - start) @ gram)
+    stacked = torch.stack(list(grams))  # [experts, n, n]
+    if is_pair and not is_single:
+        return start + _solve_pair(stacked, shares, pull)
+    columns, column_of_row = torch.unique(shares.T, dim=0, return_inverse=True)
+    for number, share in enumerate(columns):  # [experts]
+        rows = slice(None) if is_single else (column_of_row == number).nonzero()[:, 0]
+        total = _regular((share @ stacked.flatten(1)).view_as(stacked[0]))  # sum_j s_j G_j
+        start[rows] += torch.cholesky_solve(pull[rows].T, torch.linalg.cholesky(total)).T
+    return start
 
 
 def _solve_pair(grams: Tensor, shares: Tensor, pull: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) 
     """
     import torch
 
+<<<<<<< HEAD
     definition = tasks.task(task)
     columns = definition.columns
     if (len(columns) == 2) != (text_pair is not None):
@@ -151,6 +152,16 @@ def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) 
     classifier = checkpoints.load_classifier(folder)
     inputs = checkpoints.load_tokenizer(folder, classifier.config)(
         text, text_pair, truncation=True, max_length=dataset.MAX_LENGTH, return_tensors="pt"
+=======
+    found = tasks.task(task)
+    if (len(found.columns) == 2) != (second is not None):
+        raise UserError(f"task {task} takes {len(found.columns)} texts: {', '.join(found.columns)}")
+    stage.check_intact(model)
+    folder = recipe.task_folder(model, task)
+    classifier = checkpoints.load_classifier(folder).eval()
+    inputs = checkpoints.load_tokenizer(folder)(
+        text, second, truncation=True, max_length=data.MAX_LENGTH, return_tensors="pt"
+>>>>>>> room-merge
     )
     with torch.inference_mode():
         logits = classifier(**inputs).logits[0].float()  # [C]

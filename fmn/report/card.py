@@ -26,6 +26,7 @@ SETTINGS = ("mapping", "normalise", "exponent", "damping", "scale", "density", "
 """The settings of a recipe; None where the method has none."""
 
 
+<<<<<<< HEAD
 def card(recipe: Recipe, metrics: Metrics) -> str:
     """The model card of a merged model that was evaluated."""
     nodes = NEEDS[recipe.method].fisher == "nodes"
@@ -52,6 +53,17 @@ def card(recipe: Recipe, metrics: Metrics) -> str:
         ),
     )
     return f"---\n{front_matter(recipe, metrics).to_yaml()}\n---\n\n{body}\n"
+=======
+def write(folder: Path, metrics: Mapping[str, Any] | None, data: Stated | None = None) -> None:
+    """The card of the merged model in `folder`, written anew where it says something else; arguments as for `card`."""
+    text = card(
+        recipe.read_recipe(folder).model_dump(mode="json", by_alias=True), metrics, data or {}
+    )
+    path = folder / recipe.CARD
+    if not path.is_file() or path.read_text() != text:
+        with artifacts.whole_file(path) as file:
+            file.write_text(text)
+>>>>>>> room-merge
 
 
 def front_matter(recipe: Recipe, metrics: Metrics) -> "ModelCardData":

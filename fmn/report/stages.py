@@ -46,6 +46,7 @@ def report(
         experts: the metrics file of each expert, by task
         fisher: the Fisher artifact of each expert, by task
     """
+<<<<<<< HEAD
     if not merged:
         raise UserError("--merged NAME=FILE: no metrics file of a merged model; give one")
     if results.EXPERT in merged:
@@ -63,6 +64,56 @@ def report(
         settings={kind: list(paths) for kind, paths in files.items()},
         summary=lambda folder: stage.read_info(folder, ReportInfo),
         is_folder=True,
+=======
+    if not merged_models:
+        raise UserError("--merged NAME=FILE: at least one metrics file of a merged model is needed")
+    if report.EXPERT in merged_models:
+        raise UserError(
+            f"--merged {report.EXPERT}=FILE: the experts' column has that name; choose another"
+        )
+    files = {"expert": experts, "merged": merged_models, "fisher": fisher_files}
+    inputs = {
+        f"{kind} {name}": artifacts.digest_file(stage.there(file))
+        for kind, named in files.items()
+        for name, file in named.items()
+    }
+    metrics = {
+        name: artifacts.read_json(file, formats.Metrics) for name, file in merged_models.items()
+    }
+    folders = _merged_below(work, metrics) if work else {}
+    recipes = {
+        name: recipe.read_recipe(folder).model_dump(mode="json", by_alias=True)
+        for name, folder in folders.items()
+    }
+    # What a recipe says is in the metrics' digest of it; what the stages took is no part of what a report is.
+    key = artifacts.content_key(
+        "report", REPORT, {"order": list(inputs), "recipes": list(recipes)}, inputs
+    )
+    for task, stated in recipes.get(report.headline(metrics), {}).get("fisher", {}).items():
+        if task in fisher_files and stated["digest"] != inputs[f"fisher {task}"]:
+            raise UserError(
+                f"{fisher_files[task]}: not the Fisher that {report.headline(metrics)} was merged with"
+            )
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        alone = {task: evaluated(file) for task, file in experts.items()}
+        table = report.tabulate(
+            alone, {name: evaluated(file) for name, file in merged_models.items()}
+        )
+        fisher = {task: artifacts.read_fisher(file)[0] for task, file in fisher_files.items()}
+        names = {name: name for name in table.tasks} | {
+            path.name: name for name, path in folders.items()
+        }
+        return report.write(folder, table, fisher, recipes, _costs(work, names) if work else [])
+
+    return stage.run_folder("report", out, key, fill)
+
+
+def evaluated(metrics: Path) -> report.Evaluated:
+    """What a metrics file says, and the predictions beside it."""
+    return report.Evaluated(
+        artifacts.read_json(metrics, formats.Metrics), artifacts.read_predictions(metrics)
+>>>>>>> room-merge
     )
 
 

@@ -1,41 +1,171 @@
-"""Every merge method that is offered is there, and says what it needs."""
+"""Every merge method against its published formula in numpy, and what the table says of it."""
 
-from fmn.merge.methods import AUTO, NEEDS, PLAIN, tuned
-from fmn.merge.rules import METHODS
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fmn.merge import rules
+from fmn.merge.methods import METHODS, Tuning, tuned
+
+SHAPES = [(2, 8), (9, 6), (5, 8), (7, 7), (11,), (4, 3, 2), ()]
+TASKS = ("mnli", "mrpc", "rte")
+LAMBDAS = [1.0, 0.5, 2.0]
+PLAIN = [name for name, method in METHODS.items() if not method.fisher and not method.gram]
 
 
-def test_every_method_has_needs_and_a_computation() -> None:
-    assert NEEDS.keys() == METHODS.keys()
+def random(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape)).float()
 
 
-def test_a_density_is_a_share() -> None:
-    for needs in NEEDS.values():
-        assert needs.density is None or 0 < needs.density <= 1
+def run(
+    name: str,
+    experts: Sequence[Tensor],
+    base: Tensor,
+    coefficients: Sequence[float] = LAMBDAS,
+    tasks: Sequence[str] = TASKS,
+) -> np.ndarray:
+    generators = [rules.generator(5, task, "weight") for task in tasks]
+    merged = METHODS[name](
+        experts=experts,
+        base=base,
+        coefficients=coefficients,
+        density=0.3,
+        damping=0.9,
+        generators=generators,
+    )
+    return merged.numpy()
 
 
-def test_task_vectors_need_the_base() -> None:
-    assert NEEDS["ties"].base
-    assert NEEDS["mask-fisher"].fisher
-    assert not NEEDS["average"].base
+def ties(vectors: np.ndarray, lambdas: np.ndarray) -> np.ndarray:
+    """TIES steps 2 and 3 (arXiv 2306.01708, algorithm 1) on trimmed vectors [experts, ...]."""
+    lambdas = lambdas.reshape(-1, *[1] * (vectors.ndim - 1))
+    elected = np.sign((lambdas * vectors).sum(0))
+    chosen = (np.sign(vectors) == elected) & (elected != 0)
+    weight = (lambdas * chosen).sum(0)
+    total = (lambdas * vectors * chosen).sum(0)
+    return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), 0.0)
+
+
+def trimmed(vector: np.ndarray, density: float) -> np.ndarray:
+    """TIES step 1: the largest magnitudes stay."""
+    k = max(1, int(density * vector.size))
+    return np.where(np.abs(vector) >= np.sort(np.abs(vector), axis=None)[-k], vector, 0.0)
+
+
+def dropped(vectors: np.ndarray, density: float) -> np.ndarray:
+    """DARE (arXiv 2311.03099), with the method's own draw."""
+    draws = [
+        torch.rand(vectors[0].shape, generator=rules.generator(5, task, "weight")) < density
+        for task in TASKS
+    ]
+    return np.asarray(vectors * np.stack([draw.numpy() for draw in draws]) / density)
+
+
+def task_singular_vectors(vectors: np.ndarray, strengths: np.ndarray) -> np.ndarray:
+    """TSV-M (arXiv 2412.00081, algorithm 1)."""
+    rank = min(vectors.shape[1:]) // len(vectors)
+    parts = [np.linalg.svd(vector, full_matrices=False) for vector in vectors]
+    left = np.hstack([u[:, :rank] for u, _, _ in parts])
+    right = np.vstack([v[:rank] for _, _, v in parts])
+    singular = np.concatenate([c * s[:rank] for c, (_, s, _) in zip(strengths, parts, strict=True)])
+    (p, _, q), (r, _, t) = (np.linalg.svd(matrix, full_matrices=False) for matrix in (left, right))
+    return np.asarray((p @ q) * singular @ (r @ t))
+
+
+def reference(name: str, vectors: np.ndarray, lambdas: np.ndarray, density: float) -> np.ndarray:
+    """What the merged task vector must be, from task vectors [experts, ...]."""
+    mean = np.average(vectors, axis=0, weights=lambdas)
+    strengths = lambdas / lambdas.mean()
+    if name == "task-arithmetic":
+        return np.asarray(np.tensordot(lambdas, vectors, 1))
+    if name == "ties":
+        return ties(np.stack([trimmed(vector, density) for vector in vectors]), lambdas)
+    if name == "dare-ties":
+        return ties(dropped(vectors, density), lambdas)
+    is_small = vectors.ndim == 3 and min(vectors.shape[1:]) < len(vectors)
+    if vectors.ndim != 3 or (name == "tsv-m" and is_small):
+        return np.asarray(mean)
+    if name == "tsv-m":
+        return task_singular_vectors(vectors, strengths)
+    u, s, v = np.linalg.svd(np.tensordot(strengths, vectors, 1), full_matrices=False)
+    return np.asarray(s.mean() * u @ v)  # Iso-C, eq. 4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["task-arithmetic", "ties", "dare-ties", "tsv-m", "iso-c"])
+def test_a_method_is_its_published_formula(name: str, shape: tuple[int, ...]) -> None:
+    experts, base = [random(shape, seed) for seed in range(3)], random(shape, 9)
+    vectors = np.stack([expert.double().numpy() - base.double().numpy() for expert in experts])
+    expected = base.double().numpy() + reference(name, vectors, np.array(LAMBDAS), 0.3)
+    got = run(name, experts, base)
+    tolerance = 1e-9 if got.dtype == np.float64 else 1e-6  # a method that falls back on the mean
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_no_method_depends_on_the_order_of_the_experts_or_changes_them(name: str) -> None:
+    experts, base = [random((9, 6), seed) for seed in range(3)], random((9, 6), 9)
+    before = [tensor.clone() for tensor in (*experts, base)]
+    merged = run(name, experts, base)
+    turned = run(name, experts[::-1], base, LAMBDAS[::-1], TASKS[::-1])
+    tolerance = 1e-12 if merged.dtype == np.float64 else 1e-6
+    np.testing.assert_allclose(merged, turned, rtol=tolerance, atol=tolerance)
+    assert all(map(torch.equal, before, (*experts, base)))
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.base])
+def test_experts_that_are_the_base_give_the_base(name: str) -> None:
+    base = random((9, 6), 9)
+    np.testing.assert_array_equal(run(name, [base] * 3, base), base.double().numpy())
+
+
+def test_a_task_that_changed_nothing_does_not_disturb_task_singular_vectors() -> None:
+    base, vector = random((9, 6), 9), random((9, 6), 1)
+    got = run("tsv-m", [base + vector, base], base, [1.0, 1.0], TASKS[:2]) - base.double().numpy()
+    change = (base + vector).double().numpy() - base.double().numpy()
+    u, s, v = np.linalg.svd(change, full_matrices=False)
+    np.testing.assert_allclose(got, u[:, :3] * s[:3] @ v[:3], atol=1e-9)
+
+
+def test_rows_that_no_task_changed_stay_under_iso_c() -> None:
+    base, vector = random((9, 6), 9), random((9, 6), 1)
+    vector[4:] = 0  # a rank below the number of columns
+    got = run("iso-c", [base + vector] * 2, base, [1.0, 1.0], TASKS[:2])
+    np.testing.assert_array_equal(got[4:], base.double().numpy()[4:])
+
+
+def test_the_table_is_known_without_pytorch_and_holds_the_methods_needs() -> None:
+    code = (
+        "import sys, fmn.merge as m; assert len(m.METHODS) == 10; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.base == ("base" in method.arguments)
+        assert method.gram == ("grams" in method.arguments)
+        assert (method.fisher is not None) == ("fisher" in method.arguments)
+        assert method.random == ("generators" in method.arguments)
+        assert (method.density is not None) == ("density" in method.arguments)
 
 
 def test_without_the_base_or_with_the_papers_mapping_mask_fisher_is_the_plain_rule() -> None:
     auto = ("auto", "auto")
-    assert tuned("mask-fisher", "structured", False, *auto) == PLAIN
-    assert tuned("mask-fisher", "paper", True, *auto) == PLAIN
-    assert tuned("average", "structured", True, *auto) == PLAIN
-    assert tuned("mask-fisher", "structured", True, *auto) == AUTO["mask-fisher"]
-    assert tuned("fisher-regmean", "structured", False, *auto) == AUTO["fisher-regmean"]._replace(
-        growth=0
-    )
-
-
-def test_what_is_given_is_taken() -> None:
-    found = tuned("mask-fisher", "paper", True, "expert", 0.5)
-    assert (found.normalise, found.exponent) == ("expert", 0.5)
+    assert tuned("mask-fisher", "structured", False, *auto) == Tuning()
+    assert tuned("mask-fisher", "paper", True, *auto) == Tuning()
+    assert tuned("average", "structured", True, *auto) == Tuning()
+    assert tuned("mask-fisher", "structured", True, *auto) == METHODS["mask-fisher"].auto
+    unscaled = METHODS["fisher-regmean"].auto._replace(growth=0)
+    assert tuned("fisher-regmean", "structured", False, *auto) == unscaled
+    assert tuned("mask-fisher", "paper", True, "expert", 0.5)[:2] == ("expert", 0.5)
 
 
 def test_the_scale_is_one_for_equal_experts_and_grows_with_what_averaging_shrinks() -> None:
-    for name, tuning in AUTO.items():
+    for name in ("mask-fisher", "fisher-regmean"):
+        tuning = METHODS[name].auto
         assert tuning.scale(1.0000001) == 1
-        assert 1 < tuning.scale(2) <= tuning.scale(4) <= tuning.most, name
+        assert 1 < tuning.scale(2) <= tuning.scale(4) <= tuning.most

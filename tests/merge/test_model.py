@@ -1,8 +1,8 @@
-"""The merged model's folder, as people load it: with Transformers, without our code."""
+"""Merging checkpoints, and the merged model's folder as people load it: without our code."""
 
+import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,98 +13,48 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModel
 
 from fmn.errors import UserError
-from fmn.fisher import architectures, gram
-from fmn.fisher import parameters as diagonal
-from fmn.fisher.architectures import NodeValues
-from fmn.merge import model as merged
-from fmn.merge import recipe
-from fmn.merge.methods import NEEDS
+from fmn.fisher import architectures
+from fmn.fisher.architectures import NodeValues, Site
+from fmn.merge import model, stream
+from fmn.merge.inputs import Plan, Statistics, matching
+from fmn.merge.methods import METHODS, Tuning
+from fmn.merge.recipe import MergeSettings, read_recipe
 from fmn.merge.regmean import rounded
-from fmn.merge.rules import LINEAR
 from fmn.models.headers import file_headers
-from tests.tiny import tiny_examples, tiny_model
+from fmn.store import artifacts
+from tests.merge.experts import LABELS, checkpoints, full_fisher, grams, load, node_fisher, save
+from tests.tiny import tiny_model
 
-LABELS = {"mrpc": 2, "stsb": 1, "mnli": 3}
+AVERAGE = MergeSettings(method="average")
+LAMBDAS = {"mrpc": 1.0, "stsb": 0.5, "mnli": 2.0}
+WEIGHTED = [f"{task}={value}" for task, value in LAMBDAS.items()]
 MODELS = {"bert": "structured", "roberta": "paper", "distilbert": "structured", "electra": "paper"}
-LOAD = """
+TEXTS = [[1, 5, 7, 9, 2], [1, 6, 8, 3, 2]]
+LOAD = f"""
 import json, sys, torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 def load(kind, folder):
-    model, found = kind.from_pretrained(folder, output_loading_info=True)
-    return model.eval(), {name: sorted(found[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    names = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return model.eval(), {{name: sorted(info[name]) for name in names}}
 
-said, tasks, folders = {}, sys.argv[1].split(","), sys.argv[2:]
+result, tasks, folders = {{}}, sys.argv[1].split(","), sys.argv[2:]
 for folder in folders:
-    said[folder] = {"encoder": load(AutoModel, folder + "/encoder")[1]}
+    result[folder] = {{"encoder": load(AutoModel, folder + "/encoder")[1]}}
     for task in tasks:
-        model, said[folder][task] = load(AutoModelForSequenceClassification, f"{folder}/tasks/{task}")
+        path = f"{{folder}}/tasks/{{task}}"
+        model, result[folder][task] = load(AutoModelForSequenceClassification, path)
         with torch.no_grad():
-            said[folder][task]["logits"] = model(torch.tensor([[1, 5, 7, 9, 2], [1, 6, 8, 3, 2]])).logits.tolist()
+            result[folder][task]["logits"] = model(torch.tensor({TEXTS})).logits.tolist()
 assert "fmn" not in sys.modules
-print(json.dumps(said))
+print(json.dumps(result))
 """
-
-
-def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    model.to(dtype).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"name": folder.name}))
-    return folder
-
-
-def experts(
-    folder: Path, name: str = "bert", dtype: torch.dtype = torch.float32
-) -> dict[str, Path]:
-    return {
-        task: save(tiny_model(name, labels, seed), folder / task, dtype)
-        for seed, (task, labels) in enumerate(LABELS.items())
-    }
-
-
-def fisher(folders: Mapping[str, Path], seed: int = 0) -> dict[str, NodeValues]:
-    rng = np.random.default_rng(seed)
-    values = {}
-    for task, folder in folders.items():
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
-        values[task] = {
-            site.site: rng.gamma(1.0, size=site.nodes) for site in architectures.mask_sites(model)
-        }
-    return values
-
-
-def by_hand(
-    folders: Mapping[str, Path],
-    values: Mapping[str, NodeValues],
-    coefficients: Mapping[str, float],
-    mapping: str,
-) -> dict[str, np.ndarray]:
-    """The merged encoder's parameters in float64 numpy."""
-    models = {
-        task: AutoModelForSequenceClassification.from_pretrained(path).base_model
-        for task, path in folders.items()
-    }
-    tensors = {
-        task: {k: v.double().numpy() for k, v in model.state_dict().items()}
-        for task, model in models.items()
-    }
-    first = next(iter(models.values()))
-    claims = architectures.claims(
-        first.config, {k: v.shape for k, v in first.state_dict().items()}, mapping
-    )
-    result = {}
-    for name, claim in claims.items():
-        weight = {
-            task: coefficients[task] * architectures.weights(claim, values[task])
-            for task in folders
-        }
-        result[name] = sum(weight[task] * tensors[task][name] for task in folders) / sum(
-            weight.values()
-        )
-    return result
+COMPLETE: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
 
 def loaded(folders: Iterable[Path], elsewhere: Path) -> dict[str, Any]:
@@ -114,504 +64,445 @@ def loaded(folders: Iterable[Path], elsewhere: Path) -> dict[str, Any]:
     done = subprocess.run(
         command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
     )
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def by_hand(
+    experts: Mapping[str, Path], values: Mapping[str, NodeValues], mapping: str
+) -> dict[str, np.ndarray]:
+    """The merged encoder's parameters in float64 numpy."""
+    encoders = {task: load(folder).base_model for task, folder in experts.items()}
+    tensors = {
+        task: {name: tensor.double().numpy() for name, tensor in encoder.state_dict().items()}
+        for task, encoder in encoders.items()
+    }
+    first = next(iter(encoders.values()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in first.state_dict().items()}
+    result = {}
+    for name, claim in architectures.claims(first.config, shapes, mapping).items():
+        weight = {t: LAMBDAS[t] * architectures.weights(claim, values[t]) for t in experts}
+        total = sum(weight[task] * tensors[task][name] for task in experts)
+        result[name] = total / sum(weight.values())
+    return result
 
 
 def test_every_task_loads_without_our_code_and_answers_as_a_model_put_together_by_hand(
     tmp_path: Path,
 ) -> None:
-    coefficients = {"mrpc": 1.0, "stsb": 0.5, "mnli": 2.0}
-    made = {name: (experts(tmp_path / name, name), tmp_path / name / "out") for name in MODELS}
-    values = {name: fisher(folders) for name, (folders, _) in made.items()}
-    for name, (folders, out) in made.items():
-        settings: dict[str, Any] = {
-            "mapping": MODELS[name],
-            "fisher": values[name],
-            "coefficients": coefficients,
-        }
-        merged.write(out, folders, method="mask-fisher", **settings)
-    said = loaded((out for _, out in made.values()), tmp_path)
-
-    for name, (folders, out) in made.items():
-        found = said[str(out)]
+    experts = {name: checkpoints(tmp_path / name, name) for name in MODELS}
+    values = {name: node_fisher(folders) for name, folders in experts.items()}
+    outs = {name: tmp_path / name / "out" for name in MODELS}
+    for name, out in outs.items():
+        settings = MergeSettings(mapping=MODELS[name], coefficient=WEIGHTED)
+        model.write_model(out, experts[name], settings, statistics=Statistics(values[name]))
+    result = loaded(outs.values(), tmp_path)
+    for name, out in outs.items():
         # RoBERTa's classifier has no pooler, so its experts have none to merge.
         lacks = ["pooler.dense.bias", "pooler.dense.weight"] if name == "roberta" else []
-        assert found["encoder"] == {
-            "missing_keys": lacks,
-            "unexpected_keys": [],
-            "mismatched_keys": [],
-        }
-        expected = by_hand(folders, values[name], coefficients, MODELS[name])
-        for task, folder in folders.items():
-            model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-            model.base_model.load_state_dict(
+        assert result[str(out)]["encoder"] == {**COMPLETE, "missing_keys": lacks}
+        expected = by_hand(experts[name], values[name], MODELS[name])
+        for task, folder in experts[name].items():
+            expert = load(folder)
+            expert.base_model.load_state_dict(
                 {key: torch.from_numpy(value).float() for key, value in expected.items()}
             )
             with torch.no_grad():
-                logits = model(torch.tensor([[1, 5, 7, 9, 2], [1, 6, 8, 3, 2]])).logits
-            torch.testing.assert_close(
-                torch.tensor(found[task].pop("logits")), logits, rtol=1e-5, atol=1e-6
-            )
-            assert found[task] == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+                wanted = expert(torch.tensor(TEXTS)).logits
+            logits = torch.tensor(result[str(out)][task].pop("logits"))
+            torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-6)
+            assert result[str(out)][task] == COMPLETE
 
 
 def test_the_result_does_not_depend_on_the_order_of_the_experts(tmp_path: Path) -> None:
-    folders = experts(tmp_path)
-    values = fisher(folders)
-    for out, order in (("one", list(folders)), ("two", list(folders)[::-1])):
-        merged.write(
-            tmp_path / out,
-            {task: folders[task] for task in order},
-            method="mask-fisher",
-            fisher={task: values[task] for task in reversed(order)},
-        )
-    digests = [recipe.read_recipe(tmp_path / out)["files"] for out in ("one", "two")]
+    experts = checkpoints(tmp_path)
+    values = node_fisher(experts)
+    digests = []
+    for out, order in (("one", list(experts)), ("two", list(experts)[::-1])):
+        statistics = Statistics({task: values[task] for task in reversed(order)})
+        turned = {task: experts[task] for task in order}
+        model.write_model(tmp_path / out, turned, MergeSettings(), statistics=statistics)
+        digests.append(artifacts.digest_files(tmp_path / out))
     assert digests[0] == digests[1]
 
 
 def test_the_encoder_is_on_the_disk_once_and_heads_are_the_experts(tmp_path: Path) -> None:
-    folders = experts(tmp_path)
-    out = tmp_path / "out"
-    merged.write(out, folders, method="average", card="# A model\n")
-    assert (out / "README.md").read_text() == "# A model\n"
-    weights = out / "encoder" / "model.safetensors"
-    for task, folder in folders.items():
-        assert (recipe.task_folder(out, task) / "model-00001-of-00002.safetensors").samefile(
-            weights
-        )
-        head, expert = (
-            load_file(out / "tasks" / task / "model-00002-of-00002.safetensors"),
-            load_file(folder / "model.safetensors"),
-        )
+    experts, out = checkpoints(tmp_path), tmp_path / "out"
+    model.write_model(out, experts, AVERAGE, labels={"mrpc": ["no", "yes"]})
+    assert "mnli, mrpc, stsb" in (out / "README.md").read_text()
+    for task, folder in experts.items():
+        first, last = sorted((out / "tasks" / task).glob("*.safetensors"))
+        assert first.samefile(out / "encoder" / "model.safetensors")
+        head, expert = load_file(last), load_file(folder / "model.safetensors")
         assert head.keys() == {"classifier.weight", "classifier.bias"}
         assert all(torch.equal(tensor, expert[name]) for name, tensor in head.items())
-        assert (out / "tasks" / task / "vocab.txt").samefile(out / "encoder" / "vocab.txt")
-        # A tokenizer file that is not the same in all experts stays each task's own.
-        assert json.loads((out / "tasks" / task / "tokenizer_config.json").read_text()) == {
-            "name": task
-        }
-
-
-def test_the_recipe_says_how_it_was_made_and_what_the_caller_adds(tmp_path: Path) -> None:
-    folders = experts(tmp_path)
-    stated = merged.write(
-        tmp_path / "out",
-        folders,
-        method="average",
-        coefficients={"mrpc": 3.0},
-        recipe={"key": "k", "experts": {"mrpc": {"digest": "d", "revision": "r"}}},
+        tokenizer = json.loads((out / "tasks" / task / "tokenizer_config.json").read_text())
+        assert tokenizer == {"name": task}
+    config = json.loads((out / "tasks" / "mrpc" / "config.json").read_text())
+    assert (config["id2label"], config["label2id"]) == (
+        {"0": "no", "1": "yes"},
+        {"no": 0, "yes": 1},
     )
-    assert stated == recipe.read_recipe(tmp_path / "out")
-    assert {
-        name: stated[name]
-        for name in ("tasks", "method", "mapping", "coefficients", "scale", "key", "experts")
-    } == {
-        "tasks": ["mnli", "mrpc", "stsb"],
-        "method": "average",
-        "mapping": None,
-        "coefficients": {"mnli": 1.0, "mrpc": 3.0, "stsb": 1.0},
-        "scale": 1.0,
-        "key": "k",
-        "experts": {"mrpc": {"digest": "d", "revision": "r"}},
-    }
+
+
+def test_the_encoder_is_not_read_again_for_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.write_model(tmp_path / "out", checkpoints(tmp_path), AVERAGE)
+    read: list[str] = []
+    digest = hashlib.file_digest
+
+    def watched(file: Any, kind: str) -> Any:
+        read.append(file.name)
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", watched)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    digests = artifacts.digest_files(tmp_path / "moved")
+    assert not [name for name in read if "encoder/model" in name or "-00001-of" in name]
+    data = (tmp_path / "moved" / "encoder" / "model.safetensors").read_bytes()
+    assert digests["encoder/model.safetensors"] == artifacts.digest_bytes(data)
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 20_000])
 def test_a_large_encoder_is_written_in_shards_that_load(tmp_path: Path, shard_bytes: int) -> None:
-    folders = experts(tmp_path)
-    merged.write(tmp_path / "out", folders, method="average", shard_bytes=shard_bytes)
-    merged.write(tmp_path / "whole", folders, method="average")
+    experts = checkpoints(tmp_path)
+    model.write_model(tmp_path / "out", experts, AVERAGE, shard_bytes=shard_bytes)
     assert len(list((tmp_path / "out" / "encoder").glob("model-*.safetensors"))) > 1
-    for part, auto in (("encoder", AutoModel), ("tasks/mrpc", AutoModelForSequenceClassification)):
-        one, two = (
-            auto.from_pretrained(tmp_path / out / part).state_dict() for out in ("out", "whole")
-        )
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[name], two[name]) for name in one)
-    recipe.verify(tmp_path / "out")
+    merged = model.in_memory(experts, AVERAGE)
+    for part in (
+        AutoModel.from_pretrained(tmp_path / "out" / "encoder"),
+        load(tmp_path / "out" / "tasks" / "mrpc").base_model,
+    ):
+        tensors = part.state_dict()
+        assert merged.keys() == tensors.keys()
+        assert all(torch.equal(merged[name], tensor) for name, tensor in tensors.items())
 
 
 def test_sharded_experts_merge_as_whole_ones(tmp_path: Path) -> None:
-    folders = experts(tmp_path / "whole")
-    sharded = {}
-    for task, folder in folders.items():
-        sharded[task] = tmp_path / "sharded" / task
-        AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(
-            sharded[task], max_shard_size=20_000
-        )
-        assert (sharded[task] / "model.safetensors.index.json").is_file()
-    outs = [tmp_path / "one", tmp_path / "two"]
-    for out, given in zip(outs, (folders, sharded), strict=True):
-        merged.write(out, given, method="average")
-    one, two = (recipe.read_recipe(out)["files"]["encoder/model.safetensors"] for out in outs)
-    assert one == two
+    experts = checkpoints(tmp_path / "whole")
+    for task, folder in experts.items():
+        load(folder).save_pretrained(tmp_path / "sharded" / task, max_shard_size=20_000)
+    sharded = {task: tmp_path / "sharded" / task for task in experts}
+    first, second = (model.in_memory(folders, AVERAGE) for folders in (experts, sharded))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_half_precision_experts_give_a_model_that_loads_as_such(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    merged.write(out, experts(tmp_path, dtype=torch.bfloat16), method="average")
+    model.write_model(out, checkpoints(tmp_path, dtype=torch.bfloat16), AVERAGE)
     for part in ("encoder", "tasks/mrpc"):
         assert json.loads((out / part / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModel.from_pretrained(out / "encoder").dtype == torch.bfloat16
 
 
-def test_a_scale_of_the_merged_task_vector(tmp_path: Path) -> None:
-    folders = experts(tmp_path)
-    base = save(tiny_model("bert", 2, seed=9), tmp_path / "base")
-    merged.write(tmp_path / "out", folders, method="average", base=base, scale=1.5)
-    got = load_file(tmp_path / "out" / "encoder" / "model.safetensors")
-    origin = AutoModel.from_pretrained(base).state_dict()
-    models = [AutoModel.from_pretrained(folder).state_dict() for folder in folders.values()]
-    for name, tensor in got.items():
-        mean = torch.stack([model[name].double() for model in models]).mean(0)
-        expected = origin[name].double() + 1.5 * (mean - origin[name].double())
-        torch.testing.assert_close(tensor, expected.float(), rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    "name", ["encoder/model.safetensors", "tasks/mrpc/config.json", "encoder/vocab.txt"]
-)
-def test_verify_names_a_file_that_changed_or_is_missing(tmp_path: Path, name: str) -> None:
-    out = tmp_path / "out"
-    merged.write(out, experts(tmp_path), method="average", card="a card")
-    (out / "README.md").write_text("an edited card")
-    recipe.verify(out)
-    data = bytearray((out / name).read_bytes())
-    data[-2] ^= 1
-    (out / name).write_bytes(data)
-    with pytest.raises(UserError, match="not what was written there"):
-        recipe.verify(out)
-    (out / name).unlink()
-    with pytest.raises(UserError, match=name):
-        recipe.verify(out)
-
-
-def test_a_merged_model_is_told_from_a_checkpoint(tmp_path: Path) -> None:
-    folders = experts(tmp_path)
-    merged.write(tmp_path / "out", folders, method="average")
-    assert recipe.is_merged(tmp_path / "out")
-    assert not recipe.is_merged(folders["mrpc"])
-    with pytest.raises(
-        UserError, match="no task 'rte' in this merged model; it has mnli, mrpc, stsb"
-    ):
-        recipe.task_folder(tmp_path / "out", "rte")
-    with pytest.raises(UserError, match="not a merged model"):
-        recipe.task_folder(folders["mrpc"], "mrpc")
-
-
-def settings(**changed: Any) -> dict[str, Any]:
-    return {"method": "average", **changed}
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (settings(method="mask-fischer"), "did you mean mask-fisher"),
-        (settings(method="zip"), "choose one of average"),
-        (settings(coefficients={"rte": 1.0}), "no such expert"),
-        (settings(coefficients={"mrpc": -1.0}), "zero or more"),
-        (settings(coefficients={"mrpc": float("nan")}), "finite"),
-        (settings(coefficients={"mrpc": 0.0, "stsb": 0.0, "mnli": 0.0}), "all are zero"),
-        (settings(scale=1.5), "--base"),
-        (settings(method="mask-fisher"), "give --fisher mnli=FILE"),
-    ],
-)
-def test_mistakes_are_named_and_leave_nothing(
-    tmp_path: Path, given: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        merged.write(tmp_path / "out", experts(tmp_path), **given)
-    assert not list(tmp_path.glob("*out*"))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda nodes: nodes[:-1], "3 head nodes in layer 1"),
-        (lambda nodes: -nodes, "negative"),
-        (lambda nodes: nodes / 0.0, "infinite"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:divide by zero")
-def test_fisher_that_does_not_fit_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
-    folders = experts(tmp_path)
-    values = fisher(folders)
-    site = architectures.Site(1, "head")
-    values["stsb"] = {**values["stsb"], site: damage(values["stsb"][site])}
-    with pytest.raises(UserError, match=f"expert stsb: the Fisher information.*{message}"):
-        merged.write(tmp_path / "out", folders, method="mask-fisher", fisher=values)
-
-
-def test_nan_in_an_expert_is_refused_and_leaves_the_older_model(tmp_path: Path) -> None:
-    folders, out = experts(tmp_path), tmp_path / "out"
-    merged.write(out, folders, method="average")
-    before = recipe.read_recipe(out)
-    tensors = load_file(folders["stsb"] / "model.safetensors")
-    tensors["bert.encoder.layer.1.output.dense.weight"][3, 5] = float("nan")
-    save_file(tensors, folders["stsb"] / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        UserError, match=r"expert stsb: tensor encoder.layer.1.output.dense.weight holds NaN or Inf"
-    ):
-        merged.write(out, folders, method="average", coefficients={"stsb": 0.0})
-    assert recipe.read_recipe(out) == before
-    recipe.verify(out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "out"])
-
-
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    merged.write(
-        tmp_path / "out",
-        experts(tmp_path),
-        method="average",
-        progress=lambda done, total: seen.append((done, total)),
+    model.write_model(
+        tmp_path / "out", checkpoints(tmp_path), AVERAGE, progress=lambda *now: seen.append(now)
     )
-    assert (
-        seen[-1][0]
-        == seen[-1][1]
-        == sum(
-            tensor.nbytes
-            for tensor in load_file(tmp_path / "out" / "encoder" / "model.safetensors").values()
-        )
+    tensors = load_file(tmp_path / "out" / "encoder" / "model.safetensors")
+    assert seen[-1] == (sum(tensor.nbytes for tensor in tensors.values()),) * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merges_in_memory_are_those_that_are_written(method: str, tmp_path: Path) -> None:
+    experts, base = checkpoints(tmp_path), save(tiny_model("bert", 2, 9), tmp_path / "base")
+    values: dict[str, Any] = dict(node_fisher(experts))
+    if METHODS[method].fisher == "parameters":
+        values = dict(full_fisher(experts, tmp_path))
+    statistics = Statistics(values, grams(experts, tmp_path) if METHODS[method].gram else {})
+    settings = MergeSettings(method=method, coefficient=WEIGHTED, scale=0.5)
+    recipe = model.write_model(
+        tmp_path / "out", experts, settings, base=base, statistics=statistics
     )
-
-
-@pytest.mark.parametrize("method", [name for name, needs in NEEDS.items() if needs.base])
-def test_every_method_that_takes_the_base_gives_a_model(method: str, tmp_path: Path) -> None:
-    base = save(tiny_model("bert", 2, seed=9), tmp_path / "base")
-    out = tmp_path / "out"
-    stated = merged.write(out, experts(tmp_path), method=method, base=base, scale=0.5, density=0.4)
-    assert stated["density"] == (0.4 if NEEDS[method].density else None)
-    recipe.verify(out)
-    with pytest.raises(UserError, match="density 0: must be above 0"):
-        merged.write(out, experts(tmp_path / "more"), method="ties", base=base, density=0)
-    with pytest.raises(UserError, match=f"method {method} needs the model"):
-        merged.write(out, experts(tmp_path / "again"), method=method)
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", [*LINEAR, "ties"])
-def test_recombined_encoders_are_those_merged_anew(method: str, name: str, tmp_path: Path) -> None:
-    folders, base = experts(tmp_path, name), save(tiny_model(name, 2, seed=9), tmp_path / "base")
-    values = fisher(folders)
-    for nodes in values.values():
-        nodes[min(nodes)][0] = 0.0  # no expert has any there
-    options: merged.Options = {
-        "method": method,
-        "fisher": values,
-        "mapping": MODELS[name],
-        "base": base,
-    }
-    recombiners = {
-        scaled: merged.recombiner(folders, scaled, **options) for scaled in (False, True)
-    }
-    rng = np.random.default_rng(0)
-    for scale in (1.0, 0.3, 1.7):
-        coefficients = {
-            task: float(value) for task, value in zip(folders, rng.uniform(0.05, 5, 3), strict=True)
-        }
-        tried: merged.Options = {**options, "coefficients": coefficients, "scale": scale}
-        expected = merged.in_memory(folders, **tried)
-        for scaled in {scale != 1, True}:
-            found = recombiners[scaled](coefficients, scale)
-            assert found.keys() == expected.keys()
-            for tensor, value in expected.items():
-                torch.testing.assert_close(found[tensor], value, rtol=1e-5, atol=2e-6)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from fmn.merge import model as merged
-folder = Path(sys.argv[1])
-experts = {task: folder / task for task in ("mrpc", "stsb", "mnli")}
-merged.write(folder / "out", experts, method="average", progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_merge_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
-    folders, out = experts(tmp_path), tmp_path / "out"
-    environment = {**os.environ, "PYTHONPATH": str(Path(merged.__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=False
-    )
-    assert done.returncode == -signal.SIGKILL
-    assert not out.exists()
-    merged.write(out, folders, method="average")
-    recipe.verify(out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "out"])
-
-
-def statistics_of(
-    folders: Mapping[str, Path], where: Path
-) -> tuple[dict[str, Any], dict[str, merged.StoredGrams]]:
-    """The full Fisher and the Gram matrices of every expert on random texts, on the disk."""
-    where.mkdir()
-    full, grams = {}, {}
-    for seed, (task, folder) in enumerate(folders.items()):
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
-        examples = tiny_examples("bert", 30, LABELS[task], seed)
-        squares = diagonal.estimate(
-            model, examples, estimator="expected", regression=task == "stsb", device="cpu"
-        )
-        save_file(squares, where / f"{task}.full")
-        full[task] = file_headers(where / f"{task}.full")
-        found = gram.estimate(model, examples, device="cpu")
-        save_file(found.moments, where / f"{task}.gram")
-        grams[task] = merged.StoredGrams(
-            file_headers(where / f"{task}.gram"),
-            found.inputs,
-            sorted(found.transposed),
-        )
-    return full, grams
+    assert recipe == read_recipe(tmp_path / "out")
+    written = load_file(tmp_path / "out" / "encoder" / "model.safetensors")
+    merge = model.merger(experts, MergeSettings(method=method), base, statistics)
+    for merged in (model.in_memory(experts, settings, base, statistics), merge(LAMBDAS, 0.5)):
+        assert merged.keys() == written.keys()
+        assert all(torch.equal(merged[name], tensor) for name, tensor in written.items())
 
 
 def test_the_full_fisher_weighs_every_entry_by_itself(tmp_path: Path) -> None:
-    folders = experts(tmp_path)
-    full, _ = statistics_of(folders, tmp_path / "statistics")
-    lambdas = {"mrpc": 2.0, "stsb": 0.5, "mnli": 1.0}
-    got = merged.in_memory(folders, method="fisher", full_fisher=full, coefficients=lambdas)
-    weights = {task: load_file(tmp_path / "statistics" / f"{task}.full") for task in folders}
-    for name, tensor in got.items():
-        factors = torch.tensor([lambdas[task] for task in folders]).reshape(-1, *[1] * tensor.ndim)
-        squares = factors * torch.stack([weights[task][name].double() for task in folders])
-        values = torch.stack(
-            [load_file(folder / "model.safetensors")[f"bert.{name}"] for folder in folders.values()]
-        )
+    experts = checkpoints(tmp_path)
+    statistics = Statistics(full_fisher(experts, tmp_path))
+    settings = MergeSettings(method="fisher", coefficient=WEIGHTED)
+    merged = model.in_memory(experts, settings, None, statistics)
+    weights = {task: load_file(tmp_path / f"{task}.full") for task in experts}
+    stored = {task: load_file(folder / "model.safetensors") for task, folder in experts.items()}
+    for name, tensor in merged.items():
+        factors = torch.tensor([LAMBDAS[task] for task in experts])
+        factors = factors.reshape(-1, *[1] * tensor.ndim)
+        squares = factors * torch.stack([weights[task][name].double() for task in experts])
+        values = torch.stack([stored[task][f"bert.{name}"] for task in experts])
         total = squares.sum(0)
-        expected = (squares * values).sum(0) / total
         mean = (factors * values).sum(0) / factors.sum()
-        torch.testing.assert_close(
-            tensor, torch.where(total > 0, expected, mean).float(), rtol=1e-5, atol=1e-6
-        )
-    with pytest.raises(UserError, match="expert stsb: no full Fisher information"):
-        merged.in_memory(
-            folders, method="fisher", full_fisher={task: full[task] for task in ("mrpc", "mnli")}
-        )
+        expected = torch.where(total > 0, (squares * values).sum(0) / total, mean).float()
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["regmean", "fisher-regmean"])
 def test_regression_of_every_linear_map(method: str, tmp_path: Path) -> None:
-    folders = experts(tmp_path)
-    _, grams = statistics_of(folders, tmp_path / "statistics")
-    nodes = fisher(folders)
-    got = merged.in_memory(
-        folders,
-        method=method,
-        grams=grams,
-        fisher=nodes,
-        normalise="kind",
-        exponent=1.0,
-        damping=0.7,
-    )
-    moments = {task: load_file(tmp_path / "statistics" / f"{task}.gram") for task in folders}
-    stored = {task: load_file(folder / "model.safetensors") for task, folder in folders.items()}
-    values = {task: architectures.tempered(nodes[task], "kind", 1.0) for task in folders}
-    heads = {task: values[task][architectures.Site(1, "head")] for task in folders}
-    neurons = {task: values[task][architectures.Site(1, "neuron")] for task in folders}
+    experts = checkpoints(tmp_path)
+    nodes, gram = node_fisher(experts), grams(experts, tmp_path)
+    settings = MergeSettings(method=method, normalise="kind", exponent=1.0, damping=0.7)
+    merged = model.in_memory(experts, settings, None, Statistics(nodes, gram))
+    stored = {task: load_file(folder / "model.safetensors") for task, folder in experts.items()}
+    values = {task: architectures.tempered(nodes[task], "kind", 1.0) for task in experts}
+    heads = {task: values[task][Site(1, "head")] for task in experts}
+    neurons = {task: values[task][Site(1, "neuron")] for task in experts}
     layer = "encoder.layer.1"
     rows = {  # of 4 heads with 6 channels; 20 neurons; the mean for what follows the nodes
-        f"{layer}.attention.self.value": {task: np.repeat(heads[task], 6) for task in folders},
-        f"{layer}.attention.output.dense": {
-            task: np.full(24, heads[task].mean()) for task in folders
-        },
+        f"{layer}.attention.self.value": {t: np.repeat(heads[t], 6) for t in experts},
+        f"{layer}.attention.output.dense": {t: np.full(24, heads[t].mean()) for t in experts},
         f"{layer}.intermediate.dense": neurons,
-        f"{layer}.output.dense": {task: np.full(24, neurons[task].mean()) for task in folders},
+        f"{layer}.output.dense": {t: np.full(24, neurons[t].mean()) for t in experts},
     }
-    for module, weights in rows.items():
+    for module, by_task in rows.items():
+        ratios = np.stack(list(by_task.values()))
         if method == "regmean":
-            weights = {task: np.ones_like(one) for task, one in weights.items()}
-        ratios = np.stack(list(weights.values()))
+            ratios = np.ones_like(ratios)
         if np.ptp(ratios, axis=1).any():  # rows that differ
             ratios = rounded(torch.from_numpy(ratios)).numpy()
-        names = {task: grams[task].inputs[module] for task in folders}
-        second = {task: moments[task][names[task]].double().numpy() for task in folders}
-        second = {task: 0.7 * one + 0.3 * np.diag(np.diag(one)) for task, one in second.items()}
-        matrix = {task: stored[task][f"bert.{module}.weight"].double().numpy() for task in folders}
-        for row in range(len(matrix["mrpc"])):
-            weighed = {
-                task: ratio[row] * second[task] for task, ratio in zip(folders, ratios, strict=True)
-            }
-            target = sum(weighed[task] @ matrix[task][row] for task in folders)
-            expected = np.linalg.solve(sum(weighed.values()), target)
-            np.testing.assert_allclose(got[f"{module}.weight"][row], expected, rtol=2e-3, atol=2e-3)
-    with pytest.raises(UserError, match="expert mnli: no Gram matrices"):
-        merged.in_memory(folders, method=method, fisher=nodes)
+        second = []
+        for task in experts:
+            moment = load_file(tmp_path / f"{task}.gram")[gram[task].inputs[module]]
+            full = moment.double().numpy()
+            second.append(0.7 * full + 0.3 * np.diag(np.diag(full)))
+        matrices = [stored[task][f"bert.{module}.weight"].double().numpy() for task in experts]
+        for row in range(len(matrices[0])):
+            weighed = [r[row] * moment for r, moment in zip(ratios, second, strict=True)]
+            target = sum(g @ w[row] for g, w in zip(weighed, matrices, strict=True))
+            expected = np.linalg.solve(sum(weighed), target)
+            got = merged[f"{module}.weight"][row]
+            np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
+    lacking = {task: gram[task] for task in ("mrpc", "stsb")}
+    with pytest.raises(UserError, match="expert mnli: no Gram matrices of "):
+        model.in_memory(experts, settings, None, Statistics(nodes, lacking))
 
 
 def test_gpt2_whose_weights_are_transposed_is_regressed_alike(tmp_path: Path) -> None:
-    folders = {
-        task: save(tiny_model("gpt2", 2, seed), tmp_path / task)
-        for seed, task in enumerate(("mrpc", "rte"))
+    experts = {
+        task: save(tiny_model("gpt2", labels, seed), tmp_path / task)
+        for seed, (task, labels) in enumerate({"mrpc": 2, "stsb": 1}.items())
     }
-    grams = {}
-    for seed, (task, folder) in enumerate(folders.items()):
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
-        found = gram.estimate(model, tiny_examples("gpt2", 30, 2, seed), device="cpu")
-        save_file(found.moments, tmp_path / f"{task}.gram")
-        grams[task] = merged.StoredGrams(
-            file_headers(tmp_path / f"{task}.gram"),
-            found.inputs,
-            sorted(found.transposed),
-        )
-    got = merged.in_memory(folders, method="regmean", grams=grams, damping=1.0)[
-        "h.1.mlp.c_fc.weight"
-    ].double()
-    second = {
-        t: load_file(tmp_path / f"{t}.gram")[grams[t].inputs["h.1.mlp.c_fc"]].double()
-        for t in folders
-    }
-    stored = {
-        t: load_file(f / "model.safetensors")["transformer.h.1.mlp.c_fc.weight"].double()
-        for t, f in folders.items()
-    }
-    # At the optimum the outputs' errors are uncorrelated with the inputs: sum_j G_j (W - W_j) = 0.
-    residual = torch.stack([second[task] @ (got - stored[task]) for task in folders]).sum(0)
+    gram = grams(experts, tmp_path, "gpt2")
+    settings = MergeSettings(method="regmean", damping=1.0)
+    name = "h.1.mlp.c_fc"
+    merged = model.in_memory(experts, settings, None, Statistics(grams=gram))[f"{name}.weight"]
+    second, stored = {}, {}
+    for task, folder in experts.items():
+        second[task] = load_file(tmp_path / f"{task}.gram")[gram[task].inputs[name]].double()
+        tensors = load_file(folder / "model.safetensors")
+        stored[task] = tensors[f"transformer.{name}.weight"].double()
+    # At the optimum the errors are uncorrelated with the inputs: sum_j G_j (W - W_j) = 0.
+    residual = sum(second[task] @ (merged.double() - stored[task]) for task in experts)
+    assert isinstance(residual, Tensor)
     assert residual.abs().max() < 1e-4 * (second["mrpc"] @ stored["mrpc"]).abs().max()
 
 
 @pytest.mark.parametrize("method", ["mask-fisher", "fisher-regmean"])
 def test_equal_experts_are_the_result_whatever_auto_stands_for(method: str, tmp_path: Path) -> None:
-    one = save(tiny_model("bert", 2, 3), tmp_path / "one")
+    expert = save(tiny_model("bert", 2, 3), tmp_path / "mrpc")
     base = save(tiny_model("bert", 2, 9), tmp_path / "base")
-    folders = dict.fromkeys(("mrpc", "rte", "sst2"), one)
-    model = AutoModelForSequenceClassification.from_pretrained(one)
-    found = gram.estimate(model, tiny_examples("bert", 20, 2), device="cpu")
-    save_file(found.moments, tmp_path / "one.gram")
-    grams = merged.StoredGrams(file_headers(tmp_path / "one.gram"), found.inputs, ())
-    nodes = fisher(folders)
-    given: dict[str, Any] = {"fisher": nodes, "grams": dict.fromkeys(folders, grams), "base": base}
-    for experts_ in (folders, {"rte": one}):
-        got = merged.in_memory(experts_, method=method, **given)
-        stored = load_file(one / "model.safetensors")
-        assert all(torch.equal(tensor, stored[f"bert.{name}"]) for name, tensor in got.items())
+    gram = grams({"mrpc": expert}, tmp_path)["mrpc"]
+    for tasks in (("mrpc", "rte", "sst2"), ("rte",)):
+        experts = dict.fromkeys(tasks, expert)
+        statistics = Statistics(node_fisher(experts), dict.fromkeys(tasks, gram))
+        merged = model.in_memory(experts, MergeSettings(method=method), base, statistics)
+        stored = load_file(expert / "model.safetensors")
+        assert all(torch.equal(each, stored[f"bert.{name}"]) for name, each in merged.items())
 
 
 def test_what_auto_stands_for_is_in_the_recipe(tmp_path: Path) -> None:
-    folders = experts(tmp_path)
-    base = save(tiny_model("bert", 2, seed=9), tmp_path / "base")
-    nodes = fisher(folders)
-    stated = merged.write(tmp_path / "out", folders, method="mask-fisher", fisher=nodes, base=base)
-    assert (stated["normalise"], stated["exponent"]) == ("kind", 1.0)
-    origin = AutoModel.from_pretrained(base).state_dict()
-    vectors = [
-        torch.cat(
-            [
-                (AutoModel.from_pretrained(folder).state_dict()[name] - origin[name]).flatten()
-                for name in origin
-            ]
-        )
-        for folder in folders.values()
-    ]
-    ratio = (
-        torch.stack([vector.square().sum() for vector in vectors]).mean()
-        / torch.stack(vectors).mean(0).square().sum()
+    experts, base = checkpoints(tmp_path), save(tiny_model("bert", 2, 9), tmp_path / "base")
+    statistics = Statistics(node_fisher(experts))
+    recipe = model.write_model(
+        tmp_path / "out", experts, MergeSettings(), base=base, statistics=statistics
     )
-    assert stated["scale"] == pytest.approx(float(ratio) ** 0.5, rel=1e-4)
-    for plain in ({"mapping": "paper", "base": base}, {"mapping": "structured"}):
-        stated = merged.write(
-            tmp_path / "out", folders, method="mask-fisher", fisher=nodes, **plain
-        )
-        assert (stated["normalise"], stated["exponent"], stated["scale"]) == ("none", 1.0, 1.0)
+    assert (recipe.normalise, recipe.exponent, recipe.damping) == ("kind", 1.0, None)
+    origin = AutoModel.from_pretrained(base).state_dict()
+    states = [AutoModel.from_pretrained(folder).state_dict() for folder in experts.values()]
+    vectors = torch.stack(
+        [torch.cat([(each[name] - origin[name]).flatten() for name in origin]) for each in states]
+    )
+    ratio = vectors.square().sum(1).mean() / vectors.mean(0).square().sum()
+    assert recipe.scale == pytest.approx(float(ratio) ** 0.5, rel=1e-4)
+    paper = MergeSettings(mapping="paper")
+    assert model.scale(experts, paper, base, statistics) == 1
+    assert model.scale(experts, MergeSettings(), None, statistics) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Parameters of many shapes, in pieces
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "matrix": (7, 5),
+    "tall": (60, 3),
+    "wide": (2, 90),
+    "vector": (13,),
+    "scalar": (),
+    "empty": (0, 4),
+    "cube": (4, 3, 2),
+}
+
+
+def prepared(
+    folder: Path,
+    experts: Mapping[str, Mapping[str, Tensor]],
+    base: Mapping[str, Tensor] | None = None,
+    method: str = "average",
+    scale: float = 1.0,
+) -> Plan:
+    """A merge of tensors that belong to no model."""
+    headers = {}
+    for task, tensors in {**experts, **({"base": base} if base else {})}.items():
+        save_file(dict(tensors), folder / task)
+        headers[f"expert {task}"] = file_headers(folder / task)
+    origin = headers.pop("expert base", None)
+    parameters, lambdas = matching(headers, origin), (1.0,) * len(experts)
+    settings = MergeSettings(method=method)
+    return Plan(settings, Tuning(), tuple(experts), lambdas, scale, parameters, {}, {}, [])
+
+
+def merge(checked: Plan) -> dict[str, Tensor]:
+    with stream.reading(checked.stored) as read:
+        return model._tensors(checked, read)
+
+
+def randoms(count: int) -> list[dict[str, Tensor]]:
+    return [{name: torch.randn(shape) for name, shape in SHAPES.items()} for _ in range(count)]
+
+
+@pytest.mark.parametrize("method", ["average", "task-arithmetic", "ties"])
+@pytest.mark.parametrize("working_set", [8, 300])
+def test_the_result_does_not_depend_on_the_pieces(
+    method: str, working_set: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *values, base = randoms(4)
+    checked = prepared(tmp_path, dict(zip("abc", values, strict=True)), base, method)
+    whole = merge(checked)
+    monkeypatch.setattr(model, "WORKING_SET", working_set)
+    for name, tensor in merge(checked).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-6, atol=1e-6)
+        if method == "average":
+            mean = torch.stack([each[name].double() for each in values]).mean(0)
+            torch.testing.assert_close(tensor, mean.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("working_set", [8, 300, 1 << 24])
+def test_fisher_by_row_column_and_leading_axis(
+    working_set: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "WORKING_SET", working_set)
+    values = randoms(2)
+    checked = prepared(tmp_path, dict(zip("ab", values, strict=True)), method="mask-fisher")
+    shapes = {"matrix": (7, 1), "tall": (1, 3), "wide": (1, 90), "vector": (13,), "cube": (1, 3, 1)}
+    fisher = {
+        name: [torch.rand(shapes.get(name, ()), dtype=torch.float64) for _ in "ab"]
+        for name in SHAPES
+    }
+    monkeypatch.setattr(Plan, "fisher", lambda checked, name: fisher[name])
+    object.__setattr__(checked, "nodes", [{}])
+    for name, tensor in merge(checked).items():
+        f, (a, b) = fisher[name], (each[name].double() for each in values)
+        expected = (f[0] * a + f[1] * b) / (f[0] + f[1])
+        torch.testing.assert_close(tensor, expected.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equal_experts_come_out_bit_for_bit_whatever_their_size(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    (values,) = randoms(1)
+    values = {name: tensor.to(dtype) for name, tensor in values.items()}
+    values["largest"] = torch.full((50,), torch.finfo(dtype).max, dtype=dtype)
+    for tasks in ("a", "abc"):
+        merged = merge(prepared(tmp_path, dict.fromkeys(tasks, values)))
+        assert all(torch.equal(merged[name], value) for name, value in values.items())
+
+
+def test_integers_stay_where_all_agree(tmp_path: Path) -> None:
+    experts = {task: {"ids": torch.arange(9), "w": torch.ones(2)} for task in "ab"}
+    assert torch.equal(merge(prepared(tmp_path, experts))["ids"], torch.arange(9))
+    experts["c"] = {"ids": torch.arange(1, 10), "w": torch.ones(2)}
+    with pytest.raises(UserError, match="expert c: tensor ids of integers differs from expert a's"):
+        merge(prepared(tmp_path, experts))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("source", ["b", "base"])
+@pytest.mark.parametrize("method", ["average", "task-arithmetic", "ties", "tsv-m"])
+def test_values_that_are_not_finite_are_refused(
+    method: str, source: str, value: float, tmp_path: Path
+) -> None:
+    values = {task: {"w": torch.randn(40, 30)} for task in ("a", "b", "base")}
+    values[source]["w"][39, 29] = value
+    base = values.pop("base")
+    checked = prepared(tmp_path, values, base, method, scale=1.5)
+    object.__setattr__(checked, "coefficients", (1.0, 0.0))
+    expected = "base" if source == "base" else "expert b"
+    with pytest.raises(UserError, match=f"{expected}: tensor w holds NaN or Inf"):
+        merge(checked)
+
+
+def test_merged_values_that_do_not_fit_the_dtype_are_refused(tmp_path: Path) -> None:
+    experts = {task: {"w": torch.full((3,), 6e4).half()} for task in "ab"}
+    checked = prepared(tmp_path, experts, {"w": torch.zeros(3).half()}, scale=2.0)
+    message = r"tensor w: merged values do not fit F16; use a smaller --scale"
+    with pytest.raises(UserError, match=message):
+        merge(checked)
+
+
+def test_the_effective_number_of_task_vectors(tmp_path: Path) -> None:
+    base = {"m": torch.zeros(4, 3), "v": torch.zeros(5), "i": torch.arange(3)}
+    first, second = torch.zeros(4, 3), torch.zeros(4, 3)
+    first[0, 0], second[1, 2] = 2.0, 2.0
+    tensors = {"0": {}, "a": {"m": first}, "b": {"m": second}, "c": {"m": -first}}
+
+    def number(names: str) -> float:
+        experts = {f"{n}{name}": {**base, **tensors[name]} for n, name in enumerate(names)}
+        checked = prepared(tmp_path, experts, base)
+        with stream.reading(checked.stored) as read:
+            return model.effective_number(checked.parameters, read)
+
+    assert number("ab") == pytest.approx(2)
+    assert number("aaa") == pytest.approx(1)
+    assert number("a") == pytest.approx(1)
+    assert number("aab") == pytest.approx(9 / 5)
+    assert number("ac") == 1, "they cancel: there is nothing to scale"
+    assert number("00") == 1
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from tests.merge.test_model import prepared, torch
+from fmn.merge import model, stream
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+folder, method = Path(sys.argv[1]), sys.argv[2]
+tensors = {"embedding": torch.randn(120_000, 512)}  # 246 MB
+checked = prepared(folder, dict.fromkeys("abcd", tensors), tensors, method, 1.5)
+if method == "mask-fisher":
+    fisher = [torch.rand(120_000, 1, dtype=torch.float64) for _ in "abcd"]
+    model.Plan.fisher = lambda checked, name: fisher
+    object.__setattr__(checked, "nodes", [{}])
+del tensors
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+with stream.reading(checked.stored) as read:
+    specs = [parameter.spec for parameter in checked.parameters]
+    stream.write_file(folder / "out", specs, model.merged_pieces(checked, read))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["average", "mask-fisher"])
+def test_memory_is_bounded_whatever_the_size(method: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), method]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 128e6

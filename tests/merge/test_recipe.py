@@ -1,66 +1,59 @@
-"""What a merged model's folder says of itself, and whether it is still so."""
+"""What a merged model's folder says of itself."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from fmn.errors import UserError
-from fmn.merge import recipe
-from fmn.store.artifacts import digest_files
+from fmn.merge.recipe import (
+    RECIPE,
+    MergeSettings,
+    Recipe,
+    card,
+    is_merged,
+    read_recipe,
+    task_folder,
+)
+from fmn.store.stage import write_record
 
-MADE = {"tasks": ["mrpc"], "method": "average", "coefficients": {"mrpc": 1.0}}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "tasks" / "mrpc").mkdir(parents=True)
-    (tmp_path / "tasks" / "mrpc" / "config.json").write_text("{}")
-    content = {"format": recipe.FORMAT, **MADE, "files": digest_files(tmp_path)}
-    (tmp_path / recipe.RECIPE).write_text(json.dumps(content))
-    return tmp_path
-
-
-def test_a_merged_model_is_told_from_a_checkpoint(folder: Path) -> None:
-    assert recipe.is_merged(folder)
-    assert not recipe.is_merged(folder / "tasks" / "mrpc")
+MADE = Recipe(tasks=["mrpc"], method="average", coefficients={"mrpc": 1.0})
 
 
-def test_an_unchanged_folder_is_accepted_and_its_card_may_change(folder: Path) -> None:
-    (folder / recipe.CARD).write_text("a new card")
-    recipe.verify(folder)
+def test_a_recipe_is_read_as_it_was_written(tmp_path: Path) -> None:
+    assert not is_merged(tmp_path)
+    write_record(tmp_path / RECIPE, MADE)
+    assert is_merged(tmp_path)
+    assert read_recipe(tmp_path) == MADE
 
 
-@pytest.mark.parametrize("change", ["change", "add", "remove"])
-def test_the_file_that_changed_is_named(folder: Path, change: str) -> None:
-    file = folder / "tasks" / "mrpc" / ("extra.json" if change == "add" else "config.json")
-    file.unlink(missing_ok=True) if change == "remove" else file.write_text('{"a": 1}')
-    with pytest.raises(UserError, match=file.name):
-        recipe.verify(folder)
-
-
-def test_a_task_that_is_not_there_is_named_with_those_that_are(folder: Path) -> None:
-    assert recipe.task_folder(folder, "mrpc") == folder / "tasks" / "mrpc"
+def test_a_task_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    write_record(tmp_path / RECIPE, MADE)
+    assert task_folder(tmp_path, "mrpc") == tmp_path / "tasks" / "mrpc"
     with pytest.raises(UserError, match=r"'rte'.*mrpc"):
-        recipe.task_folder(folder, "rte")
+        task_folder(tmp_path, "rte")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 10**5, '{"format": 99}', '{"format": 1}'])
-def test_what_is_no_recipe_is_refused(folder: Path, text: str) -> None:
-    (folder / recipe.RECIPE).write_text(text)
-    with pytest.raises(UserError, match="merge"):
-        recipe.read_recipe(folder)
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 10**5, '{"format": 99}', MADE.model_dump_json(exclude={"method"})]
+)
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / RECIPE).write_text(text)
+    with pytest.raises(UserError, match=r"merge\.json.*`fmn merge`"):
+        read_recipe(tmp_path)
 
 
-def test_a_recipe_that_says_something_else_than_was_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "weights").write_text("weights")
-    recipe.write_recipe(
-        tmp_path, {"format": recipe.FORMAT, **MADE, "scale": 1.5, "files": digest_files(tmp_path)}
-    )
-    recipe.verify(tmp_path)
-    file = tmp_path / recipe.RECIPE
-    for scale in ("1.7", "NaN"):
-        file.write_text(file.read_text().replace("1.5", scale))
-        with pytest.raises(UserError, match=r"merge\.json: not what was written there"):
-            recipe.verify(tmp_path)
-        file.write_text(file.read_text().replace(scale, "1.5"))
+def test_the_card_says_how_a_task_loads() -> None:
+    text = card(MADE)
+    assert 'from_pretrained("tasks/mrpc")' in text
+    assert "method average;" in text
+
+
+def test_settings_that_the_method_does_not_use_are_left_out() -> None:
+    assert set(MergeSettings(method="average").used()) == {"method", "coefficient", "scale"}
+    assert set(MergeSettings().used("scale")) == {
+        *("method", "coefficient", "mapping", "normalise", "exponent")
+    }
+    assert {"density", "seed"} < set(MergeSettings(method="dare-ties").used())
+    assert "damping" in MergeSettings(method="regmean").used()
+    with pytest.raises(ValueError, match="did you mean 'mask-fisher'"):
+        MergeSettings(method="mask-fischer")

@@ -23,26 +23,26 @@ def problem(
     return [torch.from_numpy(random.normal(size=(rows, width))) for _ in range(experts)], inputs
 
 
-def gram(inputs: Sequence[np.ndarray], number: int) -> Tensor:
-    return torch.from_numpy(inputs[number].T @ inputs[number] / len(inputs[number]))
+def grams(inputs: Sequence[np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(tokens.T @ tokens / len(tokens)) for tokens in inputs]
 
 
 def least_squares(
     matrices: Sequence[Tensor], inputs: Sequence[np.ndarray], weights: np.ndarray
 ) -> np.ndarray:
-    """Row by row, the map whose outputs on all inputs are nearest to the experts', each with the root of its weight."""
-    found = []
+    """Row by row, the map whose outputs are nearest to the experts', by the roots of the weights."""
+    result = []
     for row in range(len(matrices[0])):
         roots = np.sqrt(weights[:, row])
-        x = np.concatenate([root * one for root, one in zip(roots, inputs, strict=True)])
+        x = np.concatenate([root * tokens for root, tokens in zip(roots, inputs, strict=True)])
         y = np.concatenate(
             [
-                root * one @ m[row].numpy()
-                for root, one, m in zip(roots, inputs, matrices, strict=True)
+                root * tokens @ m[row].numpy()
+                for root, tokens, m in zip(roots, inputs, matrices, strict=True)
             ]
         )
-        found.append(np.linalg.lstsq(x, y, rcond=None)[0])
-    return np.stack(found)
+        result.append(np.linalg.lstsq(x, y, rcond=None)[0])
+    return np.stack(result)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
@@ -52,11 +52,11 @@ def test_it_is_least_squares_on_the_experts_outputs(
     matrices, inputs = problem(seed, experts, rows, width)
     random = np.random.default_rng(seed)
     for weights in (np.ones((experts, 1)), random.gamma(1.0, size=(experts, 1))):
-        merged = regress(matrices, lambda number: gram(inputs, number), torch.from_numpy(weights))
+        merged = regress(matrices, grams(inputs), torch.from_numpy(weights))
         expected = least_squares(matrices, inputs, np.repeat(weights, rows, 1))
-        outputs = [one @ (merged.numpy() - expected).T for one in inputs]
-        assert max(np.abs(one).max() for one in outputs) < 1e-4 * max(
-            np.abs(one).max() for one in inputs
+        outputs = [tokens @ (merged.numpy() - expected).T for tokens in inputs]
+        assert max(np.abs(tokens).max() for tokens in outputs) < 1e-4 * max(
+            np.abs(tokens).max() for tokens in inputs
         )
 
 
@@ -64,11 +64,11 @@ def test_it_is_least_squares_on_the_experts_outputs(
 def test_rows_have_weights_of_their_own(seed: int, experts: int) -> None:
     matrices, inputs = problem(seed, experts, 5, 4)
     weights = rounded(torch.from_numpy(np.random.default_rng(seed).gamma(1.0, size=(experts, 5))))
-    merged = regress(matrices, lambda number: gram(inputs, number), weights)
+    merged = regress(matrices, grams(inputs), weights)
     expected = least_squares(matrices, inputs, weights.numpy())
-    outputs = [one @ (merged.numpy() - expected).T for one in inputs]
-    assert max(np.abs(one).max() for one in outputs) < 1e-4 * max(
-        np.abs(one).max() for one in inputs
+    outputs = [tokens @ (merged.numpy() - expected).T for tokens in inputs]
+    assert max(np.abs(tokens).max() for tokens in outputs) < 1e-4 * max(
+        np.abs(tokens).max() for tokens in inputs
     )
 
 
@@ -78,7 +78,7 @@ def test_equal_experts_are_the_result_bit_for_bit(seed: int, experts: int) -> No
     same = [matrices[0].float()] * experts
     weights = torch.from_numpy(np.random.default_rng(seed).gamma(0.2, size=(experts, 6)))
     for given_weights in (weights, weights[:, :1]):
-        merged = regress(same, lambda number: gram(inputs, number), given_weights)
+        merged = regress(same, grams(inputs), given_weights)
         assert torch.equal(merged.float(), same[0])
 
 
@@ -86,27 +86,25 @@ def test_the_order_of_the_experts_does_not_matter() -> None:
     matrices, inputs = problem(0, 3, 6, 5)
     weights = torch.rand(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     turned = [2, 0, 1]
-    one = regress(matrices, lambda number: gram(inputs, number), weights)
-    two = regress(
+    first = regress(matrices, grams(inputs), weights)
+    second = regress(
         [matrices[j] for j in turned],
-        lambda number: gram(inputs, turned[number]),
+        [grams(inputs)[j] for j in turned],
         weights[torch.tensor(turned)],
     )
-    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9)
 
 
 def test_where_no_input_goes_and_where_no_weight_is_the_experts_are_averaged() -> None:
     matrices, inputs = problem(0, 2, 3, 4)
-    for one in inputs:
-        one[:, 2] = 0  # a dead neuron before this map
-    merged = regress(matrices, lambda number: gram(inputs, number), torch.ones(2, 1))
+    for tokens in inputs:
+        tokens[:, 2] = 0  # a dead neuron before this map
+    merged = regress(matrices, grams(inputs), torch.ones(2, 1))
     torch.testing.assert_close(merged[:, 2], (matrices[0] + matrices[1])[:, 2] / 2)
     weights = torch.tensor([[1.0, 0.0, 3.0], [2.0, 0.0, 0.0]])
-    rows = regress(matrices, lambda number: gram(inputs, number), weights)
+    rows = regress(matrices, grams(inputs), weights)
     torch.testing.assert_close(rows[1], merged[1], rtol=1e-9, atol=1e-9)
-    silent = regress(
-        matrices, lambda number: torch.zeros(4, 4, dtype=torch.float64), torch.ones(2, 1)
-    )
+    silent = regress(matrices, [torch.zeros(4, 4, dtype=torch.float64)] * 2, torch.ones(2, 1))
     torch.testing.assert_close(silent, (matrices[0] + matrices[1]) / 2)
 
 
@@ -119,10 +117,10 @@ def test_damping_shrinks_what_is_off_the_diagonal() -> None:
 @given(st.lists(st.floats(1e-300, 1e300), min_size=2, max_size=4))
 def test_rounded_weights_are_near_and_relative_to_the_largest(values: list[float]) -> None:
     weights = torch.tensor(values, dtype=torch.float64)[:, None]
-    found = rounded(weights, 0.25)
-    assert found.max() == 1
+    result = rounded(weights, 0.25)
+    assert result.max() == 1
     exact = (weights / weights.max()).clamp(min=2.0**-20)
-    assert ((found / exact).log2().abs() <= 0.125 + 1e-9).all()
+    assert ((result / exact).log2().abs() <= 0.125 + 1e-9).all()
 
 
 def test_weights_that_are_all_zero_count_alike() -> None:

@@ -29,8 +29,253 @@ from tests.registry.conftest import Merged, Register
 pytestmark = pytest.mark.usefixtures("store")
 
 
+<<<<<<< HEAD
 def predict(merged: Merged, task: str, text: str, text_pair: str | None = None) -> Any:
     return models_stages.predict(merged.model, task, text, text_pair)
+=======
+@pytest.fixture(scope="module")
+def merged(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merged model beside its metrics."""
+    folder = tmp_path_factory.mktemp("merged")
+    experts = {task: tiny_work / "experts" / task for task in TASKS}
+    fisher = {task: tiny_work / "fisher" / f"{task}.parquet" for task in TASKS}
+    merge_stages.merge(
+        experts=experts, fisher=fisher, out=folder / "merged", settings=MergeSettings()
+    )
+    evaluate_stages.evaluate(
+        folder / "merged",
+        [],
+        tiny_work / "data",
+        folder / "metrics.json",
+        EvaluateSettings(device="cpu"),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("store")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    patch.chdir(folder)
+    yield registry.tracking_uri()
+    patch.undo()
+
+
+@pytest.fixture
+def client(store: str) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(store)
+
+
+def register(
+    merged: Path, name: str = "demo", metrics: Path | None = None, **settings: Any
+) -> Outcome:
+    return registry_stages.register(
+        merged / "merged",
+        metrics or merged / "metrics.json",
+        None,
+        None,
+        RegistrySettings(name=name, **settings),
+    )
+
+
+def scored(merged: Path, out: Path, scores: Mapping[str, float], split: str | None = None) -> Path:
+    """The metrics with other scores of tasks, or of other data, by its digest."""
+    content = artifacts.read_json(merged / "metrics.json")
+    for task, score in scores.items():
+        content["tasks"][task]["score"] = score
+    content["score"] = sum(entry["score"] for entry in content["tasks"].values()) / len(
+        content["tasks"]
+    )
+    if split:
+        content["data"]["sst2"]["splits"]["validation"] = split
+    artifacts.write_json(out, "evaluate", "changed", content)
+    return out
+
+
+def described(client: mlflow.MlflowClient, outcome: Outcome) -> ModelVersion:
+    return client.get_model_version(outcome.summary["name"], outcome.summary["version"])
+
+
+def test_a_model_is_registered_once_with_its_metrics(
+    merged: Path, client: mlflow.MlflowClient, store: str
+) -> None:
+    first, second = register(merged), register(merged)
+    assert (first.computed, second.computed) == (True, False)
+    assert first.summary == second.summary
+    assert first.summary["store"] == store
+    run = client.get_run(first.summary["run"])
+    metrics = json.loads((merged / "metrics.json").read_text())
+    assert run.data.metrics["mrpc.f1"] == metrics["tasks"]["mrpc"]["f1"]
+    assert run.data.metrics["score"] == metrics["score"]
+    low, high = metrics["tasks"]["mrpc"]["interval"]["f1"]
+    assert (run.data.metrics["mrpc.f1.low"], run.data.metrics["mrpc.f1.high"]) == (low, high)
+    assert (
+        run.data.metrics["score.low"] <= run.data.metrics["score"] <= run.data.metrics["score.high"]
+    )
+    assert run.data.params["method"] == "mask-fisher"
+    assert run.data.params["coefficient.sst2"] == "1.0"
+
+
+def test_another_tolerance_makes_no_other_version(merged: Path) -> None:
+    first, second = register(merged), register(merged, tolerance=0.5)
+    assert (second.computed, second.summary) == (False, first.summary)
+
+
+def test_run_and_version_say_what_the_model_was_made_from(
+    merged: Path, client: mlflow.MlflowClient, tiny_work: Path
+) -> None:
+    outcome = register(merged)
+    run, version = client.get_run(outcome.summary["run"]), described(client, outcome)
+    recipe = json.loads((merged / "merged" / "merge.json").read_text())
+    assert run.data.tags["expert.mrpc"] == recipe["experts"]["mrpc"]["revision"]
+    assert run.data.tags["fisher.mrpc"] == artifacts.digest_file(
+        tiny_work / "fisher" / "mrpc.parquet"
+    )
+    assert run.data.tags["tasks"] == version.tags["tasks"] == "mrpc, sst2, stsb"
+    assert version.tags["score"] == f"{100 * run.data.metrics['score']:.2f} %"
+    assert run.inputs is not None
+    inputs = {
+        (one.dataset.name, one.tags[0].value): one.dataset for one in run.inputs.dataset_inputs
+    }
+    assert set(inputs) == {
+        (task, context) for task in TASKS for context in ("training", "validation")
+    }
+    for context, split in (("training", "train"), ("validation", "validation")):
+        digest = data.digests(tiny_work / "data", tasks.task("sst2"), [split])[split]
+        assert digest.startswith(inputs["sst2", context].digest)
+    assert json.loads(str(inputs["sst2", "validation"].source)) == {
+        "source": "embedded",
+        "seed": "0",
+        "split": "validation",
+    }
+    assert json.loads(str(inputs["sst2", "validation"].profile)) == {"num_rows": 500}
+
+
+def test_the_versions_page_shows_the_card_without_front_matter(
+    merged: Path, client: mlflow.MlflowClient
+) -> None:
+    description = str(described(client, register(merged)).description)
+    assert description.startswith("Registered as champion: the first version\n\n# mrpc, sst2, stsb")
+    assert "f1" in description
+    assert "---\n" not in description.splitlines()
+
+
+def test_the_report_is_kept_with_the_run(
+    merged: Path, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    report = tmp_path / "report"
+    report_stages.write_report({}, {"merged": merged / "metrics.json"}, {}, report)
+    settings = RegistrySettings(name="reported")
+    outcome = registry_stages.register(
+        merged / "merged", merged / "metrics.json", report, None, settings
+    )
+    kept = {one.path for one in client.list_artifacts(outcome.summary["run"], "report")}
+    assert {"report/table.md", "report/report.html", "report/pictures"} <= kept
+    assert not [path for path in kept if "fmn.json" in path]
+
+
+def test_the_champion_moves_to_a_version_that_is_as_good_and_the_reason_is_told(
+    merged: Path, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    def aliases() -> dict[str, str]:
+        return {
+            alias: str(version)
+            for alias, version in client.get_registered_model("rising").aliases.items()
+        }
+
+    levels = {"mrpc": 0.7, "sst2": 0.8, "stsb": 0.6}
+    first = register(merged, "rising", scored(merged, tmp_path / "1.json", levels))
+    assert (first.summary["alias"], first.summary["reason"]) == ("champion", "the first version")
+    worse = register(merged, "rising", scored(merged, tmp_path / "2.json", levels | {"sst2": 0.7}))
+    assert worse.summary["alias"] == "challenger"
+    assert aliases() == {"champion": "1", "challenger": "2"}
+    uneven = register(
+        merged, "rising", scored(merged, tmp_path / "3.json", levels | {"sst2": 0.7, "mrpc": 0.9})
+    )
+    assert "sst2 scores 10.00 less, tolerance 1.00" in uneven.summary["reason"]
+    assert aliases() == {"champion": "1", "challenger": "3"}
+    better = register(
+        merged, "rising", scored(merged, tmp_path / "4.json", levels | {"mrpc": 0.75})
+    )
+    assert better.summary["alias"] == "champion"
+    assert aliases() == {"champion": "4"}, "no version is the challenger of one that won"
+    elsewhere = scored(merged, tmp_path / "5.json", dict.fromkeys(TASKS, 1.0), split="f" * 64)
+    other = register(merged, "rising", elsewhere)
+    assert other.summary["reason"] == "not comparable: version 4 was evaluated on other data"
+    assert aliases() == {"champion": "4", "challenger": "5"}
+    for outcome in (first, worse, better, other):
+        said = f"{outcome.summary['alias']}: {outcome.summary['reason']}"
+        assert described(client, outcome).tags["promotion"] == said
+        assert client.get_run(outcome.summary["run"]).data.tags["mlflow.note.content"] == said
+    again = register(merged, "rising", tmp_path / "2.json")
+    assert (again.computed, again.summary) == (False, worse.summary), (
+        "what was decided is not decided again"
+    )
+
+
+def test_the_champion_is_rolled_back_to_the_one_before(
+    merged: Path, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    for version in range(3):
+        register(
+            merged,
+            "falling",
+            scored(merged, tmp_path / f"{version}.json", {"mrpc": 0.7 + version / 10}),
+        )
+    assert registry_stages.roll_back("falling", None) == {
+        "name": "falling",
+        "before": "3",
+        "champion": "2",
+    }
+    assert registry_stages.roll_back("falling", None)["champion"] == "1"
+    with pytest.raises(
+        UserError, match="falling: no version was the champion before; say which is to be: --to"
+    ):
+        registry_stages.roll_back("falling", None)
+    assert registry_stages.roll_back("falling", "3") == {
+        "name": "falling",
+        "before": "1",
+        "champion": "3",
+    }
+    model = client.get_registered_model("falling")
+    assert {alias: str(version) for alias, version in model.aliases.items()} == {"champion": "3"}
+    events = [event.rsplit(" ", 1)[0] for event in model.tags["champion.history"].split("; ")]
+    assert events == [
+        "1 promoted",
+        "2 promoted",
+        "3 promoted",
+        "2 restored",
+        "1 restored",
+        "3 restored",
+    ]
+    with pytest.raises(UserError, match="falling: has no version 7; it has 1, 2, 3"):
+        registry_stages.roll_back("falling", "7")
+    with pytest.raises(UserError, match="falling: version 3 is the champion"):
+        registry_stages.roll_back("falling", "3")
+    with pytest.raises(UserError, match="nothing"):
+        registry_stages.roll_back("nothing", None)
+
+
+def test_what_a_killed_registration_left_is_cleared_away_and_an_undecided_version_is_decided(
+    merged: Path, client: mlflow.MlflowClient
+) -> None:
+    first = register(merged, "killed")
+    key = described(client, first).tags["fmn.key"]
+    # As if killed after the version was made and before it was decided on.
+    client.delete_model_version_tag("killed", "1", "promotion")
+    client.delete_registered_model_alias("killed", "champion")
+    again = register(merged, "killed")
+    assert (again.summary, again.computed) == (first.summary, True)
+    assert str(client.get_model_version_by_alias("killed", "champion").version) == "1"
+    # As if killed before there was a version.
+    client.delete_registered_model("killed")
+    register(merged, "killed")
+    experiment = client.get_experiment_by_name("fmn")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], f"tags.`fmn.key` = '{key}'")
+    assert [run.info.status for run in runs] == ["FINISHED"]
+>>>>>>> room-merge
 
 
 def test_the_files_of_a_local_store_lie_beside_it(

@@ -1,0 +1,272 @@
+"""The stages merge and realign: what they write, when they compute again, what they refuse."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from fmn.errors import UserError
+from fmn.merge import heads
+from fmn.merge.recipe import Recipe, SearchedCoefficients, read_recipe
+from fmn.merge.stages import MergeSettings, RealignSettings, merge, realign
+from fmn.models import checkpoints
+from fmn.store import artifacts
+from fmn.store.stage import Outcome, check_intact, read_sidecar, write_record
+from fmn.tasks.dataset import read
+from fmn.tasks.task import task
+from tests.conftest import TASKS
+
+AVERAGE = MergeSettings(method="average")
+SETTINGS = RealignSettings(texts=40, device="cpu")
+
+
+@pytest.fixture
+def work(tiny_work: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny work folder that a test may change."""
+    return Path(shutil.copytree(tiny_work, tmp_path / "work"))
+
+
+def experts(work: Path) -> dict[str, Path]:
+    return {name: work / "experts" / name for name in TASKS}
+
+
+def merged(work: Path, settings: MergeSettings = AVERAGE, **options: Any) -> Outcome[Recipe]:
+    arguments: dict[str, Any] = {
+        "experts": experts(work),
+        "fisher": {name: work / "fisher" / f"{name}.parquet" for name in TASKS},
+        "base": work / "base",
+        "out": work / "merged",
+    }
+    return merge(**{**arguments, **options}, settings=settings)
+
+
+def realigned(work: Path, settings: RealignSettings = SETTINGS) -> Outcome[Recipe]:
+    return realign(
+        work / "merged",
+        experts=experts(work),
+        data=work / "data",
+        out=work / "realigned",
+        settings=settings,
+    )
+
+
+def test_the_merged_model_says_where_it_comes_from_and_what_its_files_were(work: Path) -> None:
+    recipe = merged(work, MergeSettings()).summary
+    assert recipe == read_recipe(work / "merged")
+    assert recipe.tasks == sorted(TASKS)
+    expert, fisher = recipe.experts["mrpc"], recipe.fisher["mrpc"]
+    assert expert.digest == artifacts.digest_folder(work / "experts" / "mrpc")
+    assert (expert.settings["epochs"], expert.settings["examples"]) == (1, 64)
+    assert recipe.base is not None
+    assert recipe.base.digest == artifacts.digest_folder(work / "base")
+    assert fisher.digest == artifacts.digest_file(work / "fisher" / "mrpc.parquet")
+    assert (fisher.estimator, fisher.samples) == ("empirical", 32)
+    assert (recipe.method, recipe.mapping) == ("mask-fisher", "structured")
+    assert recipe.labels["sst2"].order == [0, 1]
+    sidecar = read_sidecar(work / "merged")
+    assert sidecar is not None
+    assert sidecar.files == artifacts.digest_files(work / "merged")
+    assert "`fmn report` writes" in (work / "merged" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "damaged", ["merge.json", "encoder/model.safetensors", "tasks/sst2/config.json"]
+)
+def test_a_damaged_model_is_named_and_made_again_with_the_same_bytes(
+    work: Path, damaged: str
+) -> None:
+    merged(work)
+    path = work / "merged" / damaged
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(UserError, match="not what was written there"):
+        check_intact(work / "merged")
+    assert merged(work).computed
+    assert path.read_bytes() == before
+    assert not merged(work).computed
+
+
+def test_a_merge_depends_only_on_what_its_method_uses(work: Path) -> None:
+    assert merged(work).computed
+    plain = MergeSettings(method="average", mapping="paper", density=0.1, seed=3)
+    assert not merged(work, plain, fisher={}).computed
+    assert merged(work, MergeSettings(method="average", scale=0.9)).computed
+    assert merged(work, MergeSettings(mapping="paper")).computed
+
+
+def _swap_fisher(work: Path) -> None:
+    shutil.copyfile(work / "fisher" / "sst2.parquet", work / "fisher" / "mrpc.parquet")
+
+
+def _another_expert(work: Path) -> None:
+    path = work / "experts" / "mrpc" / "model.safetensors"
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(path).items()}, path)
+    (work / "experts" / "mrpc" / "fmn.json").unlink()
+
+
+def _damaged_expert(work: Path) -> None:
+    with (work / "experts" / "mrpc" / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+
+
+def _no_fisher(work: Path) -> None:
+    (work / "fisher" / "mrpc.parquet").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_swap_fisher, r"mrpc\.parquet: of task sst2, given for mrpc"),
+        (_another_expert, r"mrpc\.parquet: of another checkpoint than the expert of mrpc"),
+        (_damaged_expert, "not what was written there"),
+        (_no_fisher, r"mrpc\.parquet: no such file"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_merged(
+    work: Path, change: Callable[[Path], None], message: str
+) -> None:
+    change(work)
+    with pytest.raises(UserError, match=message):
+        merged(work, MergeSettings())
+    assert not (work / "merged").exists()
+    with pytest.raises(UserError, match=r"--fisher mrpc=FILE is missing: .* `fmn fisher` makes it"):
+        merged(work, MergeSettings(), fisher={})
+
+
+@pytest.mark.parametrize(
+    "out",
+    ["experts", "experts/mrpc", "experts/mrpc/merged", "fisher/mrpc.parquet", "base", "notes", "."],
+)
+def test_nothing_that_is_read_or_was_not_made_here_is_replaced(
+    work: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (work / "notes").mkdir()
+    (work / "notes" / "thesis.txt").write_text("years of work")
+    monkeypatch.chdir(work)
+    before = artifacts.digest_files(work)
+    with pytest.raises(UserError, match="--out"):
+        merged(work, MergeSettings(), out=Path(out))
+    assert artifacts.digest_files(work) == before
+
+
+def test_coefficients_of_a_search_are_taken_for_the_merge_they_are_for(work: Path) -> None:
+    digests = {name: artifacts.digest_folder(path) for name, path in experts(work).items()}
+    searched = SearchedCoefficients(
+        coefficients={"sst2": 0.1, "mrpc": 1 / 3, "stsb": 2.0},
+        scale=0.9,
+        score=0.5,
+        uniform=0.4,
+        experts=digests,
+        merge=AVERAGE.used("coefficient", "scale"),
+    )
+    write_record(work / "found.json", searched)
+    recipe = merged(work, coefficients=work / "found.json").summary
+    assert (recipe.coefficients, recipe.scale) == (searched.coefficients, 0.9)
+    assert recipe.search is not None
+    assert recipe.search.score == 0.5
+    for settings, message in (
+        (MergeSettings(), "of a merge with another "),
+        (MergeSettings(method="average", scale=1.0), "leave out --coefficient and --scale"),
+    ):
+        with pytest.raises(UserError, match=message):
+            merged(work, settings, coefficients=work / "found.json")
+    other = searched.model_copy(update={"experts": {**digests, "sst2": "0"}})
+    write_record(work / "found.json", other)
+    with pytest.raises(UserError, match=r"found\.json: of other experts than these \(see sst2\)"):
+        merged(work, coefficients=work / "found.json")
+
+
+@pytest.mark.parametrize("coefficient", ["sst2=x", "sst2=nan", "sst2=-1", "sst2", "sst2=1 sst2=2"])
+def test_coefficients_that_are_no_numbers_are_refused(coefficient: str) -> None:
+    with pytest.raises(ValidationError, match="sst2"):
+        MergeSettings(coefficient=coefficient.split())
+
+
+def test_the_last_map_of_every_head_alone_is_new_and_the_encoder_is_on_the_disk_once(
+    work: Path,
+) -> None:
+    merged(work)
+    before = artifacts.digest_files(work / "merged")
+    recipe = realigned(work).summary
+    assert artifacts.digest_files(work / "merged") == before
+    check_intact(work / "realigned")
+    after = artifacts.digest_files(work / "realigned")
+    changed = {name for name in after if after[name] != before[name]}
+    new = {f"tasks/{name}/model-00002-of-00002.safetensors" for name in TASKS}
+    assert changed == {"merge.json", *new}
+    encoder = work / "realigned" / "encoder" / "model.safetensors"
+    assert encoder.samefile(work / "merged" / "encoder" / "model.safetensors")
+    assert recipe.realign is not None
+    assert recipe.realign.merged == artifacts.digest_folder(work / "merged")
+    assert recipe.experts == read_recipe(work / "merged").experts
+    assert "re-aligned" in (work / "realigned" / "README.md").read_text()
+    for name in TASKS:
+        old, model = (
+            checkpoints.load_classifier(work / folder / "tasks" / name)
+            for folder in ("merged", "realigned")
+        )
+        tensors, path = model.state_dict(), heads.last_linear(old)
+        differing = {
+            key for key, tensor in old.state_dict().items() if not torch.equal(tensor, tensors[key])
+        }
+        assert differing == {f"{path}.weight", f"{path}.bias"}
+        fit = recipe.realign.tasks[name]
+        assert fit.after is not None
+        assert (fit.texts, fit.ridge > 0, fit.after < fit.before) == (40, True, True)
+
+
+def test_heads_are_re_aligned_again_only_when_something_they_depend_on_changed(work: Path) -> None:
+    merged(work)
+    assert (realigned(work).computed, realigned(work).computed) == (True, False)
+    assert realigned(work, SETTINGS.model_copy(update={"texts": 30})).computed
+    merged(work, MergeSettings(method="average", coefficient=["sst2=2"]))
+    assert realigned(work).computed
+
+
+def _shuffled(table: pa.Table) -> pa.Table:
+    labels = np.roll(table["label"].to_numpy(), 1)
+    return table.set_column(table.column_names.index("label"), "label", pa.array(labels))
+
+
+@pytest.mark.parametrize("change", [_shuffled, lambda table: table.drop_columns(["label"])])
+def test_labels_are_never_read(work: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    merged(work)
+    realigned(work)
+    first = artifacts.digest_files(work / "realigned" / "tasks")
+    for name in TASKS:
+        table = change(read(work / "data", task(name), "train"))
+        pq.write_table(table, work / "data" / name / "train.parquet")
+    assert realigned(work).computed
+    assert artifacts.digest_files(work / "realigned" / "tasks") == first
+
+
+def test_an_encoder_that_is_the_experts_own_leaves_its_head_as_it_is(work: Path) -> None:
+    alone = {"mrpc": experts(work)["mrpc"]}
+    merged(work, experts=alone)
+    realign(work / "merged", experts=alone, data=work / "data", out=work / "r", settings=SETTINGS)
+    first, second = (artifacts.digest_files(work / name / "tasks") for name in ("merged", "r"))
+    assert first == second
+
+
+def test_other_experts_than_those_that_were_merged_are_refused(work: Path) -> None:
+    merged(work)
+    arguments: dict[str, Any] = {"data": work / "data", "out": work / "more", "settings": SETTINGS}
+    other = {**experts(work), "sst2": work / "experts" / "mrpc"}
+    with pytest.raises(UserError, match=r"expert sst2: .* is not what .*merged was merged from"):
+        realign(work / "merged", experts=other, **arguments)
+    del other["stsb"], other["sst2"]
+    with pytest.raises(UserError, match="--expert sst2=DIR is missing"):
+        realign(work / "merged", experts=other, **arguments)
+    realigned(work)
+    with pytest.raises(UserError, match="re-aligned already"):
+        realign(work / "realigned", experts=experts(work), **arguments)
+    with pytest.raises(UserError, match="--out"):
+        realign(work / "merged", experts=experts(work), **{**arguments, "out": work / "data"})
