@@ -58,7 +58,6 @@ def versions() -> str:
     import flows
     import fmn
 
-<<<<<<< HEAD
     packages = [Path(package.__path__[0]) for package in (flows, fmn)]
     files = [file for package in packages for file in artifacts.visible(package).values()]
     code = "".join(artifacts.digest_file(file) for file in files if file.suffix != ".pyc")
@@ -66,77 +65,6 @@ def versions() -> str:
     digest = artifacts.digest_bytes(code.encode())[:12]
     # A build for GPUs, such as 2.13.0+cu130, counts as the same.
     return re.sub(r"\+\w+", "", f"fmn {fmn.__version__} {digest}, {', '.join(libraries)}")
-=======
-    files = [
-        path for package in (flows, fmn) for path in sorted(Path(package.__path__[0]).rglob("*.py"))
-    ]
-    digest = artifacts.digest_bytes("".join(map(artifacts.digest_file, files)).encode())
-    found = {"fmn": f"{fmn.__version__} ({digest[:12]})"}
-    for name in ("torch", "transformers", "tokenizers"):
-        try:
-            found[name] = version(name).partition("+")[0]  # a build for GPUs computes alike
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found
-
-
-def request(
-    stage_name: str, function: Callable[..., Outcome], arguments: Mapping[str, Any]
-) -> tuple[Request, Any]:
-    """What a worker is to run for a stage's arguments, and where its inputs lie here: (folder, tree) of each."""
-    trees: dict[str, tuple[Path, Tree]] = {}
-
-    def travelling(name: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: travelling(name, one) for key, one in value.items()}
-        if not isinstance(value, Path):
-            return value
-        files = storage.tree(value, _tasks(arguments) if name == "folder" else ())
-        digest = storage.digest(files)
-        trees[digest] = (value.parent if value.is_file() else value, files)
-        return Input(digest, value.name if value.is_file() else "")
-
-    sent = {name: travelling(name, value) for name, value in arguments.items() if name != "out"}
-    settings = sent.get("settings")
-    if isinstance(settings, FisherSettings):
-        sent["settings"] = settings.model_copy(
-            update={"workers": 1}
-        )  # a worker of the cluster has one GPU
-    threads = int(os.environ.get("FMN_THREADS", "1"))
-    out = arguments["out"].name  # that of another output would not fit
-    described = {
-        "stage": stage_name,
-        "out": out,
-        "arguments": _plain(sent),
-        "code": code(),
-        "threads": threads,
-    }
-    digest = artifacts.digest_bytes(artifacts.canonical(described))
-    by_digest = {digest: files for digest, (_, files) in trees.items()}
-    asked = Request(stage_name, function, sent, out, by_digest, code(), threads, digest)
-    return asked, list(trees.values())
-
-
-def _tasks(arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """The tasks whose data a stage reads."""
-    if "task" in arguments:
-        return (arguments["task"],)
-    named = (
-        arguments.get("names")
-        or arguments.get("experts")
-        or recipe.read_recipe(arguments["model"]).tasks
-    )
-    return tuple(named)
-
-
-def _plain(value: Any) -> Any:
-    """A request's arguments as JSON has them, without what their results do not depend on."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", exclude={"device", "workers"})
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
->>>>>>> room-merge
 
 
 @contextmanager

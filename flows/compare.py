@@ -10,8 +10,8 @@ from prefect import flow
 
 from flows import cluster, graph, notices, pages
 from flows.graph import Node
-from flows.pipeline import RUNNER, Outcomes, run_nodes
 from flows.pages import server_answers
+from flows.pipeline import RUNNER, Outcomes, run_nodes
 from fmn import params
 from fmn.errors import UserError
 from fmn.experiments import grid

@@ -63,7 +63,7 @@ class Storage:
                 if "file" not in self._system.protocol:  # object stores write whole files
                     self._system.put_file(str(folder / name), place)
                     continue
-                with artifacts.whole_file(Path(place)) as partial:
+                with artifacts.atomic_file(Path(place)) as partial:
                     shutil.copyfile(folder / name, partial)
 
     def get(self, folder: Path, digests: Digests) -> None:

@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["fmn"]):
     from fmn.merge import recipe
     from fmn.models import headers
     from fmn.store import artifacts
-    from fmn.store.records import Metrics
+    from fmn.evaluate.files import Metrics
     from fmn.store.stage import read_record, read_sidecar
 
 MEMORY = Path("/dev/shm")  # noqa: S108
@@ -27,7 +27,7 @@ FOLDER = Path(tempfile.mkdtemp(prefix="fuzz", dir=MEMORY if MEMORY.is_dir() else
 NAMES = (
     headers.WEIGHTS,
     headers.INDEX,
-    artifacts.MANIFEST,
+    artifacts.SIDECAR,
     "metrics.json",
     recipe.RECIPE,
     headers.WEIGHTS,

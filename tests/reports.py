@@ -9,7 +9,10 @@ from fmn.evaluate import bootstrap
 from fmn.evaluate.bootstrap import METRICS, Answers
 from fmn.fisher.architectures import NodeValues, Site
 from fmn.report.results import Cost, Evaluated, Report, tabulate
-from fmn.store.records import Cell, Metrics, Recipe, parse_record
+from fmn.store.records import parse_record
+from fmn.experiments.files import Cell
+from fmn.evaluate.files import Metrics
+from fmn.merge.recipe import Recipe
 from fmn.tasks import task as tasks
 from fmn.tasks.task import Task
 

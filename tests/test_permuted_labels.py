@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
+from fmn.fisher import files as fisher_files
+from fmn.evaluate import files as evaluate_files
 from fmn.errors import UserError
 from fmn.evaluate import stages as evaluate_stages
 from fmn.evaluate.stages import EvaluateSettings
@@ -86,7 +88,7 @@ def test_the_scores_are_the_same(work: Path, tmp_path: Path, expert: str) -> Non
     for name in ("plain", expert):
         out = tmp_path / f"{name}.json"
         evaluate_stages.evaluate(work / name, ["mnli"], work / "data", out, EVALUATE)
-        predictions.append(artifacts.read_predictions(out)["mnli"])
+        predictions.append(evaluate_files.read_predictions(out)["mnli"])
     for split, answers in predictions[0].items():
         assert (answers.predicted == answers.labels).mean() > 0.7
         np.testing.assert_array_equal(predictions[1][split].predicted, answers.predicted)
@@ -100,7 +102,7 @@ def test_the_fisher_is_the_same(work: Path, tmp_path: Path, estimator: Estimator
     values = {}
     for name in ("plain", "named", "unnamed"):
         fisher(work, name, tmp_path / f"{name}.parquet", estimator)
-        values[name], _, metadata = artifacts.read_fisher(tmp_path / f"{name}.parquet")
+        values[name], _, metadata = fisher_files.read_fisher(tmp_path / f"{name}.parquet")
         assert metadata["labels"]["mnli"]["order"] == ([0, 1, 2] if name == "plain" else ORDER)
     for site, nodes in values["plain"].items():
         for name in ("named", "unnamed"):
@@ -122,7 +124,7 @@ def test_the_merged_model_is_the_same(work: Path, tmp_path: Path, method: str) -
         ).summary
         assert recipe["labels"]["mnli"]["order"] == ([0, 1, 2] if name == "plain" else ORDER)
         evaluate_stages.evaluate(out, [], work / "data", tmp_path / f"{name}.json", EVALUATE)
-        predictions[name] = artifacts.read_predictions(tmp_path / f"{name}.json")
+        predictions[name] = evaluate_files.read_predictions(tmp_path / f"{name}.json")
         # Plain Transformers reads it right, with none of our code.
         ask = pipeline("text-classification", model=str(out / "tasks" / "mnli"), device="cpu")
         pairs = [("the film was long", f"it was {word} film") for word in WORDS]

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from fmn.evaluate import files as evaluate_files
 from fmn.errors import UserError
 from fmn.evaluate import bootstrap as intervals
 from fmn.evaluate import stages as evaluate_stages
@@ -15,6 +17,7 @@ from fmn.fisher import stages as fisher_stages
 from fmn.merge import stages as merge_stages
 from fmn.merge.stages import MergeSettings
 from fmn.models import stages as models_stages
+from fmn.models.stages import FinetuneSettings
 from fmn.registry import stages as registry_stages
 from fmn.registry.stages import RegistrySettings
 from fmn.report import stages as report_stages
@@ -45,11 +48,11 @@ def fisher_files(work: Path) -> dict[str, Path]:
 
 def merge(work: Path, settings: MergeSettings | None = None) -> Outcome:
     return merge_stages.merge(
-        experts=experts(work),
-        fisher=fisher_files(work),
-        base=work / "base",
-        out=work / "merged",
-        settings=settings or MergeSettings(),
+        experts(work),
+        fisher_files(work),
+        work / "base",
+        work / "merged",
+        settings or MergeSettings(),
     )
 
 
@@ -128,7 +131,6 @@ def test_a_new_setting_makes_what_depends_on_it_again(work: Path) -> None:
     )
 
 
-<<<<<<< HEAD
 def test_the_method_average_depends_neither_on_fisher_nor_on_mapping(work: Path) -> None:
     settings = MergeSettings(method="average", mapping="structured")
     assert merge(work, settings).computed
@@ -150,22 +152,6 @@ def test_the_merged_model_says_where_it_comes_from(work: Path) -> None:
     assert recipe["fisher"]["mrpc"]["digest"] == artifacts.digest_file(fisher_files(work)["mrpc"])
     assert (recipe["method"], recipe["mapping"]) == ("mask-fisher", "structured")
     assert "mrpc" in (work / "merged" / "README.md").read_text()
-=======
-def test_the_fisher_artifact_says_what_it_was_made_of(work: Path) -> None:
-    fisher, stderr, stated = artifacts.read_fisher(fisher_files(work)["mrpc"])
-    assert (stated["task"], stated["estimator"], stated["samples"], stated["seed"]) == (
-        "mrpc",
-        "empirical",
-        32,
-        0,
-    )
-    assert (stated["layers"], stated["heads"], stated["neurons"]) == (2, 4, 24)
-    assert stated["checkpoint"]["digest"] == artifacts.digest_folder(work / "experts" / "mrpc")
-    assert stderr is not None
-    assert {site: len(nodes) for site, nodes in fisher.items()} == {
-        site: len(nodes) for site, nodes in stderr.items()
-    }
->>>>>>> room-merge
 
 
 def test_evaluation_puts_the_metrics_into_the_model_card(work: Path) -> None:
@@ -196,7 +182,7 @@ def test_every_metric_has_its_interval_and_the_predictions_lie_beside(work: Path
             assert low <= entry[metric] <= high
     low, high = metrics["interval"]
     assert low < metrics["score"] < high
-    predictions = artifacts.read_predictions(work / "merged.json")
+    predictions = evaluate_files.read_predictions(work / "merged.json")
     for name, splits in predictions.items():
         assert intervals.score(tasks.task(name), splits) == pytest.approx(
             metrics["tasks"][name]["score"]
@@ -210,16 +196,16 @@ def test_every_metric_has_its_interval_and_the_predictions_lie_beside(work: Path
     )
     shutil.move(work / "other.predictions.parquet", work / "merged.predictions.parquet")
     with pytest.raises(UserError, match="not the predictions"):
-        artifacts.read_predictions(work / "merged.json")
+        evaluate_files.read_predictions(work / "merged.json")
 
 
 def test_lost_predictions_are_made_again(work: Path) -> None:
     expert, out = work / "experts" / "stsb", work / "stsb.json"
     evaluate_stages.evaluate(expert, ["stsb"], work / "data", out, EVALUATE)
-    before = [path.read_bytes() for path in (out, artifacts.predictions_file(out))]
-    artifacts.predictions_file(out).unlink()
+    before = [path.read_bytes() for path in (out, evaluate_files.predictions_path(out))]
+    evaluate_files.predictions_path(out).unlink()
     assert evaluate_stages.evaluate(expert, ["stsb"], work / "data", out, EVALUATE).computed
-    assert [path.read_bytes() for path in (out, artifacts.predictions_file(out))] == before
+    assert [path.read_bytes() for path in (out, evaluate_files.predictions_path(out))] == before
 
 
 def test_mnli_is_scored_on_both_splits(work: Path, tmp_path: Path) -> None:
@@ -249,7 +235,6 @@ def test_data_are_not_read_from_an_address(tmp_path: Path) -> None:
         tasks_stages.prepare("sst2", tmp_path / "sst2", settings)
 
 
-<<<<<<< HEAD
 def _swap_fisher(work: Path) -> None:
     shutil.copyfile(fisher_files(work)["sst2"], fisher_files(work)["mrpc"])
     sidecar_path(fisher_files(work)["mrpc"]).unlink()
@@ -288,8 +273,6 @@ def test_what_does_not_belong_together_is_not_merged(work: Path, change: object,
     assert not (work / "merged").exists()
 
 
-=======
->>>>>>> room-merge
 def test_a_model_that_is_not_merged_needs_a_task(work: Path) -> None:
     with pytest.raises(UserError, match="--task"):
         evaluate_stages.evaluate(
@@ -313,7 +296,6 @@ def test_predict_answers_in_the_tasks_own_words(work: Path) -> None:
         models_stages.predict(work / "merged", "rte", "one text", "another")
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     "out",
     ["experts", "experts/mrpc", "experts/mrpc/merged", "fisher/mrpc.parquet", "base", "notes", "."],
@@ -330,71 +312,6 @@ def test_nothing_that_is_read_or_was_not_made_here_is_replaced(
             experts(work), fisher_files(work), work / "base", Path(out), MergeSettings()
         )
     assert artifacts.digest_files(work) == before
-=======
-def test_all_estimators_have_artifacts_of_their_own(work: Path) -> None:
-    out = work / "f.parquet"
-    expert = work / "experts" / "sst2"
-    for estimator in ("empirical", "expected", "sampled", "batch"):
-        settings = FisherSettings(estimator=estimator, samples=32, device="cpu", dtype="float32")
-        assert fisher_stages.fisher(expert, "sst2", work / "data", out, settings).computed
-        _, stderr, stated = artifacts.read_fisher(out)
-        assert stated["estimator"] == estimator
-        assert (stderr is None) == (estimator == "batch")
-
-
-def test_a_killed_fisher_run_goes_on_and_gives_the_same_bytes(work: Path) -> None:
-    expert, data, whole, killed = (
-        work / "experts" / "sst2",
-        work / "data",
-        work / "whole.parquet",
-        work / "killed.parquet",
-    )
-    settings = FisherSettings(samples="all", device="cpu", dtype="float32")
-    fisher_stages.fisher(expert, "sst2", data, whole, settings)
-    code = (
-        "import sys; from pathlib import Path; from fmn.fisher import stages as fisher_stages\n"
-        "from fmn.fisher.stages import FisherSettings\n"
-        "settings = FisherSettings(samples='all', device='cpu', dtype='float32')\n"
-        "expert, data, out = map(Path, sys.argv[1:])\n"
-        "fisher_stages.fisher(expert, 'sst2', data, out, settings, lambda done, total: print(done, flush=True), 0.0)\n"
-    )
-    command = [sys.executable, "-c", code, str(expert), str(data), str(killed)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        seen = [int(next(process.stdout)) for _ in range(4)][-1]
-        process.kill()
-    assert not killed.exists()
-    reported: list[int] = []
-    fisher_stages.fisher(
-        expert, "sst2", data, killed, settings, lambda done, total: reported.append(done)
-    )
-    assert reported[0] >= seen, (
-        "finished batches are not repeated"
-    )  # the last one seen may not have been saved
-    assert killed.read_bytes() == whole.read_bytes()
-    assert not [path for path in work.iterdir() if "partial" in path.name]
-
-
-@pytest.mark.parametrize("estimator", ["empirical", "batch"])
-def test_workers_share_the_examples_and_change_nothing_but_rounding(
-    work: Path, estimator: Estimator
-) -> None:
-    expert, data = work / "experts" / "sst2", work / "data"
-    found = []
-    for workers in (1, 3):
-        out = work / f"{workers}.parquet"
-        settings = FisherSettings(
-            estimator=estimator, samples=200, workers=workers, device="cpu", dtype="float32"
-        )
-        fisher_stages.fisher(expert, "sst2", data, out, settings)
-        found.append(artifacts.read_fisher(out))
-        assert not [path for path in work.iterdir() if "partial" in path.name]
-    (one, _, said), (three, _, also) = found
-    assert said["samples"] == also["samples"] == 200
-    assert said["key"] == also["key"], "the number of workers is no part of what is asked"
-    for site, nodes in one.items():
-        np.testing.assert_allclose(three[site], nodes, rtol=1e-5)
->>>>>>> room-merge
 
 
 def test_a_file_that_was_not_made_here_is_not_replaced(work: Path) -> None:
@@ -415,6 +332,20 @@ def test_metrics_of_another_model_are_not_registered(work: Path) -> None:
             registry_stages.register(
                 work / "merged", work / metrics, None, None, RegistrySettings(name="demo")
             )
+
+
+def test_a_part_of_the_tasks_does_not_change_the_card_and_a_lost_card_comes_back(
+    work: Path,
+) -> None:
+    merge(work)
+    evaluate_stages.evaluate(work / "merged", [], work / "data", work / "merged.json", EVALUATE)
+    card = work / "merged" / "README.md"
+    before = card.read_text()
+    evaluate_stages.evaluate(work / "merged", ["sst2"], work / "data", work / "part.json", EVALUATE)
+    assert card.read_text() == before
+    card.unlink()
+    assert not merge(work).computed
+    assert card.is_file()
 
 
 def test_a_report_tells_how_models_were_merged_and_what_the_stages_took(work: Path) -> None:

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmn.evaluate.metrics import Splits, score_splits, scores
-from fmn.tasks import task as tasks
-from fmn.tasks.task import Task
+from fmn.tasks.task import Task, get_task
 
 RESAMPLES = 1000
 _CHUNK = 1 << 20  # weights in memory at a time
@@ -70,7 +69,7 @@ def draws(
 ) -> dict[str, np.ndarray]:
     """A model's score in each resample, [resamples], by task."""
     return {
-        name: resampled(tasks.task(name), splits, resamples=resamples, seed=seed)["score"]
+        name: resampled(get_task(name), splits, resamples=resamples, seed=seed)["score"]
         for name, splits in answers.items()
     }
 
@@ -105,7 +104,7 @@ def compare(
     left, right = drawn or (draws(m, resamples=resamples, seed=seed) for m in (first, second))
     differences = macro({name: left[name] - right[name] for name in first})
     means = [
-        np.mean([score_splits(tasks.task(name), splits)["score"] for name, splits in each.items()])
+        np.mean([score_splits(get_task(name), splits)["score"] for name, splits in each.items()])
         for each in (first, second)
     ]
     tail = min((differences <= 0).sum(), (differences >= 0).sum())

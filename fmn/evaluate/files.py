@@ -8,7 +8,8 @@ from pydantic import ConfigDict, Field
 
 from fmn.errors import UserError
 from fmn.evaluate.metrics import Answers, Splits
-from fmn.store.records import Labels, Record
+from fmn.models.labels import Labels
+from fmn.store.records import Record
 from fmn.store.stage import check_intact, read_record
 
 Interval = tuple[float, float]
@@ -35,9 +36,9 @@ class TaskRows(Record):
     """The rows that a task's metrics are of: digest by split, and where they come from."""
 
     splits: dict[str, str]
-    source: str = ""
-    revision: str = ""
-    seed: str = ""
+    source: str = "a folder"
+    revision: str | None = None
+    seed: int | None = None
 
 
 class Metrics(Record):

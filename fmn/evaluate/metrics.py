@@ -57,7 +57,7 @@ def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float
     Correlations lie between -1 and 1, and are 0 where a side is constant; other metrics between 0
     and 1.
 
-    >>> score(task("mrpc"), np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 1]))
+    >>> score(get_task("mrpc"), np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 1]))
     {'accuracy': 1.0, 'f1': 1.0, 'score': 1.0}
     """
     return score_splits(task, {task.validation[0]: answers(task, logits, labels)})

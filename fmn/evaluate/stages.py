@@ -16,9 +16,9 @@ from fmn.models.stages import Device, Dtype
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage, write_record
 from fmn.tasks import dataset
-from fmn.tasks.task import task as get_task
+from fmn.tasks.task import get_task
 
-VERSION = 4
+EVALUATE = 4
 
 
 class EvaluateSettings(Settings):
@@ -53,19 +53,17 @@ def evaluate(
     Raises:
         UserError: the model has no such task, its rows are missing, or its labels cannot be told.
     """
-<<<<<<< HEAD
     checkpoints = _checkpoints(model, tasks)
     # The outputs of a merged model are named; those of an expert may take training rows to name.
     label_data = None if recipe.is_merged(model) else data
-    reads: dict[str, Path | str] = {"model": model}
+    reads: dict[str, Path | list[Path]] = {"model": model}
     for name, checkpoint in checkpoints.items():
         task = get_task(name)
         splits = dataset.validation_splits(data, task)
         is_named = label_data is None or labels.by_names(task, labels.output_names(checkpoint))
-        if not is_named and dataset.has(data, task, "train"):
+        if not is_named and dataset.has_split(data, task, "train"):
             splits = (*splits, "train")
-        digests = dataset.digests(data, task, splits)
-        reads |= {f"{name} {split}": digest for split, digest in digests.items()}
+        reads |= {f"{name} {split}": dataset.split_files(data, task, split) for split in splits}
 
     def compute(job: Job) -> None:
         aligned, predictions, rows = {}, {}, {}
@@ -74,107 +72,29 @@ def evaluate(
             aligned[name] = labels.decide(checkpoint, task, label_data, settings.device)
             predictions[name] = _predict(name, checkpoint, aligned[name], data, settings, progress)
             digests = {split: job.inputs[f"{name} {split}"] for split in predictions[name]}
-            rows[name] = {**dataset.origin(data, task), "splits": digests}
+            info = dataset.read_data_info(data, task)
+            origin = info.model_dump(include={"source", "revision", "seed"}) if info else {}
+            rows[name] = {**origin, "splits": digests}
         files.write_predictions(files.predictions_path(job.path), predictions)
         known = {"model": job.inputs["model"], "labels": aligned, "data": rows}
         write_record(job.path, Metrics.model_validate({**known, **_scores(predictions)}))
 
     described, summary = {"evaluate": settings}, files.read_metrics
     return run_stage(
-        "evaluate", VERSION, out, compute, reads=reads, settings=described, summary=summary
-=======
-    predictions = artifacts.predictions_file(out)
-    for path in (out, predictions):
-        stage.apart(path, [model, folder])
-    artifacts.check_replaceable(predictions)
-    is_merged = recipe.is_merged(model)
-    if is_merged:
-        stage.check_intact(model)
-        digest = artifacts.digest_file(model / recipe.RECIPE)
-    else:
-        digest = artifacts.digest_folder(model)
-    chosen = list(names) or (recipe.read_recipe(model).tasks if is_merged else [])
-    if not chosen:
-        raise UserError(f"{model}: not a merged model, so say which task it is for: --task TASK")
-    found = {name: tasks.task(name) for name in chosen}
-    inputs = {"model": digest}
-    splits, origins = {}, {}
-    for name, task in found.items():
-        digests = data.digests(folder, task, data.validation_splits(folder, task))
-        splits[name] = list(digests)
-        origins[name] = {**data.origin(folder, task), "splits": dict(digests)}
-        # Outputs without a name that means something are told apart by the training split.
-        if (
-            not is_merged
-            and not labels.by_names(task, labels.output_names(model))
-            and data.has(folder, task, "train")
-        ):
-            digests |= data.digests(folder, task, ["train"])
-        inputs |= {f"{name} {split}": value for split, value in digests.items()}
-    key = artifacts.content_key(
-        "evaluate", EVALUATE, settings.model_dump(exclude={"device"}), inputs
->>>>>>> room-merge
+        "evaluate", EVALUATE, out, compute, reads=reads, settings=described, summary=summary
     )
 
 
-<<<<<<< HEAD
 def _checkpoints(model: Path, tasks: Sequence[str]) -> dict[str, Path]:
     """The folders to evaluate, by task; an expert is one and the same for all."""
     if not recipe.is_merged(model):
         if not tasks:
             raise UserError(f"{model}: not a merged model; say which task it is for, --task TASK")
         return dict.fromkeys(tasks, model)
-    known: list[str] = recipe.read_recipe(model)["tasks"]
+    known = recipe.read_recipe(model).tasks
     if unknown := [name for name in tasks if name not in known]:
         raise UserError(f"{model}: no task {unknown[0]!r} in it; it has {', '.join(known)}")
     return {name: model / "tasks" / name for name in tasks or known}
-=======
-        entries, given, aligned = {}, {}, {}
-        for name, task in found.items():
-            checkpoint = recipe.task_folder(model, name) if is_merged else model
-            # What a merged model's outputs mean was decided when it was merged, and its configuration says it.
-            aligned[name] = labels.decide(
-                checkpoint, task, None if is_merged else folder, settings.device
-            )
-            tables = {split: data.read(folder, task, split) for split in splits[name]}
-            entries[name], given[name] = _scores(
-                checkpoint, task, aligned[name], tables, settings, progress
-            )
-        draws = {name: intervals.resampled(task, given[name]) for name, task in found.items()}
-        for name, values in draws.items():
-            entries[name]["interval"] = {
-                metric: intervals.interval(values[metric]) for metric in values
-            }
-        artifacts.write_predictions(predictions, given)
-        content = {
-            "model": digest,
-            "tasks": entries,
-            "score": sum(entry["score"] for entry in entries.values()) / len(entries),
-            "interval": intervals.interval(
-                intervals.macro({name: values["score"] for name, values in draws.items()})
-            ),
-            "predictions": artifacts.digest_file(predictions),
-            "labels": aligned,
-            "data": origins,
-        }
-        if is_merged and (realigned := recipe.read_recipe(model).realign):
-            content["realigned from"] = realigned.merged
-        artifacts.write_json(out, "evaluate", key, content)
-
-    def current() -> bool:
-        if not (artifacts.json_is_current(out, key) and predictions.is_file()):
-            return False
-        return bool(artifacts.read_json(out)["predictions"] == artifacts.digest_file(predictions))
-
-    outcome = stage.run("evaluate", out, current, make, lambda: artifacts.read_json(out))
-    if is_merged and set(chosen) == set(recipe.read_recipe(model).tasks):
-        card.write(
-            model,
-            outcome.summary,
-            {name: data.stated(folder, task) for name, task in found.items()},
-        )
-    return outcome
->>>>>>> room-merge
 
 
 def _predict(
@@ -194,7 +114,7 @@ def _predict(
     how: dict[str, Any] = {**settings.model_dump(), "progress": progress}
     predictions = {}
     for split in dataset.validation_splits(data, task):
-        examples = dataset.tokenize(tokenizer, task, dataset.read(data, task, split))
+        examples = dataset.tokenize(tokenizer, task, dataset.read_split(data, task, split))
         predictions[split] = answers(task, predict(model, examples, **how), examples.labels)
     return predictions
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmn.store.records import Record
-from fmn.store.stage import read_sidecar
 
 TunedOn = tuple[int | None, int]
 """How many training rows an expert was fine-tuned on (None: all), and the seed that drew them."""
@@ -88,11 +87,3 @@ class Cell(Record):
 
     tasks: dict[str, CellTask]
     seconds: float
-
-
-def tuned_on(expert: Path) -> TunedOn:
-    """What an expert's sidecar says of its fine-tuning; (None, 0) if fmn did not fine-tune it."""
-    sidecar = read_sidecar(expert)
-    if sidecar is None or sidecar.stage != "finetune":
-        return None, 0
-    return int(sidecar.info["examples"]), int(sidecar.info["seed"])

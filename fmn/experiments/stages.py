@@ -3,21 +3,16 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from fmn.errors import UserError
-from fmn.experiments.files import Cell, CellTask, SearchResult, Source, TaskTrials, tuned_on
+from fmn.experiments.files import Cell, CellTask, SearchResult, Source, TaskTrials
 from fmn.fisher.stages import Estimator
-<<<<<<< HEAD
-from fmn.merge.stages import MergeSettings, RefitSettings, _described, _Inputs, _inputs
-=======
-from fmn.merge.methods import NEEDS
+from fmn.merge.methods import METHODS
 from fmn.merge.stages import MergeSettings, RefitSettings, statistics_files
->>>>>>> room-merge
 from fmn.models import checkpoints
-from fmn.models.provenance import rows_tuned_on
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
 from fmn.store.records import Settings, at_least_one
@@ -31,7 +26,10 @@ from fmn.store.stage import (
     write_record,
 )
 from fmn.tasks import dataset
-from fmn.tasks.task import task as get_task
+from fmn.tasks.task import get_task
+
+if TYPE_CHECKING:
+    from fmn.merge.inputs import Statistics
 
 SEARCH = 3
 COMPARE = 4
@@ -139,19 +137,20 @@ def search(
         UserError: as `merge` does, and where an expert scores zero, to which nothing is relative.
     """
     _check_searchable(experts, base, merging, settings)
-    inputs = _inputs(experts, fisher or {}, gram or {}, base, merging)
+    statistics = fisher or {}, gram or {}
     rows = dict.fromkeys(sorted(experts), ("train", settings.rows))
     described = {
-        "merge": _described(merging, "coefficient"),
+        "merge": merging.used("coefficient"),
         "search": settings.model_dump(mode="json", exclude={*settings.runtime, "trials"}),
-        "tuned on": {task: tuned_on(experts[task]) for task in rows},
+        "tuned on": {task: rows_tuned_on(experts[task]) for task in rows},
     }
 
     def compute(job: Job) -> None:
         sources = _sources(job, experts, data, rows, settings.search_seed, settings)
+        read = _read_statistics(job, experts, merging, statistics)
         study = artifacts.content_key("study", SEARCH, described, job.inputs)
         file = out.with_suffix(".trials.db")
-        result = _search(experts, base, merging, settings, inputs, sources, study, file, progress)
+        result = _search(experts, base, merging, settings, read, sources, study, file, progress)
         write_record(job.path, result)
 
     return run_stage(
@@ -159,7 +158,7 @@ def search(
         SEARCH,
         out,
         compute,
-        reads=_reads(experts, base, data, rows, inputs),
+        reads=_reads(experts, base, data, rows, merging, statistics),
         settings={**described, "trials": settings.trials},
         summary=lambda out: read_record(out, SearchResult),
     )
@@ -170,7 +169,7 @@ def _search(
     base: Path | None,
     merging: MergeSettings,
     settings: SearchSettings,
-    inputs: _Inputs,
+    statistics: "Statistics",
     sources: Mapping[str, Source],
     study: str,
     file: Path,
@@ -180,10 +179,8 @@ def _search(
     from fmn.merge import model as merged
 
     checkpoints.check_experts(experts, base)
-    options = {**inputs.options, **merging.model_dump(exclude={"coefficient"}), "base": base}
-    scale = merged.scale(experts, **options)
-    is_scaled = scale != 1 or settings.scale_range is not None
-    merge = merged.recombiner(experts, is_scaled, **options)
+    scale = merged.scale(experts, merging, base, statistics)
+    merge = merged.merger(experts, merging, base, statistics)
     loaded = {task: trial.load_expert(source) for task, source in sources.items()}
     for task, expert in loaded.items():
         if expert.score <= 0:
@@ -215,9 +212,9 @@ def _search(
             )
             for task, expert in loaded.items()
         },
-        experts=dict(inputs.experts),
+        experts={task: source.digests[0] for task, source in sources.items()},
         rows={task: len(expert.examples) for task, expert in loaded.items()},
-        merge=_described(merging, "coefficient", "scale"),
+        merge=merging.used("coefficient", "scale"),
         trials=trials,
         study=study,
     )
@@ -239,143 +236,6 @@ def _check_searchable(
         raise UserError(
             "--scale-range needs the model that the experts were tuned from; give --base DIR"
         )
-<<<<<<< HEAD
-=======
-    method = NEEDS[merging.method]
-    digests = {task: artifacts.digest_folder(path) for task, path in sorted(experts.items())}
-    files = statistics_files(method, digests, fisher_files, gram_files)
-    read = {f"expert {task}": digest for task, digest in digests.items()}
-    read |= {name: artifacts.digest_file(path) for name, path in files.items()}
-    read |= {"base": artifacts.digest_folder(base)} if base else {}
-    found = {task: tasks.task(task) for task in sorted(experts)}
-    tuned_on = {task: rows_tuned_on(path) for task, path in sorted(experts.items())}
-    described = {
-        "merge": merging.used("coefficient"),
-        **settings.model_dump(exclude={"trials", "experiment", "device"}),
-        "tuned on": {task: list(rows) for task, rows in tuned_on.items()},
-    }
-    rows = {
-        f"data {name}": data.digests(folder, task, ["train"])["train"]
-        for name, task in found.items()
-    }
-    study = artifacts.content_key("search", SEARCH, described, {**read, **rows})
-    key = artifacts.content_key("search", SEARCH, {"study": study, "trials": settings.trials}, {})
-
-    def compute() -> Mapping[str, Any]:
-        from fmn.experiments import search, trial
-        from fmn.merge import model as merged
-        from fmn.registry import tracking as registry
-
-        checkpoints.check_experts(experts, base)
-        from fmn.merge.inputs import read_statistics
-
-        statistics = read_statistics(method, digests, fisher_files, gram_files)
-        scale = merged.scale(experts, merging, base, statistics)
-        encoder = merged.merger(experts, merging, base, statistics)
-        limit = (stage.limit(settings.rows), settings.search_seed, settings.device, settings.dtype)
-        contenders = {
-            name: trial.contender(experts[name], task, folder, "train", *limit, tuned_on[name])
-            for name, task in found.items()
-        }
-        for name, one in contenders.items():
-            if one.score <= 0:
-                raise UserError(
-                    f"expert {name}: scores {one.score:.3f} on {len(one.examples)} rows of its training data, which no"
-                    " merge can be compared with; give more --rows, or a better expert"
-                )
-
-        def attempt(coefficients: Mapping[str, float], scale: float) -> dict[str, float]:
-            return trial.relative_scores(
-                contenders, encoder(coefficients, scale), settings.device, settings.dtype
-            )
-
-        params = {
-            **described["merge"],
-            **settings.model_dump(exclude={"trials", "experiment"}),
-            "scale": scale,
-        }
-
-        def log(done: "Sequence[Trial]") -> None:
-            registry.log_trials(
-                [_metrics(one) for one in done],
-                name=f"search {', '.join(found)}",
-                experiment=settings.experiment,
-                key=study,
-                params={**params, "tasks": ", ".join(found)},
-            )
-            if progress:
-                progress(len(done), settings.trials)
-
-        trials = search.search(
-            attempt, list(found), settings.scale_range, scale=scale, trials=settings.trials,
-            seed=settings.search_seed, file=out.with_name(f".{out.name}.trials"), name=study, report=log,
-        )  # fmt: skip
-        best, uniform = max(trials, key=lambda one: one.score), trials[0]
-        return {
-            "coefficients": best.coefficients,
-            "scale": best.scale,
-            "score": best.score,
-            "uniform": uniform.score,
-            "tasks": {
-                name: {
-                    "expert": one.score,
-                    "uniform": uniform.scores[name],
-                    "found": best.scores[name],
-                }
-                for name, one in contenders.items()
-            },
-            "rows": {name: len(one.examples) for name, one in contenders.items()},
-            "experts": digests,
-            "merge": merging.used("coefficient", "scale"),
-            "trials": [
-                {
-                    "coefficients": one.coefficients,
-                    "scale": one.scale,
-                    "score": one.score,
-                    "tasks": one.scores,
-                }
-                for one in trials
-            ],
-        }
-
-    return stage.run_json("search", out, key, compute)
-
-
-def _metrics(one: "Trial") -> dict[str, float]:
-    """A trial as MLflow shows it."""
-    return {
-        "score": one.score,
-        "scale": one.scale,
-        **{f"coefficient.{name}": value for name, value in one.coefficients.items()},
-        **{f"relative.{name}": value for name, value in one.scores.items()},
-    }
-
-
-@lru_cache(maxsize=16)
-def _contender(_expert: str, _data: str, checkpoint: Path, task: str, *rest: Any) -> "Contender":
-    """`trial.contender`, once a process for the cells that share it; the digests see to it that it is the same."""
-    from fmn.experiments import trial
-
-    return trial.contender(checkpoint, tasks.task(task), *rest)
-
-
-@lru_cache(maxsize=16)
-def _unlabeled(
-    _train: str, contender: tuple[Any, ...], texts: int | None, seed: int
-) -> "tuple[Examples, np.ndarray]":
-    """`trial.unlabeled` and what the expert's head reads of them, once a process; never the rows that it is tried on.
-
-    Args:
-        contender: the arguments of `_contender`.
-    """
-    from fmn.merge import heads
-
-    _, _, checkpoint, _, folder, split, _, _, device, dtype, tuned_on = contender
-    one = _contender(*contender)
-    without = one.rows if split == "train" else ()
-    examples = heads.unlabeled(checkpoint, one.task, folder, texts, seed, tuned_on, without)
-    return examples, heads.features(one.model, examples, device=device, dtype=dtype)
->>>>>>> room-merge
 
 
 def compare(
@@ -403,52 +263,27 @@ def compare(
         settings: what to score on
         progress: called with the finished tasks and all of them
     """
-<<<<<<< HEAD
-    inputs = _inputs(experts, fisher or {}, gram or {}, base, merging)
+    statistics = fisher or {}, gram or {}
     is_train, realign = settings.split == "train", merging.realign
     rows = {}
     for task in sorted(experts):
         split = "train" if is_train else dataset.validation_splits(data, get_task(task))[0]
         rows[task] = split, settings.rows_of(task)
-    reads = _reads(experts, base, data, rows, inputs)
+    reads = _reads(experts, base, data, rows, merging, statistics)
     for task in rows if realign else ():
-        reads[f"texts {task}"] = dataset.digests(data, get_task(task), ["train"])["train"]
-=======
-    needs = NEEDS[merging.method]
-    digests = {task: artifacts.digest_folder(path) for task, path in sorted(experts.items())}
-    files = statistics_files(needs, digests, fisher_files, gram_files)
-    splits = {
-        task: data.validation_splits(folder, tasks.task(task))[0]
-        if settings.split == "validation"
-        else "train"
-        for task in digests
-    }
-    inputs = {f"expert {task}": digest for task, digest in digests.items()} | {
-        "base": artifacts.digest_folder(base)
-    }
-    inputs |= {name: artifacts.digest_file(path) for name, path in files.items()}
-    inputs |= {
-        task: data.digests(folder, tasks.task(task), [split])[split]
-        for task, split in splits.items()
-    }
-    realign = merging.realign
-    train = (
-        {task: data.digests(folder, tasks.task(task), ["train"])["train"] for task in digests}
-        if realign
-        else {}
-    )
-    inputs |= {f"train {task}": digest for task, digest in train.items()}
->>>>>>> room-merge
+        reads[f"texts {task}"] = dataset.split_files(data, get_task(task), "train")
     described = {
         "merge": merging.model_dump(exclude=set() if realign else {"realign"}),
         "rows": {**settings.model_dump(include={"seed", "dtype"}), "tasks": rows},
-        "tuned on": [tuned_on(experts[task]) for task in rows] if is_train or realign else None,
+        "tuned on": [rows_tuned_on(experts[task]) for task in rows]
+        if is_train or realign
+        else None,
     }
 
-<<<<<<< HEAD
     def compute(job: Job) -> None:
         sources = _sources(job, experts, data, rows, settings.seed, settings)
-        write_record(job.path, _cell(job, experts, base, merging, inputs, sources, progress))
+        read = _read_statistics(job, experts, merging, statistics)
+        write_record(job.path, _cell(job, experts, base, merging, read, sources, progress))
 
     return run_stage(
         "compare",
@@ -459,52 +294,6 @@ def compare(
         settings=described,
         summary=lambda out: read_record(out, Cell),
     )
-=======
-    def compute() -> Mapping[str, Any]:
-        from fmn.experiments import trial
-        from fmn.merge import model as merged
-        from fmn.merge.inputs import read_statistics
-        from fmn.models.predict import answers, score
-
-        started = time.monotonic()
-        statistics = read_statistics(needs, digests, fisher_files, gram_files)
-        encoder = merged.in_memory(experts, merging, base, statistics)
-        seconds = time.monotonic() - started
-        entries = {}
-        for task, split in splits.items():
-            where = (settings.device, settings.dtype)
-            drawn = (stage.limit(settings.rows_of(task)), settings.seed)
-            asked = (
-                digests[task],
-                inputs[task],
-                experts[task],
-                task,
-                folder,
-                split,
-                *drawn,
-                *where,
-                tuned_on[task],
-            )
-            one, head = _contender(*asked), None
-            if realign:
-                texts = _unlabeled(train[task], asked, stage.limit(realign.texts), realign.seed)
-                started = time.monotonic()
-                head = trial.realigned(one, encoder, *texts, realign.ridge, *where)
-                seconds += time.monotonic() - started
-            outputs = trial.logits(one, encoder, *where, head)
-            reached = score(one.task, outputs, one.examples.labels)["score"]
-            entries[task] = {
-                "score": reached,
-                "expert": one.score,
-                "relative": reached / one.score if one.score > 0 else None,
-                "labels": one.examples.labels.tolist(),
-                "predictions": answers(one.task, outputs, one.examples.labels).predicted.tolist(),
-                "expert predictions": answers(
-                    one.task, one.logits, one.examples.labels
-                ).predicted.tolist(),
-            }
-        return {"tasks": entries, "seconds": seconds}
->>>>>>> room-merge
 
 
 def _cell(
@@ -512,7 +301,7 @@ def _cell(
     experts: Files,
     base: Path,
     merging: ComparedSettings,
-    inputs: _Inputs,
+    statistics: "Statistics",
     sources: Mapping[str, Source],
     progress: Progress,
 ) -> Cell:
@@ -520,9 +309,7 @@ def _cell(
     from fmn.merge import model as merged
 
     started = time.monotonic()
-    options = merging.model_dump(exclude={"coefficient", "estimator", "realign"})
-    options |= {**inputs.options, "coefficients": merging.coefficients, "base": base}
-    encoder = merged.in_memory(experts, **options)
+    encoder = merged.in_memory(experts, merging, base, statistics)
     seconds = time.monotonic() - started
     tasks = {}
     for task, source in sources.items():
@@ -566,7 +353,7 @@ def _sources(
             seed=seed,
             device=settings.device,
             dtype=settings.dtype,
-            tuned_on=tuned_on(experts[task]),
+            tuned_on=rows_tuned_on(experts[task]),
             digests=(job.inputs[f"expert {task}"], job.inputs[f"data {task}"]),
         )
         for task, (split, count) in rows.items()
@@ -578,14 +365,26 @@ def _reads(
     base: Path | None,
     data: Path,
     rows: Mapping[str, tuple[str, Any]],
-    inputs: _Inputs,
-) -> dict[str, Path | str | None]:
+    merging: MergeSettings,
+    statistics: tuple[Files, Files],
+) -> dict[str, Path | list[Path] | None]:
     """What a stage reads, by name: experts, base, the method's statistics, rows."""
-    reads: dict[str, Path | str | None] = {**inputs.digests, "base": base}
+    method = METHODS[merging.method]
+    reads: dict[str, Path | list[Path] | None] = {"base": base}
+    reads |= statistics_files(method, sorted(experts), *statistics)
     for task, (split, _) in rows.items():
         reads[f"expert {task}"] = experts[task]
-        reads[f"data {task}"] = dataset.digests(data, get_task(task), [split])[split]
+        reads[f"data {task}"] = dataset.split_files(data, get_task(task), split)
     return reads
+
+
+def _read_statistics(
+    job: Job, experts: Files, merging: MergeSettings, statistics: tuple[Files, Files]
+) -> "Statistics":
+    from fmn.merge.inputs import read_statistics
+
+    digests = {task: job.inputs[f"expert {task}"] for task in sorted(experts)}
+    return read_statistics(METHODS[merging.method], digests, *statistics)
 
 
 def _limit(number: int | str) -> int | None:

@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-<<<<<<< HEAD
 from fmn.evaluate.metrics import Answers, answers, score_splits
 from fmn.experiments.files import Source
 from fmn.merge import heads
@@ -17,15 +16,7 @@ from fmn.models import checkpoints, labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset
 from fmn.tasks.batches import Examples
-from fmn.tasks.task import Task, task
-=======
-from fmn.merge import heads
-from fmn.models import checkpoints, labels
-from fmn.models.predict import predict, score
-from fmn.tasks import dataset as data
-from fmn.tasks.batches import Examples
-from fmn.tasks.task import Task
->>>>>>> room-merge
+from fmn.tasks.task import Task, get_task
 
 
 @dataclass(frozen=True)
@@ -49,10 +40,10 @@ def score(task: Task, answers: Answers) -> float:
 @lru_cache(maxsize=16)  # the cells of a comparison share experts
 def load_expert(source: Source) -> ExpertOnTask:
     """Load an expert and its rows, and let it answer."""
-    checkpoint, definition = source.checkpoint, task(source.task)
+    checkpoint, definition = source.checkpoint, get_task(source.task)
     aligned = labels.decide(checkpoint, definition, source.data, source.device)
     model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
-    table = dataset.read(source.data, definition, source.split)
+    table = dataset.read_split(source.data, definition, source.split)
     tuned_on = source.tuned_on if source.split == "train" else None
     unseen, seen = heads.unseen_first(table.num_rows, source.seed, tuned_on)
     rows = np.sort((unseen if len(unseen) else seen)[: source.rows])
@@ -90,24 +81,11 @@ def texts_for_head(
     examples = heads.unlabeled(
         source.checkpoint, expert.task, source.data, texts, seed, source.tuned_on, tried
     )
-<<<<<<< HEAD
     return examples, _features(expert, examples)
 
 
 def realigned_head(
     expert: ExpertOnTask,
-=======
-    table = data.read(folder, task, split)
-    unseen, seen = heads.unseen_first(table.num_rows, seed, tuned_on if split == "train" else None)
-    taken = np.sort((unseen if len(unseen) else seen)[:rows])
-    examples = data.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(taken))
-    own = predict(model, examples, device=device, dtype=dtype)
-    return Contender(task, model, taken, examples, own, score(task, own, examples.labels)["score"])
-
-
-def logits(
-    one: Contender,
->>>>>>> room-merge
     encoder: Mapping[str, Tensor],
     texts: Examples,
     features: np.ndarray,

@@ -16,8 +16,8 @@ from pydantic import Field
 
 from fmn import __version__
 from fmn.errors import UserError
-from fmn.store.artifacts import digest_file, whole_file
-from fmn.store.records import Labels, Record, parse_record
+from fmn.models.labels import Labels
+from fmn.store.records import Record, parse_record
 from fmn.store.stage import check_intact
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ def write_fisher(
     table = pa.table(columns).replace_schema_metadata(
         {METADATA: metadata.model_dump_json(by_alias=True)}
     )
-    with whole_file(path) as file:
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, FisherMetadata]":
@@ -172,8 +171,7 @@ def write_statistic(
     from safetensors.torch import save_file
 
     narrow = {name: tensors[name].float().contiguous() for name in sorted(tensors)}
-    with whole_file(path) as file:
-        save_file(narrow, file, {METADATA: metadata.model_dump_json(by_alias=True)})
+    save_file(narrow, path, {METADATA: metadata.model_dump_json(by_alias=True)})
 
 
 def read_statistic(path: Path, record: type[M]) -> "tuple[dict[str, TensorHeader], M]":
@@ -205,7 +203,8 @@ def digest_values(path: Path) -> str:
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
-        return digest_file(path, 8 + header)
+            file.seek(8 + header)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
     for values in read_fisher(path)[:2]:
         for site, nodes in sorted((values or {}).items()):

@@ -9,20 +9,20 @@ from pydantic import Field, field_validator
 
 from fmn.fisher import files
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, GramMetadata, StatisticMetadata
-from fmn.models import checkpoints, labels
+from fmn.models import checkpoints, labels, provenance
 from fmn.models.stages import Device, Dtype
-from fmn.store import artifacts, stage
-from fmn.store.records import Labels, Settings, at_least_one
+from fmn.store import artifacts
+from fmn.store.records import Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
-from fmn.tasks import dataset
-from fmn.tasks import task as tasks
+from fmn.tasks.dataset import read_split, split_files, tokenize
+from fmn.tasks.task import Task, get_task
 
 if TYPE_CHECKING:
     from fmn.fisher.mask_nodes import PartialSums
 
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 
-VERSION = 3  # raised when the same inputs and settings give other numbers than before
+FISHER = FULL_FISHER = GRAM = 3
 SAVE_SECONDS = 5.0  # from one save of partial sums to the next
 
 
@@ -87,7 +87,7 @@ def fisher(
         result = estimate(
             **expert.arguments,
             estimator=settings.estimator,
-            regression=tasks.task(task).regression,
+            regression=get_task(task).regression,
             stratified=settings.stratified,
             progress=progress,
             resume=_read_sums(saved, key),
@@ -107,7 +107,7 @@ def fisher(
         files.write_fisher(path, result.fisher, result.stderr, metadata)
         saved.unlink(missing_ok=True)
 
-    return _run("fisher", checkpoint, task, data, out, settings, compute, files.read_fisher)
+    return _run("fisher", FISHER, checkpoint, task, data, out, settings, compute, files.read_fisher)
 
 
 def full_fisher(
@@ -131,7 +131,7 @@ def full_fisher(
     def compute(expert: _Expert, path: Path) -> None:
         from fmn.fisher.parameters import estimate
 
-        regression, estimator = tasks.task(task).regression, settings.estimator
+        regression, estimator = get_task(task).regression, settings.estimator
         tensors = estimate(
             **expert.arguments, estimator=estimator, regression=regression, progress=progress
         )
@@ -139,7 +139,7 @@ def full_fisher(
         files.write_statistic(path, tensors, metadata)
 
     read = partial(files.read_statistic, record=StatisticMetadata)
-    return _run("full-fisher", checkpoint, task, data, out, settings, compute, read)
+    return _run("full-fisher", FULL_FISHER, checkpoint, task, data, out, settings, compute, read)
 
 
 def gram(
@@ -170,7 +170,7 @@ def gram(
         files.write_statistic(path, grams.moments, metadata)
 
     read = partial(files.read_statistic, record=GramMetadata)
-    return _run("gram", checkpoint, task, data, out, settings, compute, read)
+    return _run("gram", GRAM, checkpoint, task, data, out, settings, compute, read)
 
 
 class _Expert(NamedTuple):
@@ -182,6 +182,7 @@ class _Expert(NamedTuple):
 
 def _run(
     name: str,
+    version: int,
     checkpoint: Path,
     task: str,
     data: Path,
@@ -193,18 +194,16 @@ def _run(
     """Run a stage; `read` gives back the statistic's metadata last."""
     return run_stage(
         name,
-        VERSION,
+        version,
         out,
-        lambda job: compute(_load(job, checkpoint, tasks.task(task), data, settings), job.path),
-        reads={"checkpoint": checkpoint, **dataset.digests(data, tasks.task(task), ["train"])},
+        lambda job: compute(_load(job, checkpoint, get_task(task), data, settings), job.path),
+        reads={"checkpoint": checkpoint, "train": split_files(data, get_task(task), "train")},
         settings={"task": task, "settings": settings},
         summary=lambda path: read(path)[-1],
     )
 
 
-def _load(
-    job: Job, checkpoint: Path, task: tasks.Task, data: Path, settings: SampleSettings
-) -> _Expert:
+def _load(job: Job, checkpoint: Path, task: Task, data: Path, settings: SampleSettings) -> _Expert:
     """An expert, its outputs in the task's order, and its sample, the only rows with tokens."""
     import torch
 
@@ -213,7 +212,7 @@ def _load(
 
     aligned = labels.decide(checkpoint, task, data, settings.device)
     model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
-    table = dataset.read(data, task, "train")
+    table = read_split(data, task, "train")
     samples = None if settings.samples == "all" else settings.samples
     stratified = getattr(settings, "stratified", False)
     rows = select(table["label"].to_numpy(), samples, settings.seed, stratified)
@@ -222,7 +221,7 @@ def _load(
     dtype = str(resolve_dtype(settings.dtype, device)).removeprefix("torch.")
     arguments = {
         "model": model,
-        "examples": dataset.tokenize(tokenizer, task, table, rows=rows),
+        "examples": tokenize(tokenizer, task, table, rows=rows),
         "samples": samples,
         "seed": settings.seed,
         "device": str(device),
@@ -233,10 +232,10 @@ def _load(
         "task": task.name,
         "model_type": model.config.model_type,
         "checkpoint": CheckpointOrigin(
-            **stage.lineage(checkpoint), digest=job.inputs["checkpoint"]
+            **provenance.lineage(checkpoint).model_dump(), digest=job.inputs["checkpoint"]
         ),
         "data_digest": job.inputs["train"],
-        "labels": {task.name: Labels.model_validate(aligned)},
+        "labels": {task.name: aligned},
         "samples": len(rows),
         "seed": settings.seed,
         "dtype": dtype,
@@ -249,7 +248,7 @@ def _load(
 def _write_sums(path: Path, key: str, sums: "PartialSums") -> None:
     import torch
 
-    with artifacts.whole_file(path) as partial_file:
+    with artifacts.atomic_file(path) as partial_file:
         torch.save({"key": key, **vars(sums)}, partial_file)
 
 

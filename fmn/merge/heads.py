@@ -225,7 +225,7 @@ def unlabeled(
         tuned_on: as for `unseen_first`.
         without: rows that must not be among them.
     """
-    table = dataset.read(folder, task, "train", labelled=False)
+    table = dataset.read_split(folder, task, "train", labelled=False)
     order = np.concatenate(unseen_first(table.num_rows, seed, tuned_on))
     rows = order[~np.isin(order, list(without))][:texts]
     if not len(rows):

@@ -19,8 +19,7 @@ from fmn.merge.stream import DTYPES, TensorSpec
 from fmn.models import checkpoints, labels
 from fmn.models.headers import TensorHeader, tensor_headers
 from fmn.store import artifacts
-from fmn.store.records import Record, parse_record
-from fmn.tasks.task import task as get_task
+from fmn.tasks.task import get_task
 
 
 class StoredGrams(NamedTuple):
@@ -47,20 +46,6 @@ class Statistics:
     records: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
 
 
-class _Digest(Record):
-    digest: str
-
-
-class _Metadata(Statistic):
-    """What a merge reads of the metadata of a statistic."""
-
-    task: str
-    checkpoint: _Digest
-    labels: dict[str, Any] = {}  # noqa: RUF012
-    inputs: dict[str, str] = {}  # noqa: RUF012
-    transposed: list[str] = []  # noqa: RUF012
-
-
 def read_statistics(
     method: Method, digests: Mapping[str, str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
 ) -> Statistics:
@@ -77,41 +62,41 @@ def read_statistics(
     grams: dict[str, StoredGrams] = {}
     records: dict[str, dict[str, Statistic]] = {"fisher": {}, "gram": {}}
     for task, digest in digests.items():
+        metadata: files.Metadata
         if method.fisher == "nodes":
-            values[task], _, content = artifacts.read_fisher(fisher[task])
-            records["fisher"][task], _ = _record(fisher[task], content, task, digest)
+            values[task], _, metadata = files.read_fisher(fisher[task])
+            records["fisher"][task] = _record(fisher[task], metadata, task, digest)
         if method.fisher == "parameters":
-            values[task], content = files.read(fisher[task], method.statistic)
-            records["fisher"][task], _ = _record(fisher[task], content, task, digest)
+            record = files.StatisticMetadata
+            values[task], metadata = files.read_statistic(fisher[task], record)
+            records["fisher"][task] = _record(fisher[task], metadata, task, digest)
         if method.gram:
-            moments, content = files.read(gram[task], "gram")
-            records["gram"][task], metadata = _record(gram[task], content, task, digest)
+            moments, metadata = files.read_statistic(gram[task], files.GramMetadata)
+            records["gram"][task] = _record(gram[task], metadata, task, digest)
             grams[task] = StoredGrams(moments, metadata.inputs, metadata.transposed)
     return Statistics(values, grams, records)
 
 
-def _record(
-    path: Path, content: Mapping[str, Any], task: str, digest: str
-) -> tuple[Statistic, _Metadata]:
-    """A statistic for the recipe, and its metadata, which must be of this task and expert."""
-    metadata = parse_record(content, _Metadata, path)
+def _record(path: Path, metadata: files.Metadata, task: str, digest: str) -> Statistic:
+    """A statistic for the recipe; it must be of this task and expert."""
     if metadata.task != task:
         raise UserError(f"{path}: of task {metadata.task}, given for {task}; give that of {task}")
     if metadata.checkpoint.digest != digest:
         raise UserError(f"{path}: of another checkpoint than the expert of {task}; make it again")
     entries = metadata.model_dump(include=set(Statistic.model_fields))
-    digests = {"digest": artifacts.digest_file(path), "values": artifacts.digest_values(path)}
-    return Statistic(**{**entries, **digests}), metadata
+    values = files.digest_values(path)
+    return Statistic(**{**entries, "digest": artifacts.digest_file(path), "values": values})
 
 
 def read_labels(path: Path, task: str, digest: str) -> labels.Labels:
     """How an expert's outputs stand for the labels, as its Fisher information says."""
+    metadata: files.Metadata
     if path.suffix == ".safetensors":
-        content = files.read(path, "full-fisher")[1]
+        metadata = files.read_statistic(path, files.StatisticMetadata)[1]
     else:
-        content = artifacts.read_fisher(path)[2]
-    recorded: labels.Labels | None = _record(path, content, task, digest)[1].labels.get(task)
-    return recorded or labels.as_they_stand(get_task(task))
+        metadata = files.read_fisher(path)[2]
+    _record(path, metadata, task, digest)
+    return metadata.labels.get(task) or labels.as_they_stand(get_task(task))
 
 
 @dataclass(frozen=True)

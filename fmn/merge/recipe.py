@@ -17,8 +17,9 @@ from pydantic import Field, field_validator
 from fmn import __version__
 from fmn.errors import UserError, hint
 from fmn.merge.methods import METHODS
+from fmn.models.labels import Labels
 from fmn.models.provenance import Lineage
-from fmn.store.records import Labels, Record, Settings, pairs
+from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import read_record
 
 RECIPE = "merge.json"

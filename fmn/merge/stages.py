@@ -32,7 +32,7 @@ from fmn.store.stage import (
     run_stage,
 )
 from fmn.tasks import dataset
-from fmn.tasks import task as tasks
+from fmn.tasks.task import get_task
 
 __all__ = ["MergeSettings", "RealignSettings", "RefitSettings", "merge", "realign"]
 
@@ -84,7 +84,7 @@ def merge(
     """
     method, fisher, gram = METHODS[settings.method], dict(fisher or {}), dict(gram or {})
     experts = dict(sorted(experts.items()))
-    named = {t: labels.by_names(tasks.task(t), labels.output_names(experts[t])) for t in experts}
+    named = {t: labels.by_names(get_task(t), labels.output_names(experts[t])) for t in experts}
     # How an expert's outputs stand for the labels may have been found with its Fisher information.
     unnamed = [task for task in experts if named[task] is None and task in fisher]
     reads: dict[str, Path | None] = {f"expert {task}": path for task, path in experts.items()}
@@ -99,7 +99,7 @@ def merge(
         checkpoints.check_experts(experts, base)
         digests = {task: job.inputs[f"expert {task}"] for task in experts}
         statistics = read_statistics(method, digests, fisher, gram)
-        aligned = {t: named[t] or labels.as_they_stand(tasks.task(t)) for t in experts}
+        aligned = {t: named[t] or labels.as_they_stand(get_task(t)) for t in experts}
         aligned |= {task: read_labels(fisher[task], task, digests[task]) for task in unnamed}
         chosen, search = _searched(coefficients, job, digests, settings)
         lineage = {
@@ -109,7 +109,7 @@ def merge(
             "labels": aligned,
             "search": search,
         }
-        names = {t: labels.names_by_output(tasks.task(t), aligned[t]) for t in experts}
+        names = {t: labels.names_by_output(get_task(t), aligned[t]) for t in experts}
         write_model(
             job.path, experts, chosen, base=base, statistics=statistics, labels=names,
             lineage=lineage, progress=progress,
@@ -197,10 +197,10 @@ def realign(
     merged = read_recipe(model)
     _check_experts(model, merged, experts)
     rows = {task: provenance.rows_tuned_on(experts[task]) for task in merged.tasks}
-    reads: dict[str, Path | str] = {"model": model}
+    reads: dict[str, Path | list[Path]] = {"model": model}
     for task in merged.tasks:
         reads[f"expert {task}"] = experts[task]
-        reads[f"data {task}"] = dataset.digests(data, tasks.task(task), ["train"])["train"]
+        reads[f"data {task}"] = dataset.split_files(data, get_task(task), "train")
 
     def compute(job: Job) -> None:
         from fmn.merge.heads import realigned_head, unlabeled
@@ -210,7 +210,7 @@ def realign(
         tensors, fits = {}, {}
         for task in merged.tasks:
             expert, above = experts[task], task_folder(model, task)
-            examples = unlabeled(expert, tasks.task(task), data, texts, settings.seed, rows[task])
+            examples = unlabeled(expert, get_task(task), data, texts, settings.seed, rows[task])
             options = settings.ridge, settings.device, settings.dtype
             tensors[task], fits[task] = realigned_head(expert, above, examples, *options)
             progress(len(fits), len(merged.tasks))

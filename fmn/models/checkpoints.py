@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError
 from fmn.models.headers import TensorHeader, names_in, no_weights, read_json, tensor_headers
-from fmn.tasks import task as tasks
+from fmn.tasks.task import get_task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -270,7 +270,7 @@ def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None
     if not experts:
         raise UserError("no experts were given; name at least one, TASK=DIR")
     folders = {"the base": base} if base is not None else {}
-    folders |= {tasks.task(name).name: folder for name, folder in experts.items()}
+    folders |= {get_task(name).name: folder for name, folder in experts.items()}
     expected: dict[str, Any] = {}
     for name, folder in folders.items():
         try:

@@ -18,8 +18,7 @@ from fmn.errors import UserError
 from fmn.models import checkpoints
 from fmn.store.records import Record
 from fmn.tasks import dataset
-from fmn.tasks.task import Task
-from fmn.tasks.task import task as get_task
+from fmn.tasks.task import Task, get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,12 +185,12 @@ def decide(checkpoint: Path, task: Task, data: Path | None, device: str = "auto"
     named = by_names(task, output_names(checkpoint))
     if named is not None:
         return named
-    if data is None or not dataset.has(data, task, "train"):
+    if data is None or not dataset.has_split(data, task, "train"):
         return as_they_stand(task)
     from fmn.models.predict import predict
     from fmn.tasks import batches
 
-    table = dataset.read(data, task, "train")
+    table = dataset.read_split(data, task, "train")
     table = table.take(batches.select(table["label"].to_numpy(), ROWS, SEED))
     examples = dataset.tokenize(checkpoints.load_tokenizer(checkpoint), task, table)
     model = checkpoints.load_classifier(checkpoint)

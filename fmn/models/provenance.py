@@ -3,34 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-=======
-from pydantic import Field
-
->>>>>>> room-merge
 from fmn.store import artifacts
 from fmn.store.records import Record, parse_record
 from fmn.store.stage import read_sidecar, sidecar_path
 
 
 class Lineage(Record):
-<<<<<<< HEAD
     """Where a checkpoint comes from: its source as given to `fmn fetch`, and the source pinned."""
-=======
-    """Where a checkpoint comes from.
-
-    Attributes:
-        source: as it was given to `fmn fetch`; "folder" if fmn did not write the checkpoint.
-        revision: the source pinned, or a digest of the folder.
-    """
->>>>>>> room-merge
 
     source: str
     revision: str
 
 
 class CheckpointInfo(Lineage):
-<<<<<<< HEAD
     """What `fmn fetch` reports; `is_converted`: whether the weights were pickled."""
 
     model_type: str
@@ -51,45 +36,12 @@ class TrainingInfo(Record):
         loss: mean over the last tenth of the steps.
     """
 
-=======
-    """What `fmn fetch` reports of a checkpoint.
-
-    Attributes:
-        model_type: the architecture, as Transformers calls it.
-        converted_from: the pickled files that its weights were converted from.
-    """
-
-    model_type: str
-    converted_from: list[str] = Field(default_factory=list)
-
-
-class Tuning(Record):
-    """The settings that an expert was fine-tuned with; its `examples` are rows that were used."""
-
->>>>>>> room-merge
     epochs: float
     learning_rate: float
     batch_size: int
     examples: int
     seed: int
     dtype: str
-<<<<<<< HEAD
-=======
-
-
-class TrainingInfo(Tuning):
-    """What `fmn finetune` reports of an expert.
-
-    Attributes:
-        task: the task's name.
-        base: where the base model comes from.
-        data_digest: digest of the training split.
-        threads: of the CPU. Sums in another number of threads round otherwise.
-        steps: of the optimizer.
-        loss: mean over the last tenth of the steps.
-    """
-
->>>>>>> room-merge
     task: str
     base: Lineage
     data_digest: str
@@ -120,11 +72,7 @@ def training_metadata(folder: Path) -> TrainingInfo | None:
 def tuning(folder: Path) -> dict[str, Any]:
     """The settings that fmn fine-tuned a checkpoint with; empty if it did not."""
     training = training_metadata(folder)
-<<<<<<< HEAD
     return training.model_dump(include=_TUNING) if training else {}
-=======
-    return training.model_dump(include=set(Tuning.model_fields)) if training else {}
->>>>>>> room-merge
 
 
 def rows_tuned_on(expert: Path) -> tuple[int | None, int]:

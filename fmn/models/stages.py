@@ -13,7 +13,9 @@ from fmn.store import stage
 from fmn.store.records import Record, Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
-from fmn.tasks import task as tasks
+from fmn.tasks.task import get_task
+
+FETCH = FINETUNE = 2
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
@@ -62,7 +64,7 @@ def fetch(source: str, *, out: Path, progress: Progress = no_progress) -> Outcom
     reads, keys = {"folder": sources.folder_files(pinned)}, {"source": pinned}
     summary = partial(stage.read_info, record=CheckpointInfo)
     return stage.run_stage(
-        "fetch", 2, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
+        "fetch", FETCH, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
     )
 
 
@@ -86,8 +88,8 @@ def finetune(
     Raises:
         UserError: the base or the rows cannot be used, or the loss diverges.
     """
-    definition = tasks.task(task)
-    rows_digest = dataset.digests(data, definition, ["train"])["train"]
+    definition = get_task(task)
+    train = dataset.split_files(data, definition, "train")
 
     def compute(job: Job) -> TrainingInfo:
         import torch
@@ -96,7 +98,7 @@ def finetune(
         from fmn.tasks import batches
 
         tokenizer = checkpoints.load_tokenizer(base)
-        table = dataset.read(data, definition, "train")
+        table = dataset.read_split(data, definition, "train")
         limit = None if settings.examples == "all" else settings.examples
         rows = batches.select(table["label"].to_numpy(), limit, settings.seed)
         examples = dataset.tokenize(tokenizer, definition, table.take(rows))
@@ -111,18 +113,25 @@ def finetune(
             **settings.model_dump(exclude={"device", "examples"}),
             task=task,
             base=lineage(base),
-            data_digest=rows_digest,
+            data_digest=job.inputs["train"],
             examples=len(rows),
             threads=torch.get_num_threads(),
             steps=len(losses),
             loss=sum(last) / len(last),
         )
 
-    reads: dict[str, Path | str] = {"base": base, "train": rows_digest}
+    reads: dict[str, Path | list[Path]] = {"base": base, "train": train}
     keys = {"task": task, "finetune": settings}
     summary = partial(stage.read_info, record=TrainingInfo)
     return stage.run_stage(
-        "finetune", 2, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
+        "finetune",
+        FINETUNE,
+        out,
+        compute,
+        reads=reads,
+        settings=keys,
+        summary=summary,
+        is_folder=True,
     )
 
 
@@ -140,9 +149,8 @@ def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) 
     """
     import torch
 
-<<<<<<< HEAD
-    definition = tasks.task(task)
-    columns = definition.columns
+    definition = get_task(task)
+    columns = definition.text_columns
     if (len(columns) == 2) != (text_pair is not None):
         raise UserError(f"task {task}: it takes {len(columns)} texts; give {', '.join(columns)}")
     folder = model / "tasks" / task
@@ -151,17 +159,7 @@ def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) 
     stage.check_intact(model)
     classifier = checkpoints.load_classifier(folder)
     inputs = checkpoints.load_tokenizer(folder, classifier.config)(
-        text, text_pair, truncation=True, max_length=dataset.MAX_LENGTH, return_tensors="pt"
-=======
-    found = tasks.task(task)
-    if (len(found.columns) == 2) != (second is not None):
-        raise UserError(f"task {task} takes {len(found.columns)} texts: {', '.join(found.columns)}")
-    stage.check_intact(model)
-    folder = recipe.task_folder(model, task)
-    classifier = checkpoints.load_classifier(folder).eval()
-    inputs = checkpoints.load_tokenizer(folder)(
-        text, second, truncation=True, max_length=data.MAX_LENGTH, return_tensors="pt"
->>>>>>> room-merge
+        text, text_pair, truncation=True, max_length=definition.max_length, return_tensors="pt"
     )
     with torch.inference_mode():
         logits = classifier(**inputs).logits[0].float()  # [C]

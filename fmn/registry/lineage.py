@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fmn.errors import UserError
+from fmn.evaluate.files import Metrics
+from fmn.merge.recipe import Checkpoint, Recipe
 from fmn.models.sources import SCHEMES
 from fmn.store import artifacts
-from fmn.store.records import Checkpoint, Metrics, Record
-from fmn.store.records import Traced as Recipe
+from fmn.store.records import Record
 from fmn.store.yaml_file import read_yaml
 
 LOCK = Path("dvc.lock")

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import Field
 
 from fmn.errors import UserError, redacted
-from fmn.merge.recipe import CARD, RECIPE
+from fmn.evaluate.files import Metrics
+from fmn.merge.recipe import CARD, RECIPE, Recipe
 from fmn.registry import lineage
 from fmn.registry.lineage import Lineage, Part
 from fmn.registry.promotion import Decision
 from fmn.store import artifacts
-<<<<<<< HEAD
-from fmn.store.records import Metrics, Record, Settings, parse_record
-from fmn.store.records import Traced as Recipe
+from fmn.store.records import Record, Settings, parse_record
 from fmn.store.stage import (
     Job,
     Outcome,
@@ -32,12 +31,6 @@ from fmn.store.stage import (
     write_record,
 )
 from fmn.store.yaml_file import read_yaml, to_yaml
-=======
-from fmn.store import records as formats
-from fmn.store.records import Settings
-from fmn.store.stage import Outcome, check_intact
-from fmn.tasks import task as tasks
->>>>>>> room-merge
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -121,7 +114,6 @@ def register(
     from fmn.registry import tracking
 
     started = time.monotonic()
-<<<<<<< HEAD
     if out is not None:
         check_output(out, [model, metrics, report, card, params])
     merged = _read(model, metrics, params)
@@ -226,62 +218,6 @@ def _create_version(
     }
     with redirect_stderr(StringIO()):  # the caller says better what MLflow says there
         return mlflow.register_model(logged.model_uri, name, tags=version_tags)
-=======
-    check_intact(model)
-    made, found = (
-        recipe.read_recipe(model).model_dump(mode="json", by_alias=True),
-        artifacts.read_json(metrics, formats.Metrics),
-    )
-    inputs = {
-        "merged": artifacts.digest_file(model / recipe.RECIPE),
-        "metrics": artifacts.digest_file(metrics),
-    }
-    key = artifacts.content_key(
-        "register", REGISTER, settings.model_dump(exclude={"tolerance"}), inputs
-    )
-    if found.get("model") != inputs["merged"] or set(found["tasks"]) != set(made["tasks"]):
-        raise UserError(
-            f"{metrics}: not the metrics of all tasks of {model}; make them with `fmn evaluate {model}`"
-        )
-    if "data" not in found:
-        raise UserError(
-            f"{metrics}: made by an older fmn, which did not say of which data; evaluate again"
-        )
-    tags = lineage.tags(made, found)
-    stated, seconds = None, {}
-    if params is not None:
-        seconds = _seconds(Path(params.work))
-        stated = lineage.pinned(params, made, found)
-        tags |= {"profile": profile or SETTINGS, "made": lineage.place(model, params)}
-    with tempfile.TemporaryDirectory() as scratch:
-        registered = registry.register(
-            model,
-            name=settings.name,
-            experiment=settings.experiment,
-            key=key,
-            params=_params(made, stated or {}),
-            metrics=_metrics(found) | seconds,
-            inputs=_inputs(made, found),
-            artifacts=_kept(Path(scratch), model, metrics, report_folder, stated),
-            tags=tags,
-            shown=("tasks", "profile", "git.commit"),
-            scores={task: entry["score"] for task, entry in found["tasks"].items()},
-            data=tags["data"],
-            tolerance=settings.tolerance,
-            card=_for_mlflow(model / recipe.CARD),
-        )
-    summary = {
-        "name": registered.name,
-        "version": registered.version,
-        "run": registered.run_id,
-        "store": registered.tracking_uri,
-        "alias": registered.alias,
-        "reason": registered.reason,
-    }
-    if out is not None and not artifacts.json_is_current(out, key):
-        artifacts.write_json(out, "register", key, summary)
-    return Outcome("register", out or model, registered.new, time.monotonic() - started, summary)
->>>>>>> room-merge
 
 
 def _params(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,30 +328,8 @@ class Version:
         return rows + [[name, "", self.tags.get(name, "")] for name in ("git.commit", "dvc.lock")]
 
 
-<<<<<<< HEAD
 def read_lineage(source: str) -> Version:
     """A registered version, by number or alias, and what it was made from.
-=======
-def read_lineage(source: str) -> Lineage:
-    """What a registered version was made from; UserError where that was not recorded."""
-    from fmn.params import read_yaml
-    from fmn.registry import tracking as registry
-
-    with tempfile.TemporaryDirectory() as scratch:
-        found = registry.recorded(source, Path(scratch))
-        settings = found.folder / SETTINGS
-        return Lineage(
-            found.uri,
-            found.tags,
-            recipe.read_recipe(found.folder).model_dump(mode="json", by_alias=True),
-            artifacts.read_json(found.folder / METRICS, formats.Metrics),
-            read_yaml(settings) if settings.is_file() else None,
-        )
-
-
-def settings_again(found: Lineage, out: Path) -> Path:
-    """Write the settings that make a version's model again below the folder ``out``; returns their file.
->>>>>>> room-merge
 
     Raises:
         UserError: there is no such version, or fmn did not register it.
@@ -439,7 +353,6 @@ def settings_again(found: Lineage, out: Path) -> Path:
     return Version(uri, tags, parse_record(content, Lineage, uri, "register the model again"))
 
 
-<<<<<<< HEAD
 def settings_again(version: Version, out: Path) -> Path:
     """Write the settings that make a version's model again, in the folder ``out/work``.
 
@@ -453,7 +366,7 @@ def settings_again(version: Version, out: Path) -> Path:
     if settings is None:
         remedy = "`fmn register --params FILE` records them"
         raise UserError(f"{version.uri}: registered without its settings; {remedy}")
-    with artifacts.whole_file(out / SETTINGS) as partial:
+    with artifacts.atomic_file(out / SETTINGS) as partial:
         partial.write_text(to_yaml({**settings, "work": str((out / "work").resolve())}))
     return out / SETTINGS
 
@@ -478,18 +391,6 @@ class LoggedComparison(Record):
 
     run: str
     store: str
-=======
-def compare_digests(found: Lineage, model: Path, metrics: Path) -> list[tuple[str, str, str]]:
-    """A model that was made again beside the version: (what, digest stated, digest now)."""
-    before = lineage.digests(found.recipe, found.metrics)
-    now = lineage.digests(
-        recipe.read_recipe(model).model_dump(mode="json", by_alias=True),
-        artifacts.read_json(metrics, formats.Metrics),
-    )
-    return [
-        (name, before.get(name, ""), now.get(name, "")) for name in dict.fromkeys([*before, *now])
-    ]
->>>>>>> room-merge
 
 
 def log_comparison(

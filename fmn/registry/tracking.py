@@ -22,7 +22,7 @@ from fmn.errors import UserError, causes, redacted, system_errors_explained
 from fmn.registry import promotion
 from fmn.registry.promotion import CHALLENGER, CHAMPION, Decision, Standing
 from fmn.store import artifacts
-from fmn.tasks import task as tasks
+from fmn.tasks.task import get_task
 
 # MLflow reads these when it is imported. It retries a request that fails: here for half a minute
 # instead of four; without any answer, for three minutes in all instead of twenty.
@@ -196,7 +196,7 @@ def pack(model: Path, out: Path) -> None:
     shutil.copytree(model / "encoder", out / "encoder", copy_function=_link)
     text_counts = {}
     for task in sorted((model / "tasks").iterdir()):
-        text_counts[task.name] = len(tasks.task(task.name).columns)
+        text_counts[task.name] = len(get_task(task.name).text_columns)
         folder = out / "tasks" / task.name
         folder.mkdir(parents=True)
         _link(task / "config.json", folder / "config.json")

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from fmn.evaluate.files import Metrics, TaskRows
 from fmn.merge.methods import NEEDS, PAPERS
+from fmn.merge.recipe import Checkpoint, Recipe
 from fmn.report.page import render
 from fmn.report.results import evaluate_table, markdown, measured
-from fmn.store.records import Checkpoint, Metrics, Recipe, Record, Rows
+from fmn.store.records import Record
 from fmn.tasks.dataset import HUB, MAX_LENGTH
 from fmn.tasks.task import TASKS
 
@@ -26,7 +28,6 @@ SETTINGS = ("mapping", "normalise", "exponent", "damping", "scale", "density", "
 """The settings of a recipe; None where the method has none."""
 
 
-<<<<<<< HEAD
 def card(recipe: Recipe, metrics: Metrics) -> str:
     """The model card of a merged model that was evaluated."""
     nodes = NEEDS[recipe.method].fisher == "nodes"
@@ -53,17 +54,6 @@ def card(recipe: Recipe, metrics: Metrics) -> str:
         ),
     )
     return f"---\n{front_matter(recipe, metrics).to_yaml()}\n---\n\n{body}\n"
-=======
-def write(folder: Path, metrics: Mapping[str, Any] | None, data: Stated | None = None) -> None:
-    """The card of the merged model in `folder`, written anew where it says something else; arguments as for `card`."""
-    text = card(
-        recipe.read_recipe(folder).model_dump(mode="json", by_alias=True), metrics, data or {}
-    )
-    path = folder / recipe.CARD
-    if not path.is_file() or path.read_text() != text:
-        with artifacts.whole_file(path) as file:
-            file.write_text(text)
->>>>>>> room-merge
 
 
 def front_matter(recipe: Recipe, metrics: Metrics) -> "ModelCardData":
@@ -112,13 +102,13 @@ def front_matter(recipe: Recipe, metrics: Metrics) -> "ModelCardData":
 # ---- what the template calls ----
 
 
-def data_set(rows: Rows) -> str:
+def data_set(rows: TaskRows) -> str:
     """What a task's rows are, in words."""
     titles = {"hub": f"`{HUB}`", "embedded": "the miniature GLUE that fmn makes"}
     return titles.get(rows.source, "a folder in GLUE's schema")
 
 
-def data_options(rows: Rows | None) -> str:
+def data_options(rows: TaskRows | None) -> str:
     """The options of `fmn data` that give a task's rows again."""
     if rows is None or rows.source not in ("hub", "embedded"):
         return " --source path/to/glue"

@@ -14,9 +14,10 @@ import numpy as np
 
 from fmn.evaluate import bootstrap
 from fmn.evaluate.bootstrap import Answers, Difference
+from fmn.experiments.files import Cell
 from fmn.report import results
 from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, estimate
-from fmn.store.records import Cell, Record
+from fmn.store.records import Record
 
 Cells = Mapping[str, Mapping[str, Cell]]
 """By set of experts and method."""

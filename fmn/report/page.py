@@ -9,11 +9,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fmn.merge.methods import NEEDS
+from fmn.merge.recipe import Recipe
 from fmn.report import results
 from fmn.report.comparison import Comparison
 from fmn.report.figures import Picture
 from fmn.report.results import BOUNDS, EXPERT, Estimate, Report
-from fmn.store.records import Recipe
 from fmn.tasks.task import TASKS
 
 if TYPE_CHECKING:

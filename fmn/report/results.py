@@ -7,7 +7,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError
-from fmn.store.records import Metrics, Recipe, Scores
+from fmn.evaluate.files import Metrics, TaskScores
+from fmn.merge.recipe import Recipe
 from fmn.tasks.task import TASKS
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Scores of merged models and of the experts on the same examples.
+    """TaskScores of merged models and of the experts on the same examples.
 
     Attributes:
         tasks: in order.
@@ -162,7 +163,7 @@ def _count(answers: "Splits") -> int:
 
 
 class _Column(NamedTuple):
-    """Scores, answers, and the score in each bootstrap resample, float64 [R], all by task."""
+    """TaskScores, answers, and the score in each bootstrap resample, float64 [R], all by task."""
 
     scores: Mapping[str, float]
     answers: "Mapping[str, Splits]"
@@ -370,7 +371,7 @@ class Measured(NamedTuple):
     interval: Sequence[float] | None = None
 
 
-def measured(task: str, scores: Scores) -> list[Measured]:
+def measured(task: str, scores: TaskScores) -> list[Measured]:
     """Every metric of a task, split by split."""
     values, rows = scores.model_dump(), []
     for split in TASKS[task].validation:

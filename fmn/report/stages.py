@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn.errors import UserError
+from fmn.evaluate import files as evaluate_files
+from fmn.evaluate.files import Metrics
+from fmn.experiments.files import Cell
+from fmn.fisher import files as fisher_files
+from fmn.merge.recipe import Recipe
 from fmn.report import results
-from fmn.store import artifacts, stage
-from fmn.store.records import Cell, Metrics, Recipe, Record
+from fmn.store import stage
+from fmn.store.records import Record
 from fmn.store.stage import Job, Outcome, read_record
 
 if TYPE_CHECKING:
@@ -46,7 +51,6 @@ def report(
         experts: the metrics file of each expert, by task
         fisher: the Fisher artifact of each expert, by task
     """
-<<<<<<< HEAD
     if not merged:
         raise UserError("--merged NAME=FILE: no metrics file of a merged model; give one")
     if results.EXPERT in merged:
@@ -64,56 +68,6 @@ def report(
         settings={kind: list(paths) for kind, paths in files.items()},
         summary=lambda folder: stage.read_info(folder, ReportInfo),
         is_folder=True,
-=======
-    if not merged_models:
-        raise UserError("--merged NAME=FILE: at least one metrics file of a merged model is needed")
-    if report.EXPERT in merged_models:
-        raise UserError(
-            f"--merged {report.EXPERT}=FILE: the experts' column has that name; choose another"
-        )
-    files = {"expert": experts, "merged": merged_models, "fisher": fisher_files}
-    inputs = {
-        f"{kind} {name}": artifacts.digest_file(stage.there(file))
-        for kind, named in files.items()
-        for name, file in named.items()
-    }
-    metrics = {
-        name: artifacts.read_json(file, formats.Metrics) for name, file in merged_models.items()
-    }
-    folders = _merged_below(work, metrics) if work else {}
-    recipes = {
-        name: recipe.read_recipe(folder).model_dump(mode="json", by_alias=True)
-        for name, folder in folders.items()
-    }
-    # What a recipe says is in the metrics' digest of it; what the stages took is no part of what a report is.
-    key = artifacts.content_key(
-        "report", REPORT, {"order": list(inputs), "recipes": list(recipes)}, inputs
-    )
-    for task, stated in recipes.get(report.headline(metrics), {}).get("fisher", {}).items():
-        if task in fisher_files and stated["digest"] != inputs[f"fisher {task}"]:
-            raise UserError(
-                f"{fisher_files[task]}: not the Fisher that {report.headline(metrics)} was merged with"
-            )
-
-    def fill(folder: Path) -> Mapping[str, Any]:
-        alone = {task: evaluated(file) for task, file in experts.items()}
-        table = report.tabulate(
-            alone, {name: evaluated(file) for name, file in merged_models.items()}
-        )
-        fisher = {task: artifacts.read_fisher(file)[0] for task, file in fisher_files.items()}
-        names = {name: name for name in table.tasks} | {
-            path.name: name for name, path in folders.items()
-        }
-        return report.write(folder, table, fisher, recipes, _costs(work, names) if work else [])
-
-    return stage.run_folder("report", out, key, fill)
-
-
-def evaluated(metrics: Path) -> report.Evaluated:
-    """What a metrics file says, and the predictions beside it."""
-    return report.Evaluated(
-        artifacts.read_json(metrics, formats.Metrics), artifacts.read_predictions(metrics)
->>>>>>> room-merge
     )
 
 
@@ -136,7 +90,7 @@ def _write_report(
                     f"{fisher[task]}: not the Fisher that {table.headline} was merged with;"
                     " give that one"
                 )
-    values = {task: artifacts.read_fisher(path)[0] for task, path in fisher.items()}
+    values = {task: fisher_files.read_fisher(path)[0] for task, path in fisher.items()}
     costs = _costs(fisher, models, experts, merged)
     content = results.Report(table, recipes, values, costs)
 
@@ -159,7 +113,7 @@ def _write_report(
 def read_evaluated(metrics: Path) -> results.Evaluated:
     """A metrics file, and the predictions beside it."""
     content = read_record(metrics, Metrics, "make it again with `fmn evaluate`")
-    return results.Evaluated(content, artifacts.read_predictions(metrics))
+    return results.Evaluated(content, evaluate_files.read_predictions(metrics))
 
 
 def _costs(*inputs: Paths) -> list[results.Cost]:

@@ -31,23 +31,9 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-<<<<<<< HEAD
 def digest_file(path: Path) -> str:
     """sha256 of a file, in hexadecimal; the file is read again only if it was touched since."""
     identity = _identity(path)
-=======
-def agrees(digest: object, compute: Callable[[], str]) -> bool:
-    """Whether a digest is what `compute` gives; none is of NaN or infinity, which `canonical` refuses."""
-    try:
-        return digest == compute()
-    except ValueError:
-        return False
-
-
-def digest_file(path: Path, start: int = 0) -> str:
-    """sha256 of a file's bytes from ``start`` on, in hexadecimal; read again only when the file was touched since."""
-    identity = _identity(path, start)
->>>>>>> room-merge
     if identity not in _digests:
         with path.open("rb") as file:
             _digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -60,7 +46,6 @@ def remember_digest(path: Path, digest: str) -> None:
     To be called when the file is complete and has all its names: a hard link, or renaming the file
     itself, changes its status, and it would be read again. Renaming its folder does not.
     """
-<<<<<<< HEAD
     _digests[_identity(path)] = digest
 
 
@@ -68,26 +53,6 @@ def _identity(path: Path) -> tuple[int, ...]:
     status = path.stat()
     times = (status.st_mtime_ns, status.st_ctime_ns)
     return (status.st_dev, status.st_ino, status.st_size, *times)
-=======
-    _digests[_identity(path, 0)] = digest
-
-
-def _identity(path: Path, start: int) -> tuple[int, ...]:
-    status = path.stat()
-    times = (status.st_mtime_ns, status.st_ctime_ns)
-    return (status.st_dev, status.st_ino, status.st_size, *times, start)
-
-
-def digest_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file below ``folder`` by relative name, in order of name; no manifest, no hidden files."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    return {
-        name: digest_file(path)
-        for name, path in visible(folder).items()
-        if name not in (MANIFEST, CARD)
-    }
->>>>>>> room-merge
 
 
 def visible(folder: Path, only: Sequence[str] = ()) -> dict[str, Path]:
@@ -110,6 +75,26 @@ def digest_files(folder: Path) -> dict[str, str]:
         raise UserError(f"{folder}: no such folder")
     files = visible(folder)
     return {name: digest_file(files[name]) for name in files if name not in (SIDECAR, CARD)}
+
+
+def digest_folder(folder: Path) -> str:
+    """One digest for a folder; it must still hold what its sidecar says, if it has one.
+
+    Raises:
+        UserError: names the file that is missing, was added, or changed.
+    """
+    digests = digest_files(folder)
+    sidecar = folder / SIDECAR
+    if sidecar.is_file():
+        try:
+            written = json.loads(sidecar.read_bytes())["files"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{sidecar}: not as fmn writes it; make {folder} again") from error
+        if name := differing(written, digests):
+            raise UserError(
+                f"{folder / name}: not what was written there (see {sidecar}); make {folder} again"
+            )
+    return digest_bytes(canonical(digests))
 
 
 def differing(expected: Mapping[str, str], actual: Mapping[str, str]) -> str | None:

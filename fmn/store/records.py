@@ -1,21 +1,11 @@
 """Records and settings: the pydantic models that rooms build theirs on."""
 
 import json
-<<<<<<< HEAD
 from typing import Any, ClassVar, TypeVar
-=======
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
->>>>>>> room-merge
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from fmn.errors import UserError
-<<<<<<< HEAD
-=======
-
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
->>>>>>> room-merge
 
 
 class Record(BaseModel):
@@ -37,7 +27,6 @@ class Settings(BaseModel):
             depend on them.
     """
 
-<<<<<<< HEAD
     runtime: ClassVar[set[str]] = {"device"}
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -49,125 +38,6 @@ class Settings(BaseModel):
         if isinstance(value, str) and "\0" in value:
             raise ValueError("has a NUL character")
         return value
-=======
-class Sampled(Record):
-    """How a statistic was made."""
-
-    samples: int
-    key: str = ""
-    estimator: str = ""
-    stratified: bool = False
-    seed: int = 0
-    dtype: str = ""
-    data_digest: str = ""
-    threads: int = 1
-
-
-class Scores(Record):
-    """A task's metrics."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, float]
-
-    score: float
-    examples: int
-    interval: dict[str, Interval]
-
-
-class Rows(Record):
-    """The rows that a task's metrics are of."""
-
-    splits: dict[str, str]
-    source: str = ""
-    revision: str = ""
-    seed: str = ""
-
-
-class Metrics(Record):
-    """What `fmn evaluate` writes."""
-
-    model: str
-    tasks: Annotated[dict[str, Scores], Field(min_length=1)]
-    score: float
-    interval: Interval
-    predictions: str
-    labels: dict[str, Labels] = {}
-    data: dict[str, Rows] = {}
-
-
-class Measured(Record):
-    """A checkpoint that a statistic is of."""
-
-    digest: str
-
-
-class Statistic(Sampled):
-    """What the metadata of a mask Fisher, a full Fisher or Gram matrices say."""
-
-    task: str
-    checkpoint: Measured
-    labels: dict[str, Labels] = {}
-
-
-class GramMatrices(Statistic):
-    """Of which the metadata also say which map reads which input."""
-
-    inputs: dict[str, str]
-    transposed: list[str]
-
-
-class Tried(Record):
-    """What a merged model and the expert say of a task's rows."""
-
-    score: float
-    expert: float
-    relative: float | None
-    labels: list[float]
-    predictions: list[float]
-    alone: list[float] = Field(alias="expert predictions")
-
-
-class Cell(Record):
-    """What a comparison found of a method and a set of experts."""
-
-    tasks: dict[str, Tried]
-    seconds: float
-
-
-class Found(Record):
-    """What `fmn search` writes."""
-
-    coefficients: dict[str, float]
-    scale: float
-    score: float
-    uniform: float
-    experts: dict[str, str]
-    merge: dict[str, Any]
-
-
-class Prepared(Record):
-    """What the manifest of a task's data says."""
-
-    source: str
-    rows: dict[str, int]
-    revision: str = ""
-    seed: str = "0"
-
-
-class Finetuned(Record):
-    """What the manifest of an expert that was fine-tuned here says."""
-
-    epochs: float
-    learning_rate: float
-    batch_size: int
-    examples: int
-    seed: int
-    dtype: str
-
-
-MANIFESTS: Mapping[str, type[Record]] = {"finetune": Finetuned, "data": Prepared}
-"""By stage, what is read of a manifest."""
->>>>>>> room-merge
 
 
 R = TypeVar("R", bound=Record)

@@ -1,4 +1,8 @@
-"""What a stage is: a function from files to files that does nothing when its output is there, intact and current."""
+"""The one stage rule: an output is whole, intact, and made from today's inputs and settings.
+
+A stage is a function from files to files that ends in `run_stage`. Beside its output lies the
+`Sidecar`: what the output was made from, how long that took, and the sha256 of its files.
+"""
 
 import json
 import time
@@ -13,14 +17,10 @@ from typing_extensions import TypeVar
 
 from fmn import __version__
 from fmn.errors import UserError, system_errors_explained
-from fmn.store import artifacts, machine
+from fmn.store import artifacts
 from fmn.store.records import Record, Settings, parse_record
 
-Progress = Callable[[int, int], None]
-# What makes an output in place of the stage itself, on another machine say, and returns the seconds that it took.
-elsewhere: ContextVar[Callable[[], float] | None] = ContextVar("elsewhere", default=None)
-
-
+Progress = Callable[[int, int], None]  # takes (done, total)
 R = TypeVar("R", default=Any)
 T = TypeVar("T", bound=Record)
 
@@ -32,9 +32,9 @@ class Outcome(Generic[R]):
     Attributes:
         stage: its name.
         out: the output.
-        computed: False when the output was there already.
-        seconds: how long it took.
-        summary: figures worth showing.
+        computed: False if the output was there already.
+        seconds: run time; of the computation, if another machine computed the output.
+        summary: what the stage reports of its output.
     """
 
     stage: str
@@ -43,96 +43,6 @@ class Outcome(Generic[R]):
     seconds: float
     summary: R
 
-
-def run(
-    stage: str,
-    out: Path,
-    current: Callable[[], bool],
-    make: Callable[[], None],
-    summarise: Callable[[], Mapping[str, Any]],
-) -> Outcome[Any]:
-    """Make ``out`` unless it is current; one process at a time. What fmn did not make is not replaced.
-
-    Raises:
-        UserError: it may not be replaced, or the machine refuses room, memory or a permission.
-    """
-    started = time.monotonic()
-    artifacts.check_replaceable(out)
-    make_elsewhere = elsewhere.get()
-    with machine.refusals_told(out), artifacts.locked(out):
-        computed = not current()
-        if computed:
-            begun = time.monotonic()
-            if make_elsewhere is None:
-                make()
-                seconds = time.monotonic() - begun
-            else:
-                seconds = make_elsewhere()
-                if not current():
-                    raise UserError(
-                        f"{out}: what came from elsewhere is not what these inputs and settings ask for"
-                    )
-            artifacts.write_cost(out, stage, seconds)
-    # Of one that was made elsewhere, what it took there: it may have waited long for its turn.
-    taken = seconds if computed and make_elsewhere else time.monotonic() - started
-    return Outcome(stage, out, computed, taken, summarise())
-
-
-def apart(out: Path, inputs: Iterable[Path | None]) -> None:
-    """Refuse an output that would replace what is read, or lie within a model that is read."""
-    where = out.resolve()
-    for path in inputs:
-        given = path.resolve() if path is not None else None
-        if given is None or path is None:
-            continue
-        model = any((given / name).is_file() for name in ("merge.json", "config.json"))
-        if where == given or where in given.parents or (model and given in where.parents):
-            raise UserError(
-                f"--out {out}: would change {path}, which is read; choose another --out"
-            )
-
-
-def run_folder(
-    stage: str, out: Path, key: str, fill: Callable[[Path], Mapping[str, Any]]
-) -> Outcome[Any]:
-    """A stage whose output is a folder that ``fill`` fills; what it returns goes into the manifest."""
-
-    def make() -> None:
-        with artifacts.whole_folder(out) as folder:
-            artifacts.write_manifest(folder, stage, key, fill(folder))
-
-    def summarise() -> Mapping[str, Any]:
-        manifest = artifacts.read_manifest(out)
-        return dict(manifest["info"]) if manifest else {}
-
-    return run(stage, out, lambda: artifacts.folder_is_current(out, key), make, summarise)
-
-
-def run_json(
-    stage: str, out: Path, key: str, compute: Callable[[], Mapping[str, Any]]
-) -> Outcome[Any]:
-    """A stage whose output is a JSON file."""
-    return run(
-        stage,
-        out,
-        lambda: artifacts.json_is_current(out, key),
-        lambda: artifacts.write_json(out, stage, key, compute()),
-        lambda: artifacts.read_json(out),
-    )
-
-
-def limit(number: int | str) -> Any:
-    return None if number == "all" else number
-
-
-def there(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    return path
-
-
-# ---------------------------------------------------------------------------------------------
-# The one stage rule. What stands above goes when the last stage has moved.
 
 SIDECAR_FORMAT = 2
 
@@ -189,7 +99,7 @@ class Job:
 
 def sidecar_path(out: Path) -> Path:
     """Where the sidecar of an output lies."""
-    return out / artifacts.MANIFEST if out.is_dir() else out.with_name(f"{out.name}.fmn.json")
+    return out / artifacts.SIDECAR if out.is_dir() else out.with_name(f"{out.name}.fmn.json")
 
 
 def read_sidecar(out: Path) -> Sidecar | None:
@@ -338,7 +248,7 @@ def _compute(
             seconds=round(time.monotonic() - started, 3),
             info=info.model_dump(mode="json", by_alias=True) if info else {},
         )
-        file_name = artifacts.MANIFEST if is_folder else f"{out.name}.fmn.json"
+        file_name = artifacts.SIDECAR if is_folder else f"{out.name}.fmn.json"
         (scratch / file_name).write_text(sidecar.model_dump_json(indent=1) + "\n")
         if is_folder:
             artifacts.publish_folder(scratch, out)

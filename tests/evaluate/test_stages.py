@@ -97,7 +97,7 @@ def test_a_second_evaluation_computes_nothing_and_damage_is_repaired(
     assert sidecar is not None
     assert set(sidecar.files) == {path.name for path in files}
     weights = load_file(expert / "model.safetensors")
-    (expert / artifacts.MANIFEST).unlink()
+    (expert / artifacts.SIDECAR).unlink()
     save_file({k: v + 1e-3 for k, v in weights.items()}, expert / "model.safetensors")
     assert computes(), "another model"
 
@@ -110,7 +110,7 @@ def test_mnli_is_scored_on_both_splits(tiny_work: Path, tmp_path: Path) -> None:
     for split in ("validation_matched", "validation_mismatched"):
         pq.write_table(table, tmp_path / f"{split}.parquet")
     expert = Path(shutil.copytree(tiny_work / "base", tmp_path / "expert"))
-    (expert / artifacts.MANIFEST).unlink()
+    (expert / artifacts.SIDECAR).unlink()
     new_expert(tiny_work / "base", task("mnli"), 0).save_pretrained(expert)
     out = tmp_path / "mnli.json"
     outcome = evaluate(expert, data=tmp_path, out=out, tasks=["mnli"], settings=SETTINGS)

@@ -234,6 +234,6 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
     computed = [cell("train", train, texts).computed for texts in ("all", "all", 40)]
     assert computed == [True, False, True]
     for expert in experts.values():  # without which all rows may have been seen
-        (expert / artifacts.MANIFEST).unlink()
+        (expert / artifacts.SIDECAR).unlink()
     with pytest.raises(UserError, match="no training text is left"):
         cell("none", train.model_copy(update={"rows": "all"}), 40)

@@ -10,13 +10,9 @@ from safetensors.torch import load_file
 from fmn.errors import UserError
 from fmn.evaluate.metrics import answers
 from fmn.experiments import trial
-<<<<<<< HEAD
 from fmn.experiments.files import Source, TunedOn, tuned_on
-=======
->>>>>>> room-merge
 from fmn.merge import heads
 from fmn.merge import model as merged
-from fmn.merge.stages import MergeSettings
 from fmn.models import checkpoints
 from fmn.models.predict import predict
 from fmn.tasks import dataset
@@ -25,7 +21,6 @@ from fmn.tasks.task import task
 from tests.conftest import TUNING
 
 
-<<<<<<< HEAD
 def source(
     work: Path,
     name: str,
@@ -54,25 +49,6 @@ def test_the_experts_head_answers_on_another_encoder(tiny_work: Path, tmp_path: 
     logits = predict(written, expert.examples, device="cpu", dtype="float32")
     expected = answers(task("sst2"), logits, expert.examples.labels)
     np.testing.assert_array_equal(tried.predicted, expected.predicted)
-=======
-def test_the_experts_head_answers_over_another_encoder(tiny_work: Path) -> None:
-    experts = {task: tiny_work / "experts" / task for task in ("sst2", "mrpc")}
-    one = trial.contender(
-        experts["sst2"], tasks.task("sst2"), tiny_work / "data", "validation", 20, 0, *CPU
-    )
-    encoder = merged.in_memory(experts, MergeSettings(method="average"))
-    before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
-    found = trial.logits(one, encoder, *CPU)
-    assert all(torch.equal(before[name], tensor) for name, tensor in one.model.state_dict().items())
-    assert found.shape == one.logits.shape == (20, 2)
-    assert not np.allclose(found, one.logits)
-
-    merged.write_model(tiny_work.parent / "trial", experts, MergeSettings(method="average"))
-    written = checkpoints.load_classifier(tiny_work.parent / "trial" / "tasks" / "sst2")
-    np.testing.assert_allclose(
-        found, predict(written, one.examples, device="cpu", dtype="float32"), atol=1e-6
-    )
->>>>>>> room-merge
 
 
 def test_its_own_encoder_gives_the_experts_answers(tiny_work: Path) -> None:
@@ -100,7 +76,6 @@ def test_training_rows_that_the_expert_saw_come_last(tiny_work: Path) -> None:
     assert not rows((200, 3)) & seen
     assert rows((None, 0)) & seen
 
-<<<<<<< HEAD
 
 def test_heads_are_realigned_on_texts_that_are_not_tried(tiny_work: Path) -> None:
     table = dataset.read(tiny_work / "data", task("sst2"), "train")
@@ -126,18 +101,3 @@ def test_heads_are_realigned_on_texts_that_are_not_tried(tiny_work: Path) -> Non
 def test_the_sidecar_says_what_an_expert_was_tuned_on(tiny_work: Path) -> None:
     assert tuned_on(tiny_work / "experts" / "sst2") == (TUNING.examples, TUNING.seed)
     assert tuned_on(tiny_work / "base") == tuned_on(tiny_work) == (None, 0)
-=======
-    # Texts to re-align heads on: unseen ones first, none that encoders are tried on, and labels play no part.
-    one = trial.contender(
-        tiny_work / "experts" / "sst2", task, folder, "train", 50, 0, *CPU, (200, 3)
-    )
-    count = len(labels) - 200 - 50
-    expert = tiny_work / "experts" / "sst2"
-    for limit, new in ((count, count), (count + 30, count), (None, count)):
-        found = heads.unlabeled(expert, task, folder, limit, 1, (200, 3), one.rows).inputs[
-            "input_ids"
-        ]
-        assert len(found) == (limit or len(labels) - 50)
-        assert sum(tuple(text) in unseen for text in found) >= new
-        assert not {tuple(text) for text in found} & set(asked((200, 3))) - seen
->>>>>>> room-merge

@@ -27,7 +27,7 @@ from fmn.fisher.files import (
     write_fisher,
     write_statistic,
 )
-from fmn.store.records import Labels
+from fmn.models.labels import Labels
 
 FISHER: NodeValues = {
     Site(layer, node): np.arange(count, dtype=np.float64) / 7 + layer

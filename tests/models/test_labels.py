@@ -172,7 +172,6 @@ def test_names_decide_before_data_and_data_before_nothing(work: Path, tmp_path: 
         labels.decide(work / "named", MNLI, data)
 
 
-<<<<<<< HEAD
 def test_every_decision_but_the_expected_one_has_a_note() -> None:
     decisions = {
         "sst2": Labels(order=[1, 0], origin="names"),
@@ -180,57 +179,6 @@ def test_every_decision_but_the_expected_one_has_a_note() -> None:
         "rte": Labels(order=[1, 0], origin="training data", rows=9, score=0.8, as_is=0.2),
         "stsb": Labels(order=[0], origin="training data", rows=9, score=0.8, as_is=0.8),
         "cola": Labels(order=[0, 1], origin="names"),
-=======
-@pytest.mark.parametrize("method", ["mask-fisher", "average"])
-def test_a_permuted_expert_gives_the_same_merged_model(
-    work: Path, tmp_path: Path, method: str
-) -> None:
-    asked = FisherSettings(samples=64, device="cpu", dtype="float32")
-    predictions, answers = {}, {}
-    for name in ("plain", "named", "unnamed"):
-        file, out = tmp_path / f"{name}.parquet", tmp_path / name
-        fisher_stages.fisher(work / name, "mnli", work / "data", file, asked)
-        made = merge_stages.merge(experts={"mnli": work / name, "stsb": work / "stsb"}, fisher={"mnli": file, "stsb": work / "stsb.parquet"}, out=out, settings=MergeSettings(method=method)).summary  # fmt: skip
-        source = "training data" if name == "unnamed" else "names"
-        assert made.labels["mnli"].origin == source
-        assert made.labels["mnli"].order == ([0, 1, 2] if name == "plain" else [1, 2, 0])
-        evaluate_stages.evaluate(out, [], work / "data", tmp_path / f"{name}.json", EVALUATE)
-        predictions[name] = artifacts.read_predictions(tmp_path / f"{name}.json")
-        # Plain Transformers reads it right, with none of our code.
-        ask = pipeline("text-classification", model=str(out / "tasks" / "mnli"), device="cpu")
-        answers[name] = [
-            ask({"text": "the film was long", "text_pair": f"it was {word} film"})["label"]
-            for word in WORDS
-        ]
-        assert (
-            models_stages.predict(out, "mnli", "the film was long", "it was never film")["label"]
-            == answers[name][2]
-        )
-    for name in ("named", "unnamed"):
-        assert answers[name] == answers["plain"]
-        for one, splits in predictions["plain"].items():
-            for split, given_answers in splits.items():
-                np.testing.assert_allclose(
-                    predictions[name][one][split].predicted,
-                    given_answers.predicted,
-                    rtol=1e-3,
-                    atol=1e-4,
-                )
-
-
-def test_without_names_and_data_the_outputs_are_taken_as_they_stand_and_it_is_said(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = ["--expert", f"mnli={work / 'unnamed'}", f"stsb={work / 'stsb'}", "--method", "average"]
-    cli.main(["merge", *asked, "--out", str(tmp_path / "merged")])
-    assert "labels of mnli: NOT NAMED" in capsys.readouterr().out
-    stated = recipe.read_recipe(tmp_path / "merged").labels
-    assert {
-        name: each.model_dump(by_alias=True, exclude_defaults=True) for name, each in stated.items()
-    } == {
-        "mnli": {"order": [0, 1, 2], "from": "identity"},
-        "stsb": {"order": [0], "from": "names"},
->>>>>>> room-merge
     }
     assert labels.notes(decisions) == [
         "labels of sst2: the outputs are positive, negative, as the names in config.json say",

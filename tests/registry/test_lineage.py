@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fmn.registry import lineage
-from fmn.store.records import Metrics
-from fmn.store.records import Traced as Recipe
+from fmn.evaluate.files import Metrics
+from fmn.merge.recipe import Recipe
 
 COMMIT = "a" * 40
 FISHER = {

@@ -20,18 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
 
 
 @pytest.fixture
-<<<<<<< HEAD
 def packed(merged: Merged, tmp_path: Path) -> Path:
     tracking.pack(merged.model, tmp_path / "packed")
     return tmp_path / "packed"
-=======
-def packed(tiny_work: Path, tmp_path: Path) -> Path:
-    experts = {task: tiny_work / "experts" / task for task in TASKS}
-    merge_stages.merge(
-        experts=experts, out=tmp_path / "merged", settings=MergeSettings(method="average")
-    )
-    return registry.pack(tmp_path / "merged", tmp_path / "packed")
->>>>>>> room-merge
 
 
 def test_the_encoder_is_packed_once(packed: Path) -> None:

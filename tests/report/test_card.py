@@ -10,20 +10,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from fmn import cli
-<<<<<<< HEAD
 from fmn.report.card import card
-from fmn.store.records import Metrics, Recipe
+from fmn.evaluate.files import Metrics
+from fmn.merge.recipe import Recipe
 from fmn.store.stage import read_record
-=======
-from fmn.evaluate import stages as evaluate_stages
-from fmn.evaluate.stages import EvaluateSettings
-from fmn.merge import recipe
-from fmn.merge import stages as merge_stages
-from fmn.merge.stages import MergeSettings
-from fmn.report import card
-from fmn.store import artifacts
-from fmn.store.stage import check_intact
->>>>>>> room-merge
 from tests import reports
 from tests.conftest import TASKS
 from tests.reports import COMMIT
@@ -178,7 +168,6 @@ def test_the_commands_make_the_same_model_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-<<<<<<< HEAD
     monkeypatch.chdir(tmp_path)
     work = str(tiny_work)
     merging = f"merge --expert {work}/experts --fisher {work}/fisher --base {work}/base --out first"
@@ -187,17 +176,6 @@ def test_the_commands_make_the_same_model_again(
     cli.main(f"evaluate first --data {work}/data --device cpu --out first.json".split())
     shown = card(
         read_record(Path("first/merge.json"), Recipe), read_record(Path("first.json"), Metrics)
-=======
-    work = Path(shutil.copytree(tiny_work, tmp_path / "work"))
-    experts = {task: work / "experts" / task for task in TASKS}
-    fisher = {task: work / "fisher" / f"{task}.parquet" for task in TASKS}
-    settings = MergeSettings(coefficient=["sst2=0.3"], mapping="paper", normalise="site")
-    merge_stages.merge(
-        experts=experts, fisher=fisher, base=work / "base", out=work / "merged", settings=settings
-    )
-    evaluate_stages.evaluate(
-        work / "merged", [], work / "data", work / "merged.json", EvaluateSettings(device="cpu")
->>>>>>> room-merge
     )
     lines = commands(shown)
     assert [line.split()[1] for line in lines[:4]] == ["fetch", "data", "finetune", "fisher"]
@@ -210,39 +188,13 @@ def test_the_commands_make_the_same_model_again(
         assert program == "fmn"
         cli.main(words)
     capsys.readouterr()
-<<<<<<< HEAD
     first, second = (
         {file.relative_to(model): file.read_bytes() for file in model.rglob("*.safetensors")}
         for model in (Path("first"), Path("merged"))
     )
     assert first
-=======
-    first, second = (artifacts.digest_folder(path / "merged" / "encoder") for path in (work, again))
->>>>>>> room-merge
     assert first == second
     scores = [
         json.loads(Path(name).read_bytes())["score"] for name in ("first.json", "metrics.json")
     ]
     assert scores[0] == scores[1]
-<<<<<<< HEAD
-=======
-
-
-def test_the_card_is_written_anew_only_where_it_says_something_else(
-    tiny_work: Path, tmp_path: Path
-) -> None:
-    experts = {task: tiny_work / "experts" / task for task in TASKS}
-    merge_stages.merge(
-        experts=experts,
-        base=tiny_work / "base",
-        out=tmp_path / "merged",
-        settings=MergeSettings(method="average"),
-    )
-    path = tmp_path / "merged" / recipe.CARD
-    card.write(
-        tmp_path / "merged",
-        {"tasks": {"sst2": METRICS["tasks"]["stsb"] | {"accuracy": 0.5}}, "score": 0.5},
-    )
-    assert "| sst2 | validation | accuracy | 1500 | 50.0 |" in path.read_text()
-    check_intact(tmp_path / "merged")
->>>>>>> room-merge

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from fmn.report import comparison
-from fmn.store.records import Cell, parse_record
+from fmn.store.records import parse_record
+from fmn.experiments.files import Cell
 from fmn.store.stage import write_record
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fmn.fisher import files as fisher_files
+from fmn.evaluate import files as evaluate_files
 from fmn.errors import UserError
 from fmn.report import stages
 from fmn.report.results import Evaluated
@@ -28,9 +30,9 @@ def add_sidecar(out: Path, stage: str, seconds: float = 1.0) -> None:
 
 def write_metrics(path: Path, evaluated: Evaluated, model: Path | None = None) -> Path:
     """Write what `fmn evaluate` writes: metrics and predictions."""
-    predictions = artifacts.predictions_file(path)
+    predictions = evaluate_files.predictions_path(path)
     predictions.parent.mkdir(parents=True, exist_ok=True)
-    artifacts.write_predictions(predictions, evaluated.answers)
+    evaluate_files.write_predictions(predictions, evaluated.answers)
     content = evaluated.metrics.model_dump() | {
         "predictions": artifacts.digest_file(predictions),
         "model": artifacts.digest_folder(model) if model else "",
@@ -68,7 +70,7 @@ def run(tmp_path: Path) -> Run:
     fisher = {task: tmp_path / "fisher" / f"{task}.parquet" for task in TASKS}
     for task, values in reports.fisher(TASKS, layers=2, heads=3, neurons=5).items():
         fisher[task].parent.mkdir(exist_ok=True)
-        artifacts.write_fisher(fisher[task], values, None, {"task": task})
+        fisher_files.write_fisher(fisher[task], values, None, {"task": task})
         add_sidecar(fisher[task], "fisher", 9.5)
     experts, merged = reports.run(TASKS, count=50)
     methods = dict.fromkeys(MERGED, "average") | {"merged": "mask-fisher"}

@@ -12,12 +12,12 @@ from fmn.store import artifacts
 def test_a_file_keeps_its_old_content_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with suppress(RuntimeError), artifacts.whole_file(path) as partial:
+    with suppress(RuntimeError), artifacts.atomic_file(path) as partial:
         partial.write_text("half")
         assert path.read_text() == "old"
         raise RuntimeError
     assert path.read_text() == "old"
-    with artifacts.whole_file(path) as partial:
+    with artifacts.atomic_file(path) as partial:
         partial.write_text("new")
     assert [item.name for item in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "new"
@@ -68,7 +68,7 @@ def test_a_folder_is_current_only_while_it_is_what_was_written(tmp_path: Path, d
         case "add":
             (folder / "c").write_text("c")
         case "manifest":
-            (folder / artifacts.MANIFEST).write_text("{")
+            (folder / artifacts.SIDECAR).write_text("{")
         case "empty":
             (folder / "b").write_text("")
     assert not artifacts.folder_is_current(folder, "key")
@@ -110,7 +110,7 @@ def test_json_of_any_depth_is_no_manifest(tmp_path: Path) -> None:
         '{"files": {}}',
         '{"files": {}, "info": [], "stage": "x", "key": "y"}',
     ):
-        (tmp_path / artifacts.MANIFEST).write_text(text)
+        (tmp_path / artifacts.SIDECAR).write_text(text)
         assert artifacts.read_manifest(tmp_path) is None
 
 

@@ -126,22 +126,17 @@ STAGES: dict[str, Callable[[Path, Path], Outcome]] = {
         work / "experts" / "sst2", task="sst2", data=work / "data", out=out,
         settings=GramSettings(samples=8, device="cpu"),
     ),
-    "merge": lambda work, out: merge_stages.merge(experts=experts(work), fisher=fisher_files(work), base=work / "base", out=out, settings=MergeSettings()),
+    "merge": lambda work, out: merge_stages.merge(
+        experts(work), fisher_files(work), work / "base", out, MergeSettings()
+    ),
     "search": lambda work, out: experiments_stages.search(
         experts=experts(work), fisher=fisher_files(work), base=work / "base", data=work / "data",
         out=out, settings=SearchSettings(trials=2, rows=8, device="cpu"),
     ),
-<<<<<<< HEAD
     "realign": lambda work, out: merge_stages.realign(
         work / "merged", experts(work), work / "data", out, RealignSettings(texts=16, device="cpu")
     ),
     "evaluate": lambda work, out: evaluate_stages.evaluate(work / "merged", data=work / "data", out=out, settings=EvaluateSettings(device="cpu", dtype="float32")),
-=======
-    "realign": lambda work, out: merge_stages.realign(work / "merged", experts=experts(work), data=work / "data", out=out, settings=RealignSettings(texts=16, device="cpu")),
-    "evaluate": lambda work, out: evaluate_stages.evaluate(
-        work / "merged", [], work / "data", out, EvaluateSettings(device="cpu", dtype="float32")
-    ),
->>>>>>> room-merge
     "report": lambda work, out: report_stages.write_report(
         {}, {"merged": work / "metrics.json"}, fisher_files(work), out, work
     ),
@@ -327,10 +322,10 @@ def test_a_gpu_that_is_not_there_is_told(
         ),
         "realign": lambda: merge_stages.realign(
             work / "merged",
-            experts=experts(work),
-            data=folder,
-            out=tmp_path / "realigned",
-            settings=RealignSettings(texts=16, device=ABSENT),
+            experts(work),
+            folder,
+            tmp_path / "realigned",
+            RealignSettings(texts=16, device=ABSENT),
         ),
         "evaluate": lambda: evaluate_stages.evaluate(
             work / "merged",

@@ -68,19 +68,9 @@ def work(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     experts = {task: tiny_work / "experts" / task for task in ("mrpc", "stsb")}
     fisher = {task: tiny_work / "fisher" / f"{task}.parquet" for task in experts}
     settings = MergeSettings(method="mask-fisher")
-    merge_stages.merge(
-        experts=experts,
-        fisher=fisher,
-        base=tiny_work / "base",
-        out=out / "merged",
-        settings=settings,
-    )
+    merge_stages.merge(experts, fisher, tiny_work / "base", out / "merged", settings)
     merge_stages.realign(
-        out / "merged",
-        experts=experts,
-        data=tiny_work / "data",
-        out=out / "realigned",
-        settings=RealignSettings(texts=16),
+        out / "merged", experts, tiny_work / "data", out / "realigned", RealignSettings(texts=16)
     )
     for name in ("merged", "realigned"):
         evaluate_stages.evaluate(
@@ -126,7 +116,7 @@ def test_a_recipe_that_fmn_did_not_write_is_refused_or_does(name: str, work: Pat
         ):
             if what.startswith("files.encoder/"):
                 continue
-            file.write_text(json.dumps(content))
+            recipe.write_recipe(work / name, content)
             artifacts.write_json(
                 work / "given.json",
                 "evaluate",
@@ -158,7 +148,7 @@ def test_a_manifest_that_fmn_did_not_write_is_refused_or_does(
 ) -> None:
     expert = tmp_path / "mrpc"
     shutil.copytree(tiny_work / "experts" / "mrpc", expert)
-    file = expert / artifacts.MANIFEST
+    file = expert / artifacts.SIDECAR
     whole = json.loads(file.read_bytes())
     experts = {"mrpc": expert, "stsb": tiny_work / "experts" / "stsb"}
     for number, (what, content) in enumerate(changed({**whole, "files": {}}, FEW)):
