@@ -117,7 +117,7 @@ def request(
             return {key: travelling(name, one) for key, one in value.items()}
         if not isinstance(value, Path):
             return value
-        files = storage.tree(value, _tasks(arguments) if name == "folder" else ())
+        files = storage.tree(value, _tasks(arguments) if name in ("folder", "data") else ())
         digest = storage.digest(files)
         trees[digest] = (value.parent if value.is_file() else value, files)
         return Input(digest, value.name if value.is_file() else "")

@@ -17,6 +17,8 @@ from fmn.tasks import task as tasks
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+FETCH = 2  # versions of the stages: raised when the same inputs give another output
+FINETUNE = 2
 
 
 class FinetuneSettings(Settings):
@@ -62,7 +64,7 @@ def fetch(source: str, *, out: Path, progress: Progress = no_progress) -> Outcom
     reads, keys = {"folder": sources.folder_files(pinned)}, {"source": pinned}
     summary = partial(stage.read_info, record=CheckpointInfo)
     return stage.run_stage(
-        "fetch", 2, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
+        "fetch", FETCH, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
     )
 
 
@@ -86,6 +88,7 @@ def finetune(
     Raises:
         UserError: the base or the rows cannot be used, or the loss diverges.
     """
+    stage.check_output(out, [base, data, data / task])
     definition = tasks.task(task)
     rows_digest = dataset.digests(data, definition, ["train"])["train"]
 
@@ -122,7 +125,14 @@ def finetune(
     keys = {"task": task, "finetune": settings}
     summary = partial(stage.read_info, record=TrainingInfo)
     return stage.run_stage(
-        "finetune", 2, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
+        "finetune",
+        FINETUNE,
+        out,
+        compute,
+        reads=reads,
+        settings=keys,
+        summary=summary,
+        is_folder=True,
     )
 
 
