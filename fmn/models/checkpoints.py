@@ -279,11 +279,11 @@ def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None
             raise UserError(f"{name}: {error}") from error
         expected = expected or traits
         for trait in traits | expected if traits != expected else ():
-            here, there = traits.get(trait, "absent"), expected.get(trait, "absent")
-            if here != there:
+            value, other = traits.get(trait, "absent"), expected.get(trait, "absent")
+            if value != other:
                 raise UserError(
                     f"{name}: {folder} and {next(iter(folders.values()))} were not fine-tuned from"
-                    f" one base: {trait} is {here}, not {there}; choose experts of the same base"
+                    f" one base: {trait} is {value}, not {other}; choose experts of the same base"
                 )
 
 

@@ -27,7 +27,7 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"Device {name!r} is not one that fmn computes on; {remedy}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise UserError(f"Device {name!r} is not here ({count} CUDA devices); {remedy}")
+        raise UserError(f"Device {name!r} is not here ({count} CUDA devices); use cpu or auto")
     return device
 
 

@@ -21,8 +21,8 @@ WARMUP = 0.1  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01
 CLIP = 1.0  # largest norm of a step's gradient
 POOL = 16  # batches whose examples are sorted by length together
-# The head starts from noise, the encoder from a good model. With a slow head it is the encoder that moves to suit the
-# noise, and the further experts move, the worse they merge.
+# The head starts from noise, the encoder from a good model. With a slow head it is the encoder that
+# moves to suit the noise, and the further experts move, the worse they merge.
 HEAD_RATE = 30.0
 MIDDLE = 2.5  # of the scale of a regression task, 0 to 5
 
@@ -109,17 +109,15 @@ def finetune(
             optimizer.zero_grad()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise UserError(
-                    f"fine-tuning: the loss diverged in step {step + 1}; choose a learning_rate"
-                    f" below {learning_rate}"
-                )
+                problem = f"the loss diverged in step {step + 1}"
+                raise UserError(f"fine-tuning: {problem}; take a learning_rate < {learning_rate}")
             progress(step + 1, steps)
         model.eval()
     return losses
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor, regression: bool) -> torch.Tensor:
-    """Mean loss of logits [B, C] on labels [B]: squared error for regression (C = 1), else cross entropy."""
+    """Mean of squared errors (regression, C = 1) or cross entropies; logits [B, C], labels [B]."""
     if regression:
         return functional.mse_loss(logits.float().squeeze(-1), labels)
     return functional.cross_entropy(logits.float(), labels)

@@ -114,8 +114,8 @@ def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> L
                 f"{start} the correlation of its outputs with {rows} training rows is"
                 f" {correlation:.2f}, that of chance 0; give an expert of this task"
             )
-        share = {"score": correlation, "as_is": correlation}
-        return Labels(order=[0], origin="training data", rows=rows, **share)
+        score = as_is = correlation
+        return Labels(order=[0], origin="training data", rows=rows, score=score, as_is=as_is)
     answers = logits.argmax(axis=1)  # [N]
     identity = tuple(range(task.num_outputs))
     # By order, whether each row is right; the identity comes first, so it is the best of equals.
@@ -128,12 +128,11 @@ def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> L
         order = identity
     score, answered = float(right[order].mean()), np.argsort(order)[answers]
     if not better_than_guessing(task, answered, labels):
-        facts = (
-            f"{score:.1%} of {rows} training rows, guessing {guessed(task, answered, labels):.1%}"
-        )
+        share = guessed(task, answered, labels)
         raise UserError(
-            f"{start} in the best order of its labels it answers {facts}; give an expert of this"
-            " task, or name its labels in config.json (id2label)"
+            f"{start} in the best order of its labels it has {score:.1%} of {rows} training rows"
+            f" right, guessing {share:.1%}; give an expert of this task, or name its labels in"
+            " config.json (id2label)"
         )
     as_is = float(right[identity].mean())
     return Labels(order=list(order), origin="training data", rows=rows, score=score, as_is=as_is)

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.tasks.batches import Examples, by_length
 
-TOKENS = 2048  # of a batch on a CPU, where larger ones leave the caches; a GPU takes sixteen times as many
+# Tokens of a batch on a CPU, where larger ones leave the caches; a GPU takes 16 times as many.
+TOKENS = 2048
 
 
 def predict(
@@ -20,18 +21,25 @@ def predict(
     dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Logits, float32 [N, C], in the examples' order. `progress` is called with (examples done, all examples).
+    """Logits, float32 [N, C], in the examples' order.
 
-    The model is moved to `device` and put in evaluation mode; it computes in `dtype` (see `devices.resolve_dtype`).
+    The model is moved to `device` and put in evaluation mode; it computes in `dtype` (see
+    `devices.resolve_dtype`). `progress` is called with (examples done, all examples).
+
+    Raises:
+        UserError: this machine has no such device, or there is no such dtype.
     """
-    where = resolve_device(device)
-    precision = resolve_dtype(dtype, where)
+    target = resolve_device(device)
+    compute_dtype = resolve_dtype(dtype, target)
     model.eval()
     logits = np.zeros((len(examples), model.config.num_labels), dtype=np.float32)
     done = 0
-    with placed(model, where, precision), torch.inference_mode(), autocast(where, precision):
-        for batch in by_length(examples, tokens=TOKENS if where.type == "cpu" else 16 * TOKENS):
-            output = model(**{name: value.to(where) for name, value in batch.inputs.items()}).logits
+    tokens = TOKENS if target.type == "cpu" else 16 * TOKENS
+    computing = autocast(target, compute_dtype)
+    with placed(model, target, compute_dtype), torch.inference_mode(), computing:
+        for batch in by_length(examples, tokens=tokens):
+            inputs = {name: value.to(target) for name, value in batch.inputs.items()}
+            output = model(**inputs).logits  # [B, C]
             logits[batch.rows] = output.float().cpu().numpy()
             done += len(batch.rows)
             if progress:

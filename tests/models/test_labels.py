@@ -73,7 +73,7 @@ def test_names_by_output_are_read_back_as_the_same_order(order: list[int]) -> No
 
 
 def outputs(right: np.ndarray, accuracy: float, turned: Sequence[int], seed: int = 0) -> np.ndarray:
-    """Logits [N, C] of a model that has a share of labels right, and whose output o stands for label turned[o]."""
+    """Logits [N, C] of a model with a share of labels right; output o means label turned[o]."""
     random = np.random.default_rng(seed)
     answers = np.where(
         random.random(len(right)) < accuracy, right, random.integers(0, len(turned), len(right))

@@ -54,8 +54,9 @@ def test_an_expert_is_computed_once_for_the_same_settings_and_rows(
     shutil.copyfile(data / "sst2" / "validation.parquet", data / "sst2" / "train.parquet")
     outcome = stages.finetune(tiny_work / "base", task="sst2", data=data, out=out, settings=TUNING)
     assert outcome.computed
-    with pytest.raises(UserError, match="would change"):
-        finetune(tiny_work, tiny_work / "base" / "expert")
+    for inside in ("base/expert", "data", "data/sst2"):
+        with pytest.raises(UserError, match="would change"):
+            finetune(tiny_work, tiny_work / inside)
 
 
 def test_provenance_says_where_an_expert_comes_from(

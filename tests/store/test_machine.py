@@ -345,13 +345,15 @@ GREEDY = """
 import resource, sys
 from pathlib import Path
 from fmn.errors import UserError
+from fmn.models.stages import finetune
 from tests.conftest import TUNING
 base, folder, out = map(Path, sys.argv[1:])
-models_stages.finetune(base, "mrpc", folder, out.with_name("first"), TUNING)
+finetune(base, task="mrpc", data=folder, out=out.with_name("first"), settings=TUNING)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 200_000_000, resource.RLIM_INFINITY))
 try:
-    models_stages.finetune(base, "mrpc", folder, out, TUNING.model_copy(update={"batch_size": 100_000, "examples": "all"}))
+    greedy = TUNING.model_copy(update={"batch_size": 100_000, "examples": "all"})
+    finetune(base, task="mrpc", data=folder, out=out, settings=greedy)
 except UserError as error:
     print(error)
 """
