@@ -13,6 +13,7 @@ from fmn.fisher.stages import Estimator
 from fmn.merge.methods import METHODS
 from fmn.merge.stages import MergeSettings, RefitSettings, statistics_files
 from fmn.models import checkpoints
+from fmn.models.provenance import rows_tuned_on
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
 from fmn.store.records import Settings, at_least_one

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError
 from fmn.models.headers import TensorHeader, names_in, no_weights, read_json, tensor_headers
-from fmn.tasks.task import get_task
+from fmn.tasks.task import TASKS, Task, get_task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -274,7 +274,7 @@ def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None
     expected: dict[str, Any] = {}
     for name, folder in folders.items():
         try:
-            traits = _traits(folder, tasks.TASKS.get(name))
+            traits = _traits(folder, TASKS.get(name))
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         expected = expected or traits
@@ -287,7 +287,7 @@ def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None
                 )
 
 
-def _traits(folder: Path, task: tasks.Task | None) -> dict[str, Any]:
+def _traits(folder: Path, task: Task | None) -> dict[str, Any]:
     """What must be equal among checkpoints that are merged, by what messages call it."""
     config = load_config(folder)
     names, headers = check_tensors(folder, config, head=task is not None)
@@ -303,7 +303,7 @@ def _traits(folder: Path, task: tasks.Task | None) -> dict[str, Any]:
     return traits | {f"the id of token {token!r:.40}": number for token, number in ids}
 
 
-def check_head(folder: Path, config: "PretrainedConfig", task: tasks.Task) -> None:
+def check_head(folder: Path, config: "PretrainedConfig", task: Task) -> None:
     """Refuse a head that has not one output for each label of the task, with a `UserError`."""
     if config.num_labels != task.num_outputs:
         problem = f"a head of {config.num_labels} outputs, {task.name} needs {task.num_outputs}"

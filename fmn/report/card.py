@@ -14,8 +14,8 @@ from fmn.merge.recipe import Checkpoint, Recipe
 from fmn.report.page import render
 from fmn.report.results import evaluate_table, markdown, measured
 from fmn.store.records import Record
-from fmn.tasks.dataset import HUB, MAX_LENGTH
-from fmn.tasks.task import TASKS
+from fmn.tasks.dataset import HUB
+from fmn.tasks.task import MAX_LENGTH, TASKS
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from fmn.evaluate import bootstrap
-from fmn.evaluate.bootstrap import Answers, Difference
+from fmn.evaluate.bootstrap import Difference
+from fmn.evaluate.metrics import Answers
 from fmn.experiments.files import Cell
 from fmn.report import results
 from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, estimate

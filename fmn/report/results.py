@@ -14,7 +14,8 @@ from fmn.tasks.task import TASKS
 if TYPE_CHECKING:
     import numpy as np
 
-    from fmn.evaluate.bootstrap import Difference, Splits
+    from fmn.evaluate.bootstrap import Difference
+    from fmn.evaluate.metrics import Splits
     from fmn.fisher.architectures import NodeValues
 
 MACRO = "mean"
