@@ -347,4 +347,4 @@ def _dvc_deps(row: Row, fill: Callable[[str], str]) -> list[str]:
 
 def _dvc_outs(paths: Iterable[str], is_cached: bool) -> list[Any]:
     options = {"persist": True} if is_cached else {"persist": True, "cache": False}
-    return [{path: options} for path in paths]
+    return [{path: dict(options)} for path in paths]  # copies, so that YAML has no anchors

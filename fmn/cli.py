@@ -25,7 +25,13 @@ from fmn.experiments.stages import search
 from fmn.fisher.stages import fisher, full_fisher, gram
 from fmn.merge.stages import merge, realign
 from fmn.models.stages import fetch, finetune, predict
-from fmn.registry.stages import register, roll_back
+from fmn.registry.stages import (
+    compare_digests,
+    read_lineage,
+    register,
+    roll_back,
+    settings_again,
+)
 from fmn.report.stages import report
 from fmn.store.records import Settings, pairs
 from fmn.store.stage import Outcome
@@ -145,6 +151,8 @@ def _add_stage(function: Callable[..., Outcome[Any]], show: Show) -> None:
             if options.get(name) and "experts" in options and function is not report:
                 own = options["experts"]
                 options[name] = {task: path for task, path in options[name].items() if task in own}
+        if isinstance(settings_file := options.get("params"), Path):
+            params.load(settings_file)
         if "progress" not in signature.parameters:
             outcome = function(*args, **options)
         else:
@@ -247,7 +255,7 @@ def _show_report(summary: Any) -> None:
     say(*summary.notes)
 
 
-SHOW_FISHER = ("estimator", "samples", "dtype", "device", "relative_stderr", "rank_correlation")
+SHOW_FISHER = ("estimator", "samples", "dtype", "device", "relative_stderr")
 for _stage, _show in (
     (fetch, _facts("revision", "model_type")),
     (data, _facts("rows")),
@@ -352,6 +360,57 @@ def rollback(name: str, /, *, to: str | None = None, as_json: Json = False) -> N
     else:
         before = change.before or "none"
         say(f"champion of {name}: version {change.champion}, was {before}")
+
+
+@app.command
+def reproduce(
+    version: str,
+    /,
+    *,
+    run: Annotated[bool, Parameter(help="rebuild it from those sources and settings")] = False,
+    out: Annotated[
+        Path | None,
+        Parameter(help="folder to rebuild it in; default: data/reproduced/NAME-VERSION"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a registered version was made from; with --run rebuild it and compare digests.
+
+    Args:
+        version: models:/NAME/VERSION or models:/NAME@ALIAS
+    """
+    registered = read_lineage(version)
+    summary: dict[str, Any] = {
+        "version": registered.uri,
+        "tags": registered.tags,
+        "lineage": registered.table,
+        "settings": registered.lineage.settings,
+    }
+    header = ["", "", "sha256"]
+    if not as_json:
+        body = [[name, origin, digest[:12]] for name, origin, digest in registered.table]
+        show_table(header, body, words=2)
+    if run:
+        from flows.pipeline import rebuild
+
+        uri = registered.uri
+        folder = out or Path("data/reproduced") / uri.removeprefix("models:/").replace("/", "-")
+        profile = settings_again(registered, folder)
+        with _flow(folder, False, as_json):
+            outputs = rebuild(profile, registered.tags["made"], registered.lineage.threads)
+        digests = compare_digests(registered, *outputs)
+        wrong = [name for name, before, now in digests if before != now]
+        if not as_json:
+            words = {True: "the same", False: "differs"}
+            body = [[name, words[before == now], now[:12]] for name, before, now in digests]
+            show_table(header, body, words=2)
+        if wrong:
+            raise UserError(f"{uri}: the rebuild in {folder} differs in {', '.join(wrong)}")
+        summary |= {"again": digests, "same": True}
+    if as_json:
+        _print_json(summary)
+    elif run:
+        say(f"{registered.uri} was rebuilt in {folder}: all digests are the same")
 
 
 @app.command(name="predict")
