@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 
-FISHER = FULL_FISHER = GRAM = 3
+FISHER = 3
+FULL_FISHER = 3
+GRAM = 3
 SAVE_SECONDS = 5.0  # from one save of partial sums to the next
 
 

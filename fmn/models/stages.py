@@ -15,7 +15,8 @@ from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.task import get_task
 
-FETCH = FINETUNE = 2
+FETCH = 2
+FINETUNE = 2
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
