@@ -218,13 +218,13 @@ def find_node(settings: Params, profile: Path, stage: str, name: str) -> Node:
 
 
 def needs(node: Node, listed: Iterable[Node]) -> list[Node]:
-    """The nodes that write what a node reads."""
-    paths = [path for argument, value in node.arguments.items() if argument != "out"
-             for path in _all_paths(value)]  # fmt: skip
+    """The nodes that write what a node reads; one that registers or logs writes nothing."""
+    reads = {name: value for name, value in node.arguments.items() if name != "out"}
+    paths = list(_paths_in(reads))
+    writers = [other for other in listed if other is not node and "out" in other.arguments]
     return [
-        other for other in listed
-        if other is not node and any(_overlap(other.arguments["out"], path) for path in paths)
-    ]  # fmt: skip
+        other for other in writers if any(_overlap(other.arguments["out"], path) for path in paths)
+    ]
 
 
 def _overlap(out: Path, path: Path) -> bool:
@@ -232,12 +232,12 @@ def _overlap(out: Path, path: Path) -> bool:
     return out == path or out in path.parents or path in out.parents
 
 
-def _all_paths(value: Any) -> Iterator[Path]:
+def _paths_in(value: Any) -> Iterator[Path]:
     if isinstance(value, Path):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _all_paths(item)
+            yield from _paths_in(item)
 
 
 def _names(names: Names, settings: Params) -> dict[str, str]:
