@@ -223,7 +223,7 @@ def joined(dask: Cluster, tmp_path: Path) -> Iterator[None]:
 def run(
     function: Callable[..., Outcome], given: Mapping[str, Any], progress: Progress = no_progress
 ) -> Outcome:
-    return cluster.run("fisher", function, given, progress)
+    return cluster.run(function, given, progress)
 
 
 @pytest.mark.slow

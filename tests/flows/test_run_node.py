@@ -12,6 +12,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 
 from flows import pages, pipeline
+from flows.graph import Node
 from fmn.errors import UserError
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.store.stage import Outcome, Progress, no_progress
@@ -43,16 +44,14 @@ def takes_a_second(
     return Outcome("test", out, True, 1.0, {})
 
 
-@pytest.fixture(autouse=True)
-def stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "STAGES", {"fails": fails_at_first, "takes": takes_a_second})
+STAGES: dict[str, Any] = {"fails": fails_at_first, "takes": takes_a_second}
 
 
 @flow
 def run(stages: list[tuple[str, str, dict[str, Any]]]) -> list[Outcome]:
-    quick = pipeline.run_stage.with_options(retry_delay_seconds=0.1)
-    futures = [quick.submit(stage, name, arguments) for stage, name, arguments in stages]
-    return [future.result() for future in futures]
+    quick = pipeline.run_node.with_options(retry_delay_seconds=0.1)
+    nodes = [Node(stage, name, STAGES[stage], arguments) for stage, name, arguments in stages]
+    return [future.result() for future in [quick.submit(node) for node in nodes]]
 
 
 @pytest.mark.parametrize("error", ["network", "killed"])
@@ -63,7 +62,7 @@ def test_transient_failures_are_retried(
     assert run([("fails", "x", arguments)])[0].summary["attempts"] == 3
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("fails x: ")]) == 2
-    assert lines[-1].split() == ["fails", "x", "0.1", "s"]
+    assert lines[-1].split() == ["test", "x", "0.1", "s"]
 
 
 def test_three_times_and_not_after_a_mistake(tmp_path: Path) -> None:
