@@ -16,11 +16,11 @@ import re
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 Kind = Literal["models", "datasets"]
 Content = bytes | Path
@@ -28,14 +28,8 @@ Fault = Literal["wrong bytes", "cut", "slow", "status"]
 Files = tuple[str, dict[str, Content]] | str  # a commit and its files, or the Hub's error code
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".model", ".h5", ".pt")
-API = re.compile(r"/api/(models|datasets)/(.+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+API = re.compile(r"/api/(models|datasets)/(.+?)/(revision|tree)/([^/]+)")
 RESOLVE = re.compile(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)")
-
-
-@dataclass
-class _Repository:
-    commits: dict[str, dict[str, Content]] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,7 +53,8 @@ class Hub:
         self.requests: list[str] = []
         self.gated: set[str] = set()
         self.closed = False
-        self._repositories: dict[tuple[str, str], _Repository] = {}
+        # By kind and name: what a branch or a commit names, and the files of each commit.
+        self._repositories: dict[tuple[str, str], dict[str, tuple[str, dict[str, Content]]]] = {}
         self._troubles: list[_Trouble] = []
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -99,9 +94,8 @@ class Hub:
         listing = [f"{name} {_digests(data)['blob']}" for name, data in sorted(files.items())]
         text = "\n".join([f"{kind}/{repo_id}/{revision}", *listing])
         commit = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-        repository = self._repositories.setdefault((kind, repo_id), _Repository())
-        repository.commits[commit] = dict(files)
-        repository.branches[revision] = commit
+        repository = self._repositories.setdefault((kind, repo_id), {})
+        repository[commit] = repository[revision] = (commit, dict(files))
         return commit
 
     def misbehave(
@@ -124,16 +118,14 @@ class Hub:
                     return trouble
         return None
 
-    def find(self, kind: str, repo_id: str, revision: str | None) -> Files:
-        repository = self._repositories.get((kind, repo_id))
-        if repository is None:
-            return "RepoNotFound"
+    def find(self, kind: str, repo_id: str, revision: str) -> Files:
+        """The commit that a revision names and its files, or the Hub's error code."""
         if repo_id in self.gated:
             return "GatedRepo"
-        commit = repository.branches.get(revision or "main", revision or "main")
-        if commit not in repository.commits:
-            return "RevisionNotFound"
-        return commit, repository.commits[commit]
+        repository = self._repositories.get((kind, repo_id))
+        return (
+            "RepoNotFound" if repository is None else repository.get(revision, "RevisionNotFound")
+        )
 
 
 def _read(content: Content) -> bytes:
@@ -144,28 +136,6 @@ def _digests(content: Content) -> dict[str, Any]:
     data = _read(content)
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return {"size": len(data), "blob": blob, "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _entry(path: str, content: Content) -> dict[str, Any]:
-    """A file as the tree endpoint describes it."""
-    facts = _digests(content)
-    entry = {"type": "file", "path": path, "oid": facts["blob"], "size": facts["size"]}
-    if path.endswith(LFS_SUFFIXES):
-        entry["lfs"] = {"oid": facts["sha256"], "size": facts["size"], "pointerSize": 130}
-    return entry
-
-
-def _tree(files: Mapping[str, Content], folder: str, recursive: bool) -> list[dict[str, Any]]:
-    prefix = f"{folder}/" if folder else ""
-    inside = {path: content for path, content in files.items() if path.startswith(prefix)}
-    parents = {str(parent) for path in inside for parent in Path(path).parents} - {".", folder}
-    entries: list[dict[str, Any]] = [
-        {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
-        for path in sorted(parents)
-        if path.startswith(prefix)
-    ]
-    entries += [_entry(path, content) for path, content in inside.items()]
-    return entries if recursive else [e for e in entries if "/" not in e["path"][len(prefix) :]]
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -179,52 +149,33 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if hub.closed:  # a connection that was kept alive outlives the server
                 self.close_connection = True
                 return None
-            address = urlsplit(self.path)
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            trouble = hub.trouble(f"{self.command} {unquote(address.path)}")
+            path = urlsplit(self.path).path
+            trouble = hub.trouble(f"{self.command} {unquote(path)}")
             if trouble is not None and trouble.fault == "status":
                 return self.send(trouble.status, b"", {})
-            if match := RESOLVE.fullmatch(address.path):
-                datasets, repo_id, revision, path = match.groups()
+            if match := RESOLVE.fullmatch(path):
+                datasets, repo_id, revision, name = match.groups()
                 files = hub.find("datasets" if datasets else "models", repo_id, unquote(revision))
-                return self.file(files, unquote(path), trouble)
-            if match := API.fullmatch(address.path):
-                kind, repo_id, what, revision, path = match.groups()
-                files = hub.find(kind, repo_id, revision and unquote(revision))
-                query = parse_qs(address.query)
-                return self.api(files, repo_id, what, unquote(path or ""), query, body)
+                return self.file(files, unquote(name), trouble)
+            if match := API.fullmatch(path):
+                kind, repo_id, what, revision = match.groups()
+                return self.api(hub.find(kind, repo_id, unquote(revision)), repo_id, what)
             return self.send(404, b"", {})
 
-        do_HEAD = do_GET = do_POST = answer  # noqa: N815
+        do_HEAD = do_GET = answer  # noqa: N815
 
-        def api(
-            self,
-            commit_files: Files,
-            repo_id: str,
-            what: str,
-            path: str,
-            query: dict[str, list[str]],
-            body: bytes,
-        ) -> None:
+        def api(self, commit_files: Files, repo_id: str, what: str) -> None:
             if isinstance(commit_files, str):
                 return self.error(commit_files)
             commit, files = commit_files
-            answer: Any
+            answer: Any = {"id": repo_id, "sha": commit, "private": False, "tags": []}
+            answer["siblings"] = [{"rfilename": name} for name in files]
             if what == "tree":
-                answer = _tree(
-                    files, path, query.get("recursive", [""])[0].lower() in ("true", "1")
-                )
-                if path and not answer:
-                    return self.error("EntryNotFound")
-            elif what == "paths-info":
-                is_json = self.headers.get("Content-Type", "").startswith("application/json")
-                wanted = json.loads(body) if is_json else parse_qs(body.decode())
-                listing = _tree(files, "", recursive=True)
-                answer = [entry for entry in listing if entry["path"] in wanted.get("paths", [])]
-            else:
-                siblings = [{"rfilename": name} for name in files]
-                facts = {"private": False, "gated": False, "tags": []}
-                answer = {"id": repo_id, "sha": commit, "siblings": siblings, **facts}
+                digests = {name: _digests(content) for name, content in files.items()}
+                answer = [
+                    {"type": "file", "path": name, "oid": facts["blob"], "size": facts["size"]}
+                    for name, facts in digests.items()
+                ]
             return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
         def file(self, commit_files: Files, path: str, trouble: _Trouble | None) -> None:
@@ -246,10 +197,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 status, data = 206, data[start : end + 1]
             return self.send(status, data, headers, trouble)
 
-        def error(self, code: str, headers: Mapping[str, str] | None = None) -> None:
+        def error(self, code: str, headers: dict[str, str] | None = None) -> None:
             status = {"GatedRepo": 403, "RepoNotFound": 401}.get(code, 404)
             self.send(
-                status, b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})}
+                status, b"", {"X-Error-Code": code, "X-Error-Message": code} | (headers or {})
             )
 
         def send(

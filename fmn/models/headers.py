@@ -48,8 +48,8 @@ def read_file(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
             begin = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(begin - 8))
     except SafetensorError as error:
-        problem = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: not a valid safetensors file: {problem}; get it again") from error
+        problem = f"not a valid safetensors file: {first_words(error)}"
+        raise UserError(f"{path}: {problem}; get it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read; get it again") from error
     header.pop("__metadata__", None)
@@ -103,11 +103,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that comes from elsewhere.
-
-    Raises:
-        UserError: there is no such file, or it holds something else.
-    """
+    """A JSON object that comes from elsewhere; `UserError` if the file holds something else."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -133,3 +129,8 @@ def no_weights(names: Set[str]) -> str:
     if PICKLED in names:
         return "has no safetensors weights; `fmn fetch` converts them"
     return f"has neither {WEIGHTS} nor {PICKLED}; save it with `save_pretrained`"
+
+
+def first_words(error: BaseException) -> str:
+    """What another library says, as it fits into one line of ours."""
+    return " ".join(str(error).split())[:160] or type(error).__name__

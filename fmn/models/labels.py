@@ -90,15 +90,10 @@ def by_names(task: Task, names: Sequence[str]) -> Labels | None:
 
 
 def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> Labels:
-    """The order in which the outputs fit the data best.
+    """The order in which the outputs, logits [N, C], fit the labels [N] of training data best.
 
-    An order other than the task's own is taken only if it is clearly better (`CLEARLY`).
-
-    Args:
-        task: the task.
-        logits: [N, C], the model's outputs as they stand.
-        labels: [N], class ids in the task's order, or values.
-        place: names the model in messages.
+    An order other than the task's own is taken only if it is clearly better (`CLEARLY`). `place`
+    names the model in messages.
 
     Raises:
         UserError: even so the model is no better than chance (`CHANCE`); for regression: its
@@ -108,14 +103,13 @@ def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> L
     if task.regression:
         predicted = logits[:, 0].astype(np.float64)
         is_constant = np.ptp(predicted) == 0 or np.ptp(labels) == 0
-        correlation = 0.0 if is_constant else float(np.corrcoef(predicted, labels)[0, 1])
-        if not correlation > 0:
+        score = 0.0 if is_constant else float(np.corrcoef(predicted, labels)[0, 1])
+        if not score > 0:
             raise UserError(
                 f"{start} the correlation of its outputs with {rows} training rows is"
-                f" {correlation:.2f}, that of chance 0; give an expert of this task"
+                f" {score:.2f}, that of chance 0; give an expert of this task"
             )
-        score = as_is = correlation
-        return Labels(order=[0], origin="training data", rows=rows, score=score, as_is=as_is)
+        return Labels(order=[0], origin="training data", rows=rows, score=score, as_is=score)
     answers = logits.argmax(axis=1)  # [N]
     identity = tuple(range(task.num_outputs))
     # By order, whether each row is right; the identity comes first, so it is the best of equals.
@@ -128,7 +122,7 @@ def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> L
         order = identity
     score, answered = float(right[order].mean()), np.argsort(order)[answers]
     if not better_than_guessing(task, answered, labels):
-        share = guessed(task, answered, labels)
+        share = _guessed(task, answered, labels)
         raise UserError(
             f"{start} in the best order of its labels it has {score:.1%} of {rows} training rows"
             f" right, guessing {share:.1%}; give an expert of this task, or name its labels in"
@@ -138,7 +132,7 @@ def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> L
     return Labels(order=list(order), origin="training data", rows=rows, score=score, as_is=as_is)
 
 
-def guessed(task: Task, answers: np.ndarray, labels: np.ndarray) -> float:
+def _guessed(task: Task, answers: np.ndarray, labels: np.ndarray) -> float:
     """The share of a classification task's rows, class ids [N], that guessing has right.
 
     By always answering the most frequent label; if the task's metric is a Matthews correlation,
@@ -155,7 +149,7 @@ def guessed(task: Task, answers: np.ndarray, labels: np.ndarray) -> float:
 def better_than_guessing(task: Task, answers: np.ndarray, labels: np.ndarray) -> bool:
     """Whether chance alone would hardly have so many of a classification task's rows right."""
     hits = int((answers == labels).sum())
-    return _one_sided(hits, len(labels), guessed(task, answers, labels)) < CHANCE
+    return _one_sided(hits, len(labels), _guessed(task, answers, labels)) < CHANCE
 
 
 def _one_sided(hits: int, trials: int, share: float) -> float:
@@ -217,18 +211,16 @@ def notes(labels_by_task: Mapping[str, Labels]) -> list[str]:
     """A line for each task whose outputs do not name the task's labels in the task's order."""
     lines = []
     for name, labels in labels_by_task.items():
-        task, start = get_task(name), f"labels of {name}:"
-        outputs = ", ".join(names_by_output(task, labels))
-        if labels.origin == "identity":
-            lines.append(f"{start} NOT NAMED in config.json, no data to find them: {outputs}")
-        elif labels.origin == "training data":
-            facts = f"{labels.rows} training rows say {outputs} ({labels.score:.1%} right, as they"
-            facts = f"{facts} stand {labels.as_is:.1%})"
-            if task.regression:
-                facts = f"correlation {labels.score:.2f} on {labels.rows} rows"
-            lines.append(f"{start} not named; {facts}")
-        elif labels.order != sorted(labels.order):
-            lines.append(f"{start} the outputs are {outputs}, as the names in config.json say")
+        task, measure = get_task(name), "correlation" if get_task(name).regression else "right"
+        scores = f"{measure} {labels.score:.3f}, as they stand {labels.as_is:.3f}"
+        reason = {
+            "names": "as the names in config.json say",
+            "identity": "NOT NAMED in config.json, and no data to find them; taken as they stand",
+            "training data": f"not named; found on {labels.rows} training rows ({scores})",
+        }[labels.origin]
+        if labels.origin != "names" or labels.order != sorted(labels.order):
+            outputs = ", ".join(names_by_output(task, labels))
+            lines.append(f"labels of {name}: the outputs are {outputs}: {reason}")
     return lines
 
 
