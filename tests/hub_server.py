@@ -14,7 +14,6 @@ import json
 import os
 import re
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 Kind = Literal["models", "datasets"]
 Content = bytes | Path
-Fault = Literal["wrong bytes", "cut", "slow", "status"]
+Fault = Literal["wrong bytes", "cut", "status"]
 Files = tuple[str, dict[str, Content]] | str  # a commit and its files, or the Hub's error code
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".model", ".h5", ".pt")
@@ -38,7 +37,6 @@ class _Trouble:
     match: str
     times: int
     status: int
-    seconds: float
 
 
 class Hub:
@@ -57,7 +55,9 @@ class Hub:
         self._repositories: dict[tuple[str, str], dict[str, tuple[str, dict[str, Content]]]] = {}
         self._troubles: list[_Trouble] = []
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self._server.daemon_threads = True
         options = {"poll_interval": 0.02}
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs=options)
@@ -98,15 +98,13 @@ class Hub:
         repository[commit] = repository[revision] = (commit, dict(files))
         return commit
 
-    def misbehave(
-        self, fault: Fault, match: str, times: int = 1, status: int = 500, seconds: float = 1.0
-    ) -> None:
+    def misbehave(self, fault: Fault, match: str, times: int = 1, status: int = 500) -> None:
         """The next `times` requests whose "METHOD /path" contains `match` go wrong.
 
         "wrong bytes": the right number of bytes, each one flipped; "cut": half the body, then the
-        connection closes; "slow": the body starts after `seconds`; "status": this HTTP status.
+        connection closes; "status": this HTTP status.
         """
-        self._troubles.append(_Trouble(fault, match, times, status, seconds))
+        self._troubles.append(_Trouble(fault, match, times, status))
 
     def trouble(self, request: str) -> _Trouble | None:
         """Note a request; what goes wrong with it."""
@@ -138,92 +136,86 @@ def _digests(content: Content) -> dict[str, Any]:
     return {"size": len(data), "blob": blob, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
-        def answer(self) -> None:
-            if hub.closed:  # a connection that was kept alive outlives the server
-                self.close_connection = True
-                return None
-            path = urlsplit(self.path).path
-            trouble = hub.trouble(f"{self.command} {unquote(path)}")
-            if trouble is not None and trouble.fault == "status":
-                return self.send(trouble.status, b"", {})
-            if match := RESOLVE.fullmatch(path):
-                datasets, repo_id, revision, name = match.groups()
-                files = hub.find("datasets" if datasets else "models", repo_id, unquote(revision))
-                return self.file(files, unquote(name), trouble)
-            if match := API.fullmatch(path):
-                kind, repo_id, what, revision = match.groups()
-                return self.api(hub.find(kind, repo_id, unquote(revision)), repo_id, what)
-            return self.send(404, b"", {})
+    def answer(self) -> None:
+        if self.hub.closed:  # a connection that was kept alive outlives the server
+            self.close_connection = True
+            return None
+        path = urlsplit(self.path).path
+        trouble = self.hub.trouble(f"{self.command} {unquote(path)}")
+        if trouble is not None and trouble.fault == "status":
+            return self.send(trouble.status, b"", {})
+        if match := RESOLVE.fullmatch(path):
+            datasets, repo_id, revision, name = match.groups()
+            files = self.hub.find("datasets" if datasets else "models", repo_id, unquote(revision))
+            return self.file(files, unquote(name), trouble)
+        if match := API.fullmatch(path):
+            kind, repo_id, what, revision = match.groups()
+            return self.api(self.hub.find(kind, repo_id, unquote(revision)), repo_id, what)
+        return self.send(404, b"", {})
 
-        do_HEAD = do_GET = answer  # noqa: N815
+    do_HEAD = do_GET = answer  # noqa: N815
 
-        def api(self, commit_files: Files, repo_id: str, what: str) -> None:
-            if isinstance(commit_files, str):
-                return self.error(commit_files)
-            commit, files = commit_files
-            answer: Any = {"id": repo_id, "sha": commit, "private": False, "tags": []}
-            answer["siblings"] = [{"rfilename": name} for name in files]
-            if what == "tree":
-                digests = {name: _digests(content) for name, content in files.items()}
-                answer = [
-                    {"type": "file", "path": name, "oid": facts["blob"], "size": facts["size"]}
-                    for name, facts in digests.items()
-                ]
-            return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+    def api(self, commit_files: Files, repo_id: str, what: str) -> None:
+        if isinstance(commit_files, str):
+            return self.error(commit_files)
+        commit, files = commit_files
+        answer: Any = {"id": repo_id, "sha": commit, "private": False, "tags": []}
+        answer["siblings"] = [{"rfilename": name} for name in files]
+        if what == "tree":
+            digests = {name: _digests(content) for name, content in files.items()}
+            answer = [
+                {"type": "file", "path": name, "oid": facts["blob"], "size": facts["size"]}
+                for name, facts in digests.items()
+            ]
+        return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-        def file(self, commit_files: Files, path: str, trouble: _Trouble | None) -> None:
-            if isinstance(commit_files, str):
-                return self.error(commit_files)
-            commit, files = commit_files
-            if path not in files:
-                return self.error("EntryNotFound", {"X-Repo-Commit": commit})
-            data, facts = _read(files[path]), _digests(files[path])
-            headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-            headers["ETag"] = f'"{facts["blob"]}"'
-            if path.endswith(LFS_SUFFIXES):
-                headers["X-Linked-Etag"] = f'"{facts["sha256"]}"'
-                headers["X-Linked-Size"] = str(len(data))
-            status = 200
-            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-                start, end = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
-                headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-                status, data = 206, data[start : end + 1]
-            return self.send(status, data, headers, trouble)
+    def file(self, commit_files: Files, path: str, trouble: _Trouble | None) -> None:
+        if isinstance(commit_files, str):
+            return self.error(commit_files)
+        commit, files = commit_files
+        if path not in files:
+            return self.error("EntryNotFound", {"X-Repo-Commit": commit})
+        data, facts = _read(files[path]), _digests(files[path])
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers["ETag"] = f'"{facts["blob"]}"'
+        if path.endswith(LFS_SUFFIXES):
+            headers["X-Linked-Etag"] = f'"{facts["sha256"]}"'
+            headers["X-Linked-Size"] = str(len(data))
+        status = 200
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+            status, data = 206, data[start : end + 1]
+        return self.send(status, data, headers, trouble)
 
-        def error(self, code: str, headers: dict[str, str] | None = None) -> None:
-            status = {"GatedRepo": 403, "RepoNotFound": 401}.get(code, 404)
-            self.send(
-                status, b"", {"X-Error-Code": code, "X-Error-Message": code} | (headers or {})
-            )
+    def error(self, code: str, headers: dict[str, str] | None = None) -> None:
+        status = {"GatedRepo": 403, "RepoNotFound": 401}.get(code, 404)
+        self.send(status, b"", {"X-Error-Code": code, "X-Error-Message": code} | (headers or {}))
 
-        def send(
-            self,
-            status: int,
-            data: bytes,
-            headers: Mapping[str, str],
-            trouble: _Trouble | None = None,
-        ) -> None:
-            fault = trouble.fault if trouble else None
-            if fault == "wrong bytes":
-                data = bytes(255 - byte for byte in data)
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "HEAD":
-                return
-            if trouble is not None and fault == "slow":
-                time.sleep(trouble.seconds)
-            if fault == "cut":
-                data = data[: len(data) // 2]
-                self.close_connection = True
-            self.wfile.write(data)
-
-    return Handler
+    def send(
+        self,
+        status: int,
+        data: bytes,
+        headers: Mapping[str, str],
+        trouble: _Trouble | None = None,
+    ) -> None:
+        fault = trouble.fault if trouble else None
+        if fault == "wrong bytes":
+            data = bytes(255 - byte for byte in data)
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == "cut":
+            data = data[: len(data) // 2]
+            self.close_connection = True
+        self.wfile.write(data)

@@ -1,8 +1,6 @@
 """Headers of safetensors files, and the index over shards: where each tensor's bytes are.
 
-safetensors validates a file; its header is read here once more for what the library does not
-tell, the tensors' places in the file. No tensor is loaded.
-
+The library validates a file, but does not tell the tensors' places in it. No tensor is loaded.
 Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length, a
 JSON header of that length, then the tensors' bytes without gaps).
 """
@@ -23,13 +21,10 @@ PICKLED = "pytorch_model.bin"
 
 
 class TensorHeader(NamedTuple):
-    """Where a tensor lies: its bytes are ``file[start:end]``, row-major.
-
-    The dtype is called as the format calls it, such as "F32".
-    """
+    """Where a tensor lies: its bytes are ``file[start:end]``, row-major."""
 
     file: Path
-    dtype: str
+    dtype: str  # as the format calls it, such as "F32"
     shape: tuple[int, ...]
     start: int
     end: int
@@ -42,8 +37,8 @@ def read_file(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
         UserError: the file cannot be read, or is not a valid safetensors file.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
+        with safe_open(path, framework="numpy"):  # validates the file
+            pass
         with path.open("rb") as stream:
             begin = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(begin - 8))
@@ -52,7 +47,7 @@ def read_file(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
         raise UserError(f"{path}: {problem}; get it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read; get it again") from error
-    header.pop("__metadata__", None)
+    metadata: dict[str, str] = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():
         start, end = (begin + offset for offset in entry["data_offsets"])

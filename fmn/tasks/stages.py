@@ -92,12 +92,9 @@ def _source_folder(task: str, settings: DataSettings) -> tuple[Path, str | None]
 
 def _miniature_glue(task: str) -> Path:
     """The folder of the miniature GLUE, if it has this task."""
-    checkout = Path(fmn.__file__).parent.parent
-    places = [Path(os.environ.get("FMN_MINIATURE_GLUE", MINIATURE)), checkout / MINIATURE]
-    for place in places:
-        if (place / task).is_dir():
-            return place
-    raise UserError(
-        f"data embedded: there is no {task} in {places[0]} or {places[1]}; set"
-        f" FMN_MINIATURE_GLUE to {MINIATURE} of a checkout, or use --source hub or a folder"
-    )
+    here = Path(os.environ.get("FMN_MINIATURE_GLUE", MINIATURE))
+    for folder in (here, Path(fmn.__file__).parent.parent / MINIATURE):
+        if (folder / task).is_dir():
+            return folder
+    remedy = f"set FMN_MINIATURE_GLUE to {MINIATURE} of a checkout, or use another --source"
+    raise UserError(f"data embedded: there is no {task} in {here} or in a checkout; {remedy}")
