@@ -112,7 +112,7 @@ def _entries(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def no_checkpoint(names: Set[str]) -> str:
-    """What a folder with these names, which has no config.json, is: the end of a message."""
+    """The end of a message about a folder of these names that has no config.json."""
     if "adapter_config.json" in names:
         return no_weights(names)
     if "merge.json" in names:

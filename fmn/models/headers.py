@@ -118,7 +118,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def no_weights(names: Set[str]) -> str:
-    """What a folder with these names, which has no weights, has instead: the end of a message."""
+    """The end of a message about a folder of these names that has no weights."""
     if "adapter_config.json" in names:
         return "holds a PEFT adapter alone; merge it into its base (`merge_and_unload`) and save"
     if PICKLED in names:

@@ -156,10 +156,7 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
     if installed is None or version not in (None, installed):
         remedy = f"pip install --no-deps {owner}" + (f"=={version}" if version else "")
         raise UserError(f"{source}: version {installed} is installed; `{remedy}`")
-    folder, root = Path(roots[0] + path).resolve(), Path(roots[0]).resolve()
-    if not folder.is_relative_to(root):
-        raise UserError(f"{source}: leads out of the package {module}; name a folder in it")
-    return _folder_origin(folder, source, f"package:{module}{path}@{installed}")
+    return _folder_origin(Path(roots[0] + path), source, f"package:{module}{path}@{installed}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_the_miniature_glue_is_found_or_asked_for(
         write_split(tmp_path / "data" / "miniature_glue" / "mrpc", mrpc_columns(), split)
     assert data("mrpc", out=tmp_path / "out", settings=EMBEDDED).summary.rows["train"] == 2
     monkeypatch.setenv("FMN_MINIATURE_GLUE", str(tmp_path / "mine"))
-    with pytest.raises(UserError, match="no mrpc in /.*/mine or"):
+    with pytest.raises(UserError, match=r"no mrpc in /.*/mine or"):
         data("mrpc", out=tmp_path / "out", settings=EMBEDDED)
 
 

@@ -1,7 +1,5 @@
 """Definitions of tasks: GLUE's, and those that lie beside their rows."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +87,3 @@ def test_a_damaged_definition_is_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / "task.json").write_text(content)
         with pytest.raises(UserError, match=rf"task\.json: .*{message}.*`fmn data sst2`"):
             load_task(tmp_path, "sst2")
-
-
-def test_importing_tasks_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from fmn.tasks import dataset, stages, task;"
-        "print({'torch', 'pyarrow', 'transformers', 'ruamel.yaml'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
