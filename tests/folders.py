@@ -25,34 +25,25 @@ def tiny_bert(
 ) -> Path:
     """A checkpoint folder of a small random BERT classifier."""
     torch.manual_seed(seed)
-    config = BertConfig(
-        **{**SIZES, **sizes}, num_labels=outputs, architectures=["BertForSequenceClassification"]
-    )
+    config = BertConfig(**{**SIZES, **sizes}, num_labels=outputs)
+    config.architectures = ["BertForSequenceClassification"]
     folder.mkdir(parents=True)
     config.to_json_file(folder / "config.json", use_diff=False)
-    state = {
-        name: value.contiguous()
-        for name, value in BertForSequenceClassification(config).state_dict().items()
-    }
-    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save(folder, BertForSequenceClassification(config).state_dict())
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "BertTokenizer", "do_lower_case": true}'
-    )
+    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     return folder
+
+
+def save(folder: Path, state: Mapping[str, torch.Tensor], name: str = "model.safetensors") -> None:
+    """Write weights; views are copied, as the format cannot have them."""
+    tensors = {key: value.contiguous().clone() for key, value in state.items()}
+    safetensors.torch.save_file(tensors, folder / name, metadata={"format": "pt"})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / "model.safetensors")
-
-
-def weights_of_shard(folder: Path, number: int) -> dict[str, torch.Tensor]:
-    return {
-        k: v.clone()
-        for k, v in safetensors.torch.load_file(
-            folder / f"model-0000{number}-of-00002.safetensors"
-        ).items()
-    }
 
 
 def edit_config(folder: Path, **values: Any) -> None:
@@ -74,10 +65,7 @@ def shards(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     weight_map: dict[str, str] = {}
     for number, part in enumerate((names[:10], names[10:]), 1):
         file = f"model-0000{number}-of-00002.safetensors"
-        safetensors.torch.save_file(
-            {name: state[name] for name in part}, folder / file, metadata={"format": "pt"}
-        )
+        save(folder, {name: state[name] for name in part}, file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

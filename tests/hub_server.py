@@ -14,28 +14,21 @@ import json
 import os
 import re
 import threading
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 Kind = Literal["models", "datasets"]
 Content = bytes | Path
-Fault = Literal["wrong bytes", "cut", "slow", "status"]
+Fault = Literal["wrong bytes", "cut", "status"]
 Files = tuple[str, dict[str, Content]] | str  # a commit and its files, or the Hub's error code
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".model", ".h5", ".pt")
-API = re.compile(r"/api/(models|datasets)/(.+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+API = re.compile(r"/api/(models|datasets)/(.+?)/(revision|tree)/([^/]+)")
 RESOLVE = re.compile(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)")
-
-
-@dataclass
-class _Repository:
-    commits: dict[str, dict[str, Content]] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -44,7 +37,6 @@ class _Trouble:
     match: str
     times: int
     status: int
-    seconds: float
 
 
 class Hub:
@@ -59,10 +51,13 @@ class Hub:
         self.requests: list[str] = []
         self.gated: set[str] = set()
         self.closed = False
-        self._repositories: dict[tuple[str, str], _Repository] = {}
+        # By kind and name: what a branch or a commit names, and the files of each commit.
+        self._repositories: dict[tuple[str, str], dict[str, tuple[str, dict[str, Content]]]] = {}
         self._troubles: list[_Trouble] = []
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self._server.daemon_threads = True
         options = {"poll_interval": 0.02}
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs=options)
@@ -99,20 +94,17 @@ class Hub:
         listing = [f"{name} {_digests(data)['blob']}" for name, data in sorted(files.items())]
         text = "\n".join([f"{kind}/{repo_id}/{revision}", *listing])
         commit = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-        repository = self._repositories.setdefault((kind, repo_id), _Repository())
-        repository.commits[commit] = dict(files)
-        repository.branches[revision] = commit
+        repository = self._repositories.setdefault((kind, repo_id), {})
+        repository[commit] = repository[revision] = (commit, dict(files))
         return commit
 
-    def misbehave(
-        self, fault: Fault, match: str, times: int = 1, status: int = 500, seconds: float = 1.0
-    ) -> None:
+    def misbehave(self, fault: Fault, match: str, times: int = 1, status: int = 500) -> None:
         """The next `times` requests whose "METHOD /path" contains `match` go wrong.
 
         "wrong bytes": the right number of bytes, each one flipped; "cut": half the body, then the
-        connection closes; "slow": the body starts after `seconds`; "status": this HTTP status.
+        connection closes; "status": this HTTP status.
         """
-        self._troubles.append(_Trouble(fault, match, times, status, seconds))
+        self._troubles.append(_Trouble(fault, match, times, status))
 
     def trouble(self, request: str) -> _Trouble | None:
         """Note a request; what goes wrong with it."""
@@ -124,16 +116,14 @@ class Hub:
                     return trouble
         return None
 
-    def find(self, kind: str, repo_id: str, revision: str | None) -> Files:
-        repository = self._repositories.get((kind, repo_id))
-        if repository is None:
-            return "RepoNotFound"
+    def find(self, kind: str, repo_id: str, revision: str) -> Files:
+        """The commit that a revision names and its files, or the Hub's error code."""
         if repo_id in self.gated:
             return "GatedRepo"
-        commit = repository.branches.get(revision or "main", revision or "main")
-        if commit not in repository.commits:
-            return "RevisionNotFound"
-        return commit, repository.commits[commit]
+        repository = self._repositories.get((kind, repo_id))
+        return (
+            "RepoNotFound" if repository is None else repository.get(revision, "RevisionNotFound")
+        )
 
 
 def _read(content: Content) -> bytes:
@@ -146,133 +136,86 @@ def _digests(content: Content) -> dict[str, Any]:
     return {"size": len(data), "blob": blob, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _entry(path: str, content: Content) -> dict[str, Any]:
-    """A file as the tree endpoint describes it."""
-    facts = _digests(content)
-    entry = {"type": "file", "path": path, "oid": facts["blob"], "size": facts["size"]}
-    if path.endswith(LFS_SUFFIXES):
-        entry["lfs"] = {"oid": facts["sha256"], "size": facts["size"], "pointerSize": 130}
-    return entry
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
 
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
-def _tree(files: Mapping[str, Content], folder: str, recursive: bool) -> list[dict[str, Any]]:
-    prefix = f"{folder}/" if folder else ""
-    inside = {path: content for path, content in files.items() if path.startswith(prefix)}
-    parents = {str(parent) for path in inside for parent in Path(path).parents} - {".", folder}
-    entries: list[dict[str, Any]] = [
-        {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
-        for path in sorted(parents)
-        if path.startswith(prefix)
-    ]
-    entries += [_entry(path, content) for path, content in inside.items()]
-    return entries if recursive else [e for e in entries if "/" not in e["path"][len(prefix) :]]
+    def answer(self) -> None:
+        if self.hub.closed:  # a connection that was kept alive outlives the server
+            self.close_connection = True
+            return None
+        path = urlsplit(self.path).path
+        trouble = self.hub.trouble(f"{self.command} {unquote(path)}")
+        if trouble is not None and trouble.fault == "status":
+            return self.send(trouble.status, b"", {})
+        if match := RESOLVE.fullmatch(path):
+            datasets, repo_id, revision, name = match.groups()
+            files = self.hub.find("datasets" if datasets else "models", repo_id, unquote(revision))
+            return self.file(files, unquote(name), trouble)
+        if match := API.fullmatch(path):
+            kind, repo_id, what, revision = match.groups()
+            return self.api(self.hub.find(kind, repo_id, unquote(revision)), repo_id, what)
+        return self.send(404, b"", {})
 
+    do_HEAD = do_GET = answer  # noqa: N815
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def api(self, commit_files: Files, repo_id: str, what: str) -> None:
+        if isinstance(commit_files, str):
+            return self.error(commit_files)
+        commit, files = commit_files
+        answer: Any = {"id": repo_id, "sha": commit, "private": False, "tags": []}
+        answer["siblings"] = [{"rfilename": name} for name in files]
+        if what == "tree":
+            digests = {name: _digests(content) for name, content in files.items()}
+            answer = [
+                {"type": "file", "path": name, "oid": facts["blob"], "size": facts["size"]}
+                for name, facts in digests.items()
+            ]
+        return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
+    def file(self, commit_files: Files, path: str, trouble: _Trouble | None) -> None:
+        if isinstance(commit_files, str):
+            return self.error(commit_files)
+        commit, files = commit_files
+        if path not in files:
+            return self.error("EntryNotFound", {"X-Repo-Commit": commit})
+        data, facts = _read(files[path]), _digests(files[path])
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers["ETag"] = f'"{facts["blob"]}"'
+        if path.endswith(LFS_SUFFIXES):
+            headers["X-Linked-Etag"] = f'"{facts["sha256"]}"'
+            headers["X-Linked-Size"] = str(len(data))
+        status = 200
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+            status, data = 206, data[start : end + 1]
+        return self.send(status, data, headers, trouble)
 
-        def answer(self) -> None:
-            if hub.closed:  # a connection that was kept alive outlives the server
-                self.close_connection = True
-                return None
-            address = urlsplit(self.path)
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            trouble = hub.trouble(f"{self.command} {unquote(address.path)}")
-            if trouble is not None and trouble.fault == "status":
-                return self.send(trouble.status, b"", {})
-            if match := RESOLVE.fullmatch(address.path):
-                datasets, repo_id, revision, path = match.groups()
-                files = hub.find("datasets" if datasets else "models", repo_id, unquote(revision))
-                return self.file(files, unquote(path), trouble)
-            if match := API.fullmatch(address.path):
-                kind, repo_id, what, revision, path = match.groups()
-                files = hub.find(kind, repo_id, revision and unquote(revision))
-                query = parse_qs(address.query)
-                return self.api(files, repo_id, what, unquote(path or ""), query, body)
-            return self.send(404, b"", {})
+    def error(self, code: str, headers: dict[str, str] | None = None) -> None:
+        status = {"GatedRepo": 403, "RepoNotFound": 401}.get(code, 404)
+        self.send(status, b"", {"X-Error-Code": code, "X-Error-Message": code} | (headers or {}))
 
-        do_HEAD = do_GET = do_POST = answer  # noqa: N815
-
-        def api(
-            self,
-            commit_files: Files,
-            repo_id: str,
-            what: str,
-            path: str,
-            query: dict[str, list[str]],
-            body: bytes,
-        ) -> None:
-            if isinstance(commit_files, str):
-                return self.error(commit_files)
-            commit, files = commit_files
-            answer: Any
-            if what == "tree":
-                answer = _tree(
-                    files, path, query.get("recursive", [""])[0].lower() in ("true", "1")
-                )
-                if path and not answer:
-                    return self.error("EntryNotFound")
-            elif what == "paths-info":
-                is_json = self.headers.get("Content-Type", "").startswith("application/json")
-                wanted = json.loads(body) if is_json else parse_qs(body.decode())
-                listing = _tree(files, "", recursive=True)
-                answer = [entry for entry in listing if entry["path"] in wanted.get("paths", [])]
-            else:
-                siblings = [{"rfilename": name} for name in files]
-                facts = {"private": False, "gated": False, "tags": []}
-                answer = {"id": repo_id, "sha": commit, "siblings": siblings, **facts}
-            return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
-
-        def file(self, commit_files: Files, path: str, trouble: _Trouble | None) -> None:
-            if isinstance(commit_files, str):
-                return self.error(commit_files)
-            commit, files = commit_files
-            if path not in files:
-                return self.error("EntryNotFound", {"X-Repo-Commit": commit})
-            data, facts = _read(files[path]), _digests(files[path])
-            headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-            headers["ETag"] = f'"{facts["blob"]}"'
-            if path.endswith(LFS_SUFFIXES):
-                headers["X-Linked-Etag"] = f'"{facts["sha256"]}"'
-                headers["X-Linked-Size"] = str(len(data))
-            status = 200
-            if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-                start, end = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
-                headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-                status, data = 206, data[start : end + 1]
-            return self.send(status, data, headers, trouble)
-
-        def error(self, code: str, headers: Mapping[str, str] | None = None) -> None:
-            status = {"GatedRepo": 403, "RepoNotFound": 401}.get(code, 404)
-            self.send(
-                status, b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})}
-            )
-
-        def send(
-            self,
-            status: int,
-            data: bytes,
-            headers: Mapping[str, str],
-            trouble: _Trouble | None = None,
-        ) -> None:
-            fault = trouble.fault if trouble else None
-            if fault == "wrong bytes":
-                data = bytes(255 - byte for byte in data)
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "HEAD":
-                return
-            if trouble is not None and fault == "slow":
-                time.sleep(trouble.seconds)
-            if fault == "cut":
-                data = data[: len(data) // 2]
-                self.close_connection = True
-            self.wfile.write(data)
-
-    return Handler
+    def send(
+        self,
+        status: int,
+        data: bytes,
+        headers: Mapping[str, str],
+        trouble: _Trouble | None = None,
+    ) -> None:
+        fault = trouble.fault if trouble else None
+        if fault == "wrong bytes":
+            data = bytes(255 - byte for byte in data)
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == "cut":
+            data = data[: len(data) // 2]
+            self.close_connection = True
+        self.wfile.write(data)

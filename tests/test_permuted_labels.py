@@ -12,18 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
-from fmn.fisher import files as fisher_files
-from fmn.evaluate import files as evaluate_files
 from fmn.errors import UserError
-from fmn.evaluate import stages as evaluate_stages
-from fmn.evaluate.stages import EvaluateSettings
-from fmn.fisher import stages as fisher_stages
-from fmn.fisher.stages import Estimator, FisherSettings
-from fmn.merge import stages as merge_stages
-from fmn.merge.stages import MergeSettings
-from fmn.models import stages as models_stages
-from fmn.models.stages import FinetuneSettings
-from fmn.store import artifacts
+from fmn.evaluate.files import read_predictions
+from fmn.evaluate.stages import EvaluateSettings, evaluate
+from fmn.fisher.files import read_fisher
+from fmn.fisher.stages import Estimator, FisherSettings, fisher
+from fmn.merge.stages import MergeSettings, merge
+from fmn.models.stages import FinetuneSettings, finetune, predict
+from fmn.store.stage import Outcome
 
 EVALUATE = EvaluateSettings(device="cpu")
 LABEL_OF_OUTPUT = [2, 0, 1]  # of the permuted expert; not its own inverse
@@ -48,13 +44,9 @@ def work(tiny_base: Path, tiny_work: Path, tmp_path_factory: pytest.TempPathFact
         ]
         table = {"premise": ["the film was long"] * rows, "hypothesis": hypotheses, "label": labels}
         pq.write_table(pa.table(table), folder / "data" / "mnli" / f"{split}.parquet")
-    models_stages.finetune(
-        tiny_base,
-        task="mnli",
-        data=folder / "data",
-        out=folder / "plain",
-        settings=FinetuneSettings(epochs=6, learning_rate=5e-3, device="cpu", dtype="float32"),
-    )
+    settings = FinetuneSettings(epochs=6, learning_rate=5e-3, device="cpu", dtype="float32")
+    data, out = folder / "data", folder / "plain"
+    finetune(tiny_base, task="mnli", data=data, out=out, settings=settings)
     permute(folder / "plain", folder / "named", ["Contradict", "entails", "NEUTRAL"])
     permute(folder / "plain", folder / "unnamed", ["LABEL_0", "LABEL_1", "LABEL_2"])
     shutil.copytree(tiny_work / "experts" / "stsb", folder / "stsb")
@@ -77,33 +69,34 @@ def permute(expert: Path, out: Path, names: list[str]) -> None:
     (out / "config.json").write_text(json.dumps(config))
 
 
-def fisher(work: Path, expert: str, out: Path, estimator: Estimator = "empirical") -> None:
+def compute_fisher(work: Path, expert: str, out: Path, estimator: Estimator) -> Outcome:
     settings = FisherSettings(estimator=estimator, samples=64, device="cpu", dtype="float32")
-    fisher_stages.fisher(work / expert, "mnli", work / "data", out, settings)
+    return fisher(work / expert, task="mnli", data=work / "data", out=out, settings=settings)
 
 
 @pytest.mark.parametrize("expert", ["named", "unnamed"])
 def test_the_scores_are_the_same(work: Path, tmp_path: Path, expert: str) -> None:
-    predictions = []
+    predictions, data = [], work / "data"
     for name in ("plain", expert):
         out = tmp_path / f"{name}.json"
-        evaluate_stages.evaluate(work / name, ["mnli"], work / "data", out, EVALUATE)
-        predictions.append(evaluate_files.read_predictions(out)["mnli"])
+        metrics = evaluate(work / name, tasks=["mnli"], data=data, out=out, settings=EVALUATE)
+        predictions.append(read_predictions(out)["mnli"])
     for split, answers in predictions[0].items():
         assert (answers.predicted == answers.labels).mean() > 0.7
         np.testing.assert_array_equal(predictions[1][split].predicted, answers.predicted)
-    labels = artifacts.read_json(tmp_path / f"{expert}.json")["labels"]["mnli"]
-    assert labels["order"] == ORDER
-    assert labels["from"] == {"named": "names", "unnamed": "training data"}[expert]
+    labels = metrics.summary.labels["mnli"]
+    assert labels.order == ORDER
+    assert labels.origin == {"named": "names", "unnamed": "training data"}[expert]
 
 
 @pytest.mark.parametrize("estimator", ["empirical", "expected", "sampled", "batch"])
 def test_the_fisher_is_the_same(work: Path, tmp_path: Path, estimator: Estimator) -> None:
     values = {}
     for name in ("plain", "named", "unnamed"):
-        fisher(work, name, tmp_path / f"{name}.parquet", estimator)
-        values[name], _, metadata = fisher_files.read_fisher(tmp_path / f"{name}.parquet")
-        assert metadata["labels"]["mnli"]["order"] == ([0, 1, 2] if name == "plain" else ORDER)
+        out = tmp_path / f"{name}.parquet"
+        metadata = compute_fisher(work, name, out, estimator).summary
+        assert metadata.labels["mnli"].order == ([0, 1, 2] if name == "plain" else ORDER)
+        values[name] = read_fisher(out)[0]
     for site, nodes in values["plain"].items():
         for name in ("named", "unnamed"):
             np.testing.assert_allclose(values[name][site], nodes, rtol=1e-4, atol=1e-12)
@@ -113,39 +106,40 @@ def test_the_fisher_is_the_same(work: Path, tmp_path: Path, estimator: Estimator
 def test_the_merged_model_is_the_same(work: Path, tmp_path: Path, method: str) -> None:
     predictions, answers = {}, {}
     for name in ("plain", "named", "unnamed"):
-        file, out = tmp_path / f"{name}.parquet", tmp_path / name
-        fisher(work, name, file)
-        recipe = merge_stages.merge(
-            {"mnli": work / name, "stsb": work / "stsb"},
-            {"mnli": file, "stsb": work / "stsb.parquet"},
-            None,
-            out,
-            MergeSettings(method=method),
+        file, out, metrics = (
+            tmp_path / f"{name}.parquet",
+            tmp_path / name,
+            tmp_path / f"{name}.json",
+        )
+        compute_fisher(work, name, file, "empirical")
+        recipe = merge(
+            experts={"mnli": work / name, "stsb": work / "stsb"},
+            fisher={"mnli": file, "stsb": work / "stsb.parquet"},
+            out=out,
+            settings=MergeSettings(method=method),
         ).summary
-        assert recipe["labels"]["mnli"]["order"] == ([0, 1, 2] if name == "plain" else ORDER)
-        evaluate_stages.evaluate(out, [], work / "data", tmp_path / f"{name}.json", EVALUATE)
-        predictions[name] = evaluate_files.read_predictions(tmp_path / f"{name}.json")
+        assert recipe.labels["mnli"].order == ([0, 1, 2] if name == "plain" else ORDER)
+        evaluate(out, data=work / "data", out=metrics, settings=EVALUATE)
+        predictions[name] = read_predictions(metrics)
         # Plain Transformers reads it right, with none of our code.
         ask = pipeline("text-classification", model=str(out / "tasks" / "mnli"), device="cpu")
         pairs = [("the film was long", f"it was {word} film") for word in WORDS]
         answers[name] = [ask({"text": text, "text_pair": pair})["label"] for text, pair in pairs]
-        predicted = [models_stages.predict(out, *pair, task="mnli").label for pair in pairs]
-        assert predicted == answers[name]
+        assert [predict(out, *pair, task="mnli").label for pair in pairs] == answers[name]
     for name in ("named", "unnamed"):
         assert answers[name] == answers["plain"]
         for task, splits in predictions["plain"].items():
             for split, plain in splits.items():
-                np.testing.assert_allclose(
-                    predictions[name][task][split].predicted, plain.predicted, rtol=1e-3, atol=1e-4
-                )
+                predicted = predictions[name][task][split].predicted
+                np.testing.assert_allclose(predicted, plain.predicted, rtol=1e-3, atol=1e-4)
 
 
 def test_other_training_rows_decide_anew_and_names_need_none(work: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(work / "data", tmp_path / "data"))
 
     def is_evaluated(expert: str) -> bool:
-        out = tmp_path / f"{expert}.json"
-        return evaluate_stages.evaluate(work / expert, ["mnli"], data, out, EVALUATE).computed
+        out, model = tmp_path / f"{expert}.json", work / expert
+        return evaluate(model, tasks=["mnli"], data=data, out=out, settings=EVALUATE).computed
 
     assert [is_evaluated("unnamed"), is_evaluated("named")] == [True, True]
     train = pq.read_table(data / "mnli" / "train.parquet")
@@ -160,7 +154,5 @@ def test_an_unnamed_expert_that_knows_nothing_is_refused(work: Path, tmp_path: P
     state["classifier.weight"] = torch.randn(shape, generator=torch.manual_seed(0)) * 1e-6
     save_file(state, expert / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="no better than chance"):
-        fisher_stages.fisher(
-            expert, "mnli", work / "data", tmp_path / "out.parquet", FisherSettings(device="cpu")
-        )
+        fisher(expert, task="mnli", data=work / "data", out=tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()

@@ -3,18 +3,22 @@
 Nothing in it is ever executed: ``trust_remote_code`` is never true.
 """
 
-import copy
 import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError
-from fmn.models.headers import TensorHeader, names_in, no_weights, read_json, tensor_headers
+from fmn.models.headers import (
+    first_words,
+    names_in,
+    no_weights,
+    read_json,
+    tensor_headers,
+)
 from fmn.tasks.task import TASKS, Task, get_task
 
 if TYPE_CHECKING:
@@ -52,29 +56,14 @@ class Names(NamedTuple):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says; the file is parsed once for as long as nobody touches it.
-
-    Raises:
-        UserError: there is no such file, or it is no JSON object.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
+    """What config.json says; `UserError` if there is none, or it is no JSON object."""
+    if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: {no_checkpoint(names_in(folder))}")
-    status = path.stat()
-    return copy.deepcopy(_parsed(path, status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
-
-
-@lru_cache(maxsize=64)
-def _parsed(path: Path, *identity: int) -> dict[str, Any]:
-    return read_json(path)
+    return read_json(folder / CONFIG)
 
 
 def load_config(folder: Path) -> "PretrainedConfig":
-    """The configuration of a checkpoint.
-
-    Raises:
-        UserError: it is absurd, or asks for code of its own.
-    """
+    """The configuration of a checkpoint; `UserError` if it is absurd, or asks for code to run."""
     raw = read_config(folder)
     if problem := _problem(raw, folder):
         raise UserError(f"{folder}: {problem}")
@@ -82,12 +71,9 @@ def load_config(folder: Path) -> "PretrainedConfig":
 
     try:
         with quiet():
-            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw, name_or_path=str(folder))
-        if getattr(config, "num_hidden_layers", 1) < 1:
-            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
-        return config
+            return CONFIG_MAPPING[raw["model_type"]].from_dict(raw, name_or_path=str(folder))
     except Exception as error:  # each configuration validates itself in its own way
-        raise UserError(f"{folder / CONFIG}: cannot be used: {_first_words(error)}") from error
+        raise UserError(f"{folder / CONFIG}: cannot be used: {first_words(error)}") from error
 
 
 def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
@@ -126,7 +112,7 @@ def _entries(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def no_checkpoint(names: Set[str]) -> str:
-    """What a folder with these names, which has no config.json, is: the end of a message."""
+    """The end of a message about a folder of these names that has no config.json."""
     if "adapter_config.json" in names:
         return no_weights(names)
     if "merge.json" in names:
@@ -149,11 +135,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _first_words(error: BaseException) -> str:
-    """What another library says, as it fits into one line of ours."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
 # ---------------------------------------------------------------------------------------------
 # Names and shapes of tensors
 
@@ -170,22 +151,19 @@ _shapes: dict[str, _Shapes] = {}
 
 
 def _described_shapes(config: "PretrainedConfig") -> _Shapes:
-    """Shapes of the classifier that a configuration describes.
-
-    It is built without memory for weights, and once for all experts of one shape.
-    """
+    """Shapes of the classifier that a configuration describes, which is built without memory."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
     sizes = {key: value for key, value in config.to_dict().items() if key not in _NAMING}
     key = json.dumps([sizes, config.num_labels], sort_keys=True, default=str)
-    if key in _shapes:
+    if key in _shapes:  # all experts of one shape are built once
         return _shapes[key]
     try:
         with quiet(), torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except Exception as error:  # each architecture refuses sizes in its own way
-        problem = f"{CONFIG} describes no text classifier that can be built: {_first_words(error)}"
+        problem = f"{CONFIG} describes no text classifier that can be built: {first_words(error)}"
         raise UserError(f"{config.name_or_path}: {problem}") from error
     shapes = _Shapes({}, {}, f"{model.base_model_prefix}.")
     tied = getattr(model, "all_tied_weights_keys", None) or ()
@@ -221,39 +199,26 @@ def encoder_names(config: "PretrainedConfig", names: Iterable[str]) -> Names:
     return split
 
 
-def check_tensors(
-    folder: Path, config: "PretrainedConfig", *, head: bool
-) -> tuple[Names, dict[str, TensorHeader]]:
+def check_tensors(folder: Path, config: "PretrainedConfig", *, head: bool) -> None:
     """Compare a folder's tensors with the model that its configuration describes.
 
     With `head`, it must have a classification head. Raises `UserError` that names the first tensor
-    that is missing, extra, or of another shape.
+    that is missing or of another shape; others are ignored, as Transformers does.
     """
     headers = tensor_headers(folder)
     shapes, names = _described_shapes(config), encoder_names(config, headers)
-
-    wrong = f"in {CONFIG}; one of them is wrong"
+    stored_names = names.encoder | names.head
     for name, shape in (shapes.encoder | (shapes.head if head else {})).items():
-        stored = names.encoder.get(name) or names.head.get(name)
-        if stored is not None and headers[stored].shape != shape:
-            problem = f"{stored} has shape {headers[stored].shape}, but {shape}"
-            raise UserError(f"{folder}: {problem} {wrong}")
-        # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
-        if stored is None and name in shapes.encoder and (head or not name.startswith("pooler.")):
-            raise UserError(f"{folder}: has no {name}, but it is {wrong}")
+        stored = stored_names.get(name)
         if stored is None and name in shapes.head:
             raise UserError(f"{folder}: has no classification head ({name}); `fmn finetune` it")
-    # What is called like a tensor of the encoder, but of a layer that it does not have.
-    families = {_family(name) for name in shapes.encoder}
-    for stored in set(headers) - set(names.encoder.values()) - set(names.head.values()):
-        if _family(stored.removeprefix(shapes.prefix)) in families:
-            raise UserError(f"{folder}: has {stored}, but fewer layers are {wrong}")
-    return names, headers
-
-
-def _family(name: str) -> str:
-    """A tensor's name with its layer numbers left out."""
-    return re.sub(r"(?<![^.])\d+(?=\.)", "#", name)
+        # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
+        if stored is None and not head and name.startswith("pooler."):
+            continue
+        actual = headers[stored].shape if stored else "missing"
+        if actual != shape:
+            problem = f"{stored or name} is {actual}, but {shape} in {CONFIG}"
+            raise UserError(f"{folder}: {problem}; one of them is wrong")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -290,17 +255,16 @@ def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None
 def _traits(folder: Path, task: Task | None) -> dict[str, Any]:
     """What must be equal among checkpoints that are merged, by what messages call it."""
     config = load_config(folder)
-    names, headers = check_tensors(folder, config, head=task is not None)
+    check_tensors(folder, config, head=task is not None)
     if task is not None:
         check_head(folder, config, task)
     vocabulary = load_tokenizer(folder, config).get_vocab()
     if (largest := max(vocabulary.values(), default=-1)) >= config.vocab_size:
         problem = f"the tokenizer has ids up to {largest}, the model {config.vocab_size} embeddings"
         raise UserError(f"{folder}: {problem}; take the tokenizer files of the model's checkpoint")
-    traits = {name: getattr(config, name, None) for name in _TRAITS}
-    traits |= {name: headers[stored].shape for name, stored in sorted(names.encoder.items())}
-    ids = sorted(vocabulary.items())
-    return traits | {f"the id of token {token!r:.40}": number for token, number in ids}
+    ids = {f"the id of token {token!r:.40}": vocabulary[token] for token in sorted(vocabulary)}
+    sizes = {name: getattr(config, name, None) for name in _TRAITS}
+    return sizes | _described_shapes(config).encoder | ids
 
 
 def check_head(folder: Path, config: "PretrainedConfig", task: Task) -> None:
@@ -331,7 +295,7 @@ def load_tokenizer(folder: Path, config: Any = None) -> "PreTrainedTokenizerBase
                 folder, config=config, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # the libraries below raise what they like on a broken file
-        problem = f"its tokenizer files cannot be used: {_first_words(error)}"
+        problem = f"its tokenizer files cannot be used: {first_words(error)}"
         raise UserError(f"{folder}: {problem}") from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -364,5 +328,5 @@ def load_weights(folder: Path, config: "PretrainedConfig", **options: Any) -> "P
                 folder, config=config, dtype=torch.float32, **options
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {_first_words(error)}") from error
+        raise UserError(f"{folder}: cannot be loaded: {first_words(error)}") from error
     return model.eval()

@@ -80,10 +80,10 @@ def finetune(
     """
     if not len(examples):
         raise UserError("fine-tuning: the training split is empty; give one with examples")
-    target = resolve_device(device)
+    target, random = resolve_device(device), np.random.default_rng(seed)
     compute_dtype = resolve_dtype(dtype, target)
     torch.manual_seed(seed)
-    random = np.random.default_rng(seed)
+    loss_function = functional.mse_loss if regression else functional.cross_entropy
     lengths = examples.lengths
     steps = max(1, round(epochs * math.ceil(len(examples) / batch_size)))
     warmup = max(1, round(WARMUP * steps))
@@ -101,26 +101,20 @@ def finetune(
             batch = pad_batch(examples, rows, int(lengths[rows].max()))
             with autocast(target, compute_dtype):
                 inputs = {name: value.to(target) for name, value in batch.inputs.items()}
-                logits = model(**inputs).logits  # [B, C]
-            loss = _loss(logits, batch.labels.to(target), regression)
+                logits = model(**inputs).logits
+            logits = logits.float().squeeze(-1)  # [B, C], or [B] for regression
+            loss = loss_function(logits, batch.labels.to(target))
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                problem = f"the loss diverged in step {step + 1}"
-                raise UserError(f"fine-tuning: {problem}; take a learning_rate < {learning_rate}")
+                problem = f"the loss diverged in step {step + 1}; take a learning_rate"
+                raise UserError(f"fine-tuning: {problem} below {learning_rate}")
             progress(step + 1, steps)
         model.eval()
     return losses
-
-
-def _loss(logits: torch.Tensor, labels: torch.Tensor, regression: bool) -> torch.Tensor:
-    """Mean of squared errors (regression, C = 1) or cross entropies; logits [B, C], labels [B]."""
-    if regression:
-        return functional.mse_loss(logits.float().squeeze(-1), labels)
-    return functional.cross_entropy(logits.float(), labels)
 
 
 def _head(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:

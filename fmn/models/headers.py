@@ -1,8 +1,6 @@
 """Headers of safetensors files, and the index over shards: where each tensor's bytes are.
 
-safetensors validates a file; its header is read here once more for what the library does not
-tell, the tensors' places in the file. No tensor is loaded.
-
+The library validates a file, but does not tell the tensors' places in it. No tensor is loaded.
 Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length, a
 JSON header of that length, then the tensors' bytes without gaps).
 """
@@ -23,13 +21,10 @@ PICKLED = "pytorch_model.bin"
 
 
 class TensorHeader(NamedTuple):
-    """Where a tensor lies: its bytes are ``file[start:end]``, row-major.
-
-    The dtype is called as the format calls it, such as "F32".
-    """
+    """Where a tensor lies: its bytes are ``file[start:end]``, row-major."""
 
     file: Path
-    dtype: str
+    dtype: str  # as the format calls it, such as "F32"
     shape: tuple[int, ...]
     start: int
     end: int
@@ -42,17 +37,17 @@ def read_file(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
         UserError: the file cannot be read, or is not a valid safetensors file.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
+        with safe_open(path, framework="numpy"):  # validates the file
+            pass
         with path.open("rb") as stream:
             begin = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(begin - 8))
     except SafetensorError as error:
-        problem = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: not a valid safetensors file: {problem}; get it again") from error
+        problem = f"not a valid safetensors file: {first_words(error)}"
+        raise UserError(f"{path}: {problem}; get it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read; get it again") from error
-    header.pop("__metadata__", None)
+    metadata: dict[str, str] = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():
         start, end = (begin + offset for offset in entry["data_offsets"])
@@ -103,11 +98,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that comes from elsewhere.
-
-    Raises:
-        UserError: there is no such file, or it holds something else.
-    """
+    """A JSON object that comes from elsewhere; `UserError` if the file holds something else."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -127,9 +118,14 @@ def names_in(folder: Path) -> set[str]:
 
 
 def no_weights(names: Set[str]) -> str:
-    """What a folder with these names, which has no weights, has instead: the end of a message."""
+    """The end of a message about a folder of these names that has no weights."""
     if "adapter_config.json" in names:
         return "holds a PEFT adapter alone; merge it into its base (`merge_and_unload`) and save"
     if PICKLED in names:
         return "has no safetensors weights; `fmn fetch` converts them"
     return f"has neither {WEIGHTS} nor {PICKLED}; save it with `save_pretrained`"
+
+
+def first_words(error: BaseException) -> str:
+    """What another library says, as it fits into one line of ours."""
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -28,7 +28,6 @@ ROWS, SEED = 512, 0  # at most so many rows of the training data decide, drawn b
 # number of other orders (Bonferroni), is below this.
 CLEARLY = 0.001
 CHANCE = 0.05  # an expert is better than guessing if the one-sided binomial test is below this
-SCORE = "score"  # what the output of a regression task is called
 # Other names of a task's labels, in small letters and digits alone.
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "negative": ("neg",),
@@ -44,7 +43,6 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "entailment": ("entail", "entails", "entailed"),
     "contradiction": ("contradict", "contradicts", "contradictory"),
     "notentailment": ("nonentailment", "notentail", "notentails", "notentailed"),
-    SCORE: ("similarity", "similarityscore"),
 }
 
 
@@ -55,7 +53,7 @@ class Labels(Record):
         order: the output that stands for each label, in the task's order.
         origin: what decided it; "identity": nothing did, the outputs are taken as they stand.
         rows: of training data that decided.
-        score: the share of them that this order has right; for regression, the correlation.
+        score: the share of them that this order has right.
         as_is: the same for the outputs as they stand.
     """
 
@@ -79,43 +77,30 @@ def output_names(folder: Path) -> list[str]:
 
 
 def by_names(task: Task, names: Sequence[str]) -> Labels | None:
-    """The order that the outputs' names give; None if they do not name each label once."""
+    """The order that the outputs' names give; None if they do not name each label once.
+
+    The one output of a regression task needs no name.
+    """
     meaning: dict[str, int] = {}
-    for label, name in enumerate(_names(task)):
+    for label, name in enumerate(task.labels):
         meaning |= dict.fromkeys((_plain(name), *SYNONYMS.get(_plain(name), ())), label)
     outputs = {meaning.get(_plain(name)): output for output, name in enumerate(names)}
+    if task.regression:
+        outputs = {0: 0}
     if len(names) != task.num_outputs or set(outputs) != set(range(task.num_outputs)):
         return None
     return Labels(order=[outputs[label] for label in range(task.num_outputs)], origin="names")
 
 
 def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> Labels:
-    """The order in which the outputs fit the data best.
+    """The order in which the outputs, logits [N, C], fit the labels [N] of training data best.
 
-    An order other than the task's own is taken only if it is clearly better (`CLEARLY`).
-
-    Args:
-        task: the task.
-        logits: [N, C], the model's outputs as they stand.
-        labels: [N], class ids in the task's order, or values.
-        place: names the model in messages.
+    An order other than the task's own is taken only if it is clearly better (`CLEARLY`). `place`
+    names the model in messages.
 
     Raises:
-        UserError: even so the model is no better than chance (`CHANCE`); for regression: its
-            outputs are not positively correlated with the values.
+        UserError: even so the model is no better than chance (`CHANCE`).
     """
-    rows, start = len(labels), f"{task.name}: {place} is no better than chance:"
-    if task.regression:
-        predicted = logits[:, 0].astype(np.float64)
-        is_constant = np.ptp(predicted) == 0 or np.ptp(labels) == 0
-        correlation = 0.0 if is_constant else float(np.corrcoef(predicted, labels)[0, 1])
-        if not correlation > 0:
-            raise UserError(
-                f"{start} the correlation of its outputs with {rows} training rows is"
-                f" {correlation:.2f}, that of chance 0; give an expert of this task"
-            )
-        score = as_is = correlation
-        return Labels(order=[0], origin="training data", rows=rows, score=score, as_is=as_is)
     answers = logits.argmax(axis=1)  # [N]
     identity = tuple(range(task.num_outputs))
     # By order, whether each row is right; the identity comes first, so it is the best of equals.
@@ -128,17 +113,17 @@ def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> L
         order = identity
     score, answered = float(right[order].mean()), np.argsort(order)[answers]
     if not better_than_guessing(task, answered, labels):
-        share = guessed(task, answered, labels)
+        share = _guessed(task, answered, labels)
         raise UserError(
-            f"{start} in the best order of its labels it has {score:.1%} of {rows} training rows"
-            f" right, guessing {share:.1%}; give an expert of this task, or name its labels in"
-            " config.json (id2label)"
+            f"{task.name}: {place} is no better than chance: in the best order of its labels it has"
+            f" {score:.1%} of {len(labels)} training rows right, guessing {share:.1%}; give an"
+            " expert of this task, or name its labels in config.json (id2label)"
         )
-    as_is = float(right[identity].mean())
-    return Labels(order=list(order), origin="training data", rows=rows, score=score, as_is=as_is)
+    scores = {"score": score, "as_is": float(right[identity].mean())}
+    return Labels(order=list(order), origin="training data", rows=len(labels), **scores)
 
 
-def guessed(task: Task, answers: np.ndarray, labels: np.ndarray) -> float:
+def _guessed(task: Task, answers: np.ndarray, labels: np.ndarray) -> float:
     """The share of a classification task's rows, class ids [N], that guessing has right.
 
     By always answering the most frequent label; if the task's metric is a Matthews correlation,
@@ -155,7 +140,7 @@ def guessed(task: Task, answers: np.ndarray, labels: np.ndarray) -> float:
 def better_than_guessing(task: Task, answers: np.ndarray, labels: np.ndarray) -> bool:
     """Whether chance alone would hardly have so many of a classification task's rows right."""
     hits = int((answers == labels).sum())
-    return _one_sided(hits, len(labels), guessed(task, answers, labels)) < CHANCE
+    return _one_sided(hits, len(labels), _guessed(task, answers, labels)) < CHANCE
 
 
 def _one_sided(hits: int, trials: int, share: float) -> float:
@@ -210,30 +195,24 @@ def ordered(model: "PreTrainedModel", labels: Labels) -> "PreTrainedModel":
 
 def names_by_output(task: Task, labels: Labels) -> list[str]:
     """The task's own names in the order of the model's outputs, as its configuration has them."""
-    return [_names(task)[labels.order.index(output)] for output in range(task.num_outputs)]
+    names = task.labels or ("score",)
+    return [names[labels.order.index(output)] for output in range(task.num_outputs)]
 
 
 def notes(labels_by_task: Mapping[str, Labels]) -> list[str]:
     """A line for each task whose outputs do not name the task's labels in the task's order."""
     lines = []
     for name, labels in labels_by_task.items():
-        task, start = get_task(name), f"labels of {name}:"
-        outputs = ", ".join(names_by_output(task, labels))
-        if labels.origin == "identity":
-            lines.append(f"{start} NOT NAMED in config.json, no data to find them: {outputs}")
-        elif labels.origin == "training data":
-            facts = f"{labels.rows} training rows say {outputs} ({labels.score:.1%} right, as they"
-            facts = f"{facts} stand {labels.as_is:.1%})"
-            if task.regression:
-                facts = f"correlation {labels.score:.2f} on {labels.rows} rows"
-            lines.append(f"{start} not named; {facts}")
-        elif labels.order != sorted(labels.order):
-            lines.append(f"{start} the outputs are {outputs}, as the names in config.json say")
+        scores = f"{labels.score:.1%} right, as they stand {labels.as_is:.1%}"
+        reason = {
+            "names": "as the names in config.json say",
+            "identity": "NOT NAMED in config.json, and no data to find them; taken as they stand",
+            "training data": f"not named; found on {labels.rows} training rows ({scores})",
+        }[labels.origin]
+        if labels.origin != "names" or labels.order != sorted(labels.order):
+            outputs = ", ".join(names_by_output(get_task(name), labels))
+            lines.append(f"labels of {name}: the outputs are {outputs}: {reason}")
     return lines
-
-
-def _names(task: Task) -> tuple[str, ...]:
-    return tuple(task.labels) or (SCORE,)
 
 
 def _plain(name: str) -> str:

@@ -1,12 +1,11 @@
 """A model's predictions on a task."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import Examples, by_length
 
 # Tokens of a batch on a CPU, where larger ones leave the caches; a GPU takes 16 times as many.
@@ -19,7 +18,7 @@ def predict(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
     """Logits, float32 [N, C], in the examples' order.
 
@@ -42,6 +41,5 @@ def predict(
             output = model(**inputs).logits  # [B, C]
             logits[batch.rows] = output.float().cpu().numpy()
             done += len(batch.rows)
-            if progress:
-                progress(done, len(examples))
+            progress(done, len(examples))
     return logits

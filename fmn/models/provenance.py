@@ -22,27 +22,20 @@ class CheckpointInfo(Lineage):
     is_converted: bool = False
 
 
-_TUNING = {"epochs", "learning_rate", "batch_size", "examples", "seed", "dtype"}
-
-
 class TrainingInfo(Record):
-    """What `fmn finetune` reports of an expert: its settings, and what they came to.
+    """What `fmn finetune` reports of an expert.
 
     Attributes:
-        examples: training rows that were used.
         base: where the base model comes from.
         data_digest: digest of the training split.
+        examples: training rows that were used; `seed` drew them.
         threads: of the CPU. Sums in another number of threads round otherwise.
         loss: mean over the last tenth of the steps.
     """
 
-    epochs: float
-    learning_rate: float
-    batch_size: int
+    task: str
     examples: int
     seed: int
-    dtype: str
-    task: str
     base: Lineage
     data_digest: str
     threads: int
@@ -71,8 +64,8 @@ def training_metadata(folder: Path) -> TrainingInfo | None:
 
 def tuning(folder: Path) -> dict[str, Any]:
     """The settings that fmn fine-tuned a checkpoint with; empty if it did not."""
-    training = training_metadata(folder)
-    return training.model_dump(include=_TUNING) if training else {}
+    sidecar = read_sidecar(folder)
+    return dict(sidecar.settings["finetune"]) if sidecar and sidecar.stage == "finetune" else {}
 
 
 def rows_tuned_on(expert: Path) -> tuple[int | None, int]:

@@ -9,7 +9,6 @@ import re
 import shutil
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -29,10 +28,12 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMES = ("hf://", "models:", "package:")  # how every source begins that is not a folder
-# By name, because the room stands above this one; it is loaded for a registered model alone.
+# The only import upwards, and so by name: only the room `registry` knows MLflow. It is loaded for a
+# registered model alone.
 _REGISTRY = "fmn.registry.tracking"
 _HUB = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)(?:@([\w.+/-]+))?")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)((?:/[^/@]+)*)/?(?:@([\w.+!-]+))?")
+_OLD_NAME = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 
 
 class Origin(NamedTuple):
@@ -100,9 +101,7 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
             weights = _weights(origin, source)
             for name in weights:
                 _take_weights(origin, name, folder / name)
-            if weights == [PICKLED]:
-                _convert(folder / PICKLED)
-            _use_runtime_names(folder / WEIGHTS)
+            _rewrite(folder)
             config = checkpoints.load_config(folder)
             checkpoints.check_tensors(folder, config, head=False)
             if any((folder / name).is_file() for name in VOCABULARY_FILES):
@@ -157,10 +156,7 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
     if installed is None or version not in (None, installed):
         remedy = f"pip install --no-deps {owner}" + (f"=={version}" if version else "")
         raise UserError(f"{source}: version {installed} is installed; `{remedy}`")
-    folder, root = Path(roots[0] + path).resolve(), Path(roots[0]).resolve()
-    if not folder.is_relative_to(root):
-        raise UserError(f"{source}: leads out of the package {module}; name a folder in it")
-    return _folder_origin(folder, source, f"package:{module}{path}@{installed}")
+    return _folder_origin(Path(roots[0] + path), source, f"package:{module}{path}@{installed}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,58 +196,39 @@ def _take_weights(origin: Origin, name: str, target: Path) -> None:
 # Weights as safetensors under runtime names
 
 
-def _convert(pickled: Path) -> None:
-    """Turn pickled weights into safetensors."""
-    from safetensors.torch import save_file
+def _rewrite(folder: Path) -> None:
+    """Make safetensors of pickled weights, and runtime names of old BERT files' names."""
+    from safetensors.torch import load_file, save_file
 
-    try:
-        save_file(_unpickle(pickled), pickled.parent / WEIGHTS, metadata={"format": "pt"})
-    except Exception as error:  # a hostile pickle can raise anything
-        problem = "is damaged, or holds more than tensors; ask its author for safetensors"
-        raise UserError(f"{pickled}: {problem}") from error
-    pickled.unlink()
+    weights, pickled = folder / WEIGHTS, folder / PICKLED
+    if pickled.is_file():
+        tensors = _unpickle(pickled)
+    elif weights.is_file() and any(map(_OLD_NAME.search, headers.file_headers(weights))):
+        tensors = load_file(weights)
+    else:
+        return
+    runtime = {"gamma": "weight", "beta": "bias"}
+    renamed = {
+        _OLD_NAME.sub(lambda old: runtime[old[1]], name): tensor for name, tensor in tensors.items()
+    }
+    if len(renamed) < len(tensors):
+        raise UserError(f"{folder}: has a LayerNorm by its old and its new name; save it again")
+    for path in (weights, pickled):  # a link to the Hub's cache is replaced, and not its file
+        path.unlink(missing_ok=True)
+    save_file(renamed, weights, metadata={"format": "pt"})
 
 
 def _unpickle(path: Path) -> "dict[str, torch.Tensor]":
     """The tensors of a pickled state dict, contiguous and sharing no memory."""
     import torch
 
-    size = path.stat().st_size
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > size:
-                raise ValueError("its parts are larger than the file")
-    with warnings.catch_warnings(action="ignore"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if not state or any(value.nbytes > size for value in state.values()):  # by strides of zero
-        raise ValueError("it is empty, or larger than the file")
-    # Tied weights are written once for each name: which to drop is the model's business.
-    contiguous = torch.contiguous_format
-    return {name: value.detach().clone(memory_format=contiguous) for name, value in state.items()}
-
-
-def _use_runtime_names(path: Path) -> None:
-    """Rename what old BERT files call ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
-    stored = headers.file_headers(path) if path.is_file() else {}
-    if not any(re.search(r"LayerNorm\.(gamma|beta)$", name) for name in stored):
-        return
-    from safetensors.torch import load_file, save_file
-
-    tensors = {}
-    for name, tensor in load_file(path).items():
-        runtime = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        tensors[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", runtime)] = tensor
-    if len(tensors) < len(stored):
-        raise UserError(f"{path}: has a LayerNorm by its old and its new name; save it again")
-    path.unlink()  # it may be a link to the Hub's cache, which must not change
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def resolve_dataset(repo: str, revision: str) -> str:
-    """The commit of a data set's revision. Goes when the room `tasks` has moved."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     try:
-        return str(hub.connect().dataset_info(repo, revision=revision, timeout=10).sha)
-    except OfflineModeIsEnabled:
-        return revision
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not state or any(value.nbytes > path.stat().st_size for value in state.values()):
+            raise ValueError("it is empty, or larger than the file")
+        # Tied weights are written once for each name: which to drop is the model's business.
+        return {str(name): value.detach().contiguous().clone() for name, value in state.items()}
+    except Exception as error:  # a hostile pickle can raise anything
+        problem = "is damaged, or holds more than tensors; ask its author for safetensors"
+        raise UserError(f"{path}: {problem}") from error

@@ -111,8 +111,8 @@ def finetune(
             tokenizer.save_pretrained(job.path)
         last = losses[-max(1, len(losses) // 10) :]
         return TrainingInfo(
-            **settings.model_dump(exclude={"device", "examples"}),
             task=task,
+            seed=settings.seed,
             base=lineage(base),
             data_digest=job.inputs["train"],
             examples=len(rows),
@@ -125,15 +125,9 @@ def finetune(
     keys = {"task": task, "finetune": settings}
     summary = partial(stage.read_info, record=TrainingInfo)
     return stage.run_stage(
-        "finetune",
-        FINETUNE,
-        out,
-        compute,
-        reads=reads,
-        settings=keys,
-        summary=summary,
-        is_folder=True,
-    )
+        "finetune", FINETUNE, out, compute,
+        reads=reads, settings=keys, summary=summary, is_folder=True,
+    )  # fmt: skip
 
 
 def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) -> Prediction:

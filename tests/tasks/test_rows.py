@@ -30,23 +30,14 @@ def test_other_columns_are_left_out_and_types_become_those_of_the_schema() -> No
     [
         (
             {"sentence2": None},
-            "no column sentence2; mrpc needs sentence1, sentence2, label and here are sentence1",
+            "no column sentence2; mrpc needs sentence1, sentence2, label and here",
         ),
-        ({"label": None}, "no column label"),
         ({"sentence1": [1, 2]}, "column sentence1 is of type int64; it must hold text"),
-        ({"sentence1": [b"a", b"b"]}, "column sentence1 is of type binary; it must hold text"),
         ({"sentence1": [["a"], ["b"]]}, "not rows of mrpc"),
         ({"sentence2": ["a", None]}, "column sentence2 has no value in row 1"),
-        (
-            {"label": ["no", "yes"]},
-            r"is of type string; it must hold the ids 0 \(not_equivalent\), 1 \(equivalent\)",
-        ),
+        ({"label": ["no", "yes"]}, r"is of type string; it must hold the ids 0 \(not_equivalent\)"),
         ({"label": [0.0, 1.0]}, "is of type double"),
-        (
-            {"label": [0, 2]},
-            r"column label is 2 in row 1; the labels of mrpc are the ids 0 \(not_equivalent\)",
-        ),
-        ({"label": [None, 1]}, "column label has no value in row 0"),
+        ({"label": [0, 2]}, r"label is 2 in row 1; .* are the ids 0 \(not_equivalent\), 1 \(equi"),
         ({"label": [-1, -1]}, "-1 in every row, as in GLUE's test splits"),
         ({"idx": ["a", "b"]}, "not rows of mrpc"),
         ({"sentence1": [], "sentence2": [], "label": [], "idx": []}, "no rows"),
