@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 
-FISHER = FULL_FISHER = GRAM = 3
+# DVC reads these: it does not see chained assignments.
+FISHER = 3
+FULL_FISHER = 3
+GRAM = 3
 SAVE_SECONDS = 5.0  # from one save of partial sums to the next
 
 
