@@ -296,7 +296,8 @@ class Part:
     """Some consecutive entries of a parameter along one axis, and the nodes that weigh them.
 
     The nodes of `site` fall into `groups` runs of equal length; the mean of each run weighs an
-    equal share of the `entries`. As many groups as nodes: rows by node; one: all by the site's mean.
+    equal share of the `entries`. As many groups as nodes: each row by its node; one group: all
+    by the site's mean.
     """
 
     site: Site
