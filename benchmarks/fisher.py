@@ -82,11 +82,10 @@ def main() -> None:
             results.append(
                 {"model": name, "dtype": dtype, **measure(setting, options.rounds, options.exact)}
             )
-    kept = {
-        name: str(value) for name, value in vars(options).items() if name not in ("glue", "out")
-    }
-    numbers = {"setting": machine(device), "options": kept}
-    keep(options.out, {**numbers, "results": results}, table(results))
+    paths = ("glue", "out")
+    used = {name: str(value) for name, value in vars(options).items() if name not in paths}
+    numbers = {"setting": machine(device), "options": used, "results": results}
+    keep(options.out, numbers, table(results))
     plot(results, options.out / "fisher.png")
 
 

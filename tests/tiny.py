@@ -108,7 +108,7 @@ CONFIGS: Mapping[str, Callable[..., Any]] = {
 def tiny_model(
     name: str, num_labels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> PreTrainedModel:
-    """A model with a classification head; its biases are random too: zeros would hide their paths."""
+    """A model with a classification head. Biases are random too: zeros would hide their paths."""
     torch.manual_seed(seed)
     kind = (
         transformers.AutoModelForImageClassification
