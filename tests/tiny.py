@@ -1,6 +1,7 @@
 """A tiny random model of every architecture, with examples it accepts."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,39 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    # Random weights this small give logits that hardly depend on the text; larger ones give real gradients.
+    # The usual 0.02 gives logits that hardly depend on the text.
     "initializer_range": 0.3,
 }
-_GROUPED: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2, "head_dim": 8}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 8}
+_ALBERT = {**_COMMON, "embedding_size": 12}
+_DEBERTA = {
+    **_COMMON,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8,
+    "type_vocab_size": 0,
+}
+_DISTILBERT = {
+    "dim": 24,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 20,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.3,
+}
+_GPT2 = {
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 20,
+    "vocab_size": WORDS,
+    "n_positions": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
 _T5: dict[str, Any] = {
     "d_model": 24,
     "d_kv": 8,
@@ -38,95 +68,47 @@ _T5: dict[str, Any] = {
     "decoder_start_token_id": 0,
     "initializer_factor": 1.5,
 }
+_LAYERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_VIT = {name: _COMMON[name] for name in (*_LAYERS, "initializer_range")}
 
 CONFIGS: Mapping[str, Callable[..., Any]] = {
-    "bert": lambda **own: transformers.BertConfig(**_COMMON, **own),
-    "roberta": lambda **own: transformers.RobertaConfig(**_COMMON, **own),
-    "xlm-roberta": lambda **own: transformers.XLMRobertaConfig(**_COMMON, **own),
-    "camembert": lambda **own: transformers.CamembertConfig(**_COMMON, **own),
-    "electra": lambda **own: transformers.ElectraConfig(**_COMMON, embedding_size=12, **own),
-    "distilbert": lambda **own: transformers.DistilBertConfig(
-        dim=24,
-        n_layers=2,
-        n_heads=4,
-        hidden_dim=20,
-        vocab_size=WORDS,
-        max_position_embeddings=40,
-        initializer_range=0.3,
-        **own,
+    "bert": partial(transformers.BertConfig, **_COMMON),
+    "roberta": partial(transformers.RobertaConfig, **_COMMON),
+    "xlm-roberta": partial(transformers.XLMRobertaConfig, **_COMMON),
+    "camembert": partial(transformers.CamembertConfig, **_COMMON),
+    "electra": partial(transformers.ElectraConfig, **_COMMON, embedding_size=12),
+    "distilbert": partial(transformers.DistilBertConfig, **_DISTILBERT),
+    "mpnet": partial(transformers.MPNetConfig, **_COMMON),
+    "albert": partial(transformers.AlbertConfig, **_ALBERT | {"num_hidden_layers": 3}),
+    "albert-groups": partial(
+        transformers.AlbertConfig,
+        **_ALBERT | {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 1},
     ),
-    "mpnet": lambda **own: transformers.MPNetConfig(**_COMMON, **own),
-    "albert": lambda **own: transformers.AlbertConfig(
-        **{**_COMMON, "num_hidden_layers": 3}, embedding_size=12, **own
+    "deberta-v2": partial(transformers.DebertaV2Config, **_DEBERTA),
+    "deberta-v3": partial(
+        transformers.DebertaV2Config, **_DEBERTA, share_att_key=True, norm_rel_ebd="layer_norm"
     ),
-    "albert-groups": lambda **own: transformers.AlbertConfig(
-        **{**_COMMON, "num_hidden_layers": 4},
-        embedding_size=12,
-        num_hidden_groups=2,
-        inner_group_num=1,
-        **own,
+    "modernbert": partial(
+        transformers.ModernBertConfig,
+        **_COMMON | {"cls_token_id": 1, "sep_token_id": 2, "initializer_cutoff_factor": 2.0},
     ),
-    "deberta-v2": lambda **own: transformers.DebertaV2Config(
-        **_COMMON,
-        relative_attention=True,
-        pos_att_type=["p2c", "c2p"],
-        position_buckets=8,
-        type_vocab_size=0,
-        **own,
-    ),
-    "deberta-v3": lambda **own: transformers.DebertaV2Config(
-        **_COMMON,
-        relative_attention=True,
-        pos_att_type=["p2c", "c2p"],
-        position_buckets=8,
-        type_vocab_size=0,
-        share_att_key=True,
-        norm_rel_ebd="layer_norm",
-        **own,
-    ),
-    "modernbert": lambda **own: transformers.ModernBertConfig(
-        **_COMMON, cls_token_id=1, sep_token_id=2, initializer_cutoff_factor=2.0, **own
-    ),
-    "gpt2": lambda **own: transformers.GPT2Config(
-        n_embd=24,
-        n_layer=2,
-        n_head=4,
-        n_inner=20,
-        vocab_size=WORDS,
-        n_positions=40,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-        **own,
-    ),
-    "llama": lambda **own: transformers.LlamaConfig(**_GROUPED, **own),
-    "mistral": lambda **own: transformers.MistralConfig(**_GROUPED, **own),
-    "qwen2": lambda **own: transformers.Qwen2Config(**{**_COMMON, "num_key_value_heads": 2}, **own),
-    "qwen3": lambda **own: transformers.Qwen3Config(**_GROUPED, **own),
-    "gemma2": lambda **own: transformers.Gemma2Config(**_GROUPED, query_pre_attn_scalar=8, **own),
-    "gemma3": lambda **own: transformers.Gemma3TextConfig(
-        **_GROUPED, query_pre_attn_scalar=8, **own
-    ),
-    "t5": lambda **own: transformers.T5Config(**_T5, **own),
-    "t5-gated": lambda **own: transformers.T5Config(**_T5, feed_forward_proj="gated-gelu", **own),
-    "vit": lambda **own: transformers.ViTConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=20,
-        image_size=8,
-        patch_size=4,
-        initializer_range=0.3,
-        **own,
-    ),
+    "gpt2": partial(transformers.GPT2Config, **_GPT2),
+    "llama": partial(transformers.LlamaConfig, **_GROUPED),
+    "mistral": partial(transformers.MistralConfig, **_GROUPED),
+    "qwen2": partial(transformers.Qwen2Config, **_COMMON, num_key_value_heads=2),
+    "qwen3": partial(transformers.Qwen3Config, **_GROUPED),
+    "gemma2": partial(transformers.Gemma2Config, **_GROUPED, query_pre_attn_scalar=8),
+    "gemma3": partial(transformers.Gemma3TextConfig, **_GROUPED, query_pre_attn_scalar=8),
+    "t5": partial(transformers.T5Config, **_T5),
+    "t5-gated": partial(transformers.T5Config, **_T5, feed_forward_proj="gated-gelu"),
+    "vit": partial(transformers.ViTConfig, **_VIT, image_size=8, patch_size=4),
 }
 
 
 def tiny_model(
     name: str, num_labels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> PreTrainedModel:
-    """A model with a classification head; its biases are random too, as zero ones would hide their paths."""
+    """A model with a classification head. Biases are random too: zeros would hide their paths."""
     torch.manual_seed(seed)
     kind = (
         transformers.AutoModelForImageClassification

@@ -57,25 +57,21 @@ class Block:
     norms: tuple[str, ...]
     transposed: bool = False
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        return (self.output, *(module for _, module in self.inputs), *self.norms)
+    def matrix_shape(self, module: str, shapes: Shapes) -> tuple[int, ...] | None:
+        """The shape of a module's weight as (out, in); None if there is no such module."""
+        shape = shapes.get(f"{module}.weight")
+        return shape[::-1] if shape and self.transposed else shape
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Layers of one kind. `path`: of a layer below the base model, {} for its number."""
-
-    path: str
-    blocks: tuple[Block, ...]
-
+Architecture = Mapping[str, tuple[Block, ...]]
+"""The blocks of a layer, by the layer's path below the base model, which has {} for its number."""
 
 # ---------------------------------------------------------------------------------------------
 # The table
 
 
-def _layers(path: str, *blocks: Block) -> tuple[Stack, ...]:
-    return (Stack(path, blocks),)
+def _layers(path: str, *blocks: Block) -> Architecture:
+    return {path: blocks}
 
 
 def _block(node: str, output: str, inputs: str, norms: str, *, transposed: bool = False) -> Block:
@@ -86,30 +82,33 @@ def _block(node: str, output: str, inputs: str, norms: str, *, transposed: bool 
     return Block(node, output, paths, tuple(norms.split()), transposed)
 
 
+def _t5_neurons(layer: str) -> Block:
+    dense = f"{layer}.DenseReluDense"
+    return _neurons(f"{dense}.wo", f"{dense}: u=wi u=wi_0 u=wi_1", f"{layer}.layer_norm")
+
+
 _heads, _cross_heads, _neurons = (partial(_block, n) for n in ("head", "cross_head", "neuron"))
 
-_BERT_HEADS, _DEBERTA_HEADS = (
-    _heads("attention.output.dense", f"attention.self: {inputs}", "attention.output.LayerNorm")
-    for inputs in (
-        "q=query k=key v=value",
-        "q=query_proj k=key_proj v=value_proj q=pos_query_proj k=pos_key_proj",
-    )
-)
+_BERT_QKV = "attention.self: q=query k=key v=value"
+_BERT_HEADS = _heads("attention.output.dense", _BERT_QKV, "attention.output.LayerNorm")
 _BERT_NEURONS = _neurons("output.dense", "intermediate: u=dense", "output.LayerNorm")
 _BERT = _layers("encoder.layer.{}", _BERT_HEADS, _BERT_NEURONS)
+_DEBERTA_QKV = (
+    "attention.self: q=query_proj k=key_proj v=value_proj q=pos_query_proj k=pos_key_proj"
+)
 _QKV = "self_attn: q=q_proj k=k_proj v=v_proj"
 _QK_NORMS = "self_attn.q_norm self_attn.k_norm input_layernorm"
 _GATED = "mlp: u=gate_proj u=up_proj"
-_GATED_NORMS = "pre_feedforward_layernorm post_feedforward_layernorm"
 _LLAMA = _layers(
     "layers.{}",
     _heads("self_attn.o_proj", _QKV, _QK_NORMS),
     _neurons("mlp.down_proj", _GATED, "post_attention_layernorm"),
 )
+_GEMMA_NORMS = "pre_feedforward_layernorm post_feedforward_layernorm"
 _GEMMA = _layers(
     "layers.{}",
     _heads("self_attn.o_proj", _QKV, f"{_QK_NORMS} post_attention_layernorm"),
-    _neurons("mlp.down_proj", _GATED, _GATED_NORMS),
+    _neurons("mlp.down_proj", _GATED, _GEMMA_NORMS),
 )
 _T5_HEADS = _heads(
     "layer.0.SelfAttention.o", "layer.0.SelfAttention: q=q k=k v=v", "layer.0.layer_norm"
@@ -117,16 +116,16 @@ _T5_HEADS = _heads(
 _T5_CROSS_HEADS = _cross_heads(
     "layer.1.EncDecAttention.o", "layer.1.EncDecAttention: q=q k=k v=v", "layer.1.layer_norm"
 )
-_T5_ENCODER_NEURONS, _T5_DECODER_NEURONS = (
-    _neurons(f"{dense}.wo", f"{dense}: u=wi u=wi_0 u=wi_1", f"{dense[:7]}.layer_norm")
-    for dense in ("layer.1.DenseReluDense", "layer.2.DenseReluDense")
-)
 
-ARCHITECTURES: Mapping[str, tuple[Stack, ...]] = {
+ARCHITECTURES: Mapping[str, Architecture] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
     **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA),
-    "deberta-v2": _layers("encoder.layer.{}", _DEBERTA_HEADS, _BERT_NEURONS),
+    "deberta-v2": _layers(
+        "encoder.layer.{}",
+        _heads("attention.output.dense", _DEBERTA_QKV, "attention.output.LayerNorm"),
+        _BERT_NEURONS,
+    ),
     "distilbert": _layers(
         "transformer.layer.{}",
         _heads("attention.out_lin", "attention: q=q_lin k=k_lin v=v_lin", "sa_layer_norm"),
@@ -152,14 +151,19 @@ ARCHITECTURES: Mapping[str, tuple[Stack, ...]] = {
         _heads("attn.c_proj", "attn: qkv=c_attn", "ln_1", transposed=True),
         _neurons("mlp.c_proj", "mlp: u=c_fc", "ln_2", transposed=True),
     ),
-    "t5": _layers("encoder.block.{}", _T5_HEADS, _T5_ENCODER_NEURONS)
-    + _layers("decoder.block.{}", _T5_HEADS, _T5_CROSS_HEADS, _T5_DECODER_NEURONS),
+    "t5": {
+        **_layers("encoder.block.{}", _T5_HEADS, _t5_neurons("layer.1")),
+        **_layers("decoder.block.{}", _T5_HEADS, _T5_CROSS_HEADS, _t5_neurons("layer.2")),
+    },
     "vit": _layers(
         "layers.{}",
         _heads("attention.o_proj", "attention: q=q_proj k=k_proj v=v_proj", "layernorm_before"),
         _neurons("mlp.fc2", "mlp: u=fc1", "layernorm_after"),
     ),
 }
+
+# ---------------------------------------------------------------------------------------------
+# Where the nodes of a model sit
 
 
 @dataclass(frozen=True)
@@ -197,65 +201,60 @@ def node_counts(config: "PretrainedConfig", shapes: Shapes) -> dict[Site, int]:
 
 
 def _sites(config: "PretrainedConfig", shapes: Shapes) -> list[MaskSite]:
-    """Every block of every layer; layers are numbered through all stacks."""
-    stacks = ARCHITECTURES.get(config.model_type) or (_recognised(config, shapes),)
-    layers = [(stack, path) for stack in stacks for path in _layer_paths(stack.path, shapes)]
-    if not layers:
-        expected = ", ".join(stack.path for stack in stacks)
-        raise UserError(
-            f"no layer of a {config.model_type} (expected are parameters below {expected}); give a "
-            "complete checkpoint"
-        )
+    """Every block of every layer. A decoder's layers are numbered on from the encoder's."""
+    architecture = ARCHITECTURES.get(config.model_type) or _recognised(config, shapes)
+    layers = [
+        (layer, blocks)
+        for path, blocks in architecture.items()
+        for layer in _layer_paths(path, shapes)
+    ]
     sites = []
-    for number, (stack, path) in enumerate(layers):
-        for block in stack.blocks:
-            shape = _matrix_shape(f"{path}.{block.output}", block, shapes)
+    for number, (layer, blocks) in enumerate(layers):
+        for block in blocks:
+            shape = block.matrix_shape(f"{layer}.{block.output}", shapes)
             if shape is None:
                 raise UserError(
-                    f"{path}.{block.output}.weight is missing in this {config.model_type}; give a "
+                    f"{layer}.{block.output}.weight is missing in this {config.model_type}; give a "
                     "complete checkpoint"
                 )
             width = shape[1]
             nodes = width if block.node == "neuron" else int(config.num_attention_heads)
-            sites.append(MaskSite(Site(number, block.node), path, block, nodes, width // nodes))
+            sites.append(MaskSite(Site(number, block.node), layer, block, nodes, width // nodes))
+    if not sites:
+        raise UserError(
+            f"no layer of a {config.model_type} (expected are parameters below "
+            f"{', '.join(architecture)}); give a complete checkpoint"
+        )
     return sites
 
 
-def _matrix_shape(module: str, block: Block, shapes: Shapes) -> tuple[int, int] | None:
-    """The shape of the weight of one of the block's modules, as [out, in]; None: it has none."""
-    shape = shapes.get(f"{module}.weight")
-    if shape is None:
-        return None
-    return (shape[1], shape[0]) if block.transposed else (shape[0], shape[1])
-
-
 def _layer_paths(path: str, shapes: Shapes) -> list[str]:
-    """The paths of a stack's layers, in the order of their numbers."""
+    """The paths of the layers, in the order of their numbers."""
     pattern = re.compile(re.escape(path).replace(r"\{\}", r"(\d+)") + r"\.")
     matches = filter(None, map(pattern.match, shapes))
     numbers = {tuple(map(int, match.groups())) for match in matches}
     return [path.format(*layer) for layer in sorted(numbers)]
 
 
-def _recognised(config: "PretrainedConfig", shapes: Shapes) -> Stack:
-    """The stack of a model that is not in the table, put together from blocks that are.
+def _recognised(config: "PretrainedConfig", shapes: Shapes) -> Architecture:
+    """The layers of a model that is not in the table, put together from blocks that are.
 
-    It must explain every matrix of every numbered layer. Among several that do (they differ in
-    their normalisations), the one that explains most and misses least, if there is only one.
+    Among several that fit (they differ in their normalisations), those that explain most parameters
+    and miss fewest modules, if there is only one.
     """
-    stacks = [stack for entry in ARCHITECTURES.values() for stack in entry]
-    blocks = dict.fromkeys(block for stack in stacks for block in stack.blocks)
-    numbered = filter(None, (re.match(r"(.*?)\.\d+\..+", name) for name in shapes))
-    paths = dict.fromkeys(f"{match[1]}.{{}}" for match in numbered)
-    scores: dict[Stack, tuple[int, int]] = {}
-    for path, *pair in product(paths, blocks, blocks):
-        if [block.node for block in pair] == ["head", "neuron"]:
-            stack = Stack(path, tuple(pair))
-            if score := _score(stack, shapes, getattr(config, "hidden_size", None)):
-                scores[stack] = score
-    best = [stack for stack, score in scores.items() if score == max(scores.values())]
+    layers = [blocks for entry in ARCHITECTURES.values() for blocks in entry.values()]
+    known = dict.fromkeys(block for blocks in layers for block in blocks)
+    heads, neurons = ([b for b in known if b.node == node] for node in ("head", "neuron"))
+    numbered = (re.match(r"(.*?)\.\d+\..+", name) for name in shapes)
+    paths = dict.fromkeys(f"{match[1]}.{{}}" for match in numbered if match)
+    scores: dict[tuple[str, Block, Block], tuple[int, int]] = {}
+    for path, *pair in product(paths, heads, neurons):
+        if score := _score(path, tuple(pair), shapes, getattr(config, "hidden_size", None)):
+            scores[path, *pair] = score
+    best = [layer for layer, score in scores.items() if score == max(scores.values())]
     if len(best) == 1 and getattr(config, "num_attention_heads", None):
-        return best[0]
+        path, *pair = best[0]
+        return {path: tuple(pair)}
     raise UserError(
         f"model type {config.model_type!r} is not known and {'more than one' if best else 'no'} "
         "known layer fits it; add to ARCHITECTURES in fmn/fisher/architectures.py an entry "
@@ -265,20 +264,25 @@ def _recognised(config: "PretrainedConfig", shapes: Shapes) -> Stack:
     )
 
 
-def _score(stack: Stack, shapes: Shapes, hidden_size: int | None) -> tuple[int, int] | None:
-    """How well a stack fits a model: (parameters explained, -modules missing), or None."""
-    norms = [norm for block in stack.blocks for norm in block.norms]
+def _score(
+    path: str, blocks: tuple[Block, ...], shapes: Shapes, hidden_size: int | None
+) -> tuple[int, int] | None:
+    """How well layers fit a model: (parameters explained, -modules missing).
+
+    None if they do not: every matrix of every numbered layer must be explained.
+    """
     explained: set[str] = set()
     missing = 0
-    for path, block in product(_layer_paths(stack.path, shapes), stack.blocks):
-        shape = _matrix_shape(f"{path}.{block.output}", block, shapes)
+    for layer, block in product(_layer_paths(path, shapes), blocks):
+        shape = block.matrix_shape(f"{layer}.{block.output}", shapes)
         if shape is None or shape[0] != hidden_size:
             return None
-        for module in block.modules:
-            names = {f"{path}.{module}.{kind}" for kind in ("weight", "bias")} & shapes.keys()
+        for module in (block.output, *(module for _, module in block.inputs), *block.norms):
+            names = {f"{layer}.{module}.{kind}" for kind in ("weight", "bias")} & shapes.keys()
             explained |= names
             missing += not names
     matrices = {n for n, shape in shapes.items() if re.search(r"\.\d+\.", n) and len(shape) > 1}
+    norms = [norm for block in blocks for norm in block.norms]
     fits = matrices <= explained and len(set(norms)) == len(norms)
     return (len(explained), -missing) if fits else None
 
@@ -291,27 +295,28 @@ def _score(stack: Stack, shapes: Shapes, hidden_size: int | None) -> tuple[int, 
 class Part:
     """Some consecutive entries of a parameter along one axis, and the nodes that weigh them.
 
-    The `nodes` of `site` fall into `groups` runs of equal length; the mean of each run weighs an
-    equal share of the `entries`. So as many groups as nodes weigh rows by node, one group weighs
-    all by the mean of the site.
+    The nodes of `site` fall into `groups` runs of equal length; the mean of each run weighs an
+    equal share of the `entries`. As many groups as nodes: each row by its node; one group: all
+    by the site's mean.
     """
 
     site: Site
-    nodes: int
     groups: int
     entries: int
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Which nodes weigh a parameter: the `parts` of its axis `axis`, in order, or, for the axis
-    None, one part weighs all of it.
+    """Which nodes weigh a parameter.
 
-    No parts at all: the universal weight, the mean over layers of the sum of their site means.
+    Attributes:
+        shape: of the weights: (-1, 1) by row, (1, -1) by column, (-1,) by entry of a bias, () one
+            for the whole parameter.
+        parts: of the axis -1, in order. None at all: the universal weight, the mean over layers of
+            the sum of their site means.
     """
 
-    ndim: int = 0
-    axis: int | None = None
+    shape: tuple[int, ...] = ()
     parts: tuple[Part, ...] = ()
 
 
@@ -328,79 +333,45 @@ def claims(config: "PretrainedConfig", shapes: Shapes, mapping: str) -> dict[str
     """
     if mapping not in ("structured", "paper"):
         raise UserError(f"mapping {mapping!r} is unknown: choose structured or paper")
-    by_name = dict.fromkeys(shapes, Claim())
+    by_name = {}
     for site in _sites(config, shapes):
-        for module, kind, claim in _claims_of(site, config, shapes, mapping == "structured"):
-            if (name := f"{site.layer}.{module}.{kind}") in shapes:
-                by_name[name] = claim
-    return by_name
+        for module, weight, bias in _claims_of(site, config, shapes, mapping == "structured"):
+            by_name[f"{site.layer}.{module}.weight"] = weight
+            by_name[f"{site.layer}.{module}.bias"] = bias
+    return {name: by_name.get(name, Claim()) for name in shapes}
 
 
 def _claims_of(
     site: MaskSite, config: "PretrainedConfig", shapes: Shapes, structured: bool
-) -> Iterator[tuple[str, str, Claim]]:
-    """The claims of a site, as (module below the layer, "weight" or "bias", claim)."""
+) -> Iterator[tuple[str, Claim, Claim]]:
+    """The modules of a site by path below the layer, with the claims of weight and bias."""
     block, nodes = site.block, site.nodes
-    rows, columns = (1, 0) if block.transposed else (0, 1)
-    mean = Claim(parts=(Part(site.site, nodes, 1, 1),))
-    owned = Claim(2, columns, (Part(site.site, nodes, nodes, nodes * site.channels),))
-    yield block.output, "weight", owned if structured else mean
-    yield block.output, "bias", mean
+    by_row, by_column = ((1, -1), (-1, 1)) if block.transposed else ((-1, 1), (1, -1))
+    mean = Claim((), (Part(site.site, 1, 1),))
+    owned = Claim(by_column, (Part(site.site, nodes, nodes * site.channels),))
+    yield block.output, owned if structured else mean, mean
     key_value_heads = getattr(config, "num_key_value_heads", None) or nodes
     units = {"q": nodes, "k": key_value_heads, "v": key_value_heads, "u": nodes}
+    groups = {**units, "v": key_value_heads if structured else 1}
     for letters, module in block.inputs:
-        if shape := _matrix_shape(f"{site.layer}.{module}", block, shapes):
-            entries = shape[0] // sum(units[letter] for letter in letters)  # of a unit
-            groups = {**units, "v": units["v"] if structured else 1}
-            parts = tuple(
-                Part(site.site, nodes, groups[letter], entries * units[letter])
-                for letter in letters
-            )
-            yield module, "weight", Claim(2, rows, parts)
-            yield module, "bias", Claim(1, 0, parts)
+        if shape := block.matrix_shape(f"{site.layer}.{module}", shapes):
+            rows = shape[0] // sum(units[letter] for letter in letters)  # of a unit
+            parts = tuple(Part(site.site, groups[unit], rows * units[unit]) for unit in letters)
+            yield module, Claim(by_row, parts), Claim((-1,), parts)
     for module in block.norms:
-        yield module, "weight", mean
-        yield module, "bias", mean
+        yield module, mean, mean
 
 
 def weights(claim: Claim, values: NodeValues) -> np.ndarray:
-    """The weights of a parameter, float64: shape [], or ones but for the claimed axis.
-
-    Raises:
-        UserError: `values` are the nodes of another model.
-    """
+    """The weights of a parameter, float64, of the claim's shape."""
     if not claim.parts:
         layers = {site.layer for site in values}
         return np.asarray(sum(float(np.mean(nodes)) for nodes in values.values()) / len(layers))
-    runs = [np.repeat(_group_means(p, values), p.entries // p.groups) for p in claim.parts]
-    if claim.axis is None:
-        return runs[0].reshape(())
-    shape = [-1 if axis == claim.axis else 1 for axis in range(claim.ndim)]
-    return np.concatenate(runs).reshape(shape)
-
-
-def output_weights(claim: Claim, values: NodeValues, transposed: bool = False) -> np.ndarray:
-    """The weights of a matrix's output rows, float64 [rows], or [1] where all rows have the same.
-
-    A matrix whose columns the nodes own, not its rows (a projection after mask nodes), has their
-    mean. `transposed`: the matrix is stored [in, out].
-    """
-    if claim.axis is None or claim.axis == (1 if transposed else 0):
-        return np.ravel(weights(claim, values))
-    return np.array([np.mean([np.mean(values[part.site]) for part in claim.parts])])
-
-
-def _group_means(part: Part, values: NodeValues) -> np.ndarray:
-    """The mean of each group of the part's nodes, [groups]."""
-    layer, node = part.site
-    nodes = np.asarray(values.get(part.site, ()), dtype=np.float64)
-    if len(nodes) != part.nodes:
-        raise UserError(
-            f"the Fisher information has {len(nodes)} {node} nodes in layer {layer}, the model "
-            f"{part.nodes}: it is that of another model; give that of this one"
-        )
-    means: np.ndarray = nodes.reshape(part.groups, -1).mean(axis=1)  # [nodes] -> [groups]
-    return means
+    runs = []
+    for part in claim.parts:
+        means = values[part.site].reshape(part.groups, -1).mean(axis=1)  # [nodes] -> [groups]
+        runs.append(np.repeat(means, part.entries // part.groups))
+    return np.concatenate(runs).reshape(claim.shape)
 
 
 def tempered(values: NodeValues, normalise: str, exponent: float) -> NodeValues:
@@ -414,15 +385,13 @@ def tempered(values: NodeValues, normalise: str, exponent: float) -> NodeValues:
             "kind": the mean over all nodes of a kind; "site": that over a kind in one layer.
     """
     raised = {site: np.asarray(nodes, np.float64) ** exponent for site, nodes in values.items()}
+    if normalise == "none":
+        return raised
 
     def scale(site: Site) -> float:
         if normalise == "expert":
             return float(weights(Claim(), raised))
-        group = [
-            n for s, n in raised.items() if s == site or (normalise, s.node) == ("kind", site.node)
-        ]
-        return float(np.concatenate(group).mean())
+        same = [s for s in raised if s == site or (normalise == "kind" and s.node == site.node)]
+        return float(np.concatenate([raised[s] for s in same]).mean())
 
-    if normalise == "none":
-        return raised
     return {site: nodes / (scale(site) or 1.0) for site, nodes in raised.items()}

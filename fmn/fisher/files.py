@@ -8,7 +8,6 @@ their record as JSON in the file's metadata, under ``fmn``. Their sha256 is in t
 import hashlib
 import json
 from collections.abc import Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -124,6 +123,7 @@ def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, FisherMetad
         UserError: it is not a mask Fisher, was damaged, or holds a value that cannot be a Fisher
             information (negative, NaN or infinite).
     """
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -134,34 +134,28 @@ def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, FisherMetad
         raise UserError(f"{path}: no such Fisher artifact; make it with `fmn fisher`")
     check_intact(path)
     types = {"layer": pa.int16(), "node": pa.string(), "index": pa.int32(), "fisher": pa.float64()}
+    schema = pa.schema({**types, "stderr": pa.float64()})
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         content = json.loads((table.schema.metadata or {})[METADATA.encode()])
-        layers, nodes, index, values = (table[name].cast(types[name]) for name in types)
-        errors = None if table["stderr"].null_count else table["stderr"].cast(pa.float64())
-        if not len(table) or any(c.null_count for c in (layers, nodes, index, values)):
+        table = table.select(schema.names).cast(schema)
+        if not len(table) or any(table[name].null_count for name in types):
             raise ValueError("no rows, or rows without a value")
     except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a Fisher artifact, or damaged; {remedy}") from error
     metadata = parse_record(content, FisherMetadata, path, remedy)
     fisher: NodeValues = {}
     stderr: NodeValues = {}
-    rows = zip(layers.to_pylist(), nodes.to_pylist(), index.to_pylist(), strict=True)
-    start = 0
-    for (layer, node), group in groupby(rows, key=lambda row: row[:2]):
+    for (layer, node), rows in table.to_pandas().groupby(["layer", "node"], sort=False):
         place = f"{path}: layer {layer}, {node}"
-        numbers = [row[2] for row in group]
-        if numbers != list(range(len(numbers))) or (layer, node) in fisher:
+        if not np.array_equal(rows["index"], np.arange(len(rows))):
             raise UserError(f"{place}: rows are not numbered 0, 1, 2, ...; {remedy}")
-        site = Site(layer, node)
-        fisher[site] = values.slice(start, len(numbers)).to_numpy()
-        if errors is not None:
-            stderr[site] = errors.slice(start, len(numbers)).to_numpy()
-        start += len(numbers)
+        site = Site(int(layer), node)
+        fisher[site], stderr[site] = rows["fisher"].to_numpy(), rows["stderr"].to_numpy()
         for number, value in enumerate(fisher[site]):
             if not 0 <= value < float("inf"):
                 raise UserError(f"{place} {number}: a Fisher information of {value}; {remedy}")
-    return fisher, None if errors is None else stderr, metadata
+    return fisher, None if table["stderr"].null_count else stderr, metadata
 
 
 def write_statistic(

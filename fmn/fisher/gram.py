@@ -5,18 +5,18 @@ al. 2023, arXiv 2212.09849, section 3). Maps that read the same input (query, ke
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
-from fmn.fisher.runner import LINEAR, hooked, max_batch_tokens, prepared
+from fmn.fisher.runner import LINEAR, Runner, hooked, max_batch_tokens, prepared
 from fmn.models.devices import resolve_device, resolve_dtype
-from fmn.tasks.batches import Examples, by_length, select
+from fmn.tasks.batches import Batch, Examples, by_length, select
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def estimate(
 ) -> Grams:
     """The Gram matrices of a Transformer with a classification head on a sample of examples.
 
-    Arguments as for `fmn.fisher.estimate`; labels are not read. It does not depend on batch size,
-    but for rounding. Costs a forward pass and about one and a half times its matrix products.
+    Arguments as for `fmn.fisher.estimate`; labels are not read. Costs a forward pass and about one
+    and a half times its matrix products.
     """
     target = resolve_device(device)
     sample = examples.take(select(examples.labels, samples, seed))
@@ -66,13 +66,7 @@ def estimate(
     done = 0
     with prepared(model, sample, target, resolve_dtype(dtype, target)) as runner, torch.no_grad():
         for batch in by_length(sample, tokens=max_batch_tokens(target)):
-            reads: dict[str, list[Tensor]] = defaultdict(list)  # shared modules read several times
-            hooks = {
-                name: lambda _, args, own=name: reads[own].append(args[0])  # noqa: B023
-                for name in linear
-            }
-            with hooked((linear[name], hook) for name, hook in hooks.items()):
-                runner.logits(batch)
+            reads = _reads(runner, batch, linear)
             if not inputs:
                 first: dict[int, str] = {}
                 inputs = {name: first.setdefault(id(x[0]), name) for name, x in reads.items()}
@@ -90,6 +84,17 @@ def estimate(
         inputs,
         frozenset(name for name in inputs if isinstance(linear[name], Conv1D)),
     )
+
+
+def _reads(
+    runner: Runner, batch: Batch, linear: Mapping[str, nn.Module]
+) -> dict[str, list[Tensor]]:
+    """What every linear map reads in a forward pass: several inputs if layers share the map."""
+    reads: dict[str, list[Tensor]] = defaultdict(list)
+    hooks = {name: lambda _, args, own=name: reads[own].append(args[0]) for name in linear}
+    with hooked((linear[name], hook) for name, hook in hooks.items()):
+        runner.logits(batch)
+    return reads
 
 
 def _without_padding(read: Tensor, mask: Tensor | None) -> Tensor:

@@ -84,7 +84,7 @@ class PartialSums:
     Attributes:
         total: [P], of the squared gradients.
         squares: [P], of their squares.
-        pending: [G, P], for "batch" the gradients of the mean losses of the chunk's batches, so far.
+        pending: [G, P], for "batch" the gradients of the mean losses of the chunk's G batches.
         done: examples summed up.
         batch_tokens: tokens of the largest batch that is computed at once.
     """
@@ -169,14 +169,11 @@ def estimate(
         progress: gets the number of examples done, and to do.
         resume: sums of a killed run with the same arguments, to go on from; on a CPU to the same
             bits as without a break.
-        save: gets the sums every `save_seconds` and at the end.
+        save: gets the sums every `save_seconds`.
 
     Raises:
         UserError: settings or labels that do not fit the model, an unknown architecture, or memory
             that does not suffice for one example.
-
-    Example:
-        >>> estimate(model, examples, estimator="expected", regression=False).fisher[0, "head"]
     """
     _check(model, examples, estimator, regression)
     rows = select(examples.labels, samples, seed, stratified)
@@ -192,8 +189,6 @@ def estimate(
             if save and time.monotonic() - saved >= save_seconds:
                 save(sums.copy_to("cpu"))
                 saved = time.monotonic()
-    if save:
-        save(sums.copy_to("cpu"))
     return _summary(run, sums)
 
 
@@ -378,17 +373,15 @@ def _tokens_that_fit(run: _Run, longest: int) -> int:
 
 
 def _summary(run: _Run, sums: PartialSums) -> Estimate:
-    fisher, squares = sums.total.cpu().numpy(), sums.squares.cpu().numpy()
-    stderr = None
-    if run.loss.estimator != "batch":
-        fisher = fisher / sums.done
-        stderr = np.full_like(fisher, np.nan)
-        if sums.done > 1:
-            spread = np.maximum(squares - sums.done * fisher**2, 0)
-            stderr = np.sqrt(spread / (sums.done - 1) / sums.done)
     ends = np.cumsum([site.nodes for site in run.sites])[:-1]
 
     def by_site(values: np.ndarray) -> NodeValues:
         return dict(zip((s.site for s in run.sites), np.split(values, ends), strict=True))
 
-    return Estimate(by_site(fisher), None if stderr is None else by_site(stderr), sums.done)
+    total, squares, count = sums.total.cpu().numpy(), sums.squares.cpu().numpy(), sums.done
+    if run.loss.estimator == "batch":
+        return Estimate(by_site(total), None, count)
+    mean = total / count
+    spread = np.maximum(squares - count * mean**2, 0) if count > 1 else np.full_like(mean, np.nan)
+    stderr = np.sqrt(spread / max(count - 1, 1) / count)
+    return Estimate(by_site(mean), by_site(stderr), count)

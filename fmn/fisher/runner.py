@@ -1,4 +1,4 @@
-"""A model made ready for the statistics: on its device, in its number format, one pass a batch."""
+"""A model made ready for the statistics: on its device, in its dtype, one pass per batch."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +24,7 @@ def max_batch_tokens(device: torch.device) -> int:
 
 
 def float_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The number format of weights, sums and logits: only matrix products are in bfloat16."""
+    """The dtype of weights, sums and logits: only matrix products are in bfloat16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -123,7 +123,7 @@ def _set(restored: ExitStack, target: object, name: str, value: object) -> None:
 
 
 def _without_autocast(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """A module's forward in the number format of its weights."""
+    """A module's forward in the dtype of its weights."""
 
     def in_float(activation: Tensor) -> Any:
         with torch.autocast(device.type, enabled=False):

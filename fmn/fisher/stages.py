@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 
+# DVC reads these: it does not see chained assignments.
 FISHER = 3
 FULL_FISHER = 3
 GRAM = 3
@@ -35,7 +36,7 @@ class SampleSettings(Settings):
     seed: int = Field(0, ge=0, description="seed of the draw")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field(
-        "float32", description="number format of matrix products; auto: bfloat16 where it pays"
+        "float32", description="dtype of matrix products; auto: bfloat16 where it is faster"
     )
 
     _at_least_one = field_validator("samples")(at_least_one)
@@ -81,13 +82,13 @@ def fisher(
         out: the Parquet file
     """
 
-    def compute(expert: _Expert, path: Path) -> None:
+    def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
         from fmn.fisher.mask_nodes import estimate
 
         saved = out.with_name(f".{out.name}.partial-sums")
-        key = "{key} {device} {dtype}".format(**expert.metadata)
+        key = "{key} {device} {dtype}".format(**metadata)
         result = estimate(
-            **expert.arguments,
+            **arguments,
             estimator=settings.estimator,
             regression=get_task(task).regression,
             stratified=settings.stratified,
@@ -97,8 +98,8 @@ def fisher(
             save_seconds=SAVE_SECONDS,
         )
         counts = {site: len(nodes) for site, nodes in result.fisher.items()}
-        metadata = FisherMetadata(
-            **expert.metadata,
+        record = FisherMetadata(
+            **metadata,
             estimator=settings.estimator,
             stratified=settings.stratified,
             layers=len({site.layer for site in counts}),
@@ -106,7 +107,7 @@ def fisher(
             neurons=max(count for site, count in counts.items() if site.node == "neuron"),
             relative_stderr=result.relative_error,
         )
-        files.write_fisher(path, result.fisher, result.stderr, metadata)
+        files.write_fisher(path, result.fisher, result.stderr, record)
         saved.unlink(missing_ok=True)
 
     return _run("fisher", FISHER, checkpoint, task, data, out, settings, compute, files.read_fisher)
@@ -130,15 +131,14 @@ def full_fisher(
         out: the safetensors file
     """
 
-    def compute(expert: _Expert, path: Path) -> None:
+    def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
         from fmn.fisher.parameters import estimate
 
         regression, estimator = get_task(task).regression, settings.estimator
         tensors = estimate(
-            **expert.arguments, estimator=estimator, regression=regression, progress=progress
+            **arguments, estimator=estimator, regression=regression, progress=progress
         )
-        metadata = StatisticMetadata(**expert.metadata, estimator=estimator)
-        files.write_statistic(path, tensors, metadata)
+        files.write_statistic(path, tensors, StatisticMetadata(**metadata, estimator=estimator))
 
     read = partial(files.read_statistic, record=StatisticMetadata)
     return _run("full-fisher", FULL_FISHER, checkpoint, task, data, out, settings, compute, read)
@@ -162,24 +162,16 @@ def gram(
         out: the safetensors file
     """
 
-    def compute(expert: _Expert, path: Path) -> None:
+    def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
         from fmn.fisher.gram import estimate
 
-        grams = estimate(**expert.arguments, progress=progress)
-        metadata = GramMetadata(
-            **expert.metadata, inputs=grams.inputs, transposed=sorted(grams.transposed)
-        )
-        files.write_statistic(path, grams.moments, metadata)
+        grams = estimate(**arguments, progress=progress)
+        transposed = sorted(grams.transposed)
+        record = GramMetadata(**metadata, inputs=grams.inputs, transposed=transposed)
+        files.write_statistic(path, grams.moments, record)
 
     read = partial(files.read_statistic, record=GramMetadata)
     return _run("gram", GRAM, checkpoint, task, data, out, settings, compute, read)
-
-
-class _Expert(NamedTuple):
-    """What the functions that estimate a statistic are called with, and what its metadata say."""
-
-    arguments: dict[str, Any]
-    metadata: dict[str, Any]
 
 
 def _run(
@@ -190,23 +182,29 @@ def _run(
     data: Path,
     out: Path,
     settings: SampleSettings,
-    compute: Callable[[_Expert, Path], None],
+    compute: Callable[[Path, dict[str, Any], dict[str, Any]], None],
     read: Callable[[Path], tuple[Any, ...]],
 ) -> Outcome[Any]:
-    """Run a stage; `read` gives back the statistic's metadata last."""
+    """Run a stage: `compute` writes a file with what `_load` gives; `read` ends in its metadata."""
+    definition = get_task(task)
     return run_stage(
         name,
         version,
         out,
-        lambda job: compute(_load(job, checkpoint, get_task(task), data, settings), job.path),
-        reads={"checkpoint": checkpoint, "train": split_files(data, get_task(task), "train")},
+        lambda job: compute(job.path, *_load(job, checkpoint, definition, data, settings)),
+        reads={"checkpoint": checkpoint, "train": split_files(data, definition, "train")},
         settings={"task": task, "settings": settings},
         summary=lambda path: read(path)[-1],
     )
 
 
-def _load(job: Job, checkpoint: Path, task: Task, data: Path, settings: SampleSettings) -> _Expert:
-    """An expert, its outputs in the task's order, and its sample, the only rows with tokens."""
+def _load(
+    job: Job, checkpoint: Path, task: Task, data: Path, settings: SampleSettings
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the functions that estimate a statistic take, and what its metadata say.
+
+    The model's outputs are in the task's order; only the sampled rows have tokens.
+    """
     import torch
 
     from fmn.models.devices import resolve_device, resolve_dtype
@@ -214,13 +212,14 @@ def _load(job: Job, checkpoint: Path, task: Task, data: Path, settings: SampleSe
 
     aligned = labels.decide(checkpoint, task, data, settings.device)
     model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
+    tokenizer = checkpoints.load_tokenizer(checkpoint)
     table = read_split(data, task, "train")
     samples = None if settings.samples == "all" else settings.samples
-    stratified = getattr(settings, "stratified", False)
+    stratified = isinstance(settings, FisherSettings) and settings.stratified
     rows = select(table["label"].to_numpy(), samples, settings.seed, stratified)
-    tokenizer = checkpoints.load_tokenizer(checkpoint)
     device = resolve_device(settings.device)
     dtype = str(resolve_dtype(settings.dtype, device)).removeprefix("torch.")
+    origin = provenance.lineage(checkpoint).model_dump()
     arguments = {
         "model": model,
         "examples": tokenize(tokenizer, task, table, rows=rows),
@@ -233,9 +232,7 @@ def _load(job: Job, checkpoint: Path, task: Task, data: Path, settings: SampleSe
         "key": job.key,
         "task": task.name,
         "model_type": model.config.model_type,
-        "checkpoint": CheckpointOrigin(
-            **provenance.lineage(checkpoint).model_dump(), digest=job.inputs["checkpoint"]
-        ),
+        "checkpoint": CheckpointOrigin(**origin, digest=job.inputs["checkpoint"]),
         "data_digest": job.inputs["train"],
         "labels": {task.name: aligned},
         "samples": len(rows),
@@ -244,7 +241,7 @@ def _load(job: Job, checkpoint: Path, task: Task, data: Path, settings: SampleSe
         "device": device.type,
         "threads": torch.get_num_threads(),
     }
-    return _Expert(arguments, metadata)
+    return arguments, metadata
 
 
 def _write_sums(path: Path, key: str, sums: "PartialSums") -> None:
@@ -255,7 +252,7 @@ def _write_sums(path: Path, key: str, sums: "PartialSums") -> None:
 
 
 def _read_sums(path: Path, key: str) -> "PartialSums | None":
-    """The partial sums of a run that was killed, if it was the same run."""
+    """The partial sums that the same run left when it was killed."""
     import torch
 
     from fmn.fisher.mask_nodes import PartialSums

