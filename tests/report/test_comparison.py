@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fmn.experiments.files import Cell
 from fmn.report import comparison
 from fmn.store.records import parse_record
-from fmn.experiments.files import Cell
 from fmn.store.stage import write_record
 
 
@@ -19,7 +19,7 @@ def cell(seconds: float = 1.0, **relative: float | None) -> Cell:
             "relative": share,
             "labels": [0, 1] * 50,
             "predictions": [0, 1] * right + [1, 0] * (50 - right),
-            "expert predictions": [0, 1] * 40 + [1, 0] * 10,
+            "expert_predictions": [0, 1] * 40 + [1, 0] * 10,
         }
         for task, share in relative.items()
         for right in (int(40 * (share or 0.0)),)
@@ -50,7 +50,7 @@ def write_cells(folder: Path) -> dict[str, Path]:
 def test_means_over_the_sets_of_each_size() -> None:
     compared = comparison.compare(CELLS)
     means = {
-        method: {kind: one.value for kind, one in row.items()}
+        method: {kind: mean.value for kind, mean in row.items()}
         for method, row in compared.means.items()
     }
     assert means["average"] == pytest.approx({"pairs": 0.55, "all": 0.3, "mean": 0.425})
@@ -74,7 +74,7 @@ def test_the_interval_of_a_mean_is_of_the_same_examples_in_all_sets() -> None:
 
 def test_an_expert_that_may_score_nothing_leaves_no_interval() -> None:
     weak = cell(sst2=0.5, cola=0.5)
-    weak.tasks["cola"].expert_predictions = [0.0, 1.0] * 26 + [1.0, 0.0] * 24
+    weak.tasks["cola"].expert_predictions[:] = [0.0, 1.0] * 26 + [1.0, 0.0] * 24
     means = comparison.compare({"cola+sst2": {"average": weak}}).means["average"]
     assert means["mean"].interval is None
 
@@ -89,7 +89,7 @@ def test_pairs_are_by_scored_task_and_partner() -> None:
     assert comparison.pairs({"cola+rte+sst2": CELLS["cola+rte+sst2"]}, "mine") == {}
 
 
-def test_a_difference_is_told_from_chance_on_the_same_examples() -> None:
+def test_a_difference_is_tested_on_the_same_examples() -> None:
     differences = comparison.differences(
         {"better": cell(rte=1.0), "average": cell(rte=0.5), "same": cell(rte=0.5)}
     )

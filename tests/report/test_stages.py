@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fmn.fisher import files as fisher_files
-from fmn.evaluate import files as evaluate_files
 from fmn.errors import UserError
+from fmn.evaluate import files as evaluate_files
+from fmn.fisher import files as fisher_files
 from fmn.report import stages
 from fmn.report.results import Evaluated
 from fmn.store import artifacts
