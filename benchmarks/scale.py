@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-from benchmarks.results import DOCS, STORE, processor, write
+from benchmarks.results import DOCS, STORE, processor, with_tables
 from fmn.fisher import gram
 from fmn.fisher import mask_nodes as fisher
 from fmn.fisher import parameters as diagonal
@@ -257,7 +257,7 @@ def main() -> None:
         KEPT.write_text(json.dumps(stored, indent=1) + "\n")
     stored = json.loads(KEPT.read_text())
     tables = {"measured": measured(stored), "computed": computed(stored)}
-    PAGE.write_text(write(PAGE.read_text(), lambda name: tables[name] + "\n"))
+    PAGE.write_text(with_tables(PAGE.read_text(), lambda name: tables[name] + "\n"))
 
 
 if __name__ == "__main__":

@@ -57,11 +57,9 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     for picture in (
         "scores",
         "differences",
-        "fisher-heads",
-        "fisher-neurons",
+        "heads",
         "owners",
-        "owners-heads",
-        "cost",
+        "costs",
     ):
         assert f"pictures_{picture}.svg" in shown
     assert '"scored": "sst2: merged"' in shown

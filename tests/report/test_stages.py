@@ -9,7 +9,7 @@ import pytest
 
 from fmn.errors import UserError
 from fmn.evaluate import files as evaluate_files
-from fmn.fisher import files as fisher_files
+from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
 from fmn.report import stages
 from fmn.report.results import Evaluated
 from fmn.store import artifacts
@@ -21,9 +21,11 @@ TASKS = ("cola", "sst2")
 MERGED = ("base", "average", "merged")
 
 
-def add_sidecar(out: Path, stage: str, seconds: float = 1.0) -> None:
-    """Write the sidecar that a stage leaves; of a folder, or of a file that stands alone."""
-    files = artifacts.digest_files(out) if out.is_dir() else {out.name: artifacts.digest_file(out)}
+def add_sidecar(out: Path, stage: str, seconds: float = 1.0, also: Path | None = None) -> None:
+    """Write the sidecar that a stage leaves beside a file, or in a folder."""
+    paths = [path for path in (out, also) if path]
+    files = {path.name: artifacts.digest_file(path) for path in paths if path.is_file()}
+    files = files or artifacts.digest_files(out)
     sidecar = Sidecar(stage=stage, key="", files=files, seconds=seconds)
     sidecar_path(out).write_text(sidecar.model_dump_json())
 
@@ -33,12 +35,9 @@ def write_metrics(path: Path, evaluated: Evaluated, model: Path | None = None) -
     predictions = evaluate_files.predictions_path(path)
     predictions.parent.mkdir(parents=True, exist_ok=True)
     evaluate_files.write_predictions(predictions, evaluated.answers)
-    content = evaluated.metrics.model_dump() | {
-        "predictions": artifacts.digest_file(predictions),
-        "model": artifacts.digest_folder(model) if model else "",
-    }
-    artifacts.write_json(path, "evaluate", "", content)
-    add_sidecar(path, "evaluate", 4.25)
+    digest = artifacts.digest_folder(model) if model else ""
+    write_record(path, evaluated.metrics.model_copy(update={"model": digest}))
+    add_sidecar(path, "evaluate", 4.25, predictions)
     return path
 
 
@@ -70,7 +69,9 @@ def run(tmp_path: Path) -> Run:
     fisher = {task: tmp_path / "fisher" / f"{task}.parquet" for task in TASKS}
     for task, values in reports.fisher(TASKS, layers=2, heads=3, neurons=5).items():
         fisher[task].parent.mkdir(exist_ok=True)
-        fisher_files.write_fisher(fisher[task], values, None, {"task": task})
+        origin = CheckpointOrigin(digest="")
+        metadata = FisherMetadata(task=task, checkpoint=origin, samples=8, estimator="empirical")
+        write_fisher(fisher[task], values, None, metadata)
         add_sidecar(fisher[task], "fisher", 9.5)
     experts, merged = reports.run(TASKS, count=50)
     methods = dict.fromkeys(MERGED, "average") | {"merged": "mask-fisher"}
@@ -99,11 +100,9 @@ def test_the_folder_holds_page_pictures_numbers_and_cards(run: Run, tmp_path: Pa
     outcome = stages.report(**vars(run), out=out)
     assert outcome.computed
     assert json.loads((out / "results.json").read_text()) == outcome.summary.results
-    assert outcome.summary.header == ["task", "examples", *MERGED, "expert"]
+    assert outcome.summary.header == ["task", *MERGED, "expert"]
     assert outcome.summary.notes[0].startswith("score in %")
-    assert (
-        "| task | examples | base | average | merged | expert |" in (out / "table.md").read_text()
-    )
+    assert "| task | base | average | merged | expert |" in (out / "table.md").read_text()
     assert len(rows(out / "scores.csv")) == len(outcome.summary.body) * 4
     assert {path.name for path in (out / "cards").iterdir()} == {f"{name}.md" for name in MERGED}
     card = (out / "cards" / "merged.md").read_text()
@@ -113,7 +112,7 @@ def test_the_folder_holds_page_pictures_numbers_and_cards(run: Run, tmp_path: Pa
     for words in ("One model for cola and sst2", "merged with mask-fisher", "Who owns what"):
         assert words in page, words
     pictures = {path.stem for path in (out / "pictures").iterdir()}
-    assert {"scores", "differences", "fisher-heads", "owners", "cost"} < pictures
+    assert {"scores", "differences", "heads", "owners", "costs"} == pictures
 
 
 def test_costs_are_those_of_the_inputs(run: Run, tmp_path: Path) -> None:
@@ -130,11 +129,10 @@ def test_costs_are_those_of_the_inputs(run: Run, tmp_path: Path) -> None:
 def test_a_report_of_metrics_alone_has_what_they_give(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "report"
     summary = stages.report(merged={"only": run.merged["merged"]}, out=out).summary
-    assert summary.header == ["task", "examples", "only"]
+    assert summary.header == ["task", "only"]
     names = {path.name for path in out.iterdir()}
-    assert names == {
-        "costs.csv", "fmn.json", "pictures", "report.html", "results.json", "scores.csv", "table.md"
-    }  # fmt: skip
+    assert {"report.html", "results.json", "scores.csv", "table.md"} < names
+    assert {path.stem for path in (out / "pictures").iterdir()} == {"scores", "costs"}
 
 
 def test_a_second_report_computes_nothing_and_a_clock_is_no_part_of_it(
@@ -151,7 +149,7 @@ def test_a_second_report_computes_nothing_and_a_clock_is_no_part_of_it(
 
 def test_what_does_not_belong_together_is_refused(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    for more, says in (
+    for more, message in (
         ({"merged": {}}, "no metrics file of a merged model"),
         ({"merged": {"expert": run.merged["merged"]}}, "choose another"),
         ({"models": {"other": run.models["merged"]}}, "no metrics of it"),
@@ -159,7 +157,7 @@ def test_what_does_not_belong_together_is_refused(run: Run, tmp_path: Path) -> N
         ({"fisher": {"sst2": run.fisher["cola"]}}, "cola.parquet: not the Fisher that merged was"),
         ({"merged": {"merged": tmp_path / "nowhere.json"}, "models": {}}, "nowhere.json"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             stages.report(**vars(run) | more, out=out)
     assert not out.exists()
     with pytest.raises(UserError, match="would change"):
