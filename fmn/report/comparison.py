@@ -16,7 +16,7 @@ from fmn.evaluate.bootstrap import Difference
 from fmn.evaluate.metrics import Answers
 from fmn.experiments.files import Cell
 from fmn.report import results
-from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, Sampled, mean
+from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, mean
 from fmn.store.records import Record
 
 Cells = Mapping[str, Mapping[str, Cell]]
@@ -54,15 +54,14 @@ def compare(cells: Cells) -> Comparison:
     candidates = [method for method in methods if method not in BOUNDS] or methods
     shares, means = _shares(cells), {}
     for method in methods:
-        by_kind = {k: mean([shares[name][method] for name in n]) for k, n in kinds(cells).items()}
-        by_kind[MACRO] = mean(list(by_kind.values()))
-        means[method] = {kind: share.estimate for kind, share in by_kind.items()}
+        row = {k: mean([shares[name][method] for name in n]) for k, n in kinds(cells).items()}
+        means[method] = {**row, MACRO: mean(list(row.values()))}
     largest = list(cells)[-1]
     scores = {method: _scores(cell) for method, cell in cells[largest].items()}
     return Comparison(
         means=means,
         seconds={m: fmean(row[m].seconds for row in cells.values()) for m in methods},
-        sets={m: {name: row[m].estimate for name, row in shares.items()} for m in methods},
+        sets={m: {name: row[m] for name, row in shares.items()} for m in methods},
         largest=largest,
         scores=scores | {EXPERT: _scores(cells[largest][methods[0]], of_expert=True)},
         differences=differences(cells[largest]),
@@ -90,7 +89,7 @@ def answers(cell: Cell, of_expert: bool = False) -> dict[str, dict[str, Answers]
     }
 
 
-def _shares(cells: Cells) -> dict[str, dict[str, Sampled]]:
+def _shares(cells: Cells) -> dict[str, dict[str, Estimate]]:
     """By set and method: the mean share over the tasks whose expert scores above 0, else 0."""
     known: dict[tuple[str, bytes], np.ndarray] = {}  # an expert answers the same in every cell
 
@@ -100,14 +99,14 @@ def _shares(cells: Cells) -> dict[str, dict[str, Sampled]]:
             known[key] = bootstrap.draws({task: {"tried": part}})[task]
         return known[key]
 
-    def share(cell: Cell) -> Sampled:
+    def share(cell: Cell) -> Estimate:
         merged, experts = answers(cell), answers(cell, of_expert=True)
         parts = []
         for task, entry in cell.tasks.items():
             if entry.relative is not None:
                 pair = (draws(task, side[task]["tried"]) for side in (merged, experts))
-                parts.append(Sampled(entry.relative, bootstrap.relative(*pair)))
-        return mean(parts) if parts else Sampled(0.0, None)
+                parts.append(Estimate(entry.relative, bootstrap.relative(*pair)))
+        return mean(parts) if parts else Estimate(0.0, None)
 
     return {
         name: {method: share(cell) for method, cell in row.items()} for name, row in cells.items()
@@ -118,9 +117,9 @@ def _scores(cell: Cell, of_expert: bool = False) -> dict[str, Estimate]:
     """The scores of a cell's merged model, or of the experts, and their mean."""
     draws = bootstrap.draws(answers(cell, of_expert))
     scores = {t: entry.expert if of_expert else entry.score for t, entry in cell.tasks.items()}
-    rows = {task: Sampled(score, draws[task]) for task, score in scores.items()}
+    rows = {task: Estimate(score, draws[task]) for task, score in scores.items()}
     rows[MACRO] = mean(list(rows.values()))
-    return {name: row.estimate for name, row in rows.items()}
+    return rows
 
 
 def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ import numpy as np
 from fmn.errors import UserError
 from fmn.evaluate import bootstrap
 from fmn.evaluate.bootstrap import Difference
-from fmn.evaluate.files import Metrics, TaskScores
+from fmn.evaluate.files import Metrics, TaskScores, read_metrics, read_predictions
 from fmn.evaluate.metrics import Splits
 from fmn.fisher.architectures import NodeValues, tempered
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
 from fmn.models.labels import better_than_guessing
+from fmn.store.stage import read_sidecar
 from fmn.tasks.task import get_task
 
 MACRO = "mean"
@@ -43,32 +45,25 @@ class Evaluated(NamedTuple):
     answers: Mapping[str, Splits]
 
 
-class Estimate(NamedTuple):
-    """A number, and its 95 % interval if it has one."""
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number, and its value in each bootstrap resample, float64 [R], if it has one in all."""
 
     value: float
-    interval: tuple[float, float] | None
+    draws: np.ndarray | None = None
+
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval."""
+        return None if self.draws is None else bootstrap.interval(self.draws)
 
 
-class Sampled(NamedTuple):
-    """A number, also in every bootstrap resample, float64 [R], if it exists in each of them."""
-
-    value: float
-    draws: np.ndarray | None
-
-    @property
-    def estimate(self) -> Estimate:
-        """The number with its interval."""
-        interval = None if self.draws is None else bootstrap.interval(self.draws)
-        return Estimate(self.value, interval)
-
-
-def mean(parts: Sequence[Sampled]) -> Sampled:
+def mean(parts: Sequence[Estimate]) -> Estimate:
     """The mean; without draws, if a part has none."""
     draws = [part.draws for part in parts if part.draws is not None]
     is_known = len(draws) == len(parts)
     value = fmean(part.value for part in parts)
-    return Sampled(value, np.mean(draws, axis=0) if is_known else None)
+    return Estimate(value, np.mean(draws, axis=0) if is_known else None)
 
 
 class Entry(NamedTuple):
@@ -78,12 +73,26 @@ class Entry(NamedTuple):
     share: Estimate | None
 
 
+def read_evaluated(metrics: Path) -> Evaluated:
+    """A metrics file, and the predictions beside it."""
+    return Evaluated(read_metrics(metrics), read_predictions(metrics))
+
+
 class Cost(NamedTuple):
     """How long a stage took for a task or model."""
 
     stage: str
     name: str
     seconds: float
+
+
+def read_costs(*inputs: Mapping[str, Path]) -> list[Cost]:
+    """The run times of the stages that wrote these inputs, if their sidecars tell; by stage."""
+    files = [item for paths in inputs for item in paths.items()]
+    sidecars = [(name, sidecar) for name, path in files if (sidecar := read_sidecar(path))]
+    stages = list(dict.fromkeys(sidecar.stage for _, sidecar in sidecars))
+    costs = [Cost(sidecar.stage, name, sidecar.seconds) for name, sidecar in sidecars]
+    return sorted(costs, key=lambda cost: stages.index(cost.stage))
 
 
 @dataclass(frozen=True)
@@ -198,15 +207,15 @@ def _entries(column: _Column, expert: _Column | None) -> dict[str, Entry]:
     """A column by row; a task whose expert scores nothing has no share."""
     scores, shares = {}, {}
     for task, score in column.scores.items():
-        scores[task] = Sampled(score, column.draws[task])
+        scores[task] = Estimate(score, column.draws[task])
         if expert and (full := expert.scores.get(task, 0.0)) > 0:
             draws = bootstrap.relative(column.draws[task], expert.draws[task])
-            shares[task] = Sampled(score / full, draws)
+            shares[task] = Estimate(score / full, draws)
     entries = {}
     for row, tasks in column.rows().items():
         known = [shares[task] for task in tasks if task in shares]
-        share = mean(known).estimate if known else None
-        entries[row] = Entry(mean([scores[task] for task in tasks]).estimate, share)
+        share = mean(known) if known else None
+        entries[row] = Entry(mean([scores[task] for task in tasks]), share)
     return entries
 
 
@@ -397,10 +406,10 @@ def results(table: Table) -> dict[str, Any]:
     return {"tasks": rows, MACRO: mean}
 
 
-def score_rows(table: Table) -> list[dict[str, Any]]:
-    """The rows of ``scores.csv``: scores in percent by task and model."""
+def score_rows(table: Table) -> list[tuple[str, float]]:
+    """The rows of ``scores.csv``: scores in percent by "TASK: MODEL"."""
     return [
-        {"scored": f"{row}: {name}", "score": round(100 * column[row].score.value, 3)}
+        (f"{row}: {name}", round(100 * column[row].score.value, 3))
         for row in table.rows
         for name, column in table.columns.items()
         if row in column

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn.errors import UserError
-from fmn.evaluate.files import read_metrics, read_predictions
 from fmn.experiments.files import Cell
 from fmn.merge.recipe import Recipe, read_recipe
 from fmn.store import stage
@@ -16,7 +15,6 @@ from fmn.store.stage import Job, Outcome, read_record
 
 if TYPE_CHECKING:
     from fmn.report.figures import Picture
-    from fmn.report.results import Cost, Evaluated
 
 REPORT = 5
 COMPARISON = 4
@@ -75,8 +73,10 @@ def _write_report(
     from fmn.fisher.files import read_fisher
     from fmn.report import card, figures, page, results
 
-    evaluated = {name: _evaluated(path) for name, path in merged.items()}
-    table = results.tabulate({t: _evaluated(path) for t, path in experts.items()}, evaluated)
+    evaluated = {name: results.read_evaluated(path) for name, path in merged.items()}
+    table = results.tabulate(
+        {t: results.read_evaluated(path) for t, path in experts.items()}, evaluated
+    )
     recipes = {}
     for name, folder in models.items():
         if evaluated[name].metrics.model != job.inputs[f"models {name}"]:
@@ -85,15 +85,15 @@ def _write_report(
     if recipe := recipes.get(table.headline):
         _check_fisher(job, recipe, table.headline, fisher)
     values = {task: read_fisher(path)[0] for task, path in fisher.items()}
-    costs = _costs(fisher, models, experts, merged)
+    costs = results.read_costs(fisher, models, experts, merged)
     content = results.Report(table, recipes, values, costs)
 
     numbers = results.results(table)
     header, body = results.text_table(table)
     (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (job.path / "table.md").write_text(results.markdown(header, body))
-    _write_csv(job.path / "scores.csv", results.score_rows(table))
-    _write_csv(job.path / "costs.csv", [cost._asdict() for cost in costs])
+    _write_csv(job.path / "scores.csv", ["scored", "score"], results.score_rows(table))
+    _write_csv(job.path / "costs.csv", results.Cost._fields, costs)
     pictures = figures.draw(figures.RUN_PICTURES, content)
     html = page.render("report.html", report=content, pictures=pictures)
     _write_page(job.path, html, pictures)
@@ -104,32 +104,12 @@ def _write_report(
     return ReportInfo(header=header, body=body, notes=results.notes(table), results=numbers)
 
 
-def _evaluated(metrics: Path) -> "Evaluated":
-    from fmn.report.results import Evaluated
-
-    return Evaluated(read_metrics(metrics), read_predictions(metrics))
-
-
 def _check_fisher(job: Job, recipe: Recipe, name: str, fisher: Paths) -> None:
     for task in fisher.keys() & recipe.fisher:
         if recipe.fisher[task].digest != job.inputs[f"fisher {task}"]:
             raise UserError(
                 f"{fisher[task]}: not the Fisher that {name} was merged with; give that one"
             )
-
-
-def _costs(*inputs: Paths) -> "list[Cost]":
-    """The run times of the stages that wrote these inputs, if their sidecars tell; by stage."""
-    from fmn.report.results import Cost
-
-    files = [(name, path) for paths in inputs for name, path in paths.items()]
-    costs = [
-        Cost(sidecar.stage, name, sidecar.seconds)
-        for name, path in files
-        if (sidecar := stage.read_sidecar(path))
-    ]
-    stages = list(dict.fromkeys(cost.stage for cost in costs))
-    return sorted(costs, key=lambda cost: stages.index(cost.stage))
 
 
 def _write_page(folder: Path, html: str, pictures: "Mapping[str, Sequence[Picture]]") -> None:
@@ -140,12 +120,9 @@ def _write_page(folder: Path, html: str, pictures: "Mapping[str, Sequence[Pictur
         (folder / "pictures" / f"{picture.name}.svg").write_text(picture.svg + "\n")
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    if rows:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ReportInfo]:
