@@ -18,12 +18,9 @@ if TYPE_CHECKING:
 
 HUB_METRICS = {"pearson": "pearsonr"}
 """The Hub's name of a metric, if it is another than GLUE's."""
-DATA_SETS = {
-    "hub": (HUB, "GLUE", f"`{HUB}`"),
-    "embedded": ("fmn/miniature-glue", "miniature GLUE", "the miniature GLUE that fmn makes"),
-}
-"""By source of the data: the id that a card calls it by, its title, and what it is, in words."""
-OTHER_DATA = ("glue", "GLUE from a folder", "a folder in GLUE's schema")
+DATA_SETS = {"hub": (HUB, "GLUE"), "embedded": ("fmn/miniature-glue", "miniature GLUE")}
+"""By source of the data: the id that a card calls it by, and its title."""
+OTHER_DATA = ("glue", "GLUE from a folder")
 
 
 def card(recipe: Recipe, metrics: Metrics) -> str:
@@ -34,10 +31,8 @@ def card(recipe: Recipe, metrics: Metrics) -> str:
         metrics=metrics,
         scores=markdown(*evaluate_table(metrics)),
         paper=METHODS[recipe.method].paper,
-        data={
-            task: (DATA_SETS.get(rows.source, OTHER_DATA)[2], rows)
-            for task, rows in metrics.data.items()
-        },
+        data_sets=DATA_SETS,
+        other_data=OTHER_DATA,
     )
     return f"---\n{front_matter(recipe, metrics).to_yaml()}\n---\n\n{body}\n"
 
@@ -49,7 +44,7 @@ def front_matter(recipe: Recipe, metrics: Metrics) -> "ModelCardData":
     results = []
     for task, scores in metrics.tasks.items():
         rows = metrics.data.get(task, TaskRows(splits={}))
-        data_set, title, _ = DATA_SETS.get(rows.source, OTHER_DATA)
+        data_set, title = DATA_SETS.get(rows.source, OTHER_DATA)
         for split, metric, value, examples, _ in measured(task, scores):
             result = EvalResult(
                 task_type="text-classification",

@@ -12,7 +12,7 @@ import numpy as np
 from fmn.errors import UserError
 from fmn.evaluate import bootstrap
 from fmn.evaluate.bootstrap import Difference
-from fmn.evaluate.files import Metrics, TaskScores, read_metrics, read_predictions
+from fmn.evaluate.files import Interval, Metrics, TaskScores, read_metrics, read_predictions
 from fmn.evaluate.metrics import Splits
 from fmn.fisher.architectures import NodeValues, tempered
 from fmn.merge.methods import METHODS
@@ -350,26 +350,15 @@ def remarks(table: Table) -> list[str]:
     return [f"{task}: {remark}" for task in table.guessing]
 
 
-class Measured(NamedTuple):
-    """A metric on a validation split, and its 95 % interval if the metrics file has one."""
-
-    split: str
-    metric: str
-    value: float
-    examples: int
-    interval: Sequence[float] | None = None
-
-
-def measured(task: str, scores: TaskScores) -> list[Measured]:
-    """Every metric of a task, split by split."""
+def measured(task: str, scores: TaskScores) -> list[tuple[str, str, float, int, Interval | None]]:
+    """Each metric of a task: split, name, value, number of examples, 95 % interval if known."""
     values, rows, definition = scores.model_dump(), [], get_task(task)
     for split in definition.validation:
         suffix = definition.suffix(split)
         for metric in definition.metrics:
             if (name := metric + suffix) in values:
                 examples = int(values[f"examples{suffix}"])
-                interval = scores.interval.get(name)
-                rows.append(Measured(split, metric, values[name], examples, interval))
+                rows.append((split, metric, values[name], examples, scores.interval.get(name)))
     return rows
 
 

@@ -74,8 +74,8 @@ def test_the_card_reads_well() -> None:
         "[arXiv 2403.09891](https://arxiv.org/abs/2403.09891)",
         "mapping structured, normalise kind, exponent 1.0, scale 1.732, coefficients and scale by"
         " search on the training data (93.0 % of the experts' scores there",
-        "- mnli: `nyu-mll/glue`, revision abc",
-        "- stsb: the miniature GLUE that fmn makes, seed 3",
+        "- mnli: GLUE, revision abc",
+        "- stsb: miniature GLUE, seed 3",
         "`fmn reproduce models:/NAME/VERSION`",
         "## Limits",
         "no measure of English",
