@@ -1,13 +1,10 @@
 """The tables over the cells of a comparison."""
 
-from pathlib import Path
-
 import pytest
 
 from fmn.experiments.files import Cell
 from fmn.report import comparison
 from fmn.store.records import parse_record
-from fmn.store.stage import write_record
 
 
 def cell(seconds: float = 1.0, **relative: float | None) -> Cell:
@@ -35,16 +32,6 @@ CELLS = {
         "mine": cell(2.0, cola=0.3, rte=None, sst2=0.9),
     },
 }
-
-
-def write_cells(folder: Path) -> dict[str, Path]:
-    """The files of CELLS, by SET/METHOD."""
-    files = {}
-    for name, row in CELLS.items():
-        for method, content in row.items():
-            files[f"{name}/{method}"] = path = folder / f"{name}-{method}.json"
-            write_record(path, content)
-    return files
 
 
 def test_means_over_the_sets_of_each_size() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fmn.report import comparison, figures, page, results
+from fmn.report import comparison, figures, page
 from fmn.tasks.task import TASKS
 from tests import reports
 from tests.reports import SEVEN
@@ -115,22 +115,6 @@ def test_names_are_text_whatever_is_in_them() -> None:
     compared = Reader(page.render("comparison.html", comparison=content, pictures={}))
     assert "<i>" in compared.text
     assert not compared.every("i")
-
-
-def test_a_new_picture_is_a_function_and_its_name_in_the_table() -> None:
-    def examples(report: results.Report) -> figures.Drawn:
-        """Examples by task.
-
-        A bar for each task.
-        """
-        figure, axes = figures._figure(2)
-        axes[0, 0].barh(list(report.table.examples), list(report.table.examples.values()))
-        return figure, "Every task has its examples."
-
-    report = reports.report(("cola", "sst2"))
-    pictures = figures.draw({**figures.RUN_PICTURES, examples: "Examples"}, report)
-    text = Reader(page.render("report.html", report=report, pictures=pictures)).text
-    assert "Examples by task. Every task has its examples. A bar for each task." in text
 
 
 # ---- in a browser ----
