@@ -117,26 +117,6 @@ def report(
     return Report(tabulate(experts, merged), recipes, fisher(names, layers, heads), costs)
 
 
-def cell(names: Sequence[str], right: float, seed: int = 0, count: int = 60) -> Cell:
-    """A cell of a comparison."""
-    entries = {}
-    for name in names:
-        task = get_task(name)
-        expert, merged = answered(task, 0.95, count, 1), answered(task, right, count, seed)
-        scores = [
-            score_splits(task, {task.validation[0]: side})["score"] for side in (expert, merged)
-        ]
-        entries[name] = {
-            "score": scores[1],
-            "expert": scores[0],
-            "relative": scores[1] / scores[0],
-            "labels": merged.labels.tolist(),
-            "predictions": merged.predicted.tolist(),
-            "expert_predictions": expert.predicted.tolist(),
-        }
-    return parse_record({"tasks": entries, "seconds": 1.5}, Cell, "cell")
-
-
 def cells(
     sets: Mapping[str, Sequence[str]], methods: Mapping[str, float]
 ) -> dict[str, dict[str, Cell]]:
@@ -148,3 +128,21 @@ def cells(
         }
         for name, members in sets.items()
     }
+
+
+def cell(names: Sequence[str], right: float, seed: int) -> Cell:
+    """A cell of a comparison."""
+    merged, experts = evaluated(names, right, seed, 60), evaluated(names, 0.95, 1, 60)
+    entries = {}
+    for name in names:
+        sides = [side.metrics.tasks[name].score for side in (merged, experts)]
+        answers, own = (next(iter(side.answers[name].values())) for side in (merged, experts))
+        entries[name] = {
+            "score": sides[0],
+            "expert": sides[1],
+            "relative": sides[0] / sides[1],
+            "labels": answers.labels.tolist(),
+            "predictions": answers.predicted.tolist(),
+            "expert_predictions": own.predicted.tolist(),
+        }
+    return parse_record({"tasks": entries, "seconds": 1.5}, Cell, "cell")

@@ -97,12 +97,6 @@ def test_findings_are_of_the_numbers() -> None:
     assert "62" in shown
 
 
-def test_a_picture_whose_data_are_missing_is_left_out() -> None:
-    table = tabulate({}, {"merged": reports.evaluated(("sst2",), 0.8, count=50)})
-    drawn = figures.draw(figures.RUN_PICTURES, Report(table, {}, {}, []))
-    assert [picture.name for section in drawn.values() for picture in section] == ["scores"]
-
-
 def test_layers_of_a_decoder_have_cross_attention_too() -> None:
     values: NodeValues = {
         Site(0, "head"): np.ones(3),
