@@ -360,23 +360,22 @@ def pairs(comparison: Comparison) -> Drawn:
     tasks = list(dict.fromkeys(task for pair in shares[first] for task in pair))
     if not tasks:
         return None
-    before, after = (
+    before, after = (  # [scored task, partner]
         np.array([[shares[method].get((a, b), np.nan) for b in tasks] for a in tasks])
         for method in (first, best)
     )
-    change = after - before  # [scored task, partner]
+    change = after - before
     most = max(0.05, float(np.nanmax(np.abs(change))))
-    plain, gains = {"vmin": 0, "vmax": 1.2}, {"cmap": "PuOr", "vmin": -most, "vmax": most}
-    figure, axes = _figure(3.8, 1, 3)
+    gains = {"cmap": "PuOr", "vmin": -most, "vmax": most}
+    figure, axes = _figure(3.8, 1, 2)
     for axis, title, grid, form, options, is_dark in (
-        (axes[0, 0], first, before, "{:.0f}", plain, before < DARK * 1.2),
-        (axes[0, 1], best, after, "{:.0f}", plain, after < DARK * 1.2),
-        (axes[0, 2], f"{best} less {first}", change, "{:+.0f}", gains, abs(change) > 0.6 * most),
+        (axes[0, 0], best, after, "{:.0f}", {"vmin": 0, "vmax": 1.2}, after < DARK * 1.2),
+        (axes[0, 1], f"{best} less {first}", change, "{:+.0f}", gains, abs(change) > 0.6 * most),
     ):
         _map(axis, np.ma.masked_invalid(grid), tasks, **options)
         _numbers(axis, grid, form, is_dark)
         axis.set_xticks(*_ticks(tasks, len(tasks)), rotation=45, ha="right", rotation_mode="anchor")
-        axis.set(title=fill(title, 34), xlabel="merged with", aspect="equal", facecolor="#eceff2")
+        axis.set(title=fill(title, 50), xlabel="merged with", aspect="equal", facecolor="#eceff2")
     axes[0, 0].set_ylabel("scored task")
     row, column = np.unravel_index(np.nanargmax(change), change.shape)
     count, higher = (~np.isnan(change)).sum(), (change > 0).sum()

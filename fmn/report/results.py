@@ -283,11 +283,10 @@ def points(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time for people: "0.4 s", "12 s", "3 min 20 s"."""
-    if value < 120:
-        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    """A time for people: "0.4 s", "75 s", "13 min"."""
+    if value >= 600:
+        return f"{value / 60:.0f} min"
+    return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
 
 
 def listed(words: Sequence[str]) -> str:
