@@ -92,8 +92,13 @@ def _write_report(
     header, body = results.text_table(table)
     (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (job.path / "table.md").write_text(results.markdown(header, body))
-    _write_csv(job.path / "scores.csv", ["scored", "score"], results.score_rows(table))
-    _write_csv(job.path / "costs.csv", results.Cost._fields, costs)
+    tables: Mapping[str, Sequence[Sequence[Any]]] = {
+        "scores.csv": [("scored", "score"), *results.score_rows(table)],
+        "costs.csv": [results.Cost._fields, *costs],
+    }
+    for name, rows in tables.items():
+        with (job.path / name).open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
     pictures = figures.draw(figures.RUN_PICTURES, content)
     html = page.render("report.html", report=content, pictures=pictures)
     _write_page(job.path, html, pictures)
@@ -118,11 +123,6 @@ def _write_page(folder: Path, html: str, pictures: "Mapping[str, Sequence[Pictur
     (folder / "pictures").mkdir()
     for picture in (picture for section in pictures.values() for picture in section):
         (folder / "pictures" / f"{picture.name}.svg").write_text(picture.svg + "\n")
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ReportInfo]:

@@ -88,12 +88,9 @@ def test_a_difference_is_tested_on_the_same_examples() -> None:
 
 def test_the_tables_are_text_and_numbers() -> None:
     compared = comparison.compare(CELLS)
-    header, body = comparison.text_table(compared)
-    assert header == ["method", "pairs", "all", "mean", "95 % interval", "seconds"]
+    _, body = comparison.text_table(compared)
     assert [*body[1][:4], body[1][5]] == ["mine", "85.0", "60.0", "72.5", "2.0"]
     assert body[2] == ["expert", "100.0", "100.0", "100.0", "", ""]
     numbers = comparison.numbers(CELLS, compared)
-    assert numbers.sets["cola+rte"]["mine"]["rte"]["relative"] == 0.8
-    assert numbers.methods["mine"]["pairs"] == pytest.approx(0.85)
     assert numbers.methods["mine"]["seconds"] == 2
     assert numbers.intervals["mine"]["pairs"] == compared.means["mine"]["pairs"].interval

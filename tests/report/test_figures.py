@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -26,14 +27,13 @@ def drawn() -> dict[str, Picture]:
     return {picture.name: picture for section in pictures for picture in section}
 
 
+def picture_of(make: Callable[[Report], figures.Drawn], report: Report) -> Picture:
+    return figures.draw({make: ""}, report)[""][0]
+
+
 def text(picture: Picture) -> str:
     root = ET.fromstring(picture.svg)  # noqa: S314 - our own file
     return "\n".join("".join(element.itertext()) for element in root.iter(f"{SVG}text"))
-
-
-def finding(make: object, content: Report) -> str:
-    assert callable(make)
-    return str(make(content)[1])
 
 
 def test_every_picture_says_in_words_what_it_shows(drawn: dict[str, Picture]) -> None:
@@ -63,22 +63,17 @@ def test_pictures_name_what_they_show(drawn: dict[str, Picture]) -> None:
             assert word in text(drawn[name]), (name, word)
 
 
-def test_ids_are_those_of_one_picture_and_nothing_is_fetched(drawn: dict[str, Picture]) -> None:
+def test_no_two_pictures_of_a_page_share_an_id(drawn: dict[str, Picture]) -> None:
     seen: set[str] = set()
     for picture in drawn.values():
         ids = re.findall(r'\bid="([^"]+)"', picture.svg)
-        assert len(set(ids)) == len(ids)
-        assert not seen & set(ids)
-        seen |= set(ids)
+        assert len(set(ids) - seen) == len(ids)
         assert set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', picture.svg)) <= set(ids)
-        assert "<image" not in picture.svg
-        addresses = set(re.findall(r'https?://[^"\s<>]+', picture.svg))
-        assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+        seen |= set(ids)
 
 
 def test_the_same_numbers_make_the_same_picture(drawn: dict[str, Picture]) -> None:
-    again = figures.draw({figures.scores: "Scores"}, reports.report(NAMES))
-    assert again == {"Scores": [drawn["scores"]]}
+    assert picture_of(figures.scores, reports.report(NAMES)) == drawn["scores"]
 
 
 def test_findings_are_of_the_numbers() -> None:
@@ -89,12 +84,12 @@ def test_findings_are_of_the_numbers() -> None:
     table = tabulate(*reports.run(("cola", "sst2"), 60))
     recipe = reports.recipe(["cola", "sst2"], normalise="none")
     report = Report(table, {"merged": recipe}, fisher, [])
-    assert "sst2 layer 0 head 1 (1.5 times the mean)" in finding(figures.heads, report)
+    assert "sst2 layer 0 head 1 (1.5 times the mean)" in picture_of(figures.heads, report).finding
+    owners = picture_of(figures.owners, report)
     # The shares of sst2 are the mean of 1/2 and 3/4.
-    assert "sst2 owns most of the attention heads (62.5 %)" in finding(figures.owners, report)
-    shown = text(figures.draw({figures.owners: ""}, report)[""][0])
-    assert "38" in shown
-    assert "62" in shown
+    assert "sst2 owns most of the attention heads (62.5 %)" in owners.finding
+    assert "38" in text(owners)
+    assert "62" in text(owners)
 
 
 def test_layers_of_a_decoder_have_cross_attention_too() -> None:
@@ -105,7 +100,7 @@ def test_layers_of_a_decoder_have_cross_attention_too() -> None:
     }
     table = tabulate({}, {"merged": reports.evaluated(("stsb",), 0.8, count=50)})
     report = Report(table, {}, {"stsb": values}, [])
-    picture = figures.draw({figures.heads: ""}, report)[""][0]
+    picture = picture_of(figures.heads, report)
     assert "1 cross" in text(picture)
     assert "layer 1 cross head 2" in picture.finding
 
