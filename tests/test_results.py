@@ -36,7 +36,4 @@ def test_what_a_benchmark_leaves_is_stored_with_its_origin(
     assert written.startswith("Before.\n<!-- speed -->\n`python -m benchmarks.speed`, commit ")
     assert written.endswith("| 2.5 |\n<!-- end -->\nAfter.\n")
     assert results.with_tables(written) == written
-
-
-def test_rounds_are_told_by_their_median_and_extremes() -> None:
     assert results.spread(results.summary([3.0, 1.0, 2.0])) == "2.00 (1.00 to 3.00)"

@@ -4,11 +4,10 @@ A cell is a set of experts merged with one method and tried on every task of the
 (`fmn.experiments`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from fmn.evaluate.bootstrap import Difference
 from fmn.evaluate.metrics import Answers
 from fmn.experiments.files import Cell
 from fmn.report import results
-from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, estimate
+from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, mean
 from fmn.store.records import Record
 
 Cells = Mapping[str, Mapping[str, Cell]]
@@ -51,29 +50,20 @@ class Comparison:
 
 def compare(cells: Cells) -> Comparison:
     """The tables over the cells."""
-    known: dict[Any, np.ndarray] = {}
-    draws = {
-        name: {method: _draw(cell, known) for method, cell in row.items()}
-        for name, row in cells.items()
-    }
     methods = list(next(iter(cells.values())))
-    means = {method: _means(cells, draws, method) for method in methods}
-    largest = list(cells)[-1]
-    scores = {method: _by_task(cell) for method, cell in cells[largest].items()}
-    any_cell = next(iter(cells[largest].values()))
     candidates = [method for method in methods if method not in BOUNDS] or methods
+    shares, means = _shares(cells), {}
+    for method in methods:
+        row = {k: mean([shares[name][method] for name in n]) for k, n in kinds(cells).items()}
+        means[method] = {**row, MACRO: mean(list(row.values()))}
+    largest = list(cells)[-1]
+    scores = {method: _scores(cell) for method, cell in cells[largest].items()}
     return Comparison(
         means=means,
         seconds={m: fmean(row[m].seconds for row in cells.values()) for m in methods},
-        sets={
-            method: {
-                name: estimate([relative(row[method])], [draws[name][method]])
-                for name, row in cells.items()
-            }
-            for method in methods
-        },
+        sets={m: {name: row[m] for name, row in shares.items()} for m in methods},
         largest=largest,
-        scores=scores | {EXPERT: _by_task(any_cell, of_expert=True)},
+        scores=scores | {EXPERT: _scores(cells[largest][methods[0]], of_expert=True)},
         differences=differences(cells[largest]),
         pairs={method: pairs(cells, method) for method in methods},
         best=max(candidates, key=lambda method: means[method][MACRO].value),
@@ -90,64 +80,46 @@ def kinds(cells: Cells) -> dict[str, list[str]]:
     return by_title
 
 
-def relative(cell: Cell) -> float:
-    """The mean over tasks of the score relative to the expert's; without experts that score 0."""
-    shares = [one.relative for one in cell.tasks.values() if one.relative is not None]
-    return fmean(shares) if shares else 0.0
-
-
 def answers(cell: Cell, of_expert: bool = False) -> dict[str, dict[str, Answers]]:
     """What the merged model of a cell, or the experts, answered, by task and split."""
     return {
-        task: {"tried": Answers(np.array(predictions), np.array(one.labels))}
-        for task, one in cell.tasks.items()
-        for predictions in [one.expert_predictions if of_expert else one.predictions]
+        task: {"tried": Answers(np.array(predictions), np.array(entry.labels))}
+        for task, entry in cell.tasks.items()
+        for predictions in [entry.expert_predictions if of_expert else entry.predictions]
     }
 
 
-def _draw(cell: Cell, known: dict[Any, np.ndarray]) -> np.ndarray | None:
-    """`relative` in every bootstrap resample [R]; None if an expert scores nothing in one.
+def _shares(cells: Cells) -> dict[str, dict[str, Estimate]]:
+    """By set and method: the mean share over the tasks whose expert scores above 0, else 0."""
+    known: dict[tuple[str, bytes], np.ndarray] = {}  # an expert answers the same in every cell
 
-    `known` keeps the draws by task and answers: an expert answers the same in every cell.
-    """
+    def draws(task: str, part: Answers) -> np.ndarray:
+        key = (task, part.predicted.tobytes() + part.labels.tobytes())
+        if key not in known:
+            known[key] = bootstrap.draws({task: {"tried": part}})[task]
+        return known[key]
 
-    def draw(of_expert: bool) -> dict[str, np.ndarray]:
-        draws = {}
-        for task, splits in answers(cell, of_expert).items():
-            key = (task, *(part.tobytes() for part in splits["tried"]))
-            if key not in known:
-                known[key] = bootstrap.draws({task: splits})[task]
-            draws[task] = known[key]
-        return draws
+    def share(cell: Cell) -> Estimate:
+        merged, experts = answers(cell), answers(cell, of_expert=True)
+        parts = []
+        for task, entry in cell.tasks.items():
+            if entry.relative is not None:
+                pair = (draws(task, side[task]["tried"]) for side in (merged, experts))
+                parts.append(Estimate(entry.relative, bootstrap.relative(*pair)))
+        return mean(parts) if parts else Estimate(0.0, None)
 
-    merged, expert = draw(of_expert=False), draw(of_expert=True)
-    scored = [task for task, one in cell.tasks.items() if one.relative is not None]
-    return _mean([bootstrap.relative(merged[t], expert[t]) for t in scored])
-
-
-def _mean(draws: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """The mean in every resample; None if a part is None, or if there are none."""
-    parts = [part for part in draws if part is not None]
-    return np.mean(parts, axis=0) if parts and len(parts) == len(draws) else None
+    return {
+        name: {method: share(cell) for method, cell in row.items()} for name, row in cells.items()
+    }
 
 
-def _means(
-    cells: Cells, draws: Mapping[str, Mapping[str, np.ndarray | None]], method: str
-) -> dict[str, Estimate]:
-    """A method's mean of `relative` over the sets of each size, and MACRO, the mean of these."""
-    means, parts = {}, []
-    for kind, names in kinds(cells).items():
-        parts.append(_mean([draws[name][method] for name in names]))
-        means[kind] = estimate([fmean(relative(cells[name][method]) for name in names)], parts[-1:])
-    return {**means, MACRO: estimate([one.value for one in means.values()], parts)}
-
-
-def _by_task(cell: Cell, of_expert: bool = False) -> dict[str, Estimate]:
+def _scores(cell: Cell, of_expert: bool = False) -> dict[str, Estimate]:
     """The scores of a cell's merged model, or of the experts, and their mean."""
     draws = bootstrap.draws(answers(cell, of_expert))
-    scores = {t: one.expert if of_expert else one.score for t, one in cell.tasks.items()}
-    rows = {task: estimate([score], [draws[task]]) for task, score in scores.items()}
-    return {**rows, MACRO: estimate(list(scores.values()), list(draws.values()))}
+    scores = {t: entry.expert if of_expert else entry.score for t, entry in cell.tasks.items()}
+    rows = {task: Estimate(score, draws[task]) for task, score in scores.items()}
+    rows[MACRO] = mean(list(rows.values()))
+    return rows
 
 
 def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
@@ -155,10 +127,12 @@ def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
 
     Without the method `average`, from the first method's.
     """
-    first = answers(row.get(AVERAGE) or next(iter(row.values())))
-    compared = {method: bootstrap.compare(answers(cell), first) for method, cell in row.items()}
-    compared.pop(AVERAGE if AVERAGE in row else next(iter(row)))
-    return compared
+    first = AVERAGE if AVERAGE in row else next(iter(row))
+    return {
+        method: bootstrap.compare(answers(cell), answers(row[first]))
+        for method, cell in row.items()
+        if method != first
+    }
 
 
 def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
@@ -178,28 +152,17 @@ def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
 def text_table(comparison: Comparison) -> results.TextTable:
     """Header and rows: each method's means in percent, and the seconds that a merge takes."""
     kinds = list(comparison.means[comparison.best])
-    body = [
-        [
-            method,
-            *(results.percent(one.value) for one in row.values()),
-            results.span(row[MACRO].interval),
-            seconds,
-        ]
-        for method, row in comparison.means.items()
-        for seconds in [f"{comparison.seconds[method]:.1f}"]
-    ]
-    expert = [EXPERT, *["100.0"] * len(kinds), "", ""]
-    return ["method", *kinds, "95 % interval", "seconds"], [*body, expert]
+    body = []
+    for method, row in comparison.means.items():
+        numbers = [results.percent(row[kind].value) for kind in kinds]
+        seconds = f"{comparison.seconds[method]:.1f}"
+        body.append([method, *numbers, results.span(row[MACRO].interval), seconds])
+    body.append([EXPERT, *["100.0"] * len(kinds), "", ""])
+    return ["method", *kinds, "95 % interval", "seconds"], body
 
 
 class ComparisonResults(Record):
-    """``results.json`` of a comparison.
-
-    Attributes:
-        methods: by method its means, and "seconds".
-        intervals: by method the 95 % intervals of its means.
-        sets: by set, method and task: "score", "expert" (its score), "relative" (their ratio).
-    """
+    """``results.json``: of each method the means and their intervals, of each cell the scores."""
 
     methods: dict[str, dict[str, float]]
     intervals: dict[str, dict[str, tuple[float, float] | None]]
@@ -210,14 +173,14 @@ def numbers(cells: Cells, comparison: Comparison) -> ComparisonResults:
     """The tables as numbers."""
     numbers = ComparisonResults(methods={}, intervals={}, sets={})
     for method, row in comparison.means.items():
-        numbers.methods[method] = {kind: one.value for kind, one in row.items()}
-        numbers.methods[method]["seconds"] = comparison.seconds[method]
-        numbers.intervals[method] = {kind: one.interval for kind, one in row.items()}
+        values = {kind: estimate.value for kind, estimate in row.items()}
+        numbers.methods[method] = {**values, "seconds": comparison.seconds[method]}
+        numbers.intervals[method] = {kind: estimate.interval for kind, estimate in row.items()}
     for name, by_method in cells.items():
         numbers.sets[name] = {
             method: {
-                task: {"score": one.score, "expert": one.expert, "relative": one.relative}
-                for task, one in cell.tasks.items()
+                task: entry.model_dump(include={"score", "expert", "relative"})
+                for task, entry in cell.tasks.items()
             }
             for method, cell in by_method.items()
         }

@@ -3,34 +3,18 @@
 The pages are jinja2 templates in ``templates/``; all text in them is escaped.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fmn.merge.methods import NEEDS
+from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
 from fmn.report import results
-from fmn.report.comparison import Comparison
-from fmn.report.figures import Picture
-from fmn.report.results import BOUNDS, EXPERT, Estimate, Report
+from fmn.report.results import BOUNDS, EXPERT, Estimate
 from fmn.tasks.task import TASKS
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-Pictures = Mapping[str, Sequence[Picture]]
-"""By section of the page."""
-
-
-def run_page(report: Report, pictures: Pictures) -> str:
-    """The page of a run, with its pictures."""
-    return render("report.html", report=report, pictures=pictures)
-
-
-def comparison_page(comparison: Comparison, pictures: Pictures) -> str:
-    """The page of a comparison of methods, with its pictures."""
-    return render("comparison.html", comparison=comparison, pictures=pictures)
 
 
 def render(template: str, **values: Any) -> str:
@@ -45,7 +29,6 @@ def _templates() -> "Environment":
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("fmn.report"),
         autoescape=jinja2.select_autoescape(),  # by the template's name: HTML, not Markdown
-        finalize=jinja2.pass_eval_context(_with_minus),
         undefined=jinja2.StrictUndefined,
         extensions=["jinja2.ext.do"],
         trim_blocks=True,
@@ -59,12 +42,6 @@ def _templates() -> "Environment":
     return templates
 
 
-def _with_minus(context: Any, value: Any) -> Any:
-    """Text of a page with a minus sign, instead of a hyphen, before numbers."""
-    is_text = context.autoescape and type(value) is str
-    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", value) if is_text else value
-
-
 # ---- filters ----
 
 
@@ -76,19 +53,27 @@ def metrics_of(task: str) -> str:
 
 def settings(recipe: Recipe) -> str:
     """The settings of a merge that belong to its method, in words."""
-    names = ("mapping", "normalise", "exponent", "damping", "density", "seed")
-    words = [f"{name} {value}" for name in names if (value := getattr(recipe, name)) is not None]
+    names = ("mapping", "normalise", "exponent", "damping", "scale", "density", "seed")
+    values = {name: getattr(recipe, name) for name in names}
+    words = [f"{name} {value}" for name, value in values.items() if value is not None]
+    if search := recipe.search:
+        shares = [results.percent(share) for share in (search.score, search.uniform)]
+        words.append(
+            "coefficients and scale by search on the training data ({} % of the experts'"
+            " scores there; equal coefficients: {} %)".format(*shares)
+        )
     return ", ".join(words + ["heads re-aligned"] * (recipe.realign is not None))
 
 
 def statistics(recipe: Recipe, task: str) -> str:
     """What weighed an expert in a merge, in words."""
-    fisher = "mask Fisher" if NEEDS[recipe.method].fisher == "nodes" else "Fisher"
-    return "; ".join(
-        f"{title} of {one.samples} examples{f', {one.estimator}' if one.estimator else ''}"
-        for title, by_task in ((fisher, recipe.fisher), ("Gram matrices", recipe.gram))
-        if (one := by_task.get(task))
-    )
+    fisher = "mask Fisher" if METHODS[recipe.method].fisher == "nodes" else "Fisher"
+    words = []
+    for title, by_task in ((fisher, recipe.fisher), ("Gram matrices", recipe.gram)):
+        if statistic := by_task.get(task):
+            estimator = f", {statistic.estimator}" if statistic.estimator else ""
+            words.append(f"{title} of {statistic.samples} examples{estimator}")
+    return "; ".join(words)
 
 
 def largest(rows: Mapping[str, Mapping[str, Estimate]], column: str) -> str:

@@ -3,20 +3,23 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from fmn.errors import UserError
-from fmn.evaluate.files import Metrics, TaskScores
+from fmn.evaluate import bootstrap
+from fmn.evaluate.bootstrap import Difference
+from fmn.evaluate.files import Interval, Metrics, TaskScores, read_metrics, read_predictions
+from fmn.evaluate.metrics import Splits
+from fmn.fisher.architectures import NodeValues, tempered
+from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
-from fmn.tasks.task import TASKS
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from fmn.evaluate.bootstrap import Difference
-    from fmn.evaluate.metrics import Splits
-    from fmn.fisher.architectures import NodeValues
+from fmn.models.labels import better_than_guessing
+from fmn.store.stage import read_sidecar
+from fmn.tasks.task import get_task
 
 MACRO = "mean"
 EXPERT = "expert"
@@ -29,7 +32,7 @@ BOUNDS: Mapping[str, str] = {
 """What a merge is compared with: the column's name, and what it is."""
 VERDICTS = ("better", "worse", "within chance")
 SIGNIFICANT = 0.05  # a difference with a smaller p-value is called real
-WIDTH = 100  # columns of a terminal
+MINUS = "\N{MINUS SIGN}"
 
 TextTable = tuple[list[str], list[list[str]]]
 """Header and rows."""
@@ -39,14 +42,28 @@ class Evaluated(NamedTuple):
     """A model's metrics, and the answers that they were computed from, by task and split."""
 
     metrics: Metrics
-    answers: "Mapping[str, Splits]"
+    answers: Mapping[str, Splits]
 
 
-class Estimate(NamedTuple):
-    """A number, and its 95 % interval if it has one."""
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number, and its value in each bootstrap resample, float64 [R], if it has one in all."""
 
     value: float
-    interval: tuple[float, float] | None
+    draws: np.ndarray | None = None
+
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval."""
+        return None if self.draws is None else bootstrap.interval(self.draws)
+
+
+def mean(parts: Sequence[Estimate]) -> Estimate:
+    """The mean; without draws, if a part has none."""
+    draws = [part.draws for part in parts if part.draws is not None]
+    is_known = len(draws) == len(parts)
+    value = fmean(part.value for part in parts)
+    return Estimate(value, np.mean(draws, axis=0) if is_known else None)
 
 
 class Entry(NamedTuple):
@@ -54,6 +71,11 @@ class Entry(NamedTuple):
 
     score: Estimate
     share: Estimate | None
+
+
+def read_evaluated(metrics: Path) -> Evaluated:
+    """A metrics file, and the predictions beside it."""
+    return Evaluated(read_metrics(metrics), read_predictions(metrics))
 
 
 class Cost(NamedTuple):
@@ -64,9 +86,18 @@ class Cost(NamedTuple):
     seconds: float
 
 
+def read_costs(*inputs: Mapping[str, Path]) -> list[Cost]:
+    """The run times of the stages that wrote these inputs, if their sidecars tell; by stage."""
+    files = [item for paths in inputs for item in paths.items()]
+    sidecars = [(name, sidecar) for name, path in files if (sidecar := read_sidecar(path))]
+    stages = list(dict.fromkeys(sidecar.stage for _, sidecar in sidecars))
+    costs = [Cost(sidecar.stage, name, sidecar.seconds) for name, sidecar in sidecars]
+    return sorted(costs, key=lambda cost: stages.index(cost.stage))
+
+
 @dataclass(frozen=True)
 class Table:
-    """TaskScores of merged models and of the experts on the same examples.
+    """Scores of merged models and of the experts on the same examples.
 
     Attributes:
         tasks: in order.
@@ -81,7 +112,7 @@ class Table:
     examples: Mapping[str, int]
     columns: Mapping[str, Mapping[str, Entry]]
     headline: str
-    differences: "Mapping[str, Mapping[str, Difference]]"
+    differences: Mapping[str, Mapping[str, Difference]]
     guessing: tuple[str, ...] = ()
 
     @property
@@ -102,11 +133,11 @@ class Report:
 
     table: Table
     recipes: Mapping[str, Recipe]
-    fisher: "Mapping[str, NodeValues]"
+    fisher: Mapping[str, NodeValues]
     costs: Sequence[Cost]
 
     @cached_property
-    def shares(self) -> "dict[str, NodeValues]":
+    def shares(self) -> dict[str, NodeValues]:
         """Every expert's share of each mask node in the headline's model, by task."""
         recipe = self.recipes.get(self.table.headline)
         return node_shares(self.fisher, recipe) if recipe else {}
@@ -125,8 +156,6 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
     Raises:
         UserError: a model was not evaluated on the same tasks and examples.
     """
-    from fmn.evaluate import bootstrap
-
     entries = next(iter(merged.values())).metrics.tasks
     for name, model in merged.items():
         if missing := [task for task in entries if task not in model.metrics.tasks]:
@@ -145,7 +174,10 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
     others = [name for name in columns if name != first]
     return Table(
         tasks=tuple(entries),
-        examples={task: _count(columns[first].answers[task]) for task in entries},
+        examples={
+            task: sum(len(split.labels) for split in columns[first].answers[task].values())
+            for task in entries
+        },
         columns={name: _entries(column, columns.get(EXPERT)) for name, column in columns.items()},
         headline=first,
         differences={name: _differences(first, name, columns) for name in others},
@@ -159,16 +191,12 @@ def headline(names: Iterable[str]) -> str:
     return "merged" if "merged" in candidates else candidates[-1]
 
 
-def _count(answers: "Splits") -> int:
-    return sum(len(split.labels) for split in answers.values())
-
-
 class _Column(NamedTuple):
-    """TaskScores, answers, and the score in each bootstrap resample, float64 [R], all by task."""
+    """Scores, answers, and the score in each bootstrap resample, float64 [R], all by task."""
 
     scores: Mapping[str, float]
-    answers: "Mapping[str, Splits]"
-    draws: "Mapping[str, np.ndarray]"
+    answers: Mapping[str, Splits]
+    draws: Mapping[str, np.ndarray]
 
     def rows(self) -> dict[str, list[str]]:
         """The tasks that each row of the table is the mean over."""
@@ -177,42 +205,22 @@ class _Column(NamedTuple):
 
 def _entries(column: _Column, expert: _Column | None) -> dict[str, Entry]:
     """A column by row; a task whose expert scores nothing has no share."""
-    from fmn.evaluate import bootstrap
-
-    alone = {} if expert is None else expert.scores
-    shares = {t: score / alone[t] for t, score in column.scores.items() if alone.get(t, 0) > 0}
-    draws = {t: bootstrap.relative(column.draws[t], expert.draws[t]) for t in shares if expert}
+    scores, shares = {}, {}
+    for task, score in column.scores.items():
+        scores[task] = Estimate(score, column.draws[task])
+        if expert and (full := expert.scores.get(task, 0.0)) > 0:
+            draws = bootstrap.relative(column.draws[task], expert.draws[task])
+            shares[task] = Estimate(score / full, draws)
     entries = {}
     for row, tasks in column.rows().items():
-        score = estimate([column.scores[t] for t in tasks], [column.draws[t] for t in tasks])
-        known = [task for task in tasks if task in shares]
-        share = estimate([shares[t] for t in known], [draws[t] for t in known]) if known else None
-        entries[row] = Entry(score, share)
+        known = [shares[task] for task in tasks if task in shares]
+        share = mean(known) if known else None
+        entries[row] = Entry(mean([scores[task] for task in tasks]), share)
     return entries
 
 
-def estimate(values: Sequence[float], draws: "Sequence[np.ndarray | None]") -> Estimate:
-    """The mean of some values with its interval; without, if a value has no draws.
-
-    Args:
-        values: scores or shares.
-        draws: each of them in every resample [R].
-    """
-    import numpy as np
-
-    from fmn.evaluate import bootstrap
-
-    known = [part for part in draws if part is not None]
-    interval = bootstrap.interval(np.mean(known, axis=0)) if len(known) == len(draws) else None
-    return Estimate(fmean(values), interval)
-
-
-def _differences(
-    first: str, second: str, columns: Mapping[str, _Column]
-) -> "dict[str, Difference]":
+def _differences(first: str, second: str, columns: Mapping[str, _Column]) -> dict[str, Difference]:
     """The score of one column less that of another, by the latter's rows."""
-    from fmn.evaluate import bootstrap
-
     pair, differences = (columns[first], columns[second]), {}
     for row, tasks in columns[second].rows().items():
         answers = [{task: column.answers[task] for task in tasks} for column in pair]
@@ -227,16 +235,13 @@ def _differences(
 
 def _guesses(task: str, expert: _Column) -> bool:
     """Whether an expert is no better than guessing; in regression: not surely correlated."""
-    from fmn.evaluate import bootstrap
-    from fmn.models.labels import better_than_guessing
-
-    if TASKS[task].regression:
+    if get_task(task).regression:
         return bootstrap.interval(expert.draws[task])[0] <= 0
     splits = expert.answers[task].values()
-    return not any(better_than_guessing(TASKS[task], *answers) for answers in splits)
+    return not any(better_than_guessing(get_task(task), *answers) for answers in splits)
 
 
-def node_shares(fisher: "Mapping[str, NodeValues]", recipe: Recipe) -> "dict[str, NodeValues]":
+def node_shares(fisher: Mapping[str, NodeValues], recipe: Recipe) -> dict[str, NodeValues]:
     """Each expert's share of every mask node in a merge, ``lambda_j F_j / sum_k lambda_k F_k``.
 
     By task, with the Fisher information made comparable as the recipe says. Empty if the method
@@ -244,12 +249,10 @@ def node_shares(fisher: "Mapping[str, NodeValues]", recipe: Recipe) -> "dict[str
     """
     import torch
 
-    from fmn.fisher.architectures import tempered
-    from fmn.merge.methods import NEEDS
     from fmn.merge.rules import shares
 
     lambdas = recipe.coefficients
-    if NEEDS[recipe.method].fisher != "nodes" or not lambdas.keys() <= fisher.keys():
+    if METHODS[recipe.method].fisher != "nodes" or not lambdas.keys() <= fisher.keys():
         return {}
     normalise, exponent = recipe.normalise or "none", recipe.exponent or 1.0
     values = [tempered(fisher[task], normalise, exponent) for task in lambdas]
@@ -266,7 +269,7 @@ def node_shares(fisher: "Mapping[str, NodeValues]", recipe: Recipe) -> "dict[str
 
 def percent(value: float | None) -> str:
     """A share in percent, with a decimal; nothing for None."""
-    return "" if value is None else f"{100 * value:.1f}"
+    return "" if value is None else f"{100 * value:.1f}".replace("-", MINUS)
 
 
 def span(interval: Sequence[float] | None) -> str:
@@ -276,15 +279,14 @@ def span(interval: Sequence[float] | None) -> str:
 
 def points(value: float) -> str:
     """A difference in percent points, with its sign."""
-    return f"{100 * value:+.1f}"
+    return f"{100 * value:+.1f}".replace("-", MINUS)
 
 
 def seconds(value: float) -> str:
-    """A time for people: "0.4 s", "12 s", "3 min 20 s"."""
-    if value < 120:
-        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    """A time for people: "0.4 s", "75 s", "13 min"."""
+    if value >= 600:
+        return f"{value / 60:.0f} min"
+    return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
 
 
 def listed(words: Sequence[str]) -> str:
@@ -293,67 +295,52 @@ def listed(words: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def verdict(difference: "Difference") -> str:
+def verdict(difference: Difference) -> str:
     """What a difference says, one of VERDICTS."""
     if difference.p_value >= SIGNIFICANT:
         return VERDICTS[2]
     return VERDICTS[0] if difference.difference > 0 else VERDICTS[1]
 
 
-def differences_in_words(table: Table, most: int = 2) -> list[str]:
-    """A sentence on each other column: on which tasks (if at most `most`) the headline wins."""
+def differences_in_words(table: Table) -> list[str]:
+    """A sentence on each other column: on which tasks the headline is better or worse."""
     sentences = []
     for name, by_row in table.differences.items():
-        verdicts = {row: verdict(one) for row, one in by_row.items() if row != MACRO}
-        several = len(verdicts) > 1
-        parts = [f"{points(by_row[MACRO].difference)} points in the mean"] if several else []
+        verdicts = {row: verdict(difference) for row, difference in by_row.items() if row != MACRO}
+        parts = []
+        if len(verdicts) > 1:
+            parts.append(f"{points(by_row[MACRO].difference)} points in the mean")
         for word in VERDICTS:
-            if rows := [row for row in verdicts if verdicts[row] == word]:
-                tasks = listed(rows) if len(rows) <= most else f"{len(rows)} tasks"
-                parts.append(f"{word} on {tasks}")
+            if tasks := [task for task in verdicts if verdicts[task] == word]:
+                names = listed(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks"
+                parts.append(f"{word} on {names}")
         sentences.append(f"Against {name}: {', '.join(parts)}.")
     return sentences
 
 
-def text_table(table: Table, width: int = WIDTH) -> TextTable:
-    """Header and rows: scores in percent, half of their intervals, shares of the expert's score.
-
-    If that is wider than `width` characters, the examples are left out, then the intervals, then
-    the shares.
-    """
-    for details in (3, 2, 1, 0):
-        header = ["task", *(["examples"] if details > 2 else []), *table.columns]
-        body = []
-        for row in table.rows:
-            counts = [str(table.examples.get(row, ""))] if details > 2 else []
-            body.append(
-                [row, *counts, *(_text(table, name, row, details) for name in table.columns)]
-            )
-        widths = [max(map(len, cells)) for cells in zip(header, *body, strict=True)]
-        if sum(widths) + 2 * (len(header) - 1) <= width:
-            break
-    return header, body
+def text_table(table: Table) -> TextTable:
+    """Header and rows: scores in percent, half of their intervals, shares of the expert's score."""
+    body = [
+        [row, *(_text(name, column.get(row)) for name, column in table.columns.items())]
+        for row in table.rows
+    ]
+    return ["task", *table.columns], body
 
 
-def _text(table: Table, name: str, row: str, details: int) -> str:
-    column = table.columns[name]
-    if row not in column:
+def _text(name: str, entry: Entry | None) -> str:
+    if entry is None:
         return ""
-    (value, interval), share = column[row]
-    text = percent(value)
-    if interval and details > 1:
-        text += f"±{50 * (interval[1] - interval[0]):.1f}".rjust(6)
-    if name != EXPERT and details > 0 and any(entry.share for entry in column.values()):
-        text += (f"({percent(share.value)})" if share else "").rjust(8)
-    return text
+    text = percent(entry.score.value)
+    if entry.score.interval:
+        low, high = entry.score.interval
+        text += f" ±{50 * (high - low):.1f}"
+    return text + (f" ({percent(entry.share.value)})" if entry.share and name != EXPERT else "")
 
 
 def notes(table: Table) -> list[str]:
     """What a reader of the text table should know, a line each: what its cells are, caveats."""
-    cells = "".join(cell for row in text_table(table)[1] for cell in row)
-    interval = ", ± half of its 95 % interval" if "±" in cells else ""
-    share = " (% of the expert's score)" if "(" in cells else ""
-    return [f"score in %{interval}{share}", *remarks(table)]
+    share = " (% of the expert's score)" if EXPERT in table.columns else ""
+    return [f"score in %, ± half of its 95 % interval{share}", *remarks(table)]
 
 
 def remarks(table: Table) -> list[str]:
@@ -362,26 +349,15 @@ def remarks(table: Table) -> list[str]:
     return [f"{task}: {remark}" for task in table.guessing]
 
 
-class Measured(NamedTuple):
-    """A metric on a validation split, and its 95 % interval if the metrics file has one."""
-
-    split: str
-    metric: str
-    value: float
-    examples: int
-    interval: Sequence[float] | None = None
-
-
-def measured(task: str, scores: TaskScores) -> list[Measured]:
-    """Every metric of a task, split by split."""
-    values, rows = scores.model_dump(), []
-    for split in TASKS[task].validation:
-        suffix = TASKS[task].suffix(split)
-        for metric in TASKS[task].metrics:
+def measured(task: str, scores: TaskScores) -> list[tuple[str, str, float, int, Interval | None]]:
+    """Each metric of a task: split, name, value, number of examples, 95 % interval if known."""
+    values, rows, definition = scores.model_dump(), [], get_task(task)
+    for split in definition.validation:
+        suffix = definition.suffix(split)
+        for metric in definition.metrics:
             if (name := metric + suffix) in values:
                 examples = int(values[f"examples{suffix}"])
-                interval = scores.interval.get(name)
-                rows.append(Measured(split, metric, values[name], examples, interval))
+                rows.append((split, metric, values[name], examples, scores.interval.get(name)))
     return rows
 
 
@@ -418,12 +394,11 @@ def results(table: Table) -> dict[str, Any]:
     return {"tasks": rows, MACRO: mean}
 
 
-def score_rows(table: Table) -> list[dict[str, Any]]:
-    """The rows of ``scores.csv``; numbers in percent."""
-    numbers = results(table)
+def score_rows(table: Table) -> list[tuple[str, float]]:
+    """The rows of ``scores.csv``: scores in percent by "TASK: MODEL"."""
     return [
-        {"scored": f"{row}: {name}", "task": row, "model": name}
-        | {key: None if one is None else round(100 * one, 3) for key, one in score.items()}
+        (f"{row}: {name}", round(100 * column[row].score.value, 3))
         for row in table.rows
-        for name, score in (numbers[MACRO] if row == MACRO else numbers["tasks"][row]).items()
+        for name, column in table.columns.items()
+        if row in column
     ]

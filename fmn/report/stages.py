@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn.errors import UserError
-from fmn.evaluate import files as evaluate_files
-from fmn.evaluate.files import Metrics
 from fmn.experiments.files import Cell
-from fmn.fisher import files as fisher_files
-from fmn.merge.recipe import Recipe
-from fmn.report import results
+from fmn.merge.recipe import Recipe, read_recipe
 from fmn.store import stage
 from fmn.store.records import Record
 from fmn.store.stage import Job, Outcome, read_record
@@ -20,8 +16,8 @@ from fmn.store.stage import Job, Outcome, read_record
 if TYPE_CHECKING:
     from fmn.report.figures import Picture
 
-REPORT = 4
-COMPARISON = 3
+REPORT = 5
+COMPARISON = 4
 Paths = Mapping[str, Path]
 
 
@@ -53,7 +49,7 @@ def report(
     """
     if not merged:
         raise UserError("--merged NAME=FILE: no metrics file of a merged model; give one")
-    if results.EXPERT in merged:
+    if "expert" in merged:
         raise UserError("--merged expert=FILE: the experts' column is called so; choose another")
     if unknown := [name for name in models if name not in merged]:
         raise UserError(f"--model {unknown[0]}=DIR: no metrics of it; give --merged too")
@@ -63,7 +59,7 @@ def report(
         REPORT,
         out,
         lambda job: _write_report(job, **files),
-        # Predictions lie beside their metrics file, which holds their digest.
+        # Predictions lie beside their metrics file, whose sidecar holds their digest.
         reads={f"{kind} {name}": path for kind in files for name, path in files[kind].items()},
         settings={kind: list(paths) for kind, paths in files.items()},
         summary=lambda folder: stage.read_info(folder, ReportInfo),
@@ -74,71 +70,59 @@ def report(
 def _write_report(
     job: Job, merged: Paths, models: Paths, experts: Paths, fisher: Paths
 ) -> ReportInfo:
-    from fmn.report import card, figures, page
+    from fmn.fisher.files import read_fisher
+    from fmn.report import card, figures, page, results
 
-    evaluated = {name: read_evaluated(path) for name, path in merged.items()}
-    table = results.tabulate({t: read_evaluated(path) for t, path in experts.items()}, evaluated)
+    evaluated = {name: results.read_evaluated(path) for name, path in merged.items()}
+    table = results.tabulate(
+        {t: results.read_evaluated(path) for t, path in experts.items()}, evaluated
+    )
     recipes = {}
     for name, folder in models.items():
         if evaluated[name].metrics.model != job.inputs[f"models {name}"]:
             raise UserError(f"{merged[name]}: not the metrics of {folder}; evaluate that model")
-        recipes[name] = read_record(folder / "merge.json", Recipe, "merge again")
+        recipes[name] = read_recipe(folder)
     if recipe := recipes.get(table.headline):
-        for task in fisher.keys() & recipe.fisher:
-            if recipe.fisher[task].digest != job.inputs[f"fisher {task}"]:
-                raise UserError(
-                    f"{fisher[task]}: not the Fisher that {table.headline} was merged with;"
-                    " give that one"
-                )
-    values = {task: fisher_files.read_fisher(path)[0] for task, path in fisher.items()}
-    costs = _costs(fisher, models, experts, merged)
+        _check_fisher(job, recipe, table.headline, fisher)
+    values = {task: read_fisher(path)[0] for task, path in fisher.items()}
+    costs = results.read_costs(fisher, models, experts, merged)
     content = results.Report(table, recipes, values, costs)
 
     numbers = results.results(table)
-    wide = results.text_table(table, width=1 << 10)
-    (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    (job.path / "table.md").write_text(results.markdown(*wide))
-    _write_csv(job.path / "scores.csv", results.score_rows(table))
-    _write_csv(job.path / "costs.csv", [cost._asdict() for cost in costs])
-    pictures = figures.draw(figures.RUN_PICTURES, content)
-    _write_page(job.path, page.run_page(content, pictures), pictures)
-    for name, recipe in recipes.items():
-        path = job.path / "cards" / f"{name}.md"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(card.card(recipe, evaluated[name].metrics))
     header, body = results.text_table(table)
+    (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (job.path / "table.md").write_text(results.markdown(header, body))
+    tables: Mapping[str, Sequence[Sequence[Any]]] = {
+        "scores.csv": [("scored", "score"), *results.score_rows(table)],
+        "costs.csv": [results.Cost._fields, *costs],
+    }
+    for name, rows in tables.items():
+        with (job.path / name).open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+    pictures = figures.draw(figures.RUN_PICTURES, content)
+    html = page.render("report.html", report=content, pictures=pictures)
+    _write_page(job.path, html, pictures)
+    (job.path / "cards").mkdir()
+    for name, recipe in recipes.items():
+        text = card.card(recipe, evaluated[name].metrics)
+        (job.path / "cards" / f"{name}.md").write_text(text)
     return ReportInfo(header=header, body=body, notes=results.notes(table), results=numbers)
 
 
-def read_evaluated(metrics: Path) -> results.Evaluated:
-    """A metrics file, and the predictions beside it."""
-    content = read_record(metrics, Metrics, "make it again with `fmn evaluate`")
-    return results.Evaluated(content, evaluate_files.read_predictions(metrics))
+def _check_fisher(job: Job, recipe: Recipe, name: str, fisher: Paths) -> None:
+    for task in fisher.keys() & recipe.fisher:
+        if recipe.fisher[task].digest != job.inputs[f"fisher {task}"]:
+            raise UserError(
+                f"{fisher[task]}: not the Fisher that {name} was merged with; give that one"
+            )
 
 
-def _costs(*inputs: Paths) -> list[results.Cost]:
-    """The run times of the stages that wrote these inputs, if their sidecars tell; by stage."""
-    sidecars = [(name, stage.read_sidecar(path)) for each in inputs for name, path in each.items()]
-    costs = [results.Cost(one.stage, name, one.seconds) for name, one in sidecars if one]
-    stages = list(dict.fromkeys(cost.stage for cost in costs))
-    return sorted(costs, key=lambda cost: stages.index(cost.stage))
-
-
-def _write_page(folder: Path, page: str, pictures: "Mapping[str, Sequence[Picture]]") -> None:
+def _write_page(folder: Path, html: str, pictures: "Mapping[str, Sequence[Picture]]") -> None:
     """Write ``report.html``, and its pictures as files of their own."""
-    (folder / "report.html").write_text(page)
+    (folder / "report.html").write_text(html)
     (folder / "pictures").mkdir()
     for picture in (picture for section in pictures.values() for picture in section):
         (folder / "pictures" / f"{picture.name}.svg").write_text(picture.svg + "\n")
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV; no file if there are none."""
-    if rows:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ReportInfo]:
@@ -161,7 +145,7 @@ def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ReportInfo]:
 
 
 def _write_comparison(folder: Path, paths: Paths) -> ReportInfo:
-    from fmn.report import comparison, figures, page
+    from fmn.report import comparison, figures, page, results
 
     cells: dict[str, dict[str, Cell]] = {}
     for name, path in paths.items():
@@ -175,5 +159,6 @@ def _write_comparison(folder: Path, paths: Paths) -> ReportInfo:
     tables = page.render("table.md", comparison=content, methods=methods)
     (folder / "table.md").write_text(tables.rstrip() + "\n")
     pictures = figures.draw(figures.COMPARISON_PICTURES, content)
-    _write_page(folder, page.comparison_page(content, pictures), pictures)
+    html = page.render("comparison.html", comparison=content, pictures=pictures)
+    _write_page(folder, html, pictures)
     return ReportInfo(header=header, body=body, notes=[], results=numbers.methods)

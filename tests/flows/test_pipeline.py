@@ -57,9 +57,9 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     for picture in (
         "scores",
         "differences",
-        "fisher-heads",
+        "heads",
         "owners",
-        "cost",
+        "costs",
     ):
         assert f"pictures_{picture}.svg" in shown
     assert '"scored": "sst2: merged"' in shown

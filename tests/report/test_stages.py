@@ -1,52 +1,49 @@
 """The stages that write a report and a comparison: what they read, write and refuse."""
 
-import csv
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from fmn.fisher import files as fisher_files
-from fmn.evaluate import files as evaluate_files
 from fmn.errors import UserError
+from fmn.evaluate import files as evaluate_files
+from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
 from fmn.report import stages
 from fmn.report.results import Evaluated
 from fmn.store import artifacts
 from fmn.store.stage import Sidecar, sidecar_path, write_record
 from tests import reports
-from tests.report.test_comparison import write_cells
+from tests.report.test_comparison import CELLS
 
 TASKS = ("cola", "sst2")
 MERGED = ("base", "average", "merged")
+Run = dict[str, dict[str, Path]]  # arguments of the stage
 
 
-def add_sidecar(out: Path, stage: str, seconds: float = 1.0) -> None:
-    """Write the sidecar that a stage leaves; of a folder, or of a file that stands alone."""
-    files = artifacts.digest_files(out) if out.is_dir() else {out.name: artifacts.digest_file(out)}
-    sidecar = Sidecar(stage=stage, key="", files=files, seconds=seconds)
+def add_sidecar(out: Path, stage: str, seconds: float, also: Path | None = None) -> None:
+    """Write the sidecar that a stage leaves beside a file, or in a folder."""
+    paths = [path for path in (out, also) if path and path.is_file()]
+    files = {path.name: artifacts.digest_file(path) for path in paths}
+    sidecar = Sidecar(
+        stage=stage, key="", files=files or artifacts.digest_files(out), seconds=seconds
+    )
     sidecar_path(out).write_text(sidecar.model_dump_json())
 
 
 def write_metrics(path: Path, evaluated: Evaluated, model: Path | None = None) -> Path:
-    """Write what `fmn evaluate` writes: metrics and predictions."""
     predictions = evaluate_files.predictions_path(path)
-    predictions.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     evaluate_files.write_predictions(predictions, evaluated.answers)
-    content = evaluated.metrics.model_dump() | {
-        "predictions": artifacts.digest_file(predictions),
-        "model": artifacts.digest_folder(model) if model else "",
-    }
-    artifacts.write_json(path, "evaluate", "", content)
-    add_sidecar(path, "evaluate", 4.25)
+    digest = artifacts.digest_folder(model) if model else ""
+    write_record(path, evaluated.metrics.model_copy(update={"model": digest}))
+    add_sidecar(path, "evaluate", 4.25, predictions)
     return path
 
 
 def write_model(folder: Path, method: str, fisher: dict[str, Path]) -> Path:
-    digests = {task: artifacts.digest_file(path) for task, path in fisher.items()}
     entries = {
-        task: {"samples": 8, "estimator": "empirical", "digest": digest}
-        for task, digest in digests.items()
+        task: {"samples": 8, "estimator": "empirical", "digest": artifacts.digest_file(path)}
+        for task, path in fisher.items()
     }
     folder.mkdir(parents=True)
     recipe = reports.recipe(TASKS, method, fisher=entries if method == "mask-fisher" else {})
@@ -55,56 +52,44 @@ def write_model(folder: Path, method: str, fisher: dict[str, Path]) -> Path:
     return folder
 
 
-@dataclass
-class Run:
-    """What a report reads."""
-
-    fisher: dict[str, Path]
-    models: dict[str, Path]
-    merged: dict[str, Path]
-    experts: dict[str, Path]
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    fisher = {task: tmp_path / "fisher" / f"{task}.parquet" for task in TASKS}
+    fisher = {task: tmp_path / f"{task}.parquet" for task in TASKS}
     for task, values in reports.fisher(TASKS, layers=2, heads=3, neurons=5).items():
-        fisher[task].parent.mkdir(exist_ok=True)
-        fisher_files.write_fisher(fisher[task], values, None, {"task": task})
+        origin = CheckpointOrigin(digest="")
+        metadata = FisherMetadata(task=task, checkpoint=origin, samples=8, estimator="empirical")
+        write_fisher(fisher[task], values, None, metadata)
         add_sidecar(fisher[task], "fisher", 9.5)
     experts, merged = reports.run(TASKS, count=50)
     methods = dict.fromkeys(MERGED, "average") | {"merged": "mask-fisher"}
     models = {name: write_model(tmp_path / name, methods[name], fisher) for name in MERGED}
     metrics = tmp_path / "metrics"
-    return Run(
-        fisher,
-        models,
-        {
-            name: write_metrics(metrics / f"{name}.json", merged[name], models[name])
-            for name in MERGED
-        },
-        {
-            task: write_metrics(metrics / "experts" / f"{task}.json", experts[task])
-            for task in TASKS
-        },
-    )
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
+    return {
+        "fisher": fisher,
+        "models": models,
+        "merged": {n: write_metrics(metrics / f"{n}.json", merged[n], models[n]) for n in MERGED},
+        "experts": {t: write_metrics(metrics / f"{t}.json", experts[t]) for t in TASKS},
+    }
 
 
 def test_the_folder_holds_page_pictures_numbers_and_cards(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    outcome = stages.report(**vars(run), out=out)
+    sidecar_path(run["fisher"]["sst2"]).unlink()
+    outcome = stages.report(**run, out=out)
     assert outcome.computed
     assert json.loads((out / "results.json").read_text()) == outcome.summary.results
-    assert outcome.summary.header == ["task", "examples", *MERGED, "expert"]
+    assert outcome.summary.header == ["task", *MERGED, "expert"]
     assert outcome.summary.notes[0].startswith("score in %")
-    assert (
-        "| task | examples | base | average | merged | expert |" in (out / "table.md").read_text()
-    )
-    assert len(rows(out / "scores.csv")) == len(outcome.summary.body) * 4
+    assert "| task | base | average | merged | expert |" in (out / "table.md").read_text()
+    scores = (out / "scores.csv").read_text().splitlines()
+    assert scores[0] == "scored,score"
+    assert len(scores) == 1 + len(outcome.summary.body) * 4
+    assert (out / "costs.csv").read_text().splitlines() == [
+        "stage,name,seconds",
+        "fisher,cola,9.5",
+        *(f"merge,{name},0.5" for name in MERGED),
+        *(f"evaluate,{name},4.25" for name in (*TASKS, *MERGED)),
+    ]
     assert {path.name for path in (out / "cards").iterdir()} == {f"{name}.md" for name in MERGED}
     card = (out / "cards" / "merged.md").read_text()
     assert "merged with mask-fisher" in card
@@ -113,61 +98,52 @@ def test_the_folder_holds_page_pictures_numbers_and_cards(run: Run, tmp_path: Pa
     for words in ("One model for cola and sst2", "merged with mask-fisher", "Who owns what"):
         assert words in page, words
     pictures = {path.stem for path in (out / "pictures").iterdir()}
-    assert {"scores", "differences", "fisher-heads", "owners", "cost"} < pictures
-
-
-def test_costs_are_those_of_the_inputs(run: Run, tmp_path: Path) -> None:
-    sidecar_path(run.fisher["sst2"]).unlink()
-    stages.report(**vars(run), out=tmp_path / "report")
-    costs = [tuple(row.values()) for row in rows(tmp_path / "report" / "costs.csv")]
-    assert costs == [
-        ("fisher", "cola", "9.5"),
-        *(("merge", name, "0.5") for name in MERGED),
-        *(("evaluate", name, "4.25") for name in (*TASKS, *MERGED)),
-    ]
+    assert pictures == {"scores", "differences", "heads", "owners", "costs"}
 
 
 def test_a_report_of_metrics_alone_has_what_they_give(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    summary = stages.report(merged={"only": run.merged["merged"]}, out=out).summary
-    assert summary.header == ["task", "examples", "only"]
-    names = {path.name for path in out.iterdir()}
-    assert names == {
-        "costs.csv", "fmn.json", "pictures", "report.html", "results.json", "scores.csv", "table.md"
-    }  # fmt: skip
+    summary = stages.report(merged={"only": run["merged"]["merged"]}, out=out).summary
+    assert summary.header == ["task", "only"]
+    assert {path.stem for path in (out / "pictures").iterdir()} == {"scores", "costs"}
 
 
 def test_a_second_report_computes_nothing_and_a_clock_is_no_part_of_it(
     run: Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "report"
-    first = stages.report(**vars(run), out=out)
-    add_sidecar(run.merged["merged"], "evaluate", 1e6)
-    again = stages.report(**vars(run), out=out)
+    first = stages.report(**run, out=out)
+    add_sidecar(run["models"]["merged"], "merge", 1e6)
+    again = stages.report(**run, out=out)
     assert (again.computed, again.summary) == (False, first.summary)
     (out / "table.md").write_text("another")
-    assert stages.report(**vars(run), out=out).computed
+    assert stages.report(**run, out=out).computed
 
 
 def test_what_does_not_belong_together_is_refused(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    for more, says in (
+    merged, models = run["merged"], run["models"]
+    for more, message in (
         ({"merged": {}}, "no metrics file of a merged model"),
-        ({"merged": {"expert": run.merged["merged"]}}, "choose another"),
-        ({"models": {"other": run.models["merged"]}}, "no metrics of it"),
-        ({"models": {"merged": run.models["base"]}}, r"merged.json: not the metrics of .*base"),
-        ({"fisher": {"sst2": run.fisher["cola"]}}, "cola.parquet: not the Fisher that merged was"),
+        ({"merged": {"expert": merged["merged"]}}, "choose another"),
+        ({"models": {"other": models["merged"]}}, "no metrics of it"),
+        ({"models": {"merged": models["base"]}}, r"merged.json: not the metrics of .*base"),
+        ({"fisher": {"sst2": run["fisher"]["cola"]}}, "cola.parquet: not the Fisher that merged"),
         ({"merged": {"merged": tmp_path / "nowhere.json"}, "models": {}}, "nowhere.json"),
     ):
-        with pytest.raises(UserError, match=says):
-            stages.report(**vars(run) | more, out=out)
+        with pytest.raises(UserError, match=message):
+            stages.report(**run | more, out=out)
     assert not out.exists()
     with pytest.raises(UserError, match="would change"):
-        stages.report(**vars(run), out=run.models["merged"] / "report")
+        stages.report(**run, out=models["merged"] / "report")
 
 
 def test_a_comparison_has_tables_for_people_and_machines(tmp_path: Path) -> None:
-    out, cells = tmp_path / "tables", write_cells(tmp_path)
+    out, cells = tmp_path / "tables", {}
+    for name, row in CELLS.items():
+        for method, content in row.items():
+            cells[f"{name}/{method}"] = path = tmp_path / f"{name}-{method}.json"
+            write_record(path, content)
     outcome = stages.comparison(cells=cells, out=out)
     assert outcome.computed
     assert outcome.summary.header == ["method", "pairs", "all", "mean", "95 % interval", "seconds"]
@@ -179,5 +155,7 @@ def test_a_comparison_has_tables_for_people_and_machines(tmp_path: Path) -> None
     numbers = json.loads((out / "results.json").read_text())
     assert numbers["sets"]["cola+rte"]["mine"]["rte"]["relative"] == 0.8
     assert {path.name for path in (out / "pictures").iterdir()} == {"methods.svg", "pairs.svg"}
-    assert "2 ways to merge cola, rte and sst2" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "2 ways to merge cola, rte and sst2" in page
+    assert page.count("mine") > 5
     assert not stages.comparison(cells=cells, out=out).computed
