@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.results import keep
 from fmn import params
-from fmn.merge.methods import NEEDS
+from fmn.merge.methods import METHODS
 from fmn.report.results import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,7 @@ def contestants(profile: Path, task: str, samples: int) -> dict[str, tuple[str, 
         kind: (kind, {**expert, "settings": {"samples": samples}})
         for kind in ("fisher", "gram", "full-fisher")
     }
-    for method, needs in NEEDS.items():
+    for method, needs in METHODS.items():
         fisher = {"nodes": ".parquet", "parameters": ".full.safetensors", None: None}[needs.fisher]
         found[f"merge, {method}"] = (
             "merge",

@@ -18,7 +18,7 @@ command line starts fast; functions import what they compute with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -230,8 +230,3 @@ def tuned(name: str, mapping: str, has_base: bool, normalise: str, exponent: flo
         exponent=auto.exponent if isinstance(exponent, str) else exponent,
         growth=auto.growth if has_base else 0.0,
     )
-
-
-# Old names; they go when the last caller says METHODS.
-NEEDS = METHODS
-PAPERS: Mapping[str, str | None] = {name: each.paper for name, each in METHODS.items()}

@@ -9,7 +9,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from fmn.evaluate.files import Metrics, TaskRows
-from fmn.merge.methods import NEEDS, PAPERS
+from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Checkpoint, Recipe
 from fmn.report.page import render
 from fmn.report.results import evaluate_table, markdown, measured
@@ -30,14 +30,14 @@ SETTINGS = ("mapping", "normalise", "exponent", "damping", "scale", "density", "
 
 def card(recipe: Recipe, metrics: Metrics) -> str:
     """The model card of a merged model that was evaluated."""
-    nodes = NEEDS[recipe.method].fisher == "nodes"
+    nodes = METHODS[recipe.method].fisher == "nodes"
     settings = {name: getattr(recipe, name) for name in SETTINGS}
     body = render(
         "card.md",
         recipe=recipe,
         metrics=metrics,
         scores=markdown(*evaluate_table(metrics)),
-        paper=PAPERS[recipe.method],  # on arXiv, or None
+        paper=METHODS[recipe.method].paper,  # on arXiv, or None
         settings={name: value for name, value in settings.items() if value is not None},
         fisher="mask Fisher" if nodes else "full Fisher",
         max_length=MAX_LENGTH,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fmn.merge.methods import NEEDS
+from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
 from fmn.report import results
 from fmn.report.comparison import Comparison
@@ -83,7 +83,7 @@ def settings(recipe: Recipe) -> str:
 
 def statistics(recipe: Recipe, task: str) -> str:
     """What weighed an expert in a merge, in words."""
-    fisher = "mask Fisher" if NEEDS[recipe.method].fisher == "nodes" else "Fisher"
+    fisher = "mask Fisher" if METHODS[recipe.method].fisher == "nodes" else "Fisher"
     return "; ".join(
         f"{title} of {one.samples} examples{f', {one.estimator}' if one.estimator else ''}"
         for title, by_task in ((fisher, recipe.fisher), ("Gram matrices", recipe.gram))

@@ -245,11 +245,11 @@ def node_shares(fisher: "Mapping[str, NodeValues]", recipe: Recipe) -> "dict[str
     import torch
 
     from fmn.fisher.architectures import tempered
-    from fmn.merge.methods import NEEDS
+    from fmn.merge.methods import METHODS
     from fmn.merge.rules import shares
 
     lambdas = recipe.coefficients
-    if NEEDS[recipe.method].fisher != "nodes" or not lambdas.keys() <= fisher.keys():
+    if METHODS[recipe.method].fisher != "nodes" or not lambdas.keys() <= fisher.keys():
         return {}
     normalise, exponent = recipe.normalise or "none", recipe.exponent or 1.0
     values = [tempered(fisher[task], normalise, exponent) for task in lambdas]

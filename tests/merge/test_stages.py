@@ -20,8 +20,8 @@ from fmn.merge.stages import MergeSettings, RealignSettings, merge, realign
 from fmn.models import checkpoints
 from fmn.store import artifacts
 from fmn.store.stage import Outcome, check_intact, read_sidecar, write_record
-from fmn.tasks.dataset import read
-from fmn.tasks.task import task
+from fmn.tasks.dataset import read_split
+from fmn.tasks.task import get_task
 from tests.conftest import TASKS
 
 AVERAGE = MergeSettings(method="average")
@@ -103,7 +103,9 @@ def test_a_merge_depends_only_on_what_its_method_uses(work: Path) -> None:
 
 
 def _swap_fisher(work: Path) -> None:
-    shutil.copyfile(work / "fisher" / "sst2.parquet", work / "fisher" / "mrpc.parquet")
+    for suffix in (".parquet", ".parquet.fmn.json"):
+        source, target = (work / "fisher" / f"{name}{suffix}" for name in ("sst2", "mrpc"))
+        shutil.copyfile(source, target)
 
 
 def _another_expert(work: Path) -> None:
@@ -242,7 +244,7 @@ def test_labels_are_never_read(work: Path, change: Callable[[pa.Table], pa.Table
     realigned(work)
     first = artifacts.digest_files(work / "realigned" / "tasks")
     for name in TASKS:
-        table = change(read(work / "data", task(name), "train"))
+        table = change(read_split(work / "data", get_task(name), "train"))
         pq.write_table(table, work / "data" / name / "train.parquet")
     assert realigned(work).computed
     assert artifacts.digest_files(work / "realigned" / "tasks") == first
