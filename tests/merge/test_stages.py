@@ -169,21 +169,23 @@ def test_coefficients_of_a_search_are_taken_for_the_merge_they_are_for(work: Pat
         experts=digests,
         merge=AVERAGE.used("coefficient", "scale"),
     )
-    write_record(work / "found.json", searched)
-    recipe = merged(work, coefficients=work / "found.json").summary
+    write_record(work / "searched.json", searched)
+    recipe = merged(work, coefficients=work / "searched.json").summary
     assert (recipe.coefficients, recipe.scale) == (searched.coefficients, 0.9)
     assert recipe.search is not None
     assert recipe.search.score == 0.5
     for settings, message in (
-        (MergeSettings(), "of a merge with another "),
+        (MergeSettings(), "of a merge with other settings"),
         (MergeSettings(method="average", scale=1.0), "leave out --coefficient and --scale"),
     ):
         with pytest.raises(UserError, match=message):
-            merged(work, settings, coefficients=work / "found.json")
+            merged(work, settings, coefficients=work / "searched.json")
     other = searched.model_copy(update={"experts": {**digests, "sst2": "0"}})
-    write_record(work / "found.json", other)
-    with pytest.raises(UserError, match=r"found\.json: of other experts than these \(see sst2\)"):
-        merged(work, coefficients=work / "found.json")
+    write_record(work / "searched.json", other)
+    with pytest.raises(
+        UserError, match=r"searched\.json: of other experts than these \(see sst2\)"
+    ):
+        merged(work, coefficients=work / "searched.json")
 
 
 @pytest.mark.parametrize("coefficient", ["sst2=x", "sst2=nan", "sst2=-1", "sst2", "sst2=1 sst2=2"])
