@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -86,13 +86,9 @@ def merge(
         aligned = {t: named[t] or labels.as_they_stand(get_task(t)) for t in experts}
         aligned |= {task: read_labels(fisher[task], task, digests[task]) for task in unnamed}
         chosen, search = _searched(coefficients, job, digests, settings)
-        lineage = {
-            **statistics.records,
-            "experts": {task: _checkpoint(experts[task], digests[task]) for task in experts},
-            "base": _checkpoint(base, job.inputs["base"]) if base else None,
-            "labels": aligned,
-            "search": search,
-        }
+        lineage: dict[str, Any] = {**statistics.records, "labels": aligned, "search": search}
+        lineage["experts"] = {task: _checkpoint(experts[task], digests[task]) for task in experts}
+        lineage["base"] = _checkpoint(base, job.inputs["base"]) if base else None
         names = {t: labels.names_by_output(get_task(t), aligned[t]) for t in experts}
         write_model(
             job.path, experts, chosen, base=base, statistics=statistics, labels=names,
@@ -109,7 +105,7 @@ def statistics_files(
     method: Method, experts: Iterable[str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
 ) -> dict[str, Path]:
     """The files that a method takes, by "fisher TASK" and "gram TASK"; UserError if one lacks."""
-    fisher_command = method.statistic if method.fisher == "parameters" else "fisher"
+    fisher_command = "full-fisher" if method.fisher == "parameters" else "fisher"
     needed = [("fisher", fisher_command, fisher)] if method.fisher else []
     needed += [("gram", "gram", gram)] if method.gram else []
     files = {}

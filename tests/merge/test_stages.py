@@ -5,12 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from fmn.errors import UserError
@@ -77,14 +74,9 @@ def test_the_merged_model_says_where_it_comes_from_and_what_its_files_were(work:
     assert "`fmn report` writes" in (work / "merged" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "damaged", ["merge.json", "encoder/model.safetensors", "tasks/sst2/config.json"]
-)
-def test_a_damaged_model_is_named_and_made_again_with_the_same_bytes(
-    work: Path, damaged: str
-) -> None:
+def test_a_damaged_model_is_made_again_with_the_same_bytes(work: Path) -> None:
     merged(work)
-    path = work / "merged" / damaged
+    path = work / "merged" / "encoder" / "model.safetensors"
     before = path.read_bytes()
     path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     with pytest.raises(UserError, match="not what was written there"):
@@ -114,22 +106,11 @@ def _another_expert(work: Path) -> None:
     (work / "experts" / "mrpc" / "fmn.json").unlink()
 
 
-def _damaged_expert(work: Path) -> None:
-    with (work / "experts" / "mrpc" / "model.safetensors").open("ab") as file:
-        file.write(b"\0")
-
-
-def _no_fisher(work: Path) -> None:
-    (work / "fisher" / "mrpc.parquet").unlink()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_swap_fisher, r"mrpc\.parquet: of task sst2, given for mrpc"),
         (_another_expert, r"mrpc\.parquet: of another checkpoint than the expert of mrpc"),
-        (_damaged_expert, "not what was written there"),
-        (_no_fisher, r"mrpc\.parquet: no such file"),
     ],
 )
 def test_what_does_not_belong_together_is_not_merged(
@@ -139,23 +120,28 @@ def test_what_does_not_belong_together_is_not_merged(
     with pytest.raises(UserError, match=message):
         merged(work, MergeSettings())
     assert not (work / "merged").exists()
-    with pytest.raises(UserError, match=r"--fisher mrpc=FILE is missing: .* `fmn fisher` makes it"):
-        merged(work, MergeSettings(), fisher={})
 
 
 @pytest.mark.parametrize(
-    "out",
-    ["experts", "experts/mrpc", "experts/mrpc/merged", "fisher/mrpc.parquet", "base", "notes", "."],
+    ("method", "message"),
+    [
+        ("mask-fisher", r"--fisher mrpc=FILE is missing: .* `fmn fisher` makes it"),
+        ("fisher", r"--fisher mrpc=FILE is missing: .* `fmn full-fisher` makes it"),
+        ("regmean", r"--gram mrpc=FILE is missing: .* `fmn gram` makes it"),
+    ],
 )
-def test_nothing_that_is_read_or_was_not_made_here_is_replaced(
-    work: Path, monkeypatch: pytest.MonkeyPatch, out: str
-) -> None:
+def test_a_statistic_that_is_missing_is_named(work: Path, method: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        merged(work, MergeSettings(method=method), fisher={})
+
+
+@pytest.mark.parametrize("out", ["experts/mrpc", "fisher/mrpc.parquet", "notes"])
+def test_nothing_that_is_read_or_was_not_made_here_is_replaced(work: Path, out: str) -> None:
     (work / "notes").mkdir()
     (work / "notes" / "thesis.txt").write_text("years of work")
-    monkeypatch.chdir(work)
     before = artifacts.digest_files(work)
     with pytest.raises(UserError, match="--out"):
-        merged(work, MergeSettings(), out=Path(out))
+        merged(work, MergeSettings(), out=work / out)
     assert artifacts.digest_files(work) == before
 
 
@@ -186,12 +172,6 @@ def test_coefficients_of_a_search_are_taken_for_the_merge_they_are_for(work: Pat
         UserError, match=r"searched\.json: of other experts than these \(see sst2\)"
     ):
         merged(work, coefficients=work / "searched.json")
-
-
-@pytest.mark.parametrize("coefficient", ["sst2=x", "sst2=nan", "sst2=-1", "sst2", "sst2=1 sst2=2"])
-def test_coefficients_that_are_no_numbers_are_refused(coefficient: str) -> None:
-    with pytest.raises(ValidationError, match="sst2"):
-        MergeSettings(coefficient=coefficient.split())
 
 
 def test_the_last_map_of_every_head_alone_is_new_and_the_encoder_is_on_the_disk_once(
@@ -235,18 +215,12 @@ def test_heads_are_re_aligned_again_only_when_something_they_depend_on_changed(w
     assert realigned(work).computed
 
 
-def _shuffled(table: pa.Table) -> pa.Table:
-    labels = np.roll(table["label"].to_numpy(), 1)
-    return table.set_column(table.column_names.index("label"), "label", pa.array(labels))
-
-
-@pytest.mark.parametrize("change", [_shuffled, lambda table: table.drop_columns(["label"])])
-def test_labels_are_never_read(work: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+def test_labels_are_never_read(work: Path) -> None:
     merged(work)
     realigned(work)
     first = artifacts.digest_files(work / "realigned" / "tasks")
     for name in TASKS:
-        table = change(read_split(work / "data", get_task(name), "train"))
+        table = read_split(work / "data", get_task(name), "train").drop_columns(["label"])
         pq.write_table(table, work / "data" / name / "train.parquet")
     assert realigned(work).computed
     assert artifacts.digest_files(work / "realigned" / "tasks") == first
@@ -272,5 +246,3 @@ def test_other_experts_than_those_that_were_merged_are_refused(work: Path) -> No
     realigned(work)
     with pytest.raises(UserError, match="re-aligned already"):
         realign(work / "realigned", experts=experts(work), **arguments)
-    with pytest.raises(UserError, match="--out"):
-        realign(work / "merged", experts=experts(work), **{**arguments, "out": work / "data"})
