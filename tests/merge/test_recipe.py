@@ -5,29 +5,18 @@ from pathlib import Path
 import pytest
 
 from fmn.errors import UserError
-from fmn.merge.recipe import (
-    RECIPE,
-    MergeSettings,
-    Recipe,
-    card,
-    is_merged,
-    read_recipe,
-    task_folder,
-)
+from fmn.merge import recipe
+from fmn.merge.recipe import RECIPE, MergeSettings, Recipe, read_recipe, task_folder
 from fmn.store.stage import write_record
 
-RECIPE_OF_ONE = Recipe(tasks=["mrpc"], method="average", coefficients={"mrpc": 1.0})
+SMALL = Recipe(tasks=["mrpc"], method="average", coefficients={"mrpc": 1.0})
 
 
 def test_a_recipe_is_read_as_it_was_written(tmp_path: Path) -> None:
-    assert not is_merged(tmp_path)
-    write_record(tmp_path / RECIPE, RECIPE_OF_ONE)
-    assert is_merged(tmp_path)
-    assert read_recipe(tmp_path) == RECIPE_OF_ONE
-
-
-def test_a_task_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
-    write_record(tmp_path / RECIPE, RECIPE_OF_ONE)
+    assert not recipe.is_merged(tmp_path)
+    write_record(tmp_path / RECIPE, SMALL)
+    assert recipe.is_merged(tmp_path)
+    assert read_recipe(tmp_path) == SMALL
     assert task_folder(tmp_path, "mrpc") == tmp_path / "tasks" / "mrpc"
     with pytest.raises(UserError, match=r"'rte'.*mrpc"):
         task_folder(tmp_path, "rte")
@@ -35,14 +24,7 @@ def test_a_task_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        "{",
-        "[]",
-        "[" * 10**5,
-        '{"format": 99}',
-        RECIPE_OF_ONE.model_dump_json(exclude={"method"}),
-    ],
+    ["", "{", "[]", "[" * 10**5, '{"format": 99}', SMALL.model_dump_json(exclude={"method"})],
 )
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / RECIPE).write_text(text)
@@ -51,7 +33,7 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_the_card_says_how_a_task_loads() -> None:
-    text = card(RECIPE_OF_ONE)
+    text = recipe.card(SMALL)
     assert 'from_pretrained("tasks/mrpc")' in text
     assert "method average;" in text
 

@@ -226,14 +226,6 @@ def test_labels_are_never_read(work: Path) -> None:
     assert artifacts.digest_files(work / "realigned" / "tasks") == first
 
 
-def test_an_encoder_that_is_the_experts_own_leaves_its_head_as_it_is(work: Path) -> None:
-    alone = {"mrpc": experts(work)["mrpc"]}
-    merged(work, experts=alone)
-    realign(work / "merged", experts=alone, data=work / "data", out=work / "r", settings=SETTINGS)
-    first, second = (artifacts.digest_files(work / name / "tasks") for name in ("merged", "r"))
-    assert first == second
-
-
 def test_other_experts_than_those_that_were_merged_are_refused(work: Path) -> None:
     merged(work)
     arguments: dict[str, Any] = {"data": work / "data", "out": work / "more", "settings": SETTINGS}
