@@ -1,19 +1,20 @@
-"""Our merge beside plain file copies and beside mergekit's linear merge, on the same files in one run.
+"""Our merge beside plain file copies and beside mergekit's linear merge, on the same files.
 
-    python -m benchmarks.merge --work DIR --out DIR [--rounds 5] [--experts 4 16] [--mergekit-env DIR]
+    python -m benchmarks.merge --work DIR --out DIR [--rounds 5] [--experts 4 16]
     python -m benchmarks.merge --work DIR --out DIR --llama 28 --rounds 1 --no-mergekit --cold
 
-Experts of BERT-base's sizes in fp32, or with `--llama LAYERS` of Llama 3.2 3B's sizes in bf16 and in shards, are
-written below DIR; their weights are slices of one random block. Every round runs each contestant once, in a process of
-its own, copy first, so the page cache is warm for all others; with `--cold` the inputs are dropped from it before each.
-Times are of the work alone, without starting Python or importing libraries (each contestant first merges two tiny
-experts); memory is the peak of the resident set above what it was when the work began.
+Experts of BERT-base's sizes in fp32, or with `--llama LAYERS` of Llama 3.2 3B's sizes in bf16 and
+in shards, are written below DIR; their weights are slices of one random block. Every round runs
+each contestant once, in a process of its own, copy first, so the page cache is warm for all others;
+with `--cold` the inputs are dropped from it before each. Times are of the work alone, without
+starting Python or importing libraries (each contestant first merges two tiny experts); memory is
+the peak of the resident set above what it was when the work began.
 
-- copy: every input read through one buffer, and the bytes of one of them written and flushed to the disk.
-- average, mask-fisher: `fmn.merge.write_model` within what `run_stage` does for a folder: it also
-  writes the heads, takes the digests of all files, and flushes them to the disk.
-- mergekit: its linear merge through its own Python interface, from an environment made for it; it does not flush,
-  so the time until its files are flushed is given too.
+- copy: every input read through one buffer, and the bytes of one of them written and flushed.
+- average, mask-fisher: `write_model` within what `run_stage` does for a folder: it also writes the
+  heads, takes the digests of all files, and flushes them to the disk.
+- mergekit: its linear merge through its own Python interface, from an environment made for it; it
+  does not flush, so the time until its files are flushed is given too.
 
 mergekit's tensors must equal those of `average` to 1e-6, else the benchmark fails.
 """
@@ -39,8 +40,8 @@ MEASURE = """
 import json, os, time
 from pathlib import Path
 def resident(name):
-    status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 inputs, out, tiny = sys.argv[2:-2], sys.argv[-2], sys.argv[-1]
 work([f"{tiny}/0", f"{tiny}/1"], out)  # imports whatever it needs
 shutil.rmtree(out)
@@ -129,21 +130,23 @@ kind, layers, width, *outs = sys.argv[1:]
 layers, width = int(layers), int(width)
 if kind == "llama":
     config = LlamaConfig(
-        num_hidden_layers=layers, hidden_size=24 * width, intermediate_size=64 * width, num_attention_heads=24,
-        num_key_value_heads=8, vocab_size=128256 if width > 1 else 99, tie_word_embeddings=True, num_labels=2,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="bfloat16",
+        num_hidden_layers=layers, hidden_size=24 * width, intermediate_size=64 * width,
+        num_attention_heads=24, num_key_value_heads=8, vocab_size=128256 if width > 1 else 99,
+        tie_word_embeddings=True, num_labels=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        dtype="bfloat16",
     )
     dtype = torch.bfloat16
 else:
     config = BertConfig(
-        num_hidden_layers=layers, hidden_size=12 * width, intermediate_size=48 * width, num_labels=2,
-        vocab_size=30522 if width > 1 else 99, dtype="float32",
+        num_hidden_layers=layers, hidden_size=12 * width, intermediate_size=48 * width,
+        num_labels=2, vocab_size=30522 if width > 1 else 99, dtype="float32",
     )
     dtype = torch.float32
 with torch.device("meta"):
     model = AutoModelForSequenceClassification.from_config(config)
 config.architectures = [type(model).__name__]
-slots = [stream.TensorSpec(name, dtype, tuple(tensor.shape)) for name, tensor in sorted(model.state_dict().items())]
+state = sorted(model.state_dict().items())
+slots = [stream.TensorSpec(name, dtype, tuple(tensor.shape)) for name, tensor in state]
 block = (0.02 * torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))).to(dtype)
 def pieces(seed):
     at = seed * 1_000_003  # every tensor of every expert begins elsewhere in the block
@@ -162,7 +165,8 @@ for seed, out in enumerate(map(Path, outs)):
     for name, file in zip(names, files):
         stream.write_file(out / name, file, parts)
     if len(files) > 1:
-        (out / "model.safetensors.index.json").write_text(json.dumps(stream.index(dict(zip(names, files)))))
+        index = stream.index(dict(zip(names, files)))
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
     config.save_pretrained(out)
     (out / "vocab.txt").write_text("[PAD]\\n")
 print(sum(slot.bytes for slot in slots))
@@ -204,7 +208,10 @@ def run(python: Path, code: str, *arguments: object) -> str:
 
 
 def mergekit(folder: Path) -> tuple[Path, str] | None:
-    """The Python of an environment with mergekit, made on first use, and its version; None if it does not install."""
+    """The Python of an environment with mergekit, and its version; None if it does not install.
+
+    The environment is made on first use.
+    """
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -225,102 +232,87 @@ def drop(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--work",
-        type=Path,
-        required=True,
-        help="a folder on the disk to measure; removed at the end",
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--experts",
-        type=int,
-        nargs="+",
-        default=[4],
-        help="how many; for more than one number, the memory of each",
-    )
-    parser.add_argument("--layers", type=int, default=12, help="of the BERT experts")
-    parser.add_argument(
-        "--llama",
-        type=int,
-        metavar="LAYERS",
-        help="Llama experts instead; 28 layers have 3.2 billion",
-    )
-    parser.add_argument(
-        "--cold", action="store_true", help="inputs are read from the disk, not from the page cache"
-    )
-    parser.add_argument("--no-mergekit", action="store_true")
-    parser.add_argument(
-        "--mergekit-env",
-        type=Path,
-        help="where mergekit is or will be installed; default: below --work",
-    )
-    given = parser.parse_args()
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="a folder on the disk to measure")
+    add("--out", type=Path, required=True)
+    add("--rounds", type=int, default=5)
+    add("--experts", type=int, nargs="+", default=[4], help="if several: also the memory of each")
+    add("--layers", type=int, default=12, help="of the BERT experts")
+    add("--llama", type=int, metavar="LAYERS", help="Llama experts; 28 layers have 3.2 billion")
+    add("--cold", action="store_true", help="inputs are read from the disk, not the page cache")
+    add("--no-mergekit", action="store_true")
+    add("--mergekit-env", type=Path, help="where mergekit is or goes; default: below --work")
+    return parser.parse_args()
 
-    here = Path(sys.executable)
-    files, tiny = given.work / "files", given.work / "files" / "tiny"
-    kind, layers, dtype = ("bert", given.layers, "float32")
-    if given.llama:
-        kind, layers, dtype = "llama", given.llama, "bfloat16"
+
+def main() -> None:
+    arguments = parsed()
+    files = arguments.work / "files"
+    files.mkdir(parents=True)
+    try:
+        result = compared(arguments, files)
+    finally:
+        shutil.rmtree(files)
+    keep(arguments.out, result, table(result))
+    if result.get("largest difference from mergekit", 0.0) > 1e-6:
+        sys.exit("the outputs differ")
+
+
+def compared(arguments: argparse.Namespace, files: Path) -> dict[str, Any]:
+    """What the contestants cost; experts and outputs are written into the folder `files`."""
+    python, tiny = Path(sys.executable), files / "tiny"
+    kind, layers, width, dtype = "bert", arguments.layers, 64, "float32"
+    if arguments.llama:
+        kind, layers, width, dtype = "llama", arguments.llama, 128, "bfloat16"
     contestants: dict[str, tuple[Path, str, str]] = {
-        "copy": (here, COPY, ""),
-        "average": (here, OURS, "average"),
-        "mask-fisher": (here, OURS, "mask-fisher"),
+        "copy": (python, COPY, ""),
+        "average": (python, OURS, "average"),
+        "mask-fisher": (python, OURS, "mask-fisher"),
     }
-    theirs = None if given.no_mergekit else mergekit(given.mergekit_env or given.work / "mergekit")
+    environment = arguments.mergekit_env or arguments.work / "mergekit"
+    theirs = None if arguments.no_mergekit else mergekit(environment)
     if theirs is not None:
         contestants["mergekit"] = (theirs[0], THEIRS, dtype)
 
     def measure(name: str, inputs: list[Path]) -> dict[str, float]:
-        python, code, setting = contestants[name]
-        if (files / name).exists():
-            shutil.rmtree(files / name)
-        if given.cold:
-            for folder in inputs:
-                drop(folder)
-        measured: dict[str, float] = json.loads(
-            run(python, code + MEASURE, setting, *inputs, files / name, tiny)
-        )
+        program, code, setting = contestants[name]
+        shutil.rmtree(files / name, ignore_errors=True)
+        for folder in inputs if arguments.cold else ():
+            drop(folder)
+        output = run(program, code + MEASURE, setting, *inputs, files / name, tiny)
+        measured: dict[str, float] = json.loads(output)
         return measured
 
-    files.mkdir(parents=True)
-    try:
-        everyone = [files / f"expert{number}" for number in range(max(given.experts))]
-        run(here, MAKE, kind, 1, 1, tiny / "0", tiny / "1")
-        size = int(run(here, MAKE, kind, layers, 128 if kind == "llama" else 64, *everyone))
-        inputs = everyone[: given.experts[0]]
-        measured = {name: [measure(name, inputs)] for name in contestants}
-        for _ in range(given.rounds - 1):
-            for name, runs in measured.items():
-                runs.append(measure(name, inputs))
-        result = {
-            "model": f"{kind}, {layers} layers, {dtype}",
-            "bytes of an expert": size,
-            "page cache": "inputs dropped" if given.cold else "warm",
-            "mergekit": theirs[1]
-            if theirs
-            else "not measured: not asked for, or it could not be installed",
-            **report(measured, len(inputs)),
+    everyone = [files / f"expert{number}" for number in range(max(arguments.experts))]
+    run(python, MAKE, kind, 1, 1, tiny / "0", tiny / "1")
+    size = int(run(python, MAKE, kind, layers, width, *everyone))
+    inputs = everyone[: arguments.experts[0]]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    for _ in range(arguments.rounds):
+        for name in contestants:
+            runs[name].append(measure(name, inputs))
+    result = {
+        "model": f"{kind}, {layers} layers, {dtype}",
+        "bytes of an expert": size,
+        "page cache": "inputs dropped" if arguments.cold else "warm",
+        "mergekit": theirs[1] if theirs else "not measured",
+        **report(runs, len(inputs)),
+    }
+    if theirs is not None:
+        worst = run(python, COMPARE, files / "average" / "encoder", files / "mergekit")
+        result["largest difference from mergekit"] = float(worst)
+    if len(arguments.experts) > 1:
+        result["peak bytes above start, by number of experts"] = {
+            f"{name}, {count}": measure(name, everyone[:count])["bytes"]
+            for name in ("average", "mask-fisher")
+            for count in arguments.experts
         }
-        if theirs is not None:
-            worst = run(here, COMPARE, files / "average" / "encoder", files / "mergekit")
-            result["largest difference from mergekit"] = float(worst)
-        if len(given.experts) > 1:
-            result["peak bytes above start, by number of experts"] = {
-                f"{name}, {count}": measure(name, everyone[:count])["bytes"]
-                for name in ("average", "mask-fisher")
-                for count in given.experts
-            }
-    finally:
-        shutil.rmtree(files)
-    keep(given.out, result, table(result))
-    if result.get("largest difference from mergekit", 0.0) > 1e-6:
-        sys.exit("the outputs differ")
+    return result
 
 
 def report(measured: dict[str, list[dict[str, float]]], experts: int) -> dict[str, Any]:
@@ -341,57 +333,42 @@ def report(measured: dict[str, list[dict[str, float]]], experts: int) -> dict[st
         values = {name: [run[unit] for run in runs] for name, runs in measured.items()}
         result[unit] = {name: summary(each) for name, each in values.items()}
         result[f"ratios of {unit}, round by round"] = {
-            f"{one} to {other}": ratio(values[one], values[other])
-            for one, other in pairs
-            if one in values
+            f"{first} to {second}": ratio(values[first], values[second])
+            for first, second in pairs
+            if first in values
         }
     return result
 
 
 def table(result: dict[str, Any]) -> str:
-    seconds, flushed, cpu = (
-        result[unit] for unit in ("seconds", "seconds until all is on the disk", "cpu seconds")
-    )
+    """The tables of `report`'s numbers."""
+    units = ("seconds", "seconds until all is on the disk", "cpu seconds")
     titles = {
         "copy": "plain copies: every input read, one output written",
         "mergekit": "mergekit, linear",
     }
-    peaks = result["peak bytes above start"]
     times = [
         [
             titles.get(name, name),
-            *(f"{unit[name]['median']:.2f}" for unit in (seconds, flushed, cpu)),
+            *(f"{result[unit][name]['median']:.2f}" for unit in units),
             megabytes(peak),
         ]
-        for name, peak in peaks.items()
+        for name, peak in result["peak bytes above start"].items()
     ]
-    on_disk = result["ratios of seconds until all is on the disk, round by round"]
-    ratios = [
-        [name, spread(one), spread(on_disk[name])]
-        for name, one in result["ratios of seconds, round by round"].items()
-    ]
-    by_number = result.get("peak bytes above start, by number of experts", {})
+    ratios = [result[f"ratios of {unit}, round by round"] for unit in units]
+    rows = [[name, *(spread(unit[name]) for unit in ratios)] for name in ratios[0]]
+    header = ["seconds", "until flushed to the disk", "CPU seconds"]
     parts = [
-        f"{result['experts']} experts ({result['model']}), {megabytes(result['bytes of an expert'])} MB each,"
-        f" page cache: {result['page cache']}; mergekit: {result['mergekit']}; medians.\n",
-        markdown(
-            [
-                "",
-                "seconds",
-                "until flushed to the disk",
-                "CPU seconds",
-                "peak memory above start, MB",
-            ],
-            times,
-        ),
-        markdown(["round by round", "seconds", "until flushed to the disk"], ratios),
-        markdown(
-            ["peak memory above start, MB", *by_number], [["", *map(megabytes, by_number.values())]]
-        )
-        if by_number
-        else "",
+        f"{result['experts']} experts ({result['model']}),"
+        f" {megabytes(result['bytes of an expert'])} MB each, page cache: {result['page cache']};"
+        f" mergekit: {result['mergekit']}; medians.\n",
+        markdown(["", *header, "peak memory above start, MB"], times),
+        markdown(["round by round", *header], rows),
     ]
-    return "\n".join(part for part in parts if part)
+    if by_number := result.get("peak bytes above start, by number of experts"):
+        sizes = ["", *map(megabytes, by_number.values())]
+        parts.append(markdown(["peak memory above start, MB", *by_number], [sizes]))
+    return "\n".join(parts)
 
 
 def megabytes(size: float) -> str:

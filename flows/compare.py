@@ -17,7 +17,7 @@ from fmn.errors import UserError
 from fmn.experiments import grid
 from fmn.experiments.stages import ComparedSettings, CompareSettings, compare
 from fmn.fisher.stages import GramSettings, fisher, full_fisher, gram
-from fmn.merge.methods import NEEDS
+from fmn.merge.methods import METHODS
 from fmn.params import Params
 from fmn.registry.stages import log_comparison
 from fmn.report.stages import comparison
@@ -85,7 +85,7 @@ class Statistic(NamedTuple):
 
 def statistics(merging: ComparedSettings, settings: Params) -> list[Statistic]:
     """What a method takes of every expert."""
-    needs, names = NEEDS[merging.method], settings.experts.tasks
+    needs, names = METHODS[merging.method], settings.experts.tasks
     statistics = []
     if needs.fisher == "nodes":
         estimator = merging.estimator or settings.fisher.estimator

@@ -16,7 +16,7 @@ from fmn.errors import UserError, hint
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.experiments.stages import SETS, CompareSettings
 from fmn.fisher.stages import FisherSettings, FullFisherSettings, GramSettings
-from fmn.merge.methods import NEEDS
+from fmn.merge.methods import METHODS
 from fmn.merge.stages import MergeSettings, RealignSettings
 from fmn.models.stages import FinetuneSettings
 from fmn.registry.stages import RegistrySettings
@@ -161,7 +161,7 @@ class Params(Settings):
 
     @model_validator(mode="after")
     def _check_method(self) -> "Params":
-        needs, method = NEEDS[self.merge.method], self.merge.method
+        needs, method = METHODS[self.merge.method], self.merge.method
         if needs.fisher == "parameters":
             raise ValueError(
                 f"method {method} is for `fmn merge` alone; choose another method for a pipeline"

@@ -97,8 +97,8 @@ def realigned_head(
     """
     with _tensors_in(expert.model.base_model, encoder):
         merged = _features(expert, texts)
-    fit = heads.refit(features, merged, *heads.last_map(expert.model), ridge)
-    return heads.tensors(expert.model, fit)
+    weight, bias, _ = heads.refit(features, merged, *heads.last_map(expert.model), ridge)
+    return heads.tensors(expert.model, weight, bias)
 
 
 def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:

@@ -16,7 +16,6 @@ Prediction").
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.merge.recipe import Fit as FitRecord
+from fmn.merge.recipe import Fit
 from fmn.models import checkpoints
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import TOKENS
@@ -95,35 +94,13 @@ def features(
     return read
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The last linear map of a head, fitted anew.
-
-    Attributes:
-        weight: float64 [C, n].
-        bias: float64 [C]; None where the map has none.
-        ridge: the ridge that was used.
-        before: mean squared difference of the outputs from the expert's with the map as it was,
-            over the variance of the expert's.
-        after: the same with the new map, each text answered by the map that the others give
-            (leave-one-out); None where a text alone decides its answer, as without ridge and with
-            fewer texts than features.
-    """
-
-    weight: np.ndarray
-    bias: np.ndarray | None
-    ridge: float
-    before: float
-    after: float | None
-
-
 def refit(
     own: np.ndarray,
     merged: np.ndarray,
     weight: np.ndarray,
     bias: np.ndarray | None,
     ridge: float | str = "auto",
-) -> Fit:
+) -> tuple[np.ndarray, np.ndarray | None, Fit]:
     """The map that answers from the merged model's features as the expert does from its own.
 
     Args:
@@ -131,6 +108,9 @@ def refit(
             N texts.
         weight, bias: [C, n] and [C], the map as it is.
         ridge: at least 0, or "auto" (see above).
+
+    Returns:
+        the new weight and bias, float64, and how well they fit.
     """
     old = np.asarray(weight, np.float64)
     lacking = (np.asarray(own, np.float64) - merged) @ old.T  # [N, C]; the bias is on both sides
@@ -154,29 +134,31 @@ def refit(
     step = right.T @ ((spread / (spread**2 + chosen * energy))[:, None] * turned)  # [n or n + 1, C]
     variance = float((own @ old.T).var(0).mean()) or 1.0
     left_out = error(chosen)
-    return Fit(
-        weight=old + step[: old.shape[1]].T,
-        bias=None if bias is None else bias + step[-1],
+    fit = Fit(
+        texts=len(read),
         ridge=chosen,
         before=float((lacking**2).mean()) / variance,
         after=left_out / variance if np.isfinite(left_out) else None,
     )
+    new_bias = None if bias is None else bias + step[-1]
+    return old + step[: old.shape[1]].T, new_bias, fit
 
 
-def tensors(model: PreTrainedModel, fit: Fit) -> dict[str, Tensor]:
-    """The tensors of a model that a fit of its head changes, by name, in the model's own dtypes."""
+def tensors(
+    model: PreTrainedModel, weight: np.ndarray, bias: np.ndarray | None
+) -> dict[str, Tensor]:
+    """A new last map of a model's head as tensors, by their names and in their dtypes there."""
     path = last_linear(model)
-    arrays = {"weight": fit.weight, "bias": fit.bias}
     return {
         f"{path}.{name}": torch.from_numpy(value).to(model.get_parameter(f"{path}.{name}").dtype)
-        for name, value in arrays.items()
+        for name, value in {"weight": weight, "bias": bias}.items()
         if value is not None
     }
 
 
 def realigned_head(
     expert: Path, merged: Path, examples: Examples, ridge: float | str, device: str, dtype: str
-) -> tuple[dict[str, Tensor], FitRecord]:
+) -> tuple[dict[str, Tensor], Fit]:
     """The tensors of an expert's head re-aligned with a merged encoder, and how well they fit.
 
     Args:
@@ -187,9 +169,8 @@ def realigned_head(
     model = checkpoints.load_classifier(expert)
     own = features(model, examples, device=device, dtype=dtype)
     read = features(checkpoints.load_classifier(merged), examples, device=device, dtype=dtype)
-    fit = refit(own, read, *last_map(model), ridge)
-    record = FitRecord(texts=len(examples), ridge=fit.ridge, before=fit.before, after=fit.after)
-    return tensors(model, fit), record
+    weight, bias, fit = refit(own, read, *last_map(model), ridge)
+    return tensors(model, weight, bias), fit
 
 
 def unseen_first(

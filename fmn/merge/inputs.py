@@ -49,32 +49,41 @@ class Statistics:
 def read_statistics(
     method: Method, digests: Mapping[str, str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
 ) -> Statistics:
-    """The statistics that a method takes, each of the very expert and task that it is given for.
+    """The statistics that a method takes.
 
     Args:
         digests: of the experts, by task.
         fisher, gram: files by task.
 
     Raises:
-        UserError: one is damaged, or of another expert or task.
+        UserError: a file is damaged, or of another expert or task.
     """
     values: dict[str, Any] = {}
     grams: dict[str, StoredGrams] = {}
     records: dict[str, dict[str, Statistic]] = {"fisher": {}, "gram": {}}
     for task, digest in digests.items():
-        metadata: files.Metadata
-        if method.fisher == "nodes":
-            values[task], _, metadata = files.read_fisher(fisher[task])
-            records["fisher"][task] = _record(fisher[task], metadata, task, digest)
-        if method.fisher == "parameters":
-            record = files.StatisticMetadata
-            values[task], metadata = files.read_statistic(fisher[task], record)
+        if method.fisher:
+            values[task], metadata = _read_fisher(fisher[task], method.fisher == "nodes")
             records["fisher"][task] = _record(fisher[task], metadata, task, digest)
         if method.gram:
-            moments, metadata = files.read_statistic(gram[task], files.GramMetadata)
-            records["gram"][task] = _record(gram[task], metadata, task, digest)
-            grams[task] = StoredGrams(moments, metadata.inputs, metadata.transposed)
+            headers, stored = files.read_statistic(gram[task], files.GramMetadata)
+            records["gram"][task] = _record(gram[task], stored, task, digest)
+            grams[task] = StoredGrams(headers, stored.inputs, stored.transposed)
     return Statistics(values, grams, records)
+
+
+def read_labels(path: Path, task: str, digest: str) -> labels.Labels:
+    """How an expert's outputs stand for the labels, as its Fisher information says."""
+    metadata = _read_fisher(path, is_of_nodes=path.suffix != ".safetensors")[1]
+    _record(path, metadata, task, digest)
+    return metadata.labels.get(task) or labels.as_they_stand(get_task(task))
+
+
+def _read_fisher(path: Path, is_of_nodes: bool) -> tuple[Any, files.Metadata]:
+    if not is_of_nodes:
+        return files.read_statistic(path, files.StatisticMetadata)
+    values, _, metadata = files.read_fisher(path)
+    return values, metadata
 
 
 def _record(path: Path, metadata: files.Metadata, task: str, digest: str) -> Statistic:
@@ -84,19 +93,8 @@ def _record(path: Path, metadata: files.Metadata, task: str, digest: str) -> Sta
     if metadata.checkpoint.digest != digest:
         raise UserError(f"{path}: of another checkpoint than the expert of {task}; make it again")
     entries = metadata.model_dump(include=set(Statistic.model_fields))
-    values = files.digest_values(path)
-    return Statistic(**{**entries, "digest": artifacts.digest_file(path), "values": values})
-
-
-def read_labels(path: Path, task: str, digest: str) -> labels.Labels:
-    """How an expert's outputs stand for the labels, as its Fisher information says."""
-    metadata: files.Metadata
-    if path.suffix == ".safetensors":
-        metadata = files.read_statistic(path, files.StatisticMetadata)[1]
-    else:
-        metadata = files.read_fisher(path)[2]
-    _record(path, metadata, task, digest)
-    return metadata.labels.get(task) or labels.as_they_stand(get_task(task))
+    entries |= {"digest": artifacts.digest_file(path), "values": files.digest_values(path)}
+    return Statistic(**entries)
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,14 @@ class Plan:
     coefficients: tuple[float, ...]
     scale: float | str
     parameters: list[Parameter]
-    heads: Mapping[str, Mapping[str, TensorHeader]]
-    claims: Mapping[str, Claim]
-    nodes: Sequence[NodeValues]
+    heads: Mapping[str, Mapping[str, TensorHeader]] = field(default_factory=dict)
+    claims: Mapping[str, Claim] = field(default_factory=dict)
+    nodes: Sequence[NodeValues] = ()
+
+    @property
+    def method(self) -> Method:
+        """The merge method."""
+        return METHODS[self.settings.method]
 
     @property
     def stored(self) -> set[TensorHeader]:
@@ -156,7 +159,7 @@ class Plan:
 NO_STATISTICS = Statistics()
 
 
-def plan(
+def plan_merge(
     experts: Mapping[str, Path],
     settings: MergeSettings,
     base: Path | None = None,
@@ -167,12 +170,12 @@ def plan(
     Args:
         experts: checkpoint folders by task.
         base: the folder of the model that they were fine-tuned from.
+        statistics: those that the method takes, of every expert.
 
     Raises:
         UserError: names what is wrong, and where.
     """
-    tasks, method = tuple(sorted(experts)), METHODS[settings.method]
-    has_base = base is not None
+    tasks, method, has_base = tuple(sorted(experts)), METHODS[settings.method], base is not None
     tuning = tuned(method.name, settings.mapping, has_base, settings.normalise, settings.exponent)
     scale = 1.0 if settings.scale == "auto" and not tuning.growth else settings.scale
     needs_base = method.base or scale != 1
@@ -194,8 +197,9 @@ def plan(
         claims = architectures.claims(config, shapes, settings.mapping)
         counts = architectures.node_counts(config, shapes)
         for task in tasks:
-            fisher = _check_nodes(task, statistics.fisher, counts)
-            nodes.append(architectures.tempered(fisher, tuning.normalise, tuning.exponent))
+            values = statistics.fisher[task]
+            _check_counts(task, values, counts)
+            nodes.append(architectures.tempered(values, tuning.normalise, tuning.exponent))
     lambdas = coefficients(tasks, settings.coefficients)
     heads = {task: head for task, (_, head) in stored.items()}
     return Plan(settings, tuning, tasks, lambdas, scale, parameters, heads, claims, nodes)
@@ -215,6 +219,9 @@ def _stored(folder: Path) -> tuple[dict[str, TensorHeader], dict[str, TensorHead
     """Where a checkpoint's encoder lies, by names in the base model, and where its head."""
     headers = tensor_headers(folder)
     names = checkpoints.encoder_names(checkpoints.load_config(folder), headers)
+    for stored in (*names.encoder.values(), *names.head.values()):
+        if (dtype := headers[stored].dtype) not in DTYPES:
+            raise UserError(f"{folder}: tensor {stored} has dtype {dtype}; convert it to float32")
     encoder = {name: headers[stored] for name, stored in names.encoder.items()}
     return encoder, {name: headers[stored] for name, stored in names.head.items()}
 
@@ -232,53 +239,35 @@ def matching(
         base: the same of the base model, which may have more tensors.
 
     Raises:
-        UserError: names the expert and the tensor that is missing, or has another shape or dtype.
+        UserError: names the expert and the tensor that is missing or has another shape.
     """
     parameters = []
     for name in sorted({name for tensors in experts.values() for name in tensors}):
         headers = {source: tensors.get(name) for source, tensors in experts.items()}
-        stored = [header for header in headers.values() if header]
-        dtypes = [DTYPES.get(header.dtype) for header in stored]
-        is_floating = all(dtype is not None and dtype.is_floating_point for dtype in dtypes)
-        if base is not None and is_floating:
+        stored = tuple(header for header in headers.values() if header)
+        if base is not None:
             headers["base"] = base.get(name)
-        other = next(source for source, header in headers.items() if header)
+        shape = stored[0].shape
         for source, header in headers.items():
-            if header is None:
+            if header is None or header.shape != shape:
+                problem = f"has shape {list(header.shape)}" if header else "is missing"
                 raise UserError(
-                    f"{source}: lacks tensor {name}, which {other} has; merge like with like"
+                    f"{source}: tensor {name} {problem}, another expert's has shape {list(shape)};"
+                    " merge experts of one base model"
                 )
-            _check_same(f"{source}: tensor {name}", header, other, stored[0], is_floating)
-        dtype = reduce(torch.promote_types, (dtype for dtype in dtypes if dtype))
-        spec = TensorSpec(name, dtype, stored[0].shape)
-        parameters.append(Parameter(spec, tuple(stored), headers.get("base")))
+        dtype = reduce(torch.promote_types, (DTYPES[header.dtype] for header in stored))
+        spec = TensorSpec(name, dtype, shape)
+        parameters.append(Parameter(spec, stored, headers.get("base")))
     return sorted(parameters, key=lambda each: (-each.spec.dtype.itemsize, each.spec.name))
-
-
-def _check_same(
-    place: str, header: TensorHeader, other: str, expected: TensorHeader, is_floating: bool
-) -> None:
-    if header.dtype not in DTYPES:
-        raise UserError(f"{place} has dtype {header.dtype}; convert it")
-    if header.shape != expected.shape or not (is_floating or header.dtype == expected.dtype):
-        raise UserError(
-            f"{place} is {list(header.shape)} of {header.dtype}, in {other} {list(expected.shape)}"
-            f" of {expected.dtype}; merge experts of one base model"
-        )
 
 
 def _with_fisher(
     parameter: Parameter, tasks: Sequence[str], fisher: Mapping[str, Mapping[str, TensorHeader]]
 ) -> Parameter:
     """The parameter with every expert's Fisher information of each entry."""
-    name, dtype, shape = parameter.spec
-    if not dtype.is_floating_point:
-        return parameter
-    stored = [
-        _of_shape(fisher.get(task, {}).get(name), shape, f"expert {task}: no full Fisher of {name}")
-        for task in tasks
-    ]
-    return replace(parameter, fisher=tuple(stored))
+    name, _, shape = parameter.spec
+    headers = {task: fisher[task].get(name) for task in tasks}
+    return replace(parameter, fisher=_of_shape(headers, shape, f"full Fisher of {name}"))
 
 
 def _with_grams(
@@ -291,38 +280,28 @@ def _with_grams(
         return parameter
     is_transposed = any(module in each.transposed for each in grams.values())
     size = shape[0 if is_transposed else 1]
-    stored = []
-    for task in tasks:
-        each = grams.get(task, StoredGrams({}, {}, ()))
-        header = each.moments.get(each.inputs.get(module, ""))
-        place = f"expert {task}: no Gram matrices of {name}"
-        stored.append(_of_shape(header, (size, size), place))
-    return replace(parameter, grams=tuple(stored), is_transposed=is_transposed)
+    headers = {task: grams[task].moments.get(grams[task].inputs.get(module, "")) for task in tasks}
+    stored = _of_shape(headers, (size, size), f"Gram matrix of {name}")
+    return replace(parameter, grams=stored, is_transposed=is_transposed)
 
 
-def _of_shape(header: TensorHeader | None, shape: tuple[int, ...], problem: str) -> TensorHeader:
-    if header is None or header.shape != shape:
-        raise UserError(f"{problem} of shape {list(shape)}; compute its statistics again")
-    return header
-
-
-def _check_nodes(
-    task: str, fisher: Mapping[str, NodeValues], counts: Mapping[Site, int]
-) -> NodeValues:
-    """An expert's Fisher information, which must have the model's nodes and be finite and >= 0."""
-    if task not in fisher:
-        raise UserError(f"expert {task}: no Fisher information; give --fisher {task}=FILE")
-    values = fisher[task]
-    for site in sorted({*counts, *values}):
-        nodes = values.get(site, np.empty(0))
-        if len(nodes) != counts.get(site, 0):
+def _of_shape(
+    headers: Mapping[str, TensorHeader | None], shape: tuple[int, ...], what: str
+) -> tuple[TensorHeader, ...]:
+    for task, header in headers.items():
+        if header is None or header.shape != shape:
             raise UserError(
-                f"expert {task}: the Fisher information has {len(nodes)} {site.node} nodes in layer"
-                f" {site.layer}, the model {counts.get(site, 0)}; give that of this checkpoint"
+                f"expert {task}: no {what} of shape {list(shape)}; compute its statistics again"
             )
-        if not (np.isfinite(nodes).all() and (nodes >= 0).all()):
+    return tuple(header for header in headers.values() if header)
+
+
+def _check_counts(task: str, fisher: Mapping[Site, np.ndarray], counts: Mapping[Site, int]) -> None:
+    """Refuse Fisher information of other nodes than the model's."""
+    for site in sorted({*counts, *fisher}):
+        number, expected = len(fisher.get(site, ())), counts.get(site, 0)
+        if number != expected:
             raise UserError(
-                f"expert {task}: the Fisher information of layer {site.layer}, {site.node}, is"
-                " negative, NaN or infinite; make it again with `fmn fisher`"
+                f"expert {task}: the Fisher information has {number} {site.node} nodes in layer"
+                f" {site.layer}, the model {expected}; give that of this checkpoint"
             )
-    return values

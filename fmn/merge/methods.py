@@ -18,7 +18,7 @@ command line starts fast; functions import what they compute with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -57,7 +57,6 @@ class Method:
     Attributes:
         paper: where it is from, on arXiv; None where it has no paper of its own.
         fisher: whose Fisher information it takes: that of mask "nodes", of all "parameters", none.
-        statistic: the kind of file that holds the Fisher information of all parameters.
         gram, base: whether it takes Gram matrices, and the base model.
         random: whether it draws at random, and so depends on the seed.
         density: default share of a task vector's entries that stay; None where all do.
@@ -71,7 +70,6 @@ class Method:
     arguments: tuple[str, ...]
     paper: str | None = None
     fisher: Literal["nodes", "parameters"] | None = None
-    statistic: str = "full-fisher"
     gram: bool = False
     base: bool = False
     random: bool = False
@@ -230,8 +228,3 @@ def tuned(name: str, mapping: str, has_base: bool, normalise: str, exponent: flo
         exponent=auto.exponent if isinstance(exponent, str) else exponent,
         growth=auto.growth if has_base else 0.0,
     )
-
-
-# Old names; they go when the last caller says METHODS.
-NEEDS = METHODS
-PAPERS: Mapping[str, str | None] = {name: each.paper for name, each in METHODS.items()}

@@ -8,10 +8,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from fmn.errors import UserError
 from fmn.merge import stream
-from fmn.merge.inputs import NO_STATISTICS, Parameter, Plan, Statistics, coefficients, plan
-from fmn.merge.methods import METHODS
+from fmn.merge.inputs import NO_STATISTICS, Parameter, Plan, Statistics, coefficients, plan_merge
 from fmn.merge.recipe import CARD, RECIPE, MergeSettings, Recipe, card
-from fmn.merge.rules import generator, rescale
+from fmn.merge.rules import generator
 from fmn.merge.stream import NAMES, Read, TensorSpec, row_slices
-from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES
-from fmn.models.headers import INDEX
+from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES, read_config
+from fmn.models.headers import INDEX, TensorHeader
 from fmn.store.artifacts import digest_file, remember_digest, visible
 from fmn.store.stage import Progress, no_progress, write_record
 
@@ -66,30 +64,34 @@ def write_model(
     Raises:
         UserError: the experts cannot be merged so.
     """
-    checked = _with_scale(plan(experts, settings, base, statistics))
-    specs = [parameter.spec for parameter in checked.parameters]
-    parts = stream.shards(specs, shard_bytes)
+    plan = _with_scale(plan_merge(experts, settings, base, statistics))
+    parts = stream.shards([parameter.spec for parameter in plan.parameters], shard_bytes)
     files = dict(zip(stream.shard_names(len(parts)), parts, strict=True))
     encoder = folder / "encoder"
     encoder.mkdir(parents=True)
-    with stream.reading(checked.stored) as read:
-        pieces = _counted(merged_pieces(checked, read), specs, progress)
+    with stream.reading(plan.stored) as read:
+        pieces = _counted(plan, merged_pieces(plan, read), progress)
         digests = {
             name: stream.write_file(encoder / name, part, pieces) for name, part in files.items()
         }
-    _write_encoder_settings(encoder, experts[checked.tasks[0]], files)
-    for task in checked.tasks:
-        _write_task(folder, task, experts[task], checked, (labels or {}).get(task), files)
+    _write_encoder_settings(encoder, experts[plan.tasks[0]], files)
+    for task in plan.tasks:
+        names = (labels or {}).get(task)
+        _write_task(folder, task, experts[task], plan.heads[task], names, files)
     for name, digest in digests.items():  # after the links, which change the file's status
         remember_digest(encoder / name, digest)
-    used = {name: value for name, value in settings.used("coefficient").items() if value != "auto"}
-    if METHODS[settings.method].fisher == "nodes":
-        used |= {"normalise": checked.tuning.normalise, "exponent": checked.tuning.exponent}
-    if METHODS[settings.method].density:
-        used["density"] = settings.density or METHODS[settings.method].density
-    lambdas = dict(zip(checked.tasks, checked.coefficients, strict=True))
-    own = {"tasks": list(checked.tasks), "coefficients": lambdas, "scale": checked.scale}
-    return _write_recipe(folder, Recipe(**{**used, **own, **(lineage or {})}))
+    return _write_recipe(folder, Recipe(**{**_own_entries(plan), **(lineage or {})}))
+
+
+def _own_entries(plan: Plan) -> dict[str, Any]:
+    """What the recipe says of the merge itself, with every "auto" replaced."""
+    used = {**plan.settings.used("coefficient"), "tasks": list(plan.tasks), "scale": plan.scale}
+    used["coefficients"] = dict(zip(plan.tasks, plan.coefficients, strict=True))
+    if plan.method.fisher == "nodes":
+        used |= {"normalise": plan.tuning.normalise, "exponent": plan.tuning.exponent}
+    if plan.method.density:
+        used["density"] = plan.settings.density or plan.method.density
+    return used
 
 
 def write_realigned(
@@ -129,9 +131,9 @@ def in_memory(
     statistics: Statistics = NO_STATISTICS,
 ) -> dict[str, Tensor]:
     """The merged encoder's tensors by names in the base model, as `write_model` writes them."""
-    checked = _with_scale(plan(experts, settings, base, statistics))
-    with stream.reading(checked.stored) as read:
-        return _tensors(checked, read)
+    plan = _with_scale(plan_merge(experts, settings, base, statistics))
+    with stream.reading(plan.stored) as read:
+        return merged_tensors(plan, read)
 
 
 def merger(
@@ -150,12 +152,12 @@ def merger(
     """
     scale = 1.0 if base is None else 2.0  # 2: the base is read
     settings = settings.model_copy(update={"coefficient": [], "scale": scale})
-    checked = plan(experts, settings, base, statistics)
-    read = stream.held(checked.stored)
+    plan = plan_merge(experts, settings, base, statistics)
+    read = stream.held(plan.stored)
 
     def merge(by_task: Mapping[str, float], scale: float) -> dict[str, Tensor]:
-        lambdas = coefficients(checked.tasks, by_task)
-        return _tensors(replace(checked, coefficients=lambdas, scale=scale), read)
+        lambdas = coefficients(plan.tasks, by_task)
+        return merged_tensors(replace(plan, coefficients=lambdas, scale=scale), read)
 
     return merge
 
@@ -167,19 +169,18 @@ def scale(
     statistics: Statistics = NO_STATISTICS,
 ) -> float:
     """The scale of the merged task vector that the settings stand for."""
-    return float(_with_scale(plan(experts, settings, base, statistics)).scale)
+    return float(_with_scale(plan_merge(experts, settings, base, statistics)).scale)
 
 
 # ---------------------------------------------------------------------------------------------
 # Merging parameters
 
 
-def _with_scale(checked: Plan) -> Plan:
-    if checked.scale != "auto":
-        return checked
-    with stream.reading(checked.stored) as read:
-        effective = effective_number(checked.parameters, read)
-    return replace(checked, scale=checked.tuning.scale(effective))
+def _with_scale(plan: Plan) -> Plan:
+    if plan.scale != "auto":
+        return plan
+    with stream.reading(plan.stored) as read:
+        return replace(plan, scale=plan.tuning.scale(effective_number(plan.parameters, read)))
 
 
 def effective_number(parameters: Sequence[Parameter], read: Read) -> float:
@@ -192,23 +193,23 @@ def effective_number(parameters: Sequence[Parameter], read: Read) -> float:
     count = len(parameters[0].experts)
     with _one_thread():
         for parameter in parameters:
-            if parameter.base is None:
-                continue
             for rows in row_slices(parameter.spec.shape, WORKING_SET // 8 // (count + 3)):
-                base = read(parameter.base, rows, count).float().flatten()
-                added = torch.zeros_like(base)
-                for number, stored in enumerate(parameter.experts):
-                    vector = read(stored, rows, number).float().flatten() - base
+                *vectors, base = _read_all((*parameter.experts, parameter.base), rows, read)
+                base = base.float().flatten()
+                total = torch.zeros_like(base)
+                for tensor in vectors:
+                    vector = tensor.float().flatten() - base
                     single += float(vector.dot(vector))
-                    added += vector
-                together += float(added.dot(added))
+                    total += vector
+                together += float(total.dot(total))
     return count * single / together if together else 1.0
 
 
-def _tensors(checked: Plan, read: Read) -> dict[str, Tensor]:
-    pieces = merged_pieces(checked, read)
+def merged_tensors(plan: Plan, read: Read) -> dict[str, Tensor]:
+    """The merged encoder's tensors by names in the base model."""
+    pieces = merged_pieces(plan, read)
     tensors = {}
-    for name, dtype, shape in (parameter.spec for parameter in checked.parameters):
+    for name, dtype, shape in (parameter.spec for parameter in plan.parameters):
         parts = [torch.empty(0, dtype=dtype)]
         while sum(map(len, parts)) < math.prod(shape):
             parts.append(next(pieces))
@@ -216,72 +217,73 @@ def _tensors(checked: Plan, read: Read) -> dict[str, Tensor]:
     return tensors
 
 
-def merged_pieces(checked: Plan, read: Read) -> Iterator[Tensor]:
+def merged_pieces(plan: Plan, read: Read) -> Iterator[Tensor]:
     """The merged parameters one after another, as consecutive flat pieces in their output dtype.
 
     Raises:
         UserError: an expert or the base holds NaN or Inf; merged values do not fit the output's
-            dtype; experts differ in a tensor of integers.
+            dtype.
     """
     # Fresh pages cost more than the sums. Having freed a block of this size, glibc no longer gives
     # smaller ones back to the system (mallopt(3), M_MMAP_THRESHOLD, "dynamic").
     torch.empty(_FREED, dtype=torch.uint8)
-    is_cut = METHODS[checked.settings.method].element_wise
+    is_cut = plan.method.element_wise
     with _one_thread() if is_cut else nullcontext():
-        for parameter in checked.parameters:
-            name, dtype, shape = parameter.spec
+        for parameter in plan.parameters:
+            name, _, shape = parameter.spec
             count = len(parameter.experts) + len(parameter.fisher) + 2
             limit = WORKING_SET // 8 // count if is_cut else math.prod(shape)
-            nodes = checked.fisher(name) if checked.nodes and dtype.is_floating_point else None
+            nodes = plan.fisher(name) if plan.nodes else []
             for rows in row_slices(shape, limit):
-                if dtype.is_floating_point:
-                    yield _merged_rows(checked, parameter, nodes, rows, read).flatten()
-                else:
-                    yield _equal_integers(checked, parameter, rows, read).flatten()
+                yield _merged_rows(plan, parameter, nodes, rows, read).flatten()
 
 
 def _merged_rows(
-    checked: Plan, parameter: Parameter, nodes: list[Tensor] | None, rows: slice | None, read: Read
+    plan: Plan, parameter: Parameter, nodes: list[Tensor], rows: slice | None, read: Read
 ) -> Tensor:
     """Some rows of a merged parameter, in its dtype."""
-    method, settings, count = METHODS[checked.settings.method], checked.settings, len(checked.tasks)
-    experts = [read(stored, rows, number) for number, stored in enumerate(parameter.experts)]
-    base = read(parameter.base, rows, count) if parameter.base else None
-    full = [read(stored, rows, count + n) for n, stored in enumerate(parameter.fisher, 1)]
-    names = [f"expert {task}" for task in checked.tasks]
-    names += [f"the full Fisher of {task}" for task in checked.tasks if full]
-    inputs = list(zip(names, [*experts, *full], strict=True))
-    inputs += [("base", base)] if base is not None else []
-    if full or not method.element_wise:
-        _refuse_not_finite(inputs, parameter)
-    fisher = full or [_rows_of(each, rows) for each in nodes or ()]
+    settings, method, name = plan.settings, plan.method, parameter.spec.name
+    sources = {f"expert {task}": s for task, s in zip(plan.tasks, parameter.experts, strict=True)}
+    if parameter.fisher:
+        pairs = zip(plan.tasks, parameter.fisher, strict=True)
+        sources |= {f"the full Fisher of {task}": stored for task, stored in pairs}
+    if parameter.base:
+        sources["base"] = parameter.base
+    inputs = dict(zip(sources, _read_all(sources.values(), rows, read), strict=True))
+    if parameter.fisher or not method.element_wise:
+        _refuse_not_finite(inputs, name)
+    base, tensors = inputs.get("base"), list(inputs.values())
+    experts = tensors[: len(plan.tasks)]
+    fisher = tensors[len(plan.tasks) :][: len(parameter.fisher)]
+    fisher = fisher or [_rows_of(each, rows) for each in nodes]
     if parameter.is_transposed:  # to [rows, n]
         experts, fisher = [[t.mT if t.ndim else t for t in each] for each in (experts, fisher)]
     merged = method(
         experts=experts,
         base=base,
-        coefficients=checked.coefficients,
+        coefficients=plan.coefficients,
         fisher=fisher,
         grams=[read(stored, None, None).double() for stored in parameter.grams] or None,
-        generators=[
-            generator(settings.seed, task, parameter.spec.name)
-            for task in checked.tasks
-            if method.random
-        ],
+        generators=[generator(settings.seed, t, name) for t in plan.tasks if method.random],
         density=settings.density or method.density,
         damping=settings.damping,
     )
     merged = merged.mT if parameter.is_transposed else merged
-    if checked.scale != 1 and base is not None:
-        merged = rescale(merged, base, float(checked.scale))
+    if plan.scale != 1 and base is not None:
+        merged = torch.lerp(base.to(merged.dtype), merged, float(plan.scale))
     merged = merged.to(parameter.spec.dtype)
     if not finite(merged):
-        _refuse_not_finite(inputs, parameter)
-        raise UserError(
-            f"tensor {parameter.spec.name}: merged values do not fit"
-            f" {NAMES[parameter.spec.dtype]}; use a smaller --scale"
-        )
+        _refuse_not_finite(inputs, name)
+        dtype = NAMES[parameter.spec.dtype]
+        raise UserError(f"tensor {name}: merged values do not fit {dtype}; use a smaller --scale")
     return merged
+
+
+def _read_all(
+    headers: Iterable[TensorHeader | None], rows: slice | None, read: Read
+) -> list[Tensor]:
+    """Rows of several tensors, each in a buffer of its own."""
+    return [read(header, rows, number) for number, header in enumerate(headers) if header]
 
 
 def _rows_of(fisher: Tensor, rows: slice | None) -> Tensor:
@@ -296,23 +298,10 @@ def finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=accumulator).isfinite()) or bool(tensor.isfinite().all())
 
 
-def _refuse_not_finite(inputs: Sequence[tuple[str, Tensor]], parameter: Parameter) -> None:
-    for source, tensor in inputs:
+def _refuse_not_finite(inputs: Mapping[str, Tensor], name: str) -> None:
+    for source, tensor in inputs.items():
         if not finite(tensor):
-            name = parameter.spec.name
             raise UserError(f"{source}: tensor {name} holds NaN or Inf; it cannot be merged")
-
-
-def _equal_integers(checked: Plan, parameter: Parameter, rows: slice | None, read: Read) -> Tensor:
-    """Some rows of a tensor of integers, such as positions, which all experts must have alike."""
-    first = read(parameter.experts[0], rows, None)
-    for task, stored in zip(checked.tasks, parameter.experts, strict=True):
-        if not torch.equal(first, read(stored, rows, 0)):
-            raise UserError(
-                f"expert {task}: tensor {parameter.spec.name} of integers differs from expert"
-                f" {checked.tasks[0]}'s; merge experts of one base model"
-            )
-    return first
 
 
 @contextmanager
@@ -330,37 +319,33 @@ def _one_thread() -> Iterator[None]:
 # Writing the folder
 
 
-def _counted(
-    pieces: Iterator[Tensor], specs: Sequence[TensorSpec], progress: Progress
-) -> Iterator[Tensor]:
+def _counted(plan: Plan, pieces: Iterator[Tensor], progress: Progress) -> Iterator[Tensor]:
     """The pieces, with the bytes so far reported."""
-    done, total = 0, sum(spec.bytes for spec in specs)
+    done, total = 0, sum(parameter.spec.bytes for parameter in plan.parameters)
     for piece in pieces:
         done += piece.nbytes
         progress(done, total)
         yield piece
 
 
-def _write_encoder_settings(
-    encoder: Path, expert: Path, files: Mapping[str, list[TensorSpec]]
-) -> None:
-    if len(files) > 1:
-        _write_json(encoder / INDEX, stream.index(files))
-    config = {k: value for k, value in _config(expert, files).items() if k not in _HEAD_SETTINGS}
+Files = Mapping[str, Sequence[TensorSpec]]  # tensors by file name
+
+
+def _write_encoder_settings(encoder: Path, expert: Path, files: Files) -> None:
+    config = {k: v for k, v in _config(expert, files).items() if k not in _HEAD_SETTINGS}
     architecture = MODEL_MAPPING_NAMES.get(config["model_type"])
     if isinstance(architecture, str):
         config["architectures"] = [architecture]
-    _write_json(encoder / CONFIG, config)
-    _copy_tokenizer(expert, encoder)
+    _write_settings(encoder, expert, files, config)
 
 
 def _write_task(
     model: Path,
     task: str,
     expert: Path,
-    checked: Plan,
+    head: Mapping[str, TensorHeader],
     labels: Sequence[str] | None,
-    files: Mapping[str, list[TensorSpec]],
+    files: Files,
 ) -> None:
     """Write a task's checkpoint: links to the encoder's files, and what is the expert's own."""
     folder = model / "tasks" / task
@@ -368,40 +353,38 @@ def _write_task(
     *names, last = stream.shard_names(len(files) + 1)
     for source, name in zip(files, names, strict=True):
         os.link(model / "encoder" / source, folder / name)
-    with stream.reading(checked.heads[task].values()) as read:
-        head = {name: read(stored, None, None) for name, stored in checked.heads[task].items()}
-    save_file(head, folder / last, {"format": "pt"})
-    specs = [TensorSpec(name, each.dtype, tuple(each.shape)) for name, each in head.items()]
-    parts = dict(zip(names, files.values(), strict=True))
-    _write_json(folder / INDEX, stream.index({**parts, last: specs}))
+    with stream.reading(head.values()) as read:
+        tensors = {name: read(stored, None, None) for name, stored in head.items()}
+    save_file(tensors, folder / last, {"format": "pt"})
+    specs = [TensorSpec(name, each.dtype, tuple(each.shape)) for name, each in tensors.items()]
     config = _config(expert, files)
     if labels is not None:
         config["id2label"] = {str(output): name for output, name in enumerate(labels)}
         config["label2id"] = {name: output for output, name in enumerate(labels)}
-    _write_json(folder / CONFIG, config)
-    _copy_tokenizer(expert, folder)
+    shards = {**dict(zip(names, files.values(), strict=True)), last: specs}
+    _write_settings(folder, expert, shards, config)
+
+
+def _config(expert: Path, files: Files) -> dict[str, Any]:
+    """An expert's configuration with the encoder's dtype, without what holds only where it was."""
+    dtype = next(iter(files.values()))[0].dtype  # the widest comes first
+    config = {k: v for k, v in read_config(expert).items() if k not in _LOCAL_SETTINGS}
+    return {**config, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _write_settings(folder: Path, expert: Path, files: Files, config: Mapping[str, Any]) -> None:
+    """Write all of a checkpoint but its tensors."""
+    contents = {CONFIG: config}
+    if len(files) > 1:
+        contents[INDEX] = stream.index(files)
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        with suppress(FileNotFoundError):
+            shutil.copyfile(expert / name, folder / name)
 
 
 def _write_recipe(folder: Path, recipe: Recipe) -> Recipe:
     write_record(folder / RECIPE, recipe)
     (folder / CARD).write_text(card(recipe))
     return recipe
-
-
-def _config(expert: Path, files: Mapping[str, list[TensorSpec]]) -> dict[str, Any]:
-    """An expert's configuration with the encoder's dtype, without what holds only where it was."""
-    config = json.loads((expert / CONFIG).read_bytes())
-    dtypes = (spec.dtype for specs in files.values() for spec in specs)
-    dtype = reduce(torch.promote_types, (each for each in dtypes if each.is_floating_point))
-    portable = {name: value for name, value in config.items() if name not in _LOCAL_SETTINGS}
-    return {**portable, "dtype": str(dtype).removeprefix("torch.")}
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    for name in TOKENIZER_FILES:
-        with suppress(FileNotFoundError):
-            shutil.copyfile(source / name, target / name)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

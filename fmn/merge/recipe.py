@@ -66,19 +66,15 @@ class MergeSettings(Settings):
     @field_validator("coefficient")
     @classmethod
     def _are_numbers(cls, coefficient: list[str]) -> list[str]:
-        try:
-            values = {name: float(x) for name, x in pairs(coefficient, "--coefficient").items()}
-        except (UserError, ValueError) as error:
-            raise ValueError(f"coefficient: {error}") from error
-        for task, value in values.items():
-            if not (math.isfinite(value) and value >= 0):
+        for task, value in _by_task(coefficient).items():
+            if not 0 <= value < math.inf:
                 raise ValueError(f"coefficient {task}={value}: not a finite number, zero or more")
         return coefficient
 
     @property
     def coefficients(self) -> dict[str, float]:
         """The coefficients that are given, by task."""
-        return {name: float(x) for name, x in pairs(self.coefficient, "--coefficient").items()}
+        return _by_task(self.coefficient)
 
     def used(self, *without: str) -> dict[str, Any]:
         """The settings that the method depends on, but for those named."""
@@ -88,6 +84,13 @@ class MergeSettings(Settings):
         unused |= set() if method.density else {"density"}
         unused |= set() if method.random else {"seed"}
         return self.model_dump(mode="json", exclude={*unused, *without})
+
+
+def _by_task(coefficient: list[str]) -> dict[str, float]:
+    try:
+        return {name: float(x) for name, x in pairs(coefficient, "--coefficient").items()}
+    except (UserError, ValueError) as error:
+        raise ValueError(f"coefficient: {error}") from error
 
 
 class Checkpoint(Lineage):
@@ -123,7 +126,16 @@ class Search(Record):
 
 
 class Fit(Record):
-    """A head that was re-aligned; as `fmn.merge.heads.Fit` says."""
+    """How a head was re-aligned on so many texts (`fmn.merge.heads`).
+
+    Attributes:
+        ridge: the ridge that was used.
+        before: mean squared difference of the outputs from the expert's with the head as it was,
+            over the variance of the expert's.
+        after: the same with the new head, each text answered by the head that the others give
+            (leave-one-out); None where a text alone decides its answer, as without ridge and with
+            fewer texts than features.
+    """
 
     texts: int
     ridge: float

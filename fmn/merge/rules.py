@@ -66,11 +66,6 @@ def weighted_mean(tensors: Sequence[Tensor], shares: Tensor) -> Tensor:
     return mean
 
 
-def rescale(merged: Tensor, base: Tensor, scale: float) -> Tensor:
-    """``base + scale * (merged - base)``, in the dtype of ``merged``, float32 or float64."""
-    return torch.lerp(base.to(merged.dtype), merged, scale)
-
-
 def task_vectors(experts: Sequence[Tensor], base: Tensor) -> list[Tensor]:
     """What fine-tuning added to the base, for each expert (arXiv 2212.04089); float64."""
     return [expert.double() - base.double() for expert in experts]

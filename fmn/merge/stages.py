@@ -2,35 +2,19 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from fmn.errors import UserError
+from fmn.merge import recipe as records
 from fmn.merge.methods import METHODS, Method
-from fmn.merge.recipe import (
-    Checkpoint,
-    MergeSettings,
-    Realigned,
-    Recipe,
-    Search,
-    SearchedCoefficients,
-    read_recipe,
-    task_folder,
-)
+from fmn.merge.recipe import MergeSettings, Recipe, read_recipe, task_folder
 from fmn.models import checkpoints, labels, provenance
 from fmn.models.stages import Device, Dtype
-from fmn.store import artifacts
+from fmn.store import artifacts, stage
 from fmn.store.records import Settings, at_least_one
-from fmn.store.stage import (
-    Job,
-    Outcome,
-    Progress,
-    check_output,
-    no_progress,
-    read_record,
-    run_stage,
-)
+from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
 from fmn.tasks import dataset
 from fmn.tasks.task import get_task
 
@@ -102,13 +86,9 @@ def merge(
         aligned = {t: named[t] or labels.as_they_stand(get_task(t)) for t in experts}
         aligned |= {task: read_labels(fisher[task], task, digests[task]) for task in unnamed}
         chosen, search = _searched(coefficients, job, digests, settings)
-        lineage = {
-            **statistics.records,
-            "experts": {task: _checkpoint(experts[task], digests[task]) for task in experts},
-            "base": _checkpoint(base, job.inputs["base"]) if base else None,
-            "labels": aligned,
-            "search": search,
-        }
+        lineage: dict[str, Any] = {**statistics.records, "labels": aligned, "search": search}
+        lineage["experts"] = {task: _checkpoint(experts[task], digests[task]) for task in experts}
+        lineage["base"] = _checkpoint(base, job.inputs["base"]) if base else None
         names = {t: labels.names_by_output(get_task(t), aligned[t]) for t in experts}
         write_model(
             job.path, experts, chosen, base=base, statistics=statistics, labels=names,
@@ -125,14 +105,13 @@ def statistics_files(
     method: Method, experts: Iterable[str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
 ) -> dict[str, Path]:
     """The files that a method takes, by "fisher TASK" and "gram TASK"; UserError if one lacks."""
+    fisher_command = "full-fisher" if method.fisher == "parameters" else "fisher"
+    needed = [("fisher", fisher_command, fisher)] if method.fisher else []
+    needed += [("gram", "gram", gram)] if method.gram else []
     files = {}
-    for kind, is_needed, by_task in (
-        ("fisher", method.fisher, fisher),
-        ("gram", method.gram, gram),
-    ):
-        for task in experts if is_needed else ():
+    for kind, command, by_task in needed:
+        for task in experts:
             if task not in by_task:
-                command = method.statistic if is_needed == "parameters" else kind
                 raise UserError(
                     f"--{kind} {task}=FILE is missing: the method {method.name} takes it;"
                     f" `fmn {command}` makes it"
@@ -141,34 +120,36 @@ def statistics_files(
     return files
 
 
-def _checkpoint(folder: Path, digest: str) -> Checkpoint:
+def _checkpoint(folder: Path, digest: str) -> records.Checkpoint:
     training = provenance.training_metadata(folder)
     metadata = training.model_dump(include={"data_digest", "threads"}) if training else {}
     origin = provenance.lineage(folder).model_dump()
-    return Checkpoint(**origin, **metadata, digest=digest, settings=provenance.tuning(folder))
+    return records.Checkpoint(
+        **origin, **metadata, digest=digest, settings=provenance.tuning(folder)
+    )
 
 
 def _searched(
     file: Path | None, job: Job, digests: Mapping[str, str], settings: MergeSettings
-) -> tuple[MergeSettings, Search | None]:
+) -> tuple[MergeSettings, records.Search | None]:
     """The settings with the coefficients of a search, which must be of such a merge."""
     if file is None:
         return settings, None
-    searched = read_record(file, SearchedCoefficients, "`fmn search` makes coefficients")
+    searched = stage.read_record(
+        file, records.SearchedCoefficients, "`fmn search` makes coefficients"
+    )
     if settings.coefficient or settings.scale != "auto":
         raise UserError(
             f"{file}: gives coefficients and scale; leave out --coefficient and --scale"
         )
     if name := artifacts.differing(searched.experts, digests):
         raise UserError(f"{file}: of other experts than these (see {name}); search again")
-    wanted = settings.used("coefficient", "scale")
-    for name in {**wanted, **searched.merge}:
-        if wanted.get(name) != searched.merge.get(name):
-            raise UserError(f"{file}: of a merge with another {name}; search again")
+    if searched.merge != settings.used("coefficient", "scale"):
+        raise UserError(f"{file}: of a merge with other settings than these; search again")
     coefficient = [f"{task}={value!r}" for task, value in searched.coefficients.items()]
     chosen = settings.model_copy(update={"coefficient": coefficient, "scale": searched.scale})
     digest = job.inputs["coefficients"]
-    return chosen, Search(digest=digest, score=searched.score, uniform=searched.uniform)
+    return chosen, records.Search(digest=digest, score=searched.score, uniform=searched.uniform)
 
 
 def realign(
@@ -193,7 +174,7 @@ def realign(
     Raises:
         UserError: an expert is missing, or is not the one that was merged.
     """
-    check_output(out, [data])
+    stage.check_output(out, [data])
     merged = read_recipe(model)
     _check_experts(model, merged, experts)
     rows = {task: provenance.rows_tuned_on(experts[task]) for task in merged.tasks}
@@ -214,7 +195,7 @@ def realign(
             options = settings.ridge, settings.device, settings.dtype
             tensors[task], fits[task] = realigned_head(expert, above, examples, *options)
             progress(len(fits), len(merged.tasks))
-        realigned = Realigned(
+        realigned = records.Realigned(
             merged=job.inputs["model"],
             **settings.model_dump(exclude=settings.runtime),
             data={task: job.inputs[f"data {task}"] for task in merged.tasks},

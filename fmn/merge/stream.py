@@ -21,11 +21,7 @@ from torch import Tensor
 from fmn.errors import UserError
 from fmn.models.headers import TensorHeader
 
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U8": torch.uint8, "BOOL": torch.bool},
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9  # of tensors in a file, as Transformers has it
 BATCH_BYTES = 2 * 2**20  # hashed and written together, as a thread takes long to wake up

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from fmn.fisher import architectures, files, gram, parameters
+from fmn.fisher import architectures, gram, parameters
 from fmn.fisher.architectures import NodeValues
 from fmn.merge.inputs import StoredGrams
-from fmn.models.headers import TensorHeader
+from fmn.models.headers import TensorHeader, file_headers
 from tests.tiny import tiny_examples, tiny_model
 
 LABELS = {"mrpc": 2, "stsb": 1, "mnli": 3}
@@ -63,8 +65,7 @@ def full_fisher(experts: Mapping[str, Path], target: Path) -> dict[str, Mapping[
             regression=task == "stsb",
             device="cpu",
         )
-        files.write(target / f"{task}.full", "full-fisher", squares, {})
-        headers[task] = files.read(target / f"{task}.full", "full-fisher")[0]
+        headers[task] = _written(target / f"{task}.full", squares)
     return headers
 
 
@@ -74,7 +75,11 @@ def grams(experts: Mapping[str, Path], target: Path, name: str = "bert") -> dict
     for seed, (task, folder) in enumerate(experts.items()):
         examples = tiny_examples(name, 30, LABELS[task], seed)
         computed = gram.estimate(load(folder), examples, device="cpu")
-        files.write(target / f"{task}.gram", "gram", computed.moments, {})
-        moments = files.read(target / f"{task}.gram", "gram")[0]
+        moments = _written(target / f"{task}.gram", computed.moments)
         stored[task] = StoredGrams(moments, computed.inputs, sorted(computed.transposed))
     return stored
+
+
+def _written(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorHeader]:
+    save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, path)
+    return file_headers(path)

@@ -61,10 +61,8 @@ def loaded(folders: Iterable[Path], elsewhere: Path) -> dict[str, Any]:
     """What a process without our code says of merged models, by their folders."""
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-c", LOAD, ",".join(LABELS), *map(str, folders)]
-    done = subprocess.run(
-        command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
-    )
-    result: dict[str, Any] = json.loads(done.stdout)
+    output = subprocess.check_output(command, cwd=elsewhere, env=environment, text=True)
+    result: dict[str, Any] = json.loads(output)
     return result
 
 
@@ -116,14 +114,12 @@ def test_every_task_loads_without_our_code_and_answers_as_a_model_put_together_b
 
 def test_the_result_does_not_depend_on_the_order_of_the_experts(tmp_path: Path) -> None:
     experts = checkpoints(tmp_path)
-    values = node_fisher(experts)
-    digests = []
-    for out, order in (("one", list(experts)), ("two", list(experts)[::-1])):
-        statistics = Statistics({task: values[task] for task in reversed(order)})
-        turned = {task: experts[task] for task in order}
-        model.write_model(tmp_path / out, turned, MergeSettings(), statistics=statistics)
-        digests.append(artifacts.digest_files(tmp_path / out))
-    assert digests[0] == digests[1]
+    statistics = Statistics(node_fisher(experts))
+    turned = dict(reversed(experts.items()))
+    for name, folders in (("first", experts), ("second", turned)):
+        model.write_model(tmp_path / name, folders, MergeSettings(), statistics=statistics)
+    first, second = (artifacts.digest_files(tmp_path / name) for name in ("first", "second"))
+    assert first == second
 
 
 def test_the_encoder_is_on_the_disk_once_and_heads_are_the_experts(tmp_path: Path) -> None:
@@ -139,35 +135,30 @@ def test_the_encoder_is_on_the_disk_once_and_heads_are_the_experts(tmp_path: Pat
         tokenizer = json.loads((out / "tasks" / task / "tokenizer_config.json").read_text())
         assert tokenizer == {"name": task}
     config = json.loads((out / "tasks" / "mrpc" / "config.json").read_text())
-    assert (config["id2label"], config["label2id"]) == (
-        {"0": "no", "1": "yes"},
-        {"no": 0, "yes": 1},
-    )
+    assert config["id2label"] == {"0": "no", "1": "yes"}
+    assert config["label2id"] == {"no": 0, "yes": 1}
 
 
 def test_the_encoder_is_not_read_again_for_its_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.write_model(tmp_path / "out", checkpoints(tmp_path), AVERAGE)
-    read: list[str] = []
-    digest = hashlib.file_digest
-
-    def watched(file: Any, kind: str) -> Any:
-        read.append(file.name)
-        return digest(file, kind)
-
-    monkeypatch.setattr(hashlib, "file_digest", watched)
-    (tmp_path / "out").rename(tmp_path / "moved")
-    digests = artifacts.digest_files(tmp_path / "moved")
-    assert not [name for name in read if "encoder/model" in name or "-00001-of" in name]
-    data = (tmp_path / "moved" / "encoder" / "model.safetensors").read_bytes()
-    assert digests["encoder/model.safetensors"] == artifacts.digest_bytes(data)
+    encoder = tmp_path / "out" / "encoder" / "model.safetensors"
+    digest = artifacts.digest_bytes(encoder.read_bytes())
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert artifacts.digest_file(encoder) == digest
+    for task in LABELS:
+        assert (
+            artifacts.digest_file(min((tmp_path / "out" / "tasks" / task).glob("*.s*"))) == digest
+        )
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 20_000])
-def test_a_large_encoder_is_written_in_shards_that_load(tmp_path: Path, shard_bytes: int) -> None:
-    experts = checkpoints(tmp_path)
-    model.write_model(tmp_path / "out", experts, AVERAGE, shard_bytes=shard_bytes)
+def test_sharded_experts_give_a_sharded_encoder_that_loads(tmp_path: Path) -> None:
+    experts = checkpoints(tmp_path / "whole")
+    for task, folder in experts.items():
+        load(folder).save_pretrained(tmp_path / "sharded" / task, max_shard_size=20_000)
+    sharded = {task: tmp_path / "sharded" / task for task in experts}
+    model.write_model(tmp_path / "out", sharded, AVERAGE, shard_bytes=20_000)
     assert len(list((tmp_path / "out" / "encoder").glob("model-*.safetensors"))) > 1
     merged = model.in_memory(experts, AVERAGE)
     for part in (
@@ -179,30 +170,15 @@ def test_a_large_encoder_is_written_in_shards_that_load(tmp_path: Path, shard_by
         assert all(torch.equal(merged[name], tensor) for name, tensor in tensors.items())
 
 
-def test_sharded_experts_merge_as_whole_ones(tmp_path: Path) -> None:
-    experts = checkpoints(tmp_path / "whole")
-    for task, folder in experts.items():
-        load(folder).save_pretrained(tmp_path / "sharded" / task, max_shard_size=20_000)
-    sharded = {task: tmp_path / "sharded" / task for task in experts}
-    first, second = (model.in_memory(folders, AVERAGE) for folders in (experts, sharded))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_half_precision_experts_give_a_model_that_loads_as_such(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    model.write_model(out, checkpoints(tmp_path, dtype=torch.bfloat16), AVERAGE)
+    experts, out = checkpoints(tmp_path, dtype=torch.bfloat16), tmp_path / "out"
+    seen: list[tuple[int, int]] = []
+    model.write_model(out, experts, AVERAGE, progress=lambda *now: seen.append(now))
     for part in ("encoder", "tasks/mrpc"):
         assert json.loads((out / part / "config.json").read_text())["dtype"] == "bfloat16"
-    assert AutoModel.from_pretrained(out / "encoder").dtype == torch.bfloat16
-
-
-def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    model.write_model(
-        tmp_path / "out", checkpoints(tmp_path), AVERAGE, progress=lambda *now: seen.append(now)
-    )
-    tensors = load_file(tmp_path / "out" / "encoder" / "model.safetensors")
-    assert seen[-1] == (sum(tensor.nbytes for tensor in tensors.values()),) * 2
+    encoder = AutoModel.from_pretrained(out / "encoder")
+    assert encoder.dtype == torch.bfloat16
+    assert seen[-1] == (sum(tensor.nbytes for tensor in encoder.parameters()),) * 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -277,9 +253,6 @@ def test_regression_of_every_linear_map(method: str, tmp_path: Path) -> None:
             expected = np.linalg.solve(sum(weighed), target)
             got = merged[f"{module}.weight"][row]
             np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
-    lacking = {task: gram[task] for task in ("mrpc", "stsb")}
-    with pytest.raises(UserError, match="expert mnli: no Gram matrices of "):
-        model.in_memory(experts, settings, None, Statistics(nodes, lacking))
 
 
 def test_gpt2_whose_weights_are_transposed_is_regressed_alike(tmp_path: Path) -> None:
@@ -338,13 +311,8 @@ def test_what_auto_stands_for_is_in_the_recipe(tmp_path: Path) -> None:
 # Parameters of many shapes, in pieces
 
 SHAPES: dict[str, tuple[int, ...]] = {
-    "matrix": (7, 5),
-    "tall": (60, 3),
-    "wide": (2, 90),
-    "vector": (13,),
-    "scalar": (),
-    "empty": (0, 4),
-    "cube": (4, 3, 2),
+    **{"matrix": (7, 5), "tall": (60, 3), "wide": (2, 90), "vector": (13,)},
+    **{"scalar": (), "empty": (0, 4), "cube": (4, 3, 2)},
 }
 
 
@@ -363,12 +331,12 @@ def prepared(
     origin = headers.pop("expert base", None)
     parameters, lambdas = matching(headers, origin), (1.0,) * len(experts)
     settings = MergeSettings(method=method)
-    return Plan(settings, Tuning(), tuple(experts), lambdas, scale, parameters, {}, {}, [])
+    return Plan(settings, Tuning(), tuple(experts), lambdas, scale, parameters)
 
 
-def merge(checked: Plan) -> dict[str, Tensor]:
-    with stream.reading(checked.stored) as read:
-        return model._tensors(checked, read)
+def merge(plan: Plan) -> dict[str, Tensor]:
+    with stream.reading(plan.stored) as read:
+        return model.merged_tensors(plan, read)
 
 
 def randoms(count: int) -> list[dict[str, Tensor]]:
@@ -381,14 +349,15 @@ def test_the_result_does_not_depend_on_the_pieces(
     method: str, working_set: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     *values, base = randoms(4)
-    checked = prepared(tmp_path, dict(zip("abc", values, strict=True)), base, method)
-    whole = merge(checked)
+    plan = prepared(tmp_path, dict(zip("abc", values, strict=True)), base, method, scale=1.5)
+    whole = merge(plan)
     monkeypatch.setattr(model, "WORKING_SET", working_set)
-    for name, tensor in merge(checked).items():
+    for name, tensor in merge(plan).items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-6, atol=1e-6)
         if method == "average":
             mean = torch.stack([each[name].double() for each in values]).mean(0)
-            torch.testing.assert_close(tensor, mean.float(), rtol=1e-6, atol=1e-6)
+            scaled = base[name] + 1.5 * (mean - base[name])
+            torch.testing.assert_close(tensor, scaled.float(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("working_set", [8, 300, 1 << 24])
@@ -397,15 +366,15 @@ def test_fisher_by_row_column_and_leading_axis(
 ) -> None:
     monkeypatch.setattr(model, "WORKING_SET", working_set)
     values = randoms(2)
-    checked = prepared(tmp_path, dict(zip("ab", values, strict=True)), method="mask-fisher")
+    plan = prepared(tmp_path, dict(zip("ab", values, strict=True)), method="mask-fisher")
     shapes = {"matrix": (7, 1), "tall": (1, 3), "wide": (1, 90), "vector": (13,), "cube": (1, 3, 1)}
     fisher = {
         name: [torch.rand(shapes.get(name, ()), dtype=torch.float64) for _ in "ab"]
         for name in SHAPES
     }
-    monkeypatch.setattr(Plan, "fisher", lambda checked, name: fisher[name])
-    object.__setattr__(checked, "nodes", [{}])
-    for name, tensor in merge(checked).items():
+    monkeypatch.setattr(Plan, "fisher", lambda plan, name: fisher[name])
+    object.__setattr__(plan, "nodes", [{}])
+    for name, tensor in merge(plan).items():
         f, (a, b) = fisher[name], (each[name].double() for each in values)
         expected = (f[0] * a + f[1] * b) / (f[0] + f[1])
         torch.testing.assert_close(tensor, expected.float(), rtol=1e-6, atol=1e-6)
@@ -423,15 +392,7 @@ def test_equal_experts_come_out_bit_for_bit_whatever_their_size(
         assert all(torch.equal(merged[name], value) for name, value in values.items())
 
 
-def test_integers_stay_where_all_agree(tmp_path: Path) -> None:
-    experts = {task: {"ids": torch.arange(9), "w": torch.ones(2)} for task in "ab"}
-    assert torch.equal(merge(prepared(tmp_path, experts))["ids"], torch.arange(9))
-    experts["c"] = {"ids": torch.arange(1, 10), "w": torch.ones(2)}
-    with pytest.raises(UserError, match="expert c: tensor ids of integers differs from expert a's"):
-        merge(prepared(tmp_path, experts))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("source", ["b", "base"])
 @pytest.mark.parametrize("method", ["average", "task-arithmetic", "ties", "tsv-m"])
 def test_values_that_are_not_finite_are_refused(
@@ -440,32 +401,32 @@ def test_values_that_are_not_finite_are_refused(
     values = {task: {"w": torch.randn(40, 30)} for task in ("a", "b", "base")}
     values[source]["w"][39, 29] = value
     base = values.pop("base")
-    checked = prepared(tmp_path, values, base, method, scale=1.5)
-    object.__setattr__(checked, "coefficients", (1.0, 0.0))
+    plan = prepared(tmp_path, values, base, method, scale=1.5)
+    object.__setattr__(plan, "coefficients", (1.0, 0.0))
     expected = "base" if source == "base" else "expert b"
     with pytest.raises(UserError, match=f"{expected}: tensor w holds NaN or Inf"):
-        merge(checked)
+        merge(plan)
 
 
 def test_merged_values_that_do_not_fit_the_dtype_are_refused(tmp_path: Path) -> None:
     experts = {task: {"w": torch.full((3,), 6e4).half()} for task in "ab"}
-    checked = prepared(tmp_path, experts, {"w": torch.zeros(3).half()}, scale=2.0)
+    plan = prepared(tmp_path, experts, {"w": torch.zeros(3).half()}, scale=2.0)
     message = r"tensor w: merged values do not fit F16; use a smaller --scale"
     with pytest.raises(UserError, match=message):
-        merge(checked)
+        merge(plan)
 
 
 def test_the_effective_number_of_task_vectors(tmp_path: Path) -> None:
-    base = {"m": torch.zeros(4, 3), "v": torch.zeros(5), "i": torch.arange(3)}
+    base = {"m": torch.zeros(4, 3), "v": torch.zeros(5)}
     first, second = torch.zeros(4, 3), torch.zeros(4, 3)
     first[0, 0], second[1, 2] = 2.0, 2.0
     tensors = {"0": {}, "a": {"m": first}, "b": {"m": second}, "c": {"m": -first}}
 
     def number(names: str) -> float:
         experts = {f"{n}{name}": {**base, **tensors[name]} for n, name in enumerate(names)}
-        checked = prepared(tmp_path, experts, base)
-        with stream.reading(checked.stored) as read:
-            return model.effective_number(checked.parameters, read)
+        plan = prepared(tmp_path, experts, base)
+        with stream.reading(plan.stored) as read:
+            return model.effective_number(plan.parameters, read)
 
     assert number("ab") == pytest.approx(2)
     assert number("aaa") == pytest.approx(1)
@@ -485,17 +446,17 @@ def peak():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 folder, method = Path(sys.argv[1]), sys.argv[2]
 tensors = {"embedding": torch.randn(120_000, 512)}  # 246 MB
-checked = prepared(folder, dict.fromkeys("abcd", tensors), tensors, method, 1.5)
+plan = prepared(folder, dict.fromkeys("abcd", tensors), tensors, method, 1.5)
 if method == "mask-fisher":
     fisher = [torch.rand(120_000, 1, dtype=torch.float64) for _ in "abcd"]
-    model.Plan.fisher = lambda checked, name: fisher
-    object.__setattr__(checked, "nodes", [{}])
+    model.Plan.fisher = lambda plan, name: fisher
+    object.__setattr__(plan, "nodes", [{}])
 del tensors
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
-with stream.reading(checked.stored) as read:
-    specs = [parameter.spec for parameter in checked.parameters]
-    stream.write_file(folder / "out", specs, model.merged_pieces(checked, read))
+with stream.reading(plan.stored) as read:
+    specs = [parameter.spec for parameter in plan.parameters]
+    stream.write_file(folder / "out", specs, model.merged_pieces(plan, read))
 print(peak() - before)
 """
 

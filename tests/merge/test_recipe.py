@@ -5,36 +5,26 @@ from pathlib import Path
 import pytest
 
 from fmn.errors import UserError
-from fmn.merge.recipe import (
-    RECIPE,
-    MergeSettings,
-    Recipe,
-    card,
-    is_merged,
-    read_recipe,
-    task_folder,
-)
+from fmn.merge import recipe
+from fmn.merge.recipe import RECIPE, MergeSettings, Recipe, read_recipe, task_folder
 from fmn.store.stage import write_record
 
-MADE = Recipe(tasks=["mrpc"], method="average", coefficients={"mrpc": 1.0})
+SMALL = Recipe(tasks=["mrpc"], method="average", coefficients={"mrpc": 1.0})
 
 
 def test_a_recipe_is_read_as_it_was_written(tmp_path: Path) -> None:
-    assert not is_merged(tmp_path)
-    write_record(tmp_path / RECIPE, MADE)
-    assert is_merged(tmp_path)
-    assert read_recipe(tmp_path) == MADE
-
-
-def test_a_task_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
-    write_record(tmp_path / RECIPE, MADE)
+    assert not recipe.is_merged(tmp_path)
+    write_record(tmp_path / RECIPE, SMALL)
+    assert recipe.is_merged(tmp_path)
+    assert read_recipe(tmp_path) == SMALL
     assert task_folder(tmp_path, "mrpc") == tmp_path / "tasks" / "mrpc"
     with pytest.raises(UserError, match=r"'rte'.*mrpc"):
         task_folder(tmp_path, "rte")
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "[" * 10**5, '{"format": 99}', MADE.model_dump_json(exclude={"method"})]
+    "text",
+    ["", "{", "[]", "[" * 10**5, '{"format": 99}', SMALL.model_dump_json(exclude={"method"})],
 )
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / RECIPE).write_text(text)
@@ -43,7 +33,7 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_the_card_says_how_a_task_loads() -> None:
-    text = card(MADE)
+    text = recipe.card(SMALL)
     assert 'from_pretrained("tasks/mrpc")' in text
     assert "method average;" in text
 
@@ -57,3 +47,9 @@ def test_settings_that_the_method_does_not_use_are_left_out() -> None:
     assert "damping" in MergeSettings(method="regmean").used()
     with pytest.raises(ValueError, match="did you mean 'mask-fisher'"):
         MergeSettings(method="mask-fischer")
+
+
+@pytest.mark.parametrize("coefficient", ["sst2=x", "sst2=nan", "sst2=-1", "sst2", "sst2=1 sst2=2"])
+def test_coefficients_that_are_no_numbers_are_refused(coefficient: str) -> None:
+    with pytest.raises(ValueError, match="sst2"):
+        MergeSettings(coefficient=coefficient.split())

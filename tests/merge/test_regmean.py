@@ -27,22 +27,19 @@ def grams(inputs: Sequence[np.ndarray]) -> list[Tensor]:
     return [torch.from_numpy(tokens.T @ tokens / len(tokens)) for tokens in inputs]
 
 
-def least_squares(
-    matrices: Sequence[Tensor], inputs: Sequence[np.ndarray], weights: np.ndarray
-) -> np.ndarray:
-    """Row by row, the map whose outputs are nearest to the experts', by the roots of the weights."""
-    result = []
+def assert_least_squares(
+    merged: Tensor, matrices: Sequence[Tensor], inputs: Sequence[np.ndarray], weights: np.ndarray
+) -> None:
+    """Row by row, the outputs are nearest to the experts', weighed by `weights` [experts, rows]."""
+    expected = []
     for row in range(len(matrices[0])):
         roots = np.sqrt(weights[:, row])
-        x = np.concatenate([root * tokens for root, tokens in zip(roots, inputs, strict=True)])
-        y = np.concatenate(
-            [
-                root * tokens @ m[row].numpy()
-                for root, tokens, m in zip(roots, inputs, matrices, strict=True)
-            ]
-        )
-        result.append(np.linalg.lstsq(x, y, rcond=None)[0])
-    return np.stack(result)
+        x = [root * tokens for root, tokens in zip(roots, inputs, strict=True)]
+        y = [tokens @ matrix[row].numpy() for tokens, matrix in zip(x, matrices, strict=True)]
+        expected.append(np.linalg.lstsq(np.concatenate(x), np.concatenate(y), rcond=None)[0])
+    tokens = np.concatenate(inputs)
+    errors = tokens @ (merged.numpy() - np.stack(expected)).T
+    assert np.abs(errors).max() < 1e-4 * np.abs(tokens).max()
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
@@ -53,11 +50,7 @@ def test_it_is_least_squares_on_the_experts_outputs(
     random = np.random.default_rng(seed)
     for weights in (np.ones((experts, 1)), random.gamma(1.0, size=(experts, 1))):
         merged = regress(matrices, grams(inputs), torch.from_numpy(weights))
-        expected = least_squares(matrices, inputs, np.repeat(weights, rows, 1))
-        outputs = [tokens @ (merged.numpy() - expected).T for tokens in inputs]
-        assert max(np.abs(tokens).max() for tokens in outputs) < 1e-4 * max(
-            np.abs(tokens).max() for tokens in inputs
-        )
+        assert_least_squares(merged, matrices, inputs, np.repeat(weights, rows, 1))
 
 
 @given(st.integers(0, 10**6), st.integers(2, 4))
@@ -65,11 +58,7 @@ def test_rows_have_weights_of_their_own(seed: int, experts: int) -> None:
     matrices, inputs = problem(seed, experts, 5, 4)
     weights = rounded(torch.from_numpy(np.random.default_rng(seed).gamma(1.0, size=(experts, 5))))
     merged = regress(matrices, grams(inputs), weights)
-    expected = least_squares(matrices, inputs, weights.numpy())
-    outputs = [tokens @ (merged.numpy() - expected).T for tokens in inputs]
-    assert max(np.abs(tokens).max() for tokens in outputs) < 1e-4 * max(
-        np.abs(tokens).max() for tokens in inputs
-    )
+    assert_least_squares(merged, matrices, inputs, weights.numpy())
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4))
@@ -77,21 +66,16 @@ def test_equal_experts_are_the_result_bit_for_bit(seed: int, experts: int) -> No
     matrices, inputs = problem(seed, experts, 6, 5)
     same = [matrices[0].float()] * experts
     weights = torch.from_numpy(np.random.default_rng(seed).gamma(0.2, size=(experts, 6)))
-    for given_weights in (weights, weights[:, :1]):
-        merged = regress(same, grams(inputs), given_weights)
+    for some in (weights, weights[:, :1]):
+        merged = regress(same, grams(inputs), some)
         assert torch.equal(merged.float(), same[0])
 
 
 def test_the_order_of_the_experts_does_not_matter() -> None:
     matrices, inputs = problem(0, 3, 6, 5)
     weights = torch.rand(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = [2, 0, 1]
     first = regress(matrices, grams(inputs), weights)
-    second = regress(
-        [matrices[j] for j in turned],
-        [grams(inputs)[j] for j in turned],
-        weights[torch.tensor(turned)],
-    )
+    second = regress(matrices[::-1], grams(inputs[::-1]), weights.flip(0))
     torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9)
 
 

@@ -22,7 +22,6 @@ TENSORS = {
     "cube": torch.randn(4, 3, 2),
     "scalar": torch.tensor(3.0),
     "empty": torch.zeros(0, 4),
-    "ids": torch.arange(9),
 }
 
 
