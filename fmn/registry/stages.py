@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import Field
 
 from fmn.errors import UserError, redacted
-from fmn.evaluate.files import Metrics
-from fmn.merge.recipe import CARD, RECIPE, Recipe
+from fmn.evaluate.files import Metrics, read_metrics
+from fmn.experiments.files import SearchResult, Trial
+from fmn.experiments.stages import CompareSettings, SearchSettings
+from fmn.merge.recipe import CARD, RECIPE, Recipe, read_recipe
 from fmn.registry import lineage
 from fmn.registry.lineage import Lineage, Part
-from fmn.registry.promotion import Decision
+from fmn.report.stages import ReportInfo
 from fmn.store import artifacts
 from fmn.store.records import Record, Settings, parse_record
 from fmn.store.stage import (
@@ -25,7 +27,7 @@ from fmn.store.stage import (
     Outcome,
     check_intact,
     check_output,
-    read_record,
+    read_info,
     read_sidecar,
     run_stage,
     write_record,
@@ -37,10 +39,8 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
     from mlflow.entities.model_registry import ModelVersion
 
-    from fmn.experiments.stages import CompareSettings
-
 REGISTER = 2
-LOG_COMPARISON = 2
+LOG = 3
 LINEAGE = "lineage/lineage.json"  # file of a run
 SETTINGS = "params.yaml"
 
@@ -68,19 +68,6 @@ class Registered(Record):
     store: str
     alias: str
     reason: str
-
-    @classmethod
-    def of(cls, version: "ModelVersion", decision: Decision) -> "Registered":
-        """A version of the present store."""
-        from fmn.registry import tracking
-
-        return cls(
-            name=version.name,
-            version=str(version.version),
-            run=str(version.run_id),
-            store=redacted(tracking.tracking_uri()),
-            **decision._asdict(),
-        )
 
 
 def register(
@@ -135,7 +122,13 @@ def register(
                 version = _create_version(client, run.info.run_id, settings.name, key, merged)
         is_new = tracking.PROMOTION not in version.tags
         decision = tracking.promote(client, version, settings.tolerance, _shown(card_text))
-    registered = Registered.of(version, decision)
+    registered = Registered(
+        name=version.name,
+        version=str(version.version),
+        run=str(version.run_id),
+        store=redacted(tracking.tracking_uri()),
+        **decision._asdict(),
+    )
     if out is not None:
         _record(out, registered, inputs)
     return Outcome("register", out or model, is_new, time.monotonic() - started, registered)
@@ -161,13 +154,9 @@ class _Merged(NamedTuple):
 
 def _read(model: Path, metrics: Path, params: Path | None = None) -> _Merged:
     """Read a merged model and its metrics, which must be of it and of all its tasks."""
-    check_intact(model)
-    recipe = read_record(model / RECIPE, Recipe, "merge with `fmn merge`")
-    scores = read_record(metrics, Metrics, "make it with `fmn evaluate`")
-    # The second digest is in files that the old kind of stages wrote.
-    digests = (artifacts.digest_folder(model), artifacts.digest_file(model / RECIPE))
+    recipe, scores = read_recipe(model), read_metrics(metrics)
     is_complete = set(recipe.tasks) == set(scores.tasks) == set(scores.data)
-    if scores.model not in digests or not is_complete:
+    if scores.model != artifacts.digest_folder(model) or not is_complete:
         remedy = f"make them with `fmn evaluate {model}`"
         raise UserError(f"{metrics}: not the metrics of all tasks of {model}; {remedy}")
     settings = read_yaml(params) if params else {}
@@ -204,8 +193,9 @@ def _create_version(
         mlflow.log_text(to_yaml(settings), f"lineage/{SETTINGS}")
     tags = {"tasks": ", ".join(recipe.tasks), "fmn": recipe.fmn}
     tags |= {part.name.replace(" ", "."): part.digest for part in parts}
-    here = {"git.commit": lineage.git_commit(), "dvc.lock": lineage.dvc_lock()}
-    mlflow.set_tags(tags | {tag: value for tag, value in here.items() if value})
+    if commit := lineage.git_commit():
+        tags["git.commit"] = commit
+    mlflow.set_tags(tags)
     client.log_inputs(run_id, list(_inputs(parts)))
     logged = tracking.log_served_model(model)
     mlflow.log_metrics(_metrics(scores), model_id=logged.model_id)
@@ -295,17 +285,17 @@ def roll_back(name: str, *, to: str | None = None) -> ChampionChange:
     """
     from fmn.registry import tracking
 
-    before, champion = tracking.roll_back(name, to)
-    return ChampionChange(name=name, before=before, champion=champion)
-
-
-def record_dvc_lock(run: str) -> None:
-    """Tag a registration's run with the digest of the dvc.lock that was written after it."""
-    from fmn.registry import tracking
-
-    if digest := lineage.dvc_lock():
-        with tracking.connection() as client:
-            client.set_tag(run, "dvc.lock", digest)
+    with tracking.connection() as client:
+        model = client.get_registered_model(name)
+        champion, before = tracking.champions(client, model)
+        version = to or before
+        if version is None:
+            remedy = "say which is to be: --to VERSION"
+            raise UserError(f"{name}: no version was the champion before; {remedy}")
+        if version == champion:
+            raise UserError(f"{name}: version {version} is the champion")
+        tracking.make_champion(client, model, version)
+    return ChampionChange(name=name, before=champion, champion=version)
 
 
 @dataclass(frozen=True)
@@ -323,9 +313,9 @@ class Version:
     def table(self) -> list[list[str]]:
         """The lineage in rows: what, from where or how, digest."""
         rows = [[part.name, part.origin, part.digest] for part in self.lineage.parts]
-        names = {"settings": "profile", "fmn": "fmn"}
-        rows += [[name, self.tags.get(tag, "not recorded"), ""] for name, tag in names.items()]
-        return rows + [[name, "", self.tags.get(name, "")] for name in ("git.commit", "dvc.lock")]
+        names = {"settings": "profile", "fmn": "fmn", "git.commit": "git.commit"}
+        tags = [[name, self.tags.get(tag, "not recorded"), ""] for name, tag in names.items()]
+        return rows + tags
 
 
 def read_lineage(source: str) -> Version:
@@ -380,53 +370,94 @@ def compare_digests(version: Version, model: Path, metrics: Path) -> list[tuple[
     return [(name, recorded.get(name, ""), now.get(name, "")) for name in names]
 
 
-class ComparisonResults(Record):
-    """What is read of a comparison's ``results.json``: means by method and kind of set."""
-
-    methods: dict[str, dict[str, float]]
+# ---------------------------------------------------------------------------------------------
+# Runs without a version
 
 
-class LoggedComparison(Record):
-    """The run of a comparison, and the address of its store."""
+class LoggedRun(Record):
+    """A run, and the address of its store."""
 
     run: str
     store: str
 
 
 def log_comparison(
-    tables: Path, *, title: str, comparing: "CompareSettings", settings: RegistrySettings
-) -> Outcome[LoggedComparison]:
+    tables: Path, *, title: str, comparing: CompareSettings, settings: RegistrySettings
+) -> Outcome[LoggedRun]:
     """Log the tables of a comparison in MLflow: a run, and in it a run for each method.
 
     Raises:
         UserError: the tables are not those that were written, or the store refuses.
     """
+    check_intact(tables)
+    sidecar = read_sidecar(tables)
+    if sidecar is None or sidecar.stage != "comparison":
+        raise UserError(f"{tables}: not the tables of a comparison; make them with `fmn compare`")
+    means = read_info(tables, ReportInfo).results
+    methods = {name: comparing.methods[name].model_dump(mode="json") for name in means}
+    return _log_runs(
+        f"compare {title}",
+        settings.experiment,
+        {"title": title, "tables": sidecar.key},
+        params=comparing.model_dump(mode="json", exclude={"methods", "device"}),
+        nested={name: (methods[name], means[name]) for name in means},
+        tables=tables,
+    )
+
+
+def log_search(result: SearchResult, settings: SearchSettings) -> Outcome[LoggedRun]:
+    """Log a search in MLflow: a run with the best trial's scores, and in it a run for each trial.
+
+    Raises:
+        UserError: the store refuses.
+    """
+
+    def scores(trial: Trial) -> dict[str, float]:
+        coefficients = {f"coefficient.{name}": x for name, x in trial.coefficients.items()}
+        return {"score": trial.score, "scale": trial.scale, **trial.tasks, **coefficients}
+
+    return _log_runs(
+        f"search {', '.join(result.experts)}",
+        settings.experiment,
+        {"study": result.study, "trials": len(result.trials)},
+        params=result.merge | settings.model_dump(mode="json", exclude={"device", "experiment"}),
+        metrics=scores(max(result.trials, key=lambda trial: trial.score)),
+        nested={f"trial {n}": ({}, scores(trial)) for n, trial in enumerate(result.trials)},
+    )
+
+
+def _log_runs(
+    name: str,
+    experiment: str,
+    content: Mapping[str, Any],
+    *,
+    params: Mapping[str, Any],
+    nested: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]],
+    metrics: Mapping[str, float] | None = None,
+    tables: Path | None = None,
+) -> Outcome[LoggedRun]:
+    """Log a run with nested runs, each (params, metrics), unless this `content` is logged there."""
     import mlflow
 
     from fmn.registry import tracking
 
     started = time.monotonic()
-    check_intact(tables)
-    sidecar = read_sidecar(tables)
-    if sidecar is None or sidecar.stage != "comparison":
-        raise UserError(f"{tables}: not the tables of a comparison; make them with `fmn compare`")
-    results = read_record(tables / "results.json", ComparisonResults)
-    described = {"title": title, "experiment": settings.experiment, "tables": sidecar.key}
-    key = artifacts.content_key("log-comparison", LOG_COMPARISON, described, {})
-    tags = {"mlflow.note.content": _shown((tables / "table.md").read_text())}
+    key = artifacts.content_key("log", LOG, {"experiment": experiment, **content}, {})
+    tags = {"mlflow.note.content": _shown((tables / "table.md").read_text())} if tables else {}
     with tracking.connection() as client:
         query = f"tags.`{tracking.KEY}` = '{key}' and attributes.status = 'FINISHED'"
-        experiments = [tracking.experiment_id(client, settings.experiment)]
-        if runs := client.search_runs(experiments, query):
+        runs = client.search_runs([tracking.experiment_id(client, experiment)], query)
+        if runs:
             run = runs[0]
         else:
-            name = f"compare {title}"
-            with tracking.new_run(client, settings.experiment, key, name, tags) as run:
-                mlflow.log_artifacts(str(tables), "tables")
-                mlflow.log_params(comparing.model_dump(mode="json", exclude={"methods", "device"}))
-                for method, means in results.methods.items():
-                    with mlflow.start_run(run_name=method, nested=True):
-                        mlflow.log_params(_flat(comparing.methods[method].model_dump(mode="json")))
-                        mlflow.log_metrics(means)
-    record = LoggedComparison(run=run.info.run_id, store=redacted(tracking.tracking_uri()))
-    return Outcome("log", tables, not runs, time.monotonic() - started, record)
+            with tracking.new_run(client, experiment, key, name, tags) as run:
+                if tables:
+                    mlflow.log_artifacts(str(tables), "tables")
+                mlflow.log_params(_flat(params))
+                mlflow.log_metrics(dict(metrics or {}))
+                for nested_name, (nested_params, nested_metrics) in nested.items():
+                    with mlflow.start_run(run_name=nested_name, nested=True):
+                        mlflow.log_params(_flat(nested_params))
+                        mlflow.log_metrics(dict(nested_metrics))
+    record = LoggedRun(run=run.info.run_id, store=redacted(tracking.tracking_uri()))
+    return Outcome("log", tables or Path(), not runs, time.monotonic() - started, record)

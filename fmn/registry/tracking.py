@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -192,24 +191,17 @@ def log_served_model(model: Path) -> ModelInfo:
 
 
 def pack(model: Path, out: Path) -> None:
-    """Link what `served.py` needs of a merged model into a folder, the encoder once."""
-    shutil.copytree(model / "encoder", out / "encoder", copy_function=_link)
+    """Copy what `served.py` needs of a merged model into a folder, the encoder once."""
+    shutil.copytree(model / "encoder", out / "encoder")
     text_counts = {}
     for task in sorted((model / "tasks").iterdir()):
         text_counts[task.name] = len(get_task(task.name).text_columns)
         folder = out / "tasks" / task.name
         folder.mkdir(parents=True)
-        _link(task / "config.json", folder / "config.json")
+        shutil.copyfile(task / "config.json", folder / "config.json")
         # The last shard; those before it are the encoder's.
-        _link(max(task.glob("*.safetensors")), folder / "head.safetensors")
+        shutil.copyfile(max(task.glob("*.safetensors")), folder / "head.safetensors")
     (out / "texts.json").write_text(json.dumps(text_counts))
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
 
 
 def requirements() -> list[str]:
@@ -231,11 +223,10 @@ def promote(
         champion = before
     standing = _standing(client.get_model_version(name, champion)) if champion else None
     decision = promotion.decide(_standing(version), standing, tolerance)
-    client.set_registered_model_alias(name, decision.alias, number)
     if decision.alias == CHAMPION:
-        record_champion(client, model, number, promotion.PROMOTED)
-        if CHALLENGER in model.aliases:  # it lost against another
-            client.delete_registered_model_alias(name, CHALLENGER)
+        make_champion(client, model, number)
+    else:
+        client.set_registered_model_alias(name, CHALLENGER, number)
     text = f"{decision.alias}: {decision.reason}"
     client.set_tag(str(version.run_id), PROMOTION, text)
     client.set_tag(str(version.run_id), MLFLOW_RUN_NOTE, text)
@@ -254,42 +245,17 @@ def _standing(version: ModelVersion) -> Standing:
 
 def champions(client: mlflow.MlflowClient, model: RegisteredModel) -> tuple[str | None, str | None]:
     """The champion, and the one before it that still exists."""
-    versions = {
-        str(found.version) for found in client.search_model_versions(f"name = '{model.name}'")
-    }
-    champion = model.aliases.get(CHAMPION)
-    champion = None if champion is None else str(champion)
+    registered = client.search_model_versions(f"name = '{model.name}'")
+    versions = {str(version.version) for version in registered}
+    champion = str(model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
     history = model.tags.get(HISTORY, "")
     return champion, promotion.previous_champion(history, champion, versions)
 
 
-def record_champion(
-    client: mlflow.MlflowClient, model: RegisteredModel, version: str, event: str
-) -> None:
-    """Note in a registered model's history who became the champion."""
-    time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")
-    history = promotion.add_event(model.tags.get(HISTORY, ""), version, event, time)
+def make_champion(client: mlflow.MlflowClient, model: RegisteredModel, version: str) -> None:
+    """Give a version the alias champion, and note that in the registered model's history."""
+    client.set_registered_model_alias(model.name, CHAMPION, version)
+    history = promotion.add_champion(model.tags.get(HISTORY, ""), version)
     client.set_registered_model_tag(model.name, HISTORY, history)
-
-
-def roll_back(name: str, to: str | None) -> tuple[str | None, str]:
-    """Make the champion before it, or the version `to`, the champion; returns (old, new).
-
-    Raises:
-        UserError: there is no such model or version, or no champion before.
-    """
-    with connection() as client:
-        model = client.get_registered_model(name)
-        champion, before = champions(client, model)
-        new = to or before
-        if new is None:
-            raise UserError(
-                f"{name}: no version was the champion before; say which is to be: --to VERSION"
-            )
-        if new == champion:
-            raise UserError(f"{name}: version {new} is the champion")
-        client.set_registered_model_alias(name, CHAMPION, new)
-        record_champion(client, model, new, promotion.RESTORED)
-        if str(model.aliases.get(CHALLENGER)) == new:
-            client.delete_registered_model_alias(name, CHALLENGER)
-        return champion, new
+    if CHALLENGER in model.aliases:  # it was compared with another champion
+        client.delete_registered_model_alias(model.name, CHALLENGER)

@@ -1,14 +1,15 @@
 """What a version was made from: parts with digests, pinned settings, the state of the workspace."""
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fmn.registry import lineage
 from fmn.evaluate.files import Metrics
 from fmn.merge.recipe import Recipe
+from fmn.registry import lineage
 
 COMMIT = "a" * 40
 FISHER = {
@@ -41,10 +42,11 @@ def recipe(**changes: Any) -> Recipe:
         "tasks": ["mrpc", "sst2"],
         "method": "mask-fisher",
         "coefficients": {"mrpc": 1.0, "sst2": 1.0},
-        "fmn": "0.1.0",
-        "key": "",
-        "files": {},
-        "base": {"revision": f"hf://org/base@{COMMIT}", "digest": "b" * 64},
+        "base": {
+            "source": "hf://org/base",
+            "revision": f"hf://org/base@{COMMIT}",
+            "digest": "b" * 64,
+        },
         "experts": EXPERTS,
         "fisher": {"mrpc": FISHER},
         "gram": {},
@@ -62,11 +64,10 @@ def metrics(source: str = "hub", revision: str = COMMIT) -> Metrics:
         "model": "",
         "score": 0.85,
         "interval": [0.8, 0.9],
-        "predictions": "",
         "tasks": {"mrpc": scores, "sst2": scores},
         "data": {"mrpc": rows(source, "c", revision), "sst2": rows(source, "d", revision)},
     }
-    return Metrics.model_validate(content)
+    return Metrics.model_validate_json(json.dumps(content))
 
 
 SETTINGS: dict[str, Any] = {
@@ -169,20 +170,3 @@ def test_the_commit_of_the_workspace_says_whether_files_differ(
     assert lineage.git_commit() == git("rev-parse", "HEAD")
     Path("file").write_text("two")
     assert lineage.git_commit() == git("rev-parse", "HEAD") + "+"
-
-
-def test_the_lock_counts_up_to_the_registration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert lineage.dvc_lock() is None
-    lock = "schema: '2.0'\nstages:\n  merge: {cmd: fmn merge, outs: [{md5: a}]}\n"
-    Path("dvc.lock").write_text(lock)
-    before = lineage.dvc_lock()
-    assert before
-    Path("dvc.lock").write_text(lock + "  register: {cmd: fmn register}\n")
-    assert lineage.dvc_lock() == before
-    Path("dvc.lock").write_text(lock.replace("md5: a", "md5: b"))
-    assert lineage.dvc_lock() not in (None, before)
-    Path("dvc.lock").write_text("[broken")
-    assert lineage.dvc_lock() is None

@@ -5,10 +5,8 @@ import pytest
 from fmn.registry.promotion import (
     CHALLENGER,
     CHAMPION,
-    PROMOTED,
-    RESTORED,
     Standing,
-    add_event,
+    add_champion,
     decide,
     previous_champion,
 )
@@ -72,36 +70,33 @@ def test_a_champion_of_unknown_scores_keeps_its_place() -> None:
     )
 
 
-def history(*events: tuple[str, str]) -> str:
-    text = ""
-    for version, how in events:
-        text = add_event(text, version, how, "2026-11-01T02:00Z")
-    return text
-
-
 def test_rolling_back_twice_goes_two_champions_back() -> None:
     versions = {"1", "2", "3", "4", "5"}
-    text = history(("1", PROMOTED), ("3", PROMOTED), ("4", PROMOTED))
-    assert previous_champion(text, "4", versions) == "3"
-    text = add_event(text, "3", RESTORED, "2026-11-02T02:00Z")
-    assert previous_champion(text, "3", versions) == "1"
-    text = add_event(text, "1", RESTORED, "2026-11-03T02:00Z")
-    assert previous_champion(text, "1", versions) is None
-    text = add_event(text, "5", PROMOTED, "2026-11-04T02:00Z")
-    assert previous_champion(text, "5", versions) == "1"
+    assert previous_champion("1 3 4", "4", versions) == "3"
+    history = add_champion("1 3 4", "3")
+    assert previous_champion(history, "3", versions) == "1"
+    history = add_champion(history, "1")
+    assert previous_champion(history, "1", versions) is None
+    assert previous_champion(add_champion(history, "5"), "5", versions) == "1"
 
 
-def test_a_champion_before_that_was_deleted_is_passed_over() -> None:
-    text = history(("1", PROMOTED), ("3", PROMOTED), ("4", PROMOTED))
-    assert previous_champion(text, "4", {"1", "4"}) == "1"
-
-
-def test_an_alias_that_was_moved_by_hand_goes_back_to_the_last_known_champion() -> None:
-    assert previous_champion(history(("1", PROMOTED), ("3", PROMOTED)), "2", {"1", "2", "3"}) == "3"
-    assert previous_champion("", "2", {"1", "2"}) is None
+@pytest.mark.parametrize(
+    ("history", "champion", "versions", "before"),
+    [
+        ("1 3 4", "4", {"1", "4"}, "1"),  # 3 was deleted
+        ("1 3", "2", {"1", "2", "3"}, "3"),  # the alias was moved by hand
+        ("", "2", {"1", "2"}, None),
+    ],
+)
+def test_the_champion_before_is_the_last_known_one_that_exists(
+    history: str, champion: str, versions: set[str], before: str | None
+) -> None:
+    assert previous_champion(history, champion, versions) == before
 
 
 def test_the_history_stays_short_enough_for_a_tag() -> None:
-    text = history(*((str(version), PROMOTED) for version in range(1000, 3000)))
-    assert len(text) < 2000
-    assert previous_champion(text, "2999", {str(version) for version in range(3000)}) == "2998"
+    history = ""
+    for version in range(1000, 3000):
+        history = add_champion(history, str(version))
+    assert len(history) < 2000
+    assert previous_champion(history, "2999", {str(version) for version in range(3000)}) == "2998"

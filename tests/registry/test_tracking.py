@@ -21,16 +21,12 @@ from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR
 
 from flows.workers import is_transient
 from fmn.errors import UserError
-from fmn.models import stages as models_stages
+from fmn.models.stages import predict
 from fmn.registry import tracking
 from tests.mlflow_proxy import proxy
 from tests.registry.conftest import Merged, Register
 
 pytestmark = pytest.mark.usefixtures("store")
-
-
-def predict(merged: Merged, task: str, text: str, text_pair: str | None = None) -> Any:
-    return models_stages.predict(merged.model, task, text, text_pair)
 
 
 def test_the_files_of_a_local_store_lie_beside_it(
@@ -64,11 +60,11 @@ def test_the_served_model_answers_as_the_merged_one_does(
         for (text, second), answer in zip(
             texts.itertuples(index=False), answers.to_dict("records"), strict=True
         ):
-            expected = models_stages.predict(merged, text, second, task=task)
+            expected = predict(merged.model, text, second, task=task)
             assert answer["label"] == expected.label
             assert answer["score"] == pytest.approx(expected.score, abs=1e-5)
     answer = model.predict(texts[["text"]], params={"task": "sst2"}).to_dict("records")[0]
-    expected = models_stages.predict(merged, "a warm film", task="sst2")
+    expected = predict(merged.model, "a warm film", task="sst2")
     assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
     with pytest.raises(Exception, match="not one of mrpc, sst2, stsb"):
         model.predict(texts, params={"task": "rte"})
@@ -313,7 +309,7 @@ def test_a_version_is_served_to_curl(register: Register, merged: Merged, store: 
     with serving(*command, path="ping", MLFLOW_TRACKING_URI=store) as address:
         texts = [{"text": "a warm film"}, {"text": "dull"}]
         answers = ask(address, dataframe_records=texts, params={"task": "sst2"})
-        expected = models_stages.predict(merged, "a warm film", task="sst2")
+        expected = predict(merged.model, "a warm film", task="sst2")
         assert [set(answer["probabilities"]) for answer in answers] == [
             {"negative", "positive"}
         ] * 2
