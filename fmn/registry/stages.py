@@ -18,17 +18,9 @@ from fmn.merge.recipe import CARD, RECIPE, Recipe, read_recipe
 from fmn.registry import lineage
 from fmn.registry.lineage import Lineage
 from fmn.report.stages import ReportInfo
-from fmn.store import artifacts
+from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
-from fmn.store.stage import (
-    Outcome,
-    check_intact,
-    check_output,
-    read_info,
-    read_sidecar,
-    run_stage,
-    write_record,
-)
+from fmn.store.stage import Outcome
 from fmn.store.yaml_file import read_yaml, to_yaml
 
 REGISTER = 2
@@ -94,7 +86,7 @@ def register(
 
     started = time.monotonic()
     if out is not None:
-        check_output(out, [model, metrics, report, card, params])
+        stage.check_output(out, [model, metrics, report, card, params])
     recipe, scores = _read(model, metrics)
     card_text = (card or model / CARD).read_text()
     inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
@@ -107,7 +99,6 @@ def register(
         else:
             with tracking.new_run(client, settings.experiment, key, settings.name):
                 mlflow.log_text(card_text, CARD)
-                mlflow.log_metrics(_seconds(model, metrics, report))
                 if report:
                     mlflow.log_artifacts(str(report), "report")
                 _log_lineage(model, recipe, scores, params)
@@ -125,8 +116,8 @@ def register(
         **decision._asdict(),
     )
     if out is not None:
-        run_stage(
-            "register", REGISTER, out, lambda job: write_record(job.path, registered),
+        stage.run_stage(
+            "register", REGISTER, out, lambda job: stage.write_record(job.path, registered),
             # A version that was deleted in MLflow and registered anew has another run.
             reads=inputs, settings={"registered": registered}, summary=str,
         )  # fmt: skip
@@ -210,12 +201,6 @@ def _metrics(metrics: Metrics) -> dict[str, float]:
     for name, (low, high) in intervals.items():
         values |= {f"{name}.low": low, f"{name}.high": high}
     return values
-
-
-def _seconds(*outputs: Path | None) -> dict[str, float]:
-    """The run time of the stages that wrote these outputs, by ``seconds/STAGE NAME``."""
-    sidecars = [(path.stem, read_sidecar(path)) for path in outputs if path]
-    return {f"seconds/{it.stage} {name}": it.seconds for name, it in sidecars if it}
 
 
 def _shown(markdown: str) -> str:
@@ -340,11 +325,11 @@ def log_comparison(
     Raises:
         UserError: the tables are not those that were written, or the store refuses.
     """
-    check_intact(tables)
-    sidecar = read_sidecar(tables)
-    if sidecar is None or sidecar.stage != "comparison":
+    stage.check_intact(tables)
+    sidecar = stage.read_sidecar(tables)
+    if not sidecar or sidecar.stage != "comparison":
         raise UserError(f"{tables}: not the tables of a comparison; make them with `fmn compare`")
-    means = read_info(tables, ReportInfo).results
+    means = stage.read_info(tables, ReportInfo).results
     methods = {name: comparing.methods[name].model_dump(mode="json") for name in means}
     return _log_runs(
         f"compare {title}",
