@@ -26,7 +26,6 @@ from flows.workers import TransientError, one_line
 from fmn import params
 from fmn.errors import UserError
 from fmn.models import labels
-from fmn.registry.stages import record_dvc_lock
 from fmn.store.stage import Outcome
 from fmn.terminal import progress_bar, say, show_table
 
@@ -131,11 +130,9 @@ def pipeline(profile: str = "params.yaml") -> Outcomes:
         version = registered.summary
         page = report.out / "report.html"
         pages.show_links(version.store, version.run, version.name, version.version, page)
-        if registered.computed:
-            record_dvc_lock(version.run)
-            if version.alias == "champion":
-                text = f"{version.name} {version.version} is the new champion: {version.reason}"
-                notices.send(path, f"fmn: {text}")
+        if registered.computed and version.alias == "champion":
+            text = f"{version.name} {version.version} is the new champion: {version.reason}"
+            notices.send(path, f"fmn: {text}")
     return outcomes
 
 

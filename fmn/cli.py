@@ -21,12 +21,13 @@ from fmn import __version__, params
 from fmn.environment import settle_environment
 from fmn.errors import UserError, system_error
 from fmn.evaluate.stages import evaluate
-from fmn.experiments.stages import search
+from fmn.experiments.stages import SearchSettings, search
 from fmn.fisher.stages import fisher, full_fisher, gram
 from fmn.merge.stages import merge, realign
 from fmn.models.stages import fetch, finetune, predict
 from fmn.registry.stages import (
     compare_digests,
+    log_search,
     read_lineage,
     register,
     roll_back,
@@ -158,6 +159,8 @@ def _add_stage(function: Callable[..., Outcome[Any]], show: Show) -> None:
         else:
             with progress_bar(function.__name__.replace("_", " ")) as progress:
                 outcome = function(*args, **options, progress=progress)
+        if function is search:
+            log_search(outcome.summary, options.get("settings", SearchSettings()))
         _print_outcome(outcome, as_json, show)
 
     wrapped: Any = command

@@ -9,51 +9,41 @@ needs atheris.
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import atheris
 
 with atheris.instrument_imports(include=["fmn"]):
     from fmn.errors import UserError
+    from fmn.evaluate.files import read_metrics
     from fmn.fisher import files as statistics
     from fmn.merge import recipe
     from fmn.models import headers
     from fmn.store import artifacts
-    from fmn.evaluate.files import Metrics
-    from fmn.store.stage import read_record, read_sidecar
+    from fmn.store.stage import read_sidecar
 
 MEMORY = Path("/dev/shm")  # noqa: S108
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz", dir=MEMORY if MEMORY.is_dir() else None))
-NAMES = (
-    headers.WEIGHTS,
-    headers.INDEX,
-    artifacts.SIDECAR,
-    "metrics.json",
-    recipe.RECIPE,
-    headers.WEIGHTS,
-)
+READERS: list[tuple[str, Callable[[Path], object]]] = [
+    (headers.WEIGHTS, headers.file_headers),
+    (headers.INDEX, headers.weight_map),
+    (artifacts.SIDECAR, lambda path: read_sidecar(path.parent)),
+    ("metrics.json", read_metrics),
+    (recipe.RECIPE, lambda path: recipe.read_recipe(path.parent)),
+    (headers.WEIGHTS, lambda path: statistics.read_statistic(path, statistics.GramMetadata)),
+]
 
 
 def attempt(data: bytes) -> None:
     """Read bytes as the kind of file that the first byte tells."""
     if not data:
         return
-    kind, content = data[0] % len(NAMES), data[1:]
-    path = FOLDER / NAMES[kind]
-    path.write_bytes(content)
+    name, read = READERS[data[0] % len(READERS)]
+    path = FOLDER / name
+    path.write_bytes(data[1:])
     try:
-        if kind == 0:
-            headers.file_headers(path)
-        elif kind == 1:
-            headers.weight_map(path)
-        elif kind == 2:
-            read_sidecar(FOLDER)
-        elif kind == 3:
-            read_record(path, Metrics)
-        elif kind == 4:
-            recipe.read_recipe(FOLDER)
-        else:
-            statistics.read_statistic(path, statistics.GramMetadata)
+        read(path)
     except UserError as error:
         if "\n" in str(error) or str(FOLDER) not in str(error):
             raise AssertionError(f"not a line that names the file: {error}") from error

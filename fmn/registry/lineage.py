@@ -6,16 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fmn.errors import UserError
 from fmn.evaluate.files import Metrics
 from fmn.merge.recipe import Checkpoint, Recipe
 from fmn.models.sources import SCHEMES
 from fmn.store import artifacts
 from fmn.store.records import Record
-from fmn.store.yaml_file import read_yaml
 
-LOCK = Path("dvc.lock")
-LAST_STAGE = "register"  # of dvc.yaml; its entry in the lock comes after the registration
 # Sections of the settings that do not change the merged model; `notify` holds a secret.
 _NOT_RECORDED = {"compare", "notify", "full_fisher", "runner", "address", "storage"}
 
@@ -110,15 +106,6 @@ def git_commit() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def dvc_lock() -> str | None:
-    """The digest of what dvc.lock says of the stages before the registration; None without it."""
-    try:
-        stages = read_yaml(LOCK)["stages"]
-        return _digest({name: entry for name, entry in stages.items() if name != LAST_STAGE})
-    except (UserError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -5,9 +5,7 @@ from typing import NamedTuple
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-PROMOTED = "promoted"
-RESTORED = "restored"
-_MAX_EVENTS = 60  # of a history, which has to fit into a tag
+_MAX_CHAMPIONS = 200  # of a history, which has to fit into a tag
 
 
 class Standing(NamedTuple):
@@ -62,33 +60,21 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}"
 
 
-def add_event(history: str, version: str, event: str, time: str) -> str:
-    """A history of champions with one more event; the oldest events are forgotten.
+def add_champion(history: str, version: str) -> str:
+    """The champions in turn, with one more; one that comes back has those after it forgotten.
 
-    >>> add_event("1 promoted 2026-11-01T02:00Z", "3", PROMOTED, "2026-11-02T02:00Z")
-    '1 promoted 2026-11-01T02:00Z; 3 promoted 2026-11-02T02:00Z'
+    >>> add_champion("1 3 4", "5")
+    '1 3 4 5'
+    >>> add_champion("1 3 4", "3")
+    '1 3'
     """
-    events = [*filter(None, history.split("; ")), f"{version} {event} {time}"]
-    return "; ".join(events[-_MAX_EVENTS:])
+    champions = [*history.split(), version]
+    return " ".join(champions[: champions.index(version) + 1][-_MAX_CHAMPIONS:])
 
 
 def previous_champion(history: str, champion: str | None, versions: Collection[str]) -> str | None:
-    """The champion before the present one, among the versions that still exist, if any.
-
-    A champion that was rolled back does not count, so that rolling back twice goes two back.
-    """
-    champions: list[str] = []
-    for entry in filter(None, history.split("; ")):
-        version, event, _ = entry.split(" ")
-        if event == RESTORED and version in champions:
-            champions = _before_last(champions, version)
-        champions.append(version)
+    """The champion before the present one, among the versions that still exist, if any."""
+    champions = history.split()
     if champion in champions:
-        champions = _before_last(champions, champion)
-    candidates = (version for version in reversed(champions) if version in versions)
-    return next((version for version in candidates if version != champion), None)
-
-
-def _before_last(champions: list[str], version: str) -> list[str]:
-    """What comes before the last occurrence of a version."""
-    return champions[: len(champions) - 1 - champions[::-1].index(version)]
+        champions = champions[: champions.index(champion)]
+    return next((version for version in reversed(champions) if version in versions), None)

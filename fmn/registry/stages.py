@@ -3,44 +3,28 @@
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr
+from collections.abc import Mapping
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from pydantic import Field
 
 from fmn.errors import UserError, redacted
-from fmn.evaluate.files import Metrics
-from fmn.merge.recipe import CARD, RECIPE, Recipe
+from fmn.evaluate.files import Metrics, read_metrics
+from fmn.experiments.files import SearchResult, Trial
+from fmn.experiments.stages import CompareSettings, SearchSettings
+from fmn.merge.recipe import CARD, RECIPE, Recipe, read_recipe
 from fmn.registry import lineage
-from fmn.registry.lineage import Lineage, Part
-from fmn.registry.promotion import Decision
-from fmn.store import artifacts
+from fmn.registry.lineage import Lineage
+from fmn.report.stages import ReportInfo
+from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
-from fmn.store.stage import (
-    Job,
-    Outcome,
-    check_intact,
-    check_output,
-    read_record,
-    read_sidecar,
-    run_stage,
-    write_record,
-)
+from fmn.store.stage import Outcome
 from fmn.store.yaml_file import read_yaml, to_yaml
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput
-    from mlflow.entities.model_registry import ModelVersion
-
-    from fmn.experiments.stages import CompareSettings
-
 REGISTER = 2
-LOG_COMPARISON = 2
+LOG = 3
 LINEAGE = "lineage/lineage.json"  # file of a run
 SETTINGS = "params.yaml"
 
@@ -68,19 +52,6 @@ class Registered(Record):
     store: str
     alias: str
     reason: str
-
-    @classmethod
-    def of(cls, version: "ModelVersion", decision: Decision) -> "Registered":
-        """A version of the present store."""
-        from fmn.registry import tracking
-
-        return cls(
-            name=version.name,
-            version=str(version.version),
-            run=str(version.run_id),
-            store=redacted(tracking.tracking_uri()),
-            **decision._asdict(),
-        )
 
 
 def register(
@@ -115,9 +86,9 @@ def register(
 
     started = time.monotonic()
     if out is not None:
-        check_output(out, [model, metrics, report, card, params])
-    merged = _read(model, metrics, params)
-    card_text = _read_card(card, model)
+        stage.check_output(out, [model, metrics, report, card, params])
+    recipe, scores = _read(model, metrics)
+    card_text = (card or model / CARD).read_text()
     inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
     described = settings.model_dump(exclude={"tolerance"})
     key = artifacts.content_key("register", REGISTER, described, inputs)
@@ -126,98 +97,82 @@ def register(
         if versions := client.search_model_versions(query):
             version = versions[0]
         else:
-            tags = {"profile": str(params), "made": model.resolve().name} if params else {}
-            with tracking.new_run(client, settings.experiment, key, settings.name, tags) as run:
+            with tracking.new_run(client, settings.experiment, key, settings.name):
                 mlflow.log_text(card_text, CARD)
-                mlflow.log_metrics(_seconds(model, metrics, report))
                 if report:
                     mlflow.log_artifacts(str(report), "report")
-                version = _create_version(client, run.info.run_id, settings.name, key, merged)
+                _log_lineage(model, recipe, scores, params)
+                logged = tracking.log_served_model(model)
+                mlflow.log_metrics(_metrics(scores), model_id=logged.model_id)
+                tags = {tracking.KEY: key, **_version_tags(recipe, scores)}
+                version = tracking.create_version(logged, settings.name, tags)
         is_new = tracking.PROMOTION not in version.tags
         decision = tracking.promote(client, version, settings.tolerance, _shown(card_text))
-    registered = Registered.of(version, decision)
+    registered = Registered(
+        name=version.name,
+        version=str(version.version),
+        run=str(version.run_id),
+        store=redacted(tracking.tracking_uri()),
+        **decision._asdict(),
+    )
     if out is not None:
-        _record(out, registered, inputs)
+        stage.run_stage(
+            "register", REGISTER, out, lambda job: stage.write_record(job.path, registered),
+            # A version that was deleted in MLflow and registered anew has another run.
+            reads=inputs, settings={"registered": registered}, summary=str,
+        )  # fmt: skip
     return Outcome("register", out or model, is_new, time.monotonic() - started, registered)
 
 
-def _record(out: Path, registered: Registered, inputs: Mapping[str, str]) -> None:
-    def write(job: Job) -> None:
-        write_record(job.path, registered)
-
-    # A version that was deleted in MLflow and registered anew has another run.
-    settings = {"registered": registered}
-    run_stage("register", REGISTER, out, write, reads=inputs, settings=settings, summary=str)
-
-
-class _Merged(NamedTuple):
-    """A merged model, its recipe, its metrics, and the settings that it was made with if known."""
-
-    model: Path
-    recipe: Recipe
-    scores: Metrics
-    settings: dict[str, Any] | None
-
-
-def _read(model: Path, metrics: Path, params: Path | None = None) -> _Merged:
-    """Read a merged model and its metrics, which must be of it and of all its tasks."""
-    check_intact(model)
-    recipe = read_record(model / RECIPE, Recipe, "merge with `fmn merge`")
-    scores = read_record(metrics, Metrics, "make it with `fmn evaluate`")
-    # The second digest is in files that the old kind of stages wrote.
-    digests = (artifacts.digest_folder(model), artifacts.digest_file(model / RECIPE))
+def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
+    """A merged model's recipe, and its metrics, which must be of it and of all its tasks."""
+    recipe, scores = read_recipe(model), read_metrics(metrics)
     is_complete = set(recipe.tasks) == set(scores.tasks) == set(scores.data)
-    if scores.model not in digests or not is_complete:
+    if scores.model != artifacts.digest_folder(model) or not is_complete:
         remedy = f"make them with `fmn evaluate {model}`"
         raise UserError(f"{metrics}: not the metrics of all tasks of {model}; {remedy}")
-    settings = read_yaml(params) if params else {}
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{params}: holds no settings; --params names the settings file")
-    pinned = lineage.pin_settings(settings, recipe, scores) if params else None
-    return _Merged(model, recipe, scores, pinned)
+    return recipe, scores
 
 
-def _read_card(card: Path | None, model: Path) -> str:
-    """The text of a model card; by default of the merged model's own, if it has one."""
-    file = card or model / CARD
-    if card and not card.is_file():
-        raise UserError(f"{card}: no such model card; `fmn report` makes it")
-    return file.read_text() if file.is_file() else ""
-
-
-def _create_version(
-    client: "MlflowClient", run_id: str, name: str, key: str, merged: _Merged
-) -> "ModelVersion":
-    """Log a merged model and everything known of it with the current run, and register it."""
+def _log_lineage(model: Path, recipe: Recipe, scores: Metrics, params: Path | None) -> None:
+    """Log with the current run what a model was made from: as files, tags and data sets."""
     import mlflow
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
 
-    from fmn.registry import tracking
-
-    model, recipe, scores, settings = merged
     parts = lineage.describe(model, recipe, scores)
+    settings = lineage.pin_settings(read_yaml(params), recipe, scores) if params else None
     record = Lineage(parts=parts, threads=lineage.threads(recipe), settings=settings)
     mlflow.log_text(record.model_dump_json(indent=1), LINEAGE)
     mlflow.log_artifact(str(model / RECIPE), "lineage")
     mlflow.log_text(scores.model_dump_json(indent=1), "lineage/metrics.json")
     mlflow.log_params(_params(recipe, settings or {}))
-    if settings is not None:
-        mlflow.log_text(to_yaml(settings), f"lineage/{SETTINGS}")
     tags = {"tasks": ", ".join(recipe.tasks), "fmn": recipe.fmn}
     tags |= {part.name.replace(" ", "."): part.digest for part in parts}
-    here = {"git.commit": lineage.git_commit(), "dvc.lock": lineage.dvc_lock()}
-    mlflow.set_tags(tags | {tag: value for tag, value in here.items() if value})
-    client.log_inputs(run_id, list(_inputs(parts)))
-    logged = tracking.log_served_model(model)
-    mlflow.log_metrics(_metrics(scores), model_id=logged.model_id)
-    version_tags = {
-        "tasks": tags["tasks"],
+    if settings is not None:
+        mlflow.log_text(to_yaml(settings), f"lineage/{SETTINGS}")
+        tags |= {"profile": str(params), "made": model.resolve().name}
+    if commit := lineage.git_commit():
+        tags["git.commit"] = commit
+    mlflow.set_tags(tags)
+    for part in parts:
+        if part.name.startswith("data "):
+            _, task, split = part.name.split(" ")
+            source = CodeDatasetSource({"source": part.origin, "split": split})
+            # MLflow keeps 36 digits.
+            dataset = MetaDataset(source, task, part.digest[:32])  # type: ignore[abstract]
+            mlflow.log_input(dataset, context="training" if split == "train" else "validation")
+
+
+def _version_tags(recipe: Recipe, scores: Metrics) -> dict[str, str]:
+    from fmn.registry import tracking
+
+    return {
+        "tasks": ", ".join(recipe.tasks),
         "score": f"{100 * scores.score:.2f} %",
-        tracking.KEY: key,
         tracking.SCORES: json.dumps({task: entry.score for task, entry in scores.tasks.items()}),
         tracking.DATA: lineage.evaluation_data(scores),
     }
-    with redirect_stderr(StringIO()):  # the caller says better what MLflow says there
-        return mlflow.register_model(logged.model_uri, name, tags=version_tags)
 
 
 def _params(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,27 +203,6 @@ def _metrics(metrics: Metrics) -> dict[str, float]:
     return values
 
 
-def _seconds(*outputs: Path | None) -> dict[str, float]:
-    """The run time of the stages that wrote these outputs, by ``seconds/STAGE NAME``."""
-    sidecars = {path.stem: read_sidecar(path) for path in outputs if path}
-    return {f"seconds/{it.stage} {name}": it.seconds for name, it in sidecars.items() if it}
-
-
-def _inputs(parts: list[Part]) -> Iterator["DatasetInput"]:
-    """The data sets that a model was made from and scored on, as MLflow shows them."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-
-    for part in parts:
-        if part.name.startswith("data "):
-            _, task, split = part.name.split(" ")
-            source = json.dumps({"source": part.origin, "split": split})
-            digest = part.digest[:32]  # MLflow keeps 36 digits
-            dataset = Dataset(task, digest, part.origin.split(" ")[0], source)
-            context = "training" if split == "train" else "validation"
-            yield DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
-
-
 def _shown(markdown: str) -> str:
     """Markdown without front matter, and with room between columns, which MLflow sets close."""
     text = re.sub(r"\A---\n.*?\n---\n", "", markdown, flags=re.DOTALL).strip()
@@ -295,17 +229,17 @@ def roll_back(name: str, *, to: str | None = None) -> ChampionChange:
     """
     from fmn.registry import tracking
 
-    before, champion = tracking.roll_back(name, to)
-    return ChampionChange(name=name, before=before, champion=champion)
-
-
-def record_dvc_lock(run: str) -> None:
-    """Tag a registration's run with the digest of the dvc.lock that was written after it."""
-    from fmn.registry import tracking
-
-    if digest := lineage.dvc_lock():
-        with tracking.connection() as client:
-            client.set_tag(run, "dvc.lock", digest)
+    with tracking.connection() as client:
+        model = client.get_registered_model(name)
+        champion, before = tracking.champions(client, model)
+        version = to or before
+        if version is None:
+            remedy = "say which is to be: --to VERSION"
+            raise UserError(f"{name}: no version was the champion before; {remedy}")
+        if version == champion:
+            raise UserError(f"{name}: version {version} is the champion")
+        tracking.make_champion(client, model, version)
+    return ChampionChange(name=name, before=champion, champion=version)
 
 
 @dataclass(frozen=True)
@@ -323,9 +257,8 @@ class Version:
     def table(self) -> list[list[str]]:
         """The lineage in rows: what, from where or how, digest."""
         rows = [[part.name, part.origin, part.digest] for part in self.lineage.parts]
-        names = {"settings": "profile", "fmn": "fmn"}
-        rows += [[name, self.tags.get(tag, "not recorded"), ""] for name, tag in names.items()]
-        return rows + [[name, "", self.tags.get(name, "")] for name in ("git.commit", "dvc.lock")]
+        tags = ("profile", "fmn", "git.commit")
+        return rows + [[tag, self.tags.get(tag, "not recorded"), ""] for tag in tags]
 
 
 def read_lineage(source: str) -> Version:
@@ -343,21 +276,17 @@ def read_lineage(source: str) -> Version:
         raise UserError(f"{source}: not a registered version; write {forms}")
     uri = tracking.pin(source)
     with tracking.connection() as client:
-        run_id = client.get_model_version(*uri.removeprefix("models:/").split("/")).run_id
-        files = client.list_artifacts(run_id, str(Path(LINEAGE).parent)) if run_id else []
-        if not run_id or LINEAGE not in [file.path for file in files]:
-            reason = "fmn did not register it, or an older one did"
-            raise UserError(f"{uri}: its run holds no lineage; {reason}")
-        content = mlflow.artifacts.load_dict(f"runs:/{run_id}/{LINEAGE}")
-        tags = dict(client.get_run(run_id).data.tags)
+        run = client.get_model_version(*uri.removeprefix("models:/").split("/")).run_id
+        files = client.list_artifacts(run, str(Path(LINEAGE).parent)) if run else []
+        if not run or LINEAGE not in [file.path for file in files]:
+            raise UserError(f"{uri}: its run holds no lineage; fmn did not register it")
+        content = mlflow.artifacts.load_dict(f"runs:/{run}/{LINEAGE}")
+        tags = dict(client.get_run(run).data.tags)
     return Version(uri, tags, parse_record(content, Lineage, uri, "register the model again"))
 
 
 def settings_again(version: Version, out: Path) -> Path:
-    """Write the settings that make a version's model again, in the folder ``out/work``.
-
-    Returns:
-        the settings file, ``out/params.yaml``.
+    """Write ``out/params.yaml``, the settings that make a version's model again in ``out/work``.
 
     Raises:
         UserError: the version was registered without them.
@@ -374,59 +303,96 @@ def settings_again(version: Version, out: Path) -> Path:
 def compare_digests(version: Version, model: Path, metrics: Path) -> list[tuple[str, str, str]]:
     """A model that was made again beside the version: (what, digest recorded, digest now)."""
     recorded = {part.name: part.digest for part in version.lineage.parts}
-    parts = lineage.describe(*_read(model, metrics)[:3])
-    now = {part.name: part.digest for part in parts}
-    names = dict.fromkeys([*recorded, *now])
-    return [(name, recorded.get(name, ""), now.get(name, "")) for name in names]
+    now = {part.name: part.digest for part in lineage.describe(model, *_read(model, metrics))}
+    return [(name, recorded.get(name, ""), now.get(name, "")) for name in recorded | now]
 
 
-class ComparisonResults(Record):
-    """What is read of a comparison's ``results.json``: means by method and kind of set."""
-
-    methods: dict[str, dict[str, float]]
+# ---------------------------------------------------------------------------------------------
+# Runs without a version
 
 
-class LoggedComparison(Record):
-    """The run of a comparison, and the address of its store."""
+class LoggedRun(Record):
+    """The id of a run."""
 
     run: str
-    store: str
 
 
 def log_comparison(
-    tables: Path, *, title: str, comparing: "CompareSettings", settings: RegistrySettings
-) -> Outcome[LoggedComparison]:
+    tables: Path, *, title: str, comparing: CompareSettings, settings: RegistrySettings
+) -> Outcome[LoggedRun]:
     """Log the tables of a comparison in MLflow: a run, and in it a run for each method.
 
     Raises:
         UserError: the tables are not those that were written, or the store refuses.
     """
+    stage.check_intact(tables)
+    sidecar = stage.read_sidecar(tables)
+    if not sidecar or sidecar.stage != "comparison":
+        raise UserError(f"{tables}: not the tables of a comparison; make them with `fmn compare`")
+    means = stage.read_info(tables, ReportInfo).results
+    methods = {name: comparing.methods[name].model_dump(mode="json") for name in means}
+    return _log_runs(
+        f"compare {title}",
+        settings.experiment,
+        {"title": title, "tables": sidecar.key},
+        params=comparing.model_dump(mode="json", exclude={"methods", "device"}),
+        nested={name: (methods[name], means[name]) for name in means},
+        tables=tables,
+    )
+
+
+def log_search(result: SearchResult, settings: SearchSettings) -> Outcome[LoggedRun]:
+    """Log a search in MLflow: a run with the best trial's scores, and in it a run for each trial.
+
+    Raises:
+        UserError: the store refuses.
+    """
+
+    def scores(trial: Trial) -> dict[str, float]:
+        coefficients = {f"coefficient.{name}": x for name, x in trial.coefficients.items()}
+        return {"score": trial.score, "scale": trial.scale, **trial.tasks, **coefficients}
+
+    return _log_runs(
+        f"search {', '.join(result.experts)}",
+        settings.experiment,
+        {"study": result.study, "trials": len(result.trials)},
+        params=result.merge | settings.model_dump(mode="json", exclude={"device", "experiment"}),
+        metrics=scores(max(result.trials, key=lambda trial: trial.score)),
+        nested={f"trial {n}": ({}, scores(trial)) for n, trial in enumerate(result.trials)},
+    )
+
+
+def _log_runs(
+    name: str,
+    experiment: str,
+    content: Mapping[str, Any],
+    *,
+    params: Mapping[str, Any],
+    nested: Mapping[str, tuple[Mapping[str, Any], Mapping[str, float]]],
+    metrics: Mapping[str, float] = {},
+    tables: Path | None = None,
+) -> Outcome[LoggedRun]:
+    """Log a run and runs nested in it (params, metrics), unless this `content` is logged there."""
     import mlflow
 
     from fmn.registry import tracking
 
     started = time.monotonic()
-    check_intact(tables)
-    sidecar = read_sidecar(tables)
-    if sidecar is None or sidecar.stage != "comparison":
-        raise UserError(f"{tables}: not the tables of a comparison; make them with `fmn compare`")
-    results = read_record(tables / "results.json", ComparisonResults)
-    described = {"title": title, "experiment": settings.experiment, "tables": sidecar.key}
-    key = artifacts.content_key("log-comparison", LOG_COMPARISON, described, {})
-    tags = {"mlflow.note.content": _shown((tables / "table.md").read_text())}
+    key = artifacts.content_key("log", LOG, {"experiment": experiment, **content}, {})
     with tracking.connection() as client:
         query = f"tags.`{tracking.KEY}` = '{key}' and attributes.status = 'FINISHED'"
-        experiments = [tracking.experiment_id(client, settings.experiment)]
-        if runs := client.search_runs(experiments, query):
-            run = runs[0]
-        else:
-            name = f"compare {title}"
-            with tracking.new_run(client, settings.experiment, key, name, tags) as run:
-                mlflow.log_artifacts(str(tables), "tables")
-                mlflow.log_params(comparing.model_dump(mode="json", exclude={"methods", "device"}))
-                for method, means in results.methods.items():
-                    with mlflow.start_run(run_name=method, nested=True):
-                        mlflow.log_params(_flat(comparing.methods[method].model_dump(mode="json")))
-                        mlflow.log_metrics(means)
-    record = LoggedComparison(run=run.info.run_id, store=redacted(tracking.tracking_uri()))
-    return Outcome("log", tables, not runs, time.monotonic() - started, record)
+        runs = client.search_runs([tracking.experiment_id(client, experiment)], query)
+        is_new = not runs
+        if is_new:
+            with tracking.new_run(client, experiment, key, name) as run:
+                if tables:
+                    mlflow.log_artifacts(str(tables), "tables")
+                    mlflow.set_tag("mlflow.note.content", _shown((tables / "table.md").read_text()))
+                mlflow.log_params(_flat(params))
+                mlflow.log_metrics(dict(metrics))
+                for title, (own_params, own_metrics) in nested.items():
+                    with mlflow.start_run(run_name=title, nested=True):
+                        mlflow.log_params(_flat(own_params))
+                        mlflow.log_metrics(dict(own_metrics))
+        record = LoggedRun(run=(run if is_new else runs[0]).info.run_id)
+    return Outcome("log", tables or Path(), is_new, time.monotonic() - started, record)

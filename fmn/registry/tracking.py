@@ -12,10 +12,10 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version as installed_version
+from io import StringIO
 from pathlib import Path
 
 from fmn.errors import UserError, causes, redacted, system_errors_explained
@@ -51,7 +51,6 @@ KEY = "fmn.key"  # tag of runs and versions: content key
 PROMOTION = "promotion"  # tag of a version and of its run: the alias that it got, and why
 SCORES, DATA = "fmn.scores", "fmn.data"  # tags of a version: score by task; digest of the data
 HISTORY = "champion.history"  # tag of a registered model
-PROBABILITIES = ColSpec(Map("double"), "probabilities")
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "numpy")
 
 
@@ -68,9 +67,8 @@ def page(port: int) -> str:
     uri = tracking_uri()
     if uri.startswith("http"):
         return f"{redacted(uri).rstrip('/')}/#/models"
-    with connection() as client:
-        client.search_registered_models(max_results=1)
-    return f"http://127.0.0.1:{port}/#/models"
+    with connection():
+        return f"http://127.0.0.1:{port}/#/models"
 
 
 @contextmanager
@@ -99,8 +97,8 @@ def connection() -> Iterator[mlflow.MlflowClient]:
 
 
 def _database_file() -> Path | None:
-    uri = tracking_uri()
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    scheme, _, path = tracking_uri().partition("sqlite:///")
+    return Path(path) if path and not scheme else None
 
 
 def _create_database(file: Path) -> None:
@@ -121,8 +119,8 @@ def _reason(error: BaseException) -> str:
         return " ".join(str(error).split())[:300]
     last = network[-1]
     reason = str(last) if "too many" in str(last) else type(last).__name__
-    problem = f"the server does not answer as it should ({reason})"
-    return f"{problem}; see that it runs, then run again to go on from here"
+    remedy = "see that it runs, then run again to go on from here"
+    return f"the server does not answer as it should ({reason}); {remedy}"
 
 
 def experiment_id(client: mlflow.MlflowClient, experiment: str) -> str:
@@ -139,7 +137,7 @@ def experiment_id(client: mlflow.MlflowClient, experiment: str) -> str:
 
 @contextmanager
 def new_run(
-    client: mlflow.MlflowClient, experiment: str, key: str, name: str, tags: Mapping[str, str]
+    client: mlflow.MlflowClient, experiment: str, key: str, name: str
 ) -> Iterator[mlflow.ActiveRun]:
     """A run with a content key, in place of runs with this key that a killed process left."""
     experiments = [experiment_id(client, experiment)]
@@ -147,7 +145,7 @@ def new_run(
         nested = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run.info.run_id}'"
         for left in [*client.search_runs(experiments, nested), run]:
             client.delete_run(left.info.run_id)
-    with mlflow.start_run(run_name=f"{name} {key[:8]}", tags={**tags, KEY: key}) as run:
+    with mlflow.start_run(run_name=f"{name} {key[:8]}", tags={KEY: key}) as run:
         yield run
 
 
@@ -174,11 +172,14 @@ def download(source: str, out: Path) -> str:
 
 def log_served_model(model: Path) -> ModelInfo:
     """Log a merged model, as `served.py` answers for it, with the current run."""
+    probabilities = ColSpec(Map("double"), "probabilities")
     signature = ModelSignature(
         Schema([ColSpec("string", "text"), ColSpec("string", "text_pair", required=False)]),
-        Schema([ColSpec("string", "label"), ColSpec("double", "score"), PROBABILITIES]),
+        Schema([ColSpec("string", "label"), ColSpec("double", "score"), probabilities]),
         ParamSchema([ParamSpec("task", "string", "")]),
     )
+    # Without local labels (``+cpu``), which no index has.
+    versions = {package: installed_version(package).split("+")[0] for package in REQUIREMENTS}
     with tempfile.TemporaryDirectory() as scratch:
         pack(model, Path(scratch) / "merged")
         logged: ModelInfo = mlflow.pyfunc.log_model(
@@ -186,35 +187,29 @@ def log_served_model(model: Path) -> ModelInfo:
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={"merged": f"{scratch}/merged"},
             signature=signature,
-            pip_requirements=requirements(),
+            pip_requirements=[f"{package}=={number}" for package, number in versions.items()],
         )
     return logged
 
 
 def pack(model: Path, out: Path) -> None:
-    """Link what `served.py` needs of a merged model into a folder, the encoder once."""
-    shutil.copytree(model / "encoder", out / "encoder", copy_function=_link)
+    """Copy what `served.py` needs of a merged model into a folder, the encoder once."""
+    shutil.copytree(model / "encoder", out / "encoder")
     text_counts = {}
     for task in sorted((model / "tasks").iterdir()):
         text_counts[task.name] = len(get_task(task.name).text_columns)
         folder = out / "tasks" / task.name
         folder.mkdir(parents=True)
-        _link(task / "config.json", folder / "config.json")
+        shutil.copyfile(task / "config.json", folder / "config.json")
         # The last shard; those before it are the encoder's.
-        _link(max(task.glob("*.safetensors")), folder / "head.safetensors")
+        shutil.copyfile(max(task.glob("*.safetensors")), folder / "head.safetensors")
     (out / "texts.json").write_text(json.dumps(text_counts))
 
 
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
-
-
-def requirements() -> list[str]:
-    """The served model's packages at their present versions, without local labels (``+cpu``)."""
-    return [f"{package}=={installed_version(package).split('+')[0]}" for package in REQUIREMENTS]
+def create_version(logged: ModelInfo, name: str, tags: dict[str, str]) -> ModelVersion:
+    """Register a model that was logged, as a new version."""
+    with redirect_stderr(StringIO()):  # the caller says better what MLflow says there
+        return mlflow.register_model(logged.model_uri, name, tags=tags)
 
 
 def promote(
@@ -231,11 +226,10 @@ def promote(
         champion = before
     standing = _standing(client.get_model_version(name, champion)) if champion else None
     decision = promotion.decide(_standing(version), standing, tolerance)
-    client.set_registered_model_alias(name, decision.alias, number)
     if decision.alias == CHAMPION:
-        record_champion(client, model, number, promotion.PROMOTED)
-        if CHALLENGER in model.aliases:  # it lost against another
-            client.delete_registered_model_alias(name, CHALLENGER)
+        make_champion(client, model, number)
+    else:
+        client.set_registered_model_alias(name, CHALLENGER, number)
     text = f"{decision.alias}: {decision.reason}"
     client.set_tag(str(version.run_id), PROMOTION, text)
     client.set_tag(str(version.run_id), MLFLOW_RUN_NOTE, text)
@@ -254,42 +248,16 @@ def _standing(version: ModelVersion) -> Standing:
 
 def champions(client: mlflow.MlflowClient, model: RegisteredModel) -> tuple[str | None, str | None]:
     """The champion, and the one before it that still exists."""
-    versions = {
-        str(found.version) for found in client.search_model_versions(f"name = '{model.name}'")
-    }
-    champion = model.aliases.get(CHAMPION)
-    champion = None if champion is None else str(champion)
-    history = model.tags.get(HISTORY, "")
-    return champion, promotion.previous_champion(history, champion, versions)
+    versions = client.search_model_versions(f"name = '{model.name}'")
+    existing = {str(version.version) for version in versions}
+    champion = str(model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
+    return champion, promotion.previous_champion(model.tags.get(HISTORY, ""), champion, existing)
 
 
-def record_champion(
-    client: mlflow.MlflowClient, model: RegisteredModel, version: str, event: str
-) -> None:
-    """Note in a registered model's history who became the champion."""
-    time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")
-    history = promotion.add_event(model.tags.get(HISTORY, ""), version, event, time)
+def make_champion(client: mlflow.MlflowClient, model: RegisteredModel, version: str) -> None:
+    """Give a version the alias champion, and note that in the registered model's history."""
+    client.set_registered_model_alias(model.name, CHAMPION, version)
+    history = promotion.add_champion(model.tags.get(HISTORY, ""), version)
     client.set_registered_model_tag(model.name, HISTORY, history)
-
-
-def roll_back(name: str, to: str | None) -> tuple[str | None, str]:
-    """Make the champion before it, or the version `to`, the champion; returns (old, new).
-
-    Raises:
-        UserError: there is no such model or version, or no champion before.
-    """
-    with connection() as client:
-        model = client.get_registered_model(name)
-        champion, before = champions(client, model)
-        new = to or before
-        if new is None:
-            raise UserError(
-                f"{name}: no version was the champion before; say which is to be: --to VERSION"
-            )
-        if new == champion:
-            raise UserError(f"{name}: version {new} is the champion")
-        client.set_registered_model_alias(name, CHAMPION, new)
-        record_champion(client, model, new, promotion.RESTORED)
-        if str(model.aliases.get(CHALLENGER)) == new:
-            client.delete_registered_model_alias(name, CHALLENGER)
-        return champion, new
+    if CHALLENGER in model.aliases:  # it was compared with another champion
+        client.delete_registered_model_alias(model.name, CHALLENGER)

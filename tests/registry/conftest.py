@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import mlflow
 import pytest
 
-from fmn.evaluate import stages as evaluate_stages
-from fmn.evaluate.stages import EvaluateSettings
-from fmn.merge import stages as merge_stages
-from fmn.merge.stages import MergeSettings
+from fmn.evaluate.stages import EvaluateSettings, evaluate
+from fmn.merge.stages import MergeSettings, merge
 from fmn.registry import stages as registry_stages
 from fmn.registry import tracking
 from fmn.registry.stages import Registered, RegistrySettings
@@ -30,12 +28,14 @@ class Merged(NamedTuple):
 def merge_and_evaluate(tiny_work: Path, out: Path, method: str = "mask-fisher") -> Merged:
     experts = {task: tiny_work / "experts" / task for task in TASKS}
     fisher = {task: tiny_work / "fisher" / f"{task}.parquet" for task in TASKS}
-    made = Merged(out / "merged", out / "metrics.json")
+    merged = Merged(out / "merged", out / "metrics.json")
     settings = MergeSettings(method=method)
-    merge_stages.merge(experts, fisher, tiny_work / "base", made.model, settings)
+    merge(
+        experts=experts, fisher=fisher, base=tiny_work / "base", out=merged.model, settings=settings
+    )
     cpu = EvaluateSettings(device="cpu")
-    evaluate_stages.evaluate(made.model, [], tiny_work / "data", made.metrics, cpu)
-    return made
+    evaluate(merged.model, data=tiny_work / "data", out=merged.metrics, settings=cpu)
+    return merged
 
 
 @pytest.fixture(scope="session")

@@ -25,20 +25,15 @@ def packed(merged: Merged, tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def test_the_encoder_is_packed_once(packed: Path) -> None:
-    assert len(list(packed.rglob("model.safetensors"))) == 1
-    assert sorted(path.parent.name for path in packed.rglob("head.safetensors")) == sorted(TASKS)
-
-
 def test_all_tasks_share_one_encoder(packed: Path) -> None:
     from fmn.registry.served import load_tasks
 
+    assert len(list(packed.rglob("model.safetensors"))) == 1
     models = load_tasks(packed)
     assert sorted(models) == sorted(TASKS)
     assert len({id(model.base_model) for model in models.values()}) == 1
-    assert not any(
-        parameter.is_meta for model in models.values() for parameter in model.parameters()
-    )
+    weights = [weight for model in models.values() for weight in model.parameters()]
+    assert not any(weight.is_meta for weight in weights)
 
 
 def test_answers_are_in_the_tasks_words() -> None:

@@ -101,7 +101,7 @@ def tabulated(metrics: Path) -> report.Table:
 
 def described(model: Path, metrics: Path) -> None:
     """What the registration reads of a merged model and its metrics."""
-    lineage.describe(*registry_stages._read(model, metrics)[:3])
+    lineage.describe(model, *registry_stages._read(model, metrics))
 
 
 @pytest.mark.parametrize("name", ["merged", "realigned"])
