@@ -30,7 +30,7 @@ from fmn.report.results import markdown
 from fmn.store.records import pairs
 from fmn.tasks import dataset as data
 from fmn.tasks.batches import Examples
-from fmn.tasks.task import task as get_task
+from fmn.tasks.task import get_task
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -94,7 +94,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     tokenizer = checkpoints.load_tokenizer(folder)
     model = checkpoints.load_classifier(folder)
     labels.ordered(model, labels.decide(folder, task, options.data, options.device)).to(device)
-    table = data.read(options.data, task, task.validation[0])
+    table = data.read_split(options.data, task, task.validation[0])
     rows = np.random.default_rng(0).permutation(table.num_rows)[: options.examples]
     examples = data.tokenize(tokenizer, task, table.take(rows))
     clock = time.process_time if options.cpu_time else time.perf_counter

@@ -17,8 +17,8 @@ from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.experiments import stages
 from fmn.experiments.files import Cell, SearchResult
 from fmn.experiments.stages import ComparedSettings, CompareSettings, SearchSettings
-from fmn.merge import recipe
 from fmn.merge import stages as merge_stages
+from fmn.merge.recipe import Recipe, Search
 from fmn.merge.stages import MergeSettings, RealignSettings, RefitSettings
 from fmn.store import artifacts
 from fmn.store.stage import Outcome, Progress, no_progress
@@ -50,17 +50,16 @@ def search(
 
 def merge(
     work: Path, out: Path, coefficients: Path | None, tasks: tuple[str, ...] = TASKS, **how: Any
-) -> dict[str, Any]:
+) -> Recipe:
     """Merge the tiny experts; returns the recipe."""
-    merge_stages.merge(
-        {task: work / "experts" / task for task in tasks},
-        {task: work / "fisher" / f"{task}.parquet" for task in tasks},
-        work / "base",
-        out,
-        MergeSettings(**how),
+    return merge_stages.merge(
+        experts={task: work / "experts" / task for task in tasks},
+        fisher={task: work / "fisher" / f"{task}.parquet" for task in tasks},
+        base=work / "base",
+        out=out,
         coefficients=coefficients,
-    )
-    return recipe.read_recipe(out)
+        settings=MergeSettings(**how),
+    ).summary
 
 
 @pytest.mark.parametrize(
@@ -82,13 +81,13 @@ def test_a_merge_takes_the_result(
     assert result.score == max(trial.score for trial in result.trials)
     assert sum(result.coefficients.values()) == pytest.approx(len(TASKS))
     method = {name: value for name, value in how.items() if name != "scale"}
-    made = merge(tiny_work, tmp_path / "merged", out, **method)
-    assert (made["coefficients"], made["scale"]) == (result.coefficients, result.scale)
-    assert made["search"] == {
-        "digest": artifacts.digest_file(out), "score": result.score, "uniform": result.uniform
-    }  # fmt: skip
+    recipe = merge(tiny_work, tmp_path / "merged", out, **method)
+    assert (recipe.coefficients, recipe.scale) == (result.coefficients, result.scale)
+    assert recipe.search == Search(
+        digest=artifacts.digest_file(out), score=result.score, uniform=result.uniform
+    )
     if ends is None:  # the scale is that of a merge without coefficients
-        assert merge(tiny_work, tmp_path / "plain", None, **how)["scale"] == result.scale > 1
+        assert merge(tiny_work, tmp_path / "plain", None, **how).scale == result.scale > 1
 
 
 def test_a_second_search_computes_nothing_and_more_trials_go_on(
@@ -221,7 +220,13 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
 
     merge(work, work / "merged", None, method="average")
     how = RealignSettings(texts=40, device="cpu")
-    merge_stages.realign(work / "merged", experts, work / "data", work / "realigned", how)
+    merge_stages.realign(
+        work / "merged",
+        experts=experts,
+        data=work / "data",
+        out=work / "realigned",
+        settings=how,
+    )
     for name, model, texts in (("plain", "merged", None), ("refit", "realigned", 40)):
         tasks = cell(name, validation, texts).summary.tasks
         metrics, data = work / f"{model}-metrics.json", work / "data"
