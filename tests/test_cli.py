@@ -192,7 +192,7 @@ def test_a_stage_of_the_pipeline_runs_alone(
             "--expert nowhere: neither NAME=PATH nor a folder of them",
         ),
         ("merge --expert mrpc=a --out x", "--fisher mrpc=FILE is missing"),
-        ("merge --expert mrpc=a --out x --method average", "a: no such folder"),
+        ("merge --expert mrpc=a --out x --method average", "a: no such file"),
         ("merge --expert mrpc=a mrpc=b --out x", "twice"),
         ("merge --expert mrpc=a --out x --coefficient mrpc=much", "'much'"),
         (f"{SEARCH} --method average", "no such file; write it with `fmn data mrpc`"),
