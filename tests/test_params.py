@@ -95,6 +95,11 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("fisher: {seed: " + "9" * 30 + "}", "more than 64 bits"),
         ("base: other", "base"),
         ("work: a\nwork: b", "duplicate key"),
+        ("work: &a x\ndata: {source: *a}", "anchors and aliases"),
+        ("work: !!python/name:os.system x", "tag"),
+        ("data: " + "{a: " * 1000, "nested more than"),
+        ("fisher: {seed: " + "9" * 5000 + "}", "not valid YAML"),
+        ("---\nwork: x", "single document"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_file_and_setting(

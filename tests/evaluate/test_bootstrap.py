@@ -68,8 +68,6 @@ def test_relative_scores_are_of_the_same_resamples() -> None:
     assert share is not None
     assert bootstrap.interval(share) == (1.0, 1.0)
     assert bootstrap.relative(expert, expert - expert.min()) is None
-    half = bootstrap.macro({"a": expert, "b": np.zeros_like(expert)})
-    np.testing.assert_allclose(half, expert / 2)
 
 
 def test_a_model_does_not_differ_from_itself() -> None:
