@@ -45,11 +45,7 @@ Verbose = Annotated[
 Json = Annotated[bool, Parameter(name="--json", help="print the summary as JSON")]
 Show = Callable[[Any], None]
 
-OPTIONS = {
-    "experts": "--expert",
-    "models": "--model",
-    "tasks": "--task",
-}
+OPTIONS = {"experts": "--expert", "models": "--model", "tasks": "--task"}
 """Options that are not called like the argument."""
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
@@ -114,12 +110,11 @@ def _print_json(content: Any) -> None:
 def _print_outcome(outcome: Outcome[Any] | Record, as_json: bool, show: Show) -> None:
     """Print what a stage did and reports, or the record that a function without output returns."""
     summary: Any = outcome.summary if isinstance(outcome, Outcome) else outcome
+    head: dict[str, Any] = {}
+    if isinstance(outcome, Outcome):
+        head = {"stage": outcome.stage, "out": str(outcome.out), "computed": outcome.computed}
     if as_json:
-        content = summary.model_dump(mode="json", by_alias=True)
-        if isinstance(outcome, Outcome):
-            head = {"stage": outcome.stage, "out": str(outcome.out), "computed": outcome.computed}
-            content = head | content
-        _print_json(content)
+        _print_json(head | summary.model_dump(mode="json", by_alias=True))
         return
     if isinstance(outcome, Outcome):
         time = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
@@ -273,12 +268,11 @@ def _show_report(summary: Any) -> None:
     say(*summary.notes)
 
 
-SHOW_FISHER = ("estimator", "samples", "dtype", "device", "relative_stderr")
 for _stage, _show in (
     (fetch, _facts("revision", "model_type")),
     (data, _facts("rows")),
     (finetune, _facts("examples", "steps", "loss")),
-    (fisher, _facts(*SHOW_FISHER)),
+    (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr")),
     (full_fisher, _facts("estimator", "samples", "dtype")),
     (gram, _facts("samples", "dtype")),
     (merge, _show_merge),
@@ -309,7 +303,7 @@ def _flow(work: str | Path, verbose: bool, as_json: bool) -> Iterator[None]:
 def run(
     *, params_file: Profile = Path("params.yaml"), verbose: Verbose = False, as_json: Json = False
 ) -> None:
-    """Run the whole pipeline as a Prefect flow; ends with the table of results and where to look."""
+    """Run the whole pipeline as a Prefect flow; print the results and where to look further."""
     from flows.pipeline import run_pipeline
 
     with _flow(params.load(params_file).work, verbose, as_json):

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from fmn.errors import UserError
-from fmn.experiments.files import Cell, CellTask, SearchResult, Source, TaskTrials
+from fmn.evaluate.stages import EvaluateSettings
+from fmn.experiments.files import Cell, SearchResult, Source, TaskTrials
 from fmn.fisher.stages import Estimator
 from fmn.merge.methods import METHODS
 from fmn.merge.stages import MergeSettings, RefitSettings, statistics_files
 from fmn.models import checkpoints
 from fmn.models.provenance import rows_tuned_on
-from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
-from fmn.store.records import Settings, at_least_one
+from fmn.store.records import at_least_one
 from fmn.store.stage import (
     Job,
     Outcome,
@@ -30,9 +30,6 @@ from fmn.tasks import dataset
 from fmn.tasks.task import get_task
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fmn.experiments.trial import ExpertOnTask
     from fmn.merge.inputs import Statistics
 
 SEARCH = 3
@@ -54,7 +51,7 @@ class ComparedSettings(MergeSettings):
     )
 
 
-class CompareSettings(Settings):
+class CompareSettings(EvaluateSettings):
     sets: list[str] = Field(
         ["pairs", "all"],
         min_length=1,
@@ -72,17 +69,13 @@ class CompareSettings(Settings):
     methods: dict[str, ComparedSettings] = Field(
         ..., min_length=1, description="NAME: how to merge"
     )
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field(
-        "float32", description="precision of the matrix products; auto: bfloat16 where it pays"
-    )
 
     def rows_of(self, task: str) -> int | Literal["all"]:
         """How many rows of a task are tried."""
         return self.rows.get(task, "all") if isinstance(self.rows, dict) else self.rows
 
 
-class SearchSettings(Settings):
+class SearchSettings(EvaluateSettings):
     runtime: ClassVar[set[str]] = {"device", "experiment"}
 
     trials: int = Field(60, ge=1, description="coefficients tried, the uniform ones among them")
@@ -94,10 +87,6 @@ class SearchSettings(Settings):
         None, description="LOW HIGH: search the scale of the merged task vector too; needs the base"
     )
     experiment: str = Field("fmn", description="MLflow experiment of the trials")
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field(
-        "float32", description="precision of the matrix products; auto: bfloat16 where it pays"
-    )
 
     _some = field_validator("rows")(at_least_one)
 
@@ -258,16 +247,7 @@ def compare(
 ) -> Outcome[Cell]:
     """Compute a cell of a comparison: merge experts in one way, in memory, and score them.
 
-    Args:
-        experts: checkpoint folders by task
-        base: the folder of the model that the experts were fine-tuned from
-        data: folder of the tasks' rows
-        out: the cell, JSON
-        fisher: Fisher files by task, for a method that takes them
-        gram: files of Gram matrices by task, for a method that takes them
-        merging: how to merge
-        settings: what to score on
-        progress: called with the finished tasks and all of them
+    Arguments as of `search`, but `out` is the cell, and `progress` counts finished tasks.
     """
     merge = Merge(experts, base, merging, fisher or {}, gram or {})
     is_train, realign = settings.split == "train", merging.realign
@@ -316,26 +296,9 @@ def _cell(
             started = time.monotonic()
             head = trial.realigned_head(expert, encoder, texts, realign.ridge)
             seconds += time.monotonic() - started
-        tasks[task] = _cell_task(expert, encoder, head)
+        tasks[task] = trial.cell_task(expert, encoder, head)
         progress(len(tasks), len(sources))
     return Cell(tasks=tasks, seconds=seconds)
-
-
-def _cell_task(
-    expert: "ExpertOnTask", encoder: "Mapping[str, Tensor]", head: "Mapping[str, Tensor] | None"
-) -> CellTask:
-    from fmn.experiments import trial
-
-    answers = trial.try_encoder(expert, encoder, head)
-    score = trial.score(expert.task, answers)
-    return CellTask(
-        score=score,
-        expert=expert.score,
-        relative=score / expert.score if expert.score > 0 else None,
-        labels=answers.labels.tolist(),
-        predictions=answers.predicted.tolist(),
-        expert_predictions=expert.answers.predicted.tolist(),
-    )
 
 
 def _sources(

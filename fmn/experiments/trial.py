@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.evaluate.metrics import Answers, answers, score_splits
-from fmn.experiments.files import Source
+from fmn.experiments.files import CellTask, Source
 from fmn.merge import heads
 from fmn.merge.stages import RefitSettings
 from fmn.models import checkpoints, labels
@@ -75,6 +75,22 @@ def try_encoder(
     with _tensors_in(expert.model.base_model, encoder), _tensors_in(expert.model, head or {}):
         logits = predict(expert.model, expert.examples, device=device, dtype=dtype)
     return answers(expert.task, logits, expert.examples.labels)
+
+
+def cell_task(
+    expert: ExpertOnTask, encoder: Mapping[str, Tensor], head: Mapping[str, Tensor] | None
+) -> CellTask:
+    """What a cell of a comparison says of a task; arguments as of `try_encoder`."""
+    answers = try_encoder(expert, encoder, head)
+    merged = score(expert.task, answers)
+    return CellTask(
+        score=merged,
+        expert=expert.score,
+        relative=merged / expert.score if expert.score > 0 else None,
+        labels=answers.labels.tolist(),
+        predictions=answers.predicted.tolist(),
+        expert_predictions=expert.answers.predicted.tolist(),
+    )
 
 
 @lru_cache(maxsize=16)
