@@ -150,7 +150,7 @@ def _add_stage(function: Callable[..., Any], show: Show, name: str = "") -> None
             if items is not None:
                 options[argument] = _paths_by_name(items, argument, options.get("experts"))
         if isinstance(settings_file := options.get("params"), Path):
-            params.load(settings_file)
+            params.load(settings_file)  # `register` keeps them; a mistake in them shows here
         if "progress" not in signature.parameters:
             outcome = function(*args, **options)
         else:

@@ -1,7 +1,6 @@
 """The command line: explicit paths, JSON for machines, one line for a mistake."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -219,16 +218,3 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     assert message in mistake(capsys, *command.split())
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
-
-
-def test_no_traceback_reaches_a_terminal(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fmn", "merge", "--expert", "nowhere", "--out", "x"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
