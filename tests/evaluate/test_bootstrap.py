@@ -60,9 +60,8 @@ def test_draws_depend_on_seed_task_split_and_count_alone() -> None:
 
 
 def test_relative_scores_are_of_the_same_resamples() -> None:
-    expert = bootstrap.resampled(get_task("sst2"), {"validation": answers(get_task("sst2"), 100)})[
-        "score"
-    ]
+    sst2 = get_task("sst2")
+    expert = bootstrap.resampled(sst2, {"validation": answers(sst2, 100)})["score"]
     share = bootstrap.relative(expert, expert)
     assert share is not None
     assert bootstrap.interval(share) == (1.0, 1.0)
@@ -115,7 +114,7 @@ def test_p_values_of_equal_models_are_spread_evenly() -> None:
 
 
 def test_the_mean_over_tasks_is_compared_too() -> None:
-    names = ("sst2", "stsb")
+    names, stsb = ("sst2", "stsb"), get_task("stsb")
     good = {name: {"validation": answers(get_task(name), 300, right=0.9)} for name in names}
     bad = {name: {"validation": answers(get_task(name), 300, right=0.6)} for name in names}
     both = bootstrap.compare(good, bad)
@@ -126,6 +125,4 @@ def test_the_mean_over_tasks_is_compared_too() -> None:
     with pytest.raises(ValueError, match="same"):
         bootstrap.compare(good, {"sst2": bad["sst2"]})
     with pytest.raises(ValueError, match="same examples"):
-        bootstrap.compare(
-            good, {**bad, "stsb": {"validation": answers(get_task("stsb"), 300, seed=1)}}
-        )
+        bootstrap.compare(good, {**bad, "stsb": {"validation": answers(stsb, 300, seed=1)}})
