@@ -34,7 +34,7 @@ from fmn.registry.stages import (
     settings_again,
 )
 from fmn.report.stages import report
-from fmn.store.records import Settings, pairs
+from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import Outcome
 from fmn.tasks.stages import data
 from fmn.terminal import complain, errors, only_ours, progress_bar, say, show_table
@@ -46,11 +46,7 @@ Verbose = Annotated[
 Json = Annotated[bool, Parameter(name="--json", help="print the summary as JSON")]
 Show = Callable[[Any], None]
 
-OPTIONS = {
-    "experts": "--expert",
-    "models": "--model",
-    "tasks": "--task",
-}
+OPTIONS = {"experts": "--expert", "models": "--model", "tasks": "--task"}
 """Options that are not called like the argument."""
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
@@ -112,16 +108,20 @@ def _print_json(content: Any) -> None:
     print(json.dumps(content, indent=1, default=str))  # noqa: T201
 
 
-def _print_outcome(outcome: Outcome[Any], as_json: bool, show: Show) -> None:
-    if as_json:
-        summary = outcome.summary.model_dump(mode="json", by_alias=True)
+def _print_outcome(outcome: Outcome[Any] | Record, as_json: bool, show: Show) -> None:
+    """Print what a stage did and reports, or the record that a function without output returns."""
+    summary: Any = outcome.summary if isinstance(outcome, Outcome) else outcome
+    head: dict[str, Any] = {}
+    if isinstance(outcome, Outcome):
         head = {"stage": outcome.stage, "out": str(outcome.out), "computed": outcome.computed}
-        _print_json(head | summary)
+    if as_json:
+        _print_json(head | summary.model_dump(mode="json", by_alias=True))
         return
-    time = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
-    say(f"{outcome.stage}: {outcome.out} ({time})")
-    show(outcome.summary)
-    if alignments := getattr(outcome.summary, "labels", None):
+    if isinstance(outcome, Outcome):
+        time = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
+        say(f"{outcome.stage}: {outcome.out} ({time})")
+    show(summary)
+    if alignments := getattr(summary, "labels", None):
         from fmn.models import labels
 
         say(*labels.notes(alignments))
@@ -131,29 +131,27 @@ def _print_outcome(outcome: Outcome[Any], as_json: bool, show: Show) -> None:
 # Commands that are stages
 
 
-def _add_stage(function: Callable[..., Outcome[Any]], show: Show) -> None:
+def _add_stage(function: Callable[..., Any], show: Show, name: str = "") -> None:
     """Register a stage function as a command, with ``--json`` beside its own options."""
     signature = inspect.signature(function, eval_str=True)
     parameters = [
-        parameter.replace(annotation=_annotation(parameter))
+        _as_option(parameter)
         for parameter in signature.parameters.values()
         if parameter.name != "progress"
     ]
+    mappings = [each.name for each in signature.parameters.values() if _is_mapping(each)]
     json_option = inspect.Parameter(
         "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json
     )
 
     @functools.wraps(function)
     def command(*args: Any, as_json: bool = False, **options: Any) -> None:
-        for name in SUFFIXES:
-            if options.get(name) is not None and _is_mapping(signature.parameters[name]):
-                options[name] = _paths_by_name(options[name], name)
-        for name in ("fisher", "gram"):  # a folder may hold files of other experts too
-            if options.get(name) and "experts" in options and function is not report:
-                own = options["experts"]
-                options[name] = {task: path for task, path in options[name].items() if task in own}
+        for argument in mappings:  # the experts first, which say of what a folder's files are
+            items = options.pop(argument, None)
+            if items is not None:
+                options[argument] = _paths_by_name(items, argument, options.get("experts"))
         if isinstance(settings_file := options.get("params"), Path):
-            params.load(settings_file)
+            params.load(settings_file)  # `register` keeps them; a mistake in them shows here
         if "progress" not in signature.parameters:
             outcome = function(*args, **options)
         else:
@@ -168,28 +166,35 @@ def _add_stage(function: Callable[..., Outcome[Any]], show: Show) -> None:
         parameters=[*parameters, json_option], return_annotation=None
     )
     wrapped.__annotations__ = {item.name: item.annotation for item in [*parameters, json_option]}
-    app.command(wrapped, name=function.__name__.replace("_", "-"))
+    app.command(wrapped, name=name or function.__name__.replace("_", "-"))
 
 
-def _annotation(parameter: inspect.Parameter) -> Any:
+def _as_option(parameter: inspect.Parameter) -> inspect.Parameter:
     """A stage's argument as the command line takes it."""
-    annotation, name = parameter.annotation, OPTIONS.get(parameter.name)
+    annotation, default = parameter.annotation, parameter.default
+    option = Parameter(name=OPTIONS.get(parameter.name))
     if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return Annotated[annotation, Parameter(name="*")]
-    if _is_mapping(parameter):
-        is_optional = parameter.default is not inspect.Parameter.empty
-        annotation = list[str] | None if is_optional else list[str]
-    if parameter.name == "tasks":
-        annotation = list[str]
-    return Annotated[annotation, Parameter(name=name)] if name else annotation
+        option = Parameter(name="*")
+    elif _is_mapping(parameter):
+        is_needed = default is inspect.Parameter.empty
+        annotation = list[str] if is_needed else list[str] | None
+        default = default if is_needed else None
+    elif parameter.name == "tasks":
+        annotation, option = list[str], Parameter(name=option.name, show_default=False)
+    return parameter.replace(annotation=Annotated[annotation, option], default=default)
 
 
 def _is_mapping(parameter: inspect.Parameter) -> bool:
     return "Mapping" in str(parameter.annotation)
 
 
-def _paths_by_name(items: Sequence[str], argument: str) -> dict[str, Path]:
-    """``NAME=PATH ...``, or one folder that holds a folder or file for each name."""
+def _paths_by_name(
+    items: Sequence[str], argument: str, experts: Mapping[str, Path] | None
+) -> dict[str, Path]:
+    """``NAME=PATH ...``, or one folder that holds a folder or file for each name.
+
+    Of a folder of statistics, only those of the experts are taken.
+    """
     option = OPTIONS.get(argument, f"--{argument}")
     if len(items) != 1 or "=" in items[0]:
         return {name: Path(path) for name, path in pairs(list(items), option).items()}
@@ -200,7 +205,10 @@ def _paths_by_name(items: Sequence[str], argument: str) -> dict[str, Path]:
             for path in sorted(folder.glob(f"[!.]*{suffix}"))
             if path.is_dir() == (not suffix)
         }
-        paths = {name: path for name, path in paths.items() if suffix == "" or "." not in name}
+        # TASK.gram.safetensors is no TASK.safetensors
+        paths = {name: path for name, path in paths.items() if not suffix or "." not in name}
+        if experts and argument in ("fisher", "gram"):
+            paths = {name: path for name, path in paths.items() if name in experts}
         if paths:
             return paths
     raise UserError(f"{option} {folder}: neither NAME=PATH nor a folder of them")
@@ -253,17 +261,21 @@ def _show_search(result: Any) -> None:
     say(f"  scale: {result.scale}")
 
 
+def _show_champion(change: Any) -> None:
+    before = change.before or "none"
+    say(f"champion of {change.name}: version {change.champion}, was {before}")
+
+
 def _show_report(summary: Any) -> None:
     show_table(summary.header, summary.body)
     say(*summary.notes)
 
 
-SHOW_FISHER = ("estimator", "samples", "dtype", "device", "relative_stderr")
 for _stage, _show in (
     (fetch, _facts("revision", "model_type")),
     (data, _facts("rows")),
     (finetune, _facts("examples", "steps", "loss")),
-    (fisher, _facts(*SHOW_FISHER)),
+    (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr")),
     (full_fisher, _facts("estimator", "samples", "dtype")),
     (gram, _facts("samples", "dtype")),
     (merge, _show_merge),
@@ -274,6 +286,8 @@ for _stage, _show in (
     (register, _facts("name", "version", "alias", "reason", "run", "store")),
 ):
     _add_stage(_stage, _show)
+_add_stage(predict, lambda answer: say(f"{answer.label} ({answer.score:.3f})"))
+_add_stage(roll_back, _show_champion, "rollback")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -292,7 +306,7 @@ def _flow(work: str | Path, verbose: bool, as_json: bool) -> Iterator[None]:
 def run(
     *, params_file: Profile = Path("params.yaml"), verbose: Verbose = False, as_json: Json = False
 ) -> None:
-    """Run the whole pipeline as a Prefect flow; ends with the table of results and where to look."""
+    """Run the whole pipeline as a Prefect flow; print the results and where to look further."""
     from flows.pipeline import run_pipeline
 
     with _flow(params.load(params_file).work, verbose, as_json):
@@ -350,22 +364,6 @@ def stage(
 
 
 @app.command
-def rollback(name: str, /, *, to: str | None = None, as_json: Json = False) -> None:
-    """Give the alias champion back to the version of a registered model that held it before.
-
-    Args:
-        name: name of the registered model
-        to: the version that is to be the champion instead
-    """
-    change = roll_back(name, to=to)
-    if as_json:
-        _print_json(change.model_dump())
-    else:
-        before = change.before or "none"
-        say(f"champion of {name}: version {change.champion}, was {before}")
-
-
-@app.command
 def reproduce(
     version: str,
     /,
@@ -383,53 +381,32 @@ def reproduce(
         version: models:/NAME/VERSION or models:/NAME@ALIAS
     """
     registered = read_lineage(version)
+    uri, header = registered.uri, ["", "", "sha256"]
     summary: dict[str, Any] = {
-        "version": registered.uri,
+        "version": uri,
         "tags": registered.tags,
         "lineage": registered.table,
         "settings": registered.lineage.settings,
     }
-    header = ["", "", "sha256"]
     if not as_json:
         body = [[name, origin, digest[:12]] for name, origin, digest in registered.table]
         show_table(header, body, words=2)
     if run:
         from flows.pipeline import rebuild
 
-        uri = registered.uri
         folder = out or Path("data/reproduced") / uri.removeprefix("models:/").replace("/", "-")
         profile = settings_again(registered, folder)
         with _flow(folder, False, as_json):
             outputs = rebuild(profile, registered.tags["made"], registered.lineage.threads)
         digests = compare_digests(registered, *outputs)
-        wrong = [name for name, before, now in digests if before != now]
         if not as_json:
             words = {True: "the same", False: "differs"}
             body = [[name, words[before == now], now[:12]] for name, before, now in digests]
             show_table(header, body, words=2)
-        if wrong:
+        if wrong := [name for name, before, now in digests if before != now]:
             raise UserError(f"{uri}: the rebuild in {folder} differs in {', '.join(wrong)}")
         summary |= {"again": digests, "same": True}
     if as_json:
         _print_json(summary)
     elif run:
-        say(f"{registered.uri} was rebuilt in {folder}: all digests are the same")
-
-
-@app.command(name="predict")
-def predict_text(
-    model: Path, /, text: str, text_pair: str | None = None, *, task: str, as_json: Json = False
-) -> None:
-    """Ask a merged model about a text, or a pair of texts.
-
-    Args:
-        model: the merged model's folder
-        text: the text
-        text_pair: the second text, for tasks on pairs
-        task: one of its tasks
-    """
-    answer = predict(model, text, text_pair, task=task)
-    if as_json:
-        _print_json(answer.model_dump(mode="json", exclude_none=True))
-    else:
-        say(f"{answer.label} ({answer.score:.3f})")
+        say(f"{uri} was rebuilt in {folder}: all digests are the same")

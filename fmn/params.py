@@ -7,6 +7,7 @@ fields are the options of that stage's command. Here they come together.
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -220,17 +221,18 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     setting = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{setting}: unknown setting{hint(str(first['loc'][-1]), _fields(model, first['loc'][:-1]))}"
+        *section, name = first["loc"]
+        return f"{setting}: unknown setting{hint(str(name), _fields(model, section))}"
     if first["type"] == "missing":
         return f"{setting}: missing"
     message = first["msg"].removeprefix("Value error, ")
     return f"{setting}: {message}" if setting else message
 
 
-def _fields(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """The names of the settings in the section at a place."""
+def _fields(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """The names of the settings in a section."""
     section = model
-    for part in place:
+    for part in path:
         field = section.model_fields.get(str(part))
         inner = field.annotation if field else FinetuneSettings
         section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else section

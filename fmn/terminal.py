@@ -31,9 +31,10 @@ def errors() -> TextIO:
 
 @contextmanager
 def only_ours(log: Path) -> Iterator[None]:
-    """Keep the terminal to our own lines: what else comes on standard error, of any process, goes to a file.
+    """Send to a file what libraries and other processes write on standard error.
 
-    That lasts until this process ends, for libraries say things at exit, but not beyond an unforeseen exception.
+    Only our own lines reach the terminal. That lasts until this process ends, because libraries
+    write at exit too; only an unforeseen exception ends it.
     """
     global _terminal
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -64,13 +65,13 @@ def say(*lines: object) -> None:
 
 
 def show_table(header: Sequence[str], body: Sequence[Sequence[str]], words: int = 1) -> None:
-    """Print a table: its first columns are words, so many, the others are aligned as numbers."""
+    """Print a table; the first columns, `words` of them, are text, the others numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place < words else "right")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < words else "right")
     for row in body:
         table.add_row(*row)
-    # As wide as it is: a terminal that is narrower wraps lines, which reads better than wrapped cells.
+    # A narrow terminal wraps the lines, which reads better than wrapped cells.
     natural = Console(width=10_000).measure(table).maximum
     Console(highlight=False, soft_wrap=True, markup=False, width=natural).print(table)
 
@@ -89,7 +90,7 @@ _changing = threading.Lock()
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, beside those that are there; nothing elsewhere. Yields what takes (done, total)."""
+    """A progress bar, if there is a terminal; yields a function that takes (done, total)."""
     if not _bars.console.is_terminal:
         yield lambda done, total: None
         return

@@ -1,4 +1,4 @@
-"""Who may import whom: rooms in the order of the pipeline, no circle, and nothing heavy too early."""
+"""Who may import whom: rooms in the order of the pipeline, no circle, nothing heavy too early."""
 
 import ast
 import subprocess
@@ -10,18 +10,10 @@ import pytest
 
 from tests.conftest import ROOT
 
-HEAVY = (
-    "torch",
-    "transformers",
-    "mlflow",
-    "optuna",
-    "sklearn",
-    "scipy",
-    "matplotlib",
-    "prefect",
-    "datasets",
-    "huggingface_hub",
-)
+HEAVY = {
+    *("torch", "transformers", "datasets", "huggingface_hub", "sklearn", "scipy"),
+    *("mlflow", "optuna", "prefect", "matplotlib"),
+}
 # From the bottom to the top: a module imports its own layer and those before it.
 LAYERS = (
     ("fmn.__init__", "fmn.environment", "fmn.errors", "fmn.terminal"),
@@ -112,13 +104,10 @@ def test_numbers_know_nothing_of_files(name: str) -> None:
     assert not {other for other in own_imports(MODULES[module]) if other.startswith("fmn.store")}
 
 
-@pytest.mark.parametrize(
-    "modules", ["fmn.cli", "fmn.params", "fmn.models.sources", "fmn.merge.recipe"]
-)
-def test_stages_are_imported_without_what_only_computing_needs(modules: str) -> None:
-    code = f"import sys, {modules}; print(*(name for name in {HEAVY} if name in sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (result.stdout, result.stderr) == ("\n", "")
+@pytest.mark.parametrize("module", ["fmn.cli", "fmn.models.sources", "fmn.merge.recipe"])
+def test_stages_are_imported_without_what_only_computing_needs(module: str) -> None:
+    code = f"import sys, {module}; assert not {HEAVY} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)

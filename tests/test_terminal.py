@@ -38,8 +38,8 @@ def test_a_table_is_as_wide_as_it_is_in_any_terminal(
 def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("working") as progress:
         progress(1, 2)
-    said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "")
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
 
 
 NOISY = """

@@ -58,12 +58,6 @@ def relative(scores: np.ndarray, expert: np.ndarray) -> np.ndarray | None:
     return scores / expert if (expert > 0).all() else None
 
 
-def macro(scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The mean over tasks in each resample [R]; tasks are resampled independently."""
-    mean: np.ndarray = np.mean(list(scores.values()), axis=0)
-    return mean
-
-
 def draws(
     answers: Mapping[str, Splits], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, np.ndarray]:
@@ -88,12 +82,9 @@ def compare(
     one more is counted, so that it is never 0 (Davison and Hinkley 1997, equation 4.11).
 
     Args:
-        first, second: answers on the same examples.
+        first, second: answers on the same examples; ValueError if tasks or examples differ.
         resamples, seed: of the draws.
         drawn: the models' `draws` with these resamples and seed, where they are known.
-
-    Raises:
-        ValueError: the tasks or the examples differ.
     """
     if first.keys() != second.keys() or not first:
         raise ValueError(f"tasks {', '.join(first)} and {', '.join(second)}: not the same")
@@ -102,7 +93,7 @@ def compare(
         if labels[0] != labels[1]:
             raise ValueError(f"{name}: the two models did not answer the same examples")
     left, right = drawn or (draws(m, resamples=resamples, seed=seed) for m in (first, second))
-    differences = macro({name: left[name] - right[name] for name in first})
+    differences = np.mean([left[name] - right[name] for name in first], axis=0)  # [R]
     means = [
         np.mean([score_splits(get_task(name), splits)["score"] for name, splits in each.items()])
         for each in (first, second)

@@ -5,7 +5,6 @@ holds every example once.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -81,10 +80,10 @@ def scores(
     """
     named: dict[str, np.ndarray] = {}
     means = []
-    for split, given in splits.items():
+    for split, answers in splits.items():
         chunks = [
-            np.stack([METRICS[name].compute(chunk, given) for name in task.metrics])
-            for chunk in weights(split, len(given.labels))
+            np.stack([METRICS[name].compute(chunk, answers) for name in task.metrics])
+            for chunk in weights(split, len(answers.labels))
         ]
         values = np.concatenate(chunks, axis=1)  # [metrics, R]
         suffix = task.suffix(split)
@@ -151,12 +150,10 @@ def _correlation(weights: np.ndarray, left: np.ndarray, right: np.ndarray) -> np
     return np.where(is_constant, 0.0, (weights * sides[0] * sides[1]).sum(axis=1))
 
 
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        "accuracy": Metric(_accuracy, "classes"),
-        "f1": Metric(_f1, "classes"),
-        "matthews_correlation": Metric(_matthews, "classes"),
-        "pearson": Metric(_pearson, "numbers"),
-        "spearmanr": Metric(_spearman, "numbers"),
-    }
-)
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric(_accuracy, "classes"),
+    "f1": Metric(_f1, "classes"),
+    "matthews_correlation": Metric(_matthews, "classes"),
+    "pearson": Metric(_pearson, "numbers"),
+    "spearmanr": Metric(_spearman, "numbers"),
+}

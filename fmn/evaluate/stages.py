@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 
 from fmn.errors import UserError
@@ -16,7 +17,7 @@ from fmn.models.stages import Device, Dtype
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage, write_record
 from fmn.tasks import dataset
-from fmn.tasks.task import get_task
+from fmn.tasks.task import Task, get_task
 
 EVALUATE = 4
 
@@ -70,19 +71,19 @@ def evaluate(
         for name, checkpoint in checkpoints.items():
             task = get_task(name)
             aligned[name] = labels.decide(checkpoint, task, label_data, settings.device)
-            predictions[name] = _predict(name, checkpoint, aligned[name], data, settings, progress)
-            digests = {split: job.inputs[f"{name} {split}"] for split in predictions[name]}
+            predictions[name] = _predict(task, checkpoint, aligned[name], data, settings, progress)
             info = dataset.read_data_info(data, task)
             origin = info.model_dump(include={"source", "revision", "seed"}) if info else {}
+            digests = {split: job.inputs[f"{name} {split}"] for split in predictions[name]}
             rows[name] = {**origin, "splits": digests}
         files.write_predictions(files.predictions_path(job.path), predictions)
         known = {"model": job.inputs["model"], "labels": aligned, "data": rows}
-        write_record(job.path, Metrics.model_validate({**known, **_scores(predictions)}))
+        write_record(job.path, Metrics.model_validate(known | _scores(predictions)))
 
-    described, summary = {"evaluate": settings}, files.read_metrics
     return run_stage(
-        "evaluate", EVALUATE, out, compute, reads=reads, settings=described, summary=summary
-    )
+        "evaluate", EVALUATE, out, compute,
+        reads=reads, settings={"evaluate": settings}, summary=files.read_metrics,
+    )  # fmt: skip
 
 
 def _checkpoints(model: Path, tasks: Sequence[str]) -> dict[str, Path]:
@@ -98,7 +99,7 @@ def _checkpoints(model: Path, tasks: Sequence[str]) -> dict[str, Path]:
 
 
 def _predict(
-    name: str,
+    task: Task,
     checkpoint: Path,
     aligned: labels.Labels,
     data: Path,
@@ -109,7 +110,7 @@ def _predict(
     from fmn.models.checkpoints import load_classifier, load_tokenizer
     from fmn.models.predict import predict
 
-    task, tokenizer = get_task(name), load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     model = labels.ordered(load_classifier(checkpoint), aligned)
     how: dict[str, Any] = {**settings.model_dump(), "progress": progress}
     predictions = {}
@@ -120,22 +121,18 @@ def _predict(
 
 
 def _scores(predictions: Mapping[str, Splits]) -> dict[str, Any]:
-    """What `Metrics` says of a model's predictions by task."""
+    """The scores of a model's predictions by task, their mean, and the intervals."""
     tasks: dict[str, dict[str, Any]] = {}
-    draws = {}
+    draws = []
     for name, splits in predictions.items():
         task = get_task(name)
         resampled = bootstrap.resampled(task, splits)
-        draws[name] = resampled["score"]
+        draws.append(resampled["score"])
         tasks[name] = {
             **score_splits(task, splits),
             **{f"examples{task.suffix(split)}": len(splits[split].labels) for split in splits},
-            "interval": {
-                metric: bootstrap.interval(values) for metric, values in resampled.items()
-            },
+            "interval": {metric: bootstrap.interval(draw) for metric, draw in resampled.items()},
         }
-    return {
-        "tasks": tasks,
-        "score": sum(entry["score"] for entry in tasks.values()) / len(tasks),
-        "interval": bootstrap.interval(bootstrap.macro(draws)),
-    }
+    score = sum(entry["score"] for entry in tasks.values()) / len(tasks)
+    interval = bootstrap.interval(np.mean(draws, axis=0))
+    return {"tasks": tasks, "score": score, "interval": interval}

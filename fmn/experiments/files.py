@@ -1,8 +1,9 @@
 """What the stages of this room read of an expert, and what they write."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from fmn.merge.recipe import SearchedCoefficients
 from fmn.store.records import Record
 
 TunedOn = tuple[int | None, int]
@@ -45,25 +46,17 @@ class TaskTrials(Record):
     best: float
 
 
-class SearchResult(Record):
-    """What `fmn search` writes: the best trial, and how it was found.
+class SearchResult(SearchedCoefficients):
+    """What `fmn search` writes: what a merge reads of it, and how it was found.
 
     Attributes:
-        uniform: score of equal coefficients, which are the first trial.
-        experts: digest of each.
+        tasks: scores of the first trial, which has equal coefficients, and of the best.
         rows: how many rows of each task a trial is scored on.
-        merge: settings of the merge that the coefficients are for.
         study: names the search, whatever its number of trials.
     """
 
-    coefficients: dict[str, float]
-    scale: float
-    score: float
-    uniform: float
     tasks: dict[str, TaskTrials]
-    experts: dict[str, str]
     rows: dict[str, int]
-    merge: dict[str, Any]
     trials: list[Trial]
     study: str
 

@@ -50,21 +50,15 @@ def search(
     """Try coefficients with TPE until there are so many trials; returns all, in order.
 
     TPE: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization". The first trial has
-    equal coefficients.
+    equal coefficients, and the given scale or the nearest in range.
 
     Args:
         attempt: computes a trial.
         tasks: of the experts, in order of name.
         scale_range: lowest and highest scale; None does not search it.
-        scale: where it is not searched; else that of the first trial, or the nearest in range.
         trials: the number of trials, those of earlier runs included.
-        seed: of the suggestions.
-        file: SQLite file of the trials.
+        file: SQLite file of the trials; UserError if it is another file.
         name: of the Optuna study; it must differ between searches whose trials score differently.
-        progress: called with the finished trials and all of them.
-
-    Raises:
-        UserError: the file holds no trials of Optuna's.
     """
     from optuna.trial import TrialState
 

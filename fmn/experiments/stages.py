@@ -3,20 +3,20 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
 from fmn.errors import UserError
-from fmn.experiments.files import Cell, CellTask, SearchResult, Source, TaskTrials
+from fmn.evaluate.stages import EvaluateSettings
+from fmn.experiments.files import Cell, SearchResult, Source, TaskTrials
 from fmn.fisher.stages import Estimator
 from fmn.merge.methods import METHODS
 from fmn.merge.stages import MergeSettings, RefitSettings, statistics_files
 from fmn.models import checkpoints
 from fmn.models.provenance import rows_tuned_on
-from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
-from fmn.store.records import Settings, at_least_one
+from fmn.store.records import at_least_one
 from fmn.store.stage import (
     Job,
     Outcome,
@@ -39,6 +39,7 @@ SETS = ("pairs", "triples", "all")
 
 Rows = Literal["all"] | Annotated[int, Field(ge=1)]
 Files = Mapping[str, Path]
+RowsByTask = Mapping[str, tuple[str, int | str]]  # by task: the split, and how many of its rows
 
 
 class ComparedSettings(MergeSettings):
@@ -50,7 +51,7 @@ class ComparedSettings(MergeSettings):
     )
 
 
-class CompareSettings(Settings):
+class CompareSettings(EvaluateSettings):
     sets: list[str] = Field(
         ["pairs", "all"],
         min_length=1,
@@ -68,17 +69,13 @@ class CompareSettings(Settings):
     methods: dict[str, ComparedSettings] = Field(
         ..., min_length=1, description="NAME: how to merge"
     )
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field(
-        "float32", description="precision of the matrix products; auto: bfloat16 where it pays"
-    )
 
     def rows_of(self, task: str) -> int | Literal["all"]:
         """How many rows of a task are tried."""
         return self.rows.get(task, "all") if isinstance(self.rows, dict) else self.rows
 
 
-class SearchSettings(Settings):
+class SearchSettings(EvaluateSettings):
     runtime: ClassVar[set[str]] = {"device", "experiment"}
 
     trials: int = Field(60, ge=1, description="coefficients tried, the uniform ones among them")
@@ -90,10 +87,6 @@ class SearchSettings(Settings):
         None, description="LOW HIGH: search the scale of the merged task vector too; needs the base"
     )
     experiment: str = Field("fmn", description="MLflow experiment of the trials")
-    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field(
-        "float32", description="precision of the matrix products; auto: bfloat16 where it pays"
-    )
 
     _some = field_validator("rows")(at_least_one)
 
@@ -103,6 +96,16 @@ class SearchSettings(Settings):
         if ends is not None and not (0 <= ends[0] < ends[1] < float("inf")):
             raise ValueError("LOW must be zero or more, and HIGH above it")
         return ends
+
+
+class Merge(NamedTuple):
+    """A merge to try: the experts by task, the base, how, and statistics by task."""
+
+    experts: Files
+    base: Path | None
+    settings: MergeSettings
+    fisher: Files
+    gram: Files
 
 
 def search(
@@ -124,11 +127,11 @@ def search(
     search that was killed, or is run again with more trials, goes on from them.
 
     Args:
-        experts: checkpoint folders by task
+        experts: TASK=DIR for each expert, or one folder of them
         data: folder of the tasks' rows
         out: the file of coefficients, JSON, for `fmn merge --coefficients`
-        fisher: Fisher files by task, for a method that takes them
-        gram: files of Gram matrices by task, for a method that takes them
+        fisher: TASK=FILE for each expert, or one folder, for a method that takes them
+        gram: TASK=FILE for each expert, or one folder, for a method that takes them
         base: the folder of the model that the experts were fine-tuned from
         merging: how to merge
         settings: how to search
@@ -137,8 +140,8 @@ def search(
     Raises:
         UserError: as `merge` does, and where an expert scores zero, to which nothing is relative.
     """
-    _check_searchable(experts, base, merging, settings)
-    statistics = fisher or {}, gram or {}
+    merge = Merge(experts, base, merging, fisher or {}, gram or {})
+    _check_searchable(merge, settings)
     rows = dict.fromkeys(sorted(experts), ("train", settings.rows))
     described = {
         "merge": merging.used("coefficient"),
@@ -147,41 +150,51 @@ def search(
     }
 
     def compute(job: Job) -> None:
-        sources = _sources(job, experts, data, rows, settings.search_seed, settings)
-        read = _read_statistics(job, experts, merging, statistics)
         study = artifacts.content_key("study", SEARCH, described, job.inputs)
         file = out.with_suffix(".trials.db")
-        result = _search(experts, base, merging, settings, read, sources, study, file, progress)
-        write_record(job.path, result)
+        sources = _sources(job, merge, data, rows, settings.search_seed, settings)
+        write_record(job.path, _search(job, merge, sources, settings, file, study, progress))
 
     return run_stage(
-        "search",
-        SEARCH,
-        out,
-        compute,
-        reads=_reads(experts, base, data, rows, merging, statistics),
+        "search", SEARCH, out, compute,
+        reads=_reads(merge, data, rows),
         settings={**described, "trials": settings.trials},
         summary=lambda out: read_record(out, SearchResult),
-    )
+    )  # fmt: skip
+
+
+def _check_searchable(merge: Merge, settings: SearchSettings) -> None:
+    is_scale_searched = settings.scale_range is not None
+    if merge.settings.coefficient:
+        raise UserError("--coefficient: the search is to find it; leave it out")
+    if is_scale_searched and merge.settings.scale != "auto":
+        raise UserError("--scale: the search is to find it; leave it out")
+    if len(merge.experts) < 2 and not is_scale_searched:
+        raise UserError(
+            "one expert has no coefficients to search; give more --expert TASK=DIR or --scale-range"
+        )
+    if is_scale_searched and merge.base is None:
+        raise UserError(
+            "--scale-range needs the model that the experts were tuned from; give --base DIR"
+        )
 
 
 def _search(
-    experts: Files,
-    base: Path | None,
-    merging: MergeSettings,
-    settings: SearchSettings,
-    statistics: "Statistics",
+    job: Job,
+    merge: Merge,
     sources: Mapping[str, Source],
-    study: str,
+    settings: SearchSettings,
     file: Path,
+    study: str,
     progress: Progress,
 ) -> SearchResult:
     from fmn.experiments import search, trial
     from fmn.merge import model as merged
 
+    experts, base, merging, *_ = merge
     checkpoints.check_experts(experts, base)
-    scale = merged.scale(experts, merging, base, statistics)
-    merge = merged.merger(experts, merging, base, statistics)
+    statistics = _read_statistics(job, merge)
+    encoder_of = merged.merger(experts, merging, base, statistics)
     loaded = {task: trial.load_expert(source) for task, source in sources.items()}
     for task, expert in loaded.items():
         if expert.score <= 0:
@@ -191,21 +204,20 @@ def _search(
             )
 
     def attempt(coefficients: Mapping[str, float], scale: float) -> dict[str, float]:
-        encoder = merge(coefficients, scale)
+        encoder = encoder_of(coefficients, scale)
         return {
             task: trial.score(expert.task, trial.try_encoder(expert, encoder)) / expert.score
             for task, expert in loaded.items()
         }
 
     trials = search.search(
-        attempt, list(loaded), settings.scale_range, scale=scale, trials=settings.trials,
+        attempt, list(loaded), settings.scale_range,
+        scale=merged.scale(experts, merging, base, statistics), trials=settings.trials,
         seed=settings.search_seed, file=file, name=study, progress=progress,
     )  # fmt: skip
     uniform, best = trials[0], max(trials, key=lambda trial: trial.score)
     return SearchResult(
-        coefficients=best.coefficients,
-        scale=best.scale,
-        score=best.score,
+        **best.model_dump(include={"coefficients", "scale", "score"}),
         uniform=uniform.score,
         tasks={
             task: TaskTrials(
@@ -219,24 +231,6 @@ def _search(
         trials=trials,
         study=study,
     )
-
-
-def _check_searchable(
-    experts: Files, base: Path | None, merging: MergeSettings, settings: SearchSettings
-) -> None:
-    is_scale_searched = settings.scale_range is not None
-    if merging.coefficient:
-        raise UserError("--coefficient: the search is to find it; leave it out")
-    if is_scale_searched and merging.scale != "auto":
-        raise UserError("--scale: the search is to find it; leave it out")
-    if len(experts) < 2 and not is_scale_searched:
-        raise UserError(
-            "one expert has no coefficients to search; give more --expert TASK=DIR or --scale-range"
-        )
-    if is_scale_searched and base is None:
-        raise UserError(
-            "--scale-range needs the model that the experts were tuned from; give --base DIR"
-        )
 
 
 def compare(
@@ -253,140 +247,99 @@ def compare(
 ) -> Outcome[Cell]:
     """Compute a cell of a comparison: merge experts in one way, in memory, and score them.
 
-    Args:
-        experts: checkpoint folders by task
-        base: the folder of the model that the experts were fine-tuned from
-        data: folder of the tasks' rows
-        out: the cell, JSON
-        fisher: Fisher files by task, for a method that takes them
-        gram: files of Gram matrices by task, for a method that takes them
-        merging: how to merge
-        settings: what to score on
-        progress: called with the finished tasks and all of them
+    Arguments as of `search`, but `out` is the cell, and `progress` counts finished tasks.
     """
-    statistics = fisher or {}, gram or {}
+    merge = Merge(experts, base, merging, fisher or {}, gram or {})
     is_train, realign = settings.split == "train", merging.realign
     rows = {}
     for task in sorted(experts):
         split = "train" if is_train else dataset.validation_splits(data, get_task(task))[0]
         rows[task] = split, settings.rows_of(task)
-    reads = _reads(experts, base, data, rows, merging, statistics)
+    reads = _reads(merge, data, rows)
     for task in rows if realign else ():
         reads[f"texts {task}"] = dataset.split_files(data, get_task(task), "train")
+    is_tuning_used = is_train or realign is not None
     described = {
         "merge": merging.model_dump(exclude=set() if realign else {"realign"}),
         "rows": {**settings.model_dump(include={"seed", "dtype"}), "tasks": rows},
-        "tuned on": [rows_tuned_on(experts[task]) for task in rows]
-        if is_train or realign
-        else None,
+        "tuned on": [rows_tuned_on(experts[task]) for task in rows] if is_tuning_used else None,
     }
 
     def compute(job: Job) -> None:
-        sources = _sources(job, experts, data, rows, settings.seed, settings)
-        read = _read_statistics(job, experts, merging, statistics)
-        write_record(job.path, _cell(job, experts, base, merging, read, sources, progress))
+        sources = _sources(job, merge, data, rows, settings.seed, settings)
+        write_record(job.path, _cell(job, merge, realign, sources, progress))
 
     return run_stage(
-        "compare",
-        COMPARE,
-        out,
-        compute,
-        reads=reads,
-        settings=described,
-        summary=lambda out: read_record(out, Cell),
-    )
+        "compare", COMPARE, out, compute,
+        reads=reads, settings=described, summary=lambda out: read_record(out, Cell),
+    )  # fmt: skip
 
 
 def _cell(
     job: Job,
-    experts: Files,
-    base: Path,
-    merging: ComparedSettings,
-    statistics: "Statistics",
+    merge: Merge,
+    realign: RefitSettings | None,
     sources: Mapping[str, Source],
     progress: Progress,
 ) -> Cell:
     from fmn.experiments import trial
     from fmn.merge import model as merged
 
-    started = time.monotonic()
-    encoder = merged.in_memory(experts, merging, base, statistics)
+    statistics, started = _read_statistics(job, merge), time.monotonic()
+    encoder = merged.in_memory(merge.experts, merge.settings, merge.base, statistics)
     seconds = time.monotonic() - started
     tasks = {}
     for task, source in sources.items():
         expert, head = trial.load_expert(source), None
-        if realign := merging.realign:
-            limit = _limit(realign.texts)
-            texts = trial.texts_for_head(source, limit, realign.seed, job.inputs[f"texts {task}"])
+        if realign:
+            texts = trial.texts_for_head(source, realign, job.inputs[f"texts {task}"])
             started = time.monotonic()
-            head = trial.realigned_head(expert, encoder, *texts, realign.ridge)
+            head = trial.realigned_head(expert, encoder, texts, realign.ridge)
             seconds += time.monotonic() - started
-        answers = trial.try_encoder(expert, encoder, head)
-        score = trial.score(expert.task, answers)
-        tasks[task] = CellTask(
-            score=score,
-            expert=expert.score,
-            relative=score / expert.score if expert.score > 0 else None,
-            labels=answers.labels.tolist(),
-            predictions=answers.predicted.tolist(),
-            expert_predictions=expert.answers.predicted.tolist(),
-        )
+        tasks[task] = trial.cell_task(expert, encoder, head)
         progress(len(tasks), len(sources))
     return Cell(tasks=tasks, seconds=seconds)
 
 
 def _sources(
     job: Job,
-    experts: Files,
+    merge: Merge,
     data: Path,
-    rows: Mapping[str, tuple[str, int | str]],
+    rows: RowsByTask,
     seed: int,
     settings: SearchSettings | CompareSettings,
 ) -> dict[str, Source]:
     """The experts by task, with the split and the number of rows that encoders are tried on."""
     return {
         task: Source(
-            experts[task],
+            merge.experts[task],
             task,
             data,
             split,
-            rows=_limit(count),
+            rows=count if isinstance(count, int) else None,
             seed=seed,
             device=settings.device,
             dtype=settings.dtype,
-            tuned_on=rows_tuned_on(experts[task]),
+            tuned_on=rows_tuned_on(merge.experts[task]),
             digests=(job.inputs[f"expert {task}"], job.inputs[f"data {task}"]),
         )
         for task, (split, count) in rows.items()
     }
 
 
-def _reads(
-    experts: Files,
-    base: Path | None,
-    data: Path,
-    rows: Mapping[str, tuple[str, Any]],
-    merging: MergeSettings,
-    statistics: tuple[Files, Files],
-) -> dict[str, Path | list[Path] | None]:
+def _reads(merge: Merge, data: Path, rows: RowsByTask) -> dict[str, Path | list[Path] | None]:
     """What a stage reads, by name: experts, base, the method's statistics, rows."""
-    method = METHODS[merging.method]
-    reads: dict[str, Path | list[Path] | None] = {"base": base}
-    reads |= statistics_files(method, sorted(experts), *statistics)
+    method = METHODS[merge.settings.method]
+    reads: dict[str, Path | list[Path] | None] = {"base": merge.base}
+    reads |= statistics_files(method, sorted(merge.experts), merge.fisher, merge.gram)
     for task, (split, _) in rows.items():
-        reads[f"expert {task}"] = experts[task]
+        reads[f"expert {task}"] = merge.experts[task]
         reads[f"data {task}"] = dataset.split_files(data, get_task(task), split)
     return reads
 
 
-def _read_statistics(
-    job: Job, experts: Files, merging: MergeSettings, statistics: tuple[Files, Files]
-) -> "Statistics":
+def _read_statistics(job: Job, merge: Merge) -> "Statistics":
     from fmn.merge.inputs import read_statistics
 
-    digests = {task: job.inputs[f"expert {task}"] for task in sorted(experts)}
-    return read_statistics(METHODS[merging.method], digests, *statistics)
-
-
-def _limit(number: int | str) -> int | None:
-    return None if isinstance(number, str) else number
+    digests = {task: job.inputs[f"expert {task}"] for task in sorted(merge.experts)}
+    return read_statistics(METHODS[merge.settings.method], digests, merge.fisher, merge.gram)

@@ -4,14 +4,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.evaluate.metrics import Answers, answers, score_splits
-from fmn.experiments.files import Source
+from fmn.experiments.files import CellTask, Source
 from fmn.merge import heads
+from fmn.merge.stages import RefitSettings
 from fmn.models import checkpoints, labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset
@@ -32,6 +34,13 @@ class ExpertOnTask:
     score: float
 
 
+class TextsForHead(NamedTuple):
+    """N texts, and what the last linear map of the expert's head reads of them, [N, n]."""
+
+    examples: Examples
+    features: np.ndarray
+
+
 def score(task: Task, answers: Answers) -> float:
     """The task's score of answers on one split."""
     return score_splits(task, {task.validation[0]: answers})["score"]
@@ -40,18 +49,18 @@ def score(task: Task, answers: Answers) -> float:
 @lru_cache(maxsize=16)  # the cells of a comparison share experts
 def load_expert(source: Source) -> ExpertOnTask:
     """Load an expert and its rows, and let it answer."""
-    checkpoint, definition = source.checkpoint, get_task(source.task)
-    aligned = labels.decide(checkpoint, definition, source.data, source.device)
+    checkpoint, task = source.checkpoint, get_task(source.task)
+    aligned = labels.decide(checkpoint, task, source.data, source.device)
     model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
-    table = dataset.read_split(source.data, definition, source.split)
+    table = dataset.read_split(source.data, task, source.split)
     tuned_on = source.tuned_on if source.split == "train" else None
     unseen, seen = heads.unseen_first(table.num_rows, source.seed, tuned_on)
     rows = np.sort((unseen if len(unseen) else seen)[: source.rows])
     tokenizer = checkpoints.load_tokenizer(checkpoint)
-    examples = dataset.tokenize(tokenizer, definition, table.take(rows))
+    examples = dataset.tokenize(tokenizer, task, table.take(rows))
     logits = predict(model, examples, device=source.device, dtype=source.dtype)
-    own = answers(definition, logits, examples.labels)
-    return ExpertOnTask(source, definition, model, rows, examples, own, score(definition, own))
+    own = answers(task, logits, examples.labels)
+    return ExpertOnTask(source, task, model, rows, examples, own, score(task, own))
 
 
 def try_encoder(
@@ -68,37 +77,42 @@ def try_encoder(
     return answers(expert.task, logits, expert.examples.labels)
 
 
-@lru_cache(maxsize=16)
-def texts_for_head(
-    source: Source, texts: int | None, seed: int, digest: str
-) -> tuple[Examples, np.ndarray]:
-    """Texts to re-align a head on, none of them tried, and what the expert's head reads of them.
+def cell_task(
+    expert: ExpertOnTask, encoder: Mapping[str, Tensor], head: Mapping[str, Tensor] | None
+) -> CellTask:
+    """What a cell of a comparison says of a task; arguments as of `try_encoder`."""
+    answers = try_encoder(expert, encoder, head)
+    merged = score(expert.task, answers)
+    return CellTask(
+        score=merged,
+        expert=expert.score,
+        relative=merged / expert.score if expert.score > 0 else None,
+        labels=answers.labels.tolist(),
+        predictions=answers.predicted.tolist(),
+        expert_predictions=expert.answers.predicted.tolist(),
+    )
 
-    `digest` is that of the rows.
-    """
+
+@lru_cache(maxsize=16)
+def texts_for_head(source: Source, realign: RefitSettings, digest: str) -> TextsForHead:
+    """Texts to re-align a head on, none of them tried; `digest` is that of the rows."""
     expert = load_expert(source)
     tried = expert.rows.tolist() if source.split == "train" else ()
+    limit = None if realign.texts == "all" else realign.texts
     examples = heads.unlabeled(
-        source.checkpoint, expert.task, source.data, texts, seed, source.tuned_on, tried
+        source.checkpoint, expert.task, source.data, limit, realign.seed, source.tuned_on, tried
     )
-    return examples, _features(expert, examples)
+    return TextsForHead(examples, _features(expert, examples))
 
 
 def realigned_head(
-    expert: ExpertOnTask,
-    encoder: Mapping[str, Tensor],
-    texts: Examples,
-    features: np.ndarray,
-    ridge: float | str,
+    expert: ExpertOnTask, encoder: Mapping[str, Tensor], texts: TextsForHead, ridge: float | str
 ) -> dict[str, Tensor]:
-    """The expert's head re-aligned with another encoder (`fmn.merge.heads`), for `try_encoder`.
-
-    `texts` and `features` are from `texts_for_head`.
-    """
+    """The expert's head re-aligned with another encoder (`fmn.merge.heads`), for `try_encoder`."""
     with _tensors_in(expert.model.base_model, encoder):
-        merged = _features(expert, texts)
-    weight, bias, _ = heads.refit(features, merged, *heads.last_map(expert.model), ridge)
-    return heads.tensors(expert.model, weight, bias)
+        merged = _features(expert, texts.examples)
+    fit = heads.refit(texts.features, merged, *heads.last_map(expert.model), ridge)
+    return heads.tensors(expert.model, fit)
 
 
 def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:

@@ -221,7 +221,7 @@ def roll_back(name: str, *, to: str | None = None) -> ChampionChange:
     """Give the alias champion back to the version of a registered model that held it before.
 
     Args:
-        name: of the registered model
+        name: name of the registered model
         to: the version that is to be the champion instead
 
     Raises:

@@ -1,6 +1,5 @@
 """Bootstrap intervals and paired tests, against SciPy, exact tests and simulations."""
 
-import time
 from statistics import fmean
 
 import numpy as np
@@ -9,7 +8,7 @@ from scipy import stats
 
 from fmn.evaluate import bootstrap
 from fmn.evaluate.metrics import Answers
-from fmn.tasks.task import TASKS, Task, task
+from fmn.tasks.task import TASKS, Task, get_task
 
 
 def answers(task: Task, count: int = 60, seed: int = 0, right: float = 0.7) -> Answers:
@@ -36,21 +35,21 @@ def binary(right: np.ndarray) -> dict[str, dict[str, Answers]]:
     ],
 )
 def test_intervals_agree_with_scipys_bootstrap(name: str, statistic: object) -> None:
-    sample = answers(task(name), 300)
+    sample = answers(get_task(name), 300)
     expected = stats.bootstrap(
         tuple(sample), statistic, paired=True, vectorized=False, n_resamples=2000,
         method="percentile", rng=1,
     )  # fmt: skip
-    values = bootstrap.resampled(task(name), {"validation": sample}, resamples=4000)
+    values = bootstrap.resampled(get_task(name), {"validation": sample}, resamples=4000)
     np.testing.assert_allclose(
-        bootstrap.interval(values[task(name).metrics[0]]),
+        bootstrap.interval(values[get_task(name).metrics[0]]),
         expected.confidence_interval,
         atol=0.25 * float(expected.standard_error),
     )
 
 
 def test_draws_depend_on_seed_task_split_and_count_alone() -> None:
-    mnli = task("mnli")
+    mnli = get_task("mnli")
     splits = dict.fromkeys(mnli.validation, answers(mnli, 50))
     first, again = (bootstrap.resampled(mnli, splits, resamples=50) for _ in range(2))
     other = bootstrap.resampled(mnli, splits, resamples=50, seed=1)
@@ -61,13 +60,12 @@ def test_draws_depend_on_seed_task_split_and_count_alone() -> None:
 
 
 def test_relative_scores_are_of_the_same_resamples() -> None:
-    expert = bootstrap.resampled(task("sst2"), {"validation": answers(task("sst2"), 100)})["score"]
+    sst2 = get_task("sst2")
+    expert = bootstrap.resampled(sst2, {"validation": answers(sst2, 100)})["score"]
     share = bootstrap.relative(expert, expert)
     assert share is not None
     assert bootstrap.interval(share) == (1.0, 1.0)
     assert bootstrap.relative(expert, expert - expert.min()) is None
-    half = bootstrap.macro({"a": expert, "b": np.zeros_like(expert)})
-    np.testing.assert_allclose(half, expert / 2)
 
 
 def test_a_model_does_not_differ_from_itself() -> None:
@@ -78,7 +76,7 @@ def test_a_model_does_not_differ_from_itself() -> None:
 
 @pytest.mark.parametrize("name", ["sst2", "cola", "mrpc", "stsb", "mnli"])
 def test_a_clear_difference_is_seen_in_both_directions_and_a_small_one_is_not(name: str) -> None:
-    each = task(name)
+    each = get_task(name)
     good = {name: {split: answers(each, 400, right=0.95) for split in each.validation}}
     bad = {name: {split: answers(each, 400, right=0.5) for split in each.validation}}
     forth, back = bootstrap.compare(good, bad), bootstrap.compare(bad, good)
@@ -116,9 +114,9 @@ def test_p_values_of_equal_models_are_spread_evenly() -> None:
 
 
 def test_the_mean_over_tasks_is_compared_too() -> None:
-    names = ("sst2", "stsb")
-    good = {name: {"validation": answers(task(name), 300, right=0.9)} for name in names}
-    bad = {name: {"validation": answers(task(name), 300, right=0.6)} for name in names}
+    names, stsb = ("sst2", "stsb"), get_task("stsb")
+    good = {name: {"validation": answers(get_task(name), 300, right=0.9)} for name in names}
+    bad = {name: {"validation": answers(get_task(name), 300, right=0.6)} for name in names}
     both = bootstrap.compare(good, bad)
     drawn = (bootstrap.draws(good), bootstrap.draws(bad))
     assert bootstrap.compare(good, bad, drawn=drawn) == both
@@ -127,10 +125,4 @@ def test_the_mean_over_tasks_is_compared_too() -> None:
     with pytest.raises(ValueError, match="same"):
         bootstrap.compare(good, {"sst2": bad["sst2"]})
     with pytest.raises(ValueError, match="same examples"):
-        bootstrap.compare(good, {**bad, "stsb": {"validation": answers(task("stsb"), 300, seed=1)}})
-
-
-def test_a_thousand_resamples_of_a_large_split_with_ranks_take_a_moment() -> None:
-    started = time.monotonic()
-    bootstrap.resampled(task("stsb"), {"validation": answers(task("stsb"), 1500)})
-    assert time.monotonic() - started < 5  # 0.2 s on a quiet core
+        bootstrap.compare(good, {**bad, "stsb": {"validation": answers(stsb, 300, seed=1)}})

@@ -14,12 +14,12 @@ from fmn.evaluate import bootstrap
 from fmn.evaluate.files import predictions_path, read_metrics, read_predictions
 from fmn.evaluate.metrics import score_splits
 from fmn.evaluate.stages import EvaluateSettings, evaluate
-from fmn.merge import model as merge_model
 from fmn.merge import recipe
+from fmn.merge.stages import MergeSettings, merge
 from fmn.store import artifacts
 from fmn.store.stage import read_sidecar
 from fmn.tasks import dataset
-from fmn.tasks.task import task
+from fmn.tasks.task import get_task
 from tests.conftest import TASKS
 
 SETTINGS = EvaluateSettings(device="cpu")
@@ -30,7 +30,7 @@ def merged(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny experts merged; not to be changed by a test."""
     out = tmp_path_factory.mktemp("merged") / "average"
     experts = {name: tiny_work / "experts" / name for name in TASKS}
-    merge_model.write(out, experts, method="average")
+    merge(experts=experts, out=out, settings=MergeSettings(method="average"))
     return out
 
 
@@ -50,13 +50,13 @@ def test_a_merged_model_is_scored_on_its_own_tasks(
     assert set(metrics.tasks) == set(metrics.labels) == set(metrics.data) == set(TASKS)
     predictions = read_predictions(out)
     for name, scores in metrics.tasks.items():
-        expected = score_splits(task(name), predictions[name])
+        expected = score_splits(get_task(name), predictions[name])
         assert scores.model_extra is not None
         assert {**scores.model_extra, "score": scores.score} == pytest.approx(expected)
         assert set(scores.interval) == set(expected)
         for metric, (low, high) in scores.interval.items():
             assert low <= expected[metric] <= high
-        rows = dataset.read(tiny_work / "data", task(name), "validation")
+        rows = dataset.read_split(tiny_work / "data", get_task(name), "validation")
         np.testing.assert_array_equal(
             predictions[name]["validation"].labels, rows["label"].to_numpy()
         )
@@ -111,7 +111,7 @@ def test_mnli_is_scored_on_both_splits(tiny_work: Path, tmp_path: Path) -> None:
         pq.write_table(table, tmp_path / f"{split}.parquet")
     expert = Path(shutil.copytree(tiny_work / "base", tmp_path / "expert"))
     (expert / artifacts.SIDECAR).unlink()
-    new_expert(tiny_work / "base", task("mnli"), 0).save_pretrained(expert)
+    new_expert(tiny_work / "base", get_task("mnli"), 0).save_pretrained(expert)
     out = tmp_path / "mnli.json"
     outcome = evaluate(expert, data=tmp_path, out=out, tasks=["mnli"], settings=SETTINGS)
     scores = outcome.summary.tasks["mnli"].model_dump()

@@ -17,9 +17,9 @@ def test_pairs_triples_and_all_without_doubles() -> None:
 
 def test_bounds_stand_beside_every_comparison() -> None:
     mine = ComparedSettings(method="ties")
-    found = grid.bounded({"mine": mine})
-    assert list(found) == ["base", "average", "mine"]
-    assert (found["base"].method, found["base"].scale) == ("average", 0)
+    methods = grid.bounded({"mine": mine})
+    assert list(methods) == ["base", "average", "mine"]
+    assert (methods["base"].method, methods["base"].scale) == ("average", 0)
     own = ComparedSettings(method="average", seed=1)
     assert grid.bounded({"mine": mine, "average": own})["average"] == own, (
         "what a profile has itself is taken"

@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 from fmn.errors import UserError
 from fmn.evaluate.metrics import answers
 from fmn.experiments import trial
-from fmn.experiments.files import Source, TunedOn, tuned_on
+from fmn.experiments.files import Source, TunedOn
 from fmn.merge import heads
 from fmn.merge import model as merged
+from fmn.merge.stages import MergeSettings, RefitSettings
 from fmn.models import checkpoints
 from fmn.models.predict import predict
 from fmn.tasks import dataset
 from fmn.tasks.batches import select
-from fmn.tasks.task import task
-from tests.conftest import TUNING
+from fmn.tasks.task import get_task
 
 
 def source(
@@ -37,17 +37,18 @@ def test_the_experts_head_answers_on_another_encoder(tiny_work: Path, tmp_path: 
     expert = trial.load_expert(source(tiny_work, "sst2", rows=20))
     before = {name: tensor.clone() for name, tensor in expert.model.state_dict().items()}
     own = trial.try_encoder(expert, {})
-    encoder = merged.in_memory(experts, method="average")
+    average = MergeSettings(method="average")
+    encoder = merged.in_memory(experts, average)
     tried = trial.try_encoder(expert, encoder)
     after = expert.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     np.testing.assert_array_equal(own.predicted, expert.answers.predicted)
     assert len(tried.predicted) == len(expert.rows) == 20
 
-    merged.write(tmp_path / "merged", experts, method="average")
+    merged.write_model(tmp_path / "merged", experts, average)
     written = checkpoints.load_classifier(tmp_path / "merged" / "tasks" / "sst2")
     logits = predict(written, expert.examples, device="cpu", dtype="float32")
-    expected = answers(task("sst2"), logits, expert.examples.labels)
+    expected = answers(get_task("sst2"), logits, expert.examples.labels)
     np.testing.assert_array_equal(tried.predicted, expected.predicted)
 
 
@@ -64,7 +65,7 @@ def test_its_own_encoder_gives_the_experts_answers(tiny_work: Path) -> None:
 
 
 def test_training_rows_that_the_expert_saw_come_last(tiny_work: Path) -> None:
-    labels = dataset.read(tiny_work / "data", task("sst2"), "train")["label"].to_numpy()
+    labels = dataset.read_split(tiny_work / "data", get_task("sst2"), "train")["label"].to_numpy()
     seen = set(select(labels, 200, 3).tolist())
 
     def rows(tuned_on: TunedOn) -> set[int]:
@@ -78,26 +79,23 @@ def test_training_rows_that_the_expert_saw_come_last(tiny_work: Path) -> None:
 
 
 def test_heads_are_realigned_on_texts_that_are_not_tried(tiny_work: Path) -> None:
-    table = dataset.read(tiny_work / "data", task("sst2"), "train")
+    table = dataset.read_split(tiny_work / "data", get_task("sst2"), "train")
     labels = table["label"].to_numpy()
-    where = source(tiny_work, "sst2", "train", 50, (200, 3))
-    expert = trial.load_expert(where)
-    tokenizer = checkpoints.load_tokenizer(where.checkpoint)
-    tokens = dataset.tokenize(tokenizer, task("sst2"), table).inputs["input_ids"]
+    tried = source(tiny_work, "sst2", "train", 50, (200, 3))
+    expert = trial.load_expert(tried)
+    tokenizer = checkpoints.load_tokenizer(tried.checkpoint)
+    tokens = dataset.tokenize(tokenizer, get_task("sst2"), table).inputs["input_ids"]
     unseen = {tuple(tokens[row]) for row in set(range(len(labels))) - {*select(labels, 200, 3)}}
     left = len(labels) - 200 - 50
-    for limit in (left, left + 30, None):
-        texts, features = trial.texts_for_head(where, limit, 1, "")
-        ids = texts.inputs["input_ids"]
-        assert len(features) == len(ids) == (limit or len(labels) - 50)
+    for limit in (left, left + 30, "all"):
+        refit = RefitSettings.model_validate({"texts": limit, "seed": 1})
+        texts = trial.texts_for_head(tried, refit, "")
+        ids = texts.examples.inputs["input_ids"]
+        count = len(labels) - 50 if limit == "all" else limit
+        assert len(texts.features) == len(ids) == count
         assert sum(tuple(text) in unseen for text in ids) >= left
     everything = expert.rows.tolist() + list(range(len(labels)))
     with pytest.raises(UserError, match="no training text is left"):
         heads.unlabeled(
-            where.checkpoint, expert.task, where.data, None, 0, where.tuned_on, everything
+            tried.checkpoint, expert.task, tried.data, None, 0, tried.tuned_on, everything
         )
-
-
-def test_the_sidecar_says_what_an_expert_was_tuned_on(tiny_work: Path) -> None:
-    assert tuned_on(tiny_work / "experts" / "sst2") == (TUNING.examples, TUNING.seed)
-    assert tuned_on(tiny_work / "base") == tuned_on(tiny_work) == (None, 0)
