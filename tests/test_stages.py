@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fmn.evaluate import files as evaluate_files
 from fmn.errors import UserError
 from fmn.evaluate import bootstrap as intervals
+from fmn.evaluate import files as evaluate_files
 from fmn.evaluate import stages as evaluate_stages
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.fisher import stages as fisher_stages

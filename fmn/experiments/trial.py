@@ -111,8 +111,8 @@ def realigned_head(
     """The expert's head re-aligned with another encoder (`fmn.merge.heads`), for `try_encoder`."""
     with _tensors_in(expert.model.base_model, encoder):
         merged = _features(expert, texts.examples)
-    fit = heads.refit(texts.features, merged, *heads.last_map(expert.model), ridge)
-    return heads.tensors(expert.model, fit)
+    weight, bias, _ = heads.refit(texts.features, merged, *heads.last_map(expert.model), ridge)
+    return heads.tensors(expert.model, weight, bias)
 
 
 def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:

@@ -26,6 +26,9 @@ class DataSettings(Settings):
         " of several tasks; $NAME is read from the environment",
     )
     revision: str = Field("main", description="revision of the Hub's data set")
+    seed: int = Field(
+        0, ge=0, le=0, description="of the miniature GLUE: 0; its script writes rows of others"
+    )
 
     @field_validator("source")
     @classmethod
