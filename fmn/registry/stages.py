@@ -4,9 +4,11 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -17,11 +19,15 @@ from fmn.experiments.stages import CompareSettings, SearchSettings
 from fmn.merge.recipe import CARD, RECIPE, Recipe, read_recipe
 from fmn.registry import lineage
 from fmn.registry.lineage import Lineage
+from fmn.registry.promotion import Decision
 from fmn.report.stages import ReportInfo
 from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
 from fmn.store.stage import Outcome
 from fmn.store.yaml_file import read_yaml, to_yaml
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 REGISTER = 2
 LOG = 3
@@ -85,13 +91,13 @@ def register(
     from fmn.registry import tracking
 
     started = time.monotonic()
-    if out is not None:
+    if out:
         stage.check_output(out, [model, metrics, report, card, params])
     recipe, scores = _read(model, metrics)
     card_text = (card or model / CARD).read_text()
     inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
-    described = settings.model_dump(exclude={"tolerance"})
-    key = artifacts.content_key("register", REGISTER, described, inputs)
+    names = {"name": settings.name, "experiment": settings.experiment}
+    key = artifacts.content_key("register", REGISTER, names, inputs)
     with tracking.connection() as client:
         query = f"name = '{settings.name}' and tags.`{tracking.KEY}` = '{key}'"
         if versions := client.search_model_versions(query):
@@ -102,26 +108,25 @@ def register(
                 if report:
                     mlflow.log_artifacts(str(report), "report")
                 _log_lineage(model, recipe, scores, params)
-                logged = tracking.log_served_model(model)
-                mlflow.log_metrics(_metrics(scores), model_id=logged.model_id)
-                tags = {tracking.KEY: key, **_version_tags(recipe, scores)}
-                version = tracking.create_version(logged, settings.name, tags)
+                version = _create_version(model, recipe, scores, settings.name, key)
         is_new = tracking.PROMOTION not in version.tags
         decision = tracking.promote(client, version, settings.tolerance, _shown(card_text))
-    registered = Registered(
-        name=version.name,
-        version=str(version.version),
-        run=str(version.run_id),
-        store=redacted(tracking.tracking_uri()),
-        **decision._asdict(),
-    )
-    if out is not None:
+    registered = _registered(version, decision)
+    if out:
         stage.run_stage(
             "register", REGISTER, out, lambda job: stage.write_record(job.path, registered),
             # A version that was deleted in MLflow and registered anew has another run.
             reads=inputs, settings={"registered": registered}, summary=str,
         )  # fmt: skip
     return Outcome("register", out or model, is_new, time.monotonic() - started, registered)
+
+
+def _registered(version: "ModelVersion", decision: Decision) -> Registered:
+    from fmn.registry import tracking
+
+    number, run = str(version.version), str(version.run_id)
+    store = redacted(tracking.tracking_uri())
+    return Registered(name=version.name, version=number, run=run, store=store, **decision._asdict())
 
 
 def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
@@ -164,15 +169,25 @@ def _log_lineage(model: Path, recipe: Recipe, scores: Metrics, params: Path | No
             mlflow.log_input(dataset, context="training" if split == "train" else "validation")
 
 
-def _version_tags(recipe: Recipe, scores: Metrics) -> dict[str, str]:
+def _create_version(
+    model: Path, recipe: Recipe, scores: Metrics, name: str, key: str
+) -> "ModelVersion":
+    """Log a model and its scores with the current run, and register it."""
+    import mlflow
+
     from fmn.registry import tracking
 
-    return {
+    logged = tracking.log_served_model(model)
+    mlflow.log_metrics(_metrics(scores), model_id=logged.model_id)
+    tags = {
         "tasks": ", ".join(recipe.tasks),
         "score": f"{100 * scores.score:.2f} %",
+        tracking.KEY: key,
         tracking.SCORES: json.dumps({task: entry.score for task, entry in scores.tasks.items()}),
         tracking.DATA: lineage.evaluation_data(scores),
     }
+    with redirect_stderr(StringIO()):  # the caller says better what MLflow says there
+        return mlflow.register_model(logged.model_uri, name, tags=tags)
 
 
 def _params(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
-from io import StringIO
 from pathlib import Path
 
 from fmn.errors import UserError, causes, redacted, system_errors_explained
@@ -204,12 +203,6 @@ def pack(model: Path, out: Path) -> None:
         # The last shard; those before it are the encoder's.
         shutil.copyfile(max(task.glob("*.safetensors")), folder / "head.safetensors")
     (out / "texts.json").write_text(json.dumps(text_counts))
-
-
-def create_version(logged: ModelInfo, name: str, tags: dict[str, str]) -> ModelVersion:
-    """Register a model that was logged, as a new version."""
-    with redirect_stderr(StringIO()):  # the caller says better what MLflow says there
-        return mlflow.register_model(logged.model_uri, name, tags=tags)
 
 
 def promote(
