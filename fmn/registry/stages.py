@@ -115,7 +115,7 @@ def register(
 
     started = time.monotonic()
     if out is not None:
-        check_output(out, [model, metrics, report, card, params])
+        check_output(out, [model, metrics, report, card, params], is_folder=False)
     merged = _read(model, metrics, params)
     card_text = _read_card(card, model)
     inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
