@@ -73,6 +73,7 @@ _DISK_FULL_WORDS = (
     "database or disk is full",
     "Not enough disk space",
     "Disk quota exceeded",
+    "iostream error",  # torch.save, which gives no reason
 )
 _FORBIDDEN_WORDS = (
     "attempt to write a readonly database",
