@@ -13,6 +13,7 @@ from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.fisher.stages import fisher
 from fmn.merge.stages import MergeSettings, RealignSettings, merge, realign
 from fmn.models.stages import finetune
+from fmn.registry.stages import RegistrySettings, register
 from fmn.report.stages import report
 from fmn.store import artifacts
 from fmn.store.stage import Outcome
@@ -186,3 +187,18 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
     assert not out.exists()
     filler.unlink()
     assert call(out=out).computed
+
+
+@pytest.mark.slow
+def test_a_store_on_a_full_disk_registers_once_when_there_is_room(
+    work: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{small_disk / 'mlflow.db'}")
+    settings, metrics = RegistrySettings(name="demo"), work / "merged.json"
+    call = partial(register, work / "merged", metrics=metrics, settings=settings)
+    for room in (300_000, 2_000_000):  # for a part of MLflow's tables, and of the model's files
+        filler = fill(small_disk, room)
+        with pytest.raises(UserError, match=r"no space left on the disk of .*; make room"):
+            call()
+        filler.unlink()
+    assert call().summary.version == "1"
