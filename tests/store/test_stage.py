@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Options(Settings):
 
 
 DEFAULTS = Options()
+COUNT = partial(read_info, record=Count)
 Before = Callable[[], object]  # called before anything is written
 
 
@@ -55,15 +57,8 @@ def copy_file(
         job.path.with_suffix(".note").write_text("beside")
         return Count(letters=len(text))
 
-    return run_stage(
-        "copy",
-        1,
-        out,
-        compute,
-        reads={"source": source},
-        settings={"settings": settings},
-        summary=lambda path: read_info(path, Count),
-    )
+    reads, keys = {"source": source}, {"settings": settings}
+    return run_stage("copy", 1, out, compute, reads=reads, settings=keys, summary=COUNT)
 
 
 def copy_folder(source: Path, out: Path, before: Before = lambda: None) -> Outcome[Count]:
@@ -75,15 +70,9 @@ def copy_folder(source: Path, out: Path, before: Before = lambda: None) -> Outco
         before()
         return Count(letters=1)
 
+    reads = {"source": source}
     return run_stage(
-        "folder",
-        1,
-        out,
-        compute,
-        reads={"source": source},
-        settings={},
-        summary=lambda path: read_info(path, Count),
-        is_folder=True,
+        "folder", 1, out, compute, reads=reads, settings={}, summary=COUNT, is_folder=True
     )
 
 
