@@ -149,7 +149,7 @@ def run(
             if (scratch / out.name).is_dir():
                 artifacts.publish_folder(scratch / out.name, out)
             else:
-                artifacts.publish_files(scratch, out.parent, last=stage.sidecar_path(out).name)
+                stage.publish_file(scratch, out)
 
     token = stage.remote.set(compute)
     try:

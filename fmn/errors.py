@@ -1,8 +1,7 @@
-"""What a person is told of a fault: the user's mistake, and what the machine lacks.
+"""Errors that the user can fix: mistakes, and a full disk, missing permission or too little memory.
 
-`UserError` is the one exception for what a person can mend. At the two exits, the command line and
-`fmn.store.stage.run_stage`, `system_error` finds a full disk, a missing permission or too little
-memory behind any exception, however a library words it.
+`UserError` is the exception for all of them. The command line and `fmn.store.stage.run_stage` use
+`system_error` to recognise what the system lacks behind any exception, however a library words it.
 """
 
 import difflib
@@ -19,13 +18,13 @@ HIDDEN = "***"
 _SECRET_NAME = re.compile(
     r"(TOKEN(?!IZERS)|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|WEBHOOK)(?!\w*_(FILE|PATH|DIR)$)"
 )
-_SHORTEST_SECRET = 6  # characters; a shorter value would be found in any text
+_SHORTEST_SECRET = 6  # characters; a shorter value may occur in any text
 _USER = re.compile(r"(\w+://)([^/\s'\"@]+(?:@[^/\s'\"@]+)*)@(?=[\w\[*])")
 _QUERY = re.compile(r"(?i)([?&][\w-]*(?:token|key|password|secret|signature|sig)=)[^&\s'\"]+")
 
 
 class UserError(Exception):
-    """Something a person can mend: the message says in one line where, what is wrong, what to do.
+    """An error that the user can fix. Its message is one line: ``place: problem; remedy``.
 
     The command line prints it without a traceback; any other exception is a bug. The message holds
     no secrets (`redacted`).
@@ -38,8 +37,8 @@ class UserError(Exception):
 def redacted(text: str) -> str:
     """A text without secrets.
 
-    Removed are the values of environment variables whose names tell of a secret, user names and
-    passwords in addresses, and tokens, keys and the like in their queries.
+    It removes the values of environment variables that are named like a secret, user names and
+    passwords in addresses, and tokens and keys in their queries.
 
     >>> redacted("postgresql://me:pw@host/mlflow")
     'postgresql://host/mlflow'
@@ -66,17 +65,15 @@ def hint(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# ---------------------------------------------------------------------------------------------
-# What the machine lacks
-
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-# The words of libraries that give no errno: Rust's safetensors, SQLite, datasets; PyTorch, C++.
+# What libraries say that give no errno: safetensors, SQLite, datasets, PyTorch, C++.
 _DISK_FULL_WORDS = (
     "No space left on device",
     "database or disk is full",
     "Not enough disk space",
     "Disk quota exceeded",
+    "iostream error",  # torch.save, which gives no reason
 )
 _FORBIDDEN_WORDS = (
     "attempt to write a readonly database",
@@ -98,21 +95,21 @@ _RETRY = "run again to go on from here"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, and what it was raised from, in order."""
+    """An exception, then the exceptions that led to it, latest first."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def system_error(error: BaseException, place: Path | None = None) -> UserError | None:
-    """What to tell of an error behind which is a full disk, a missing permission or too little memory.
+    """The message for a full disk, a missing permission or too little memory.
 
     Args:
-        error: as it was raised; the exceptions that it was raised from are looked at too.
-        place: the output that was to be written.
+        error: the exception; the exceptions that led to it are examined too.
+        place: the output that was being written.
 
     Returns:
-        None for every other error.
+        None if the error has another cause.
     """
     for cause in causes(error):
         if not isinstance(cause, UserError) and (message := _system_message(cause, place)):
@@ -124,30 +121,22 @@ def _system_message(error: BaseException, place: Path | None) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     file = _file_of(error)
     is_full = number in _DISK_FULL or _mentions(error, _DISK_FULL_WORDS)
-    if is_full or _mentions(error, ("disk I/O error",)):  # SQLite, where its journal finds no room
+    if is_full or _mentions(error, ("disk I/O error",)):  # SQLite: no room for its journal
         folder, free = _fullest_disk(file, place)
         if is_full or free < _ALMOST_FULL:
             disk = f"the disk of {folder} ({free / 1e6:.1f} MB free)"
             return _at(place or file, f"no space left on {disk}; make room there and {_RETRY}")
-    if number == errno.EFBIG:
-        return _at(
-            place or file,
-            "a file larger than the disk's file system, or a limit, takes; name another place",
-        )
     if number in _FORBIDDEN or _mentions(error, _FORBIDDEN_WORDS):
         reason = "the file system is read-only" if number == errno.EROFS else "no permission"
         remedy = "give this user the right to read and write there, or name another place"
         return _at(file or place, f"{reason}; {remedy}")
     if type(error).__name__ == "BrokenProcessPool":
-        return _at(
-            place, f"a process was killed, perhaps for lack of memory; free some, and {_RETRY}"
-        )
+        reason = "a process was killed, perhaps for lack of memory"
+        return _at(place, f"{reason}; free some memory, and {_RETRY}")
     is_out_of_memory = isinstance(error, MemoryError) or number == errno.ENOMEM
     if is_out_of_memory or _mentions(error, _MEMORY_WORDS):
         memory = "the GPU's memory" if "CU" in str(error) else "the memory"
-        remedy = (
-            "end what else takes it, or take a smaller batch_size, fewer workers or another device"
-        )
+        remedy = "free some, or use a smaller batch_size, fewer workers or another device"
         return _at(place, f"{memory} does not suffice; {remedy}, and {_RETRY}")
     return None
 
@@ -172,20 +161,17 @@ def _at(place: Path | None, message: str) -> str:
 
 
 def _file_of(error: BaseException) -> Path | None:
-    """The file that an error names; of a copy, the one that was to be written."""
+    """The file that an error names; of a copy, the target."""
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     return Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
 
 
 def _fullest_disk(file: Path | None, place: Path | None) -> tuple[Path, int]:
-    """The disk with the least room of those that may have been meant: (a folder there, free bytes)."""
+    """A folder on the disk with the least room, of those that may be full, and its free bytes."""
     cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    folders = [
-        _existing(path) for path in (place, file, Path(tempfile.gettempdir()), cache) if path
-    ]
-    free = {folder: shutil.disk_usage(folder).free for folder in folders}
-    fullest = min(free, key=free.__getitem__)
-    return fullest, free[fullest]
+    paths = [path for path in (place, file, Path(tempfile.gettempdir()), cache) if path]
+    free = {folder: shutil.disk_usage(folder).free for folder in map(_existing, paths)}
+    return min(free.items(), key=lambda item: item[1])
 
 
 def _existing(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import BertConfig, BertModel
 from fmn.fisher.stages import FisherSettings, fisher
 from fmn.models.stages import FinetuneSettings, fetch, finetune
 from fmn.tasks.stages import DataSettings, data
-from tests.folders import tiny_bert
+from tests.folders import fill, tiny_bert
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("sst2", "mrpc", "stsb")
@@ -91,3 +92,25 @@ def own_workers() -> Iterator[None]:
     workers._pools.clear()
     yield
     workers._pools.clear()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of 64 MB; skips where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if (
+        not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no file system may be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def full_disk(small_disk: Path) -> Path:
+    """A file system with 4096 bytes left."""
+    fill(small_disk, 4096)
+    return small_disk

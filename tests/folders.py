@@ -1,6 +1,7 @@
 """Checkpoint folders for tests, and what tests do to them."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,11 @@ def shards(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def fill(disk: Path, room: int) -> Path:
+    """Fill a file system but for `room` bytes; returns the file that fills it."""
+    filler = disk / "filler"
+    with filler.open("wb") as file:
+        file.write(bytes(shutil.disk_usage(disk).free - room))
+    return filler

@@ -1,43 +1,53 @@
-"""What no message may hold."""
+"""Errors that the user can fix: one line without secrets, also for what the system lacks."""
 
+import errno
 import pickle
+import shutil
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
+import torch
 
 from flows.workers import TransientError
-from fmn.errors import UserError, redacted
+from fmn.errors import UserError, causes, hint, redacted, system_error, system_errors_explained
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("text", "expected"),
     [
         ("MLflow at http://me:pass@word@host:5000/x: gone", "MLflow at http://host:5000/x: gone"),
         ("postgresql://me:p%40ss@db/mlflow", "postgresql://db/mlflow"),
         ("https://x-access-token:ghp_1@github.com/a/b", "https://github.com/a/b"),
         ("hf://me:hf_1@org/name: not a source", "hf://org/name: not a source"),
-        (
-            "https://host/f?X-Amz-Signature=abc&a=1&token=t",
-            "https://host/f?X-Amz-Signature=***&a=1&token=***",
-        ),
-        (
-            "hf://name@main and hf://org/name@v1: no such",
-            "hf://name@main and hf://org/name@v1: no such",
-        ),
-        (
-            "models:/name@champion, sqlite:////a@b/mlflow.db",
-            "models:/name@champion, sqlite:////a@b/mlflow.db",
-        ),
-        (
-            "somebody@example.org at https://example.org/@x",
-            "somebody@example.org at https://example.org/@x",
-        ),
+        ("https://h/f?X-Amz-Signature=a&b=1&token=t", "https://h/f?X-Amz-Signature=***&b=1&token=***"),
+    ],
+)  # fmt: skip
+def test_secrets_in_addresses_are_removed(text: str, expected: str) -> None:
+    assert redacted(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://name@main and hf://org/name@v1: no such",
+        "models:/name@champion, sqlite:////a@b/mlflow.db",
+        "somebody@example.org at https://example.org/@x",
     ],
 )
-def test_addresses_are_told_without_what_is_secret_in_them(said: str, told: str) -> None:
-    assert redacted(said) == told
+def test_addresses_without_secrets_stay(text: str) -> None:
+    assert redacted(text) == text
 
 
-def test_what_the_environment_calls_a_secret_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_the_environment_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = {
         "HF_TOKEN": "hf_abcdef",
         "MLFLOW_TRACKING_PASSWORD": "correct horse",
@@ -52,12 +62,103 @@ def test_what_the_environment_calls_a_secret_is_not_told(monkeypatch: pytest.Mon
     }
     for name, value in (secrets | public).items():
         monkeypatch.setenv(name, value)
-    told = str(UserError(f"it said {' '.join(secrets.values())}; {' '.join(public.values())}"))
-    assert not [value for value in secrets.values() if value in told]
-    assert all(value in told for value in public.values())
+    message = str(UserError(f"{' '.join(secrets.values())}; {' '.join(public.values())}"))
+    assert not [value for value in secrets.values() if value in message]
+    assert all(value in message for value in public.values())
 
 
-def test_errors_travel_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for error in (UserError("http://a:b@c: x"), TransientError("y")):
-        again = pickle.loads(pickle.dumps(error))  # noqa: S301
-        assert (type(again), str(again)) == (type(error), str(error))
+@pytest.mark.parametrize("error", [UserError("http://a:b@c: x"), TransientError("y")])
+def test_errors_travel_between_processes(error: UserError) -> None:
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert (type(copy), str(copy)) == (type(error), str(error))
+
+
+def test_a_hint_names_the_nearest_name() -> None:
+    assert hint("mprc", ["mrpc", "sst2"]) == "; did you mean 'mrpc'?"
+    assert hint("nothing", ["mrpc", "sst2"]) == ""
+
+
+def raised(call: Callable[[], object]) -> Exception:
+    """The exception that a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+VALUES = np.random.default_rng(0).normal(size=100_000)
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "safetensors": lambda path: safetensors.torch.save_file({"w": torch.from_numpy(VALUES)}, path),
+    "parquet": lambda path: pq.write_table(pa.table({"w": VALUES}), path),
+    "torch": lambda path: torch.save({"w": torch.from_numpy(VALUES)}, path),
+    "numpy": lambda path: np.savez(path, w=VALUES),
+    "text": lambda path: path.write_text("x" * 100_000),
+    "copy": lambda path: shutil.copyfile("/dev/urandom", path),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_recognised_behind_every_library(writer: str, full_disk: Path) -> None:
+    error = raised(lambda: WRITERS[writer](full_disk / "file"))
+    message = str(system_error(error, full_disk / "out"))
+    assert message.startswith(f"{full_disk}/out: no space left on the disk of {full_disk} (")
+    assert "make room there" in message
+
+
+def test_a_full_database_is_recognised() -> None:
+    with closing(sqlite3.connect(":memory:")) as store:
+        store.execute("pragma max_page_count = 2")
+        store.execute("create table a (b)")
+        error = raised(lambda: store.execute("insert into a values (zeroblob(100000))"))
+    assert "no space left" in str(system_error(error))
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(10**15),
+        lambda: np.empty(10**15),
+        lambda: pa.allocate_buffer(10**15),
+    ],
+)
+def test_too_little_memory_is_recognised(allocate: Callable[[], object]) -> None:
+    message = str(system_error(raised(allocate), Path("out")))
+    assert message.startswith("out: the memory does not suffice")
+    assert "smaller batch_size" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory does not suffice"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "the GPU's memory does not suffice"),
+        (BrokenProcessPool(), "out: a process was killed, perhaps for lack of memory"),
+        (OSError(errno.EROFS, "", "/a/b"), "/a/b: the file system is read-only; give this user"),
+        (PermissionError(errno.EACCES, "", "/a", None, "/b"), "/b: no permission; give this user"),
+        (sqlite3.OperationalError("attempt to write a readonly database"), "out: no permission"),
+    ],
+)
+def test_other_words_for_what_lacks_are_understood(error: Exception, message: str) -> None:
+    assert message in str(system_error(error, Path("out")))
+
+
+def test_other_errors_are_not_explained() -> None:
+    for error in (ValueError("x"), FileNotFoundError(errno.ENOENT, "", "x"), UserError("no space")):
+        assert system_error(error) is None
+    with pytest.raises(ValueError, match="x"), system_errors_explained():
+        raise ValueError("x")
+
+
+def test_the_error_behind_an_error_counts() -> None:
+    def fail(is_hidden: bool) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "")
+        except OSError as error:
+            raise UserError("a.json: not JSON") from (None if is_hidden else error)
+
+    assert [type(cause) for cause in causes(raised(lambda: fail(False)))] == [UserError, OSError]
+    with pytest.raises(UserError, match="no space left"), system_errors_explained():
+        fail(is_hidden=False)
+    with pytest.raises(UserError, match=r"a\.json: not JSON"), system_errors_explained():
+        fail(is_hidden=True)

@@ -92,7 +92,7 @@ def register(
 
     started = time.monotonic()
     if out:
-        stage.check_output(out, [model, metrics, report, card, params])
+        stage.check_output(out, [model, metrics, report, card, params], is_folder=False)
     recipe, scores = _read(model, metrics)
     card_text = (card or model / CARD).read_text()
     inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}

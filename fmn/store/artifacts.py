@@ -18,7 +18,7 @@ from fmn.errors import UserError
 SIDECAR = "fmn.json"  # in a folder; beside a file NAME it is NAME.fmn.json (`fmn.store.stage`)
 CARD = "README.md"  # which people may edit, so it is no part of a folder's digest
 
-_digests: dict[tuple[int, ...], str] = {}  # by identity, see `_identity`
+_digests: dict[tuple[int, ...], str] = {}  # by `_identity`
 
 
 def digest_bytes(content: bytes) -> str:
@@ -43,8 +43,8 @@ def digest_file(path: Path) -> str:
 def remember_digest(path: Path, digest: str) -> None:
     """Spare `digest_file` reading a file whose sha256 is known from writing it.
 
-    To be called when the file is complete and has all its names: a hard link, or renaming the file
-    itself, changes its status, and it would be read again. Renaming its folder does not.
+    Call it after the last hard link and renaming of the file: they change its status, and it would
+    be read again. Renaming its folder does not.
     """
     _digests[_identity(path)] = digest
 
@@ -78,23 +78,8 @@ def digest_files(folder: Path) -> dict[str, str]:
 
 
 def digest_folder(folder: Path) -> str:
-    """One digest for a folder; it must still hold what its sidecar says, if it has one.
-
-    Raises:
-        UserError: names the file that is missing, was added, or changed.
-    """
-    digests = digest_files(folder)
-    sidecar = folder / SIDECAR
-    if sidecar.is_file():
-        try:
-            written = json.loads(sidecar.read_bytes())["files"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{sidecar}: not as fmn writes it; make {folder} again") from error
-        if name := differing(written, digests):
-            raise UserError(
-                f"{folder / name}: not what was written there (see {sidecar}); make {folder} again"
-            )
-    return digest_bytes(canonical(digests))
+    """One sha256 for the files below a folder; not of sidecar and card."""
+    return digest_bytes(canonical(digest_files(folder)))
 
 
 def differing(expected: Mapping[str, str], actual: Mapping[str, str]) -> str | None:
@@ -113,9 +98,9 @@ def content_key(
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold an output against other processes of this machine; a process that dies lets go.
+    """Keep other processes of this user and machine from an output; ends with the process.
 
-    Lock files lie in the system's temporary folder, so none is left in a user's folder.
+    Lock files lie in the system's temporary folder, not beside the output.
     """
     folder = Path(tempfile.gettempdir()) / f"fmn-locks-{os.geteuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -137,7 +122,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 
 def publish_folder(scratch: Path, out: Path) -> None:
-    """Give a scratch folder its name, in place of an older folder, once its files are on the disk."""
+    """Flush a scratch folder to the disk, then let it replace the folder `out`, if there is one."""
     _flush_all(scratch)
     old = out.with_name(f".{out.name}.old")
     _remove(old)
@@ -148,10 +133,10 @@ def publish_folder(scratch: Path, out: Path) -> None:
     _remove(old)
 
 
-def publish_files(scratch: Path, folder: Path, last: str) -> None:
-    """Move the files of a scratch folder into a folder, the file named `last` after all others."""
+def publish_files(scratch: Path, folder: Path, first: str = "") -> None:
+    """Move the files of a scratch folder into a folder; the one named `first` before the others."""
     _flush_all(scratch)
-    for path in sorted(scratch.iterdir(), key=lambda path: path.name == last):
+    for path in sorted(scratch.iterdir(), key=lambda path: path.name != first):
         path.replace(folder / path.name)
     _flush(folder)
 
@@ -161,7 +146,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A place to write a file; it takes its name when the block ends well."""
     with scratch_folder(path) as scratch:
         yield scratch / path.name
-        publish_files(scratch, path.parent, last=path.name)
+        publish_files(scratch, path.parent)
 
 
 def _flush_all(folder: Path) -> None:

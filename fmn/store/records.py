@@ -9,9 +9,9 @@ from fmn.errors import UserError
 
 
 class Record(BaseModel):
-    """What one stage writes as JSON and others read; further entries are ignored.
+    """JSON that a stage writes and others read; unknown entries are ignored.
 
-    Types are strict: true is no number in it, and a number no text.
+    Types are strict: true is not a number, and a number is not a text.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -20,11 +20,11 @@ class Record(BaseModel):
 class Settings(BaseModel):
     """A section of the settings; with the same names, the options of a command.
 
-    They do not change once read, and an unknown one is an error.
+    They cannot be changed, and an unknown name is an error.
 
     Attributes:
-        runtime: names of the fields that only say where or how fast to compute. An output does not
-            depend on them.
+        runtime: names of the fields that say on what device or how fast to compute. An output does
+            not depend on them.
     """
 
     runtime: ClassVar[set[str]] = {"device"}
@@ -73,7 +73,7 @@ def pairs(items: list[str], option: str) -> dict[str, str]:
 
 
 def at_least_one(number: int | str) -> int | str:
-    """A validator of settings that count: a number is at least one, a word is as it is."""
+    """A validator of settings that count examples: the number is at least one, or a word."""
     if isinstance(number, int) and number < 1:
         raise ValueError("at least one example is needed")
     return number

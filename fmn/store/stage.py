@@ -44,8 +44,6 @@ class Outcome(Generic[R]):
     summary: R
 
 
-SIDECAR_FORMAT = 2
-
 # Set by a flow that computes on a cluster: it is called with ``out`` in place of the stage's own
 # computation, and must put there what another machine computed, sidecar included.
 remote: ContextVar[Callable[[Path], None] | None] = ContextVar("remote", default=None)
@@ -70,7 +68,7 @@ class Sidecar(Record):
         info: what the stage reports of its output; the stage's own record.
     """
 
-    format: int = SIDECAR_FORMAT
+    format: int = 2
     stage: str
     key: str
     files: dict[str, str]
@@ -83,7 +81,7 @@ class Sidecar(Record):
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage's computation is told.
+    """What a stage's computation needs to know.
 
     Attributes:
         path: where to write: an empty folder, or the name of the output file. Files that belong to
@@ -147,10 +145,13 @@ def check_intact(out: Path) -> None:
     Raises:
         UserError: names the file that is missing, was added, or changed.
     """
+    path = sidecar_path(out)
+    if not path.is_file():
+        return
     sidecar = read_sidecar(out)
     if sidecar is None:
-        return
-    folder = out if out.is_dir() else out.parent
+        raise UserError(f"{path}: not as fmn writes it; make {out} again")
+    folder = path.parent
     if out.is_dir():
         digests = artifacts.digest_files(out)
     else:
@@ -158,7 +159,7 @@ def check_intact(out: Path) -> None:
         digests = {name: artifacts.digest_file(folder / name) for name in present}
     if wrong := artifacts.differing(sidecar.files, digests):
         raise UserError(
-            f"{folder / wrong}: not what was written there (see {sidecar_path(out)}); make {out} again"
+            f"{folder / wrong}: not what was written there (see {path}); make {out} again"
         )
 
 
@@ -175,7 +176,7 @@ def run_stage(
 ) -> Outcome[R]:
     """Compute an output unless it is there, intact, and made from these very inputs and settings.
 
-    The output appears whole or not at all, its sidecar last; one process at a time computes it.
+    The output appears whole or not at all; one process at a time computes it.
 
     Args:
         name: the stage's name.
@@ -195,21 +196,22 @@ def run_stage(
     """
     started = time.monotonic()
     with system_errors_explained(out):
-        check_output(out, reads.values())
+        check_output(out, reads.values(), is_folder)
         inputs = {what: _digest(read) for what, read in reads.items() if read is not None}
         described = {what: _plain(value) for what, value in settings.items()}
         key = artifacts.content_key(name, version, described, inputs)
         with artifacts.locked(out):
             computed = not is_current(out, key)
-            if computed and (computed_elsewhere := remote.get()):
-                computed_elsewhere(out)
+            if computed and (compute_elsewhere := remote.get()):
+                compute_elsewhere(out)
                 if not is_current(out, key):
                     raise UserError(
                         f"{out}: the cluster computed something else than these inputs and"
                         " settings ask for; install the same fmn everywhere"
                     )
             elif computed:
-                _compute(name, out, compute, key, inputs, described, is_folder)
+                about = Sidecar(stage=name, key=key, files={}, inputs=inputs, settings=described)
+                _compute(out, compute, about, is_folder)
         sidecar = read_sidecar(out)
         seconds = sidecar.seconds if computed and sidecar else time.monotonic() - started
         return Outcome(name, out, computed, seconds, summary(out))
@@ -228,43 +230,59 @@ def is_current(out: Path, key: str) -> bool:
 
 
 def _compute(
-    name: str,
-    out: Path,
-    compute: Callable[[Job], Record | None],
-    key: str,
-    inputs: Mapping[str, str],
-    settings: Mapping[str, Any],
-    is_folder: bool,
+    out: Path, compute: Callable[[Job], Record | None], about: Sidecar, is_folder: bool
 ) -> None:
     started = time.monotonic()
     with artifacts.scratch_folder(out) as scratch:
-        info = compute(Job(scratch if is_folder else scratch / out.name, key, inputs))
-        sidecar = Sidecar(
-            stage=name,
-            key=key,
-            files=artifacts.digest_files(scratch),
-            inputs=dict(inputs),
-            settings=dict(settings),
-            seconds=round(time.monotonic() - started, 3),
-            info=info.model_dump(mode="json", by_alias=True) if info else {},
-        )
-        file_name = artifacts.SIDECAR if is_folder else f"{out.name}.fmn.json"
-        (scratch / file_name).write_text(sidecar.model_dump_json(indent=1) + "\n")
+        path = scratch if is_folder else scratch / out.name
+        info = compute(Job(path, about.key, about.inputs))
+        results = {
+            "files": artifacts.digest_files(scratch),
+            "seconds": round(time.monotonic() - started, 3),
+            "info": info.model_dump(mode="json", by_alias=True) if info else {},
+        }
+        name = artifacts.SIDECAR if is_folder else f"{out.name}.fmn.json"
+        write_record(scratch / name, about.model_copy(update=results))
         if is_folder:
             artifacts.publish_folder(scratch, out)
         else:
-            artifacts.publish_files(scratch, out.parent, last=file_name)
+            publish_file(scratch, out)
 
 
-def check_output(out: Path, reads: Iterable[Any]) -> None:
-    """Refuse an output that would replace an input, lie in one, or replace what fmn did not write."""
-    if out.name in ("", ".."):
-        raise UserError(f"--out {out}: name a folder or file of its own")
+def publish_file(scratch: Path, out: Path) -> None:
+    """Move an output file, its sidecar and the files that belong to it out of a scratch folder.
+
+    The sidecar comes first: if the process is killed in between, the files are not what it says,
+    and the next run computes them again.
+
+    Raises:
+        UserError: a file beside the output has a needed name, and fmn did not write it.
+    """
+    path, sidecar = sidecar_path(out), read_sidecar(out)
+    known = {out.name, path.name, *(sidecar.files if sidecar else ())}
+    is_damaged = path.is_file() and sidecar is None
+    for name in sorted(file.name for file in scratch.iterdir()):
+        if out.with_name(name).exists() and name not in known and not is_damaged:
+            raise UserError(
+                f"{out.with_name(name)}: fmn did not make it, and {out.name} needs that name;"
+                " choose another --out, or remove it"
+            )
+    artifacts.publish_files(scratch, out.parent, first=path.name)
+
+
+def check_output(out: Path, reads: Iterable[Any], is_folder: bool = True) -> None:
+    """Refuse an output that would change an input, or replace what fmn did not write.
+
+    Args:
+        out: the output, as given with ``--out``.
+        reads: what the stage reads; only paths, and lists of paths, matter.
+        is_folder: whether the output is a folder.
+    """
+    if out.name in ("", "..") or (out.is_dir() and not is_folder):
+        raise UserError(f"--out {out}: name a {'folder' if is_folder else 'file'} of its own")
     target = out.resolve()
-    paths = [
-        path for read in reads for path in (read if isinstance(read, list | tuple) else [read])
-    ]
-    for path in paths:
+    each = [path for read in reads for path in (read if isinstance(read, list | tuple) else [read])]
+    for path in each:
         if not isinstance(path, Path):
             continue
         source = path.resolve()
@@ -273,13 +291,9 @@ def check_output(out: Path, reads: Iterable[Any]) -> None:
             raise UserError(
                 f"--out {out}: would change {path}, which is read; choose another --out"
             )
-    is_empty = (
-        not any(out.iterdir()) if out.is_dir() else not out.exists() or not out.stat().st_size
-    )
+    is_empty = not (any(out.iterdir()) if out.is_dir() else out.exists() and out.stat().st_size)
     if not is_empty and not sidecar_path(out).is_file():
-        raise UserError(
-            f"--out {out}: something that fmn did not make is there; choose another --out, or remove it"
-        )
+        raise UserError(f"--out {out}: fmn did not make it; choose another --out, or remove it")
 
 
 def _digest(read: Path | Sequence[Path] | str) -> str:
@@ -288,20 +302,17 @@ def _digest(read: Path | Sequence[Path] | str) -> str:
         return read
     if not isinstance(read, Path):
         return artifacts.digest_bytes("".join(map(_digest, read)).encode())
-    if read.is_dir():
-        return artifacts.digest_folder(read)
-    if not read.is_file():
-        raise UserError(f"{read}: no such file")
+    if not read.exists():
+        raise UserError(f"{read}: no such file or folder")
     check_intact(read)
-    return artifacts.digest_file(read)
+    return artifacts.digest_folder(read) if read.is_dir() else artifacts.digest_file(read)
 
 
 def _plain(value: Any) -> Any:
     """A setting as JSON has it, without what only says where or how fast to compute."""
-    if isinstance(value, Settings):
-        return value.model_dump(mode="json", exclude=value.runtime)
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", by_alias=True)
+        runtime = value.runtime if isinstance(value, Settings) else None
+        return value.model_dump(mode="json", by_alias=True, exclude=runtime)
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
