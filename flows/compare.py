@@ -105,7 +105,7 @@ def statistics(merging: ComparedSettings, settings: Params) -> list[Statistic]:
 
 
 def nodes(settings: Params, comparing: CompareSettings, profile: Path, title: str) -> list[Node]:
-    """Experts, the statistics that any of the methods takes, the cells, the tables, and their log."""
+    """Experts, the statistics that the methods take, the cells, the tables, and their log."""
     work, names = Path(settings.work), settings.experts.tasks
     out = work / "compare" / title
     methods = grid.bounded(comparing.methods)

@@ -241,7 +241,7 @@ def _paths_in(value: Any) -> Iterator[Path]:
 
 
 def _names(names: Names, settings: Params) -> dict[str, str]:
-    """Names, each with its folder, as a section of the settings or a row of the pipeline lists them."""
+    """Names, each with its folder, as a section of the settings or a row lists them."""
     if not isinstance(names, str):
         return dict(names)
     return {name: name for name in _section(settings, names)}

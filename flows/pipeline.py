@@ -160,7 +160,7 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
 
 @flow(name="fmn-reproduce", flow_run_name="{profile}", task_runner=RUNNER)
 def reproduce(profile: str) -> Outcomes:
-    """Compute everything that a settings file asks for, and register nothing; raises as `pipeline`."""
+    """Compute everything that a settings file asks for, but register nothing."""
     nodes = graph.nodes(params.load(Path(profile)), Path(profile))
     return run_nodes([node for node in nodes if node.stage != "register"])
 

@@ -110,8 +110,8 @@ def finetune(
             optimizer.zero_grad()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                problem = f"the loss diverged in step {step + 1}; take a learning_rate"
-                raise UserError(f"fine-tuning: {problem} below {learning_rate}")
+                remedy = f"take a learning_rate below {learning_rate}"
+                raise UserError(f"fine-tuning: the loss diverged in step {step + 1}; {remedy}")
             progress(step + 1, steps)
         model.eval()
     return losses

@@ -42,10 +42,10 @@ def test_prefect_makes_a_work_pool_of_it() -> None:
 
 
 def test_the_deployments_flows_are_in_the_package() -> None:
-    for one in YAML(typ="safe").load(FOLDER / "prefect.yaml")["deployments"]:
-        module, _, name = one["entrypoint"].rpartition(".")
+    for deployment in YAML(typ="safe").load(FOLDER / "prefect.yaml")["deployments"]:
+        module, _, name = deployment["entrypoint"].rpartition(".")
         flow = getattr(importlib.import_module(module), name)
-        inspect.signature(flow.fn).bind(**one["parameters"])
+        inspect.signature(flow.fn).bind(**deployment["parameters"])
 
 
 def test_the_clusters_parts_find_one_another() -> None:

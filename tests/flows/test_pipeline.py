@@ -45,8 +45,8 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     assert "nothing had changed" in second
     assert "models:/tiny/1" in second, "nothing new is registered"
 
-    stated = json.loads(flow(project, "--json", stdout=True))
-    assert (stated["computed"], stated["registered"]["version"]) == (False, "1")
+    summary = json.loads(flow(project, "--json", stdout=True))
+    assert (summary["computed"], summary["registered"]["version"]) == (False, "1")
 
     assert "Data and pipelines are up to date" in dvc(project, "repro")
     assert "up to date" in dvc(project, "status")
@@ -67,7 +67,9 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
         path for path in (project / "data").rglob(".gitignore") if path.parent != project / "data"
     ]
 
-    # A new setting, through DVC this time: what depends on it is made, and the flow has nothing left to do.
+
+def test_a_setting_changed_through_dvc_leaves_the_flow_nothing_to_do(project: Path) -> None:
+    flow(project)
     profile = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(profile.replace("mapping: structured", "mapping: paper"))
     ran = repro(project)
@@ -115,9 +117,9 @@ def test_a_comparison_has_the_bounds_beside_its_methods_and_is_made_once(project
 
 def test_a_mistake_in_the_profile_is_told_before_anything_starts(project: Path) -> None:
     (project / "wrong.yaml").write_text(PROFILE.replace("sst2:", "sst:"))
-    said = flow(project, "--params", "wrong.yaml", fails=True)
-    assert said.startswith("fmn: wrong.yaml: ")
-    assert said.count("\n") == 1
+    output = flow(project, "--params", "wrong.yaml", fails=True)
+    assert output.startswith("fmn: wrong.yaml: ")
+    assert output.count("\n") == 1
 
 
 def test_a_stage_that_fails_is_named_and_the_others_are_kept(project: Path) -> None:
@@ -126,12 +128,12 @@ def test_a_stage_that_fails_is_named_and_the_others_are_kept(project: Path) -> N
     )
     lines = [line for line in profile.splitlines() if not line.startswith("  stsb:")]
     (project / "other.yaml").write_text("\n".join(lines))
-    said = flow(project, "--params", "other.yaml", fails=True)
-    last = said.splitlines()[-1]
+    output = flow(project, "--params", "other.yaml", fails=True)
+    last = output.splitlines()[-1]
     assert re.fullmatch(
         r"fmn: fetch stsb: nowhere: no such folder.*; finished, in percent: sst2 \d+\.\d", last
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert (project / "data/other/experts/sst2/model.safetensors").is_file()
     assert not (project / "data/other/merged").exists()
 
@@ -149,7 +151,7 @@ def test_a_version_is_made_again_from_what_it_was_registered_with(project: Path)
     assert "differs" not in again
     assert "register" not in again
     (project / "source").rename(project / "moved")
-    said = run(
+    output = run(
         project,
         sys.executable,
         "-m",
@@ -162,5 +164,7 @@ def test_a_version_is_made_again_from_what_it_was_registered_with(project: Path)
         fails=True,
     )
     (project / "moved").rename(project / "source")
-    assert said.splitlines()[-1].endswith("source, which is not there any more; put it back there")
+    assert output.splitlines()[-1].endswith(
+        "source, which is not there any more; put it back there"
+    )
     assert not (project / "other").exists()
