@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 
-from fmn.errors import UserError, hint
+from fmn.errors import UserError, hint, redacted
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.experiments.stages import SETS, CompareSettings
 from fmn.fisher.stages import FisherSettings, FullFisherSettings, GramSettings
@@ -192,10 +192,10 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
         out: the JSON file
     """
     settings = load(params)
-    content = settings.model_dump(mode="json", exclude={"notify"})
+    text = redacted(json.dumps(settings.model_dump(mode="json", exclude={"notify"}), indent=1))
 
     def compute(job: Job) -> None:
-        job.path.write_text(json.dumps(content, indent=1) + "\n")
+        job.path.write_text(text + "\n")
 
     return run_stage(
         "settings",
@@ -203,7 +203,7 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
         out,
         compute,
         reads={},
-        settings=content,
+        settings=json.loads(text),
         summary=lambda _: settings,
     )
 
