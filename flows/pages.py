@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +15,9 @@ from uuid import UUID
 
 import httpx
 from prefect import artifacts
+from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
@@ -88,12 +91,23 @@ def device_slot(arguments: Mapping[str, Any]) -> Iterator[None]:
     """Hold a slot of the server's limit `fmn-gpu` for a stage that does not compute on the CPU.
 
     All runs on a server share the limit. `prefect gcl create fmn-gpu --limit 1` makes it; without
-    it no stage waits.
+    it, nothing waits.
     """
     device = getattr(arguments.get("settings"), "device", "cpu")
-    names = [] if device == "cpu" else [LIMIT]
+    names = [LIMIT] if device != "cpu" and _has_limit() else []
     with concurrency(names, lease_duration=_LEASE, raise_on_lease_renewal_failure=False):
         yield
+
+
+@cache
+def _has_limit() -> bool:
+    """Whether the server has the limit; asked once, as waiting for a limit that is absent is slow."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(LIMIT)
+        except ObjectNotFound:
+            return False
+    return True
 
 
 @contextmanager

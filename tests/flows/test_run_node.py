@@ -89,8 +89,10 @@ def test_slots_of_a_device_are_shared_where_there_is_such_a_limit(tmp_path: Path
     assert overlap(tmp_path, "auto"), "without a limit nothing waits"
     with get_client(sync_client=True) as client:
         client.upsert_global_concurrency_limit_by_name(pages.LIMIT, 1)
+        pages._has_limit.cache_clear()
         try:
             assert not overlap(tmp_path, "auto")
             assert overlap(tmp_path, "cpu")
         finally:
             client.delete_global_concurrency_limit_by_name(pages.LIMIT)
+            pages._has_limit.cache_clear()
