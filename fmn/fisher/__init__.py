@@ -4,20 +4,23 @@
 >>> estimate(model, examples, estimator="expected", regression=False).fisher[0, "head"]
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fmn.lazy import lazy
 
 if TYPE_CHECKING:
-    from fmn.fisher.architectures import mask_sites
-    from fmn.fisher.files import read_fisher, write_fisher
-    from fmn.fisher.mask_nodes import Estimate, estimate
+    from fmn.fisher.architectures import mask_sites as mask_sites
+    from fmn.fisher.files import read_fisher as read_fisher
+    from fmn.fisher.files import write_fisher as write_fisher
+    from fmn.fisher.mask_nodes import Estimate as Estimate
+    from fmn.fisher.mask_nodes import estimate as estimate
 
+_MODULES = {
+    "Estimate": "mask_nodes",
+    "estimate": "mask_nodes",
+    "mask_sites": "architectures",
+    "read_fisher": "files",
+    "write_fisher": "files",
+}
 __all__ = ["Estimate", "estimate", "mask_sites", "read_fisher", "write_fisher"]
-_MODULES = {"mask_sites": "architectures", "read_fisher": "files", "write_fisher": "files"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: the modules load PyTorch."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'mask_nodes')}"), name)
+__getattr__ = lazy(__name__, _MODULES)

@@ -144,13 +144,13 @@ def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) 
     """
     import torch
 
+    folder = model / "tasks" / task
+    if not folder.is_dir():
+        raise UserError(f"{model}: not a merged model of task {task}; give one, and its task")
     definition = get_task(task)
     columns = definition.text_columns
     if (len(columns) == 2) != (text_pair is not None):
         raise UserError(f"task {task}: it takes {len(columns)} texts; give {', '.join(columns)}")
-    folder = model / "tasks" / task
-    if not folder.is_dir():
-        raise UserError(f"{model}: not a merged model of task {task}; give one, and its task")
     stage.check_intact(model)
     classifier = checkpoints.load_classifier(folder)
     inputs = checkpoints.load_tokenizer(folder, classifier.config)(

@@ -1,13 +1,14 @@
 """The report of a run and the comparison of methods: tables, pictures, pages, model cards."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
+from fmn.lazy import lazy
+
+if TYPE_CHECKING:
+    from fmn.report.stages import report as report
+
+_MODULES = {
+    "report": "stages",
+}
 __all__ = ["report"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fmn.report import stages
-
-    return getattr(stages, name)
+__getattr__ = lazy(__name__, _MODULES)
