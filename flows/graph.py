@@ -6,7 +6,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from inspect import getsourcefile
 from pathlib import Path
@@ -34,6 +34,9 @@ class Each(NamedTuple):
     names: tuple[Names, ...]
 
 
+Reads = Mapping[str, str | Each]
+
+
 @dataclass(frozen=True)
 class Row:
     """A stage of the pipeline, and the names that it runs for.
@@ -44,7 +47,7 @@ class Row:
         names: the names.
         out: its output; ``{name}`` and ``{folder}`` stand for a name and its folder.
         reads: its arguments that are paths, in the same way.
-        takes: its arguments that are settings: the section of each.
+        section: the section of the settings that is its argument `settings`, or `source`.
         is_task: whether the names are tasks that the function takes as an argument.
     """
 
@@ -52,8 +55,8 @@ class Row:
     function: Callable[..., Outcome]
     names: Names
     out: str
-    reads: Mapping[str, str | Each] = field(default_factory=dict)
-    takes: Mapping[str, str] = field(default_factory=dict)
+    reads: Reads
+    section: str = ""
     is_task: bool = False
 
 
@@ -70,82 +73,47 @@ MODELS: tuple[Names, ...] = (MERGES, "realign")
 EXPERT, DATA = "experts/{name}", "data/{name}"
 FISHER, GRAM = "fisher/{name}.parquet", "fisher/{name}.gram.safetensors"
 EXPERT_METRICS, METRICS = "metrics/experts/{name}.json", "metrics/{name}.json"
-ONE_EXPERT = {"checkpoint": EXPERT, "data": DATA}
 ALL_EXPERTS, ALL_FISHER = Each(EXPERT, (EXPERTS,)), Each(FISHER, (EXPERTS,))
-MERGED = {"model": "{folder}", "data": "data"}
+
+NOTHING: Reads = {}
+BASE_AND_DATA = {"base": "base", "data": DATA}
+EXPERT_AND_DATA = {"checkpoint": EXPERT, "data": DATA}
+ONE_MODEL = {"model": EXPERT, "data": DATA}
+MODEL_AND_DATA = {"model": "{folder}", "data": "data"}
+ALL_STATISTICS: Reads = {
+    "experts": ALL_EXPERTS,
+    "fisher": ALL_FISHER,
+    "gram": Each(GRAM, ("gram",)),
+    "base": "base",
+}
+MERGED_AND_EXPERTS: Reads = {"model": "merged", "experts": ALL_EXPERTS, "data": "data"}
+ALL_RESULTS: Reads = {
+    "merged": Each(METRICS, MODELS),
+    "models": Each("{folder}", MODELS),
+    "experts": Each(EXPERT_METRICS, (EXPERTS,)),
+    "fisher": ALL_FISHER,
+}
+MERGED_AND_REPORT = {
+    "model": "merged",
+    "metrics": "metrics/merged.json",
+    "report": "report",
+    "card": "report/cards/merged.md",
+}
 
 PIPELINE = (
-    Row("fetch-base", fetch, ONCE, "base", {}, {"source": "base"}),
-    Row("fetch", fetch, "sources", EXPERT, {}, {"source": "sources.{name}"}),
-    Row("data", data, EXPERTS, DATA, {}, {"settings": "data"}, is_task=True),
-    Row(
-        "finetune",
-        finetune,
-        "finetune",
-        EXPERT,
-        {"base": "base", "data": DATA},
-        {"settings": "finetune.{name}"},
-        is_task=True,
-    ),
-    Row("fisher", fisher, EXPERTS, FISHER, ONE_EXPERT, {"settings": "fisher"}, is_task=True),
-    Row("gram", gram, "gram", GRAM, ONE_EXPERT, {"settings": "gram.{name}"}, is_task=True),
-    Row(
-        "evaluate-expert",
-        evaluate,
-        EXPERTS,
-        EXPERT_METRICS,
-        {"model": EXPERT, "data": DATA},
-        {"settings": "evaluate"},
-        is_task=True,
-    ),
-    Row(
-        "merge",
-        merge,
-        MERGES,
-        "{folder}",
-        {
-            "experts": ALL_EXPERTS,
-            "fisher": ALL_FISHER,
-            "gram": Each(GRAM, ("gram",)),
-            "base": "base",
-        },
-        {"settings": "merge"},
-    ),
-    Row("evaluate", evaluate, MERGES, METRICS, MERGED, {"settings": "evaluate"}),
-    Row(
-        "realign",
-        realign,
-        "realign",
-        "{folder}",
-        {"model": "merged", "experts": ALL_EXPERTS, "data": "data"},
-        {"settings": "realign.{name}"},
-    ),
-    Row("evaluate-realigned", evaluate, "realign", METRICS, MERGED, {"settings": "evaluate"}),
-    Row(
-        "report",
-        report,
-        ONCE,
-        "report",
-        {
-            "merged": Each(METRICS, MODELS),
-            "models": Each("{folder}", MODELS),
-            "experts": Each(EXPERT_METRICS, (EXPERTS,)),
-            "fisher": ALL_FISHER,
-        },
-    ),
-    Row(
-        "register",
-        register,
-        ONCE,
-        "registered.json",
-        {
-            "model": "merged",
-            "metrics": "metrics/merged.json",
-            "report": "report",
-            "card": "report/cards/merged.md",
-        },
-        {"settings": "registry"},
-    ),
+    Row("fetch-base", fetch, ONCE, "base", NOTHING, "base"),
+    Row("fetch", fetch, "sources", EXPERT, NOTHING, "sources.{name}"),
+    Row("data", data, EXPERTS, DATA, NOTHING, "data", is_task=True),
+    Row("finetune", finetune, "finetune", EXPERT, BASE_AND_DATA, "finetune.{name}", is_task=True),
+    Row("fisher", fisher, EXPERTS, FISHER, EXPERT_AND_DATA, "fisher", is_task=True),
+    Row("gram", gram, "gram", GRAM, EXPERT_AND_DATA, "gram.{name}", is_task=True),
+    Row("evaluate-expert", evaluate, EXPERTS, EXPERT_METRICS, ONE_MODEL, "evaluate", is_task=True),
+    Row("merge", merge, MERGES, "{folder}", ALL_STATISTICS, "merge"),
+    Row("evaluate", evaluate, MERGES, METRICS, MODEL_AND_DATA, "evaluate"),
+    Row("realign", realign, "realign", "{folder}", MERGED_AND_EXPERTS, "realign.{name}"),
+    Row("evaluate-realigned", evaluate, "realign", METRICS, MODEL_AND_DATA, "evaluate"),
+    Row("report", report, ONCE, "report", ALL_RESULTS),
+    Row("register", register, ONCE, "registered.json", MERGED_AND_REPORT, "registry"),
 )
 SETTINGS = "settings.json"  # the settings with every default filled in, which DVC compares
 
@@ -182,8 +150,9 @@ def _row_nodes(row: Row, settings: Params, profile: Path) -> Iterator[Node]:
         arguments: dict[str, Any] = {"out": work / row.out.format(name=name, folder=folder)}
         for argument, template in row.reads.items():
             arguments[argument] = _paths(template, settings, name, folder)
-        for argument, section in row.takes.items():
-            arguments[argument] = _section(settings, section.format(name=name))
+        if row.section:
+            argument = "source" if row.function is fetch else "settings"
+            arguments[argument] = _section(settings, row.section.format(name=name))
         if row.name == "merge" and name in BOUNDS:
             arguments["settings"] = BOUNDS[name]
         if row.function is evaluate and row.is_task:
@@ -264,6 +233,16 @@ _HEADER = """\
 # so that a stage sees for itself that nothing changed. What a pinned source or a merge gives again
 # at once is not copied into the cache.
 """
+_PLOTS = """\
+metrics: ['${work}/report/results.json']
+plots:
+- ${work}/report/pictures
+- scores:
+    template: bar_horizontal
+    x: {'${work}/report/scores.csv': score}
+    y: {'${work}/report/scores.csv': scored}
+    title: scores, %
+"""
 
 
 def dvc_yaml() -> str:
@@ -284,25 +263,13 @@ def dvc_yaml() -> str:
         # Sections that the settings may leave out.
         "vars": [{name: {} for name in ("sources", "finetune", "gram", "realign")}],
         "stages": stages,
-        "metrics": ["${work}/report/results.json"],
-        "plots": [
-            "${work}/report/pictures",
-            {
-                "scores": {
-                    "template": "bar_horizontal",
-                    "x": {"${work}/report/scores.csv": "score"},
-                    "y": {"${work}/report/scores.csv": "scored"},
-                    "title": "scores, %",
-                }
-            },
-        ],
     }
     text = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = None
     yaml.width = 100
     yaml.dump(content, text)
-    return _HEADER + text.getvalue()
+    return _HEADER + text.getvalue() + _PLOTS
 
 
 def _dvc_stage(row: Row, settings_file: str) -> dict[str, Any]:
@@ -314,7 +281,7 @@ def _dvc_stage(row: Row, settings_file: str) -> dict[str, Any]:
     fill = partial(str.format, name=name, folder=folder)
     source = Path(getsourcefile(row.function) or "").resolve()
     module = source.relative_to(Path(__file__).resolve().parents[1]).as_posix()
-    sections = [fill(section) for section in row.takes.values()]
+    sections = [fill(row.section)] if row.section else []
     if any(isinstance(template, Each) for template in row.reads.values()):
         sections.append("experts")
     body: dict[str, Any] = {

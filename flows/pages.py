@@ -101,7 +101,7 @@ def device_slot(arguments: Mapping[str, Any]) -> Iterator[None]:
 
 @cache
 def _has_limit() -> bool:
-    """Whether the server has the limit; asked once, as waiting for a limit that is absent is slow."""
+    """Whether the server has the limit; asked once, as a wait for an absent limit is slow."""
     with get_client(sync_client=True) as client:
         try:
             client.read_global_concurrency_limit_by_name(LIMIT)
