@@ -22,7 +22,7 @@ from fmn.environment import settle_environment
 from fmn.errors import UserError, system_error
 from fmn.evaluate.stages import evaluate
 from fmn.experiments.stages import SearchSettings, search
-from fmn.fisher.stages import fisher, full_fisher, gram
+from fmn.fisher.stages import STATISTICS, fisher
 from fmn.merge.stages import merge, realign
 from fmn.models.stages import fetch, finetune, predict
 from fmn.registry.stages import (
@@ -276,8 +276,7 @@ for _stage, _show in (
     (data, _facts("rows")),
     (finetune, _facts("examples", "steps", "loss")),
     (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr")),
-    (full_fisher, _facts("estimator", "samples", "dtype")),
-    (gram, _facts("samples", "dtype")),
+    *((statistic, _facts("samples", "dtype")) for statistic in STATISTICS),
     (merge, _show_merge),
     (realign, _show_realign),
     (evaluate, _show_metrics),

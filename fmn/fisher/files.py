@@ -66,10 +66,10 @@ class FisherMetadata(Metadata):
 
 
 class StatisticMetadata(Metadata):
-    """Of a full Fisher."""
+    """Of a statistic with a value per parameter: the full Fisher, or another of its `kind`."""
 
     format: Literal[2] = 2
-    kind: Literal["full-fisher"] = "full-fisher"
+    kind: str = "full-fisher"
     estimator: str
 
 
@@ -168,18 +168,22 @@ def write_statistic(
     save_file(narrow, path, {METADATA: metadata.model_dump_json(by_alias=True)})
 
 
-def read_statistic(path: Path, record: type[M]) -> "tuple[dict[str, TensorHeader], M]":
+def read_statistic(
+    path: Path, record: type[M], kind: str = ""
+) -> "tuple[dict[str, TensorHeader], M]":
     """Where the tensors of a full Fisher or of Gram matrices lie, by name, and their metadata.
 
     Args:
         record: StatisticMetadata or GramMetadata.
+        kind: the kind of statistic, which is also the command that computes it; default: the
+            record's own.
 
     Raises:
         UserError: the file is not such a statistic, or was damaged.
     """
     from fmn.models.headers import read_file
 
-    kind = record.model_fields["kind"].default
+    kind = kind or record.model_fields["kind"].default
     remedy = f"make it with `fmn {kind}`"
     if not path.is_file():
         raise UserError(f"{path}: no such {kind} file; {remedy}")
@@ -187,8 +191,11 @@ def read_statistic(path: Path, record: type[M]) -> "tuple[dict[str, TensorHeader
     headers, stored = read_file(path)
     try:
         content = json.loads(stored[METADATA])
-    except (KeyError, ValueError, RecursionError) as error:
+        stored_kind = content["kind"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: holds no statistic of fmn's; {remedy}") from error
+    if stored_kind != kind:
+        raise UserError(f"{path}: is a {stored_kind} file, not {kind}; {remedy}")
     return headers, parse_record(content, record, path, remedy)
 
 

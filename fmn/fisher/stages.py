@@ -262,3 +262,7 @@ def _read_sums(path: Path, key: str) -> "PartialSums | None":
         return PartialSums(**content) if content.pop("key") == key else None
     except Exception:  # a file that is absent or damaged may raise anything
         return None
+
+
+STATISTICS: tuple[Callable[..., Outcome[Any]], ...] = (full_fisher, gram)
+"""The stages beside the mask Fisher; each is a command of its own."""

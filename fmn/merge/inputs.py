@@ -63,7 +63,7 @@ def read_statistics(
     records: dict[str, dict[str, Statistic]] = {"fisher": {}, "gram": {}}
     for task, digest in digests.items():
         if method.fisher:
-            values[task], metadata = _read_fisher(fisher[task], method.fisher == "nodes")
+            values[task], metadata = _read_fisher(fisher[task], method, method.fisher == "nodes")
             records["fisher"][task] = _record(fisher[task], metadata, task, digest)
         if method.gram:
             headers, stored = files.read_statistic(gram[task], files.GramMetadata)
@@ -72,16 +72,16 @@ def read_statistics(
     return Statistics(values, grams, records)
 
 
-def read_labels(path: Path, task: str, digest: str) -> labels.Labels:
+def read_labels(path: Path, method: Method, task: str, digest: str) -> labels.Labels:
     """How an expert's outputs stand for the labels, as its Fisher information says."""
-    metadata = _read_fisher(path, is_of_nodes=path.suffix != ".safetensors")[1]
+    metadata = _read_fisher(path, method, is_of_nodes=path.suffix != ".safetensors")[1]
     _record(path, metadata, task, digest)
     return metadata.labels.get(task) or labels.as_they_stand(get_task(task))
 
 
-def _read_fisher(path: Path, is_of_nodes: bool) -> tuple[Any, files.Metadata]:
+def _read_fisher(path: Path, method: Method, is_of_nodes: bool) -> tuple[Any, files.Metadata]:
     if not is_of_nodes:
-        return files.read_statistic(path, files.StatisticMetadata)
+        return files.read_statistic(path, files.StatisticMetadata, method.statistic)
     values, _, metadata = files.read_fisher(path)
     return values, metadata
 

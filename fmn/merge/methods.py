@@ -57,6 +57,8 @@ class Method:
     Attributes:
         paper: where it is from, on arXiv; None where it has no paper of its own.
         fisher: whose Fisher information it takes: that of mask "nodes", of all "parameters", none.
+        statistic: for "parameters": the kind of statistic, with a value per parameter, that it
+            takes as such; a stage of `fmn.fisher.stages` computes it.
         gram, base: whether it takes Gram matrices, and the base model.
         random: whether it draws at random, and so depends on the seed.
         density: default share of a task vector's entries that stay; None where all do.
@@ -70,6 +72,7 @@ class Method:
     arguments: tuple[str, ...]
     paper: str | None = None
     fisher: Literal["nodes", "parameters"] | None = None
+    statistic: str = "full-fisher"
     gram: bool = False
     base: bool = False
     random: bool = False

@@ -84,7 +84,9 @@ def merge(
         digests = {task: job.inputs[f"expert {task}"] for task in experts}
         statistics = read_statistics(method, digests, fisher, gram)
         aligned = {t: named[t] or labels.as_they_stand(get_task(t)) for t in experts}
-        aligned |= {task: read_labels(fisher[task], task, digests[task]) for task in unnamed}
+        aligned |= {
+            task: read_labels(fisher[task], method, task, digests[task]) for task in unnamed
+        }
         chosen, search = _searched(coefficients, job, digests, settings)
         lineage: dict[str, Any] = {**statistics.records, "labels": aligned, "search": search}
         lineage["experts"] = {task: _checkpoint(experts[task], digests[task]) for task in experts}
@@ -105,7 +107,7 @@ def statistics_files(
     method: Method, experts: Iterable[str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
 ) -> dict[str, Path]:
     """The files that a method takes, by "fisher TASK" and "gram TASK"; UserError if one lacks."""
-    fisher_command = "full-fisher" if method.fisher == "parameters" else "fisher"
+    fisher_command = method.statistic if method.fisher == "parameters" else "fisher"
     needed = [("fisher", fisher_command, fisher)] if method.fisher else []
     needed += [("gram", "gram", gram)] if method.gram else []
     files = {}
