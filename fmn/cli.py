@@ -271,7 +271,7 @@ def _show_report(summary: Any) -> None:
     say(*summary.notes)
 
 
-for _stage, _show in (
+COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
     (fetch, _facts("revision", "model_type")),
     (data, _facts("rows")),
     (finetune, _facts("examples", "steps", "loss")),
@@ -283,7 +283,8 @@ for _stage, _show in (
     (search, _show_search),
     (report, _show_report),
     (register, _facts("name", "version", "alias", "reason", "run", "store")),
-):
+)
+for _stage, _show in COMMANDS:
     _add_stage(_stage, _show)
 _add_stage(predict, lambda answer: say(f"{answer.label} ({answer.score:.3f})"))
 _add_stage(roll_back, _show_champion, "rollback")
