@@ -64,8 +64,17 @@ def fetch(source: str, *, out: Path, progress: Progress = no_progress) -> Outcom
 
     reads, keys = {"folder": sources.folder_files(pinned)}, {"source": pinned}
     summary = partial(stage.read_info, record=CheckpointInfo)
+    # Without a time, the base that a second clone fetches again is the same to DVC.
     return stage.run_stage(
-        "fetch", FETCH, out, compute, reads=reads, settings=keys, summary=summary, is_folder=True
+        "fetch",
+        FETCH,
+        out,
+        compute,
+        reads=reads,
+        settings=keys,
+        summary=summary,
+        is_folder=True,
+        is_timed=False,
     )
 
 

@@ -173,6 +173,7 @@ def run_stage(
     settings: Mapping[str, Any],
     summary: Callable[[Path], R],
     is_folder: bool = False,
+    is_timed: bool = True,
 ) -> Outcome[R]:
     """Compute an output unless it is there, intact, and made from these very inputs and settings.
 
@@ -189,6 +190,8 @@ def run_stage(
             or how fast to compute (`Settings.runtime`) are left out.
         summary: reads back what the stage reports, from the output.
         is_folder: whether the output is a folder.
+        is_timed: whether the sidecar says how long the computation took. Without that, an output
+            that is computed again has the same bytes, sidecar included.
 
     Raises:
         UserError: an input is missing or damaged, the output would replace an input or something
@@ -211,9 +214,10 @@ def run_stage(
                     )
             elif computed:
                 about = Sidecar(stage=name, key=key, files={}, inputs=inputs, settings=described)
-                _compute(out, compute, about, is_folder)
-        sidecar = read_sidecar(out)
-        seconds = sidecar.seconds if computed and sidecar else time.monotonic() - started
+                _compute(out, compute, about, is_folder, is_timed)
+        sidecar, seconds = read_sidecar(out), time.monotonic() - started
+        if computed and sidecar and remote.get():
+            seconds = sidecar.seconds
         return Outcome(name, out, computed, seconds, summary(out))
 
 
@@ -230,7 +234,11 @@ def is_current(out: Path, key: str) -> bool:
 
 
 def _compute(
-    out: Path, compute: Callable[[Job], Record | None], about: Sidecar, is_folder: bool
+    out: Path,
+    compute: Callable[[Job], Record | None],
+    about: Sidecar,
+    is_folder: bool,
+    is_timed: bool,
 ) -> None:
     started = time.monotonic()
     with artifacts.scratch_folder(out) as scratch:
@@ -238,7 +246,7 @@ def _compute(
         info = compute(Job(path, about.key, about.inputs))
         results = {
             "files": artifacts.digest_files(scratch),
-            "seconds": round(time.monotonic() - started, 3),
+            "seconds": round(time.monotonic() - started, 3) if is_timed else 0.0,
             "info": info.model_dump(mode="json", by_alias=True) if info else {},
         }
         name = artifacts.SIDECAR if is_folder else f"{out.name}.fmn.json"
