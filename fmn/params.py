@@ -185,14 +185,17 @@ def load(path: Path) -> Params:
 
 
 def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
-    """Write the settings with every default filled in, as JSON; secrets are left out.
+    """Write the settings with every default filled in, as JSON.
+
+    Secrets are left out, and so are the settings that only say where stages run.
 
     Args:
         params: the settings file
         out: the JSON file
     """
     settings = load(params)
-    text = redacted(json.dumps(settings.model_dump(mode="json", exclude={"notify"}), indent=1))
+    content = settings.model_dump(mode="json", exclude={"notify", "runner", "address", "storage"})
+    text = redacted(json.dumps(content, indent=1))
 
     def compute(job: Job) -> None:
         job.path.write_text(text + "\n")

@@ -327,7 +327,7 @@ def test_a_stage_for_a_gpu_goes_where_one_is_offered(
     dask: Cluster, tiny_work: Path, tmp_path: Path
 ) -> None:
     def process(device: str) -> int:
-        out = tmp_path / f"{device}-{time.monotonic()}"
+        out = tmp_path / f"{device}-{time.monotonic_ns()}"
         return int(run(copy, arguments(tiny_work, out, device=device)).summary.process)
 
     plain = dask.worker("plain")

