@@ -28,7 +28,10 @@ from fmn.errors import UserError, causes, hint, redacted, system_error, system_e
         ("postgresql://me:p%40ss@db/mlflow", "postgresql://db/mlflow"),
         ("https://x-access-token:ghp_1@github.com/a/b", "https://github.com/a/b"),
         ("hf://me:hf_1@org/name: not a source", "hf://org/name: not a source"),
-        ("https://h/f?X-Amz-Signature=a&b=1&token=t", "https://h/f?X-Amz-Signature=***&b=1&token=***"),
+        (
+            "http://h/f?X-Amz-Signature=a&b=1&token=t",
+            "http://h/f?X-Amz-Signature=***&b=1&token=***",
+        ),
     ],
 )  # fmt: skip
 def test_secrets_in_addresses_are_removed(text: str, expected: str) -> None:
