@@ -40,6 +40,7 @@ def make_project(folder: Path, base: Path) -> Path:
     run(folder, "git", "config", "user.name", "Somebody")
     run(folder, "git", "config", "user.email", "somebody@example.org")
     dvc(folder, "init", "-q")
+    shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc")
     return folder
 
 

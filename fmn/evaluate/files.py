@@ -11,6 +11,7 @@ from fmn.evaluate.metrics import Answers, Splits
 from fmn.models.labels import Labels
 from fmn.store.records import Record
 from fmn.store.stage import check_intact, read_record
+from fmn.tasks.task import Task
 
 Interval = tuple[float, float]
 
@@ -51,6 +52,7 @@ class Metrics(Record):
         interval: its 95 % bootstrap interval.
         labels: by task, which output of the model stands for which label.
         data: rows by task.
+        definitions: what the tasks are.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Metrics(Record):
     interval: Interval
     labels: dict[str, Labels] = Field(default_factory=dict)
     data: dict[str, TaskRows] = Field(default_factory=dict)
+    definitions: dict[str, Task] = Field(default_factory=dict)
 
 
 def read_metrics(path: Path) -> Metrics:

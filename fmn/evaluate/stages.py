@@ -17,7 +17,7 @@ from fmn.models.stages import Device, Dtype
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage, write_record
 from fmn.tasks import dataset
-from fmn.tasks.task import Task, get_task
+from fmn.tasks.task import Task, load_task
 
 EVALUATE = 4
 
@@ -58,8 +58,9 @@ def evaluate(
     # The outputs of a merged model are named; those of an expert may take training rows to name.
     label_data = None if recipe.is_merged(model) else data
     reads: dict[str, Path | list[Path]] = {"model": model}
+    definitions = {name: load_task(data, name) for name in checkpoints}
     for name, checkpoint in checkpoints.items():
-        task = get_task(name)
+        task = definitions[name]
         splits = dataset.validation_splits(data, task)
         is_named = label_data is None or labels.by_names(task, labels.output_names(checkpoint))
         if not is_named and dataset.has_split(data, task, "train"):
@@ -69,20 +70,23 @@ def evaluate(
     def compute(job: Job) -> None:
         aligned, predictions, rows = {}, {}, {}
         for name, checkpoint in checkpoints.items():
-            task = get_task(name)
-            aligned[name] = labels.decide(checkpoint, task, label_data, settings.device)
-            predictions[name] = _predict(task, checkpoint, aligned[name], data, settings, progress)
+            task = definitions[name]
+            expert = labels.load_expert(checkpoint, task, label_data, settings.device)
+            aligned[name] = expert.labels
+            predictions[name] = _predict(expert, data, settings, progress)
             info = dataset.read_data_info(data, task)
             origin = info.model_dump(include={"source", "revision", "seed"}) if info else {}
             digests = {split: job.inputs[f"{name} {split}"] for split in predictions[name]}
             rows[name] = {**origin, "splits": digests}
         files.write_predictions(files.predictions_path(job.path), predictions)
         known = {"model": job.inputs["model"], "labels": aligned, "data": rows}
-        write_record(job.path, Metrics.model_validate(known | _scores(predictions)))
+        known["definitions"] = definitions
+        write_record(job.path, Metrics.model_validate(known | _scores(definitions, predictions)))
 
     return run_stage(
         "evaluate", EVALUATE, out, compute,
-        reads=reads, settings={"evaluate": settings}, summary=files.read_metrics,
+        reads=reads, settings={"evaluate": settings, "tasks": definitions},
+        summary=files.read_metrics,
     )  # fmt: skip
 
 
@@ -99,19 +103,15 @@ def _checkpoints(model: Path, tasks: Sequence[str]) -> dict[str, Path]:
 
 
 def _predict(
-    task: Task,
-    checkpoint: Path,
-    aligned: labels.Labels,
+    expert: labels.Expert,
     data: Path,
     settings: EvaluateSettings,
     progress: Progress,
 ) -> dict[str, Answers]:
     """A checkpoint's answers on the validation splits of a task."""
-    from fmn.models.checkpoints import load_classifier, load_tokenizer
     from fmn.models.predict import predict
 
-    tokenizer = load_tokenizer(checkpoint)
-    model = labels.ordered(load_classifier(checkpoint), aligned)
+    model, tokenizer, task, _ = expert
     how: dict[str, Any] = {**settings.model_dump(), "progress": progress}
     predictions = {}
     for split in dataset.validation_splits(data, task):
@@ -120,12 +120,12 @@ def _predict(
     return predictions
 
 
-def _scores(predictions: Mapping[str, Splits]) -> dict[str, Any]:
+def _scores(definitions: Mapping[str, Task], predictions: Mapping[str, Splits]) -> dict[str, Any]:
     """The scores of a model's predictions by task, their mean, and the intervals."""
     tasks: dict[str, dict[str, Any]] = {}
     draws = []
     for name, splits in predictions.items():
-        task = get_task(name)
+        task = definitions[name]
         resampled = bootstrap.resampled(task, splits)
         draws.append(resampled["score"])
         tasks[name] = {

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from fmn.merge.recipe import SearchedCoefficients
 from fmn.store.records import Record
+from fmn.tasks.task import Task
 
 TunedOn = tuple[int | None, int]
 """How many training rows an expert was fine-tuned on (None: all), and the seed that drew them."""
@@ -18,7 +19,7 @@ class Source(NamedTuple):
     """
 
     checkpoint: Path
-    task: str
+    task: Task
     data: Path
     split: str
     rows: int | None

@@ -27,7 +27,7 @@ from fmn.store.stage import (
     write_record,
 )
 from fmn.tasks import dataset
-from fmn.tasks.task import get_task
+from fmn.tasks.task import load_task
 
 if TYPE_CHECKING:
     from fmn.merge.inputs import Statistics
@@ -192,7 +192,8 @@ def _search(
     from fmn.merge import model as merged
 
     experts, base, merging, *_ = merge
-    checkpoints.check_experts(experts, base)
+    tasks = {name: source.task for name, source in sources.items()}
+    checkpoints.check_experts(experts, tasks, base)
     statistics = _read_statistics(job, merge)
     encoder_of = merged.merger(experts, merging, base, statistics)
     loaded = {task: trial.load_expert(source) for task, source in sources.items()}
@@ -253,11 +254,11 @@ def compare(
     is_train, realign = settings.split == "train", merging.realign
     rows = {}
     for task in sorted(experts):
-        split = "train" if is_train else dataset.validation_splits(data, get_task(task))[0]
+        split = "train" if is_train else dataset.validation_splits(data, load_task(data, task))[0]
         rows[task] = split, settings.rows_of(task)
     reads = _reads(merge, data, rows)
     for task in rows if realign else ():
-        reads[f"texts {task}"] = dataset.split_files(data, get_task(task), "train")
+        reads[f"texts {task}"] = dataset.split_files(data, load_task(data, task), "train")
     is_tuning_used = is_train or realign is not None
     described = {
         "merge": merging.model_dump(exclude=set() if realign else {"realign"}),
@@ -313,7 +314,7 @@ def _sources(
     return {
         task: Source(
             merge.experts[task],
-            task,
+            load_task(data, task),
             data,
             split,
             rows=count if isinstance(count, int) else None,
@@ -334,7 +335,7 @@ def _reads(merge: Merge, data: Path, rows: RowsByTask) -> dict[str, Path | list[
     reads |= statistics_files(method, sorted(merge.experts), merge.fisher, merge.gram)
     for task, (split, _) in rows.items():
         reads[f"expert {task}"] = merge.experts[task]
-        reads[f"data {task}"] = dataset.split_files(data, get_task(task), split)
+        reads[f"data {task}"] = dataset.split_files(data, load_task(data, task), split)
     return reads
 
 

@@ -14,11 +14,11 @@ from fmn.evaluate.metrics import Answers, answers, score_splits
 from fmn.experiments.files import CellTask, Source
 from fmn.merge import heads
 from fmn.merge.stages import RefitSettings
-from fmn.models import checkpoints, labels
+from fmn.models import labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset
 from fmn.tasks.batches import Examples
-from fmn.tasks.task import Task, get_task
+from fmn.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,13 @@ def score(task: Task, answers: Answers) -> float:
 @lru_cache(maxsize=16)  # the cells of a comparison share experts
 def load_expert(source: Source) -> ExpertOnTask:
     """Load an expert and its rows, and let it answer."""
-    checkpoint, task = source.checkpoint, get_task(source.task)
-    aligned = labels.decide(checkpoint, task, source.data, source.device)
-    model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
+    model, tokenizer, task, _ = labels.load_expert(
+        source.checkpoint, source.task, source.data, source.device
+    )
     table = dataset.read_split(source.data, task, source.split)
     tuned_on = source.tuned_on if source.split == "train" else None
     unseen, seen = heads.unseen_first(table.num_rows, source.seed, tuned_on)
     rows = np.sort((unseen if len(unseen) else seen)[: source.rows])
-    tokenizer = checkpoints.load_tokenizer(checkpoint)
     examples = dataset.tokenize(tokenizer, task, table.take(rows))
     logits = predict(model, examples, device=source.device, dtype=source.dtype)
     own = answers(task, logits, examples.labels)

@@ -18,6 +18,7 @@ from fmn.errors import UserError
 from fmn.models.labels import Labels
 from fmn.store.records import Record, parse_record
 from fmn.store.stage import check_intact
+from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,7 @@ class Metadata(Record):
     checkpoint: CheckpointOrigin
     data_digest: str = ""
     labels: dict[str, Labels] = Field(default_factory=dict)
+    definition: Task | None = None
     samples: int
     seed: int = 0
     dtype: str = ""

@@ -9,13 +9,13 @@ from pydantic import Field, field_validator
 
 from fmn.fisher import files
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, GramMetadata, StatisticMetadata
-from fmn.models import checkpoints, labels, provenance
+from fmn.models import labels, provenance
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
 from fmn.store.records import Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
 from fmn.tasks.dataset import read_split, split_files, tokenize
-from fmn.tasks.task import Task, get_task
+from fmn.tasks.task import Task, load_task
 
 if TYPE_CHECKING:
     from fmn.fisher.mask_nodes import PartialSums
@@ -90,7 +90,7 @@ def fisher(
         result = estimate(
             **arguments,
             estimator=settings.estimator,
-            regression=get_task(task).regression,
+            regression=load_task(data, task).regression,
             stratified=settings.stratified,
             progress=progress,
             resume=_read_sums(saved, key),
@@ -134,7 +134,7 @@ def full_fisher(
     def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
         from fmn.fisher.parameters import estimate
 
-        regression, estimator = get_task(task).regression, settings.estimator
+        regression, estimator = load_task(data, task).regression, settings.estimator
         tensors = estimate(
             **arguments, estimator=estimator, regression=regression, progress=progress
         )
@@ -186,14 +186,14 @@ def _run(
     read: Callable[[Path], tuple[Any, ...]],
 ) -> Outcome[Any]:
     """Run a stage: `compute` writes a file with what `_load` gives; `read` ends in its metadata."""
-    definition = get_task(task)
+    definition = load_task(data, task)
     return run_stage(
         name,
         version,
         out,
         lambda job: compute(job.path, *_load(job, checkpoint, definition, data, settings)),
         reads={"checkpoint": checkpoint, "train": split_files(data, definition, "train")},
-        settings={"task": task, "settings": settings},
+        settings={"task": definition, "settings": settings},
         summary=lambda path: read(path)[-1],
     )
 
@@ -210,9 +210,7 @@ def _load(
     from fmn.models.devices import resolve_device, resolve_dtype
     from fmn.tasks.batches import select
 
-    aligned = labels.decide(checkpoint, task, data, settings.device)
-    model = labels.ordered(checkpoints.load_classifier(checkpoint), aligned)
-    tokenizer = checkpoints.load_tokenizer(checkpoint)
+    model, tokenizer, task, aligned = labels.load_expert(checkpoint, task, data, settings.device)
     table = read_split(data, task, "train")
     samples = None if settings.samples == "all" else settings.samples
     stratified = isinstance(settings, FisherSettings) and settings.stratified
@@ -235,6 +233,7 @@ def _load(
         "checkpoint": CheckpointOrigin(**origin, digest=job.inputs["checkpoint"]),
         "data_digest": job.inputs["train"],
         "labels": {task.name: aligned},
+        "definition": task,
         "samples": len(rows),
         "seed": settings.seed,
         "dtype": dtype,

@@ -19,7 +19,6 @@ from fmn.merge.stream import DTYPES, TensorSpec
 from fmn.models import checkpoints, labels
 from fmn.models.headers import TensorHeader, tensor_headers
 from fmn.store import artifacts
-from fmn.tasks.task import get_task
 
 
 class StoredGrams(NamedTuple):
@@ -72,11 +71,11 @@ def read_statistics(
     return Statistics(values, grams, records)
 
 
-def read_labels(path: Path, method: Method, task: str, digest: str) -> labels.Labels:
+def read_labels(path: Path, method: Method, task: str, digest: str) -> labels.Labels | None:
     """How an expert's outputs stand for the labels, as its Fisher information says."""
     metadata = _read_fisher(path, method, is_of_nodes=path.suffix != ".safetensors")[1]
     _record(path, metadata, task, digest)
-    return metadata.labels.get(task) or labels.as_they_stand(get_task(task))
+    return metadata.labels.get(task)
 
 
 def _read_fisher(path: Path, method: Method, is_of_nodes: bool) -> tuple[Any, files.Metadata]:

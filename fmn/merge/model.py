@@ -29,6 +29,7 @@ from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES, read_config
 from fmn.models.headers import INDEX, TensorHeader
 from fmn.store.artifacts import digest_file, remember_digest, visible
 from fmn.store.stage import Progress, no_progress, write_record
+from fmn.tasks.task import write_task
 
 WORKING_SET = 12 * 2**20  # bytes, in float64, of all that is held of one piece of a parameter
 _FREED = 31 * 2**20  # bytes
@@ -80,7 +81,10 @@ def write_model(
         _write_task(folder, task, experts[task], plan.heads[task], names, files)
     for name, digest in digests.items():  # after the links, which change the file's status
         remember_digest(encoder / name, digest)
-    return _write_recipe(folder, Recipe(**{**_own_entries(plan), **(lineage or {})}))
+    recipe = Recipe(**{**_own_entries(plan), **(lineage or {})})
+    for task, definition in recipe.definitions.items():
+        write_task(folder / "tasks" / task, definition)
+    return _write_recipe(folder, recipe)
 
 
 def _own_entries(plan: Plan) -> dict[str, Any]:

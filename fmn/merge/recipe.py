@@ -21,6 +21,7 @@ from fmn.models.labels import Labels
 from fmn.models.provenance import Lineage
 from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import read_record
+from fmn.tasks.task import Task
 
 RECIPE = "merge.json"
 CARD = "README.md"
@@ -158,7 +159,8 @@ class Realigned(Record):
 class Recipe(Record):
     """How a model was merged and from what; settings that its method does not use are None.
 
-    `labels` says by task which of the expert's outputs stands for which label.
+    `labels` says by task which of the expert's outputs stands for which label, `definitions` what
+    the tasks are.
     """
 
     format: Literal[2] = 2
@@ -178,6 +180,7 @@ class Recipe(Record):
     fisher: dict[str, Statistic] = Field(default_factory=dict)
     gram: dict[str, Statistic] = Field(default_factory=dict)
     labels: dict[str, Labels] = Field(default_factory=dict)
+    definitions: dict[str, Task] = Field(default_factory=dict)
     search: Search | None = None
     realign: Realigned | None = None
 

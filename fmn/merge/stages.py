@@ -16,7 +16,7 @@ from fmn.store import artifacts, stage
 from fmn.store.records import Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
 from fmn.tasks import dataset
-from fmn.tasks.task import get_task
+from fmn.tasks.task import load_task
 
 __all__ = ["MergeSettings", "RealignSettings", "RefitSettings", "merge", "realign"]
 
@@ -68,7 +68,8 @@ def merge(
     """
     method, fisher, gram = METHODS[settings.method], dict(fisher or {}), dict(gram or {})
     experts = dict(sorted(experts.items()))
-    named = {t: labels.by_names(get_task(t), labels.output_names(experts[t])) for t in experts}
+    tasks = {name: labels.expert_task(folder, name) for name, folder in experts.items()}
+    named = {t: labels.by_names(tasks[t], labels.output_names(experts[t])) for t in experts}
     # How an expert's outputs stand for the labels may have been found with its Fisher information.
     unnamed = [task for task in experts if named[task] is None and task in fisher]
     reads: dict[str, Path | None] = {f"expert {task}": path for task, path in experts.items()}
@@ -80,18 +81,19 @@ def merge(
         from fmn.merge.inputs import read_labels, read_statistics
         from fmn.merge.model import write_model
 
-        checkpoints.check_experts(experts, base)
+        checkpoints.check_experts(experts, tasks, base)
         digests = {task: job.inputs[f"expert {task}"] for task in experts}
         statistics = read_statistics(method, digests, fisher, gram)
-        aligned = {t: named[t] or labels.as_they_stand(get_task(t)) for t in experts}
-        aligned |= {
-            task: read_labels(fisher[task], method, task, digests[task]) for task in unnamed
-        }
+        aligned = {t: named[t] or labels.as_they_stand(tasks[t]) for t in experts}
+        for task in unnamed:
+            known = read_labels(fisher[task], method, task, digests[task])
+            aligned[task] = known or aligned[task]
         chosen, search = _searched(coefficients, job, digests, settings)
         lineage: dict[str, Any] = {**statistics.records, "labels": aligned, "search": search}
+        lineage["definitions"] = tasks
         lineage["experts"] = {task: _checkpoint(experts[task], digests[task]) for task in experts}
         lineage["base"] = _checkpoint(base, job.inputs["base"]) if base else None
-        names = {t: labels.names_by_output(get_task(t), aligned[t]) for t in experts}
+        names = {t: labels.names_by_output(tasks[t], aligned[t]) for t in experts}
         write_model(
             job.path, experts, chosen, base=base, statistics=statistics, labels=names,
             lineage=lineage, progress=progress,
@@ -181,9 +183,11 @@ def realign(
     _check_experts(model, merged, experts)
     rows = {task: provenance.rows_tuned_on(experts[task]) for task in merged.tasks}
     reads: dict[str, Path | list[Path]] = {"model": model}
+    definitions = {}
     for task in merged.tasks:
         reads[f"expert {task}"] = experts[task]
-        reads[f"data {task}"] = dataset.split_files(data, get_task(task), "train")
+        definitions[task] = load_task(data, task)
+        reads[f"data {task}"] = dataset.split_files(data, definitions[task], "train")
 
     def compute(job: Job) -> None:
         from fmn.merge.heads import realigned_head, unlabeled
@@ -193,7 +197,7 @@ def realign(
         tensors, fits = {}, {}
         for task in merged.tasks:
             expert, above = experts[task], task_folder(model, task)
-            examples = unlabeled(expert, get_task(task), data, texts, settings.seed, rows[task])
+            examples = unlabeled(expert, definitions[task], data, texts, settings.seed, rows[task])
             options = settings.ridge, settings.device, settings.dtype
             tensors[task], fits[task] = realigned_head(expert, above, examples, *options)
             progress(len(fits), len(merged.tasks))

@@ -19,7 +19,7 @@ from fmn.models.headers import (
     read_json,
     tensor_headers,
 )
-from fmn.tasks.task import TASKS, Task, get_task
+from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -225,7 +225,9 @@ def check_tensors(folder: Path, config: "PretrainedConfig", *, head: bool) -> No
 # Experts that can be merged
 
 
-def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None:
+def check_experts(
+    experts: Mapping[str, Path], tasks: Mapping[str, Task], base: Path | None = None
+) -> None:
     """Refuse experts that cannot be merged, from headers and small files alone.
 
     All must have the architecture, sizes, encoder tensors and vocabulary of the base (or of the
@@ -235,11 +237,11 @@ def check_experts(experts: Mapping[str, Path], base: Path | None = None) -> None
     if not experts:
         raise UserError("no experts were given; name at least one, TASK=DIR")
     folders = {"the base": base} if base is not None else {}
-    folders |= {get_task(name).name: folder for name, folder in experts.items()}
+    folders |= experts
     expected: dict[str, Any] = {}
     for name, folder in folders.items():
         try:
-            traits = _traits(folder, TASKS.get(name))
+            traits = _traits(folder, tasks.get(name))
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         expected = expected or traits

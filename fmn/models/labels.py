@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from math import factorial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -18,10 +18,10 @@ from fmn.errors import UserError
 from fmn.models import checkpoints
 from fmn.store.records import Record
 from fmn.tasks import dataset
-from fmn.tasks.task import Task, get_task
+from fmn.tasks.task import TASKS, Columns, Task, get_task, read_task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS, SEED = 512, 0  # at most so many rows of the training data decide, drawn by this seed
 # An order is clearly better than the task's own if McNemar's exact test, one-sided and times the
@@ -180,6 +180,45 @@ def decide(checkpoint: Path, task: Task, data: Path | None, device: str = "auto"
     model = checkpoints.load_classifier(checkpoint)
     logits = predict(model, examples, device=device, dtype="float32")
     return by_data(task, logits, examples.labels, str(checkpoint))
+
+
+class Expert(NamedTuple):
+    """An expert in memory, whose logits [N, C] are in the order of the task's labels."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    task: Task
+    labels: Labels
+
+
+def load_expert(checkpoint: Path, task: Task, data: Path | None, device: str = "auto") -> Expert:
+    """Load an expert for a task; raises as `decide` does.
+
+    Args:
+        checkpoint: the expert's folder.
+        task: the definition beside the rows that it is to answer.
+        data: the folder of these rows, whose training split tells the labels of outputs that have
+            no names.
+        device: where the model runs for that.
+    """
+    labels = decide(checkpoint, task, data, device)
+    model = ordered(checkpoints.load_classifier(checkpoint), labels)
+    return Expert(model, checkpoints.load_tokenizer(checkpoint), task, labels)
+
+
+def expert_task(checkpoint: Path, name: str) -> Task:
+    """The definition of the task that an expert is for, where no rows are at hand.
+
+    It is that in the expert's folder, which `fmn fetch` and `fmn finetune` write; else GLUE's of
+    this name; else what the expert's configuration says.
+    """
+    if task := read_task(checkpoint) or TASKS.get(name):
+        return task
+    names = output_names(checkpoint)
+    columns = Columns(text="text", label=None)
+    if len(names) < 2:
+        return Task(name=name, problem_type="regression", columns=columns, metrics=())
+    return Task(name=name, columns=columns, labels=tuple(names), metrics=())
 
 
 def ordered(model: "PreTrainedModel", labels: Labels) -> "PreTrainedModel":

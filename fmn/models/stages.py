@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import Field
 
 from fmn.errors import UserError
-from fmn.models import checkpoints, sources
+from fmn.models import checkpoints, labels, sources
 from fmn.models.provenance import CheckpointInfo, TrainingInfo, lineage
 from fmn.store import stage
 from fmn.store.records import Record, Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
-from fmn.tasks.task import get_task
+from fmn.tasks.task import load_task, write_task
 
 FETCH = 2
 FINETUNE = 2
@@ -98,7 +98,7 @@ def finetune(
     Raises:
         UserError: the base or the rows cannot be used, or the loss diverges.
     """
-    definition = get_task(task)
+    definition = load_task(data, task)
     train = dataset.split_files(data, definition, "train")
 
     def compute(job: Job) -> TrainingInfo:
@@ -118,6 +118,7 @@ def finetune(
         with checkpoints.quiet():
             model.cpu().save_pretrained(job.path)
             tokenizer.save_pretrained(job.path)
+        write_task(job.path, definition)
         last = losses[-max(1, len(losses) // 10) :]
         return TrainingInfo(
             task=task,
@@ -131,7 +132,7 @@ def finetune(
         )
 
     reads: dict[str, Path | list[Path]] = {"base": base, "train": train}
-    keys = {"task": task, "finetune": settings}
+    keys = {"task": definition, "finetune": settings}
     summary = partial(stage.read_info, record=TrainingInfo)
     return stage.run_stage(
         "finetune", FINETUNE, out, compute,
@@ -156,7 +157,7 @@ def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) 
     folder = model / "tasks" / task
     if not folder.is_dir():
         raise UserError(f"{model}: not a merged model of task {task}; give one, and its task")
-    definition = get_task(task)
+    definition = labels.expert_task(folder, task)
     columns = definition.text_columns
     if (len(columns) == 2) != (text_pair is not None):
         raise UserError(f"task {task}: it takes {len(columns)} texts; give {', '.join(columns)}")

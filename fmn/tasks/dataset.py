@@ -12,8 +12,8 @@ import numpy as np
 
 from fmn.errors import UserError
 from fmn.store.records import Record, parse_record
-from fmn.store.stage import read_sidecar, sidecar_path, write_record
-from fmn.tasks.task import DEFINITION, Task, task_folder
+from fmn.store.stage import read_sidecar, sidecar_path
+from fmn.tasks.task import Task, task_folder, write_task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -94,7 +94,7 @@ def write_rows(folder: Path, task: Task, tables: "Mapping[str, pa.Table]") -> No
         pq.write_table(table, path, compression="zstd", row_group_size=1 << 20, store_schema=False)
     # Checked rows hold their label in the column `label`, whatever its name was before.
     columns = task.columns.model_copy(update={"label": "label"})
-    write_record(folder / DEFINITION, task.model_copy(update={"columns": columns}))
+    write_task(folder, task.model_copy(update={"columns": columns}))
 
 
 def download_glue(task: Task, revision: str) -> tuple[Path, str]:

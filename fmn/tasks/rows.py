@@ -21,7 +21,7 @@ def check_rows(table: pa.Table, task: Task, place: str, labelled: bool = True) -
         UserError: a column is missing, or holds something that it must not; begins with `place`.
     """
     sources = {name: name for name in task.text_columns}
-    if labelled:
+    if labelled and task.columns.label:
         sources["label"] = task.columns.label
     if missing := [name for name in sources.values() if name not in table.column_names]:
         raise UserError(

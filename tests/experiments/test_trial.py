@@ -29,7 +29,7 @@ def source(
     tuned_on: TunedOn = (None, 0),
 ) -> Source:
     expert = work / "experts" / name
-    return Source(expert, name, work / "data", split, rows, 0, "cpu", "float32", tuned_on)
+    return Source(expert, get_task(name), work / "data", split, rows, 0, "cpu", "float32", tuned_on)
 
 
 def test_the_experts_head_answers_on_another_encoder(tiny_work: Path, tmp_path: Path) -> None:

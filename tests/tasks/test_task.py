@@ -85,5 +85,5 @@ def test_a_damaged_definition_is_refused_by_name(tmp_path: Path) -> None:
         ('{"name": "sst2", "columns": {"text": 3}}', "columns.text is 3"),
     ):
         (tmp_path / "task.json").write_text(content)
-        with pytest.raises(UserError, match=rf"task\.json: .*{message}.*`fmn data sst2`"):
+        with pytest.raises(UserError, match=rf"task\.json: .*{message}.*`fmn data`"):
             load_task(tmp_path, "sst2")
