@@ -60,21 +60,19 @@ def visible(folder: Path, only: Sequence[str] = ()) -> dict[str, Path]:
 
     Hidden files are left out.
     """
-    paths = {path for part in only or ("",) for path in (folder / part).rglob("*")}
-    names = {path.relative_to(folder): path for path in sorted(paths) if path.is_file()}
-    return {
-        name.as_posix(): path
-        for name, path in names.items()
-        if not any(part.startswith(".") for part in name.parts)
+    paths = {
+        path.relative_to(folder) for part in only or [""] for path in (folder / part).rglob("*")
     }
+    names = sorted(path for path in paths if not any(part.startswith(".") for part in path.parts))
+    return {name.as_posix(): folder / name for name in names if (folder / name).is_file()}
 
 
 def digest_files(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder by relative name; not of sidecar and card."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = visible(folder)
-    return {name: digest_file(files[name]) for name in files if name not in (SIDECAR, CARD)}
+    files = visible(folder).items()
+    return {name: digest_file(path) for name, path in files if name not in (SIDECAR, CARD)}
 
 
 def digest_folder(folder: Path) -> str:
@@ -111,26 +109,25 @@ def locked(out: Path) -> Iterator[None]:
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
     """An empty folder beside an output, to write it in; it is removed at the end."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.partial")
-    _remove(scratch)
-    scratch.mkdir()
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
     try:
         yield scratch
     finally:
-        _remove(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def publish_folder(scratch: Path, out: Path) -> None:
     """Flush a scratch folder to the disk, then let it replace the folder `out`, if there is one."""
     _flush_all(scratch)
     old = out.with_name(f".{out.name}.old")
-    _remove(old)
+    shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
     scratch.rename(out)
     _flush(out.parent)
-    _remove(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def publish_files(scratch: Path, folder: Path, first: str = "") -> None:
@@ -162,10 +159,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -47,17 +47,12 @@ def list_model(repo: str, revision: str) -> tuple[str, frozenset[str]]:
         UserError: the Hub does not have it, or cannot be reached.
     """
     source, api = f"hf://{repo}@{revision}", connect()
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    def cached() -> str:
-        return str(api.snapshot_download(repo, revision=revision, local_files_only=True))
-
-    try:
+    if not _is_offline():
         info = _request(lambda: api.model_info(repo, revision=revision, timeout=10), source)
         return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
-    except OfflineModeIsEnabled:
-        snapshot = Path(_request(cached, source))
-        return snapshot.name, frozenset(path.name for path in snapshot.iterdir())
+    options: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    snapshot = Path(_request(lambda: api.snapshot_download(repo, **options), source))
+    return snapshot.name, frozenset(path.name for path in snapshot.iterdir())
 
 
 def download(repo: str, name: str, commit: str, progress: Progress) -> Path:
@@ -68,12 +63,10 @@ def download(repo: str, name: str, commit: str, progress: Progress) -> Path:
     Raises:
         UserError: the Hub does not have it, cannot be reached, or gives other bytes.
     """
-    source, api, meter = f"hf://{repo}@{commit}", connect(), _meter(progress)
-
-    def get() -> Path:
-        return Path(api.hf_hub_download(repo, name, revision=commit, tqdm_class=meter))
-
-    path = _request(get, source)
+    source, api = f"hf://{repo}@{commit}", connect()
+    options: dict[str, Any] = {"revision": commit, "tqdm_class": _meter(progress)}
+    options["local_files_only"] = _is_offline()
+    path = Path(_request(lambda: api.hf_hub_download(repo, name, **options), source))
     if not _is_intact(path):
         path.resolve().unlink()  # or the cache would give it again
         problem = f"{name} is not what its digest says, it was damaged on its way or in the cache"
@@ -94,21 +87,25 @@ def _is_intact(path: Path) -> bool:
     return bool(git_hash(path.read_bytes()) == digest)
 
 
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
 def _request(call: Callable[[], T], source: str) -> T:
     """Call, and call again with longer and longer waits while the failure may pass."""
     import httpx2  # the HTTP client of huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     deadline, wait = time.monotonic() + RETRY_SECONDS, 0.5
     while True:
         try:
             return call()
-        except OfflineModeIsEnabled:
-            raise
         except (httpx2.HTTPError, HFValidationError, OSError) as error:
-            # Of a file that is not in the cache either: why the Hub did not give it.
-            cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
-            cause = error if cause is None or isinstance(cause, OfflineModeIsEnabled) else cause
+            cause: BaseException = error
+            if isinstance(error, LocalEntryNotFoundError) and not _is_offline():
+                cause = error.__cause__ or error  # why the Hub did not give it
             if isinstance(cause, OSError) and cause.errno is not None:
                 raise
             status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None

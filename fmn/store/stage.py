@@ -21,6 +21,8 @@ from fmn.store import artifacts
 from fmn.store.records import Record, Settings, parse_record
 
 Progress = Callable[[int, int], None]  # takes (done, total)
+Reads = Mapping[str, Path | Sequence[Path] | str | None]
+_REMEDY = "choose another --out"
 R = TypeVar("R", default=Any)
 T = TypeVar("T", bound=Record)
 
@@ -145,22 +147,24 @@ def check_intact(out: Path) -> None:
     Raises:
         UserError: names the file that is missing, was added, or changed.
     """
+    if damage := _damage(out):
+        raise UserError(f"{damage}; make {out} again")
+
+
+def _damage(out: Path) -> str | None:
     path = sidecar_path(out)
     if not path.is_file():
-        return
-    sidecar = read_sidecar(out)
+        return None
+    sidecar, folder = read_sidecar(out), path.parent
     if sidecar is None:
-        raise UserError(f"{path}: not as fmn writes it; make {out} again")
-    folder = path.parent
+        return f"{path}: not as fmn writes it"
     if out.is_dir():
         digests = artifacts.digest_files(out)
     else:
-        present = [name for name in sidecar.files if (folder / name).is_file()]
-        digests = {name: artifacts.digest_file(folder / name) for name in present}
-    if wrong := artifacts.differing(sidecar.files, digests):
-        raise UserError(
-            f"{folder / wrong}: not what was written there (see {path}); make {out} again"
-        )
+        present = {name: folder / name for name in sidecar.files if (folder / name).is_file()}
+        digests = {name: artifacts.digest_file(file) for name, file in present.items()}
+    name = artifacts.differing(sidecar.files, digests)
+    return f"{folder / name}: not what was written there" if name else None
 
 
 def run_stage(
@@ -169,7 +173,7 @@ def run_stage(
     out: Path,
     compute: Callable[[Job], Record | None],
     *,
-    reads: Mapping[str, Path | Sequence[Path] | str | None],
+    reads: Reads,
     settings: Mapping[str, Any],
     summary: Callable[[Path], R],
     is_folder: bool = False,
@@ -194,56 +198,56 @@ def run_stage(
             that is computed again has the same bytes, sidecar included.
 
     Raises:
-        UserError: an input is missing or damaged, the output would replace an input or something
-            that fmn did not write, or the disk, the memory or a permission does not suffice.
+        UserError: an input is missing, damaged, or changes meanwhile; the output would replace an
+            input, what fmn did not write, or what another stage wrote; or the disk, the memory or
+            a permission does not suffice.
     """
     started = time.monotonic()
     with system_errors_explained(out):
-        check_output(out, reads.values(), is_folder)
-        inputs = {what: _digest(read) for what, read in reads.items() if read is not None}
+        check_output(out, reads.values(), is_folder, name)
+        inputs = _digests(reads)
         described = {what: _plain(value) for what, value in settings.items()}
         key = artifacts.content_key(name, version, described, inputs)
         with artifacts.locked(out):
-            computed = not is_current(out, key)
-            if computed and (compute_elsewhere := remote.get()):
+            computed, compute_elsewhere = not _is_current(out, key), remote.get()
+            if computed and compute_elsewhere:
                 compute_elsewhere(out)
-                if not is_current(out, key):
+                if not _is_current(out, key):
                     raise UserError(
                         f"{out}: the cluster computed something else than these inputs and"
                         " settings ask for; install the same fmn everywhere"
                     )
             elif computed:
                 about = Sidecar(stage=name, key=key, files={}, inputs=inputs, settings=described)
-                _compute(out, compute, about, is_folder, is_timed)
-        sidecar, seconds = read_sidecar(out), time.monotonic() - started
-        if computed and sidecar and remote.get():
+                _compute(out, compute, about, reads, is_folder, is_timed)
+        seconds = time.monotonic() - started
+        if computed and compute_elsewhere and (sidecar := read_sidecar(out)):
             seconds = sidecar.seconds
         return Outcome(name, out, computed, seconds, summary(out))
 
 
-def is_current(out: Path, key: str) -> bool:
+def _is_current(out: Path, key: str) -> bool:
     """Whether an output was made for this content key and is still what was written."""
     sidecar = read_sidecar(out)
-    if sidecar is None or sidecar.key != key:
-        return False
-    try:
-        check_intact(out)
-    except UserError:
-        return False
-    return True
+    return sidecar is not None and sidecar.key == key and _damage(out) is None
 
 
 def _compute(
     out: Path,
     compute: Callable[[Job], Record | None],
     about: Sidecar,
+    reads: Reads,
     is_folder: bool,
     is_timed: bool,
 ) -> None:
     started = time.monotonic()
     with artifacts.scratch_folder(out) as scratch:
         path = scratch if is_folder else scratch / out.name
-        info = compute(Job(path, about.key, about.inputs))
+        try:
+            info = compute(Job(path, about.key, about.inputs))
+        finally:  # another process may have replaced an input, whatever came of that
+            if what := artifacts.differing(about.inputs, _digests(reads)):
+                raise UserError(f"{out}: its input {what} changed while it was read; run again")
         results = {
             "files": artifacts.digest_files(scratch),
             "seconds": round(time.monotonic() - started, 3) if is_timed else 0.0,
@@ -267,45 +271,51 @@ def publish_file(scratch: Path, out: Path) -> None:
         UserError: a file beside the output has a needed name, and fmn did not write it.
     """
     path, sidecar = sidecar_path(out), read_sidecar(out)
-    known = {out.name, path.name, *(sidecar.files if sidecar else ())}
     is_damaged = path.is_file() and sidecar is None
-    for name in sorted(file.name for file in scratch.iterdir()):
-        if out.with_name(name).exists() and name not in known and not is_damaged:
-            raise UserError(
-                f"{out.with_name(name)}: fmn did not make it, and {out.name} needs that name;"
-                " choose another --out, or remove it"
-            )
+    own = {out.name, path.name, *(sidecar.files if sidecar else ())}
+    for name in sorted({file.name for file in scratch.iterdir()} - own):
+        if out.with_name(name).exists() and not is_damaged:
+            problem = f"fmn did not make it, and {out.name} needs that name"
+            raise UserError(f"{out.with_name(name)}: {problem}; {_REMEDY}, or remove it")
     artifacts.publish_files(scratch, out.parent, first=path.name)
 
 
-def check_output(out: Path, reads: Iterable[Any], is_folder: bool = True) -> None:
-    """Refuse an output that would change an input, or replace what fmn did not write.
+def check_output(out: Path, reads: Iterable[Any], is_folder: bool = True, stage: str = "") -> None:
+    """Refuse an output that would change an input, or replace what the stage did not write.
 
     Args:
         out: the output, as given with ``--out``.
         reads: what the stage reads; only paths, and lists of paths, matter.
         is_folder: whether the output is a folder.
+        stage: the stage's name; without it, the output of any stage may be replaced.
     """
-    if out.name in ("", "..") or (out.is_dir() and not is_folder):
+    if out.name in ("", "..") or (out.exists() and out.is_dir() != is_folder):
         raise UserError(f"--out {out}: name a {'folder' if is_folder else 'file'} of its own")
     target = out.resolve()
     each = [path for read in reads for path in (read if isinstance(read, list | tuple) else [read])]
-    for path in each:
-        if not isinstance(path, Path):
-            continue
+    for path in (path for path in each if isinstance(path, Path)):
         source = path.resolve()
         is_model = any((source / name).is_file() for name in ("merge.json", "config.json"))
         if target == source or target in source.parents or (is_model and source in target.parents):
-            raise UserError(
-                f"--out {out}: would change {path}, which is read; choose another --out"
-            )
-    is_empty = not (any(out.iterdir()) if out.is_dir() else out.exists() and out.stat().st_size)
-    if not is_empty and not sidecar_path(out).is_file():
-        raise UserError(f"--out {out}: fmn did not make it; choose another --out, or remove it")
+            raise UserError(f"--out {out}: would change {path}, which is read; {_REMEDY}")
+    sidecar = read_sidecar(out)
+    if sidecar and stage not in ("", sidecar.stage):
+        problem = f"holds the output of `fmn {sidecar.stage}`"
+        raise UserError(f"--out {out}: {problem}; {_REMEDY}, or remove it")
+    has_content = any(out.iterdir()) if out.is_dir() else out.exists() and out.stat().st_size
+    if has_content and not sidecar_path(out).is_file():
+        raise UserError(f"--out {out}: fmn did not make it; {_REMEDY}, or remove it")
+
+
+def _digests(reads: Reads) -> dict[str, str]:
+    """The digest of each input, which must still be what its sidecar says."""
+    try:
+        return {what: _digest(read) for what, read in reads.items() if read is not None}
+    except FileNotFoundError as error:  # between the listing of a folder and the reading
+        raise UserError(f"{error.filename}: was removed while it was read; run again") from error
 
 
 def _digest(read: Path | Sequence[Path] | str) -> str:
-    """The digest of an input, which must still be what its sidecar says."""
     if isinstance(read, str):
         return read
     if not isinstance(read, Path):

@@ -20,27 +20,20 @@ def read_yaml(path: Path) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
-        text = path.read_text(encoding="utf-8")
-        depth = 0
+        text, depth = path.read_text(encoding="utf-8"), 0
         for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
-            depth += isinstance(event, events.CollectionStartEvent) - isinstance(
-                event, events.CollectionEndEvent
-            )
-            if depth > _MAX_DEPTH:
-                raise UserError(f"{path}: nested more than {_MAX_DEPTH} deep, which no setting is")
-            if isinstance(event, events.AliasEvent) or getattr(event, "anchor", None):
-                raise UserError(
-                    f"{path}: anchors and aliases are not read here; write the value out"
+            depth += isinstance(event, events.CollectionStartEvent)
+            depth -= isinstance(event, events.CollectionEndEvent)
+            has_anchor = isinstance(event, events.AliasEvent) or getattr(event, "anchor", None)
+            if has_anchor or getattr(event, "tag", None) or depth > _MAX_DEPTH:
+                kinds = (
+                    f"anchors and aliases, tags, and sections nested more than {_MAX_DEPTH} deep"
                 )
-            if getattr(event, "tag", None):
-                raise UserError(
-                    f"{path}: the tag {event.tag} is not read here; write a plain value"
-                )
+                raise UserError(f"{path}: {kinds} are not read; write plain values")
         return YAML(typ="safe", pure=True).load(text)
     except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror or error}; --params names the settings file"
-        ) from error
+        remedy = "--params names the settings file"
+        raise UserError(f"{path}: {error.strerror or error}; {remedy}") from error
     except (YAMLError, ValueError, RecursionError) as error:
         # ValueError: a character that YAML does not allow, or a number out of bounds.
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
