@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,27 +47,18 @@ def test_a_folder_is_replaced_whole_and_what_a_kill_left_is_removed(tmp_path: Pa
 
 
 def test_a_content_key_depends_on_every_part_but_not_on_order() -> None:
-    settings, inputs = {"a": 1, "b": 2}, {"x": "1", "y": "2"}
-    key = artifacts.content_key("stage", 1, settings, inputs)
-    reordered = dict(reversed(settings.items())), dict(reversed(inputs.items()))
-    assert key == artifacts.content_key("stage", 1, *reordered)
-    others = [
-        artifacts.content_key("other", 1, settings, inputs),
-        artifacts.content_key("stage", 2, settings, inputs),
-        artifacts.content_key("stage", 1, {"a": 1, "b": 3}, inputs),
-        artifacts.content_key("stage", 1, settings, {"x": "1", "y": "3"}),
-    ]
-    assert len({key, *others}) == 5
+    parts = {"stage": "s", "version": 1, "settings": {"a": 1, "b": 2}, "inputs": {"x": "1"}}
+    changes = {"stage": "t", "version": 2, "settings": {"a": 1, "b": 3}, "inputs": {"x": "2"}}
+    key: Callable[..., str] = artifacts.content_key
+    assert key(**parts | {"settings": {"b": 2, "a": 1}}) == key(**parts)
+    others = {key(**parts | {name: change}) for name, change in changes.items()}
+    assert len({key(**parts), *others}) == 5
 
 
 def test_a_file_that_was_rewritten_has_a_new_digest(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    digests = []
-    for content in ("a", "b", "a"):
-        path.write_text(content)
-        digests.append(artifacts.digest_file(path))
-    assert digests[0] == digests[2] == artifacts.digest_bytes(b"a")
-    assert digests[1] == artifacts.digest_bytes(b"b")
+    for content in (b"a", b"b", b"a"):
+        (tmp_path / "file").write_bytes(content)
+        assert artifacts.digest_file(tmp_path / "file") == artifacts.digest_bytes(content)
 
 
 def test_a_remembered_digest_counts_until_the_file_changes(tmp_path: Path) -> None:
@@ -98,10 +90,10 @@ def test_a_folders_digest_leaves_out_hidden_files_sidecar_and_card(tmp_path: Pat
 
 
 def test_the_first_difference_is_named() -> None:
-    assert artifacts.differing({"a": "1", "b": "2"}, {"b": "2", "a": "1"}) is None
-    assert artifacts.differing({"a": "1", "b": "2"}, {"b": "3", "a": "1"}) == "b"
-    assert artifacts.differing({"b": "2"}, {"a": "1", "b": "3"}) == "a"
-    assert artifacts.differing({"a": "1"}, {}) == "a"
+    expected = {"a": "1", "b": "2"}
+    assert artifacts.differing(expected, {"b": "2", "a": "1"}) is None
+    assert artifacts.differing(expected, {"b": "3", "a": "1"}) == "b"
+    assert artifacts.differing({"b": "2"}, expected) == artifacts.differing(expected, {}) == "a"
 
 
 def _hold(out: Path, is_held: Path) -> None:
