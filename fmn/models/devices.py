@@ -1,11 +1,10 @@
 """Where to compute and in which dtype: one rule for fine-tuning, Fisher and evaluation."""
 
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -78,10 +77,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of a CPU, as the system and the container count."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError):
-        if match := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
-            free = int(match[1]) * 1024
+    free: int = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # the file is missing outside a container, or says "max"
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return free

