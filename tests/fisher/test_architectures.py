@@ -1,5 +1,7 @@
 """Where mask nodes sit and what they own."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -85,7 +87,7 @@ def test_sites_are_the_inputs_of_projections(name: str) -> None:
 
 
 def check_weights(
-    model: transformers.PreTrainedModel, mapping: str, expected: dict[str, np.ndarray]
+    model: transformers.PreTrainedModel, mapping: str, expected: dict[str, Any]
 ) -> None:
     """Compare the weights of parameters with those expected, which broadcast to their shapes."""
     by_name = spread(model, mapping, random_values(model))
@@ -97,44 +99,39 @@ def check_weights(
 def test_structured_bert() -> None:
     model = tiny_model("bert")
     values = random_values(model)
-    layer = "encoder.layer.1."
     neuron, head = values[Site(1, "neuron")], values[Site(1, "head")]
     by_head = np.repeat(head, 6)
-    means = [values[Site(i, "head")].mean() + values[Site(i, "neuron")].mean() for i in range(2)]
-    universal = (
-        "embeddings.word_embeddings.weight",
-        "embeddings.LayerNorm.bias",
-        "pooler.dense.bias",
-    )
-    expected = {
-        **{
-            f"{layer}attention.self.{n}.weight": by_head[:, None] for n in ("query", "key", "value")
-        },
-        **{f"{layer}attention.self.{n}.bias": by_head for n in ("query", "key", "value")},
-        f"{layer}attention.output.dense.weight": by_head,
-        f"{layer}intermediate.dense.weight": neuron[:, None],
-        f"{layer}intermediate.dense.bias": neuron,
-        f"{layer}output.dense.weight": neuron,
-        **dict.fromkeys(universal, np.mean(means)),
+    in_layer: dict[str, Any] = {
+        "attention.output.dense.weight": by_head,
+        "intermediate.dense.weight": neuron[:, None],
+        "intermediate.dense.bias": neuron,
+        "output.dense.weight": neuron,
     }
+    for name in ("query", "key", "value"):
+        in_layer[f"attention.self.{name}.weight"] = by_head[:, None]
+        in_layer[f"attention.self.{name}.bias"] = by_head
     for name in ("dense.bias", "LayerNorm.weight", "LayerNorm.bias"):
-        expected |= {f"{layer}attention.output.{name}": head.mean()}
-        expected |= {f"{layer}output.{name}": neuron.mean()}
-    check_weights(model, "structured", expected)
+        in_layer[f"attention.output.{name}"] = head.mean()
+        in_layer[f"output.{name}"] = neuron.mean()
+    check_weights(model, "structured", {f"encoder.layer.1.{n}": w for n, w in in_layer.items()})
+    means = [values[Site(i, "head")].mean() + values[Site(i, "neuron")].mean() for i in range(2)]
+    others = ("embeddings.word_embeddings.weight", "embeddings.LayerNorm.bias", "pooler.dense.bias")
+    check_weights(model, "structured", dict.fromkeys(others, np.mean(means)))
 
 
 def test_paper_bert_differs_from_structured_in_three_modules_a_layer() -> None:
     model = tiny_model("bert")
+    modules = {
+        "attention.self.value.weight": "head",
+        "attention.self.value.bias": "head",
+        "attention.output.dense.weight": "head",
+        "output.dense.weight": "neuron",
+    }
     values = random_values(model)
     means = {
         f"encoder.layer.{i}.{name}": values[Site(i, node)].mean()
         for i in range(2)
-        for name, node in (
-            ("attention.self.value.weight", "head"),
-            ("attention.self.value.bias", "head"),
-            ("attention.output.dense.weight", "head"),
-            ("output.dense.weight", "neuron"),
-        )
+        for name, node in modules.items()
     }
     check_weights(model, "paper", spread(model, "structured", values) | means)
 

