@@ -60,11 +60,13 @@ def visible(folder: Path, only: Sequence[str] = ()) -> dict[str, Path]:
 
     Hidden files are left out.
     """
-    paths = {
-        path.relative_to(folder) for part in only or [""] for path in (folder / part).rglob("*")
-    }
-    names = sorted(path for path in paths if not any(part.startswith(".") for part in path.parts))
-    return {name.as_posix(): folder / name for name in names if (folder / name).is_file()}
+    paths: list[Path] = []
+    for part in only or [""]:
+        for parent, folders, names in os.walk(folder / part):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            paths += [Path(parent, name) for name in names if not name.startswith(".")]
+    files = (path for path in sorted(paths) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in files}
 
 
 def digest_files(folder: Path) -> dict[str, str]:
