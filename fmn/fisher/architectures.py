@@ -39,7 +39,7 @@ NodeValues = dict[Site, np.ndarray]
 class Block:
     """The mask nodes of one kind in a layer, and the modules around them by path below the layer.
 
-    Modules that a model does not have are skipped, but for the output.
+    Modules that a model does not have are skipped, except the output.
 
     Attributes:
         node: the kind of nodes, as in `Site`.

@@ -15,19 +15,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 def resolve_device(name: str) -> torch.device:
     """The device of a name; "auto": the first CUDA device, or else the CPU. `UserError` if none."""
+    count = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    remedy = "use auto, cpu, cuda or cuda:N"
-    try:
+        return torch.device("cuda" if count else "cpu")
+    with suppress(RuntimeError):  # the name of no device of PyTorch's
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"There is no device {name!r}; {remedy}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"Device {name!r} is not one that fmn computes on; {remedy}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"Device {name!r} is not here ({count} CUDA devices); use cpu or auto")
-    return device
+        if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count):
+            return device
+    raise UserError(f"device {name!r}: not here ({count} CUDA devices); use auto, cpu or cuda:N")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -39,7 +34,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
     if name not in _DTYPES:
-        raise UserError(f"There is no dtype {name!r}; use auto, {', '.join(_DTYPES)}")
+        raise UserError(f"dtype {name!r}: unknown; use auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 

@@ -1,4 +1,4 @@
-"""Requests to the Hugging Face Hub: retried while a failure may pass, verified, explained."""
+"""Requests to the Hugging Face Hub: retried, verified, and explained when they fail."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-RETRY_SECONDS = 30.0  # how long a request that fails is tried again
+RETRY_SECONDS = 30.0  # how long transient failures are retried
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 _PROBLEMS = {  # by the name of huggingface_hub's exception
     "GatedRepoError": "it is gated; accept its terms on the Hub, then `hf auth login`",
@@ -69,15 +69,15 @@ def download(repo: str, name: str, commit: str, progress: Progress) -> Path:
     path = Path(_request(lambda: api.hf_hub_download(repo, name, **options), source))
     if not _is_intact(path):
         path.resolve().unlink()  # or the cache would give it again
-        problem = f"{name} is not what its digest says, it was damaged on its way or in the cache"
+        problem = f"{name} is not what its digest says (damaged in the download or in the cache)"
         raise UserError(f"{source}: {problem}; run again to download it once more")
     return path
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether a file in the cache is what the Hub said: the cache names it by the Hub's digest.
+    """Whether a file in the cache has the digest that the Hub gave, which is its name there.
 
-    That is the sha256 of a large file (LFS), and git's blob id (sha1) of any other.
+    It is the sha256 of a large file (LFS), and git's blob id (sha1) of any other.
     """
     from huggingface_hub.utils.sha import git_hash
 
@@ -94,7 +94,7 @@ def _is_offline() -> bool:
 
 
 def _request(call: Callable[[], T], source: str) -> T:
-    """Call, and call again with longer and longer waits while the failure may pass."""
+    """Call; retry transient failures with longer and longer waits."""
     import httpx2  # the HTTP client of huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -32,8 +32,6 @@ class Outcome(Generic[R]):
     """What a stage did.
 
     Attributes:
-        stage: its name.
-        out: the output.
         computed: False if the output was there already.
         seconds: run time; of the computation, if another machine computed the output.
         summary: what the stage reports of its output.
@@ -59,14 +57,12 @@ class Sidecar(Record):
     """How an output came about; beside a file as ``NAME.fmn.json``, in a folder as ``fmn.json``.
 
     Attributes:
-        stage: name of the stage that wrote the output.
         key: content key: the digest of the stage, its version, its settings and its inputs.
         files: sha256 by name of every file of the output; names are relative to the folder, or to
             the folder that holds the file.
         inputs: digest by name of everything that the stage read.
         settings: everything else that the output depends on.
         seconds: run time of the computation, on the machine that computed it.
-        fmn: version of this package.
         info: what the stage reports of its output; the stage's own record.
     """
 
@@ -88,8 +84,7 @@ class Job:
     Attributes:
         path: where to write: an empty folder, or the name of the output file. Files that belong to
             an output file may be written beside it; they appear together with it.
-        key: content key of the output.
-        inputs: digest by name of everything that the stage reads.
+        key, inputs: as in `Sidecar`.
     """
 
     path: Path
@@ -184,16 +179,13 @@ def run_stage(
     The output appears whole or not at all; one process at a time computes it.
 
     Args:
-        name: the stage's name.
         version: raised when the same inputs and settings give another output than before.
-        out: the output, a file or a folder.
         compute: writes to ``job.path`` and returns what the sidecar is to say of the output.
         reads: what the stage reads, by name: a file, a folder, several files, or a digest that is
             known already. None is left out.
         settings: what else the output depends on. Of a `Settings` model, those that only say where
             or how fast to compute (`Settings.runtime`) are left out.
         summary: reads back what the stage reports, from the output.
-        is_folder: whether the output is a folder.
         is_timed: whether the sidecar says how long the computation took. Without that, an output
             that is computed again has the same bytes, sidecar included.
 
@@ -284,9 +276,7 @@ def check_output(out: Path, reads: Iterable[Any], is_folder: bool = True, stage:
     """Refuse an output that would change an input, or replace what the stage did not write.
 
     Args:
-        out: the output, as given with ``--out``.
         reads: what the stage reads; only paths, and lists of paths, matter.
-        is_folder: whether the output is a folder.
         stage: the stage's name; without it, the output of any stage may be replaced.
     """
     if out.name in ("", "..") or (out.exists() and out.is_dir() != is_folder):

@@ -72,7 +72,7 @@ def test_a_wrong_entry_is_named(content: Any, message: str) -> None:
         {"unknown": 1},
     ],
 )
-def test_settings_refuse_what_cannot_be_meant(values: dict[str, Any]) -> None:
+def test_settings_refuse_impossible_values(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Options(**values)
     assert Options(rows="all").rows == "all"
