@@ -34,7 +34,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
     if name not in _DTYPES:
-        raise UserError(f"dtype {name!r}: unknown; use auto, {', '.join(_DTYPES)}")
+        raise UserError(f"There is no dtype {name!r}; use auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 

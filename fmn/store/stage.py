@@ -53,6 +53,10 @@ def no_progress(done: int, total: int) -> None:
     """Ignore progress."""
 
 
+class InputChangedError(UserError, FileNotFoundError):
+    """An input was removed or replaced while a stage read it; flows retry the stage."""
+
+
 class Sidecar(Record):
     """How an output came about; beside a file as ``NAME.fmn.json``, in a folder as ``fmn.json``.
 
@@ -190,9 +194,10 @@ def run_stage(
             that is computed again has the same bytes, sidecar included.
 
     Raises:
-        UserError: an input is missing, damaged, or changes meanwhile; the output would replace an
-            input, what fmn did not write, or what another stage wrote; or the disk, the memory or
-            a permission does not suffice.
+        InputChangedError: another process removes or replaces an input meanwhile.
+        UserError: an input is missing or damaged; the output would replace an input, what fmn did
+            not write, or what another stage wrote; or the disk, the memory or a permission does
+            not suffice.
     """
     started = time.monotonic()
     with system_errors_explained(out):
@@ -237,9 +242,8 @@ def _compute(
         path = scratch if is_folder else scratch / out.name
         try:
             info = compute(Job(path, about.key, about.inputs))
-        finally:  # another process may have replaced an input, whatever came of that
-            if what := artifacts.differing(about.inputs, _digests(reads)):
-                raise UserError(f"{out}: its input {what} changed while it was read; run again")
+        finally:  # another process may have changed an input, whatever came of that
+            _check_unchanged(reads, about.inputs)
         results = {
             "files": artifacts.digest_files(scratch),
             "seconds": round(time.monotonic() - started, 3) if is_timed else 0.0,
@@ -302,7 +306,17 @@ def _digests(reads: Reads) -> dict[str, str]:
     try:
         return {what: _digest(read) for what, read in reads.items() if read is not None}
     except FileNotFoundError as error:  # between the listing of a folder and the reading
-        raise UserError(f"{error.filename}: was removed while it was read; run again") from error
+        message = f"{error.filename}: was removed while it was read; run again"
+        raise InputChangedError(message) from error
+
+
+def _check_unchanged(reads: Reads, inputs: Mapping[str, str]) -> None:
+    try:
+        digests = _digests(reads)
+    except UserError as error:
+        raise InputChangedError(error) from error
+    if what := artifacts.differing(inputs, digests):
+        raise InputChangedError(f"the input {what} changed while it was read; run again")
 
 
 def _digest(read: Path | Sequence[Path] | str) -> str:

@@ -140,7 +140,9 @@ def test_what_is_no_checkpoint_is_named(copy: Path, out: Path) -> None:
         ("vocab.txt", b"[PAD]\n\xff\xfe\n"),
     ],
 )
-def test_unusable_tokenizers_are_refused(name: str, content: bytes, copy: Path, out: Path) -> None:
+def test_a_tokenizer_that_cannot_be_used_is_refused(
+    name: str, content: bytes, copy: Path, out: Path
+) -> None:
     (copy / name).write_bytes(content)
     assert_refused(copy, out, r"copy: its tokenizer files cannot be used")
 
@@ -213,7 +215,7 @@ def test_wrong_bytes_of_the_right_size_are_noticed(
     ("fault", "match"),
     [("status", "GET /api/models"), ("status", "GET /org"), ("cut", "model.safetensors")],
 )
-def test_failures_that_pass_are_retried(
+def test_transient_failures_are_retried(
     fault: Any, match: str, hub: Hub, bert: Path, out: Path
 ) -> None:
     hub.add("models", "org/bert", bert)
@@ -310,7 +312,7 @@ class _Bomb:
         return os.system, (f"touch {self.target}",)
 
 
-def test_pickles_of_anything_but_tensors_are_refused_and_run_nothing(
+def test_a_pickle_with_code_is_refused_and_does_not_run(
     copy: Path, tmp_path: Path, out: Path
 ) -> None:
     state, mark = weights(copy), tmp_path / "it_ran"

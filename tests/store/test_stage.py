@@ -13,6 +13,7 @@ import pytest
 from fmn.errors import UserError
 from fmn.store.records import Record, Settings
 from fmn.store.stage import (
+    InputChangedError,
     Job,
     Outcome,
     check_intact,
@@ -203,7 +204,8 @@ def test_an_input_that_another_process_replaces_is_reported(
             source.write_text(content)
         result()
 
-    with pytest.raises(UserError, match=r"input source changed while|source\.txt: no such file"):
+    problem = r"input source changed while|source\.txt: no such file"
+    with pytest.raises(InputChangedError, match=problem):
         copy(source, out, then=replace)
     assert names(out.parent) == []
 
@@ -216,7 +218,8 @@ def test_an_input_that_vanishes_while_it_is_digested_is_reported(
         return path.read_text()
 
     monkeypatch.setattr("fmn.store.artifacts.digest_file", digest)
-    with pytest.raises(UserError, match=r"source\.txt: was removed while it was read; run again"):
+    problem = r"source\.txt: was removed while it was read; run again"
+    with pytest.raises(InputChangedError, match=problem):
         copy(source, out)
 
 
@@ -241,7 +244,7 @@ def test_a_kill_while_files_are_moved_is_repaired(
     check_intact(out)
 
 
-def test_an_output_is_computed_once_by_many_at_once(source: Path, out: Path) -> None:
+def test_an_output_is_computed_once_by_two_at_once(source: Path, out: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         outcomes = list(threads.map(lambda _: copy(source, out), range(8)))
     assert [outcome.computed for outcome in outcomes].count(True) == 1
