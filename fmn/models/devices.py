@@ -22,7 +22,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count):
             return device
-    raise UserError(f"device {name!r}: not here ({count} CUDA devices); use auto, cpu or cuda:N")
+    raise UserError(
+        f"There is no device {name!r} ({count} CUDA devices here); use auto, cpu or cuda:N"
+    )
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
