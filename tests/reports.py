@@ -1,56 +1,90 @@
 """Made-up parts of reports: answers of any quality, Fisher information, recipes, costs, cells."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from fmn.evaluate.files import Metrics
-from fmn.evaluate.metrics import Answers, score_splits
+from fmn.evaluate.metrics import Answers, TaskAnswers, averaged, score_splits
 from fmn.experiments.files import Cell
 from fmn.fisher.architectures import NodeValues, Site
 from fmn.merge.recipe import Recipe
 from fmn.report.results import Cost, Evaluated, Report, tabulate
 from fmn.store.records import parse_record
-from fmn.tasks.task import Task, get_task
+from fmn.tasks.task import Columns, ProblemType, Task, get_task
 
 SEVEN = ("cola", "mnli", "mrpc", "qnli", "rte", "sst2", "stsb")
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
-def answered(task: Task, right: float, count: int, seed: int) -> Answers:
+BINARY, CLASSES, LABELS, NUMBERS = "binary", "classes", "labels", "numbers"  # kinds of own tasks
+
+
+def own_task(kind: str, *metrics: str, name: str = "own", labels: int = 3) -> Task:
+    """A task of one's own: of two classes, of several, of labels, or of numbers."""
+    problem: ProblemType = "single_label_classification"
+    if kind in (NUMBERS, LABELS):
+        problem = "regression" if kind == NUMBERS else "multi_label_classification"
+    count = {NUMBERS: 0, BINARY: 2}.get(kind, labels)
+    return Task(
+        name=name,
+        problem_type=problem,
+        columns=Columns(text="text"),
+        labels=tuple(f"label {number}" for number in range(count)),
+        metrics=metrics or ("accuracy",),
+    )
+
+
+def answered(task: Task, right: float, count: int, seed: int = 0) -> Answers:
     """Answers of which a share is right; those of a regression task correlate the more."""
     labels_of = np.random.default_rng(len(task.name) + count)  # the same for every model
     random = np.random.default_rng(seed)
     if task.regression:
         values = labels_of.uniform(0, 5, count)
-        return Answers(right * values + (1 - right) * random.uniform(0, 5, count), values)
+        predicted = right * values + (1 - right) * random.uniform(0, 5, count)
+        return Answers(predicted, values, predicted[:, None].copy())
     classes = len(task.labels)
-    labels = labels_of.integers(0, classes, count)
-    wrong = (labels + random.integers(1, classes, count)) % classes
-    return Answers(np.where(random.random(count) < right, labels, wrong), labels)
+    size = (count, classes) if task.multi_label else count
+    labels = labels_of.integers(0, 2 if task.multi_label else classes, size)
+    others = random.integers(0, 2 if task.multi_label else classes, size)
+    predicted = np.where(random.random(size) < right, labels, others)
+    is_predicted = predicted if task.multi_label else predicted[:, None] == np.arange(classes)
+    scores = 0.5 * is_predicted + random.uniform(0, 0.5, (count, classes))
+    return Answers(predicted, labels, scores.astype(np.float32))
 
 
-def evaluated(names: Sequence[str], right: float, seed: int = 0, count: int = 200) -> Evaluated:
-    """A model's metrics on tasks, and the answers that they are of."""
+def evaluated(
+    names: Sequence[str | Task], right: float, seed: int = 0, count: int = 200
+) -> Evaluated:
+    """A model's metrics on tasks, GLUE's by name, and the answers that they are of."""
     entries: dict[str, dict[str, Any]] = {}
     answers = {}
     for place, name in enumerate(names):
-        task = get_task(name)
+        task = get_task(name) if isinstance(name, str) else name
         splits = {
             split: answered(task, right, count + place, seed + place + 100 * number)
             for number, split in enumerate(task.validation)
         }
         counts = {f"examples{task.suffix(s)}": len(part.labels) for s, part in splits.items()}
-        entries[name] = {**score_splits(task, splits), **counts, "interval": {}}
-        answers[name] = splits
-    return Evaluated(metrics(entries), answers)
+        entries[task.name] = {**score_splits(task, splits), **counts, "interval": {}}
+        answers[task.name] = TaskAnswers(task, splits)
+    return Evaluated(metrics(entries, [each.task for each in answers.values()]), answers)
 
 
-def metrics(entries: Mapping[str, Any], **more: Any) -> Metrics:
+def metrics(entries: Mapping[str, Any], tasks: Sequence[Task], **more: Any) -> Metrics:
     """What `fmn evaluate` writes of these tasks."""
-    score = sum(entry["score"] for entry in entries.values()) / len(entries)
-    content = {"model": "", "tasks": entries, "score": score, "interval": [0.7, 0.8]}
+    definitions = {task.name: task for task in tasks}
+    scores = {name: entry["score"] for name, entry in entries.items()}
+    names = averaged(scores, definitions)
+    content = {
+        "model": "",
+        "tasks": entries,
+        "score": fmean(scores[name] for name in names) if names else None,
+        "interval": [0.7, 0.8] if names else None,
+        "definitions": {name: task.model_dump(mode="json") for name, task in definitions.items()},
+    }
     return parse_record({**content, **more}, Metrics, "metrics")
 
 
