@@ -245,9 +245,10 @@ def _show_realign(recipe: Any) -> None:
 
 
 def _show_metrics(metrics: Any) -> None:
-    from fmn.report.results import evaluate_table
+    from fmn.report.results import evaluate_notes, evaluate_table
 
     show_table(*evaluate_table(metrics))
+    say(*evaluate_notes(metrics))
 
 
 def _show_search(result: Any) -> None:

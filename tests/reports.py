@@ -1,19 +1,25 @@
 """Made-up parts of reports: answers of any quality, Fisher information, recipes, costs, cells."""
 
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from fmn.evaluate.files import Metrics
-from fmn.evaluate.metrics import Answers, TaskAnswers, averaged, score_splits
+from fmn.evaluate.metrics import Answers, TaskAnswers, averaged, relative, score_splits
 from fmn.experiments.files import Cell
 from fmn.fisher.architectures import NodeValues, Site
 from fmn.merge.recipe import Recipe
+from fmn.models.finetune import new_expert
 from fmn.report.results import Cost, Evaluated, Report, tabulate
+from fmn.store import artifacts
 from fmn.store.records import parse_record
-from fmn.tasks.task import Columns, ProblemType, Task, get_task
+from fmn.tasks import dataset
+from fmn.tasks.task import Columns, ProblemType, Task, get_task, write_task
 
 SEVEN = ("cola", "mnli", "mrpc", "qnli", "rte", "sst2", "stsb")
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -35,6 +41,28 @@ def own_task(kind: str, *metrics: str, name: str = "own", labels: int = 3) -> Ta
         labels=tuple(f"label {number}" for number in range(count)),
         metrics=metrics or ("accuracy",),
     )
+
+
+OWN = (
+    own_task(CLASSES, "f1_macro", "roc_auc", name="intents", labels=12),
+    own_task(LABELS, "f1_micro", name="topics"),
+    own_task(NUMBERS, "mse", "mae", name="price"),
+    own_task(BINARY, "f1", "precision", "recall", name="spam"),
+)
+"""Tasks of one's own, one of each sort."""
+
+
+def own_expert(work: Path, out: Path, task: Task, rows: dict[str, Any]) -> Path:
+    """An expert of a task of one's own with a random head; its rows lie in `out/data/NAME`."""
+    folder = out / "data" / task.name
+    folder.mkdir(parents=True)
+    dataset.write_rows(folder, task, dict.fromkeys(("train", "validation"), pa.table(rows)))
+    write_task(folder, task)
+    expert = Path(shutil.copytree(work / "base", out / task.name))
+    (expert / artifacts.SIDECAR).unlink()
+    new_expert(work / "base", task, 0).save_pretrained(expert)
+    write_task(expert, task)
+    return expert
 
 
 def answered(task: Task, right: float, count: int, seed: int = 0) -> Answers:
@@ -89,12 +117,13 @@ def metrics(entries: Mapping[str, Any], tasks: Sequence[Task], **more: Any) -> M
 
 
 def run(
-    names: Sequence[str] = SEVEN, count: int = 200
+    names: Sequence[str | Task] = SEVEN, count: int = 200
 ) -> tuple[dict[str, Evaluated], dict[str, Evaluated]]:
     """Experts by task, and merged models by name, the better the later."""
-    experts = {
-        name: evaluated([name], 0.9, 7 + place, count + place) for place, name in enumerate(names)
-    }
+    experts = {}
+    for place, name in enumerate(names):
+        expert = evaluated([name], 0.9, 7 + place, count + place)
+        experts |= dict.fromkeys(expert.answers, expert)
     qualities = {"base": 0.5, "average": 0.65, "merged": 0.8}
     return experts, {name: evaluated(names, right, 50, count) for name, right in qualities.items()}
 
@@ -139,11 +168,12 @@ def checkpoint(revision: str) -> dict[str, str]:
 
 
 def report(
-    names: Sequence[str], layers: int = 3, heads: int = 4, count: int = 60, **more: Any
+    tasks: Sequence[str | Task], layers: int = 3, heads: int = 4, count: int = 60, **more: Any
 ) -> Report:
     """All that the report of a run shows; `models`: further merged models, `recipe`: of merged."""
-    experts, merged = run(names, count)
-    merged |= {name: evaluated(names, 0.85, 50, count) for name in more.get("models", ())}
+    names = [task if isinstance(task, str) else task.name for task in tasks]
+    experts, merged = run(tasks, count)
+    merged |= {name: evaluated(tasks, 0.85, 50, count) for name in more.get("models", ())}
     recipes = {name: recipe(names, "average") for name in merged}
     recipes["merged"] = recipe(names, **more.get("recipe", {}))
     costs = [Cost("fisher", name, 9.5 + 30 * place) for place, name in enumerate(names)]
@@ -152,7 +182,7 @@ def report(
 
 
 def cells(
-    sets: Mapping[str, Sequence[str]], methods: Mapping[str, float]
+    sets: Mapping[str, Sequence[str | Task]], methods: Mapping[str, float]
 ) -> dict[str, dict[str, Cell]]:
     """The cells of a comparison of methods, of which this share of answers is right."""
     return {
@@ -164,19 +194,24 @@ def cells(
     }
 
 
-def cell(names: Sequence[str], right: float, seed: int) -> Cell:
+def cell(names: Sequence[str | Task], right: float, seed: int) -> Cell:
     """A cell of a comparison."""
     merged, experts = evaluated(names, right, seed, 60), evaluated(names, 0.95, 1, 60)
     entries = {}
-    for name in names:
-        sides = [side.metrics.tasks[name].score for side in (merged, experts)]
-        answers, own = (next(iter(side.answers[name].values())) for side in (merged, experts))
+    for name, (task, splits) in merged.answers.items():
+        scores = [side.metrics.tasks[name].score for side in (merged, experts)]
+        answers, own = (
+            next(iter(side.values())) for side in (splits, experts.answers[name].splits)
+        )
         entries[name] = {
-            "score": sides[0],
-            "expert": sides[1],
-            "relative": sides[0] / sides[1],
+            "definition": task.model_dump(mode="json"),
+            "score": scores[0],
+            "expert": scores[1],
+            "relative": relative(task, *scores),
             "labels": answers.labels.tolist(),
             "predictions": answers.predicted.tolist(),
             "expert_predictions": own.predicted.tolist(),
+            "scores": answers.scores.tolist(),
+            "expert_scores": own.scores.tolist(),
         }
     return parse_record({"tasks": entries, "seconds": 1.5}, Cell, "cell")

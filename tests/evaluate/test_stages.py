@@ -28,10 +28,10 @@ from fmn.models.finetune import new_expert
 from fmn.store import artifacts
 from fmn.store.stage import read_sidecar, write_record
 from fmn.tasks import dataset
-from fmn.tasks.task import Columns, Task, get_task, write_task
+from fmn.tasks.task import Columns, get_task
 from tests import reports
 from tests.conftest import TASKS
-from tests.reports import BINARY, CLASSES, LABELS, NUMBERS, answered, own_task
+from tests.reports import BINARY, CLASSES, LABELS, NUMBERS, answered, own_expert, own_task
 
 SETTINGS = EvaluateSettings(device="cpu")
 
@@ -106,19 +106,6 @@ def test_predictions_come_back_as_they_were_written(tmp_path: Path, kind: str) -
         **{f"{side}s": ids for side in numbers},
         "scores": "list<element: float>",
     }
-
-
-def own_expert(work: Path, out: Path, task: Task, rows: dict[str, Any]) -> Path:
-    """An expert of a task of one's own with a random head; its rows lie in `out/data/NAME`."""
-    folder = out / "data" / task.name
-    folder.mkdir(parents=True)
-    dataset.write_rows(folder, task, dict.fromkeys(("train", "validation"), pa.table(rows)))
-    write_task(folder, task)
-    expert = Path(shutil.copytree(work / "base", out / task.name))
-    (expert / artifacts.SIDECAR).unlink()
-    new_expert(work / "base", task, 0).save_pretrained(expert)
-    write_task(expert, task)
-    return expert
 
 
 def test_tasks_of_every_sort_are_scored_and_those_without_labels_are_skipped(
