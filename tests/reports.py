@@ -15,7 +15,7 @@ from fmn.experiments.files import Cell
 from fmn.fisher.architectures import NodeValues, Site
 from fmn.merge.recipe import Recipe
 from fmn.models.finetune import new_expert
-from fmn.report.results import Cost, Evaluated, Report, tabulate
+from fmn.report.results import Cost, Estimate, Evaluated, Report, tabulate
 from fmn.store import artifacts
 from fmn.store.records import parse_record
 from fmn.tasks import dataset
@@ -120,12 +120,19 @@ def run(
     names: Sequence[str | Task] = SEVEN, count: int = 200
 ) -> tuple[dict[str, Evaluated], dict[str, Evaluated]]:
     """Experts by task, and merged models by name, the better the later."""
-    experts = {}
+    experts: dict[str, Evaluated] = {}
     for place, name in enumerate(names):
         expert = evaluated([name], 0.9, 7 + place, count + place)
         experts |= dict.fromkeys(expert.answers, expert)
     qualities = {"base": 0.5, "average": 0.65, "merged": 0.8}
     return experts, {name: evaluated(names, right, 50, count) for name, right in qualities.items()}
+
+
+def value(estimate: Estimate | None) -> float:
+    """The number of an estimate that is defined."""
+    assert estimate is not None
+    assert estimate.value is not None
+    return estimate.value
 
 
 def fisher(

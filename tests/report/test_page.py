@@ -88,10 +88,10 @@ def test_the_page_says_what_the_report_holds() -> None:
 def test_errors_are_plain_numbers_and_what_is_undefined_says_so() -> None:
     flat = own_task(NUMBERS, "pearson", name="flat")
     report = reports.report((*OWN, flat))
-    table = report.table
-    for column in table.columns.values():  # as of labels that are all the same
-        column["flat"] = Entry(Estimate(None), None)
-    report = replace(report, table=replace(table, averaged=("intents", "topics", "spam")))
+    undefined = {"flat": Entry(Estimate(None), None)}  # as of labels that are all the same
+    columns = {name: {**column, **undefined} for name, column in report.table.columns.items()}
+    table = replace(report.table, columns=columns, averaged=("intents", "topics", "spam"))
+    report = replace(report, table=table)
     pictures = figures.draw(figures.RUN_PICTURES, report)
     read = Reader(page.render("report.html", report=report, pictures=pictures))
     for words in (

@@ -14,7 +14,7 @@ from fmn.fisher.architectures import Site
 from fmn.merge.rules import shares
 from fmn.report import results
 from tests import reports
-from tests.reports import NUMBERS, OWN, SEVEN, own_task
+from tests.reports import NUMBERS, OWN, SEVEN, own_task, value
 
 FOUR = ("cola", "mnli", "mrpc", "stsb")
 
@@ -45,7 +45,7 @@ def test_scores_are_those_of_the_metrics_and_intervals_those_of_the_answers(
     assert score.interval == bootstrap.interval(draws)
     assert share is not None
     alone = experts["mrpc"].metrics.tasks["mrpc"].score
-    assert share.value == pytest.approx(entry.score / alone)
+    assert share.value == pytest.approx(value(score) / (alone or 0))
     of_expert = bootstrap.draws(experts["mrpc"].answers)["mrpc"]
     assert share.interval == pytest.approx(bootstrap.interval(draws / of_expert))
     own_share = table.columns["expert"]["mrpc"].share
@@ -55,14 +55,15 @@ def test_scores_are_those_of_the_metrics_and_intervals_those_of_the_answers(
 
 def test_means_are_over_tasks(table: results.Table) -> None:
     column = table.columns["average"]
-    scores = [column[task].score.value for task in FOUR]
-    assert column["mean"].score.value == pytest.approx(np.mean(scores))
-    shares = [share.value for task in FOUR if (share := column[task].share)]
+    assert value(column["mean"].score) == pytest.approx(
+        np.mean([value(column[task].score) for task in FOUR])
+    )
     mean = column["mean"].share
+    shares = [value(column[task].share) for task in FOUR]
     assert mean is not None
-    assert mean.value == pytest.approx(np.mean(shares))
+    assert value(mean) == pytest.approx(np.mean(shares))
     low, high = mean.interval or (0, 0)
-    assert low < mean.value < high
+    assert low < value(mean) < high
 
 
 def test_differences_are_paired_tests_of_the_headline_against_each_other_column(
@@ -131,7 +132,7 @@ def test_the_table_is_text_and_numbers(table: results.Table) -> None:
     header, body = results.text_table(table)
     assert header == ["task", "base", "average", "merged", "expert"]
     assert [row[0] for row in body] == [*FOUR, "mean"]
-    expected = f"{100 * score.value:.1f} ±{50 * (high - low):.1f} ({100 * share.value:.1f})"
+    expected = f"{100 * value(score):.1f} ±{50 * (high - low):.1f} ({100 * value(share):.1f})"
     assert body[2][3] == expected
     legend = "score in %, ± half of its 95 % interval (% of the expert's score)"
     assert results.notes(table) == [legend]
@@ -140,7 +141,7 @@ def test_the_table_is_text_and_numbers(table: results.Table) -> None:
     assert numbers["mean"]["expert"]["relative"] == 1
     rows = results.score_rows(table)
     assert len(rows) == 5 * 4
-    assert rows[10] == ("mrpc: merged", round(100 * score.value, 3))
+    assert rows[10] == ("mrpc: merged", round(100 * value(score), 3))
 
 
 def test_only_an_expert_that_guesses_is_said_to_guess() -> None:
@@ -165,15 +166,15 @@ def test_own_tasks_have_shares_means_and_verdicts_in_their_own_direction() -> No
         "of errors, the quotient"
     )
     assert table.averaged == ("intents", "topics", "spam")
-    scores = [column[task].score.value for task in table.averaged]
-    assert column["mean"].score.value == pytest.approx(np.mean(np.array(scores, float)))
+    scores = [value(column[task].score) for task in table.averaged]
+    assert value(column["mean"].score) == pytest.approx(np.mean(scores))
     tested = table.differences["base"]["price"]
     assert (tested.difference or 0) < 0
     assert results.verdict(tested) == "better"
     assert results.verdict(table.differences["expert"]["price"]) == "worse"
     body = results.text_table(table)[1]
     assert body[2][3].startswith(f"{score.value:.4g} ±")
-    assert f"({100 * share.value:.1f})" in body[2][3]
+    assert f"({100 * value(share):.1f})" in body[2][3]
     assert [row for row, _ in results.score_rows(table) if row.startswith("price")] == []
     assert results.remarks(table) == [
         "price: mse + mae (less is better); a plain number, no percentage",
