@@ -51,19 +51,18 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
     Raises:
         UserError: there are no examples, or an output is not finite.
     """
+    from scipy import special
+
     if not len(labels):
         raise UserError(f"{task.name}: there are no examples to score; give a split with rows")
     if not np.isfinite(logits).all():
         raise UserError(f"{task.name}: the model's outputs are not finite; give another model")
     if task.regression:
         return Answers(logits[:, 0], labels, logits)
-    logits = logits.astype(np.float64)
     if task.multi_label:
-        scores = (1 / (1 + np.exp(-logits.clip(-700, 700)))).astype(np.float32)
+        scores = special.expit(logits)
         return Answers((scores >= task.threshold).astype(np.int64), labels.astype(np.int64), scores)
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    scores = (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)
-    return Answers(logits.argmax(axis=1), labels, scores)
+    return Answers(logits.argmax(axis=1), labels, special.softmax(logits, axis=1))
 
 
 def higher_is_better(task: Task) -> bool:
@@ -154,13 +153,6 @@ def _counts(weights: np.ndarray, answers: Answers) -> tuple[np.ndarray, np.ndarr
     )
 
 
-def _class_one(weights: np.ndarray, answers: Answers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The counts of class 1, each [R]."""
-    predicted, labels = ((side == 1)[:, None] for side in answers[:2])
-    hits, predictions, present = _counts(weights, Answers(predicted, labels, answers.scores))
-    return hits[:, 0], predictions[:, 0], present[:, 0]
-
-
 def _accuracy(weights: np.ndarray, answers: Answers) -> np.ndarray:
     """The share of right examples; of several labels, all must be right."""
     is_right = answers.predicted == answers.labels
@@ -175,42 +167,33 @@ def _balanced_accuracy(weights: np.ndarray, answers: Answers) -> np.ndarray:
     return _ratio(_ratio(hits, present, 0.0).sum(axis=1), (present > 0).sum(axis=1))
 
 
-def _f1(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    hits, predictions, present = _class_one(weights, answers)
-    return _ratio(2 * hits, predictions + present)
+def _class_one(weights: np.ndarray, answers: Answers, metric: str) -> np.ndarray:
+    """Precision, recall or F1 of class 1; undefined where it does not occur.
+
+    The precision of a model that never predicts class 1, although it occurs, is 0.
+    """
+    predicted, labels = ((side == 1)[:, None] for side in answers[:2])
+    counts = _counts(weights, Answers(predicted, labels, answers.scores))
+    hits, predictions, present = (count[:, 0] for count in counts)
+    if metric == "recall":
+        return _ratio(hits, present)
+    f1 = _ratio(2 * hits, predictions + present)
+    return f1 if metric == "f1" else np.where(np.isnan(f1), f1, _ratio(hits, predictions, 0.0))
 
 
-def _precision(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    """0 if the model never predicts class 1 although it occurs; undefined if it does not occur."""
-    hits, predictions, present = _class_one(weights, answers)
-    return np.where(predictions + present > 0, _ratio(hits, predictions, 0.0), np.nan)
+def _f1(weights: np.ndarray, answers: Answers, average: str) -> np.ndarray:
+    """F1 of the sum of all counts (micro), or the mean of each, plain (macro) or weighted.
 
-
-def _recall(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    hits, _, present = _class_one(weights, answers)
-    return _ratio(hits, present)
-
-
-def _f1_micro(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    hits, predictions, present = _counts(weights, answers)
-    return _ratio(2 * hits.sum(axis=1), (predictions + present).sum(axis=1))
-
-
-def _f1_macro(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    """The mean of the classes that occur; or of all labels, with 0 for one that does not occur."""
+    The plain mean leaves out a class that does not occur; a label that does not occur counts 0.
+    """
     hits, predictions, present = _counts(weights, answers)
     sizes = predictions + present
-    count = (sizes > 0).sum(axis=1)
-    if answers.labels.ndim > 1:
-        count = np.where(count > 0, sizes.shape[1], 0)
-    return _ratio(_ratio(2 * hits, sizes, 0.0).sum(axis=1), count)
-
-
-def _f1_weighted(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    """The mean, each class or label weighted by how often it is right."""
-    hits, predictions, present = _counts(weights, answers)
-    f1 = _ratio(2 * hits, predictions + present, 0.0)
-    return _ratio((f1 * present).sum(axis=1), present.sum(axis=1))
+    if average == "micro":
+        return _ratio(2 * hits.sum(axis=1), sizes.sum(axis=1))
+    shares = (sizes > 0) | ((answers.labels.ndim > 1) & (sizes.sum(axis=1, keepdims=True) > 0))
+    shares = present if average == "weighted" else 1.0 * shares
+    f1 = _ratio(2 * hits, sizes, 0.0)
+    return _ratio((f1 * shares).sum(axis=1), shares.sum(axis=1))
 
 
 def _matthews(weights: np.ndarray, answers: Answers) -> np.ndarray:
@@ -309,12 +292,12 @@ class Metric(NamedTuple):
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(_accuracy),
     "balanced_accuracy": Metric(_balanced_accuracy),
-    "f1": Metric(_f1),
-    "f1_micro": Metric(_f1_micro),
-    "f1_macro": Metric(_f1_macro),
-    "f1_weighted": Metric(_f1_weighted),
-    "precision": Metric(_precision),
-    "recall": Metric(_recall),
+    "f1": Metric(partial(_class_one, metric="f1")),
+    "f1_micro": Metric(partial(_f1, average="micro")),
+    "f1_macro": Metric(partial(_f1, average="macro")),
+    "f1_weighted": Metric(partial(_f1, average="weighted")),
+    "precision": Metric(partial(_class_one, metric="precision")),
+    "recall": Metric(partial(_class_one, metric="recall")),
     "matthews_correlation": Metric(_matthews),
     "roc_auc": Metric(_roc_auc),
     "mse": Metric(partial(_mean_error, power=2), higher_is_better=False),

@@ -33,7 +33,7 @@ from fmn.tasks.task import Task, load_task
 if TYPE_CHECKING:
     from fmn.merge.inputs import Statistics
 
-SEARCH = 3
+SEARCH = 4
 COMPARE = 5
 
 SETS = ("pairs", "triples", "all")
@@ -147,6 +147,7 @@ def search(
     rows = dict.fromkeys(sorted(experts), ("train", settings.rows))
     described = {
         "merge": merging.used("coefficient"),
+        "tasks": {name: task.model_dump(mode="json") for name, task in merge.tasks.items()},
         "search": settings.model_dump(mode="json", exclude={*settings.runtime, "trials"}),
         "tuned on": {task: rows_tuned_on(experts[task]) for task in rows},
     }
@@ -278,6 +279,7 @@ def compare(
     is_tuning_used = is_train or realign is not None
     described = {
         "merge": merging.model_dump(exclude=set() if realign else {"realign"}),
+        "tasks": merge.tasks,
         "rows": {**settings.model_dump(include={"seed", "dtype"}), "tasks": rows},
         "tuned on": [rows_tuned_on(experts[task]) for task in rows] if is_tuning_used else None,
     }

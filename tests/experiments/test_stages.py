@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from sklearn.metrics import f1_score, mean_squared_error, roc_auc_score
+from sklearn.metrics import f1_score, mean_absolute_error, mean_squared_error, roc_auc_score
 
 from fmn.errors import UserError
 from fmn.evaluate.files import read_predictions
@@ -178,6 +178,13 @@ def test_tasks_of_ones_own_are_searched_and_compared(tiny_work: Path, tmp_path: 
         {CLASSES: classes.expert, NUMBERS: of_expert}
     )
     assert result.tasks[NUMBERS].uniform == pytest.approx(numbers.relative, rel=1e-4)
+    write_task(data / NUMBERS, sides[NUMBERS][0].model_copy(update={"metrics": ("mae",)}))
+    again = stages.compare(
+        experts=experts, base=base, data=data, out=tmp_path / "cell.json",
+        merging=average, settings=settings,
+    ).summary  # fmt: skip
+    wanted = mean_absolute_error(numbers.labels, numbers.predictions)
+    assert again.tasks[NUMBERS].score == pytest.approx(wanted), "another definition"
     bare = sides[NUMBERS][0].model_copy(update={"columns": Columns(text="text", label=None)})
     write_task(data / NUMBERS, bare)
     with pytest.raises(UserError, match="the rows of numbers have no labels to score by"):
