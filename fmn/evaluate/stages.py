@@ -68,13 +68,7 @@ def evaluate(
     # The outputs of a merged model are named; those of an expert may take training rows to name.
     label_data = None if recipe.is_merged(model) else data
     reads: dict[str, Path | list[Path]] = {"model": model}
-    for name, task in definitions.items():
-        splits = dataset.validation_splits(data, task)
-        names = labels.output_names(checkpoints[name])
-        is_named = label_data is None or labels.by_names(task, names)
-        if not is_named and dataset.has_split(data, task, "train"):
-            splits = (*splits, "train")
-        reads |= {f"{name} {split}": dataset.split_files(data, task, split) for split in splits}
+    reads |= _rows(data, definitions, checkpoints if label_data else {})
 
     def compute(job: Job) -> None:
         aligned, predictions, rows = {}, {}, {}
@@ -118,18 +112,32 @@ def _definition(checkpoint: Path, data: Path, name: str) -> Task:
     return own if own and is_without_rows else load_task(data, name)
 
 
+def _rows(
+    data: Path, definitions: Mapping[str, Task], experts: Mapping[str, Path]
+) -> dict[str, list[Path]]:
+    """The files of the rows that are scored, and of those that tell an expert's labels."""
+    files: dict[str, list[Path]] = {}
+    for name, task in definitions.items():
+        splits = dataset.validation_splits(data, task)
+        if name in experts and dataset.has_split(data, task, "train"):
+            is_named = labels.by_names(task, labels.output_names(experts[name]))
+            splits = splits if is_named else (*splits, "train")
+        files |= {f"{name} {split}": dataset.split_files(data, task, split) for split in splits}
+    return files
+
+
 def _predict(
     expert: labels.Expert, data: Path, settings: EvaluateSettings, progress: Progress
 ) -> dict[str, Answers]:
     """A checkpoint's answers on the validation splits of a task."""
     from fmn.models.predict import predict
 
-    model, tokenizer, task, _ = expert
-    how: dict[str, Any] = {**settings.model_dump(), "progress": progress}
+    model, tokenizer, task, *_ = expert
     predictions = {}
     for split in dataset.validation_splits(data, task):
         examples = dataset.tokenize(tokenizer, task, dataset.read_split(data, task, split))
-        predictions[split] = answers(task, predict(model, examples, **how), examples.labels)
+        logits = predict(model, examples, progress=progress, **settings.model_dump())
+        predictions[split] = answers(task, logits, examples.labels)
     return predictions
 
 
@@ -147,12 +155,8 @@ def _scores(predictions: Mapping[str, TaskAnswers]) -> dict[str, Any]:
         }
     definitions = {name: answered.task for name, answered in predictions.items()}
     scores = {name: entry["score"] for name, entry in tasks.items()}
-    names = averaged(scores, definitions)
-    return {
-        "tasks": tasks,
-        "score": fmean(scores[name] for name in names) if names else None,
-        "interval": bootstrap.interval(np.mean([draws[n] for n in names], axis=0))
-        if names
-        else None,
-        "definitions": definitions,
-    }
+    mean: dict[str, Any] = {"score": None, "interval": None}
+    if names := averaged(scores, definitions):
+        mean["score"] = fmean(scores[name] for name in names)
+        mean["interval"] = bootstrap.interval(np.mean([draws[name] for name in names], axis=0))
+    return {"tasks": tasks, "definitions": definitions, **mean}
