@@ -170,7 +170,8 @@ def at_chance(task: Task, splits: Splits) -> bool:
 
 def _constant_answers(task: Task, splits: Splits) -> Iterator[Splits]:
     labels = np.concatenate([answers.labels for answers in splits.values()])
-    constants = np.unique(labels)
+    classes, counts = np.unique(labels, return_counts=True)
+    constants = classes[np.argsort(-counts, kind="stable")][:2]  # no rarer class scores more
     if task.regression:
         constants = np.array([labels.mean(dtype=np.float64), np.median(labels)])
     elif task.multi_label:
