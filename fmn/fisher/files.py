@@ -11,11 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pydantic import Field
-
 from fmn import __version__
 from fmn.errors import UserError
-from fmn.models.labels import Labels
 from fmn.store.records import Record, parse_record
 from fmn.store.stage import check_intact
 from fmn.tasks.task import Task
@@ -38,14 +35,14 @@ class CheckpointOrigin(Record):
 
 
 class Metadata(Record):
-    """What a statistic was computed from. `key`: its content key; `threads`: those of the CPU."""
+    """What a statistic was computed from. `key`: its content key; `threads`: those of the CPU;
+    `definition`: of the task."""
 
     key: str = ""
     task: str
     model_type: str = ""
     checkpoint: CheckpointOrigin
     data_digest: str = ""
-    labels: dict[str, Labels] = Field(default_factory=dict)
     definition: Task | None = None
     samples: int
     seed: int = 0

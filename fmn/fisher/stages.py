@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
+from fmn.errors import UserError
 from fmn.fisher import files
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, GramMetadata, StatisticMetadata
 from fmn.models import labels, provenance
@@ -18,14 +19,17 @@ from fmn.tasks.dataset import read_split, split_files, tokenize
 from fmn.tasks.task import Task, load_task
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
     from fmn.fisher.mask_nodes import PartialSums
 
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 
 # DVC reads these: it does not see chained assignments.
-FISHER = 3
-FULL_FISHER = 3
-GRAM = 3
+FISHER = 4
+FULL_FISHER = 4
+GRAM = 4
 SAVE_SECONDS = 5.0  # from one save of partial sums to the next
 
 
@@ -90,7 +94,7 @@ def fisher(
         result = estimate(
             **arguments,
             estimator=settings.estimator,
-            regression=load_task(data, task).regression,
+            problem_type=metadata["definition"].problem_type,
             stratified=settings.stratified,
             progress=progress,
             resume=_read_sums(saved, key),
@@ -134,9 +138,9 @@ def full_fisher(
     def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
         from fmn.fisher.parameters import estimate
 
-        regression, estimator = load_task(data, task).regression, settings.estimator
+        estimator, problem_type = settings.estimator, metadata["definition"].problem_type
         tensors = estimate(
-            **arguments, estimator=estimator, regression=regression, progress=progress
+            **arguments, estimator=estimator, problem_type=problem_type, progress=progress
         )
         files.write_statistic(path, tensors, StatisticMetadata(**metadata, estimator=estimator))
 
@@ -187,6 +191,12 @@ def _run(
 ) -> Outcome[Any]:
     """Run a stage: `compute` writes a file with what `_load` gives; `read` ends in its metadata."""
     definition = load_task(data, task)
+    estimator = getattr(settings, "estimator", None)
+    if estimator in ("empirical", "batch") and not definition.has_labels:
+        raise UserError(
+            f"{task}: its rows have no labels, which the estimator {estimator} reads; choose the"
+            " estimator expected"
+        )
     return run_stage(
         name,
         version,
@@ -210,17 +220,17 @@ def _load(
     from fmn.models.devices import resolve_device, resolve_dtype
     from fmn.tasks.batches import select
 
-    model, tokenizer, task, aligned = labels.load_expert(checkpoint, task, data, settings.device)
-    table = read_split(data, task, "train")
+    expert = labels.load_expert(checkpoint, task, data, settings.device)
+    table = read_split(data, task, "train", labelled=not isinstance(settings, GramSettings))
     samples = None if settings.samples == "all" else settings.samples
     stratified = isinstance(settings, FisherSettings) and settings.stratified
-    rows = select(table["label"].to_numpy(), samples, settings.seed, stratified)
+    rows = select(_label_values(table), samples, settings.seed, stratified)
     device = resolve_device(settings.device)
     dtype = str(resolve_dtype(settings.dtype, device)).removeprefix("torch.")
     origin = provenance.lineage(checkpoint).model_dump()
     arguments = {
-        "model": model,
-        "examples": tokenize(tokenizer, task, table, rows=rows),
+        "model": expert.model,
+        "examples": tokenize(expert.tokenizer, expert.task, table, rows=rows),
         "samples": samples,
         "seed": settings.seed,
         "device": str(device),
@@ -229,11 +239,10 @@ def _load(
     metadata = {
         "key": job.key,
         "task": task.name,
-        "model_type": model.config.model_type,
+        "model_type": expert.model.config.model_type,
         "checkpoint": CheckpointOrigin(**origin, digest=job.inputs["checkpoint"]),
         "data_digest": job.inputs["train"],
-        "labels": {task.name: aligned},
-        "definition": task,
+        "definition": expert.task,
         "samples": len(rows),
         "seed": settings.seed,
         "dtype": dtype,
@@ -241,6 +250,14 @@ def _load(
         "threads": torch.get_num_threads(),
     }
     return arguments, metadata
+
+
+def _label_values(table: "pa.Table") -> "np.ndarray":
+    """The labels of all rows; zeros where they have none."""
+    import numpy as np
+
+    has_labels = "label" in table.column_names
+    return table["label"].to_numpy() if has_labels else np.zeros(table.num_rows, np.int64)
 
 
 def _write_sums(path: Path, key: str, sums: "PartialSums") -> None:

@@ -16,9 +16,10 @@ from fmn.fisher.architectures import Claim, NodeValues, Site
 from fmn.merge.methods import METHODS, Method, Tuning, tuned
 from fmn.merge.recipe import MergeSettings, Statistic
 from fmn.merge.stream import DTYPES, TensorSpec
-from fmn.models import checkpoints, labels
+from fmn.models import checkpoints
 from fmn.models.headers import TensorHeader, tensor_headers
 from fmn.store import artifacts
+from fmn.tasks.task import Task
 
 
 class StoredGrams(NamedTuple):
@@ -71,11 +72,11 @@ def read_statistics(
     return Statistics(values, grams, records)
 
 
-def read_labels(path: Path, method: Method, task: str, digest: str) -> labels.Labels | None:
-    """How an expert's outputs stand for the labels, as its Fisher information says."""
+def read_definition(path: Path, method: Method, task: str, digest: str) -> Task | None:
+    """The definition of an expert's task, as its Fisher information says."""
     metadata = _read_fisher(path, method, is_of_nodes=path.suffix != ".safetensors")[1]
     _record(path, metadata, task, digest)
-    return metadata.labels.get(task)
+    return metadata.definition
 
 
 def _read_fisher(path: Path, method: Method, is_of_nodes: bool) -> tuple[Any, files.Metadata]:
