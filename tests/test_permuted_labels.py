@@ -94,8 +94,7 @@ def test_the_fisher_is_the_same(work: Path, tmp_path: Path, estimator: Estimator
     values = {}
     for name in ("plain", "named", "unnamed"):
         out = tmp_path / f"{name}.parquet"
-        metadata = compute_fisher(work, name, out, estimator).summary
-        assert metadata.labels["mnli"].order == ([0, 1, 2] if name == "plain" else ORDER)
+        compute_fisher(work, name, out, estimator)
         values[name] = read_fisher(out)[0]
     for site, nodes in values["plain"].items():
         for name in ("named", "unnamed"):
@@ -112,13 +111,12 @@ def test_the_merged_model_is_the_same(work: Path, tmp_path: Path, method: str) -
             tmp_path / f"{name}.json",
         )
         compute_fisher(work, name, file, "empirical")
-        recipe = merge(
+        merge(
             experts={"mnli": work / name, "stsb": work / "stsb"},
             fisher={"mnli": file, "stsb": work / "stsb.parquet"},
             out=out,
             settings=MergeSettings(method=method),
-        ).summary
-        assert recipe.labels["mnli"].order == ([0, 1, 2] if name == "plain" else ORDER)
+        )
         evaluate(out, data=work / "data", out=metrics, settings=EVALUATE)
         predictions[name] = read_predictions(metrics)
         # Plain Transformers reads it right, with none of our code.
