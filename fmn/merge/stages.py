@@ -16,7 +16,7 @@ from fmn.store import artifacts, stage
 from fmn.store.records import Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
 from fmn.tasks import dataset
-from fmn.tasks.task import load_task, read_task
+from fmn.tasks.task import Task, load_task, read_task
 
 __all__ = ["MergeSettings", "RealignSettings", "RefitSettings", "merge", "realign"]
 
@@ -68,22 +68,18 @@ def merge(
     """
     method, fisher, gram = METHODS[settings.method], dict(fisher or {}), dict(gram or {})
     experts = dict(sorted(experts.items()))
-    # Where an expert's folder does not define its task, its Fisher information may.
-    undefined = [task for task in experts if task in fisher and not read_task(experts[task])]
     reads: dict[str, Path | None] = {f"expert {task}": path for task, path in experts.items()}
     reads |= statistics_files(method, experts, fisher, gram)
-    reads |= {f"fisher {task}": fisher[task] for task in undefined}
     reads |= {"base": base, "coefficients": coefficients}
 
     def compute(job: Job) -> None:
-        from fmn.merge.inputs import read_definition, read_statistics
+        from fmn.merge.inputs import read_statistics
         from fmn.merge.model import write_model
 
         digests = {task: job.inputs[f"expert {task}"] for task in experts}
-        defined = {t: read_definition(fisher[t], method, t, digests[t]) for t in undefined}
-        tasks = {t: defined.get(t) or labels.expert_task(experts[t], t) for t in experts}
-        checkpoints.check_experts(experts, tasks, base)
         statistics = read_statistics(method, digests, fisher, gram)
+        tasks = {t: _definition(t, experts[t], statistics.definitions) for t in experts}
+        checkpoints.check_experts(experts, tasks, base)
         chosen, search = _searched(coefficients, job, digests, settings)
         lineage: dict[str, Any] = {**statistics.records, "search": search}
         lineage["experts"] = {task: _checkpoint(experts[task], digests[task]) for task in experts}
@@ -97,6 +93,12 @@ def merge(
         "merge", MERGE, out, compute,
         reads=reads, settings=settings.used(), summary=read_recipe, is_folder=True,
     )  # fmt: skip
+
+
+def _definition(name: str, expert: Path, by_statistics: Mapping[str, Task | None]) -> Task:
+    """The definition of an expert's task: in its folder, else as its statistics say."""
+    known = None if read_task(expert) else by_statistics.get(name)
+    return known or labels.expert_task(expert, name)
 
 
 def statistics_files(

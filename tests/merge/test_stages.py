@@ -109,7 +109,7 @@ def _another_expert(work: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_swap_fisher, r"mrpc\.parquet: of task sst2, given for mrpc"),
+        (_swap_fisher, r"mrpc\.parquet: of task sst2, not mrpc"),
         (_another_expert, r"mrpc\.parquet: of another checkpoint than the expert of mrpc"),
     ],
 )
