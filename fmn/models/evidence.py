@@ -28,8 +28,8 @@ class Evidence(NamedTuple):
         best: the order with the highest score.
         scores: of the order, of the best one, and of the outputs as they stand.
         guess: what guessing scores.
-        contradicts: whether the best order is clearly better; for regression, whether the values
-            clearly fall where the labels rise.
+        contradicts: whether the best order is clearly better, and better than guessing; for
+            regression, whether the values clearly fall where the labels rise.
         is_chance: whether the order is no better than guessing, although a perfect one would be.
         is_telling: whether a perfect order could be told from guessing.
     """
@@ -52,15 +52,22 @@ def weigh(task: Task, logits: np.ndarray, truth: np.ndarray, order: Sequence[int
     total = int(truth.sum()) if task.multi_label else len(truth)
     right = [int(_right(hits, each).sum()) for each in (now, best, identity)]
     # Of several labels at once, as many rows are taken for each as have it.
-    answers = truth if task.multi_label else np.argsort(now)[logits.argmax(axis=1)]
-    guess = _guessed(task, answers, truth)
-    is_telling = _one_sided(total, total, guess) < CHANCE
+    outputs = logits.argmax(axis=1)
+    guesses = [
+        _guessed(task, truth if task.multi_label else np.argsort(each)[outputs], truth)
+        for each in (now, best)
+    ]
+    is_telling = _one_sided(total, total, guesses[0]) < CHANCE
+    is_chance, is_best_chance = (
+        _one_sided(each, total, guess) >= CHANCE
+        for each, guess in zip(right, guesses, strict=False)
+    )
     return Evidence(
         best=best.tolist(),
         scores=(right[0] / max(total, 1), right[1] / max(total, 1), right[2] / max(total, 1)),
-        guess=guess,
-        contradicts=_is_clearly_better(hits, best, now),
-        is_chance=is_telling and _one_sided(right[0], total, guess) >= CHANCE,
+        guess=guesses[0],
+        contradicts=not is_best_chance and _is_clearly_better(hits, best, now),
+        is_chance=is_telling and is_chance,
         is_telling=is_telling,
     )
 

@@ -192,8 +192,9 @@ def by_data(
         notes.append(f"THE DATA CONTRADICT the list in the settings: {contradiction}")
     elif evidence.is_chance and not is_named:
         raise UserError(
-            f"{place} is no better than chance: in the best order of its labels {figures}; give an"
-            f" expert of this task, or say what its outputs stand for: {_remedy(task, task.labels)}"
+            f"{place} is no better than chance in any order of its labels: at best {best:.1%} of"
+            f" {rows} are right, guessing {evidence.guess:.1%}; give an expert of this task, or say"
+            f" what its outputs stand for: {_remedy(task, task.labels)}"
         )
     elif evidence.is_chance:
         notes.append(f"the expert is NO BETTER THAN CHANCE: {figures}")
