@@ -23,7 +23,7 @@ class Examples:
     """
 
     inputs: Mapping[str, Sequence[Any]]
-    labels: np.ndarray  # [N], int64 class ids, or float32 for regression
+    labels: np.ndarray  # int64 class ids [N]; float32 values [N], or zeros and ones [N, C]
     pad: Mapping[str, int]
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class Batch:
 
     rows: np.ndarray  # int64 [B], their positions in the examples that they came from
     inputs: dict[str, torch.Tensor]  # [B, T] int64, with `attention_mask`; or [B, ...]
-    labels: torch.Tensor  # [B]
+    labels: torch.Tensor  # [B] or [B, C]
 
 
 def select(
@@ -59,7 +59,8 @@ def select(
 
     With `samples` None, or at least N, it is every row once, in file order. Otherwise rows stand in
     random order, and a smaller sample of the same seed is the beginning of a larger one; if
-    `stratified`, every beginning holds each label in its proportion, up to rounding.
+    `stratified`, every beginning holds each label (of several labels, [N, C], each set of them) in
+    its proportion, up to rounding.
     """
     if samples is not None and samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1")
@@ -71,11 +72,13 @@ def select(
 def random_order(labels: np.ndarray, seed: int, stratified: bool = False) -> np.ndarray:
     """All rows in the order in which `select` draws them, int64 [N]."""
     order = np.random.default_rng(seed).permutation(len(labels)).astype(np.int64)
-    if stratified:
+    if stratified and len(labels):
+        _, group = np.unique(labels[order], axis=0, return_inverse=True)
+        sizes, members = np.bincount(group), np.argsort(group, kind="stable")
+        # The place of each member among those of its group, from 0 to 1.
+        rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         place = np.empty(len(labels))
-        for label in np.unique(labels):
-            members = np.flatnonzero(labels[order] == label)
-            place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        place[members] = (rank + 0.5) / np.repeat(sizes, sizes)
         order = order[np.argsort(place, kind="stable")]
     return order
 
