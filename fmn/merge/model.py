@@ -369,10 +369,11 @@ def _write_task(
 
 def _head_settings(expert: Path, task: Task) -> dict[str, Any]:
     """What Transformers is to know of a task's head: its problem type and its outputs' names."""
-    settings: dict[str, Any] = {"problem_type": task.problem_type} if task.problem_type else {}
     own = labels.output_names(expert)
-    aligned = labels.by_names(task, own)
-    if aligned and len(own) == task.num_outputs:  # else it is a single logit of two classes
+    if len(own) not in (0, task.num_outputs):
+        return {}  # a single logit of two classes, which Transformers has no words for
+    settings: dict[str, Any] = {"problem_type": task.problem_type} if task.problem_type else {}
+    if aligned := labels.by_names(task, own):
         names = dict(enumerate(labels.names_by_output(task, aligned)))
         settings["id2label"] = {str(output): name for output, name in names.items()}
         settings["label2id"] = {name: output for output, name in names.items()}

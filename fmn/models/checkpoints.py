@@ -264,7 +264,7 @@ def _traits(folder: Path, task: Task | None) -> dict[str, Any]:
     """What must be equal among checkpoints that are merged, by what messages call it."""
     config = load_config(folder)
     check_tensors(folder, config, head=task is not None)
-    if task is not None:
+    if task is not None and not is_single_logit(config, task):
         check_head(folder, config, task)
     vocabulary = load_tokenizer(folder, config).get_vocab()
     if (largest := max(vocabulary.values(), default=-1)) >= config.vocab_size:

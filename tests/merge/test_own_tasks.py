@@ -53,7 +53,8 @@ TASKS = {
         ),
     )
 }
-NAMES = {**{name: task.labels for name, task in TASKS.items()}, "unseen": ("calm", "angry", "sad")}
+NAMES = {name: task.labels or ("score",) for name, task in TASKS.items()}
+NAMES |= {"fluent": ("yes",), "unseen": ("calm", "angry", "sad")}  # one logit; labels of its own
 WORDS = ["a", "fine", "film", "of", "the", "long", "winter", "that", "nobody", "saw", "twice"]
 ROWS = 40
 CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
@@ -82,20 +83,17 @@ def write_rows(folder: Path, task: Task) -> None:
 
 def write_expert(folder: Path, base: Path, task: Task) -> None:
     """An expert as plain Transformers saves it: the base with a head, and another encoder."""
-    names = NAMES[task.name] or ("score",)
-    outputs = 1 if task.name == "fluent" else len(names)  # a binary head of a single logit
+    names = NAMES[task.name]
     torch.manual_seed(len(task.name))
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(names))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    if outputs == len(names):
-        named = {
-            "id2label": dict(enumerate(names)),
-            "label2id": {n: i for i, n in enumerate(names)},
-        }
-        edit_config(folder, **named, problem_type=task.problem_type)
+    ids = {name: output for output, name in enumerate(names)}
+    named = {"id2label": dict(enumerate(names)), "label2id": ids}
+    problem_type = None if task.name == "fluent" else task.problem_type
+    edit_config(folder, **named, problem_type=problem_type)
     for path in (*base.glob("tokenizer*"), *base.glob("*.txt"), *base.glob("special*")):
         shutil.copyfile(path, folder / path.name)
 
@@ -151,13 +149,14 @@ def test_every_estimator_takes_every_task_that_has_the_labels_it_reads(
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_other_statistics_take_every_task(name: str, work: Path, tmp_path: Path) -> None:
+    expert = work / "experts" / name
+    options: dict[str, Any] = {"task": name, "data": work / "data"}
     full = FullFisherSettings(estimator="expected", samples=4, **CPU)
-    for stage, settings in ((full_fisher, full), (gram, GramSettings(samples=4, **CPU))):
-        out = tmp_path / f"{settings}.safetensors"
-        metadata = stage(
-            work / "experts" / name, task=name, data=work / "data", out=out, settings=settings
-        ).summary
-        assert metadata.samples == 4
+    grams = GramSettings(samples=4, **CPU)
+    out = tmp_path / "full.safetensors"
+    assert full_fisher(expert, **options, out=out, settings=full).summary.samples == 4
+    out = tmp_path / "gram.safetensors"
+    assert gram(expert, **options, out=out, settings=grams).summary.samples == 4
 
 
 def test_every_task_says_what_it_is_and_has_its_own_head_and_tokenizer(
@@ -175,9 +174,9 @@ def test_every_task_says_what_it_is_and_has_its_own_head_and_tokenizer(
         )
         assert all(torch.equal(own[key], tensor) for key, tensor in head.items())
         model = AutoModelForSequenceClassification.from_pretrained(folder)
-        assert model.config.problem_type == definition.problem_type
-        if name in NAMES and name not in ("price", "fluent"):
-            assert tuple(model.config.id2label.values()) == NAMES[name] == definition.labels
+        is_single_logit = name == "fluent"
+        assert model.config.problem_type == (None if is_single_logit else definition.problem_type)
+        assert tuple(model.config.id2label.values()) == NAMES.get(name, definition.labels)
         side = "left" if name == "tags" else "right"
         assert AutoTokenizer.from_pretrained(folder).truncation_side == side
 
