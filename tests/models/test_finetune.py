@@ -56,14 +56,19 @@ def test_it_learns_what_can_be_learnt(dtype: str) -> None:
     assert not model.training
 
 
-@pytest.mark.parametrize(("low", "high"), [(-1, 1), (0, 5), (0, 1000), (1e6, 1e6 + 1)])
-@pytest.mark.parametrize("architecture", ["bert", "llama"])  # the head of a llama has no bias
+@pytest.mark.parametrize(
+    ("architecture", "low", "high"),
+    [
+        ("bert", -1, 1),
+        ("bert", 0, 1000),
+        ("bert", 1e6, 1e6 + 1),
+        ("llama", -1, 1),  # its head has no bias
+        ("llama", 0, 1000),
+    ],
+)
 def test_a_number_is_learnt_on_any_scale_with_one_learning_rate(
-    low: float, high: float, architecture: str
+    architecture: str, low: float, high: float
 ) -> None:
-    if architecture == "llama" and low > 1:
-        pytest.skip("without a bias, no small differences between large numbers")
-
     def on_scale(examples: Examples) -> Examples:
         values = (low + (high - low) * examples.labels).astype(np.float32)
         return Examples(examples.inputs, values, examples.pad)
