@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fmn.errors import UserError, hint
 from fmn.tasks.task import METRICS, MULTI, REGRESSION, SINGLE, TaskSettings, plain_text
 
-_NUMBER = re.compile(r"[+-]?(\d{1,18}\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+_NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _TRUTH = {"true": True, "false": False}
 _SHOWN = 12  # labels that a message lists
 

@@ -303,16 +303,12 @@ def download(dataset: DatasetSettings, name: str, revision: str) -> Path:
     elif dataset.name is None or dataset.name in configs:
         config = configs[dataset.name] if dataset.name else _only(configs, name)
         files = _paths(config)
+    elif configs:
+        known = f"{', '.join(configs)}{hint(dataset.name, configs)}"
+        raise UserError(f"{name}: no configuration {dataset.name}; there are {known}")
     else:  # a folder for each configuration
         files = [f"{dataset.name}/*"]
-    snapshot = _snapshot(name, folder.name, ["README.md", *files])
-    if not any(_format(path.name) for path in artifacts.visible(snapshot).values()):
-        known = f"; there are {', '.join(configs)}{hint(dataset.name or '', configs)}"
-        raise UserError(
-            f"{name}: no data files of {dataset.name or 'it'}{known if configs else ''}; name its"
-            " configuration and data_files as its page says"
-        )
-    return snapshot
+    return _snapshot(name, folder.name, ["README.md", *files])
 
 
 def hub_files(dataset: DatasetSettings, snapshot: Path) -> Splits:
