@@ -195,7 +195,7 @@ def data(
             source=source.name,
             revision=source.revision,
             rows={split: table.num_rows for split, table in rows.tables.items()},
-            notes=rows.notes,
+            notes=[redacted(note) for note in rows.notes],
             warnings=rows.warnings,
         )
 

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmn.errors import UserError
-from fmn.tasks.label_values import encode, items, plain_values, problem_type, read_labels
+from fmn.tasks.label_values import (
+    encode,
+    items,
+    plain_values,
+    problem_type,
+    read_labels,
+    refuse_missing,
+)
 from fmn.tasks.task import MULTI, REGRESSION, SINGLE, TaskSettings
 
 
@@ -17,8 +24,10 @@ def encoded(
     """The names of the labels, and the ids of the rows; those of `more` if there are other rows."""
     definition = TaskSettings(**told)
     plain = plain_values(values, classes)
-    labels = read_labels(plain, classes, definition, "here")
     rows = plain if more is None else plain_values(more, classes)
+    if problem_type(plain, definition) != MULTI:
+        refuse_missing(rows, "here", "column label")
+    labels = read_labels(plain, classes, definition, "here")
     return labels.names, encode(rows, labels, "here", "column label")
 
 
@@ -113,7 +122,7 @@ def test_the_kind_of_problem_is_inferred(values: list[Any], told: Any, kind: str
 
 
 def test_the_labels_of_a_regression_are_any_finite_numbers() -> None:
-    told = {"problem_type": REGRESSION}
+    told: dict[str, Any] = {"problem_type": REGRESSION}
     assert encoded(["-1", "1000", "0.5"], **told) == ((), [-1.0, 1000.0, 0.5])
     assert encoded([3, 4], **told)[1] == [3.0, 4.0]
     for value in ("good", float("inf"), 1e39, 10**400, [1]):
@@ -175,7 +184,7 @@ def test_sets_of_labels_come_back_however_they_are_written(sets: list[set[int]])
     rows = [sorted(each) for each in [*sets, {0, 1, 2, 3, 4}]]
     letters = [["abcde"[label] for label in row] for row in rows]
     hot = [[int(label in row) for label in range(5)] for row in rows]
-    told = {"problem_type": MULTI, "labels": list("abcde")}
+    settings: dict[str, Any] = {"problem_type": MULTI, "labels": list("abcde")}
     for values in (
         rows,
         letters,
@@ -183,7 +192,7 @@ def test_sets_of_labels_come_back_however_they_are_written(sets: list[set[int]])
         [", ".join(row) for row in letters],
         list(map(str, letters)),
     ):
-        assert encoded(values, **told) == (tuple("abcde"), rows)
+        assert encoded(values, **settings) == (tuple("abcde"), rows)
 
 
 def test_items_of_a_cell() -> None:
