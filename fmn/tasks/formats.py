@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmn.errors import UserError, hint
-from fmn.tasks.sources import File, class_names
+from fmn.tasks.sources import File, class_names, reachable
 
 DAMAGED = (
     pa.ArrowException,
@@ -106,7 +106,7 @@ Columns = tuple[dict[str, Any], dict[str, list[str]]]
 
 def _content(file: File) -> bytes:
     content: bytes
-    with file.system.open(file.path, "rb", compression="infer") as stream:
+    with reachable(file.name), file.system.open(file.path, "rb", compression="infer") as stream:
         content = stream.read()
     return content
 

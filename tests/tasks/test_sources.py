@@ -41,7 +41,7 @@ def split_names(path: object, **rows: Any) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("names", "splits"),
     [
-        (["train.csv", "dev.tsv", "README.md", ".hidden.csv"], {"dev": 1, "train": 1}),
+        (["train.csv", "dev.tsv", "README.md", ".hidden.csv", "task.json"], {"dev": 1, "train": 1}),
         (["train-0-of-2.csv", "train-1-of-2.csv", "test.jsonl"], {"test": 1, "train": 2}),
         (["train/a.csv", "train/b.csv", "dev/a.csv"], {"dev": 1, "train": 2}),
         (["en/train.csv", "en/dev.csv"], {"dev": 1, "train": 1}),
@@ -99,6 +99,11 @@ def test_a_missing_file_is_told_with_what_there_is(
             r"data/x\*\.csv: no such file; there are dev\.tsv",
         ),
         ({"path": "data/notes.txt"}, r"notes\.txt: the ending of its name is not one of \.csv"),
+        (
+            {"path": "data", "data_files": {"train": []}},
+            "data: data_files names no file for a split",
+        ),
+        ({"path": "http://127.0.0.1:9/x.csv"}, r"http://127.0.0.1:9/x.csv: "),
         ({"path": "empty"}, r"empty: no data file in this folder; there is notes\.txt; rows are"),
         ({"path": "nowhere/x.csv"}, r"nowhere/x\.csv: no such file or folder; nor is there"),
     ):

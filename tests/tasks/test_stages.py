@@ -122,8 +122,8 @@ ROWS = "review,stars\n" + "".join(f"text {row},{row % 5 + 1}\n" for row in range
 
 
 def settings_of(path: object, **told: Any) -> TaskSettings:
-    columns = {"text": "review", "label": "stars"}
-    return TaskSettings.model_validate({"dataset": {"path": str(path)}, "columns": columns, **told})
+    fields = {"columns": {"text": "review", "label": "stars"}, **told}
+    return TaskSettings.model_validate({"dataset": {"path": str(path)}, **fields})
 
 
 def test_a_table_becomes_a_task(tmp_path: Path) -> None:
@@ -175,6 +175,18 @@ def test_a_definition_without_a_data_set_is_of_the_rows_that_the_settings_name(
     assert task == expected
     with pytest.raises(UserError, match="task stars: nothing says where its rows are"):
         data("stars", out=tmp_path / "out", definition=definition)
+
+
+def test_rows_without_labels_are_written_and_read_again(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("review\na\nb\n")
+    definition = settings_of(tmp_path / "texts.csv", columns={"text": "review", "label": None})
+    data("plain", out=tmp_path / "plain", definition=definition)
+    settings = DataSettings(source=str(tmp_path / "plain"))
+    assert data("plain", out=tmp_path / "again", settings=settings).summary.rows == {"train": 2}
+    task = load_task(tmp_path / "again", "plain")
+    assert (task.has_labels, task.problem_type) == (False, None)
+    with pytest.raises(UserError, match="no rows to score plain on"):
+        dataset.validation_splits(tmp_path / "again", task)
 
 
 def test_passwords_of_addresses_are_not_written_down(tmp_path: Path) -> None:
