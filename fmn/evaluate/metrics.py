@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmn.errors import UserError
-from fmn.tasks.task import Task
+from fmn.tasks.task import METRICS, Task
 
 
 class Answers(NamedTuple):
@@ -115,7 +115,7 @@ def scores(
     means = []
     for split, answers in splits.items():
         chunks = [
-            np.stack([METRICS[name].compute(chunk, answers) for name in task.metrics])
+            np.stack([COMPUTE[name](chunk, answers) for name in task.metrics])
             for chunk in weights(split, len(answers.labels))
         ]
         values = np.concatenate(chunks, axis=1)  # [metrics, R]
@@ -292,27 +292,24 @@ def _correlation(weights: np.ndarray, predicted: np.ndarray, labels: np.ndarray)
     return np.where(of_right > 0, correlation, np.nan)
 
 
-class Metric(NamedTuple):
-    """A metric; `compute` maps weights [R, N] whose rows sum to N, and answers, to values [R]."""
+Compute = Callable[[np.ndarray, Answers], np.ndarray]
+"""From weights [R, N], whose rows sum to N, and answers to a metric's values [R]."""
 
-    compute: Callable[[np.ndarray, Answers], np.ndarray]
-    higher_is_better: bool = True
-
-
-METRICS: Mapping[str, Metric] = {
-    "accuracy": Metric(_accuracy),
-    "balanced_accuracy": Metric(_balanced_accuracy),
-    "f1": Metric(partial(_class_one, metric="f1")),
-    "f1_micro": Metric(partial(_f1, average="micro")),
-    "f1_macro": Metric(partial(_f1, average="macro")),
-    "f1_weighted": Metric(partial(_f1, average="weighted")),
-    "precision": Metric(partial(_class_one, metric="precision")),
-    "recall": Metric(partial(_class_one, metric="recall")),
-    "matthews_correlation": Metric(_matthews),
-    "roc_auc": Metric(_roc_auc),
-    "mse": Metric(partial(_mean_error, power=2), higher_is_better=False),
-    "mae": Metric(partial(_mean_error, power=1), higher_is_better=False),
-    "r2": Metric(_r2),
-    "pearson": Metric(_pearson),
-    "spearmanr": Metric(_spearman),
+COMPUTE: Mapping[str, Compute] = {
+    "accuracy": _accuracy,
+    "balanced_accuracy": _balanced_accuracy,
+    "f1": partial(_class_one, metric="f1"),
+    "f1_micro": partial(_f1, average="micro"),
+    "f1_macro": partial(_f1, average="macro"),
+    "f1_weighted": partial(_f1, average="weighted"),
+    "precision": partial(_class_one, metric="precision"),
+    "recall": partial(_class_one, metric="recall"),
+    "matthews_correlation": _matthews,
+    "roc_auc": _roc_auc,
+    "mse": partial(_mean_error, power=2),
+    "mae": partial(_mean_error, power=1),
+    "r2": _r2,
+    "pearson": _pearson,
+    "spearmanr": _spearman,
 }
+"""What computes each of `fmn.tasks.task.METRICS`."""
