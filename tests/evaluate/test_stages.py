@@ -115,6 +115,7 @@ def test_tasks_of_every_sort_are_scored_and_those_without_labels_are_skipped(
     sides: dict[str, Any] = {
         NUMBERS: pa.array(np.linspace(-1, 1, 6), pa.float32()),
         CLASSES: [0, 1, 2, 0, 1, 2],
+        LABELS: pa.array([[], [0], [1, 2], [0, 1, 2], [2], [0]], pa.list_(pa.int64())),
     }
     tasks = {
         kind: own_task(kind, {NUMBERS: "mse"}.get(kind, "f1_macro"), name=kind) for kind in sides
@@ -132,9 +133,15 @@ def test_tasks_of_every_sort_are_scored_and_those_without_labels_are_skipped(
     model, data, out = tmp_path / "merged", tmp_path / "data", tmp_path / "metrics.json"
     merge(experts=experts, out=model, settings=MergeSettings(method="average"))
     metrics = evaluate(model, data=data, out=out, settings=SETTINGS).summary
-    assert set(metrics.tasks) == set(metrics.definitions) == {CLASSES, NUMBERS}
+    assert set(metrics.tasks) == set(metrics.definitions) == {CLASSES, LABELS, NUMBERS}
     assert metrics.unlabeled == ["bare"]
-    assert metrics.score == metrics.tasks[CLASSES].score, "the mean is where more is better"
+    scores = [metrics.tasks[kind].score or 0 for kind in (CLASSES, LABELS)]
+    assert metrics.score == pytest.approx(np.mean(scores)), "the mean is where more is better"
+    several = read_predictions(out)[LABELS].splits["validation"]
+    assert several.labels.tolist()[2] == [0, 1, 1]
+    assert scores[1] == pytest.approx(
+        f1_score(several.labels, several.scores >= 0.5, average="macro", zero_division=0)
+    )
     ids, values = (read_predictions(out)[kind].splits["validation"] for kind in (CLASSES, NUMBERS))
     wanted = f1_score(ids.labels, ids.predicted, average="macro")
     assert metrics.tasks[CLASSES].score == pytest.approx(wanted)
