@@ -22,15 +22,15 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from benchmarks.results import keep, ratio, spread
-from fmn.evaluate.metrics import answers, score
-from fmn.models import checkpoints, labels
+from fmn.evaluate.metrics import answers, score_splits
+from fmn.models import labels
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.models.predict import predict
 from fmn.report.results import markdown
 from fmn.store.records import pairs
 from fmn.tasks import dataset as data
 from fmn.tasks.batches import Examples
-from fmn.tasks.task import get_task
+from fmn.tasks.task import load_task
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -90,10 +90,9 @@ def parse() -> argparse.Namespace:
 
 def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Examples per second in every round, and the agreement of the predictions with Trainer's."""
-    task, device = get_task(name), resolve_device(options.device)
-    tokenizer = checkpoints.load_tokenizer(folder)
-    model = checkpoints.load_classifier(folder)
-    labels.ordered(model, labels.decide(folder, task, options.data, options.device)).to(device)
+    task, device = load_task(options.data, name), resolve_device(options.device)
+    model, tokenizer, *_ = labels.load_expert(folder, task, options.data, options.device)
+    model.to(device)
     table = data.read_split(options.data, task, task.validation[0])
     rows = np.random.default_rng(0).permutation(table.num_rows)[: options.examples]
     examples = data.tokenize(tokenizer, task, table.take(rows))
@@ -127,11 +126,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
                 logits[contestant] = run()
                 speeds[contestant].append(len(examples) / (clock() - start))
     tolerance = 0.05 if task.regression else 0.0
-    predicted = {
-        contestant: answers(task, outputs, examples.labels).predicted
-        for contestant, outputs in logits.items()
-    }
-    trainers = predicted["Trainer.predict"]
+    answered = {key: answers(task, outputs, examples.labels) for key, outputs in logits.items()}
+    trainers = answered["Trainer.predict"].predicted
     return {
         "task": name,
         "examples": len(examples),
@@ -140,11 +136,12 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         "examples_per_second": speeds,
         "ratios": {key: ratio(each, speeds["Trainer.predict"]) for key, each in speeds.items()},
         "agreement": {
-            key: float((np.abs(each - trainers) <= tolerance).mean())
-            for key, each in predicted.items()
+            key: float((np.abs(each.predicted - trainers) <= tolerance).mean())
+            for key, each in answered.items()
         },
         "scores": {
-            key: score(task, outputs, examples.labels)["score"] for key, outputs in logits.items()
+            key: score_splits(task, {task.validation[0]: each})["score"]
+            for key, each in answered.items()
         },
     }
 

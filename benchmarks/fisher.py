@@ -208,7 +208,7 @@ def fisher(setting: Setting, dtype: str) -> np.ndarray:
         setting.model,
         setting.examples,
         estimator="expected",
-        regression=False,
+        problem_type="single_label_classification",
         device=str(setting.device),
         dtype=dtype,
     )

@@ -32,6 +32,7 @@ PAGE, KEPT = DOCS / "scale.md", STORE / "scale.json"
 SHAPES = {"S": (256, 8, 688), "M": (512, 10, 1376), "L": (768, 12, 2048), "XL": (1024, 16, 2816)}
 SEVEN = (4096, 32, 11008)
 TOKENS = 52
+EMPIRICAL: Any = {"estimator": "empirical", "problem_type": "single_label_classification"}
 ROWS = {"fisher": 1024, "evaluate": 1000}  # examples that a stage reads of an expert
 # Operations an example for each parameter of the linear maps: forward, for the Fisher also back.
 OPERATIONS = {"fisher": 4 * TOKENS, "evaluate": 2 * TOKENS}
@@ -97,7 +98,7 @@ def measure(shape: Shape) -> dict[str, Any]:
     examples = Examples({"input_ids": texts}, rng.integers(0, 2, len(texts)), {"input_ids": 0})
     count = 32 if shape[0] <= 512 else 8
     device: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
-    fisher: dict[str, Any] = {**device, "estimator": "empirical", "regression": False}
+    fisher: dict[str, Any] = {**device, **EMPIRICAL}
     seconds = {
         "evaluate": per_example(examples, count, lambda rows: predict(model, rows, **device)),
         "fisher": per_example(
@@ -118,9 +119,7 @@ def measure(shape: Shape) -> dict[str, Any]:
 
 
 def fisher_bytes(model: PreTrainedModel, examples: Examples) -> int:
-    result = mask_nodes.estimate(
-        model, examples, estimator="empirical", regression=False, device="cpu"
-    )
+    result = mask_nodes.estimate(model, examples, **EMPIRICAL, device="cpu")
     origin = CheckpointOrigin(digest="")
     metadata = FisherMetadata(task="mrpc", checkpoint=origin, samples=2, estimator="empirical")
     with tempfile.TemporaryDirectory() as folder:

@@ -50,6 +50,7 @@ def run_compare(profile: Path, name: str) -> dict[str, Any]:
         outcomes: Outcomes = compare_methods(str(profile), name)
     tables = outcomes["comparison", ""]
     show_table(tables.summary.header, tables.summary.body)
+    say(*tables.summary.notes)
     say(f"report     {tables.out / 'report.html'}", f"{time.monotonic() - started:.0f} s")
     summary: dict[str, Any] = tables.summary.model_dump(mode="json")
     return summary
@@ -64,15 +65,10 @@ def _settings(profile: Path, name: str) -> tuple[Params, CompareSettings]:
 
 
 class Statistic(NamedTuple):
-    """What a method takes of every expert: the stage that computes it, with its settings by task.
+    """What a method takes of every expert.
 
-    Attributes:
-        argument: the argument of the stage `compare` that takes the files.
-        stage: name of the stage.
-        function: the stage.
-        label: what tells it from others of the same stage.
-        suffix: of its files.
-        settings: by task.
+    `settings` (by task) are those of the stage that computes it, `argument` is the one of the stage
+    `compare` that takes the files, whose names end in `suffix`; `label` is for people.
     """
 
     argument: str
@@ -85,23 +81,19 @@ class Statistic(NamedTuple):
 
 def statistics(merging: ComparedSettings, settings: Params) -> list[Statistic]:
     """What a method takes of every expert."""
-    needs, names = METHODS[merging.method], settings.experts.tasks
-    statistics = []
-    if needs.fisher == "nodes":
-        estimator = merging.estimator or settings.fisher.estimator
-        is_usual = estimator == settings.fisher.estimator
-        suffix = ".parquet" if is_usual else f".{estimator}.parquet"
-        chosen = settings.fisher.model_copy(update={"estimator": estimator})
-        by_task: dict[str, Any] = dict.fromkeys(names, chosen)
-        statistics.append(Statistic("fisher", "fisher", fisher, estimator, suffix, by_task))
-    if needs.fisher == "parameters":
-        by_task = dict.fromkeys(names, settings.full_fisher)
-        suffix = ".full.safetensors"
-        statistics.append(Statistic("fisher", "full-fisher", full_fisher, "full", suffix, by_task))
-    if needs.gram:
-        by_task = {name: settings.gram.get(name, GramSettings()) for name in names}
-        statistics.append(Statistic("gram", "gram", gram, "gram", ".gram.safetensors", by_task))
-    return statistics
+    needs, names, own = METHODS[merging.method], settings.experts.tasks, settings.fisher
+    chosen = own.model_copy(update={"estimator": merging.estimator or own.estimator})
+    infix = "" if chosen == own else f".{chosen.estimator}"
+    grams = {name: settings.gram.get(name, GramSettings()) for name in names}
+    nodes, full = dict.fromkeys(names, chosen), dict.fromkeys(names, settings.full_fisher)
+    by_need = {
+        "nodes": Statistic("fisher", "fisher", fisher, chosen.estimator, f"{infix}.parquet", nodes),
+        "parameters": Statistic(
+            "fisher", "full-fisher", full_fisher, "full", ".full.safetensors", full
+        ),
+        "gram": Statistic("gram", "gram", gram, "gram", ".gram.safetensors", grams),
+    }
+    return [by_need[need] for need in (needs.fisher, "gram" if needs.gram else None) if need]
 
 
 def nodes(settings: Params, comparing: CompareSettings, profile: Path, title: str) -> list[Node]:

@@ -25,7 +25,7 @@ from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, run_stage
 from fmn.store.yaml_file import read_yaml
 from fmn.tasks.stages import DataSettings
-from fmn.tasks.task import TASKS
+from fmn.tasks.task import TASKS, TaskSettings
 
 SETTINGS = 1  # version of the stage
 WEBHOOK = "FMN_WEBHOOK"  # environment variable of the webhook's address
@@ -67,6 +67,9 @@ class Params(Settings):
     )
     base: str = Field(..., description="the model that the experts were fine-tuned from")
     experts: ExpertsSettings
+    tasks: dict[str, TaskSettings] = Field(
+        default_factory=dict, description="TASK: what it is, if it is not one of GLUE's"
+    )
     sources: dict[str, str] = Field(
         default_factory=dict, description="TASK: where its published expert comes from"
     )

@@ -1,68 +1,138 @@
 """Made-up parts of reports: answers of any quality, Fisher information, recipes, costs, cells."""
 
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from fmn.evaluate.files import Metrics
-from fmn.evaluate.metrics import Answers, score_splits
+from fmn.evaluate.metrics import Answers, TaskAnswers, averaged, relative, score_splits
 from fmn.experiments.files import Cell
 from fmn.fisher.architectures import NodeValues, Site
 from fmn.merge.recipe import Recipe
-from fmn.report.results import Cost, Evaluated, Report, tabulate
+from fmn.models.finetune import new_expert
+from fmn.report.results import Cost, Estimate, Evaluated, Report, tabulate
+from fmn.store import artifacts
 from fmn.store.records import parse_record
-from fmn.tasks.task import Task, get_task
+from fmn.tasks import dataset
+from fmn.tasks.task import Columns, ProblemType, Task, get_task, write_task
 
 SEVEN = ("cola", "mnli", "mrpc", "qnli", "rte", "sst2", "stsb")
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
-def answered(task: Task, right: float, count: int, seed: int) -> Answers:
+BINARY, CLASSES, LABELS, NUMBERS = "binary", "classes", "labels", "numbers"  # kinds of own tasks
+
+
+def own_task(kind: str, *metrics: str, name: str = "own", labels: int = 3) -> Task:
+    """A task of one's own: of two classes, of several, of labels, or of numbers."""
+    problem: ProblemType = "single_label_classification"
+    if kind in (NUMBERS, LABELS):
+        problem = "regression" if kind == NUMBERS else "multi_label_classification"
+    count = {NUMBERS: 0, BINARY: 2}.get(kind, labels)
+    return Task(
+        name=name,
+        problem_type=problem,
+        columns=Columns(text="text"),
+        labels=tuple(f"label {number}" for number in range(count)),
+        metrics=metrics or ("accuracy",),
+    )
+
+
+OWN = (
+    own_task(CLASSES, "f1_macro", "roc_auc", name="intents", labels=12),
+    own_task(LABELS, "f1_micro", name="topics"),
+    own_task(NUMBERS, "mse", "mae", name="price"),
+    own_task(BINARY, "f1", "precision", "recall", name="spam"),
+)
+"""Tasks of one's own, one of each sort."""
+
+
+def own_expert(work: Path, out: Path, task: Task, rows: dict[str, Any]) -> Path:
+    """An expert of a task of one's own with a random head; its rows lie in `out/data/NAME`."""
+    folder = out / "data" / task.name
+    folder.mkdir(parents=True)
+    dataset.write_rows(folder, task, dict.fromkeys(("train", "validation"), pa.table(rows)))
+    write_task(folder, task)
+    expert = Path(shutil.copytree(work / "base", out / task.name))
+    (expert / artifacts.SIDECAR).unlink()
+    new_expert(work / "base", task, 0).save_pretrained(expert)
+    write_task(expert, task)
+    return expert
+
+
+def answered(task: Task, right: float, count: int, seed: int = 0) -> Answers:
     """Answers of which a share is right; those of a regression task correlate the more."""
     labels_of = np.random.default_rng(len(task.name) + count)  # the same for every model
     random = np.random.default_rng(seed)
     if task.regression:
         values = labels_of.uniform(0, 5, count)
-        return Answers(right * values + (1 - right) * random.uniform(0, 5, count), values)
+        predicted = right * values + (1 - right) * random.uniform(0, 5, count)
+        return Answers(predicted, values, predicted[:, None].copy())
     classes = len(task.labels)
-    labels = labels_of.integers(0, classes, count)
-    wrong = (labels + random.integers(1, classes, count)) % classes
-    return Answers(np.where(random.random(count) < right, labels, wrong), labels)
+    size = (count, classes) if task.multi_label else count
+    labels = labels_of.integers(0, 2 if task.multi_label else classes, size)
+    others = random.integers(0, 2 if task.multi_label else classes, size)
+    predicted = np.where(random.random(size) < right, labels, others)
+    is_predicted = predicted if task.multi_label else predicted[:, None] == np.arange(classes)
+    scores = 0.5 * is_predicted + random.uniform(0, 0.5, (count, classes))
+    return Answers(predicted, labels, scores.astype(np.float32))
 
 
-def evaluated(names: Sequence[str], right: float, seed: int = 0, count: int = 200) -> Evaluated:
-    """A model's metrics on tasks, and the answers that they are of."""
+def evaluated(
+    names: Sequence[str | Task], right: float, seed: int = 0, count: int = 200
+) -> Evaluated:
+    """A model's metrics on tasks, GLUE's by name, and the answers that they are of."""
     entries: dict[str, dict[str, Any]] = {}
     answers = {}
     for place, name in enumerate(names):
-        task = get_task(name)
+        task = get_task(name) if isinstance(name, str) else name
         splits = {
             split: answered(task, right, count + place, seed + place + 100 * number)
             for number, split in enumerate(task.validation)
         }
         counts = {f"examples{task.suffix(s)}": len(part.labels) for s, part in splits.items()}
-        entries[name] = {**score_splits(task, splits), **counts, "interval": {}}
-        answers[name] = splits
-    return Evaluated(metrics(entries), answers)
+        entries[task.name] = {**score_splits(task, splits), **counts, "interval": {}}
+        answers[task.name] = TaskAnswers(task, splits)
+    return Evaluated(metrics(entries, [each.task for each in answers.values()]), answers)
 
 
-def metrics(entries: Mapping[str, Any], **more: Any) -> Metrics:
+def metrics(entries: Mapping[str, Any], tasks: Sequence[Task], **more: Any) -> Metrics:
     """What `fmn evaluate` writes of these tasks."""
-    score = sum(entry["score"] for entry in entries.values()) / len(entries)
-    content = {"model": "", "tasks": entries, "score": score, "interval": [0.7, 0.8]}
+    definitions = {task.name: task for task in tasks}
+    scores = {name: entry["score"] for name, entry in entries.items()}
+    names = averaged(scores, definitions)
+    content = {
+        "model": "",
+        "tasks": entries,
+        "score": fmean(scores[name] for name in names) if names else None,
+        "interval": [0.7, 0.8] if names else None,
+        "definitions": {name: task.model_dump(mode="json") for name, task in definitions.items()},
+    }
     return parse_record({**content, **more}, Metrics, "metrics")
 
 
 def run(
-    names: Sequence[str] = SEVEN, count: int = 200
+    names: Sequence[str | Task] = SEVEN, count: int = 200
 ) -> tuple[dict[str, Evaluated], dict[str, Evaluated]]:
     """Experts by task, and merged models by name, the better the later."""
-    experts = {
-        name: evaluated([name], 0.9, 7 + place, count + place) for place, name in enumerate(names)
-    }
+    experts: dict[str, Evaluated] = {}
+    for place, name in enumerate(names):
+        expert = evaluated([name], 0.9, 7 + place, count + place)
+        experts |= dict.fromkeys(expert.answers, expert)
     qualities = {"base": 0.5, "average": 0.65, "merged": 0.8}
     return experts, {name: evaluated(names, right, 50, count) for name, right in qualities.items()}
+
+
+def value(estimate: Estimate | None) -> float:
+    """The number of an estimate that is defined."""
+    assert estimate is not None
+    assert estimate.value is not None
+    return estimate.value
 
 
 def fisher(
@@ -105,11 +175,12 @@ def checkpoint(revision: str) -> dict[str, str]:
 
 
 def report(
-    names: Sequence[str], layers: int = 3, heads: int = 4, count: int = 60, **more: Any
+    tasks: Sequence[str | Task], layers: int = 3, heads: int = 4, count: int = 60, **more: Any
 ) -> Report:
     """All that the report of a run shows; `models`: further merged models, `recipe`: of merged."""
-    experts, merged = run(names, count)
-    merged |= {name: evaluated(names, 0.85, 50, count) for name in more.get("models", ())}
+    names = [task if isinstance(task, str) else task.name for task in tasks]
+    experts, merged = run(tasks, count)
+    merged |= {name: evaluated(tasks, 0.85, 50, count) for name in more.get("models", ())}
     recipes = {name: recipe(names, "average") for name in merged}
     recipes["merged"] = recipe(names, **more.get("recipe", {}))
     costs = [Cost("fisher", name, 9.5 + 30 * place) for place, name in enumerate(names)]
@@ -118,7 +189,7 @@ def report(
 
 
 def cells(
-    sets: Mapping[str, Sequence[str]], methods: Mapping[str, float]
+    sets: Mapping[str, Sequence[str | Task]], methods: Mapping[str, float]
 ) -> dict[str, dict[str, Cell]]:
     """The cells of a comparison of methods, of which this share of answers is right."""
     return {
@@ -130,19 +201,24 @@ def cells(
     }
 
 
-def cell(names: Sequence[str], right: float, seed: int) -> Cell:
+def cell(names: Sequence[str | Task], right: float, seed: int) -> Cell:
     """A cell of a comparison."""
     merged, experts = evaluated(names, right, seed, 60), evaluated(names, 0.95, 1, 60)
     entries = {}
-    for name in names:
-        sides = [side.metrics.tasks[name].score for side in (merged, experts)]
-        answers, own = (next(iter(side.answers[name].values())) for side in (merged, experts))
+    for name, (task, splits) in merged.answers.items():
+        scores = [side.metrics.tasks[name].score for side in (merged, experts)]
+        answers, own = (
+            next(iter(side.values())) for side in (splits, experts.answers[name].splits)
+        )
         entries[name] = {
-            "score": sides[0],
-            "expert": sides[1],
-            "relative": sides[0] / sides[1],
+            "definition": task.model_dump(mode="json"),
+            "score": scores[0],
+            "expert": scores[1],
+            "relative": relative(task, *scores),
             "labels": answers.labels.tolist(),
             "predictions": answers.predicted.tolist(),
             "expert_predictions": own.predicted.tolist(),
+            "scores": answers.scores.tolist(),
+            "expert_scores": own.scores.tolist(),
         }
     return parse_record({"tasks": entries, "seconds": 1.5}, Cell, "cell")

@@ -1,5 +1,5 @@
 """Scores of models: metrics, bootstrap intervals, and the stage that evaluates."""
 
-from fmn.evaluate.metrics import METRICS, score
+from fmn.evaluate.metrics import score_splits
 
-__all__ = ["METRICS", "score"]
+__all__ = ["score_splits"]

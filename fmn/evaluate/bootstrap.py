@@ -3,6 +3,7 @@
 Examples are drawn with replacement within each validation split (Efron and Tibshirani 1993, chapter
 13, the percentile interval). The draws depend on seed, task, split and number of examples alone:
 resamples of two models on the same examples are paired, and those of two tasks are independent.
+Resamples in which a metric is undefined are left out.
 """
 
 import zlib
@@ -11,25 +12,43 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmn.evaluate.metrics import Splits, score_splits, scores
-from fmn.tasks.task import Task, get_task
+from fmn.evaluate.metrics import (
+    Answers,
+    Splits,
+    TaskAnswers,
+    averaged,
+    higher_is_better,
+    score_splits,
+    scores,
+)
+from fmn.tasks.task import Task
 
 RESAMPLES = 1000
+CHANCE = 0.05  # a model is better than a constant answer if that is so in all but this share
 _CHUNK = 1 << 20  # weights in memory at a time
+
+Interval = tuple[float, float]
 
 
 class Difference(NamedTuple):
-    """One model's score minus another's, its 95 % interval and its two-sided p-value."""
+    """One model's score minus another's, its 95 % interval and its two-sided p-value.
 
-    difference: float
-    interval: tuple[float, float]
+    Without a difference, a score is undefined; without an interval, too few resamples define it.
+    """
+
+    difference: float | None
+    interval: Interval | None
     p_value: float
+    higher_is_better: bool = True
 
 
 def resampled(
     task: Task, splits: Splits, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Every metric of the task by name and split, and "score", in each resample, [resamples]."""
+    """Every metric of the task by name and split, and "score", in each resample, [resamples].
+
+    NaN where it is undefined, which a single row leaves it: all its resamples are the same.
+    """
 
     def weights(split: str, examples: int) -> Iterator[np.ndarray]:
         random = np.random.default_rng([seed, zlib.crc32(f"{task.name}/{split}".encode())])
@@ -41,45 +60,56 @@ def resampled(
             counts = np.bincount(places.ravel(), minlength=count * examples)
             yield counts.reshape(count, examples).astype(np.float64)
 
-    return scores(task, splits, weights)
+    values = scores(task, splits, weights)
+    if min(len(answers.labels) for answers in splits.values()) == 1:
+        return {name: np.full(resamples, np.nan) for name in values}
+    return values
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic's values in the resamples [R]."""
-    low, high = np.quantile(values, [0.025, 0.975])
+def interval(values: np.ndarray) -> Interval | None:
+    """The 95 % percentile interval of a statistic's values in the resamples [R].
+
+    None if it is undefined, NaN, in half of them.
+    """
+    defined = values[~np.isnan(values)]
+    if 2 * len(defined) <= len(values):
+        return None
+    low, high = np.quantile(defined, [0.025, 0.975])
     return float(low), float(high)
 
 
-def relative(scores: np.ndarray, expert: np.ndarray) -> np.ndarray | None:
-    """The share of the expert's score in each resample [R]; None if one of those is not above zero.
+def relative(task: Task, scores: np.ndarray, expert: np.ndarray) -> np.ndarray | None:
+    """`metrics.relative` in each resample [R]; None if a resample has nothing to take a share of.
 
     Both come from `resampled` with the same seed.
     """
-    return scores / expert if (expert > 0).all() else None
+    part, whole = (scores, expert) if higher_is_better(task) else (expert, scores)
+    return None if (whole <= 0).any() else part / whole
 
 
 def draws(
-    answers: Mapping[str, Splits], *, resamples: int = RESAMPLES, seed: int = 0
+    answers: Mapping[str, TaskAnswers], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """A model's score in each resample, [resamples], by task."""
     return {
-        name: resampled(get_task(name), splits, resamples=resamples, seed=seed)["score"]
-        for name, splits in answers.items()
+        name: resampled(*answered, resamples=resamples, seed=seed)["score"]
+        for name, answered in answers.items()
     }
 
 
 def compare(
-    first: Mapping[str, Splits],
-    second: Mapping[str, Splits],
+    first: Mapping[str, TaskAnswers],
+    second: Mapping[str, TaskAnswers],
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
     drawn: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]] | None = None,
 ) -> Difference:
-    """How two models differ in score, in the mean over tasks, from their answers by task.
+    """How two models differ in the score of a task, or in the mean over several.
 
-    The p-value is twice the share of (paired) resamples in which the difference has not its sign;
-    one more is counted, so that it is never 0 (Davison and Hinkley 1997, equation 4.11).
+    The mean is over the tasks where more is better and both scores are defined. The p-value is
+    twice the share of (paired) resamples in which the difference has not its sign; one more is
+    counted, so that it is never 0 (Davison and Hinkley 1997, equation 4.11).
 
     Args:
         first, second: answers on the same examples; ValueError if tasks or examples differ.
@@ -89,18 +119,66 @@ def compare(
     if first.keys() != second.keys() or not first:
         raise ValueError(f"tasks {', '.join(first)} and {', '.join(second)}: not the same")
     for name in first:
-        labels = [{k: v.labels.tolist() for k, v in each[name].items()} for each in (first, second)]
+        labels = [
+            {split: answers.labels.tolist() for split, answers in each[name].splits.items()}
+            for each in (first, second)
+        ]
         if labels[0] != labels[1]:
             raise ValueError(f"{name}: the two models did not answer the same examples")
-    left, right = drawn or (draws(m, resamples=resamples, seed=seed) for m in (first, second))
-    differences = np.mean([left[name] - right[name] for name in first], axis=0)  # [R]
-    means = [
-        np.mean([score_splits(get_task(name), splits)["score"] for name, splits in each.items()])
-        for each in (first, second)
-    ]
+    tasks = {name: answered.task for name, answered in first.items()}
+    left, right = ({n: score_splits(*m[n])["score"] for n in tasks} for m in (first, second))
+    names = list(tasks)
+    if len(names) > 1:
+        names = [name for name in averaged(left, tasks) if right[name] is not None]
+    is_more_better = all(higher_is_better(tasks[name]) for name in names)
+    pairs = [(left[name], right[name]) for name in names]
+    values = [a - b for a, b in pairs if a is not None and b is not None]
+    if not values:
+        return Difference(None, None, 1.0, is_more_better)
+    ours, theirs = drawn or (draws(m, resamples=resamples, seed=seed) for m in (first, second))
+    differences = np.mean([ours[name] - theirs[name] for name in names], axis=0)  # [R]
     tail = min((differences <= 0).sum(), (differences >= 0).sum())
+    count = (~np.isnan(differences)).sum()
     return Difference(
-        difference=float(means[0] - means[1]),
+        difference=float(np.mean(values)),
         interval=interval(differences),
-        p_value=min(1.0, 2 * float(tail + 1) / (len(differences) + 1)),
+        p_value=min(1.0, 2 * float(tail + 1) / float(count + 1)),
+        higher_is_better=is_more_better,
     )
+
+
+def at_chance(task: Task, splits: Splits) -> bool:
+    """Whether a model is not surely better, by the task's own score, than a constant answer.
+
+    The constant answer is the best one of these examples: a class; some of the most frequent
+    labels; the mean or the median. It is compared in paired resamples (`CHANCE`, one-sided).
+    """
+    sign = 1 if higher_is_better(task) else -1
+    constants = [
+        (sign * score, constant)
+        for constant in _constant_answers(task, splits)
+        if (score := score_splits(task, constant)["score"]) is not None
+    ]
+    if not constants:
+        return True
+    _, best = max(constants, key=lambda pair: pair[0])
+    own, other = (resampled(task, each)["score"] for each in (splits, best))
+    gains = sign * (own - other)
+    gains = gains[~np.isnan(gains)]
+    return not (len(gains) and np.quantile(gains, CHANCE) > 0)
+
+
+def _constant_answers(task: Task, splits: Splits) -> Iterator[Splits]:
+    labels = np.concatenate([answers.labels for answers in splits.values()])
+    classes, counts = np.unique(labels, return_counts=True)
+    constants = classes[np.argsort(-counts, kind="stable")][:2]  # no rarer class scores more
+    if task.regression:
+        constants = np.array([labels.mean(dtype=np.float64), np.median(labels)])
+    elif task.multi_label:
+        rank = np.argsort(np.argsort(-labels.mean(axis=0), kind="stable"))  # by frequency
+        constants = (rank < np.arange(len(rank) + 1)[:, None]).astype(int)  # [C + 1, C]
+    for constant in constants:
+        yield {
+            split: Answers(np.full(each.labels.shape, constant), each.labels, 0 * each.scores)
+            for split, each in splits.items()
+        }

@@ -2,22 +2,24 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 from pydantic import ConfigDict, Field
 
 from fmn.errors import UserError
-from fmn.evaluate.metrics import Answers, Splits
+from fmn.evaluate.bootstrap import Interval
+from fmn.evaluate.metrics import Answers, TaskAnswers
 from fmn.models.labels import Labels
 from fmn.store.records import Record
 from fmn.store.stage import check_intact, read_record
 from fmn.tasks.task import Task
 
-Interval = tuple[float, float]
-
 
 class TaskScores(Record):
     """A task's scores; its metrics are further entries, with a suffix from the second split on.
+
+    What the rows leave undefined is None.
 
     Attributes:
         score: the mean over splits of the mean over metrics.
@@ -26,11 +28,11 @@ class TaskScores(Record):
     """
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, int | float]
+    __pydantic_extra__: dict[str, int | float | None]
 
-    score: float
+    score: float | None
     examples: int
-    interval: dict[str, Interval]
+    interval: dict[str, Interval | None]
 
 
 class TaskRows(Record):
@@ -48,8 +50,9 @@ class Metrics(Record):
     Attributes:
         model: digest of the model's folder.
         tasks: scores by task.
-        score: the mean over tasks.
+        score: the mean over the tasks where more is better and the score is defined.
         interval: its 95 % bootstrap interval.
+        unlabeled: tasks of the model that are not scored, as their rows have no labels.
         labels: by task, which output of the model stands for which label.
         data: rows by task.
         definitions: what the tasks are.
@@ -57,8 +60,9 @@ class Metrics(Record):
 
     model: str
     tasks: Annotated[dict[str, TaskScores], Field(min_length=1)]
-    score: float
-    interval: Interval
+    score: float | None
+    interval: Interval | None
+    unlabeled: list[str] = Field(default_factory=list)
     labels: dict[str, Labels] = Field(default_factory=dict)
     data: dict[str, TaskRows] = Field(default_factory=dict)
     definitions: dict[str, Task] = Field(default_factory=dict)
@@ -74,34 +78,43 @@ def predictions_path(metrics: Path) -> Path:
     return metrics.with_suffix(".predictions.parquet")
 
 
-def write_predictions(path: Path, predictions: Mapping[str, Splits]) -> None:
-    """Write a model's answers by task and split: a row per example, in the order of the data.
+def write_predictions(path: Path, predictions: Mapping[str, TaskAnswers]) -> None:
+    """Write a model's answers: a row per example, in the order of the data.
 
-    Columns: task, split (string), row (int32, within its split), prediction and label (float64: a
-    class id in the task's order, or the value of a regression task).
+    Columns: task, split (string); row (int32, within its split); prediction and label (float64: a
+    class id in the task's order, or a value), or of multi-label classification predictions and
+    labels (list of int32 ids); scores (list of float32: probabilities by label, or the value).
     """
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    tables = [
-        pa.table(
-            {
-                "task": [task] * len(answers.labels),
-                "split": [split] * len(answers.labels),
-                "row": np.arange(len(answers.labels), dtype=np.int32),
-                "prediction": answers.predicted.astype(np.float64),
-                "label": answers.labels.astype(np.float64),
+    numbers, ids = pa.float64(), pa.list_(pa.int32())
+    types = {"prediction": numbers, "label": numbers, "predictions": ids, "labels": ids}
+    types = {"task": pa.string(), "split": pa.string(), "row": pa.int32(), **types}
+    schema = pa.schema([*types.items(), ("scores", pa.list_(pa.float32()))])
+    tables = []
+    for name, (task, splits) in predictions.items():
+        for split, answers in splits.items():
+            count = len(answers.labels)
+            columns = {
+                "task": [name] * count,
+                "split": [split] * count,
+                "row": np.arange(count),
+                "scores": list(answers.scores.astype(np.float32)),
             }
-        )
-        for task, splits in predictions.items()
-        for split, answers in splits.items()
-    ]
+            sides = {"prediction": answers.predicted, "label": answers.labels}
+            for side, values in sides.items():
+                columns |= {side: pa.nulls(count), f"{side}s": pa.nulls(count)}
+                if task.multi_label:
+                    columns[f"{side}s"] = [np.flatnonzero(row) for row in values]
+                else:
+                    columns[side] = values.astype(np.float64)
+            tables.append(pa.table([columns[column] for column in schema.names], schema=schema))
     pq.write_table(pa.concat_tables(tables).combine_chunks(), path)
 
 
-def read_predictions(metrics: Path) -> dict[str, dict[str, Answers]]:
-    """The answers by task and split that a metrics file was computed from.
+def read_predictions(metrics: Path) -> dict[str, TaskAnswers]:
+    """The answers by task that a metrics file was computed from.
 
     Raises:
         UserError: they are not beside it, or were changed.
@@ -111,12 +124,31 @@ def read_predictions(metrics: Path) -> dict[str, dict[str, Answers]]:
 
     path = predictions_path(metrics)
     check_intact(metrics)
+    definitions = read_metrics(metrics).definitions
     if not path.is_file():
         raise UserError(f"{path}: no such file; make it and {metrics} with `fmn evaluate`")
     table = pq.read_table(path)
     predictions: dict[str, dict[str, Answers]] = {}
     for key in table.group_by(["task", "split"], use_threads=False).aggregate([]).to_pylist():
-        rows = table.filter((pc.field("task") == key["task"]) & (pc.field("split") == key["split"]))
-        answers = Answers(rows["prediction"].to_numpy(), rows["label"].to_numpy())
-        predictions.setdefault(key["task"], {})[key["split"]] = answers
-    return predictions
+        name, split = key["task"], key["split"]
+        if name not in definitions:
+            raise UserError(f"{metrics}: has no definition of {name}; make it with `fmn evaluate`")
+        rows = table.filter((pc.field("task") == name) & (pc.field("split") == split))
+        scores = pc.list_flatten(rows["scores"]).to_numpy().reshape(len(rows), -1)
+        predicted, labels = (
+            _read_side(definitions[name], rows, side, scores.shape)
+            for side in ("prediction", "label")
+        )
+        predictions.setdefault(name, {})[split] = Answers(predicted, labels, scores)
+    return {name: TaskAnswers(definitions[name], splits) for name, splits in predictions.items()}
+
+
+def _read_side(task: Task, rows: Any, side: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Predictions or labels: [N], or zeros and ones of `shape`, [N, C]."""
+    if not task.multi_label:
+        values: np.ndarray = rows[side].to_numpy()
+        return values if task.regression else values.astype(np.int64)
+    indicators = np.zeros(shape, dtype=np.int64)
+    for row, ids in zip(indicators, rows[f"{side}s"].to_pylist(), strict=True):
+        row[ids] = 1
+    return indicators

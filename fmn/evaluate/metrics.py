@@ -1,35 +1,43 @@
 """The table of metrics. Each is computed for many resamples of the examples at once.
 
 A resample is a weight per example: how often it was drawn. The plain score is the one resample that
-holds every example once.
+holds every example once. Metrics are those of scikit-learn and SciPy. Where the labels of a
+resample leave a metric undefined, it is NaN; outside of arrays of resamples, None.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from fmn.errors import UserError
-from fmn.tasks.task import Task
+from fmn.tasks.task import METRICS, Task
 
 
 class Answers(NamedTuple):
-    """A model's answers to N examples, and the right ones: class ids or values, each [N]."""
+    """A model's answers to N examples, and the right ones.
+
+    Attributes:
+        predicted: class ids [N]; or 0 and 1 for each of several labels [N, C]; or values [N].
+        labels: the right answers, in the same form.
+        scores: probabilities [N, C]; of a regression task, the values [N, 1].
+    """
 
     predicted: np.ndarray
     labels: np.ndarray
+    scores: np.ndarray
 
 
 Splits = Mapping[str, Answers]
 """A model's answers on a task, by validation split."""
 
 
-class Metric(NamedTuple):
-    """A metric; `compute` maps weights [R, N] whose rows sum to N, and answers, to values [R]."""
+class TaskAnswers(NamedTuple):
+    """A model's answers on a task, and the definition of the task."""
 
-    compute: Callable[[np.ndarray, Answers], np.ndarray]
-    kind: Literal["classes", "numbers"]
-    higher_is_better: bool = True
+    task: Task
+    splits: Splits
 
 
 def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
@@ -38,40 +46,65 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
     Args:
         task: the task.
         logits: outputs in the task's order, [N, C]; C is 1 for regression.
-        labels: class ids, or values of a regression task, [N].
+        labels: class ids or values [N], or zeros and ones [N, C].
 
     Raises:
         UserError: there are no examples, or an output is not finite.
     """
+    from scipy import special
+
     if not len(labels):
         raise UserError(f"{task.name}: there are no examples to score; give a split with rows")
     if not np.isfinite(logits).all():
         raise UserError(f"{task.name}: the model's outputs are not finite; give another model")
-    return Answers(logits[:, 0] if task.regression else logits.argmax(axis=1), labels)
+    if task.regression:
+        return Answers(logits[:, 0], labels, logits)
+    if task.multi_label:
+        scores = special.expit(logits)
+        return Answers((scores >= task.threshold).astype(np.int64), labels.astype(np.int64), scores)
+    return Answers(logits.argmax(axis=1), labels, special.softmax(logits, axis=1))
 
 
-def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """A model's metrics on a task by name, and "score", their mean; arguments as of `answers`.
+def higher_is_better(task: Task) -> bool:
+    """Whether more is better in a task's score; all its metrics agree."""
+    return all(METRICS[name].higher_is_better for name in task.metrics)
 
-    Correlations lie between -1 and 1, and are 0 where a side is constant; other metrics between 0
-    and 1.
 
-    >>> score(get_task("mrpc"), np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 1]))
+def averaged(scores: Mapping[str, float | None], tasks: Mapping[str, Task]) -> list[str]:
+    """The tasks that a mean of scores is over: more is better, and the score is defined."""
+    return [n for n, value in scores.items() if value is not None and higher_is_better(tasks[n])]
+
+
+def relative(task: Task, score: float | None, expert: float | None) -> float | None:
+    """A score as a share of the expert's; of errors, the expert's as a share of this one.
+
+    None where a score is undefined, or there is nothing to take a share of.
+    """
+    if score is None or expert is None:
+        return None
+    part, whole = (score, expert) if higher_is_better(task) else (expert, score)
+    if whole > 0:
+        return part / whole
+    return 1.0 if part == whole == 0 and not higher_is_better(task) else None
+
+
+def score_splits(task: Task, splits: Splits) -> dict[str, float | None]:
+    """The metrics by name and split, and "score": the mean over splits of the mean over metrics.
+
+    What is undefined is None; the score is, if one of the metrics is.
+
+    >>> right = Answers(np.array([0, 1]), np.array([0, 1]), np.eye(2))
+    >>> score_splits(get_task("mrpc"), {"validation": right})
     {'accuracy': 1.0, 'f1': 1.0, 'score': 1.0}
     """
-    return score_splits(task, {task.validation[0]: answers(task, logits, labels)})
-
-
-def score_splits(task: Task, splits: Splits) -> dict[str, float]:
-    """The metrics by name and split, and "score": the mean over splits of the mean over metrics."""
     values = scores(task, splits, lambda split, count: [np.ones((1, count))])
-    return {name: float(value[0]) for name, value in values.items()}
+    return {name: None if np.isnan(draw[0]) else float(draw[0]) for name, draw in values.items()}
 
 
 def scores(
     task: Task, splits: Splits, weights: Callable[[str, int], Iterable[np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """What `score_splits` gives, in each of R resamples, [R].
+    """What `score_splits` gives, in each of R resamples, [R]; NaN where it is undefined.
 
     Args:
         task: the task.
@@ -82,7 +115,7 @@ def scores(
     means = []
     for split, answers in splits.items():
         chunks = [
-            np.stack([METRICS[name].compute(chunk, answers) for name in task.metrics])
+            np.stack([COMPUTE[name](chunk, answers) for name in task.metrics])
             for chunk in weights(split, len(answers.labels))
         ]
         values = np.concatenate(chunks, axis=1)  # [metrics, R]
@@ -92,38 +125,118 @@ def scores(
     return {**named, "score": np.mean(means, axis=0)}
 
 
+# ---- counts: of classes, or of the labels of multi-label classification ----
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray, otherwise: float = np.nan) -> np.ndarray:
+    """The quotient; `otherwise` where the whole is zero."""
+    quotient: np.ndarray = np.full(part.shape, otherwise)
+    np.divide(part, whole, out=quotient, where=whole > 0)
+    return quotient
+
+
+def _counts(weights: np.ndarray, answers: Answers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How often a label is predicted and right, predicted, and right: each [R, C].
+
+    The classes of single-label classification are those among predictions and labels.
+    """
+    sides = (answers.predicted, answers.labels)
+    if answers.labels.ndim == 1:
+        classes = np.union1d(*sides)
+        predicted, labels = (side[:, None] == classes for side in sides)  # [N, C]
+    else:
+        predicted, labels = (side > 0 for side in sides)
+    return (
+        weights @ (1.0 * predicted * labels),
+        weights @ (1.0 * predicted),
+        weights @ (1.0 * labels),
+    )
+
+
 def _accuracy(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    accuracy: np.ndarray = weights @ (answers.predicted == answers.labels) / weights.shape[1]
+    """The share of right examples; of several labels, all must be right."""
+    is_right = answers.predicted == answers.labels
+    is_right = is_right if is_right.ndim == 1 else is_right.all(axis=1)
+    accuracy: np.ndarray = weights @ is_right / weights.shape[1]
     return accuracy
 
 
-def _f1(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    """F1 of class 1; 0 where it is neither predicted nor among the labels."""
-    predicted, labels = answers.predicted == 1, answers.labels == 1
-    both, sizes = weights @ (predicted & labels), weights @ (1.0 * predicted + labels)
-    f1: np.ndarray = np.divide(2 * both, sizes, out=np.zeros_like(both), where=sizes > 0)
-    return f1
+def _balanced_accuracy(weights: np.ndarray, answers: Answers) -> np.ndarray:
+    """The mean recall of the classes among the labels."""
+    hits, _, present = _counts(weights, answers)
+    return _ratio(_ratio(hits, present, 0.0).sum(axis=1), (present > 0).sum(axis=1))
+
+
+def _class_one(weights: np.ndarray, answers: Answers, metric: str) -> np.ndarray:
+    """Precision, recall or F1 of class 1; undefined where it does not occur.
+
+    The precision of a model that never predicts class 1, although it occurs, is 0.
+    """
+    predicted, labels = ((side == 1)[:, None] for side in answers[:2])
+    counts = _counts(weights, Answers(predicted, labels, answers.scores))
+    hits, predictions, present = (count[:, 0] for count in counts)
+    if metric == "recall":
+        return _ratio(hits, present)
+    f1 = _ratio(2 * hits, predictions + present)
+    return f1 if metric == "f1" else np.where(np.isnan(f1), f1, _ratio(hits, predictions, 0.0))
+
+
+def _f1(weights: np.ndarray, answers: Answers, average: str) -> np.ndarray:
+    """F1 of the sum of all counts (micro), or the mean of each, plain (macro) or weighted.
+
+    The plain mean leaves out a class that does not occur; a label that does not occur counts 0.
+    """
+    hits, predictions, present = _counts(weights, answers)
+    sizes = predictions + present
+    if average == "micro":
+        return _ratio(2 * hits.sum(axis=1), sizes.sum(axis=1))
+    shares = (sizes > 0) | ((answers.labels.ndim > 1) & (sizes.sum(axis=1, keepdims=True) > 0))
+    shares = present if average == "weighted" else 1.0 * shares
+    f1 = _ratio(2 * hits, sizes, 0.0)
+    return _ratio((f1 * shares).sum(axis=1), shares.sum(axis=1))
 
 
 def _matthews(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    """Matthews correlation of any number of classes (Gorodkin 2004); 0 where a side is constant."""
-    classes, total = np.union1d(answers.labels, answers.predicted), float(weights.shape[1])
-    labels = weights @ (answers.labels[:, None] == classes)  # [R, C]
-    predicted = weights @ (answers.predicted[:, None] == classes)  # [R, C]
-    correct = weights @ (answers.predicted == answers.labels)  # [R]
-    covariance = correct * total - (labels * predicted).sum(axis=1)
-    product = (total**2 - (labels**2).sum(axis=1)) * (total**2 - (predicted**2).sum(axis=1))
-    matthews: np.ndarray = np.zeros_like(covariance)
-    np.divide(covariance, np.sqrt(product), out=matthews, where=product > 0)
-    return matthews
+    """Matthews correlation of any number of classes (Gorodkin 2004); 0 for a constant answer."""
+    hits, predictions, present = _counts(weights, answers)
+    total = float(weights.shape[1])
+    covariance = hits.sum(axis=1) * total - (present * predictions).sum(axis=1)
+    spreads = [total**2 - (side**2).sum(axis=1) for side in (present, predictions)]
+    matthews = _ratio(covariance, np.sqrt(spreads[0] * spreads[1]), 0.0)
+    return np.where(spreads[0] > 0, matthews, np.nan)
 
 
-def _pearson(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    return _correlation(weights, *(side.astype(np.float64) for side in answers))
+# ---- ranks and values ----
 
 
-def _spearman(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    return _correlation(weights, *(_ranks(weights, side) for side in answers))
+def _roc_auc(weights: np.ndarray, answers: Answers) -> np.ndarray:
+    """Of class 1; with several classes, each against the others; with several labels, of each."""
+    labels, scores = answers.labels, answers.scores
+    if labels.ndim == 1:
+        classes = np.arange(scores.shape[1]) if scores.shape[1] > 2 else np.array([1])
+        labels, scores = labels[:, None] == classes, scores[:, classes]  # [N, C]
+    by_example = np.ascontiguousarray(weights.T)  # [N, R]: rows are taken faster than columns
+    columns = zip(labels.T, scores.T, strict=True)
+    areas = [_area(by_example, label > 0, score) for label, score in columns]
+    mean: np.ndarray = np.mean(areas, axis=0)
+    return mean
+
+
+def _area(weights: np.ndarray, is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """The area under one ROC curve, from scores [N] and weights [N, R].
+
+    It is the share of pairs of a positive and a negative example in which the positive one has the
+    higher score; equal ones count half.
+    """
+    positive, negative = np.flatnonzero(is_positive), np.flatnonzero(~is_positive)
+    negative = negative[np.argsort(scores[negative], kind="stable")]
+    below = np.zeros((len(negative) + 1, weights.shape[1]))  # weight of so many lowest negatives
+    np.cumsum(weights[negative], axis=0, out=below[1:])
+    first, last = (
+        np.searchsorted(scores[negative], scores[positive], side) for side in ("left", "right")
+    )
+    wins = (weights[positive] * (below[first] + below[last])).sum(axis=0) / 2
+    return _ratio(wins, weights[positive].sum(axis=0) * below[-1])
 
 
 def _ranks(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -139,21 +252,64 @@ def _ranks(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
     return mean_ranks[:, group]
 
 
-def _correlation(weights: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Pearson's, of values [N] or [R, N]; 0 where a side is constant, to rounding."""
-    count, sides, is_constant = weights.shape[1], [], np.zeros(len(weights), dtype=bool)
-    for values in (left, right):
-        deviations = values - (weights * values).sum(axis=1, keepdims=True) / count  # [R, N]
-        spread = (weights * deviations**2).sum(axis=1)  # [R]
-        is_constant |= spread <= count * (1e-12 * np.abs(values).max(initial=0.0)) ** 2
-        sides.append(deviations / np.sqrt(np.where(spread > 0, spread, 1))[:, None])
-    return np.where(is_constant, 0.0, (weights * sides[0] * sides[1]).sum(axis=1))
+def _pearson(weights: np.ndarray, answers: Answers) -> np.ndarray:
+    return _correlation(weights, *(side.astype(np.float64) for side in answers[:2]))
 
 
-METRICS: Mapping[str, Metric] = {
-    "accuracy": Metric(_accuracy, "classes"),
-    "f1": Metric(_f1, "classes"),
-    "matthews_correlation": Metric(_matthews, "classes"),
-    "pearson": Metric(_pearson, "numbers"),
-    "spearmanr": Metric(_spearman, "numbers"),
+def _spearman(weights: np.ndarray, answers: Answers) -> np.ndarray:
+    return _correlation(weights, *(_ranks(weights, side) for side in answers[:2]))
+
+
+def _mean_error(weights: np.ndarray, answers: Answers, power: int) -> np.ndarray:
+    """The mean of the absolute errors to a power."""
+    errors = np.abs(answers.predicted.astype(np.float64) - answers.labels)
+    mean: np.ndarray = weights @ errors**power / weights.shape[1]
+    return mean
+
+
+def _r2(weights: np.ndarray, answers: Answers) -> np.ndarray:
+    _, spread = _deviations(weights, answers.labels.astype(np.float64))
+    r2: np.ndarray = 1 - _ratio(weights.shape[1] * _mean_error(weights, answers, 2), spread)
+    return r2
+
+
+def _deviations(weights: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """From the mean, [R, N], and the sum of their squares, [R], of values [N] or [R, N].
+
+    The sum is 0 for values that are constant to rounding.
+    """
+    count = weights.shape[1]
+    deviations = values - (weights * values).sum(axis=1, keepdims=True) / count
+    spread = (weights * deviations**2).sum(axis=1)
+    rounding = count * (1e-12 * np.abs(values).max(initial=0.0)) ** 2
+    return deviations, np.where(spread > rounding, spread, 0.0)
+
+
+def _correlation(weights: np.ndarray, predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Pearson's, of values [N] or [R, N]; 0 for a constant answer to labels that vary."""
+    (left, of_left), (right, of_right) = (_deviations(weights, v) for v in (predicted, labels))
+    correlation = _ratio((weights * left * right).sum(axis=1), np.sqrt(of_left * of_right), 0.0)
+    return np.where(of_right > 0, correlation, np.nan)
+
+
+Compute = Callable[[np.ndarray, Answers], np.ndarray]
+"""From weights [R, N], whose rows sum to N, and answers to a metric's values [R]."""
+
+COMPUTE: Mapping[str, Compute] = {
+    "accuracy": _accuracy,
+    "balanced_accuracy": _balanced_accuracy,
+    "f1": partial(_class_one, metric="f1"),
+    "f1_micro": partial(_f1, average="micro"),
+    "f1_macro": partial(_f1, average="macro"),
+    "f1_weighted": partial(_f1, average="weighted"),
+    "precision": partial(_class_one, metric="precision"),
+    "recall": partial(_class_one, metric="recall"),
+    "matthews_correlation": _matthews,
+    "roc_auc": _roc_auc,
+    "mse": partial(_mean_error, power=2),
+    "mae": partial(_mean_error, power=1),
+    "r2": _r2,
+    "pearson": _pearson,
+    "spearmanr": _spearman,
 }
+"""What computes each of `fmn.tasks.task.METRICS`."""

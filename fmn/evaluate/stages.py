@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,16 @@ from pydantic import Field
 from fmn.errors import UserError
 from fmn.evaluate import bootstrap, files
 from fmn.evaluate.files import Metrics
-from fmn.evaluate.metrics import Answers, Splits, answers, score_splits
+from fmn.evaluate.metrics import Answers, TaskAnswers, answers, averaged, score_splits
 from fmn.merge import recipe
 from fmn.models import labels
 from fmn.models.stages import Device, Dtype
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage, write_record
 from fmn.tasks import dataset
-from fmn.tasks.task import Task, load_task
+from fmn.tasks.task import Task, load_task, read_task
 
-EVALUATE = 4
+EVALUATE = 5
 
 
 class EvaluateSettings(Settings):
@@ -41,7 +42,8 @@ def evaluate(
     """Score a merged model, or one expert, with the metrics of its tasks.
 
     Every metric has its 95 % bootstrap interval. The predictions are written beside the metrics;
-    paired tests between models need them.
+    paired tests between models need them. Tasks of a merged model whose rows have no labels are
+    left out, unless they are asked for.
 
     Args:
         model: a merged model, or an expert
@@ -52,40 +54,41 @@ def evaluate(
         progress: called with the examples done and all examples of a split
 
     Raises:
-        UserError: the model has no such task, its rows are missing, or its labels cannot be told.
+        UserError: the model has no such task, its rows or their labels are missing, or what the
+            outputs stand for cannot be told.
     """
     checkpoints = _checkpoints(model, tasks)
+    every = {name: _definition(folder, data, name) for name, folder in checkpoints.items()}
+    definitions = {name: task for name, task in every.items() if task.has_labels}
+    unlabeled = [name for name in every if name not in definitions]
+    if unlabeled and (tasks or not definitions):
+        raise UserError(
+            f"{data}: the rows of {unlabeled[0]} have no labels to score by; give --data with some"
+        )
     # The outputs of a merged model are named; those of an expert may take training rows to name.
     label_data = None if recipe.is_merged(model) else data
     reads: dict[str, Path | list[Path]] = {"model": model}
-    definitions = {name: load_task(data, name) for name in checkpoints}
-    for name, checkpoint in checkpoints.items():
-        task = definitions[name]
-        splits = dataset.validation_splits(data, task)
-        is_named = label_data is None or labels.by_names(task, labels.output_names(checkpoint))
-        if not is_named and dataset.has_split(data, task, "train"):
-            splits = (*splits, "train")
-        reads |= {f"{name} {split}": dataset.split_files(data, task, split) for split in splits}
+    reads |= _rows(data, definitions, checkpoints if label_data else {})
 
     def compute(job: Job) -> None:
         aligned, predictions, rows = {}, {}, {}
-        for name, checkpoint in checkpoints.items():
-            task = definitions[name]
-            expert = labels.load_expert(checkpoint, task, label_data, settings.device)
+        for name, task in definitions.items():
+            expert = labels.load_expert(checkpoints[name], task, label_data, settings.device)
             aligned[name] = expert.labels
-            predictions[name] = _predict(expert, data, settings, progress)
+            answered = _predict(expert, data, settings, progress)
+            predictions[name] = TaskAnswers(expert.task, answered)
             info = dataset.read_data_info(data, task)
             origin = info.model_dump(include={"source", "revision", "seed"}) if info else {}
-            digests = {split: job.inputs[f"{name} {split}"] for split in predictions[name]}
+            digests = {split: job.inputs[f"{name} {split}"] for split in answered}
             rows[name] = {**origin, "splits": digests}
         files.write_predictions(files.predictions_path(job.path), predictions)
         known = {"model": job.inputs["model"], "labels": aligned, "data": rows}
-        known["definitions"] = definitions
-        write_record(job.path, Metrics.model_validate(known | _scores(definitions, predictions)))
+        known |= {"unlabeled": unlabeled, **_scores(predictions)}
+        write_record(job.path, Metrics.model_validate(known))
 
     return run_stage(
         "evaluate", EVALUATE, out, compute,
-        reads=reads, settings={"evaluate": settings, "tasks": definitions},
+        reads=reads, settings={"evaluate": settings, "tasks": every},
         summary=files.read_metrics,
     )  # fmt: skip
 
@@ -102,37 +105,58 @@ def _checkpoints(model: Path, tasks: Sequence[str]) -> dict[str, Path]:
     return {name: model / "tasks" / name for name in tasks or known}
 
 
+def _definition(checkpoint: Path, data: Path, name: str) -> Task:
+    """The definition beside a task's rows; the model's own, where there are no rows nor labels."""
+    own = read_task(checkpoint)
+    is_without_rows = own and not own.has_labels and not (data / name).is_dir()
+    return own if own and is_without_rows else load_task(data, name)
+
+
+def _rows(
+    data: Path, definitions: Mapping[str, Task], experts: Mapping[str, Path]
+) -> dict[str, list[Path]]:
+    """The files of the rows that are scored, and of those that tell an expert's labels."""
+    files: dict[str, list[Path]] = {}
+    for name, task in definitions.items():
+        splits = dataset.validation_splits(data, task)
+        if name in experts and dataset.has_split(data, task, "train"):
+            is_named = labels.by_names(task, labels.output_names(experts[name]))
+            splits = splits if is_named else (*splits, "train")
+        files |= {f"{name} {split}": dataset.split_files(data, task, split) for split in splits}
+    return files
+
+
 def _predict(
-    expert: labels.Expert,
-    data: Path,
-    settings: EvaluateSettings,
-    progress: Progress,
+    expert: labels.Expert, data: Path, settings: EvaluateSettings, progress: Progress
 ) -> dict[str, Answers]:
     """A checkpoint's answers on the validation splits of a task."""
     from fmn.models.predict import predict
 
-    model, tokenizer, task, _ = expert
-    how: dict[str, Any] = {**settings.model_dump(), "progress": progress}
+    model, tokenizer, task, *_ = expert
     predictions = {}
     for split in dataset.validation_splits(data, task):
         examples = dataset.tokenize(tokenizer, task, dataset.read_split(data, task, split))
-        predictions[split] = answers(task, predict(model, examples, **how), examples.labels)
+        logits = predict(model, examples, progress=progress, **settings.model_dump())
+        predictions[split] = answers(task, logits, examples.labels)
     return predictions
 
 
-def _scores(definitions: Mapping[str, Task], predictions: Mapping[str, Splits]) -> dict[str, Any]:
-    """The scores of a model's predictions by task, their mean, and the intervals."""
+def _scores(predictions: Mapping[str, TaskAnswers]) -> dict[str, Any]:
+    """The scores of a model's predictions by task, their mean, the intervals, the definitions."""
     tasks: dict[str, dict[str, Any]] = {}
-    draws = []
-    for name, splits in predictions.items():
-        task = definitions[name]
+    draws = {}
+    for name, (task, splits) in predictions.items():
         resampled = bootstrap.resampled(task, splits)
-        draws.append(resampled["score"])
+        draws[name] = resampled["score"]
         tasks[name] = {
             **score_splits(task, splits),
             **{f"examples{task.suffix(split)}": len(splits[split].labels) for split in splits},
             "interval": {metric: bootstrap.interval(draw) for metric, draw in resampled.items()},
         }
-    score = sum(entry["score"] for entry in tasks.values()) / len(tasks)
-    interval = bootstrap.interval(np.mean(draws, axis=0))
-    return {"tasks": tasks, "score": score, "interval": interval}
+    definitions = {name: answered.task for name, answered in predictions.items()}
+    scores = {name: entry["score"] for name, entry in tasks.items()}
+    mean: dict[str, Any] = {"score": None, "interval": None}
+    if names := averaged(scores, definitions):
+        mean["score"] = fmean(scores[name] for name in names)
+        mean["interval"] = bootstrap.interval(np.mean([draws[name] for name in names], axis=0))
+    return {"tasks": tasks, "definitions": definitions, **mean}

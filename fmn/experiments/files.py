@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import Field
+
 from fmn.merge.recipe import SearchedCoefficients
 from fmn.store.records import Record
 from fmn.tasks.task import Task
@@ -31,7 +33,7 @@ class Source(NamedTuple):
 
 
 class Trial(Record):
-    """What was tried: `tasks` are scores relative to the experts', `score` is their mean."""
+    """What was tried: `tasks` are the shares of the experts' scores, `score` is their mean."""
 
     coefficients: dict[str, float]
     scale: float
@@ -40,7 +42,7 @@ class Trial(Record):
 
 
 class TaskTrials(Record):
-    """A task's expert, by its score; and relative to that, the first and the best trial."""
+    """The score of a task's expert, and its shares that the first and the best trial have."""
 
     expert: float
     uniform: float
@@ -62,18 +64,26 @@ class SearchResult(SearchedCoefficients):
     study: str
 
 
+Listed = list[float] | list[list[float]]
+"""An array of answers (`fmn.evaluate.metrics.Answers`) as JSON has it."""
+
+
 class CellTask(Record):
     """The merged model's score and answers on N rows of a task, beside the expert's.
 
-    `relative` is the quotient of the scores; None where the expert's is not above zero.
+    `relative` is the merged model's share of the expert's score (`fmn.evaluate.metrics.relative`).
+    What is undefined is None. `scores` are empty where no metric of the task needs them.
     """
 
-    score: float
-    expert: float
+    definition: Task
+    score: float | None
+    expert: float | None
     relative: float | None
-    labels: list[float]
-    predictions: list[float]
-    expert_predictions: list[float]
+    labels: Listed
+    predictions: Listed
+    expert_predictions: Listed
+    scores: list[list[float]] = Field(default_factory=list)
+    expert_scores: list[list[float]] = Field(default_factory=list)
 
 
 class Cell(Record):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from fmn.errors import UserError
+from fmn.evaluate.metrics import relative
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.experiments.files import Cell, SearchResult, Source, TaskTrials
 from fmn.fisher.stages import Estimator
@@ -27,13 +28,13 @@ from fmn.store.stage import (
     write_record,
 )
 from fmn.tasks import dataset
-from fmn.tasks.task import load_task
+from fmn.tasks.task import Task, load_task
 
 if TYPE_CHECKING:
     from fmn.merge.inputs import Statistics
 
-SEARCH = 3
-COMPARE = 4
+SEARCH = 4
+COMPARE = 5
 
 SETS = ("pairs", "triples", "all")
 
@@ -99,13 +100,14 @@ class SearchSettings(EvaluateSettings):
 
 
 class Merge(NamedTuple):
-    """A merge to try: the experts by task, the base, how, and statistics by task."""
+    """A merge to try: the experts, the base, how, statistics, and definitions; all by task."""
 
     experts: Files
     base: Path | None
     settings: MergeSettings
     fisher: Files
     gram: Files
+    tasks: Mapping[str, Task]
 
 
 def search(
@@ -138,13 +140,14 @@ def search(
         progress: called with the finished trials and all of them
 
     Raises:
-        UserError: as `merge` does, and where an expert scores zero, to which nothing is relative.
+        UserError: as `merge` does, and where an expert's score is nothing to take a share of.
     """
-    merge = Merge(experts, base, merging, fisher or {}, gram or {})
+    merge = Merge(experts, base, merging, fisher or {}, gram or {}, _tasks(experts, data))
     _check_searchable(merge, settings)
     rows = dict.fromkeys(sorted(experts), ("train", settings.rows))
     described = {
         "merge": merging.used("coefficient"),
+        "tasks": {name: task.model_dump(mode="json") for name, task in merge.tasks.items()},
         "search": settings.model_dump(mode="json", exclude={*settings.runtime, "trials"}),
         "tuned on": {task: rows_tuned_on(experts[task]) for task in rows},
     }
@@ -161,6 +164,17 @@ def search(
         settings={**described, "trials": settings.trials},
         summary=lambda out: read_record(out, SearchResult),
     )  # fmt: skip
+
+
+def _tasks(experts: Files, data: Path) -> dict[str, Task]:
+    """The definitions of the experts' tasks. UserError if the rows of one have no labels."""
+    tasks = {name: load_task(data, name) for name in sorted(experts)}
+    for name, task in tasks.items():
+        if not task.has_labels:
+            raise UserError(
+                f"{data}: the rows of {name} have no labels to score by; leave it out, or add some"
+            )
+    return tasks
 
 
 def _check_searchable(merge: Merge, settings: SearchSettings) -> None:
@@ -191,25 +205,30 @@ def _search(
     from fmn.experiments import search, trial
     from fmn.merge import model as merged
 
-    experts, base, merging, *_ = merge
-    tasks = {name: source.task for name, source in sources.items()}
+    experts, base, merging, _, _, tasks = merge
     checkpoints.check_experts(experts, tasks, base)
     statistics = _read_statistics(job, merge)
     encoder_of = merged.merger(experts, merging, base, statistics)
     loaded = {task: trial.load_expert(source) for task, source in sources.items()}
+    scores = {}
     for task, expert in loaded.items():
-        if expert.score <= 0:
+        score = expert.score
+        if score is None or score <= 0:
+            shown = "is undefined" if score is None else f"is {score:.3f}"
             raise UserError(
-                f"expert {task}: scores {expert.score:.3f} on {len(expert.examples)} rows of its"
-                " training data, to which no merge is relative; give more --rows or a better expert"
+                f"expert {task}: its score {shown} on {len(expert.examples)} rows of its training"
+                " data: no merge has a share of that; give more --rows or a better expert"
             )
+        scores[task] = score
 
     def attempt(coefficients: Mapping[str, float], scale: float) -> dict[str, float]:
         encoder = encoder_of(coefficients, scale)
-        return {
-            task: trial.score(expert.task, trial.try_encoder(expert, encoder)) / expert.score
-            for task, expert in loaded.items()
-        }
+        shares = {}
+        for task, expert in loaded.items():
+            score = trial.score(expert.task, trial.try_encoder(expert, encoder))
+            # Labels that define the expert's score define this one; no error is exactly zero.
+            shares[task] = relative(expert.task, score, scores[task]) or 0.0
+        return shares
 
     trials = search.search(
         attempt, list(loaded), settings.scale_range,
@@ -221,10 +240,8 @@ def _search(
         **best.model_dump(include={"coefficients", "scale", "score"}),
         uniform=uniform.score,
         tasks={
-            task: TaskTrials(
-                expert=expert.score, uniform=uniform.tasks[task], best=best.tasks[task]
-            )
-            for task, expert in loaded.items()
+            task: TaskTrials(expert=score, uniform=uniform.tasks[task], best=best.tasks[task])
+            for task, score in scores.items()
         },
         experts={task: source.digests[0] for task, source in sources.items()},
         rows={task: len(expert.examples) for task, expert in loaded.items()},
@@ -250,18 +267,19 @@ def compare(
 
     Arguments as of `search`, but `out` is the cell, and `progress` counts finished tasks.
     """
-    merge = Merge(experts, base, merging, fisher or {}, gram or {})
+    merge = Merge(experts, base, merging, fisher or {}, gram or {}, _tasks(experts, data))
     is_train, realign = settings.split == "train", merging.realign
     rows = {}
-    for task in sorted(experts):
-        split = "train" if is_train else dataset.validation_splits(data, load_task(data, task))[0]
-        rows[task] = split, settings.rows_of(task)
+    for name, task in merge.tasks.items():
+        split = "train" if is_train else dataset.validation_splits(data, task)[0]
+        rows[name] = split, settings.rows_of(name)
     reads = _reads(merge, data, rows)
-    for task in rows if realign else ():
-        reads[f"texts {task}"] = dataset.split_files(data, load_task(data, task), "train")
+    for name in rows if realign else ():
+        reads[f"texts {name}"] = dataset.split_files(data, merge.tasks[name], "train")
     is_tuning_used = is_train or realign is not None
     described = {
         "merge": merging.model_dump(exclude=set() if realign else {"realign"}),
+        "tasks": merge.tasks,
         "rows": {**settings.model_dump(include={"seed", "dtype"}), "tasks": rows},
         "tuned on": [rows_tuned_on(experts[task]) for task in rows] if is_tuning_used else None,
     }
@@ -314,7 +332,7 @@ def _sources(
     return {
         task: Source(
             merge.experts[task],
-            load_task(data, task),
+            merge.tasks[task],
             data,
             split,
             rows=count if isinstance(count, int) else None,
@@ -335,7 +353,7 @@ def _reads(merge: Merge, data: Path, rows: RowsByTask) -> dict[str, Path | list[
     reads |= statistics_files(method, sorted(merge.experts), merge.fisher, merge.gram)
     for task, (split, _) in rows.items():
         reads[f"expert {task}"] = merge.experts[task]
-        reads[f"data {task}"] = dataset.split_files(data, load_task(data, task), split)
+        reads[f"data {task}"] = dataset.split_files(data, merge.tasks[task], split)
     return reads
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fmn.evaluate.metrics import Answers, answers, score_splits
+from fmn.evaluate.metrics import Answers, answers, relative, score_splits
 from fmn.experiments.files import CellTask, Source
 from fmn.merge import heads
 from fmn.merge.stages import RefitSettings
@@ -31,7 +31,7 @@ class ExpertOnTask:
     rows: np.ndarray
     examples: Examples
     answers: Answers
-    score: float
+    score: float | None
 
 
 class TextsForHead(NamedTuple):
@@ -41,15 +41,15 @@ class TextsForHead(NamedTuple):
     features: np.ndarray
 
 
-def score(task: Task, answers: Answers) -> float:
-    """The task's score of answers on one split."""
+def score(task: Task, answers: Answers) -> float | None:
+    """The task's score of answers on one split; None if it is undefined."""
     return score_splits(task, {task.validation[0]: answers})["score"]
 
 
 @lru_cache(maxsize=16)  # the cells of a comparison share experts
 def load_expert(source: Source) -> ExpertOnTask:
     """Load an expert and its rows, and let it answer."""
-    model, tokenizer, task, _ = labels.load_expert(
+    model, tokenizer, task, *_ = labels.load_expert(
         source.checkpoint, source.task, source.data, source.device
     )
     table = dataset.read_split(source.data, task, source.split)
@@ -80,15 +80,20 @@ def cell_task(
     expert: ExpertOnTask, encoder: Mapping[str, Tensor], head: Mapping[str, Tensor] | None
 ) -> CellTask:
     """What a cell of a comparison says of a task; arguments as of `try_encoder`."""
-    answers = try_encoder(expert, encoder, head)
+    answers, own = try_encoder(expert, encoder, head), expert.answers
     merged = score(expert.task, answers)
+    scores = {}
+    if "roc_auc" in expert.task.metrics:
+        scores = {"scores": answers.scores.tolist(), "expert_scores": own.scores.tolist()}
     return CellTask(
+        definition=expert.task,
         score=merged,
         expert=expert.score,
-        relative=merged / expert.score if expert.score > 0 else None,
+        relative=relative(expert.task, merged, expert.score),
         labels=answers.labels.tolist(),
         predictions=answers.predicted.tolist(),
-        expert_predictions=expert.answers.predicted.tolist(),
+        expert_predictions=own.predicted.tolist(),
+        **scores,
     )
 
 

@@ -1,7 +1,8 @@
 """Statistics of one expert: how much each mask node, or each parameter, matters to its task.
 
 >>> from fmn.fisher import estimate
->>> estimate(model, examples, estimator="expected", regression=False).fisher[0, "head"]
+>>> options = {"estimator": "expected", "problem_type": "single_label_classification"}
+>>> estimate(model, examples, **options).fisher[0, "head"]
 """
 
 from typing import TYPE_CHECKING

@@ -11,11 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pydantic import Field
-
 from fmn import __version__
 from fmn.errors import UserError
-from fmn.models.labels import Labels
 from fmn.store.records import Record, parse_record
 from fmn.store.stage import check_intact
 from fmn.tasks.task import Task
@@ -38,14 +35,14 @@ class CheckpointOrigin(Record):
 
 
 class Metadata(Record):
-    """What a statistic was computed from. `key`: its content key; `threads`: those of the CPU."""
+    """What a statistic was computed from. `key`: its content key; `threads`: those of the CPU;
+    `definition`: of the task."""
 
     key: str = ""
     task: str
     model_type: str = ""
     checkpoint: CheckpointOrigin
     data_digest: str = ""
-    labels: dict[str, Labels] = Field(default_factory=dict)
     definition: Task | None = None
     samples: int
     seed: int = 0
@@ -149,14 +146,14 @@ def read_fisher(path: Path) -> "tuple[NodeValues, NodeValues | None, FisherMetad
     fisher: NodeValues = {}
     stderr: NodeValues = {}
     for (layer, node), rows in table.to_pandas().groupby(["layer", "node"], sort=False):
-        place = f"{path}: layer {layer}, {node}"
+        place, values = f"{path}: layer {layer}, {node}", rows["fisher"].to_numpy()
         if not np.array_equal(rows["index"], np.arange(len(rows))):
             raise UserError(f"{place}: rows are not numbered 0, 1, 2, ...; {remedy}")
+        for number in np.flatnonzero(~((values >= 0) & np.isfinite(values))):
+            value = values[number]
+            raise UserError(f"{place} {number}: a Fisher information of {value}; {remedy}")
         site = Site(int(layer), node)
-        fisher[site], stderr[site] = rows["fisher"].to_numpy(), rows["stderr"].to_numpy()
-        for number, value in enumerate(fisher[site]):
-            if not 0 <= value < float("inf"):
-                raise UserError(f"{place} {number}: a Fisher information of {value}; {remedy}")
+        fisher[site], stderr[site] = values, rows["stderr"].to_numpy()
     return fisher, None if table["stderr"].null_count else stderr, metadata
 
 

@@ -10,16 +10,9 @@ the chain rule gives
 for every example of a batch separately, from one backward pass without weight gradients, which
 stops at the lowest layer's attention output projection.
 
-With m the masks and p the model's distribution over the classes, the Fisher information of m is
-estimated as the mean over examples of
-
-- "empirical": (dL/dm)^2, L the cross entropy of the label, or for regression the squared error;
-- "expected": sum_c p_c (d log p_c/dm)^2, exactly; for regression (dy/dm)^2, that of a Gaussian of
-  unit variance around the output y;
-- "sampled": (d log p_c/dm)^2 for one c drawn from p by the seed and the example's row;
-
-or as "batch": the squared gradient of the mean loss of 32 consecutive examples, summed over such
-batches, as in the released code of the paper.
+`fmn.fisher.loss` says what the losses L are. For the estimator "batch", L is the mean loss of 32
+consecutive examples, and the squares are summed over such batches, as in the released code of the
+paper; for the others they are averaged over examples.
 """
 
 import time
@@ -36,6 +29,7 @@ from transformers import PreTrainedModel
 
 from fmn.errors import UserError
 from fmn.fisher.architectures import MaskSite, NodeValues, mask_sites
+from fmn.fisher.loss import Loss
 from fmn.fisher.runner import (
     Runner,
     backward_passes,
@@ -47,8 +41,8 @@ from fmn.fisher.runner import (
 )
 from fmn.models.devices import free_memory, resolve_device, resolve_dtype
 from fmn.tasks.batches import Batch, Examples, by_length, halved, select
+from fmn.tasks.task import ProblemType
 
-ESTIMATORS = ("empirical", "expected", "sampled", "batch")
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
 CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH_SIZE
 
@@ -129,7 +123,7 @@ class _Run:
     """What a run computes: the terms of the examples `rows`, int64 [N], in this order."""
 
     sites: tuple[MaskSite, ...]
-    loss: "Loss"
+    loss: Loss
     rows: np.ndarray
     device: torch.device
     dtype: torch.dtype
@@ -144,7 +138,7 @@ def estimate(
     examples: Examples,
     *,
     estimator: str,
-    regression: bool,
+    problem_type: ProblemType,
     samples: int | None = None,
     stratified: bool = False,
     seed: int = 0,
@@ -161,7 +155,7 @@ def estimate(
     allows. The model is left as it was.
 
     Args:
-        estimator: one of ESTIMATORS.
+        estimator: one of `fmn.fisher.loss.ESTIMATORS`.
         samples: examples, drawn without replacement by `seed` (`stratified`: every label in its
             share); None or at least N: all, in file order.
         dtype: "float32", "float64", "bfloat16" (of matrix products; sums, normalisations and
@@ -175,10 +169,10 @@ def estimate(
         UserError: settings or labels that do not fit the model, an unknown architecture, or memory
             that does not suffice for one example.
     """
-    _check(model, examples, estimator, regression)
+    loss = Loss(estimator, problem_type, seed)
+    loss.check(examples.labels, model.config.num_labels)
     rows = select(examples.labels, samples, seed, stratified)
     target = resolve_device(device)
-    loss = Loss(estimator, regression, seed)
     run = _Run(mask_sites(model), loss, rows, target, resolve_dtype(dtype, target))
     sums = resume.copy_to(target) if resume else _no_sums(run, examples)
     saved = time.monotonic()
@@ -268,86 +262,6 @@ def _mask_gradients(
         for site, own in zip(sites, columns, strict=True)
     ):
         yield leaves
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What is differentiated: the loss of an estimator's labels, drawn by `seed` for "sampled"."""
-
-    estimator: str
-    regression: bool
-    seed: int
-
-    def directions(self, logits: Tensor, labels: Tensor, rows: np.ndarray) -> list[Tensor]:
-        """Vectors v [B, C]: the estimator sums the squared gradients of v . logits over them.
-
-        Args:
-            logits: [B, C], the model's outputs.
-            labels: [B], class ids, or values.
-            rows: [B], the examples' rows.
-        """
-        logits = logits.detach().to(float_dtype(logits.dtype))
-        p = logits.log_softmax(1).exp()
-        if self.estimator == "expected":
-            return [torch.ones_like(logits)] if self.regression else _expected_directions(logits)
-        if self.estimator == "sampled":
-            uniform = torch.from_numpy(uniform_draws(self.seed, rows))
-            uniform = to_device(uniform, logits.device, logits.dtype)
-            if self.regression:  # the label is drawn from N(y, 1), and log p = -(label - y)^2 / 2
-                return [torch.special.ndtri(uniform)[:, None]]
-            labels = (p.cumsum(1) < uniform[:, None]).sum(1).clamp(max=p.shape[1] - 1)
-        if self.regression:
-            return [2 * (logits - to_device(labels, logits.device, logits.dtype)[:, None])]
-        labels = to_device(labels, logits.device, torch.int64)
-        return [p.scatter_add(1, labels[:, None], -torch.ones_like(p[:, :1]))]
-
-
-def _expected_directions(logits: Tensor) -> list[Tensor]:
-    """Vectors v_k [B, C] with sum_k v_k v_k^T = diag(p) - p p^T, the covariance of d log p_c.
-
-    For classes d log p_c / d logits = e_c - p. The vectors are the columns of the covariance's
-    Cholesky factor: with the tails s_k = p_k + ... + p_C, v_k[k] = sqrt(p_k s_{k+1} / s_k) and
-    v_k[j] = -v_k[k] p_j / s_{k+1} for j > k. In logarithms nothing cancels.
-    """
-    log_p = logits.log_softmax(1)
-    tails = log_p.flip(1).logcumsumexp(1).flip(1)  # [B, C]: log s_k
-    directions = []
-    for k in range(log_p.shape[1] - 1):
-        pivot = (0.5 * (log_p[:, k] + tails[:, k + 1] - tails[:, k])).exp()[:, None]  # [B, 1]
-        rest = -pivot * (log_p[:, k + 1 :] - tails[:, k + 1, None]).exp()  # [B, C - k - 1]
-        directions.append(torch.cat([torch.zeros_like(log_p[:, :k]), pivot, rest], 1))
-    return directions
-
-
-def uniform_draws(seed: int, rows: np.ndarray) -> np.ndarray:
-    """A number in (0, 1) for each row, float64 [B], of the row and seed alone (SplitMix64)."""
-    z = rows.astype(np.uint64) + np.uint64(1)
-    for salt in (np.uint64(seed % 2**64), np.uint64(0)):
-        z = (z ^ salt) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54
-
-
-def _check(model: PreTrainedModel, examples: Examples, estimator: str, regression: bool) -> None:
-    """Refuse at once what would otherwise fail, or be nonsense, after hours."""
-    if estimator not in ESTIMATORS:
-        choice = ", ".join(ESTIMATORS)
-        raise UserError(f"estimator {estimator!r} is unknown: choose one of {choice}")
-    if not len(examples):
-        raise UserError("there are no examples to estimate the Fisher information from")
-    outputs = int(model.config.num_labels)
-    if regression != (outputs == 1):
-        needed = "regression needs one" if regression else "classification needs two or more"
-        raise UserError(f"the model's head has {outputs} outputs, but {needed}")
-    low, high = examples.labels.min(), examples.labels.max()
-    is_labelled = regression or (low >= 0 and high < outputs)
-    if estimator in ("empirical", "batch") and not is_labelled:
-        raise UserError(
-            f"labels run from {low} to {high}, but the model has {outputs} classes: estimator "
-            f"{estimator!r} needs labelled examples (the train or validation split)"
-        )
 
 
 def _no_sums(run: _Run, examples: Examples) -> PartialSums:

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.fisher.mask_nodes import Loss
+from fmn.fisher.loss import Loss
 from fmn.fisher.runner import backward_passes, float_dtype, prepared
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.tasks.batches import Examples, pad_batch, select
+from fmn.tasks.task import ProblemType
 
 ESTIMATORS = ("empirical", "expected", "sampled")
 
@@ -24,7 +25,7 @@ def estimate(
     examples: Examples,
     *,
     estimator: str,
-    regression: bool,
+    problem_type: ProblemType,
     samples: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -42,7 +43,8 @@ def estimate(
     if estimator not in ESTIMATORS:
         choice = ", ".join(ESTIMATORS)
         raise UserError(f"estimator {estimator!r} is unknown here: choose one of {choice}")
-    loss = Loss(estimator, regression, seed)
+    loss = Loss(estimator, problem_type, seed)
+    loss.check(examples.labels, model.config.num_labels)
     target = resolve_device(device)
     rows = select(examples.labels, samples, seed)
     lengths = examples.lengths

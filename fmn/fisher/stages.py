@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
+from fmn.errors import UserError
 from fmn.fisher import files
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, GramMetadata, StatisticMetadata
 from fmn.models import labels, provenance
@@ -14,7 +15,7 @@ from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
 from fmn.store.records import Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
-from fmn.tasks.dataset import read_split, split_files, tokenize
+from fmn.tasks.dataset import label_array, read_split, split_files, tokenize
 from fmn.tasks.task import Task, load_task
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 
 # DVC reads these: it does not see chained assignments.
-FISHER = 3
-FULL_FISHER = 3
-GRAM = 3
+FISHER = 4
+FULL_FISHER = 4
+GRAM = 4
 SAVE_SECONDS = 5.0  # from one save of partial sums to the next
 
 
@@ -89,10 +90,6 @@ def fisher(
         key = "{key} {device} {dtype}".format(**metadata)
         result = estimate(
             **arguments,
-            estimator=settings.estimator,
-            regression=load_task(data, task).regression,
-            stratified=settings.stratified,
-            progress=progress,
             resume=_read_sums(saved, key),
             save=lambda sums: _write_sums(saved, key, sums),
             save_seconds=SAVE_SECONDS,
@@ -100,8 +97,6 @@ def fisher(
         counts = {site: len(nodes) for site, nodes in result.fisher.items()}
         record = FisherMetadata(
             **metadata,
-            estimator=settings.estimator,
-            stratified=settings.stratified,
             layers=len({site.layer for site in counts}),
             heads=max(count for site, count in counts.items() if site.node == "head"),
             neurons=max(count for site, count in counts.items() if site.node == "neuron"),
@@ -110,7 +105,8 @@ def fisher(
         files.write_fisher(path, result.fisher, result.stderr, record)
         saved.unlink(missing_ok=True)
 
-    return _run("fisher", FISHER, checkpoint, task, data, out, settings, compute, files.read_fisher)
+    expert = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
+    return _run("fisher", FISHER, out, expert, compute, files.read_fisher)
 
 
 def full_fisher(
@@ -134,14 +130,11 @@ def full_fisher(
     def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
         from fmn.fisher.parameters import estimate
 
-        regression, estimator = load_task(data, task).regression, settings.estimator
-        tensors = estimate(
-            **arguments, estimator=estimator, regression=regression, progress=progress
-        )
-        files.write_statistic(path, tensors, StatisticMetadata(**metadata, estimator=estimator))
+        files.write_statistic(path, estimate(**arguments), StatisticMetadata(**metadata))
 
+    expert = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
     read = partial(files.read_statistic, record=StatisticMetadata)
-    return _run("full-fisher", FULL_FISHER, checkpoint, task, data, out, settings, compute, read)
+    return _run("full-fisher", FULL_FISHER, out, expert, compute, read)
 
 
 def gram(
@@ -165,42 +158,59 @@ def gram(
     def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
         from fmn.fisher.gram import estimate
 
-        grams = estimate(**arguments, progress=progress)
+        grams = estimate(**arguments)
         transposed = sorted(grams.transposed)
         record = GramMetadata(**metadata, inputs=grams.inputs, transposed=transposed)
         files.write_statistic(path, grams.moments, record)
 
+    expert = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
     read = partial(files.read_statistic, record=GramMetadata)
-    return _run("gram", GRAM, checkpoint, task, data, out, settings, compute, read)
+    return _run("gram", GRAM, out, expert, compute, read)
+
+
+class _Inputs(NamedTuple):
+    """What a statistic is computed from: an expert, and the rows of its task in `data`."""
+
+    checkpoint: Path
+    task: Task
+    data: Path
+    settings: SampleSettings
+    progress: Progress
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Settings that only some statistics have."""
+        return self.settings.model_dump(include={"estimator", "stratified"})
 
 
 def _run(
     name: str,
     version: int,
-    checkpoint: Path,
-    task: str,
-    data: Path,
     out: Path,
-    settings: SampleSettings,
+    inputs: _Inputs,
     compute: Callable[[Path, dict[str, Any], dict[str, Any]], None],
     read: Callable[[Path], tuple[Any, ...]],
 ) -> Outcome[Any]:
     """Run a stage: `compute` writes a file with what `_load` gives; `read` ends in its metadata."""
-    definition = load_task(data, task)
+    task, estimator = inputs.task, inputs.options.get("estimator")
+    if estimator in ("empirical", "batch") and not task.has_labels:
+        raise UserError(
+            f"{task.name}: its rows have no labels, which the estimator {estimator} reads; choose"
+            " the estimator expected"
+        )
+    train = split_files(inputs.data, task, "train")
     return run_stage(
         name,
         version,
         out,
-        lambda job: compute(job.path, *_load(job, checkpoint, definition, data, settings)),
-        reads={"checkpoint": checkpoint, "train": split_files(data, definition, "train")},
-        settings={"task": definition, "settings": settings},
+        lambda job: compute(job.path, *_load(job, inputs)),
+        reads={"checkpoint": inputs.checkpoint, "train": train},
+        settings={"task": task, "settings": inputs.settings},
         summary=lambda path: read(path)[-1],
     )
 
 
-def _load(
-    job: Job, checkpoint: Path, task: Task, data: Path, settings: SampleSettings
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _load(job: Job, inputs: _Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the functions that estimate a statistic take, and what its metadata say.
 
     The model's outputs are in the task's order; only the sampled rows have tokens.
@@ -210,36 +220,38 @@ def _load(
     from fmn.models.devices import resolve_device, resolve_dtype
     from fmn.tasks.batches import select
 
-    model, tokenizer, task, aligned = labels.load_expert(checkpoint, task, data, settings.device)
-    table = read_split(data, task, "train")
+    checkpoint, task, data, settings, progress = inputs
+    expert = labels.load_expert(checkpoint, task, data, settings.device)
+    table = read_split(data, task, "train", labelled=not isinstance(settings, GramSettings))
     samples = None if settings.samples == "all" else settings.samples
-    stratified = isinstance(settings, FisherSettings) and settings.stratified
-    rows = select(table["label"].to_numpy(), samples, settings.seed, stratified)
+    is_stratified = inputs.options.get("stratified", False)
+    rows = select(label_array(task, table), samples, settings.seed, is_stratified)
     device = resolve_device(settings.device)
     dtype = str(resolve_dtype(settings.dtype, device)).removeprefix("torch.")
     origin = provenance.lineage(checkpoint).model_dump()
-    arguments = {
-        "model": model,
-        "examples": tokenize(tokenizer, task, table, rows=rows),
-        "samples": samples,
-        "seed": settings.seed,
-        "device": str(device),
-        "dtype": dtype,
-    }
+    both = {**inputs.options, "seed": settings.seed, "dtype": dtype}
     metadata = {
+        **both,
         "key": job.key,
         "task": task.name,
-        "model_type": model.config.model_type,
+        "model_type": expert.model.config.model_type,
         "checkpoint": CheckpointOrigin(**origin, digest=job.inputs["checkpoint"]),
         "data_digest": job.inputs["train"],
-        "labels": {task.name: aligned},
-        "definition": task,
+        "definition": expert.task,
         "samples": len(rows),
-        "seed": settings.seed,
-        "dtype": dtype,
         "device": device.type,
         "threads": torch.get_num_threads(),
     }
+    arguments = {
+        **both,
+        "model": expert.model,
+        "examples": tokenize(expert.tokenizer, expert.task, table, rows=rows),
+        "samples": samples,
+        "device": str(device),
+        "progress": progress,
+    }
+    if inputs.options:  # a loss is differentiated
+        arguments["problem_type"] = expert.task.problem_type
     return arguments, metadata
 
 

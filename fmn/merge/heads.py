@@ -26,32 +26,14 @@ from transformers import PreTrainedModel
 from fmn.errors import UserError
 from fmn.merge.recipe import Fit
 from fmn.models import checkpoints
-from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
-from fmn.models.predict import TOKENS
+from fmn.models.checkpoints import last_linear as last_linear
+from fmn.models.predict import predict
 from fmn.tasks import dataset
-from fmn.tasks.batches import Examples, by_length, random_order, select
+from fmn.tasks.batches import Examples, random_order, select
 from fmn.tasks.task import Task
 
 RIDGES = tuple(10 ** (half / 2) for half in range(-12, 9))
 """What "auto" chooses from: two a decade."""
-
-
-def last_linear(model: PreTrainedModel) -> str:
-    """The path of the linear map that ends the head of a classifier; UserError if there is none."""
-    prefix = f"{model.base_model_prefix}."
-    paths = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not name.startswith(prefix)
-        and module.out_features == model.config.num_labels
-    ]
-    if not paths:
-        raise UserError(
-            f"a {model.config.model_type} has no head that ends in a linear map; its head stays as"
-            " it is"
-        )
-    return str(paths[-1])
 
 
 def last_map(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray | None]:
@@ -70,28 +52,14 @@ def features(
 
     Labels are not looked at. Other arguments as for `fmn.models.predict.predict`.
     """
-    torch_device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
     path = last_linear(model)
     linear = model.get_submodule(path)
-    read = np.zeros((len(examples), linear.in_features), dtype=np.float32)
-    tokens = TOKENS if torch_device.type == "cpu" else 16 * TOKENS
-    model.eval()
     # So the model gives, of every token's features, those that it answers from.
     model.set_submodule(path, nn.Identity())
     try:
-        with (
-            placed(model, torch_device, torch_dtype),
-            torch.inference_mode(),
-            autocast(torch_device, torch_dtype),
-        ):
-            for batch in by_length(examples, tokens=tokens):
-                inputs = {name: value.to(torch_device) for name, value in batch.inputs.items()}
-                # Not by a call, whose hooks may put the outputs into another order.
-                read[batch.rows] = model.forward(**inputs).logits.float().cpu().numpy()
+        return predict(model, examples, device=device, dtype=dtype, width=linear.in_features)
     finally:
         model.set_submodule(path, linear)
-    return read
 
 
 def refit(

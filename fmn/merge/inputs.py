@@ -16,9 +16,10 @@ from fmn.fisher.architectures import Claim, NodeValues, Site
 from fmn.merge.methods import METHODS, Method, Tuning, tuned
 from fmn.merge.recipe import MergeSettings, Statistic
 from fmn.merge.stream import DTYPES, TensorSpec
-from fmn.models import checkpoints, labels
+from fmn.models import checkpoints
 from fmn.models.headers import TensorHeader, tensor_headers
 from fmn.store import artifacts
+from fmn.tasks.task import Task
 
 
 class StoredGrams(NamedTuple):
@@ -38,11 +39,13 @@ class Statistics:
         fisher: of the mask nodes, or, for a method that takes the Fisher information of all
             parameters, where that lies by parameter.
         records: what the recipe says of them, by "fisher" and "gram".
+        definitions: of the tasks, where they were computed by `fmn`.
     """
 
     fisher: Mapping[str, Any] = field(default_factory=dict)
     grams: Mapping[str, StoredGrams] = field(default_factory=dict)
     records: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
+    definitions: Mapping[str, Task | None] = field(default_factory=dict)
 
 
 def read_statistics(
@@ -60,26 +63,22 @@ def read_statistics(
     values: dict[str, Any] = {}
     grams: dict[str, StoredGrams] = {}
     records: dict[str, dict[str, Statistic]] = {"fisher": {}, "gram": {}}
+    definitions: dict[str, Task | None] = {}
     for task, digest in digests.items():
-        if method.fisher:
-            values[task], metadata = _read_fisher(fisher[task], method, method.fisher == "nodes")
-            records["fisher"][task] = _record(fisher[task], metadata, task, digest)
         if method.gram:
-            headers, stored = files.read_statistic(gram[task], files.GramMetadata)
-            records["gram"][task] = _record(gram[task], stored, task, digest)
-            grams[task] = StoredGrams(headers, stored.inputs, stored.transposed)
-    return Statistics(values, grams, records)
+            headers, of_gram = files.read_statistic(gram[task], files.GramMetadata)
+            grams[task] = StoredGrams(headers, of_gram.inputs, of_gram.transposed)
+            records["gram"][task] = _record(gram[task], of_gram, task, digest)
+            definitions[task] = of_gram.definition
+        if method.fisher:
+            values[task], metadata = _read_fisher(fisher[task], method)
+            records["fisher"][task] = _record(fisher[task], metadata, task, digest)
+            definitions[task] = metadata.definition
+    return Statistics(values, grams, records, definitions)
 
 
-def read_labels(path: Path, method: Method, task: str, digest: str) -> labels.Labels | None:
-    """How an expert's outputs stand for the labels, as its Fisher information says."""
-    metadata = _read_fisher(path, method, is_of_nodes=path.suffix != ".safetensors")[1]
-    _record(path, metadata, task, digest)
-    return metadata.labels.get(task)
-
-
-def _read_fisher(path: Path, method: Method, is_of_nodes: bool) -> tuple[Any, files.Metadata]:
-    if not is_of_nodes:
+def _read_fisher(path: Path, method: Method) -> tuple[Any, files.Metadata]:
+    if method.fisher == "parameters":
         return files.read_statistic(path, files.StatisticMetadata, method.statistic)
     values, _, metadata = files.read_fisher(path)
     return values, metadata
@@ -88,7 +87,7 @@ def _read_fisher(path: Path, method: Method, is_of_nodes: bool) -> tuple[Any, fi
 def _record(path: Path, metadata: files.Metadata, task: str, digest: str) -> Statistic:
     """A statistic for the recipe; it must be of this task and expert."""
     if metadata.task != task:
-        raise UserError(f"{path}: of task {metadata.task}, given for {task}; give that of {task}")
+        raise UserError(f"{path}: of task {metadata.task}, not {task}; give that of {task}")
     if metadata.checkpoint.digest != digest:
         raise UserError(f"{path}: of another checkpoint than the expert of {task}; make it again")
     entries = metadata.model_dump(include=set(Statistic.model_fields))

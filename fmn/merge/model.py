@@ -25,11 +25,12 @@ from fmn.merge.inputs import NO_STATISTICS, Parameter, Plan, Statistics, coeffic
 from fmn.merge.recipe import CARD, RECIPE, MergeSettings, Recipe, card
 from fmn.merge.rules import generator
 from fmn.merge.stream import NAMES, Read, TensorSpec, row_slices
+from fmn.models import labels
 from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES, read_config
 from fmn.models.headers import INDEX, TensorHeader
 from fmn.store.artifacts import digest_file, remember_digest, visible
 from fmn.store.stage import Progress, no_progress, write_record
-from fmn.tasks.task import write_task
+from fmn.tasks.task import Task, write_task
 
 WORKING_SET = 12 * 2**20  # bytes, in float64, of all that is held of one piece of a parameter
 _FREED = 31 * 2**20  # bytes
@@ -45,7 +46,7 @@ def write_model(
     *,
     base: Path | None = None,
     statistics: Statistics = NO_STATISTICS,
-    labels: Mapping[str, Sequence[str]] | None = None,
+    definitions: Mapping[str, Task] | None = None,
     lineage: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
     shard_bytes: int = stream.SHARD_BYTES,
@@ -57,7 +58,8 @@ def write_model(
         experts: checkpoint folders by task.
         base: the folder of the model that they were fine-tuned from.
         statistics: those that the method takes.
-        labels: by task, the names of the outputs; else they are as in the expert's configuration.
+        definitions: of the tasks. A head whose outputs name a task's labels gets the task's own
+            names; any other keeps its own.
         lineage: further entries of the recipe.
         progress: called with the bytes of the encoder that are done and that are to be done.
         shard_bytes: a larger encoder is written in several files.
@@ -77,14 +79,12 @@ def write_model(
         }
     _write_encoder_settings(encoder, experts[plan.tasks[0]], files)
     for task in plan.tasks:
-        names = (labels or {}).get(task)
-        _write_task(folder, task, experts[task], plan.heads[task], names, files)
+        definition = (definitions or {}).get(task)
+        _write_task(folder / "tasks" / task, experts[task], plan.heads[task], definition, files)
     for name, digest in digests.items():  # after the links, which change the file's status
         remember_digest(encoder / name, digest)
-    recipe = Recipe(**{**_own_entries(plan), **(lineage or {})})
-    for task, definition in recipe.definitions.items():
-        write_task(folder / "tasks" / task, definition)
-    return _write_recipe(folder, recipe)
+    entries = {**_own_entries(plan), "definitions": dict(definitions or {}), **(lineage or {})}
+    return _write_recipe(folder, Recipe(**entries))
 
 
 def _own_entries(plan: Plan) -> dict[str, Any]:
@@ -344,29 +344,40 @@ def _write_encoder_settings(encoder: Path, expert: Path, files: Files) -> None:
 
 
 def _write_task(
-    model: Path,
-    task: str,
+    folder: Path,
     expert: Path,
     head: Mapping[str, TensorHeader],
-    labels: Sequence[str] | None,
+    definition: Task | None,
     files: Files,
 ) -> None:
     """Write a task's checkpoint: links to the encoder's files, and what is the expert's own."""
-    folder = model / "tasks" / task
     folder.mkdir(parents=True)
     *names, last = stream.shard_names(len(files) + 1)
     for source, name in zip(files, names, strict=True):
-        os.link(model / "encoder" / source, folder / name)
+        os.link(folder.parents[1] / "encoder" / source, folder / name)
     with stream.reading(head.values()) as read:
         tensors = {name: read(stored, None, None) for name, stored in head.items()}
     save_file(tensors, folder / last, {"format": "pt"})
     specs = [TensorSpec(name, each.dtype, tuple(each.shape)) for name, each in tensors.items()]
     config = _config(expert, files)
-    if labels is not None:
-        config["id2label"] = {str(output): name for output, name in enumerate(labels)}
-        config["label2id"] = {name: output for output, name in enumerate(labels)}
+    if definition:
+        write_task(folder, definition)
+        config |= _head_settings(expert, definition)
     shards = {**dict(zip(names, files.values(), strict=True)), last: specs}
     _write_settings(folder, expert, shards, config)
+
+
+def _head_settings(expert: Path, task: Task) -> dict[str, Any]:
+    """What Transformers is to know of a task's head: its problem type and its outputs' names."""
+    own = labels.output_names(expert)
+    if len(own) not in (0, task.num_outputs):
+        return {}  # a single logit of two classes, which Transformers has no words for
+    settings: dict[str, Any] = {"problem_type": task.problem_type} if task.problem_type else {}
+    if aligned := labels.by_names(task, own):
+        names = dict(enumerate(labels.names_by_output(task, aligned)))
+        settings["id2label"] = {str(output): name for output, name in names.items()}
+        settings["label2id"] = {name: output for output, name in names.items()}
+    return settings
 
 
 def _config(expert: Path, files: Files) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from pydantic import Field, field_validator
 from fmn import __version__
 from fmn.errors import UserError, hint
 from fmn.merge.methods import METHODS
-from fmn.models.labels import Labels
 from fmn.models.provenance import Lineage
 from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import read_record
@@ -157,11 +156,7 @@ class Realigned(Record):
 
 
 class Recipe(Record):
-    """How a model was merged and from what; settings that its method does not use are None.
-
-    `labels` says by task which of the expert's outputs stands for which label, `definitions` what
-    the tasks are.
-    """
+    """How a model was merged and from what; settings that its method does not use are None."""
 
     format: Literal[2] = 2
     fmn: str = __version__
@@ -179,7 +174,6 @@ class Recipe(Record):
     base: Checkpoint | None = None
     fisher: dict[str, Statistic] = Field(default_factory=dict)
     gram: dict[str, Statistic] = Field(default_factory=dict)
-    labels: dict[str, Labels] = Field(default_factory=dict)
     definitions: dict[str, Task] = Field(default_factory=dict)
     search: Search | None = None
     realign: Realigned | None = None

@@ -16,12 +16,12 @@ from fmn.store import artifacts, stage
 from fmn.store.records import Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
 from fmn.tasks import dataset
-from fmn.tasks.task import load_task
+from fmn.tasks.task import Task, load_task, read_task
 
 __all__ = ["MergeSettings", "RealignSettings", "RefitSettings", "merge", "realign"]
 
-MERGE = 5
-REALIGN = 3
+MERGE = 6
+REALIGN = 4
 
 
 class RefitSettings(Settings):
@@ -68,34 +68,24 @@ def merge(
     """
     method, fisher, gram = METHODS[settings.method], dict(fisher or {}), dict(gram or {})
     experts = dict(sorted(experts.items()))
-    tasks = {name: labels.expert_task(folder, name) for name, folder in experts.items()}
-    named = {t: labels.by_names(tasks[t], labels.output_names(experts[t])) for t in experts}
-    # How an expert's outputs stand for the labels may have been found with its Fisher information.
-    unnamed = [task for task in experts if named[task] is None and task in fisher]
     reads: dict[str, Path | None] = {f"expert {task}": path for task, path in experts.items()}
     reads |= statistics_files(method, experts, fisher, gram)
-    reads |= {f"fisher {task}": fisher[task] for task in unnamed}
     reads |= {"base": base, "coefficients": coefficients}
 
     def compute(job: Job) -> None:
-        from fmn.merge.inputs import read_labels, read_statistics
+        from fmn.merge.inputs import read_statistics
         from fmn.merge.model import write_model
 
-        checkpoints.check_experts(experts, tasks, base)
         digests = {task: job.inputs[f"expert {task}"] for task in experts}
         statistics = read_statistics(method, digests, fisher, gram)
-        aligned = {t: named[t] or labels.as_they_stand(tasks[t]) for t in experts}
-        for task in unnamed:
-            known = read_labels(fisher[task], method, task, digests[task])
-            aligned[task] = known or aligned[task]
+        tasks = {t: _definition(t, experts[t], statistics.definitions) for t in experts}
+        checkpoints.check_experts(experts, tasks, base)
         chosen, search = _searched(coefficients, job, digests, settings)
-        lineage: dict[str, Any] = {**statistics.records, "labels": aligned, "search": search}
-        lineage["definitions"] = tasks
+        lineage: dict[str, Any] = {**statistics.records, "search": search}
         lineage["experts"] = {task: _checkpoint(experts[task], digests[task]) for task in experts}
         lineage["base"] = _checkpoint(base, job.inputs["base"]) if base else None
-        names = {t: labels.names_by_output(tasks[t], aligned[t]) for t in experts}
         write_model(
-            job.path, experts, chosen, base=base, statistics=statistics, labels=names,
+            job.path, experts, chosen, base=base, statistics=statistics, definitions=tasks,
             lineage=lineage, progress=progress,
         )  # fmt: skip
 
@@ -103,6 +93,12 @@ def merge(
         "merge", MERGE, out, compute,
         reads=reads, settings=settings.used(), summary=read_recipe, is_folder=True,
     )  # fmt: skip
+
+
+def _definition(name: str, expert: Path, by_statistics: Mapping[str, Task | None]) -> Task:
+    """The definition of an expert's task: in its folder, else as its statistics say."""
+    known = None if read_task(expert) else by_statistics.get(name)
+    return known or labels.expert_task(expert, name)
 
 
 def statistics_files(
@@ -182,12 +178,11 @@ def realign(
     merged = read_recipe(model)
     _check_experts(model, merged, experts)
     rows = {task: provenance.rows_tuned_on(experts[task]) for task in merged.tasks}
+    definitions = {task: load_task(data, task) for task in merged.tasks}
     reads: dict[str, Path | list[Path]] = {"model": model}
-    definitions = {}
-    for task in merged.tasks:
+    for task, definition in definitions.items():
         reads[f"expert {task}"] = experts[task]
-        definitions[task] = load_task(data, task)
-        reads[f"data {task}"] = dataset.split_files(data, definitions[task], "train")
+        reads[f"data {task}"] = dataset.split_files(data, definition, "train")
 
     def compute(job: Job) -> None:
         from fmn.merge.heads import realigned_head, unlabeled
@@ -210,7 +205,7 @@ def realign(
         recipe = merged.model_copy(update={"realign": realigned})
         write_realigned(job.path, model, tensors, recipe)
 
-    described = {"realign": settings, "tuned on": {task: list(n) for task, n in rows.items()}}
+    described = {"realign": settings, "tuned on": rows, "tasks": definitions}
     return run_stage(
         "realign", REALIGN, out, compute,
         reads=reads, settings=described, summary=read_recipe, is_folder=True,

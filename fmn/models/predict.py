@@ -18,12 +18,14 @@ def predict(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    width: int | None = None,
     progress: Progress = no_progress,
 ) -> np.ndarray:
     """Logits, float32 [N, C], in the examples' order.
 
     The model is moved to `device` and put in evaluation mode; it computes in `dtype` (see
-    `devices.resolve_dtype`). `progress` is called with (examples done, all examples).
+    `devices.resolve_dtype`). `width` is C where the model gives something else than a logit for
+    each of its labels. `progress` is called with (examples done, all examples).
 
     Raises:
         UserError: this machine has no such device, or there is no such dtype.
@@ -31,7 +33,7 @@ def predict(
     target = resolve_device(device)
     compute_dtype = resolve_dtype(dtype, target)
     model.eval()
-    logits = np.zeros((len(examples), model.config.num_labels), dtype=np.float32)
+    logits = np.zeros((len(examples), width or model.config.num_labels), dtype=np.float32)
     done = 0
     tokens = TOKENS if target.type == "cpu" else 16 * TOKENS
     computing = autocast(target, compute_dtype)

@@ -9,18 +9,20 @@ from fmn.evaluate.files import Metrics, TaskRows
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
 from fmn.report.page import render
-from fmn.report.results import evaluate_table, markdown, measured
-from fmn.tasks.dataset import HUB
-from fmn.tasks.task import get_task
+from fmn.report.results import (
+    DATA_SETS,
+    evaluate_notes,
+    evaluate_table,
+    markdown,
+    measured,
+    task_table,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-HUB_METRICS = {"pearson": "pearsonr"}
-"""The Hub's name of a metric, if it is another than GLUE's."""
-DATA_SETS = {"hub": (HUB, "GLUE"), "embedded": ("fmn/miniature-glue", "miniature GLUE")}
-"""By source of the data: the id that a card calls it by, and its title."""
-OTHER_DATA = ("glue", "GLUE from a folder")
+HUB_METRICS = {"pearson": "pearsonr", "r2": "r_squared"}
+"""The Hub's name of a metric, if it is another than ours."""
 
 
 def card(recipe: Recipe, metrics: Metrics) -> str:
@@ -30,50 +32,67 @@ def card(recipe: Recipe, metrics: Metrics) -> str:
         recipe=recipe,
         metrics=metrics,
         scores=markdown(*evaluate_table(metrics)),
+        notes=evaluate_notes(metrics),
+        tasks=markdown(*task_table(recipe.definitions | metrics.definitions, metrics.data)),
         paper=METHODS[recipe.method].paper,
-        data_sets=DATA_SETS,
-        other_data=OTHER_DATA,
     )
     return f"---\n{front_matter(recipe, metrics).to_yaml()}\n---\n\n{body}\n"
 
 
+def hub_metric(name: str) -> tuple[str, dict[str, str] | None]:
+    """The Hub's name of a metric, and its arguments there."""
+    base, _, average = name.partition("_")
+    return (
+        ("f1", {"average": average})
+        if base == "f1" and average
+        else (HUB_METRICS.get(name, name), None)
+    )
+
+
 def front_matter(recipe: Recipe, metrics: Metrics) -> "ModelCardData":
-    """What the Hub reads of a card, with the scores as model-index."""
+    """What the Hub reads of a card, with the scores as model-index; undefined ones are left out."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = []
-    for task, scores in metrics.tasks.items():
-        rows = metrics.data.get(task, TaskRows(splits={}))
-        data_set, title = DATA_SETS.get(rows.source, OTHER_DATA)
+    for name, scores in metrics.tasks.items():
+        task, rows = metrics.definitions[name], metrics.data.get(name, TaskRows(splits={}))
+        is_on_hub = bool(rows.revision) and rows.source not in DATA_SETS
+        data_set, title = DATA_SETS.get(rows.source, (rows.source if is_on_hub else name, ""))
         for split, metric, value, examples, _ in measured(task, scores):
+            if value is None:
+                continue
+            kind, arguments = hub_metric(metric)
             result = EvalResult(
-                task_type="text-classification",
-                task_name=f"GLUE {task}",
+                task_type=task.task,
+                task_name=name,
                 dataset_type=data_set,
-                dataset_name=f"{title}, {task}",
-                dataset_config=task,
+                dataset_name=f"{title}, {name}" if title else name,
+                dataset_config=name if title else None,
                 dataset_split=split,
                 dataset_revision=rows.revision or None,
                 dataset_args={"rows": examples},
-                metric_type=HUB_METRICS.get(metric, metric),
-                metric_name=f"{task} {metric.replace('_', ' ')}",
+                metric_type=kind,
+                metric_args=arguments,
+                metric_name=f"{name} {metric.replace('_', ' ')}",
                 metric_value=round(value, 6),
             )
             results.append(result)
-    tasks = list(recipe.experts) or recipe.tasks
+    tasks, sources = list(recipe.experts) or recipe.tasks, list(metrics.data.values())
     revisions = [expert.revision for expert in recipe.experts.values()]
-    on_hub = [name[5:].partition("@")[0] for name in revisions if name.startswith("hf://")]
-    names = {HUB_METRICS.get(name, name) for task in tasks for name in get_task(task).metrics}
+    bases = [name[5:].partition("@")[0] for name in revisions if name.startswith("hf://")]
+    is_glue = sources and all(rows.source in DATA_SETS for rows in sources)
+    data_sets = {DATA_SETS.get(rows.source, (rows.source,))[0] for rows in sources if rows.revision}
+    kinds = {hub_metric(name)[0] for task in metrics.definitions.values() for name in task.metrics}
     return ModelCardData(
         model_name=f"fmn {recipe.method} of {', '.join(tasks)}",
         library_name="transformers",
         pipeline_tag="text-classification",
-        language="en",
-        base_model=on_hub or None,
-        base_model_relation="merge" if on_hub else None,
-        datasets=[HUB] if any(rows.source == "hub" for rows in metrics.data.values()) else None,
+        language="en" if is_glue else None,
+        base_model=bases or None,
+        base_model_relation="merge" if bases else None,
+        datasets=sorted(data_sets) or None,
         tags=["fmn", "merge", recipe.method, *tasks],
-        metrics=sorted(names),
-        eval_results=results,
+        metrics=sorted(kinds),
+        eval_results=results or None,
         ignore_metadata_errors=False,
     )

@@ -4,7 +4,7 @@ A cell is a set of experts merged with one method and tried on every task of the
 (`fmn.experiments`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from statistics import fmean
@@ -13,11 +13,12 @@ import numpy as np
 
 from fmn.evaluate import bootstrap
 from fmn.evaluate.bootstrap import Difference
-from fmn.evaluate.metrics import Answers
+from fmn.evaluate.metrics import Answers, TaskAnswers, averaged, higher_is_better
 from fmn.experiments.files import Cell
 from fmn.report import results
 from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, mean
 from fmn.store.records import Record
+from fmn.tasks.task import Task
 
 Cells = Mapping[str, Mapping[str, Cell]]
 """By set of experts and method."""
@@ -32,6 +33,8 @@ class Comparison:
         seconds: mean time of a merge, by method.
         sets: by method and set.
         largest: name of the last set, which `scores` and `differences` are of.
+        tasks: definitions of the tasks of the last set.
+        averaged: those that a mean of scores is over.
         scores: by method, EXPERT the last, and task, MACRO the last.
         differences: of the mean score from that of the average, by method.
         pairs: by method, what is left of a task's score by (task, the task it was merged with).
@@ -42,6 +45,8 @@ class Comparison:
     seconds: Mapping[str, float]
     sets: Mapping[str, Mapping[str, Estimate]]
     largest: str
+    tasks: Mapping[str, Task]
+    averaged: Sequence[str]
     scores: Mapping[str, Mapping[str, Estimate]]
     differences: Mapping[str, Difference]
     pairs: Mapping[str, Mapping[tuple[str, str], float]]
@@ -54,19 +59,26 @@ def compare(cells: Cells) -> Comparison:
     candidates = [method for method in methods if method not in BOUNDS] or methods
     shares, means = _shares(cells), {}
     for method in methods:
-        row = {k: mean([shares[name][method] for name in n]) for k, n in kinds(cells).items()}
-        means[method] = {**row, MACRO: mean(list(row.values()))}
+        parts = {k: mean([shares[name][method] for name in n]) for k, n in kinds(cells).items()}
+        means[method] = {**parts, MACRO: mean(list(parts.values()))}
     largest = list(cells)[-1]
-    scores = {method: _scores(cell) for method, cell in cells[largest].items()}
+    row = cells[largest]
+    tasks = {name: entry.definition for name, entry in row[methods[0]].tasks.items()}
+    counted = averaged({name: row[methods[0]].tasks[name].expert for name in tasks}, tasks)
+    counted = [n for n in counted if all(cell.tasks[n].score is not None for cell in row.values())]
+    scores = {method: _scores(cell, counted) for method, cell in row.items()}
+    scores[EXPERT] = _scores(row[methods[0]], counted, of_expert=True)
     return Comparison(
         means=means,
         seconds={m: fmean(row[m].seconds for row in cells.values()) for m in methods},
         sets={m: {name: row[m] for name, row in shares.items()} for m in methods},
         largest=largest,
-        scores=scores | {EXPERT: _scores(cells[largest][methods[0]], of_expert=True)},
-        differences=differences(cells[largest]),
+        tasks=tasks,
+        averaged=counted,
+        scores=scores,
+        differences=differences(row),
         pairs={method: pairs(cells, method) for method in methods},
-        best=max(candidates, key=lambda method: means[method][MACRO].value),
+        best=max(candidates, key=lambda method: means[method][MACRO].value or 0.0),
     )
 
 
@@ -80,46 +92,52 @@ def kinds(cells: Cells) -> dict[str, list[str]]:
     return by_title
 
 
-def answers(cell: Cell, of_expert: bool = False) -> dict[str, dict[str, Answers]]:
-    """What the merged model of a cell, or the experts, answered, by task and split."""
-    return {
-        task: {"tried": Answers(np.array(predictions), np.array(entry.labels))}
-        for task, entry in cell.tasks.items()
-        for predictions in [entry.expert_predictions if of_expert else entry.predictions]
-    }
+def answers(cell: Cell, of_expert: bool = False) -> dict[str, TaskAnswers]:
+    """What the merged model of a cell, or the experts, answered, by task."""
+    answered = {}
+    for name, entry in cell.tasks.items():
+        sides = (entry.predictions, entry.scores)
+        predictions, scores = (
+            (entry.expert_predictions, entry.expert_scores) if of_expert else sides
+        )
+        split = Answers(np.array(predictions), np.array(entry.labels), np.array(scores))
+        answered[name] = TaskAnswers(entry.definition, {"tried": split})
+    return answered
 
 
 def _shares(cells: Cells) -> dict[str, dict[str, Estimate]]:
-    """By set and method: the mean share over the tasks whose expert scores above 0, else 0."""
+    """By set and method: the mean share over the tasks that have one."""
     known: dict[tuple[str, bytes], np.ndarray] = {}  # an expert answers the same in every cell
 
-    def draws(task: str, part: Answers) -> np.ndarray:
-        key = (task, part.predicted.tobytes() + part.labels.tobytes())
+    def draws(name: str, answered: TaskAnswers) -> np.ndarray:
+        key = (name, b"".join(side.tobytes() for side in answered.splits["tried"]))
         if key not in known:
-            known[key] = bootstrap.draws({task: {"tried": part}})[task]
+            known[key] = bootstrap.draws({name: answered})[name]
         return known[key]
 
     def share(cell: Cell) -> Estimate:
         merged, experts = answers(cell), answers(cell, of_expert=True)
         parts = []
-        for task, entry in cell.tasks.items():
+        for name, entry in cell.tasks.items():
             if entry.relative is not None:
-                pair = (draws(task, side[task]["tried"]) for side in (merged, experts))
-                parts.append(Estimate(entry.relative, bootstrap.relative(*pair)))
-        return mean(parts) if parts else Estimate(0.0, None)
+                pair = (draws(name, side[name]) for side in (merged, experts))
+                shares = bootstrap.relative(entry.definition, *pair)
+                parts.append(Estimate(entry.relative, shares))
+        return mean(parts)
 
     return {
         name: {method: share(cell) for method, cell in row.items()} for name, row in cells.items()
     }
 
 
-def _scores(cell: Cell, of_expert: bool = False) -> dict[str, Estimate]:
-    """The scores of a cell's merged model, or of the experts, and their mean."""
+def _scores(cell: Cell, averaged: Sequence[str], of_expert: bool = False) -> dict[str, Estimate]:
+    """The scores of a cell's merged model, or of the experts, and the mean of some tasks."""
     draws = bootstrap.draws(answers(cell, of_expert))
-    scores = {t: entry.expert if of_expert else entry.score for t, entry in cell.tasks.items()}
-    rows = {task: Estimate(score, draws[task]) for task, score in scores.items()}
-    rows[MACRO] = mean(list(rows.values()))
-    return rows
+    rows = {}
+    for name, entry in cell.tasks.items():
+        score = entry.expert if of_expert else entry.score
+        rows[name] = Estimate(score, draws[name], higher_is_better(entry.definition))
+    return {**rows, MACRO: mean([rows[name] for name in averaged])}
 
 
 def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
@@ -154,15 +172,23 @@ def text_table(comparison: Comparison) -> results.TextTable:
     kinds = list(comparison.means[comparison.best])
     body = []
     for method, row in comparison.means.items():
-        numbers = [results.percent(row[kind].value) for kind in kinds]
-        seconds = f"{comparison.seconds[method]:.1f}"
-        body.append([method, *numbers, results.span(row[MACRO].interval), seconds])
+        numbers = [row[kind].text for kind in kinds]
+        body.append([method, *numbers, row[MACRO].span, f"{comparison.seconds[method]:.1f}"])
     body.append([EXPERT, *["100.0"] * len(kinds), "", ""])
     return ["method", *kinds, "95 % interval", "seconds"], body
 
 
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader of the tables should know, a line each."""
+    scores = {name: comparison.scores[EXPERT][name].value for name in comparison.tasks}
+    return results.score_remarks(scores, comparison.tasks, comparison.averaged)
+
+
 class ComparisonResults(Record):
-    """``results.json``: of each method the means and their intervals, of each cell the scores."""
+    """``results.json``: of each method the means and their intervals, of each cell the scores.
+
+    What is undefined is left out, or None.
+    """
 
     methods: dict[str, dict[str, float]]
     intervals: dict[str, dict[str, tuple[float, float] | None]]
@@ -173,7 +199,7 @@ def numbers(cells: Cells, comparison: Comparison) -> ComparisonResults:
     """The tables as numbers."""
     numbers = ComparisonResults(methods={}, intervals={}, sets={})
     for method, row in comparison.means.items():
-        values = {kind: estimate.value for kind, estimate in row.items()}
+        values = {kind: each.value for kind, each in row.items() if each.value is not None}
         numbers.methods[method] = {**values, "seconds": comparison.seconds[method]}
         numbers.intervals[method] = {kind: estimate.interval for kind, estimate in row.items()}
     for name, by_method in cells.items():

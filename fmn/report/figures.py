@@ -24,7 +24,7 @@ import numpy as np
 from fmn.fisher.architectures import NodeValues, Site
 from fmn.report import results
 from fmn.report.comparison import Comparison
-from fmn.report.results import AVERAGE, EXPERT, MACRO, Estimate, Report, percent, seconds
+from fmn.report.results import AVERAGE, EXPERT, MACRO, Estimate, Report, seconds, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,10 +99,11 @@ def _interval(
     axis: "Axes", y: float, estimate: Estimate, mark: tuple[str, str], bold: bool
 ) -> tuple[float, float]:
     """Draw an estimate in percent as a marker on its interval; returns the interval's ends."""
-    low, high = (100 * end for end in estimate.interval or (estimate.value, estimate.value))
+    value = estimate.value or 0.0
+    low, high = (100 * end for end in estimate.interval or (value, value))
     marker, colour = mark
     axis.plot([low, high], [y, y], color=colour, linewidth=2 if bold else 1.3)
-    axis.plot(100 * estimate.value, y, marker, color=colour, markersize=6 if bold else 5)
+    axis.plot(100 * value, y, marker, color=colour, markersize=6 if bold else 5)
     return low, high
 
 
@@ -137,22 +138,25 @@ def _numbers(axis: "Axes", grid: np.ndarray, form: str, is_dark: np.ndarray) -> 
 def scores(report: Report) -> Drawn:
     """Scores by task.
 
-    A line for each model: the marker is its score, the line its 95 % interval.
+    A line for each model: the marker is its score, the line its 95 % interval. Tasks where less is
+    better are in the table alone.
     """
     from matplotlib.lines import Line2D
 
-    table, names, rows = report.table, list(report.table.columns), report.table.rows
+    table, names, rows = report.table, list(report.table.columns), _rows(report.table)
+    if not rows:
+        return None
     marks, step, lows = _marks(names, table.headline), len(names) + 1, [1.0]
     figure, axes = _figure(0.75 + len(rows) * (0.16 * len(names) + 0.14))
     axis = axes[0, 0]
     for y, (row, name) in enumerate(product(rows, [*names, ""])):
         if not name:
             axis.axhline(y, color=FAINT, linewidth=0.8)
-        elif entry := table.columns[name].get(row):
+        elif (entry := table.columns[name].get(row)) and entry.score.value is not None:
             bold = name == table.headline
             low, high = _interval(axis, y, entry.score, marks[name], bold)
             style = {"color": INK, "weight": "bold"} if bold else {"color": SOFT}
-            axis.text(high + 0.8, y, percent(entry.score.value), va="center", size=8, **style)
+            axis.text(high + 0.8, y, entry.score.text, va="center", size=8, **style)
             lows.append(low)
     if MACRO in rows:
         axis.axhline((len(rows) - 1) * step - 1, color=FAINT, linewidth=1.6)
@@ -162,9 +166,16 @@ def scores(report: Report) -> Drawn:
     lines = [Line2D([], [], marker=marker, color=colour) for marker, colour in marks.values()]
     figure.legend(lines, names, loc="outside upper left", ncols=len(names))
     last = {name: column[rows[-1]] for name, column in table.columns.items() if rows[-1] in column}
-    place = "In the mean over the tasks" if rows[-1] == MACRO else f"On {rows[-1]}"
-    words = (f"{name} {percent(entry.score.value)} %" for name, entry in last.items())
+    mean = f"In the mean over {results.listed(table.averaged)}"
+    place = mean if rows[-1] == MACRO else f"On {rows[-1]}"
+    words = (f"{name} {entry.score.text} %" for name, entry in last.items())
     return figure, f"{place}: {', '.join(words)}."
+
+
+def _rows(table: results.Table) -> list[str]:
+    """The rows of the table whose scores are percentages."""
+    averaged = [name for name in table.rows if name in table.averaged]
+    return averaged + [MACRO] * (len(averaged) > 1)
 
 
 def _marks(names: Sequence[str], headline: str) -> dict[str, tuple[str, str]]:
@@ -180,20 +191,21 @@ def differences(report: Report) -> Drawn:
     Filled and pointing right or left: better or worse, with p below 0.05. A hollow circle: within
     chance.
     """
-    table, rows, count = report.table, report.table.rows, len(report.table.differences)
-    if not count:
+    table, rows, count = report.table, _rows(report.table), len(report.table.differences)
+    if not (count and rows):
         return None
     looks = {"better": (BLUE, ">", 2), "worse": (RED, "<", 2), "within chance": (SOFT, "o", 1.2)}
     figure, axes = _figure(0.8 + 0.3 * len(rows), 1, count, sharey=True)
     for axis, (name, by_row) in zip(axes[0], table.differences.items(), strict=True):
         axis.axvline(0, color=SOFT, linewidth=0.8)
         for y, row in enumerate(rows):
-            if difference := by_row.get(row):
-                colour, marker, width = looks[results.verdict(difference)]
-                ends = [100 * end for end in difference.interval]
-                axis.plot(ends, [y, y], color=colour, linewidth=width)
+            tested = by_row.get(row)
+            if tested and tested.difference is not None:
+                colour, marker, width = looks[results.verdict(tested)]
+                ends = [100 * end for end in tested.interval or ()]
+                axis.plot(ends, [y] * len(ends), color=colour, linewidth=width)
                 style = {"mfc": "white" if marker == "o" else colour, "markersize": 6.5}
-                axis.plot(100 * difference.difference, y, marker, color=colour, **style)
+                axis.plot(100 * tested.difference, y, marker, color=colour, **style)
         axis.set_yticks(range(len(rows)), rows, fontsize=10)
         axis.set_title(fill(f"{table.headline} less {name}", 96 // count))
         axis.set(xlabel="points", ylim=(len(rows) - 0.4, -0.6), xmargin=0.12)
@@ -286,10 +298,10 @@ def owners(report: Report) -> Drawn:
         axis.set_title(f"Share of the {title}, % of each layer")
         nodes = {task: np.concatenate([shares[task][s] for s in sites[title]]) for task in tasks}
         first = max(nodes, key=lambda task: float(nodes[task].mean()))
-        most.append(f"{first} owns most of the {title} ({percent(nodes[first].mean())} %)")
+        most.append(f"{first} owns most of the {title} ({shown(nodes[first].mean())} %)")
     axes[-1, 0].set_xlabel("layer")
     words = f"Of {len(tasks)} experts, {results.listed(most)}"
-    return figure, f"{words}; an equal share is {percent(1 / len(tasks))} %."
+    return figure, f"{words}; an equal share is {shown(1 / len(tasks))} %."
 
 
 # ---- cost ----
@@ -330,8 +342,11 @@ def methods(comparison: Comparison) -> Drawn:
 
     The marker is what a method keeps of the experts' scores, the line its 95 % interval.
     """
-    means = {method: row[MACRO] for method, row in comparison.means.items()}
-    order = sorted(means, key=lambda method: -means[method].value)
+    means = {m: row[MACRO] for m, row in comparison.means.items() if row[MACRO].value is not None}
+    values = {method: each.value or 0.0 for method, each in means.items()}
+    order = sorted(means, key=lambda method: -values[method])
+    if not order:
+        return None
     figure, axes = _figure(0.6 + 0.24 * len(order))
     axis, highs = axes[0, 0], [100.0]
     axis.axvline(100, color=INK, linewidth=1)
@@ -340,13 +355,13 @@ def methods(comparison: Comparison) -> Drawn:
         bold = method == comparison.best
         mark = HEADLINE if bold else BOUNDS.get(method, OTHERS[0])
         highs.append(_interval(axis, y, means[method], mark, bold)[1])
-        text = axis.text(1.01, y, percent(means[method].value), va="center", fontsize=8.5)
+        text = axis.text(1.01, y, means[method].text, va="center", fontsize=8.5)
         text.set(transform=axis.get_yaxis_transform(), weight="bold" if bold else "normal")
     axis.set_yticks(range(len(order)), order, fontsize=9)
-    least = min(0.0, *(100 * mean.value for mean in means.values()))
+    least = min(0.0, *(100 * value for value in values.values()))
     axis.set(xlim=(least, 1.02 * max(highs)), ylim=(len(order) - 0.4, -1.4))
     axis.set_xlabel("% of the experts' scores, mean over the sets")
-    most, fewest = (f"{name} {percent(means[name].value)} %" for name in (order[0], order[-1]))
+    most, fewest = (f"{name} {means[name].text} %" for name in (order[0], order[-1]))
     return figure, f"The most: {most}; the least: {fewest}."
 
 

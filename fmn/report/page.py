@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
 from fmn.report import results
+from fmn.report.comparison import notes
 from fmn.report.results import BOUNDS, EXPERT, Estimate
-from fmn.tasks.task import TASKS
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -34,21 +34,17 @@ def _templates() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = ("differences_in_words", "listed", "percent", "points", "remarks", "seconds", "span")
-    templates.filters |= {name: getattr(results, name) for name in (*words, "verdict")}
-    own = (largest, metrics_of, settings, statistics)
-    templates.filters |= {function.__name__: function for function in own}
+    words = (
+        *("difference_span", "differences_in_words", "escaped", "listed", "metric_words", "points"),
+        *("remarks", "seconds", "verdict"),
+    )
+    templates.filters |= {name: getattr(results, name) for name in words}
+    templates.filters |= {each.__name__: each for each in (best, notes, settings, statistics)}
     templates.globals |= {"bounds": BOUNDS}
     return templates
 
 
 # ---- filters ----
-
-
-def metrics_of(task: str) -> str:
-    """The metrics that a task's score is the mean of; nothing for the mean over tasks."""
-    metrics = TASKS[task].metrics if task in TASKS else ()
-    return " + ".join(metric.replace("_", " ") for metric in metrics)
 
 
 def settings(recipe: Recipe) -> str:
@@ -57,7 +53,7 @@ def settings(recipe: Recipe) -> str:
     values = {name: getattr(recipe, name) for name in names}
     words = [f"{name} {value}" for name, value in values.items() if value is not None]
     if search := recipe.search:
-        shares = [results.percent(share) for share in (search.score, search.uniform)]
+        shares = [results.shown(share) for share in (search.score, search.uniform)]
         words.append(
             "coefficients and scale by search on the training data ({} % of the experts'"
             " scores there; equal coefficients: {} %)".format(*shares)
@@ -76,7 +72,9 @@ def statistics(recipe: Recipe, task: str) -> str:
     return "; ".join(words)
 
 
-def largest(rows: Mapping[str, Mapping[str, Estimate]], column: str) -> str:
-    """The method with the largest value in a column."""
-    methods = [method for method in rows if method != EXPERT]
-    return max(methods, key=lambda method: rows[method][column].value)
+def best(rows: Mapping[str, Mapping[str, Estimate]], column: str) -> str:
+    """The method with the best value in a column; "" if all are undefined."""
+    numbers = {m: row[column] for m, row in rows.items() if m != EXPERT}
+    known = {m: each.value for m, each in numbers.items() if each.value is not None}
+    is_percent = all(each.is_percent for each in numbers.values())
+    return (max if is_percent else min)(known, key=known.__getitem__, default="")

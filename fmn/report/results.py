@@ -1,25 +1,27 @@
 """The scores of experts and merged models side by side: tables as data, and as text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmn.errors import UserError
+from fmn.errors import UserError, redacted
 from fmn.evaluate import bootstrap
-from fmn.evaluate.bootstrap import Difference
-from fmn.evaluate.files import Interval, Metrics, TaskScores, read_metrics, read_predictions
-from fmn.evaluate.metrics import Splits
+from fmn.evaluate.bootstrap import Difference, Interval
+from fmn.evaluate.files import Metrics, TaskRows, TaskScores, read_metrics, read_predictions
+from fmn.evaluate.metrics import TaskAnswers, averaged, higher_is_better, relative
 from fmn.fisher.architectures import NodeValues, tempered
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
-from fmn.models.labels import better_than_guessing
 from fmn.store.stage import read_sidecar
-from fmn.tasks.task import get_task
+from fmn.tasks.dataset import HUB
+from fmn.tasks.task import Task
 
 MACRO = "mean"
 EXPERT = "expert"
@@ -33,41 +35,64 @@ BOUNDS: Mapping[str, str] = {
 VERDICTS = ("better", "worse", "within chance")
 SIGNIFICANT = 0.05  # a difference with a smaller p-value is called real
 MINUS = "\N{MINUS SIGN}"
+UNDEFINED = "undefined"
+DATA_SETS = {"hub": (HUB, "GLUE"), "embedded": ("fmn/miniature-glue", "miniature GLUE")}
+"""By source of the rows: the id that a model card calls them by, and a title."""
 
 TextTable = tuple[list[str], list[list[str]]]
 """Header and rows."""
 
 
 class Evaluated(NamedTuple):
-    """A model's metrics, and the answers that they were computed from, by task and split."""
+    """A model's metrics, and the answers that they were computed from, by task."""
 
     metrics: Metrics
-    answers: Mapping[str, Splits]
+    answers: Mapping[str, TaskAnswers]
 
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A number, and its value in each bootstrap resample, float64 [R], if it has one in all."""
+    """A number, and its value in each bootstrap resample, float64 [R]; None if it is undefined.
 
-    value: float
+    An error, of which less is better, is no percentage and is shown as it is.
+    """
+
+    value: float | None
     draws: np.ndarray | None = None
+    is_percent: bool = True
 
     @cached_property
-    def interval(self) -> tuple[float, float] | None:
+    def interval(self) -> Interval | None:
         """The 95 % interval."""
         return None if self.draws is None else bootstrap.interval(self.draws)
 
+    @property
+    def text(self) -> str:
+        """The number as people read it."""
+        return shown(self.value, self.is_percent)
+
+    @property
+    def with_unit(self) -> str:
+        """The number as people read it outside of a table of percentages."""
+        return self.text + " %" * (self.is_percent and self.value is not None)
+
+    @property
+    def span(self) -> str:
+        """The interval as people read it."""
+        return span(self.interval, self.is_percent)
+
 
 def mean(parts: Sequence[Estimate]) -> Estimate:
-    """The mean; without draws, if a part has none."""
-    draws = [part.draws for part in parts if part.draws is not None]
-    is_known = len(draws) == len(parts)
-    value = fmean(part.value for part in parts)
-    return Estimate(value, np.mean(draws, axis=0) if is_known else None)
+    """The mean of those that are defined; without draws, if one of them has none."""
+    values = [part.value for part in parts if part.value is not None]
+    draws = [part.draws for part in parts if part.value is not None and part.draws is not None]
+    if not values:
+        return Estimate(None)
+    return Estimate(fmean(values), np.mean(draws, axis=0) if len(draws) == len(values) else None)
 
 
 class Entry(NamedTuple):
-    """A model's score, and its share of the expert's score if an expert scores above zero."""
+    """A model's score, and its share of the expert's score, where there is one."""
 
     score: Estimate
     share: Estimate | None
@@ -100,20 +125,29 @@ class Table:
     """Scores of merged models and of the experts on the same examples.
 
     Attributes:
-        tasks: in order.
+        definitions: of the tasks, in order.
+        data: where the tasks' rows come from.
         examples: number of examples by task.
         columns: scores by model (EXPERT is the last, if there are experts), then by row.
         headline: name of the column that the report is about.
         differences: the headline's score less another column's, by column, then by row.
-        guessing: the tasks whose expert is no better than guessing on these examples.
+        averaged: the tasks that a mean of scores is over; their scores are percentages.
+        guessing: the tasks whose expert is no better than a constant answer on these examples.
     """
 
-    tasks: tuple[str, ...]
+    definitions: Mapping[str, Task]
+    data: Mapping[str, TaskRows]
     examples: Mapping[str, int]
     columns: Mapping[str, Mapping[str, Entry]]
     headline: str
     differences: Mapping[str, Mapping[str, Difference]]
+    averaged: tuple[str, ...]
     guessing: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return tuple(self.definitions)
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -136,6 +170,11 @@ class Report:
     fisher: Mapping[str, NodeValues]
     costs: Sequence[Cost]
 
+    @property
+    def tasks(self) -> TextTable:
+        """What the tasks are."""
+        return task_table(self.table.definitions, self.table.data)
+
     @cached_property
     def shares(self) -> dict[str, NodeValues]:
         """Every expert's share of each mask node in the headline's model, by task."""
@@ -156,7 +195,10 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
     Raises:
         UserError: a model was not evaluated on the same tasks and examples.
     """
+    first = headline(merged)
     entries = next(iter(merged.values())).metrics.tasks
+    if MACRO in entries:
+        raise UserError(f"task {MACRO}: the row of means is called so; give the task another name")
     for name, model in merged.items():
         if missing := [task for task in entries if task not in model.metrics.tasks]:
             raise UserError(
@@ -170,18 +212,36 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
         scores = {task: model.metrics.tasks[task].score for task, model in by_task.items()}
         answers = {task: model.answers[task] for task, model in by_task.items()}
         columns[name] = _Column(scores, answers, bootstrap.draws(answers))
-    first = headline(merged)
-    others = [name for name in columns if name != first]
+    definitions = {name: task for name, (task, _) in columns[first].answers.items()}
+    counted = tuple(
+        task
+        for task in entries
+        if all(
+            averaged({task: c.scores[task]}, definitions)
+            for c in columns.values()
+            if task in c.scores
+        )
+    )
     return Table(
-        tasks=tuple(entries),
+        definitions=definitions,
+        data=merged[first].metrics.data,
         examples={
-            task: sum(len(split.labels) for split in columns[first].answers[task].values())
-            for task in entries
+            name: sum(len(split.labels) for split in answered.splits.values())
+            for name, answered in columns[first].answers.items()
         },
-        columns={name: _entries(column, columns.get(EXPERT)) for name, column in columns.items()},
+        columns={
+            name: _entries(column, columns.get(EXPERT), counted, definitions)
+            for name, column in columns.items()
+        },
         headline=first,
-        differences={name: _differences(first, name, columns) for name in others},
-        guessing=tuple(task for task in alone if _guesses(task, columns[EXPERT])),
+        differences={n: _differences(first, n, columns) for n in columns if n != first},
+        averaged=counted,
+        guessing=tuple(
+            task
+            for task, model in alone.items()
+            if model.metrics.tasks[task].score is not None
+            and bootstrap.at_chance(*model.answers[task])
+        ),
     )
 
 
@@ -194,36 +254,32 @@ def headline(names: Iterable[str]) -> str:
 class _Column(NamedTuple):
     """Scores, answers, and the score in each bootstrap resample, float64 [R], all by task."""
 
-    scores: Mapping[str, float]
-    answers: Mapping[str, Splits]
+    scores: Mapping[str, float | None]
+    answers: Mapping[str, TaskAnswers]
     draws: Mapping[str, np.ndarray]
 
-    def rows(self) -> dict[str, list[str]]:
-        """The tasks that each row of the table is the mean over."""
-        return {task: [task] for task in self.scores} | {MACRO: list(self.scores)}
 
-
-def _entries(column: _Column, expert: _Column | None) -> dict[str, Entry]:
-    """A column by row; a task whose expert scores nothing has no share."""
-    scores, shares = {}, {}
-    for task, score in column.scores.items():
-        scores[task] = Estimate(score, column.draws[task])
-        if expert and (full := expert.scores.get(task, 0.0)) > 0:
-            draws = bootstrap.relative(column.draws[task], expert.draws[task])
-            shares[task] = Estimate(score / full, draws)
+def _entries(
+    column: _Column, expert: _Column | None, averaged: Sequence[str], tasks: Mapping[str, Task]
+) -> dict[str, Entry]:
+    """A column by row; scores are averaged over some tasks, shares over those that have one."""
     entries = {}
-    for row, tasks in column.rows().items():
-        known = [shares[task] for task in tasks if task in shares]
-        share = mean(known) if known else None
-        entries[row] = Entry(mean([scores[task] for task in tasks]), share)
-    return entries
+    for name, score in column.scores.items():
+        task, share = tasks[name], None
+        draws = column.draws[name]
+        if expert and (part := relative(task, score, expert.scores.get(name))) is not None:
+            share = Estimate(part, bootstrap.relative(task, draws, expert.draws[name]))
+        entries[name] = Entry(Estimate(score, draws, higher_is_better(task)), share)
+    shares = [share for _, share in entries.values() if share]
+    scores = [entry.score for name, entry in entries.items() if name in averaged]
+    return entries | {MACRO: Entry(mean(scores), mean(shares) if shares else None)}
 
 
 def _differences(first: str, second: str, columns: Mapping[str, _Column]) -> dict[str, Difference]:
     """The score of one column less that of another, by the latter's rows."""
-    pair, differences = (columns[first], columns[second]), {}
-    for row, tasks in columns[second].rows().items():
-        answers = [{task: column.answers[task] for task in tasks} for column in pair]
+    pair, tasks, differences = (columns[first], columns[second]), list(columns[second].scores), {}
+    for row, names in ({task: [task] for task in tasks} | {MACRO: tasks}).items():
+        answers = [{task: column.answers[task] for task in names} for column in pair]
         try:
             differences[row] = bootstrap.compare(*answers, drawn=(pair[0].draws, pair[1].draws))
         except ValueError as error:
@@ -231,14 +287,6 @@ def _differences(first: str, second: str, columns: Mapping[str, _Column]) -> dic
                 f"{first} and {second}: {error}; evaluate both on the same data"
             ) from error
     return differences
-
-
-def _guesses(task: str, expert: _Column) -> bool:
-    """Whether an expert is no better than guessing; in regression: not surely correlated."""
-    if get_task(task).regression:
-        return bootstrap.interval(expert.draws[task])[0] <= 0
-    splits = expert.answers[task].values()
-    return not any(better_than_guessing(get_task(task), *answers) for answers in splits)
 
 
 def node_shares(fisher: Mapping[str, NodeValues], recipe: Recipe) -> dict[str, NodeValues]:
@@ -267,19 +315,30 @@ def node_shares(fisher: Mapping[str, NodeValues], recipe: Recipe) -> dict[str, N
 # ---- as text ----
 
 
-def percent(value: float | None) -> str:
-    """A share in percent, with a decimal; nothing for None."""
-    return "" if value is None else f"{100 * value:.1f}".replace("-", MINUS)
+def shown(value: float | None, is_percent: bool = True, digits: int = 1) -> str:
+    """A number in percent, or an error as it is; or that it is undefined."""
+    if value is None:
+        return UNDEFINED
+    plain = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    text = f"{100 * value:.{digits}f}" if is_percent else plain
+    return text.replace("-", MINUS)
 
 
-def span(interval: Sequence[float] | None) -> str:
-    """An interval in percent; nothing for None."""
-    return "" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
+def span(interval: Sequence[float] | None, is_percent: bool = True) -> str:
+    """An interval; nothing for None."""
+    return " to ".join(shown(end, is_percent) for end in interval or ())
 
 
-def points(value: float) -> str:
-    """A difference in percent points, with its sign."""
-    return f"{100 * value:+.1f}".replace("-", MINUS)
+def points(value: float | None, is_percent: bool = True) -> str:
+    """A difference in percent points, or of errors, with its sign."""
+    sign = "+" if value is not None and value >= 0 else ""
+    return sign + shown(value, is_percent)
+
+
+def difference_span(difference: Difference) -> str:
+    """The interval of a difference; nothing if there is none."""
+    ends = difference.interval or ()
+    return " to ".join(points(end, difference.higher_is_better) for end in ends)
 
 
 def seconds(value: float) -> str:
@@ -290,36 +349,37 @@ def seconds(value: float) -> str:
 
 
 def listed(words: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    *first, last = words
+    """ "a", "a and b", "a, b and c"; "nothing"."""
+    *first, last = words or ["nothing"]
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def verdict(difference: Difference) -> str:
     """What a difference says, one of VERDICTS."""
-    if difference.p_value >= SIGNIFICANT:
+    if difference.difference is None or difference.p_value >= SIGNIFICANT:
         return VERDICTS[2]
-    return VERDICTS[0] if difference.difference > 0 else VERDICTS[1]
+    return VERDICTS[(difference.difference > 0) != difference.higher_is_better]
 
 
 def differences_in_words(table: Table) -> list[str]:
     """A sentence on each other column: on which tasks the headline is better or worse."""
     sentences = []
     for name, by_row in table.differences.items():
-        verdicts = {row: verdict(difference) for row, difference in by_row.items() if row != MACRO}
+        known = {row: item for row, item in by_row.items() if item.difference is not None}
+        verdicts = {row: verdict(item) for row, item in known.items() if row != MACRO}
         parts = []
-        if len(verdicts) > 1:
-            parts.append(f"{points(by_row[MACRO].difference)} points in the mean")
+        if len(verdicts) > 1 and MACRO in known:
+            parts.append(f"{points(known[MACRO].difference or 0)} points in the mean")
         for word in VERDICTS:
             if tasks := [task for task in verdicts if verdicts[task] == word]:
                 names = listed(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks"
                 parts.append(f"{word} on {names}")
-        sentences.append(f"Against {name}: {', '.join(parts)}.")
+        sentences += [f"Against {name}: {', '.join(parts)}."] if parts else []
     return sentences
 
 
 def text_table(table: Table) -> TextTable:
-    """Header and rows: scores in percent, half of their intervals, shares of the expert's score."""
+    """Header and rows: scores, half of their intervals, shares of the expert's score."""
     body = [
         [row, *(_text(name, column.get(row)) for name, column in table.columns.items())]
         for row in table.rows
@@ -330,11 +390,12 @@ def text_table(table: Table) -> TextTable:
 def _text(name: str, entry: Entry | None) -> str:
     if entry is None:
         return ""
-    text = percent(entry.score.value)
-    if entry.score.interval:
-        low, high = entry.score.interval
-        text += f" ±{50 * (high - low):.1f}"
-    return text + (f" ({percent(entry.share.value)})" if entry.share and name != EXPERT else "")
+    score, share = entry
+    text = score.text
+    if score.interval:
+        low, high = score.interval
+        text += f" ±{shown((high - low) / 2, score.is_percent)}"
+    return text + (f" ({share.text})" if share and name != EXPERT else "")
 
 
 def notes(table: Table) -> list[str]:
@@ -344,38 +405,115 @@ def notes(table: Table) -> list[str]:
 
 
 def remarks(table: Table) -> list[str]:
-    """The tasks whose shares say little, a line each."""
+    """What is odd about tasks, a line each."""
+    scores = {task: table.columns[table.headline][task].score.value for task in table.tasks}
     remark = "its expert alone is no better than guessing here, so shares of its score say little"
-    return [f"{task}: {remark}" for task in table.guessing]
+    lines = [f"{task}: {remark}" for task in table.guessing]
+    return lines + score_remarks(scores, table.definitions, table.averaged)
 
 
-def measured(task: str, scores: TaskScores) -> list[tuple[str, str, float, int, Interval | None]]:
+def score_remarks(
+    scores: Mapping[str, float | None], tasks: Mapping[str, Task], averaged: Sequence[str]
+) -> list[str]:
+    """The tasks whose scores are undefined or no percentages, and what the mean leaves out."""
+    lines = []
+    for name, task in tasks.items():
+        if not higher_is_better(task):
+            lines.append(f"{name}: {metric_words(task)}; a plain number, no percentage")
+        if scores[name] is None:
+            lines.append(f"{name}: undefined: its labels here do not define {metric_words(task)}")
+    if len(tasks) > 1 and (others := [name for name in tasks if name not in averaged]):
+        over = f"over {listed(averaged)}" if averaged else "over no task"
+        lines.append(f"mean score: {over}; without {listed(others)}")
+    return lines
+
+
+def metric_words(task: Task) -> str:
+    """The metrics that a task's score is the mean of."""
+    names = " + ".join(metric.replace("_", " ") for metric in task.metrics)
+    return names if higher_is_better(task) else f"{names} (less is better)"
+
+
+def measured(
+    task: Task, scores: TaskScores
+) -> Iterator[tuple[str, str, float | None, int, Interval | None]]:
     """Each metric of a task: split, name, value, number of examples, 95 % interval if known."""
-    values, rows, definition = scores.model_dump(), [], get_task(task)
-    for split in definition.validation:
-        suffix = definition.suffix(split)
-        for metric in definition.metrics:
-            if (name := metric + suffix) in values:
-                examples = int(values[f"examples{suffix}"])
-                rows.append((split, metric, values[name], examples, scores.interval.get(name)))
-    return rows
+    values = scores.model_dump()
+    for split, metric in product(task.validation, task.metrics):
+        suffix = task.suffix(split)
+        if (name := metric + suffix) in values:
+            examples = int(values[f"examples{suffix}"])
+            yield split, metric, values[name], examples, scores.interval.get(name)
 
 
 def evaluate_table(metrics: Metrics) -> TextTable:
     """Header and rows of what `fmn evaluate` prints: every metric and its 95 % interval."""
     body = []
-    for task, scores in metrics.tasks.items():
+    for name, scores in metrics.tasks.items():
+        task = metrics.definitions[name]
+        is_percent = higher_is_better(task)
         for split, metric, value, examples, interval in measured(task, scores):
-            body.append([task, metric, split, f"{100 * value:.2f}", span(interval), str(examples)])
-    body.append([MACRO, "score", "", f"{100 * metrics.score:.2f}", span(metrics.interval), ""])
+            numbers = [shown(value, is_percent, 2), span(interval, is_percent), str(examples)]
+            body.append([name, metric + " (less is better)" * (not is_percent), split, *numbers])
+    mean = [shown(metrics.score, digits=2), span(metrics.interval), ""]
+    over = averaged(
+        {name: entry.score for name, entry in metrics.tasks.items()}, metrics.definitions
+    )
+    left_out = len(over) < len(metrics.tasks)
+    body.append([MACRO, "score", f"of {listed(over)}" if over and left_out else "", *mean])
     return ["task", "metric", "split", "%", "95 % interval", "examples"], body
 
 
+def evaluate_notes(metrics: Metrics) -> list[str]:
+    """What a reader of that table should know, a line each."""
+    scores = {name: entry.score for name, entry in metrics.tasks.items()}
+    names = averaged(scores, metrics.definitions)
+    skipped = [f"{name}: not scored, as its rows have no labels" for name in metrics.unlabeled]
+    return score_remarks(scores, metrics.definitions, names) + skipped
+
+
+def task_table(tasks: Mapping[str, Task], data: Mapping[str, TaskRows]) -> TextTable:
+    """Header and rows: what the tasks are, and where their rows come from."""
+    body = [
+        [
+            name,
+            (task.problem_type or "").replace("_", " "),
+            short_list(task.labels),
+            metric_words(task),
+            str(task.max_length),
+            origin(data[name]) if name in data else "",
+        ]
+        for name, task in tasks.items()
+    ]
+    return ["task", "kind", "labels", "score", "tokens at most", "rows"], body
+
+
+def origin(rows: TaskRows) -> str:
+    """Where the rows of a task come from, in words, without folders of this machine."""
+    source = redacted(rows.source)
+    name = DATA_SETS[source][1] if source in DATA_SETS else source
+    words = [Path(name).name if Path(name).is_absolute() else name]
+    words += [f"revision {rows.revision}"] if rows.revision else []
+    words += [f"seed {rows.seed}"] if rows.seed is not None else []
+    return ", ".join(words)
+
+
+def short_list(names: Sequence[str], most: int = 8, length: int = 32) -> str:
+    """Names with commas; of many the first, and of long ones the beginning."""
+    words = [name if len(name) <= length else f"{name[: length - 1]}…" for name in names[:most]]
+    return ", ".join(words) + (f", ... ({len(names)} labels)" if len(names) > most else "")
+
+
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a `|` in a cell stays a character."""
+    """A Markdown table of cells without markup."""
     rule = ["---"] * len(header)
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, rule, *body)]
+    lines = [[escaped(cell) for cell in header], rule, *([*map(escaped, line)] for line in body)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def escaped(text: str) -> str:
+    """A text in one line that Markdown, in a table too, shows as it is."""
+    return re.sub(r"([\\`*<\[|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
 
 
 # ---- as numbers ----
@@ -395,10 +533,10 @@ def results(table: Table) -> dict[str, Any]:
 
 
 def score_rows(table: Table) -> list[tuple[str, float]]:
-    """The rows of ``scores.csv``: scores in percent by "TASK: MODEL"."""
+    """The rows of ``scores.csv``: the scores that are percentages, by "TASK: MODEL"."""
     return [
-        (f"{row}: {name}", round(100 * column[row].score.value, 3))
+        (f"{row}: {name}", round(100 * score.value, 3))
         for row in table.rows
         for name, column in table.columns.items()
-        if row in column
+        if row in column and (score := column[row].score).is_percent and score.value is not None
     ]

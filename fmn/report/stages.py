@@ -16,8 +16,8 @@ from fmn.store.stage import Job, Outcome, read_record
 if TYPE_CHECKING:
     from fmn.report.figures import Picture
 
-REPORT = 5
-COMPARISON = 4
+REPORT = 6
+COMPARISON = 5
 Paths = Mapping[str, Path]
 
 
@@ -161,4 +161,5 @@ def _write_comparison(folder: Path, paths: Paths) -> ReportInfo:
     pictures = figures.draw(figures.COMPARISON_PICTURES, content)
     html = page.render("comparison.html", comparison=content, pictures=pictures)
     _write_page(folder, html, pictures)
-    return ReportInfo(header=header, body=body, notes=[], results=numbers.methods)
+    notes = comparison.notes(content)
+    return ReportInfo(header=header, body=body, notes=notes, results=numbers.methods)

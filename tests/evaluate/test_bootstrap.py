@@ -1,30 +1,29 @@
 """Bootstrap intervals and paired tests, against SciPy, exact tests and simulations."""
 
+from copy import deepcopy
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from fmn.evaluate import bootstrap
-from fmn.evaluate.metrics import Answers
+from fmn.evaluate.metrics import Answers, TaskAnswers, higher_is_better
 from fmn.tasks.task import TASKS, Task, get_task
+from tests.reports import CLASSES, LABELS, NUMBERS, answered, own_task
 
 
-def answers(task: Task, count: int = 60, seed: int = 0, right: float = 0.7) -> Answers:
-    """Random answers, about a share of which is right; those of a regression task have ties."""
-    random = np.random.default_rng(seed)
-    if task.regression:
-        values = random.integers(0, 26, count) / 5
-        return Answers(values + random.normal(0, 2 * (1 - right) + 1e-3, count).round(1), values)
-    labels = random.integers(0, task.num_outputs, count)
-    others = random.integers(0, task.num_outputs, count)
-    return Answers(np.where(random.random(count) < right, labels, others), labels)
-
-
-def binary(right: np.ndarray) -> dict[str, dict[str, Answers]]:
+def binary(right: np.ndarray) -> dict[str, TaskAnswers]:
     """The answers of a model that has these rows right."""
-    return {"sst2": {"validation": Answers(1.0 * right, np.ones(len(right)))}}
+    answers = Answers(1 * (right > 0), np.ones(len(right), dtype=int), np.zeros((len(right), 2)))
+    return {"sst2": TaskAnswers(get_task("sst2"), {"validation": answers})}
+
+
+def model(task: Task, *args: Any, **options: Any) -> dict[str, TaskAnswers]:
+    """The answers of a model to every split of a task; arguments as of `answered`."""
+    splits = {split: answered(task, *args, **options) for split in task.validation}
+    return {task.name: TaskAnswers(task, splits)}
 
 
 @pytest.mark.parametrize(
@@ -35,14 +34,14 @@ def binary(right: np.ndarray) -> dict[str, dict[str, Answers]]:
     ],
 )
 def test_intervals_agree_with_scipys_bootstrap(name: str, statistic: object) -> None:
-    sample = answers(get_task(name), 300)
+    sample = answered(get_task(name), 0.7, 300)
     expected = stats.bootstrap(
-        tuple(sample), statistic, paired=True, vectorized=False, n_resamples=2000,
+        sample[:2], statistic, paired=True, vectorized=False, n_resamples=2000,
         method="percentile", rng=1,
     )  # fmt: skip
     values = bootstrap.resampled(get_task(name), {"validation": sample}, resamples=4000)
     np.testing.assert_allclose(
-        bootstrap.interval(values[get_task(name).metrics[0]]),
+        bootstrap.interval(values[get_task(name).metrics[0]]) or (),
         expected.confidence_interval,
         atol=0.25 * float(expected.standard_error),
     )
@@ -50,7 +49,7 @@ def test_intervals_agree_with_scipys_bootstrap(name: str, statistic: object) -> 
 
 def test_draws_depend_on_seed_task_split_and_count_alone() -> None:
     mnli = get_task("mnli")
-    splits = dict.fromkeys(mnli.validation, answers(mnli, 50))
+    splits = dict.fromkeys(mnli.validation, answered(mnli, 0.7, 50))
     first, again = (bootstrap.resampled(mnli, splits, resamples=50) for _ in range(2))
     other = bootstrap.resampled(mnli, splits, resamples=50, seed=1)
     assert all(np.array_equal(first[name], again[name]) for name in first)
@@ -59,37 +58,78 @@ def test_draws_depend_on_seed_task_split_and_count_alone() -> None:
     assert abs(correlation) < 0.5, "splits are drawn independently"
 
 
-def test_relative_scores_are_of_the_same_resamples() -> None:
-    sst2 = get_task("sst2")
-    expert = bootstrap.resampled(sst2, {"validation": answers(sst2, 100)})["score"]
-    share = bootstrap.relative(expert, expert)
+@pytest.mark.parametrize(("kind", "metric"), [(CLASSES, "accuracy"), (NUMBERS, "mae")])
+def test_relative_scores_are_of_the_same_resamples(kind: str, metric: str) -> None:
+    task = own_task(kind, metric)
+    expert = bootstrap.resampled(task, {"validation": answered(task, 0.7, 100)})["score"]
+    share = bootstrap.relative(task, expert, expert)
     assert share is not None
     assert bootstrap.interval(share) == (1.0, 1.0)
-    assert bootstrap.relative(expert, expert - expert.min()) is None
+    assert bootstrap.relative(task, expert - expert.min(), expert - expert.min()) is None
+    better = 2 * expert if kind == CLASSES else expert / 2
+    assert bootstrap.relative(task, better, expert) == pytest.approx(np.full(1000, 2.0))
 
 
-def test_a_model_does_not_differ_from_itself() -> None:
-    for each in TASKS.values():
-        model = {each.name: {split: answers(each, 30) for split in each.validation}}
-        assert bootstrap.compare(model, model) == (0.0, (0.0, 0.0), 1.0)
+def test_undefined_resamples_are_left_out_and_one_row_has_no_interval() -> None:
+    task = own_task(NUMBERS, "pearson")
+    few = Answers(np.arange(3.0), np.array([0.0, 0.0, 1.0]), np.zeros((3, 1)))
+    draws = bootstrap.resampled(task, {"validation": few})["pearson"]
+    assert 0 < np.isnan(draws).mean() < 0.5
+    low, high = bootstrap.interval(draws) or (0, 0)
+    assert 0 < low < high == pytest.approx(1)
+    one = Answers(np.ones(1), np.ones(1), np.zeros((1, 1)))
+    for metric in ("mae", "pearson"):
+        task = own_task(NUMBERS, metric)
+        alone = {"own": TaskAnswers(task, {"validation": one})}
+        assert bootstrap.interval(bootstrap.draws(alone)["own"]) is None
+        compared = bootstrap.compare(alone, alone)
+        assert compared.difference == (0.0 if metric == "mae" else None)
+        assert (compared.interval, compared.p_value) == (None, 1.0)
 
 
-@pytest.mark.parametrize("name", ["sst2", "cola", "mrpc", "stsb", "mnli"])
-def test_a_clear_difference_is_seen_in_both_directions_and_a_small_one_is_not(name: str) -> None:
-    each = get_task(name)
-    good = {name: {split: answers(each, 400, right=0.95) for split in each.validation}}
-    bad = {name: {split: answers(each, 400, right=0.5) for split in each.validation}}
+TESTED = [get_task(name) for name in ("sst2", "cola", "mrpc", "stsb", "mnli")]
+TESTED += [own_task(NUMBERS, metric) for metric in ("mse", "mae", "r2")]
+TESTED += [own_task(LABELS, "f1_micro", "f1_macro", "roc_auc"), own_task(CLASSES, "roc_auc")]
+
+
+def named(task: Task) -> str:
+    return f"{task.name} {task.metrics[0]}"
+
+
+@pytest.mark.parametrize("task", [*TASKS.values(), *TESTED], ids=named)
+def test_a_model_does_not_differ_from_itself(task: Task) -> None:
+    same = model(task, 0.7, 30)
+    assert bootstrap.compare(same, same)[:3] == (0.0, (0.0, 0.0), 1.0)
+
+
+@pytest.mark.parametrize("task", TESTED, ids=named)
+def test_a_clear_difference_is_seen_in_both_directions_and_a_small_one_is_not(task: Task) -> None:
+    good, bad = model(task, 0.95, 400), model(task, 0.5, 400, seed=1)
     forth, back = bootstrap.compare(good, bad), bootstrap.compare(bad, good)
-    assert forth.difference == -back.difference > 0
+    assert forth.difference is not None
+    assert forth.interval is not None
+    assert back.interval is not None
+    assert forth.difference == -(back.difference or 0)
+    assert (forth.difference > 0) == higher_is_better(task) == forth.higher_is_better
     assert forth.interval == pytest.approx((-back.interval[1], -back.interval[0]))
-    assert forth.interval[0] > 0
+    assert np.prod(forth.interval) > 0, "zero is outside"
     assert forth.p_value == back.p_value < 0.01
-    near = {
-        split: Answers(other.predicted.copy(), other.labels) for split, other in good[name].items()
-    }
-    first = near[each.validation[0]].predicted
-    first[0] = 0.5 if each.regression else (first[0] + 1) % each.num_outputs
-    assert bootstrap.compare(good, {name: near}).p_value > 0.05
+    near = {split: deepcopy(answers) for split, answers in good[task.name].splits.items()}
+    first = near[task.validation[0]]
+    for side in (first.predicted, first.scores):
+        side[0] = side[1]
+    assert bootstrap.compare(good, {task.name: TaskAnswers(task, near)}).p_value > 0.05
+
+
+@pytest.mark.parametrize("task", TESTED, ids=named)
+def test_only_who_beats_the_best_constant_answer_is_not_at_chance(task: Task) -> None:
+    assert not bootstrap.at_chance(task, model(task, 0.9, 200)[task.name].splits)
+    chance = [model(task, 0.0, 200, seed=seed)[task.name].splits for seed in range(20)]
+    assert np.mean([bootstrap.at_chance(task, splits) for splits in chance]) >= 0.8
+    labels = chance[0][task.validation[0]].labels
+    rows = (labels == labels[0]) if labels.ndim == 1 else (labels == labels[0]).all(axis=1)
+    right = Answers(labels[rows], labels[rows], np.zeros((rows.sum(), max(task.num_outputs, 1))))
+    assert bootstrap.at_chance(task, {"validation": right}), "all labels are the same"
 
 
 def test_the_p_value_is_near_that_of_mcnemars_test() -> None:
@@ -113,16 +153,23 @@ def test_p_values_of_equal_models_are_spread_evenly() -> None:
     assert 0.4 <= np.mean(np.array(p_values) < 0.5) <= 0.6
 
 
-def test_the_mean_over_tasks_is_compared_too() -> None:
-    names, stsb = ("sst2", "stsb"), get_task("stsb")
-    good = {name: {"validation": answers(get_task(name), 300, right=0.9)} for name in names}
-    bad = {name: {"validation": answers(get_task(name), 300, right=0.6)} for name in names}
+def test_the_mean_over_the_tasks_where_more_is_better_is_compared_too() -> None:
+    tasks = {name: get_task(name) for name in ("sst2", "stsb")}
+    tasks["error"] = own_task(NUMBERS, "mse").model_copy(update={"name": "error"})
+    good, bad = (
+        {name: model(task, right, 300)[name] for name, task in tasks.items()}
+        for right in (0.9, 0.6)
+    )
     both = bootstrap.compare(good, bad)
     drawn = (bootstrap.draws(good), bootstrap.draws(bad))
     assert bootstrap.compare(good, bad, drawn=drawn) == both
-    alone = [bootstrap.compare({name: good[name]}, {name: bad[name]}).difference for name in names]
-    assert both.difference == pytest.approx(fmean(alone))
+    alone = {name: bootstrap.compare({name: good[name]}, {name: bad[name]}) for name in tasks}
+    assert both.difference == pytest.approx(
+        fmean([alone[name].difference or 0 for name in ("sst2", "stsb")])
+    )
+    assert (alone["error"].difference or 0) < 0
     with pytest.raises(ValueError, match="same"):
         bootstrap.compare(good, {"sst2": bad["sst2"]})
+    other = model(tasks["stsb"], 0.6, 299)
     with pytest.raises(ValueError, match="same examples"):
-        bootstrap.compare(good, {**bad, "stsb": {"validation": answers(stsb, 300, seed=1)}})
+        bootstrap.compare(good, {**bad, **other})

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from sklearn.metrics import f1_score, mean_absolute_error, mean_squared_error, roc_auc_score
 
 from fmn.errors import UserError
 from fmn.evaluate.files import read_predictions
+from fmn.evaluate.metrics import relative
 from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.experiments import stages
 from fmn.experiments.files import Cell, SearchResult
@@ -18,7 +21,9 @@ from fmn.merge.recipe import Recipe, Search
 from fmn.merge.stages import MergeSettings, RealignSettings, RefitSettings
 from fmn.store import artifacts
 from fmn.store.stage import Outcome
+from fmn.tasks.task import Columns, write_task
 from tests.conftest import TASKS
+from tests.reports import CLASSES, NUMBERS, own_expert, own_task
 
 SMALL = SearchSettings(trials=1, rows=8, device="cpu")
 
@@ -112,8 +117,8 @@ def test_validation_data_is_not_read(tiny_work: Path, tmp_path: Path) -> None:
 
 
 def test_an_expert_that_scores_nothing_is_named(tiny_work: Path, tmp_path: Path) -> None:
-    settings = SearchSettings(trials=1, rows=1, device="cpu")  # of one row, a correlation is zero
-    with pytest.raises(UserError, match=r"expert \w+: scores 0\.000 on 1 rows"):
+    settings = SearchSettings(trials=1, rows=1, device="cpu")  # leaves correlations undefined
+    with pytest.raises(UserError, match=r"expert \w+: its score is (undefined|0\.000) on 1 rows"):
         search(tiny_work, tmp_path / "coefficients.json", settings=settings)
     assert not (tmp_path / "coefficients.json").exists()
 
@@ -137,6 +142,53 @@ def test_what_cannot_be_searched_is_refused(
     with pytest.raises(UserError, match=message):
         search(tiny_work, tmp_path / "c.json", MergeSettings(**how), settings, tasks)
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_of_ones_own_are_searched_and_compared(tiny_work: Path, tmp_path: Path) -> None:
+    words = ("fine", "dull", "long", "short", "new", "old", "very fine", "very dull")
+    index = pa.array(range(8), pa.int32())
+    rows: dict[str, Any] = {"text": [f"a {word} film" for word in words], "idx": index}
+    sides = {
+        CLASSES: (own_task(CLASSES, "f1_macro", "roc_auc", name=CLASSES), [0, 1, 2, 0] * 2),
+        NUMBERS: (own_task(NUMBERS, "mse", name=NUMBERS), pa.array([0.5, -1] * 4, pa.float32())),
+    }
+    experts = {
+        name: own_expert(tiny_work, tmp_path, task, {**rows, "label": labels})
+        for name, (task, labels) in sides.items()
+    }
+    base, data, average = tiny_work / "base", tmp_path / "data", ComparedSettings(method="average")
+    settings = CompareSettings(methods={"any": average}, device="cpu")
+    cell = stages.compare(
+        experts=experts, base=base, data=data, out=tmp_path / "cell.json",
+        merging=average, settings=settings,
+    ).summary  # fmt: skip
+    classes, numbers = cell.tasks[CLASSES], cell.tasks[NUMBERS]
+    macro = f1_score(classes.labels, classes.predictions, average="macro")
+    area = roc_auc_score(classes.labels, classes.scores, multi_class="ovr")
+    assert classes.score == pytest.approx((macro + area) / 2)
+    error = mean_squared_error(numbers.labels, numbers.predictions)
+    of_expert = mean_squared_error(numbers.labels, numbers.expert_predictions)
+    assert numbers.relative == pytest.approx(of_expert / error)
+    assert (numbers.definition, numbers.scores) == (sides[NUMBERS][0], [])
+    result = stages.search(
+        experts=experts, data=data, out=tmp_path / "search.json", merging=average,
+        settings=SearchSettings(trials=2, rows="all", device="cpu"),
+    ).summary  # fmt: skip
+    assert {name: entry.expert for name, entry in result.tasks.items()} == pytest.approx(
+        {CLASSES: classes.expert, NUMBERS: of_expert}
+    )
+    assert result.tasks[NUMBERS].uniform == pytest.approx(numbers.relative, rel=1e-4)
+    write_task(data / NUMBERS, sides[NUMBERS][0].model_copy(update={"metrics": ("mae",)}))
+    again = stages.compare(
+        experts=experts, base=base, data=data, out=tmp_path / "cell.json",
+        merging=average, settings=settings,
+    ).summary  # fmt: skip
+    wanted = mean_absolute_error(numbers.labels, numbers.predictions)
+    assert again.tasks[NUMBERS].score == pytest.approx(wanted), "another definition"
+    bare = sides[NUMBERS][0].model_copy(update={"columns": Columns(text="text", label=None)})
+    write_task(data / NUMBERS, bare)
+    with pytest.raises(UserError, match="the rows of numbers have no labels to score by"):
+        stages.search(experts=experts, data=data, out=tmp_path / "other.json")
 
 
 def test_a_cell_tries_in_memory_what_the_other_stages_write(
@@ -167,11 +219,11 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
         tasks = cell(name, validation, texts).summary.tasks
         metrics = work / f"{model}-metrics.json"
         evaluate(work / model, data=data, out=metrics, settings=EvaluateSettings(device="cpu"))
-        for task, splits in read_predictions(metrics).items():
-            expected = splits["validation"].predicted
+        for task, answered in read_predictions(metrics).items():
+            expected = answered.splits["validation"].predicted
             np.testing.assert_allclose(tasks[task].predictions, expected, atol=1e-4)
             score, of_expert = tasks[task].score, tasks[task].expert
-            assert tasks[task].relative == (score / of_expert if of_expert > 0 else None)
+            assert tasks[task].relative == relative(answered.task, score, of_expert)
     computed = [cell("train", train, texts).computed for texts in ("all", "all", 40)]
     assert computed == [True, False, True]
     for expert in experts.values():  # without which all rows may have been seen

@@ -28,7 +28,7 @@ from fmn.fisher.files import (
     write_fisher,
     write_statistic,
 )
-from fmn.models.labels import Labels
+from fmn.tasks.task import get_task
 
 FISHER: NodeValues = {
     Site(layer, node): np.arange(count, dtype=np.float64) / 7 + layer
@@ -37,8 +37,9 @@ FISHER: NodeValues = {
 }
 ORIGIN = CheckpointOrigin(source="hf://org/sst2", revision="abc", digest="d")
 COMMON: dict[str, Any] = {"task": "sst2", "checkpoint": ORIGIN, "samples": 32}
-LABELS = {"sst2": Labels.model_validate({"order": [1, 0], "from": "names"})}
-METADATA = FisherMetadata(**COMMON, estimator="expected", labels=LABELS, relative_stderr=0.1)
+METADATA = FisherMetadata(
+    **COMMON, estimator="expected", definition=get_task("sst2"), relative_stderr=0.1
+)
 GRAM = GramMetadata(**COMMON, inputs={"key": "query"}, transposed=[])
 
 
@@ -71,7 +72,7 @@ def test_the_fisher_artifact_is_plain_parquet_in_the_agreed_schema(path: Path) -
     assert len(rows) == 30
     content = json.loads(table.schema.metadata[b"fmn"])
     assert (content["format"], content["task"]) == (1, "sst2")
-    assert content["labels"]["sst2"]["from"] == "names"
+    assert content["definition"]["labels"] == ["negative", "positive"]
 
 
 def test_the_batch_estimator_has_no_standard_errors(path: Path) -> None:

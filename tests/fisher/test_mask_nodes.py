@@ -1,24 +1,35 @@
 """The estimators against brute force, and what they promise about batches, breaks and the model."""
 
-from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import kstest, spearmanr
+from scipy.stats import spearmanr
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
 from fmn.fisher import mask_nodes
 from fmn.fisher.architectures import mask_sites
-from fmn.fisher.mask_nodes import BATCH_SIZE, ESTIMATORS, Estimate, PartialSums, estimate
+from fmn.fisher.loss import ESTIMATORS
+from fmn.fisher.mask_nodes import BATCH_SIZE, Estimate, PartialSums, estimate
 from fmn.fisher.runner import hooked
 from fmn.tasks.batches import Examples, select
+from fmn.tasks.task import ProblemType
+from tests.fisher.problems import (
+    MANY_LABELS,
+    ONE_LABEL,
+    PROBLEMS,
+    VALUE,
+    labelled,
+    logits_of,
+    loss,
+    losses,
+    squares,
+)
 from tests.tiny import CONFIGS, tiny_examples, tiny_model
 
 # Others compute normalisations or rotations in float32 whatever their weights are.
@@ -29,12 +40,15 @@ DOUBLE_THROUGHOUT = {
 
 
 def run(
-    model: PreTrainedModel, examples: Examples, estimator: str = "expected", **options: Any
+    model: PreTrainedModel,
+    examples: Examples,
+    estimator: str = "expected",
+    problem_type: ProblemType = ONE_LABEL,
+    **options: Any,
 ) -> Estimate:
     """An estimate on the CPU, in float64 unless said otherwise."""
     options = {"device": "cpu", "dtype": "float64", **options}
-    regression = model.config.num_labels == 1
-    return estimate(model, examples, estimator=estimator, regression=regression, **options)
+    return estimate(model, examples, estimator=estimator, problem_type=problem_type, **options)
 
 
 def flat(result: Estimate) -> np.ndarray:
@@ -46,18 +60,8 @@ def errors(result: Estimate) -> np.ndarray:
     return np.concatenate(list(result.stderr.values()))
 
 
-def row_logits(model: PreTrainedModel, examples: Examples, row: int) -> torch.Tensor:
-    """The logits [C] of one example by itself, without padding."""
-    inputs = {
-        name: torch.as_tensor(np.asarray(values[row]))[None]
-        for name, values in examples.inputs.items()
-    }
-    logits: torch.Tensor = model(**inputs).logits[0]
-    return logits
-
-
-def jacobian(model: PreTrainedModel, examples: Examples, row: int) -> np.ndarray:
-    """d logits / d masks of one example, [C, P], with masks put into the model."""
+def masked(model: PreTrainedModel, examples: Examples, row: int) -> tuple[list[Tensor], Tensor]:
+    """Masks that were put into the model, and the logits [C] of one example."""
     sites = mask_sites(model)
     masks = [torch.ones(site.nodes, dtype=torch.float64, requires_grad=True) for site in sites]
     hooks = [
@@ -71,24 +75,18 @@ def jacobian(model: PreTrainedModel, examples: Examples, row: int) -> np.ndarray
         for site, mask in zip(sites, masks, strict=True)
     ]
     with hooked(hooks):
-        logits = row_logits(model, examples, row)
-    rows = [torch.cat(torch.autograd.grad(logit, masks, retain_graph=True)) for logit in logits]
-    return torch.stack(rows).numpy()
+        return masks, logits_of(model, examples, row)
 
 
-def loss_gradients(model: PreTrainedModel, examples: Examples) -> np.ndarray:
-    """The gradient of the loss of every example, [N, P]."""
-    gradients = []
+def by_brute_force(
+    model: PreTrainedModel, examples: Examples, estimator: str, problem_type: ProblemType
+) -> np.ndarray:
+    """The squared mask gradients of every example by itself, [N, P]."""
+    terms = []
     for row, label in enumerate(examples.labels):
-        with torch.no_grad():
-            logits = row_logits(model, examples, row)
-        if len(logits) == 1:
-            direction = 2 * (logits.numpy() - label)
-        else:
-            direction = logits.softmax(0).numpy()
-            direction[label] -= 1
-        gradients.append(direction @ jacobian(model, examples, row))
-    return np.stack(gradients)
+        masks, logits = masked(model, examples, row)
+        terms.append(torch.cat(squares(losses(problem_type, logits, label, estimator), masks)))
+    return torch.stack(terms).numpy()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -98,7 +96,7 @@ def test_agrees_with_finite_differences(name: str) -> None:
     is_double = name in DOUBLE_THROUGHOUT
     step, rtol, atol = (1e-5, 1e-5, 1e-11) if is_double else (1e-3, 1e-2, 1e-5)
     with torch.no_grad():
-        p = [row_logits(model, examples, row).softmax(0).numpy() for row in range(2)]
+        p = [logits_of(model, examples, row).softmax(0).numpy() for row in range(2)]
         for site in mask_sites(model):
             module = model.get_submodule(site.module)
             weight = module.weight
@@ -110,7 +108,7 @@ def test_agrees_with_finite_differences(name: str) -> None:
                 shifted = []
                 for factor in (1 + step, 1 - step):
                     columns[own] = before * factor
-                    shifted.append([row_logits(model, examples, row).numpy() for row in range(2)])
+                    shifted.append([logits_of(model, examples, row).numpy() for row in range(2)])
                 columns[own] = before
                 slopes = (np.array(shifted[0]) - np.array(shifted[1])) / (2 * step)  # [2, C]
                 centred = [slopes[row] - p[row] @ slopes[row] for row in range(2)]
@@ -121,72 +119,51 @@ def test_agrees_with_finite_differences(name: str) -> None:
                     np.testing.assert_allclose(own_value, value, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 4])
-def test_empirical_expected_and_their_errors_agree_with_brute_force(classes: int) -> None:
-    model, examples = tiny_model("bert", classes), tiny_examples("bert", 7, classes)
-    expected = []
-    for row in range(7):
-        slopes = jacobian(model, examples, row)
-        with torch.no_grad():
-            p = row_logits(model, examples, row).softmax(0).numpy()
-        expected.append(slopes[0] ** 2 if classes == 1 else p @ (slopes - p @ slopes) ** 2)
-    empirical = loss_gradients(model, examples) ** 2
-    for estimator, terms in (("empirical", empirical), ("expected", np.stack(expected))):
-        result = run(model, examples, estimator)
-        np.testing.assert_allclose(flat(result), terms.mean(0), rtol=1e-10)
-        np.testing.assert_allclose(errors(result), terms.std(0, ddof=1) / np.sqrt(7), rtol=1e-8)
-        ratios = terms.std(0, ddof=1) / np.sqrt(7) / terms.mean(0)
-        assert result.relative_error == pytest.approx(ratios.mean(), rel=1e-6)
-        assert result.samples == 7
+@pytest.mark.parametrize("estimator", ["empirical", "expected"])
+@pytest.mark.parametrize(("problem_type", "outputs"), [*PROBLEMS, (ONE_LABEL, 20)])
+def test_fisher_and_its_error_agree_with_brute_force(
+    problem_type: ProblemType, outputs: int, estimator: str
+) -> None:
+    model, examples = tiny_model("bert", outputs), labelled("bert", 7, problem_type, outputs)
+    terms = by_brute_force(model, examples, estimator, problem_type)
+    result = run(model, examples, estimator, problem_type)
+    deviations = terms.std(0, ddof=1) / np.sqrt(7)
+    np.testing.assert_allclose(flat(result), terms.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(errors(result), deviations, rtol=1e-7)
+    assert result.relative_error == pytest.approx((deviations / terms.mean(0)).mean(), rel=1e-6)
+    assert result.samples == 7
 
 
-@pytest.mark.parametrize("classes", [1, 3])
-def test_batch_squares_the_gradient_of_the_mean_loss_of_consecutive_examples(classes: int) -> None:
-    model = tiny_model("bert", classes)
-    examples = tiny_examples("bert", 2 * BATCH_SIZE + 5, classes)
-    gradients = loss_gradients(model, examples)
+@pytest.mark.parametrize(("problem_type", "outputs"), PROBLEMS)
+def test_batch_squares_the_gradient_of_the_mean_loss_of_consecutive_examples(
+    problem_type: ProblemType, outputs: int
+) -> None:
+    model = tiny_model("bert", outputs)
+    examples = labelled("bert", 2 * BATCH_SIZE + 5, problem_type, outputs)
+    gradients = []
+    for row, label in enumerate(examples.labels):
+        masks, logits = masked(model, examples, row)
+        own = loss(problem_type, logits, label)
+        gradients.append(torch.cat(torch.autograd.grad(own, masks)).numpy())
     starts = range(0, len(examples), BATCH_SIZE)
-    wanted = sum(gradients[start : start + BATCH_SIZE].mean(0) ** 2 for start in starts)
-    for dtype, rtol in (("float64", 1e-10), ("float32", 1e-4)):
-        result = run(model, examples, "batch", dtype=dtype)
-        atol = 1e-5 * np.median(wanted)
+    wanted = sum(np.mean(gradients[start : start + BATCH_SIZE], 0) ** 2 for start in starts)
+    for dtype, rtol in (("float64", 1e-9), ("float32", 1e-4)):
+        result = run(model, examples, "batch", problem_type, dtype=dtype)
+        atol = 1e-5 * float(np.median(wanted)) if dtype == "float32" else 0
         np.testing.assert_allclose(flat(result), wanted, rtol=rtol, atol=atol)
         assert result.stderr is None
         assert result.relative_error is None
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3])
-def test_sampled_is_unbiased_for_expected(classes: int) -> None:
-    model, text = tiny_model("bert", classes), tiny_examples("bert", 1, classes)
-    examples = text.take(np.zeros(600, dtype=np.int64))
-    drawn, exact = run(model, examples, "sampled"), run(model, text)
-    assert np.all(np.abs(flat(drawn) - flat(exact)) < 4 * errors(drawn) + 1e-12)
-    assert not np.array_equal(flat(drawn), flat(run(model, examples, "sampled", seed=1)))
-
-
-def test_draws_are_uniform_and_belong_to_their_row() -> None:
-    rows = np.arange(5000)
-    draws = mask_nodes.uniform_draws(3, rows)
-    assert kstest(draws, "uniform").pvalue > 1e-3
-    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.05
-    assert abs(np.corrcoef(draws, mask_nodes.uniform_draws(4, rows))[0, 1]) < 0.05
-    order = np.random.default_rng(0).permutation(5000)
-    np.testing.assert_array_equal(mask_nodes.uniform_draws(3, rows[order]), draws[order])
-
-
-@given(st.lists(st.floats(-800, 800), min_size=2, max_size=6))
-def test_directions_factor_the_covariance_of_the_label(logits: list[float]) -> None:
-    row = torch.tensor([logits], dtype=torch.float64)
-    loss = mask_nodes.Loss("expected", regression=False, seed=0)
-    factor = torch.cat(loss.directions(row, torch.zeros(1), np.zeros(1)))  # [C - 1, C]
-    p = row.softmax(1)[0]
-    covariance = p.diag() - p.outer(p)
-    torch.testing.assert_close(factor.T @ factor, covariance, rtol=1e-9, atol=1e-15)
-    # The diagonal, p (1 - p), is right to its last digits even where p is all but one or nothing.
-    classes = torch.arange(len(logits))
-    others = torch.stack([row[0][classes != k].logsumexp(0) for k in classes])
-    diagonal = (row[0] + others - 2 * row.logsumexp(1)).exp()
-    torch.testing.assert_close(factor.square().sum(0), diagonal, rtol=1e-9, atol=1e-300)
+@pytest.mark.parametrize(("problem_type", "outputs"), PROBLEMS)
+def test_sampled_is_unbiased_for_expected(problem_type: ProblemType, outputs: int) -> None:
+    model, text = tiny_model("bert", outputs), tiny_examples("bert", 1)  # labels are not read
+    examples = text.take(np.zeros(300, dtype=np.int64))
+    exact = flat(run(model, text, "expected", problem_type))
+    draws = [run(model, examples, "sampled", problem_type, seed=seed) for seed in range(3)]
+    for drawn in draws:  # every row has a draw of its own
+        assert np.all(np.abs(flat(drawn) - exact) < 4.5 * errors(drawn) + 1e-12)
+    assert not np.array_equal(flat(draws[0]), flat(draws[1]))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -272,11 +249,11 @@ def test_the_model_is_left_as_it_was() -> None:
     frozen = next(model.parameters()).requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
-    config = model.config.to_dict()
+    config, attention = model.config.to_dict(), model.config._attn_implementation
     for dtype in ("bfloat16", "float64"):
         run(model, tiny_examples("gpt2", 6), "empirical", dtype=dtype)
     assert all(module.training for module in model.modules())
-    assert model.config.to_dict() == config
+    assert (model.config.to_dict(), model.config._attn_implementation) == (config, attention)
     assert [parameter.requires_grad for parameter in model.parameters()].count(False) == 1
     assert not frozen.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -324,21 +301,16 @@ def test_weights_stored_in_half_precision_are_computed_with_in_single() -> None:
     np.testing.assert_array_equal(results[0], results[1])
 
 
-def test_wrong_settings_are_refused() -> None:
+def test_settings_that_do_not_fit_are_refused() -> None:
     model, examples = tiny_model("bert"), tiny_examples("bert", 4)
-    unlabelled = replace(examples, labels=np.full(4, -1))
-    arguments: dict[str, Any] = {"model": model, "examples": examples, "regression": False}
-    for match, changed in (
-        ("estimator 'exact' is unknown", {"estimator": "exact"}),
+    for match, options in (
         ("no dtype 'float8'", {"dtype": "float8"}),
         ("no device 'abacus'", {"device": "abacus"}),
-        ("no examples", {"examples": tiny_examples("bert", 0)}),
-        ("3 outputs, but regression needs one", {"regression": True}),
-        ("1 outputs, but classification needs", {"model": tiny_model("bert", 1)}),
-        ("labels run from -1 to -1", {"examples": unlabelled, "estimator": "empirical"}),
+        ("3 outputs, but regression needs one", {"problem_type": VALUE}),
+        (r"labels have the shape \[4\], not \[4, 3\]", {"problem_type": MANY_LABELS}),
     ):
         with pytest.raises(UserError, match=match):
-            estimate(**arguments | {"estimator": "expected"} | changed)
+            run(model, examples, "empirical", **options)
 
 
 @pytest.mark.gpu

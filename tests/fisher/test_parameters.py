@@ -5,67 +5,64 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
 from fmn.fisher import parameters
 from fmn.tasks.batches import Examples, select
+from fmn.tasks.task import ProblemType
+from tests.fisher.problems import (
+    MANY_LABELS,
+    ONE_LABEL,
+    PROBLEMS,
+    labelled,
+    logits_of,
+    losses,
+    squares,
+)
 from tests.tiny import tiny_examples, tiny_model
 
 
 def run(
-    model: PreTrainedModel, examples: Examples, estimator: str, **options: Any
-) -> dict[str, torch.Tensor]:
-    regression = model.config.num_labels == 1
-    options = {"device": "cpu", "dtype": "float64", **options}
-    return parameters.estimate(
-        model, examples, estimator=estimator, regression=regression, **options
-    )
-
-
-def by_hand(model: PreTrainedModel, examples: Examples, estimator: str) -> dict[str, torch.Tensor]:
-    """Mean over examples of (gradient of the loss)^2, weighed by p_c for "expected"."""
-    own = dict(model.base_model.named_parameters())
-    sums = {key: torch.zeros_like(value) for key, value in own.items()}
-    for row, label in enumerate(examples.labels):
-        logits = model(input_ids=torch.tensor([examples.inputs["input_ids"][row]])).logits[0]
-        if len(logits) == 1:
-            loss = (logits[0] - float(label)) ** 2 if estimator == "empirical" else logits[0]
-            losses = [(loss, 1.0)]
-        elif estimator == "empirical":
-            losses = [(functional.cross_entropy(logits[None], torch.tensor([int(label)])), 1.0)]
-        else:
-            log_p = logits.log_softmax(0)
-            losses = [(each, float(each.detach().exp())) for each in log_p]
-        for loss, weight in losses:
-            gradients = torch.autograd.grad(
-                loss, list(own.values()), retain_graph=True, allow_unused=True
-            )
-            for key, gradient in zip(own, gradients, strict=True):
-                if gradient is not None:
-                    sums[key] += weight * gradient**2
-    return {key: value / len(examples) for key, value in sums.items()}
+    model: PreTrainedModel,
+    examples: Examples,
+    estimator: str,
+    problem_type: ProblemType = ONE_LABEL,
+    **options: Any,
+) -> dict[str, Tensor]:
+    options = {"device": "cpu", "dtype": "float64", "problem_type": problem_type, **options}
+    return parameters.estimate(model, examples, estimator=estimator, **options)
 
 
 @pytest.mark.parametrize("name", ["bert", "albert", "gpt2"])
-@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize(("problem_type", "outputs"), PROBLEMS)
 @pytest.mark.parametrize("estimator", ["empirical", "expected"])
-def test_it_is_the_mean_of_squared_gradients(name: str, outputs: int, estimator: str) -> None:
-    model, examples = tiny_model(name, outputs), tiny_examples(name, 5, outputs)
-    squares, expected = run(model, examples, estimator), by_hand(model, examples, estimator)
-    assert squares.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(squares[key], value, rtol=1e-9, atol=1e-14)
+def test_it_is_the_mean_of_squared_gradients(
+    name: str, problem_type: ProblemType, outputs: int, estimator: str
+) -> None:
+    model, examples = tiny_model(name, outputs), labelled(name, 3, problem_type, outputs)
+    own = dict(model.base_model.named_parameters())
+    means = {key: torch.zeros_like(value) for key, value in own.items()}
+    for row, label in enumerate(examples.labels):
+        weighted = losses(problem_type, logits_of(model, examples, row), label, estimator)
+        for mean, term in zip(means.values(), squares(weighted, list(own.values())), strict=True):
+            mean += term / len(examples)
+    result = run(model, examples, estimator, problem_type)
+    assert result.keys() == means.keys()
+    for key, value in means.items():
+        torch.testing.assert_close(result[key], value.detach(), rtol=1e-9, atol=1e-14)
 
 
-def test_sampled_is_unbiased_for_expected() -> None:
-    model, examples = tiny_model("bert"), tiny_examples("bert", 2)
+@pytest.mark.parametrize(("problem_type", "outputs"), [(ONE_LABEL, 3), (MANY_LABELS, 3)])
+def test_sampled_is_unbiased_for_expected(problem_type: ProblemType, outputs: int) -> None:
+    model, examples = tiny_model("bert", outputs), tiny_examples("bert", 2)
     name = "encoder.layer.0.output.dense.weight"
-    exact = run(model, examples, "expected")[name].sum()
-    draws = [run(model, examples, "sampled", seed=seed)[name].sum() for seed in range(200)]
-    error = torch.stack(draws).std() / np.sqrt(len(draws))
-    assert abs(torch.stack(draws).mean() - exact) < 4 * error
+    exact = run(model, examples, "expected", problem_type)[name].sum()
+    draws = torch.stack(
+        [run(model, examples, "sampled", problem_type, seed=s)[name].sum() for s in range(200)]
+    )
+    assert abs(draws.mean() - exact) < 4 * draws.std() / np.sqrt(len(draws))
 
 
 def test_the_sample_is_that_of_the_mask_fisher_and_the_model_is_left_alone() -> None:

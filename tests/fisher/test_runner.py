@@ -1,7 +1,6 @@
-"""A model made ready for the statistics, and left as it was."""
+"""A model made ready for the statistics: dtypes, and gradients by direction."""
 
 import numpy as np
-import pytest
 import torch
 
 from fmn.fisher.runner import backward_passes, prepared
@@ -9,21 +8,6 @@ from fmn.tasks.batches import pad_batch
 from tests.tiny import tiny_examples, tiny_model
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_is_afterwards_as_it_was(name: str, dtype: torch.dtype) -> None:
-    model, examples = tiny_model(name, dtype=torch.float32).train(), tiny_examples(name, 4)
-    attention, weights = model.config._attn_implementation, dict(model.state_dict())
-    attributes = {path: dict(vars(module)) for path, module in model.named_modules()}
-    with prepared(model, examples, CPU, dtype) as runner:
-        assert not model.training
-        assert runner.logits(pad_batch(examples, np.arange(4))).shape == (4, 3)
-    assert model.training
-    assert model.config._attn_implementation == attention
-    assert {path: dict(vars(module)) for path, module in model.named_modules()} == attributes
-    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
 
 
 def test_only_the_encoders_matrices_are_narrow_and_the_logits_are_not() -> None:

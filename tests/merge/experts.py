@@ -62,7 +62,7 @@ def full_fisher(experts: Mapping[str, Path], target: Path) -> dict[str, Mapping[
             load(folder),
             tiny_examples("bert", 30, LABELS[task], seed),
             estimator="expected",
-            regression=task == "stsb",
+            problem_type="regression" if task == "stsb" else "single_label_classification",
             device="cpu",
         )
         headers[task] = _written(target / f"{task}.full", squares)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from fmn.errors import UserError
 from fmn.fisher import architectures
@@ -26,6 +26,8 @@ from fmn.merge.recipe import MergeSettings, read_recipe
 from fmn.merge.regmean import rounded
 from fmn.models.headers import file_headers
 from fmn.store import artifacts
+from fmn.tasks.task import Columns, Task, read_task
+from tests.folders import edit_config
 from tests.merge.experts import LABELS, checkpoints, full_fisher, grams, load, node_fisher, save
 from tests.tiny import tiny_model
 
@@ -124,7 +126,7 @@ def test_the_result_does_not_depend_on_the_order_of_the_experts(tmp_path: Path) 
 
 def test_the_encoder_is_on_the_disk_once_and_heads_are_the_experts(tmp_path: Path) -> None:
     experts, out = checkpoints(tmp_path), tmp_path / "out"
-    model.write_model(out, experts, AVERAGE, labels={"mrpc": ["no", "yes"]})
+    model.write_model(out, experts, AVERAGE)
     assert "mnli, mrpc, stsb" in (out / "README.md").read_text()
     for task, folder in experts.items():
         first, last = sorted((out / "tasks" / task).glob("*.safetensors"))
@@ -134,9 +136,29 @@ def test_the_encoder_is_on_the_disk_once_and_heads_are_the_experts(tmp_path: Pat
         assert all(torch.equal(tensor, expert[name]) for name, tensor in head.items())
         tokenizer = json.loads((out / "tasks" / task / "tokenizer_config.json").read_text())
         assert tokenizer == {"name": task}
-    config = json.loads((out / "tasks" / "mrpc" / "config.json").read_text())
-    assert config["id2label"] == {"0": "no", "1": "yes"}
-    assert config["label2id"] == {"no": 0, "yes": 1}
+
+
+@pytest.mark.parametrize(
+    ("own", "names"),
+    [
+        (["sport", "WORLD", "money"], ["sport", "world", "money"]),  # its order stays
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        (["sport", "weather", "money"], ["sport", "weather", "money"]),
+    ],
+)
+def test_outputs_have_the_tasks_names_where_the_experts_are_understood(
+    own: list[str], names: list[str], tmp_path: Path
+) -> None:
+    expert = save(tiny_model("bert", 3), tmp_path / "topics")
+    edit_config(expert, id2label=dict(enumerate(own)), label2id={n: i for i, n in enumerate(own)})
+    topics = Task(name="topics", columns=Columns(text="t"), labels=("world", "money", "sport"))
+    out = tmp_path / "out"
+    recipe = model.write_model(out, {"topics": expert}, AVERAGE, definitions={"topics": topics})
+    config = AutoConfig.from_pretrained(out / "tasks" / "topics")
+    assert [config.id2label[output] for output in range(3)] == names
+    assert config.label2id == {name: output for output, name in enumerate(names)}
+    assert config.problem_type == topics.problem_type
+    assert recipe.definitions["topics"] == read_task(out / "tasks" / "topics") == topics
 
 
 def test_the_encoder_is_not_read_again_for_its_digest(

@@ -18,7 +18,7 @@ from fmn.models import checkpoints
 from fmn.store import artifacts
 from fmn.store.stage import Outcome, check_intact, read_sidecar, write_record
 from fmn.tasks.dataset import read_split
-from fmn.tasks.task import get_task
+from fmn.tasks.task import get_task, load_task
 from tests.conftest import TASKS
 
 AVERAGE = MergeSettings(method="average")
@@ -67,7 +67,7 @@ def test_the_merged_model_says_where_it_comes_from_and_what_its_files_were(work:
     assert fisher.digest == artifacts.digest_file(work / "fisher" / "mrpc.parquet")
     assert (fisher.estimator, fisher.samples) == ("empirical", 32)
     assert (recipe.method, recipe.mapping) == ("mask-fisher", "structured")
-    assert recipe.labels["sst2"].order == [0, 1]
+    assert recipe.definitions["sst2"] == load_task(work / "data", "sst2")
     sidecar = read_sidecar(work / "merged")
     assert sidecar is not None
     assert sidecar.files == artifacts.digest_files(work / "merged")
@@ -109,7 +109,7 @@ def _another_expert(work: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_swap_fisher, r"mrpc\.parquet: of task sst2, given for mrpc"),
+        (_swap_fisher, r"mrpc\.parquet: of task sst2, not mrpc"),
         (_another_expert, r"mrpc\.parquet: of another checkpoint than the expert of mrpc"),
     ],
 )

@@ -6,8 +6,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from fmn.report.card import card
+from fmn.tasks.task import get_task
 from tests import reports
-from tests.reports import COMMIT
+from tests.reports import CLASSES, COMMIT, NUMBERS, own_task
 
 ENTRIES: dict[str, Any] = {
     "mnli": {
@@ -28,7 +29,8 @@ DATA = {
 
 def text(**more: Any) -> str:
     recipe = reports.recipe(["mnli", "stsb"], **more)
-    return card(recipe, reports.metrics(ENTRIES, data=DATA))
+    tasks = [get_task(name) for name in ENTRIES]
+    return card(recipe, reports.metrics(ENTRIES, tasks, data=DATA))
 
 
 def front_matter(card_text: str) -> tuple[ModelCardData, dict[str, Any]]:
@@ -74,8 +76,8 @@ def test_the_card_reads_well() -> None:
         "[arXiv 2403.09891](https://arxiv.org/abs/2403.09891)",
         "mapping structured, normalise kind, exponent 1.0, scale 1.732, coefficients and scale by"
         " search on the training data (93.0 % of the experts' scores there",
-        "- mnli: GLUE, revision abc",
-        "- stsb: miniature GLUE, seed 3",
+        "entailment, neutral, contradiction | accuracy | 128 | GLUE, revision abc |",
+        "| stsb | regression |  | pearson + spearmanr | 128 | miniature GLUE, seed 3 |",
         "`fmn reproduce models:/NAME/VERSION`",
         "## Limits",
         "no measure of English",
@@ -89,3 +91,41 @@ def test_local_experts_are_no_base_models_of_the_hub() -> None:
     data, content = front_matter(text(experts=experts, base=None))
     assert data.base_model is None
     assert "base_model_relation" not in content
+
+
+def test_own_tasks_are_told_in_the_hubs_words_and_names_are_text() -> None:
+    odd = own_task(CLASSES, "f1_macro", "roc_auc", name="odd", labels=40)
+    odd = odd.model_copy(update={"labels": ("<b>|x", "*a*\nb", *odd.labels[2:]), "max_length": 512})
+    price, flat = own_task(NUMBERS, "mse", name="price"), own_task(NUMBERS, "r2", name="flat")
+    entries: dict[str, Any] = {
+        "odd": {"f1_macro": 0.5, "roc_auc": 0.75, "score": 0.625, "examples": 9, "interval": {}},
+        "price": {"mse": 12.34567, "score": 12.34567, "examples": 9, "interval": {"mse": [9, 16]}},
+        "flat": {"r2": None, "score": None, "examples": 9, "interval": {"r2": None}},
+    }
+    rows = {"source": "org/odd-texts", "revision": "abc", "splits": {}}
+    data = {"odd": rows, "price": {"source": "/home/me/prices.csv", "splits": {}}}
+    metrics = reports.metrics(entries, [odd, price, flat], data=data, unlabeled=["bare"])
+    shown = card(reports.recipe(list(entries)), metrics)
+    data_of_card, content = front_matter(shown)
+    assert data_of_card.metrics == ["f1", "mse", "r_squared", "roc_auc"]
+    assert data_of_card.datasets == ["org/odd-texts"]
+    assert "language" not in content
+    _, results = model_index_to_eval_results(content["model-index"])
+    assert [(each.metric_type, each.metric_args, each.dataset_type) for each in results] == [
+        ("f1", {"average": "macro"}, "org/odd-texts"),
+        ("roc_auc", None, "org/odd-texts"),
+        ("mse", None, "price"),
+    ]
+    for words in (
+        "| odd | f1_macro | validation | 50.00 |  | 9 |",
+        "| price | mse (less is better) | validation | 12.35 | 9 to 16 | 9 |",
+        "| flat | r2 | validation | undefined |  | 9 |",
+        "| mean | score | of odd | 62.50 |",
+        r"\<b>\|x, \*a\* b, label 2, label 3, label 4, label 5, label 6, label 7, ... (40 labels)",
+        "| f1 macro + roc auc | 512 | org/odd-texts, revision abc |",
+        "| mse (less is better) | 128 | prices.csv |",
+        "- flat: undefined: its labels here do not define r2",
+        "- mean score: over odd; without price and flat",
+        "- bare: not scored, as its rows have no labels",
+    ):
+        assert words in shown, words

@@ -1,16 +1,21 @@
 """The tables over the cells of a comparison."""
 
+import numpy as np
 import pytest
 
 from fmn.experiments.files import Cell
-from fmn.report import comparison
+from fmn.report import comparison, page
 from fmn.store.records import parse_record
+from fmn.tasks.task import get_task
+from tests import reports
+from tests.reports import OWN
 
 
 def cell(seconds: float = 1.0, **relative: float | None) -> Cell:
     """A cell whose experts are right in 80 of 100 rows, and score 0.8, or 0 where None is given."""
     entries = {
         task: {
+            "definition": get_task(task).model_dump(mode="json"),
             "score": 0.8 * (share or 0.0),
             "expert": 0.8 if share is not None else 0.0,
             "relative": share,
@@ -61,7 +66,8 @@ def test_the_interval_of_a_mean_is_of_the_same_examples_in_all_sets() -> None:
 
 def test_an_expert_that_may_score_nothing_leaves_no_interval() -> None:
     weak = cell(sst2=0.5, cola=0.5)
-    weak.tasks["cola"].expert_predictions[:] = [0.0, 1.0] * 26 + [1.0, 0.0] * 24
+    answers = {"expert_predictions": [0.0, 1.0] * 26 + [1.0, 0.0] * 24}
+    weak.tasks["cola"] = weak.tasks["cola"].model_copy(update=answers)
     means = comparison.compare({"cola+sst2": {"average": weak}}).means["average"]
     assert means["mean"].interval is None
 
@@ -94,3 +100,29 @@ def test_the_tables_are_text_and_numbers() -> None:
     numbers = comparison.numbers(CELLS, compared)
     assert numbers.methods["mine"]["seconds"] == 2
     assert numbers.intervals["mine"]["pairs"] == compared.means["mine"]["pairs"].interval
+
+
+def test_own_tasks_of_every_sort_are_compared() -> None:
+    names = "+".join(task.name for task in OWN)
+    cells = reports.cells({names: OWN}, {"average": 0.3, "mine": 0.9})
+    compared = comparison.compare(cells)
+    entries = cells[names]["mine"].tasks
+    shares = [entry.relative for entry in entries.values()]
+    assert compared.means["mine"]["mean"].value == pytest.approx(np.mean(np.array(shares, float)))
+    price = entries["price"]
+    assert price.relative == pytest.approx((price.expert or 0) / (price.score or 1))
+    scores = compared.scores["mine"]
+    others = [reports.value(scores[task]) for task in compared.averaged]
+    assert list(compared.averaged) == ["intents", "topics", "spam"], "less is better of price"
+    assert reports.value(scores["mean"]) == pytest.approx(np.mean(others))
+    assert page.best(compared.scores, "price") == page.best(compared.scores, "topics") == "mine"
+    assert comparison.notes(compared) == [
+        "price: mse + mae (less is better); a plain number, no percentage",
+        "mean score: over intents, topics and spam; without price",
+    ]
+    undefined = cells[names]["mine"].tasks["spam"].model_copy(update={"score": None})
+    cells[names]["mine"].tasks["spam"] = undefined.model_copy(update={"relative": None})
+    again = comparison.compare(cells)
+    assert list(again.averaged) == ["intents", "topics"]
+    assert again.scores["mine"]["spam"].text == "undefined"
+    assert "spam" in comparison.numbers(cells, again).sets[names]["mine"]

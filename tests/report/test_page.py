@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 
 from fmn.report import comparison, figures, page
+from fmn.report.results import Entry, Estimate
 from fmn.tasks.task import TASKS
 from tests import reports
-from tests.reports import SEVEN
+from tests.reports import NUMBERS, OWN, SEVEN, own_task
 
 
 class Reader(HTMLParser):
@@ -44,8 +46,9 @@ def run_page(*arguments: Any, **more: Any) -> str:
     return page.render("report.html", report=report, pictures=pictures)
 
 
-def comparison_page() -> str:
-    sets = {"+".join(pair): pair for pair in combinations(SEVEN, 2)} | {"+".join(SEVEN): SEVEN}
+def comparison_page(tasks: Sequence[Any] = SEVEN) -> str:
+    picks = [*combinations(tasks, 2), tuple(tasks)]
+    sets = {"+".join(getattr(task, "name", task) for task in pick): pick for pick in picks}
     methods = {"base": 0.5, "average": 0.6} | {
         f"a method with a long name {n}": 0.6 + 0.02 * n for n in range(6)
     }
@@ -78,8 +81,31 @@ def test_the_page_says_what_the_report_holds() -> None:
     ids = [attributes["id"] for _, attributes in read.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
     links = {(link["href"] or "").removeprefix("#") for link in read.every("a")}
-    assert len(links) == 7
+    assert len(links) == 8
     assert links <= set(ids)
+
+
+def test_errors_are_plain_numbers_and_what_is_undefined_says_so() -> None:
+    flat = own_task(NUMBERS, "pearson", name="flat")
+    report = reports.report((*OWN, flat))
+    undefined = {"flat": Entry(Estimate(None), None)}  # as of labels that are all the same
+    columns = {name: {**column, **undefined} for name, column in report.table.columns.items()}
+    table = replace(report.table, columns=columns, averaged=("intents", "topics", "spam"))
+    report = replace(report, table=table)
+    pictures = figures.draw(figures.RUN_PICTURES, report)
+    read = Reader(page.render("report.html", report=report, pictures=pictures))
+    for words in (
+        "price mse + mae (less is better)",
+        "flat pearson 64 undefined undefined undefined undefined",
+        "price: mse + mae (less is better); a plain number, no percentage",
+        "flat: undefined: its labels here do not define pearson",
+        "mean score: over intents, topics and spam; without price and flat",
+        "mean of 3 tasks",
+        "in the mean over 4 tasks",
+        "multi label classification label 0, label 1, label 2 f1 micro 128",
+    ):
+        assert words in read.text, words
+    assert "price" not in pictures["Scores"][0].svg, "an error is not on a scale of percent"
 
 
 def test_nothing_is_fetched_and_nothing_runs() -> None:
@@ -95,12 +121,17 @@ def test_nothing_is_fetched_and_nothing_runs() -> None:
 
 
 def test_names_are_text_whatever_is_in_them() -> None:
+    odd = OWN[0].model_copy(update={"labels": ("<i>|x", "a" * 99, *OWN[0].labels[2:])})
+    shown = Reader(run_page((odd, "cola")))
+    assert f"<i>|x, {'a' * 31}…, label 2" in shown.text
+    assert "(12 labels)" in shown.text
     names = ("cola", "sst2")
     experts = {name: reports.checkpoint("<b>x & y</b>") for name in names}
     plain = Reader(run_page(names, models=("heads",)))
     read = Reader(run_page(names, models=("<i>a</i>",), recipe={"experts": experts}))
     assert "<i>a</i>" in read.text
     assert "<b>x & y</b>" in read.text
+    assert len(shown.every("i")) == len(plain.every("i"))
     for tag in ("i", "b"):
         assert len(read.every(tag)) == len(plain.every(tag))
     content = comparison.compare(reports.cells({"cola+sst2": names}, {"<i>": 0.5, "average": 0.6}))
@@ -132,8 +163,10 @@ document.body.textContent = JSON.stringify(seen);
 """
 PAGES: Mapping[str, Callable[[], str]] = {
     "three tasks": lambda: run_page(("cola", "mnli", "sst2"), 6, 12),
+    "own tasks": lambda: run_page((*OWN, "cola"), 6, 12),
     "nine tasks": lambda: run_page(sorted(TASKS), 24, 16, models=("merged, heads re-aligned",)),
     "a comparison": comparison_page,
+    "a comparison of own tasks": lambda: comparison_page(OWN),
 }
 
 

@@ -1,8 +1,12 @@
 """The table says what the metrics say: scores, intervals, shares, which differences are real."""
 
+import re
+from html import unescape
+
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 from fmn.errors import UserError
 from fmn.evaluate import bootstrap
@@ -10,7 +14,7 @@ from fmn.fisher.architectures import Site
 from fmn.merge.rules import shares
 from fmn.report import results
 from tests import reports
-from tests.reports import SEVEN
+from tests.reports import NUMBERS, OWN, SEVEN, own_task, value
 
 FOUR = ("cola", "mnli", "mrpc", "stsb")
 
@@ -41,7 +45,7 @@ def test_scores_are_those_of_the_metrics_and_intervals_those_of_the_answers(
     assert score.interval == bootstrap.interval(draws)
     assert share is not None
     alone = experts["mrpc"].metrics.tasks["mrpc"].score
-    assert share.value == pytest.approx(entry.score / alone)
+    assert share.value == pytest.approx(value(score) / (alone or 0))
     of_expert = bootstrap.draws(experts["mrpc"].answers)["mrpc"]
     assert share.interval == pytest.approx(bootstrap.interval(draws / of_expert))
     own_share = table.columns["expert"]["mrpc"].share
@@ -51,14 +55,15 @@ def test_scores_are_those_of_the_metrics_and_intervals_those_of_the_answers(
 
 def test_means_are_over_tasks(table: results.Table) -> None:
     column = table.columns["average"]
-    scores = [column[task].score.value for task in FOUR]
-    assert column["mean"].score.value == pytest.approx(np.mean(scores))
-    shares = [share.value for task in FOUR if (share := column[task].share)]
+    assert value(column["mean"].score) == pytest.approx(
+        np.mean([value(column[task].score) for task in FOUR])
+    )
     mean = column["mean"].share
+    shares = [value(column[task].share) for task in FOUR]
     assert mean is not None
-    assert mean.value == pytest.approx(np.mean(shares))
+    assert value(mean) == pytest.approx(np.mean(shares))
     low, high = mean.interval or (0, 0)
-    assert low < mean.value < high
+    assert low < value(mean) < high
 
 
 def test_differences_are_paired_tests_of_the_headline_against_each_other_column(
@@ -81,7 +86,7 @@ def test_differences_are_paired_tests_of_the_headline_against_each_other_column(
 
 def test_an_expert_that_scores_nothing_is_no_measure() -> None:
     experts, merged = reports.run(("cola", "sst2"), count=40)
-    experts["cola"] = reports.evaluated(["cola"], 0.55, 3, 40)
+    experts["cola"] = reports.evaluated(["cola"], 0.2, 3, 40)
     column = results.tabulate(experts, merged).columns["merged"]
     intervals = [share.interval for _, share in column.values() if share]
     assert [interval is None for interval in intervals] == [True, False, True], "in some resamples"
@@ -127,7 +132,7 @@ def test_the_table_is_text_and_numbers(table: results.Table) -> None:
     header, body = results.text_table(table)
     assert header == ["task", "base", "average", "merged", "expert"]
     assert [row[0] for row in body] == [*FOUR, "mean"]
-    expected = f"{100 * score.value:.1f} ±{50 * (high - low):.1f} ({100 * share.value:.1f})"
+    expected = f"{100 * value(score):.1f} ±{50 * (high - low):.1f} ({100 * value(share):.1f})"
     assert body[2][3] == expected
     legend = "score in %, ± half of its 95 % interval (% of the expert's score)"
     assert results.notes(table) == [legend]
@@ -136,18 +141,58 @@ def test_the_table_is_text_and_numbers(table: results.Table) -> None:
     assert numbers["mean"]["expert"]["relative"] == 1
     rows = results.score_rows(table)
     assert len(rows) == 5 * 4
-    assert rows[10] == ("mrpc: merged", round(100 * score.value, 3))
+    assert rows[10] == ("mrpc: merged", round(100 * value(score), 3))
 
 
 def test_only_an_expert_that_guesses_is_said_to_guess() -> None:
     assert results.tabulate(*reports.run(SEVEN)).guessing == ()
     names = ("cola", "rte", "stsb")
     merged = {"merged": reports.evaluated(names, 0.8)}
-    rights = zip(names, (0.7, 0.5, 0.0), strict=True)
+    rights = zip(names, (0.7, 0.0, 0.0), strict=True)
     experts = {name: reports.evaluated(names, right) for name, right in rights}
     table = results.tabulate(experts, merged)
     assert table.guessing == ("rte", "stsb")
     assert [line.split(":")[0] for line in results.notes(table)[1:]] == ["rte", "stsb"]
+
+
+def test_own_tasks_have_shares_means_and_verdicts_in_their_own_direction() -> None:
+    experts, merged = reports.run(OWN, count=100)
+    table = results.tabulate(experts, merged)
+    column = table.columns["merged"]
+    score, share = column["price"]
+    alone = experts["price"].metrics.tasks["price"].score
+    assert share is not None
+    assert share.value == pytest.approx((alone or 0) / (score.value or 1)), (
+        "of errors, the quotient"
+    )
+    assert table.averaged == ("intents", "topics", "spam")
+    scores = [value(column[task].score) for task in table.averaged]
+    assert value(column["mean"].score) == pytest.approx(np.mean(scores))
+    tested = table.differences["base"]["price"]
+    assert (tested.difference or 0) < 0
+    assert results.verdict(tested) == "better"
+    assert results.verdict(table.differences["expert"]["price"]) == "worse"
+    body = results.text_table(table)[1]
+    assert body[2][3].startswith(f"{score.value:.4g} ±")
+    assert f"({100 * value(share):.1f})" in body[2][3]
+    assert [row for row, _ in results.score_rows(table) if row.startswith("price")] == []
+    assert results.remarks(table) == [
+        "price: mse + mae (less is better); a plain number, no percentage",
+        "mean score: over intents, topics and spam; without price",
+    ]
+    undefined = own_task(NUMBERS, "pearson", name="flat")
+    flat = reports.evaluated([undefined], 0.5, count=1)
+    table = results.tabulate({}, {"merged": flat})
+    assert table.columns["merged"]["flat"].score.value is None
+    assert results.text_table(table)[1] == [["flat", "undefined"]]
+    assert results.results(table)["tasks"]["flat"]["merged"]["score"] is None
+
+
+def test_a_text_of_a_user_is_a_text_in_markdown_too() -> None:
+    html = MarkdownIt("commonmark").enable("table").render
+    for text in ("<b>|x", "*a*", "`a|b`", "_a_ b_c", "[a](b)", "a\\|b", "![x](y)", "two\nlines"):
+        (cell,) = re.findall("<td>(.*)</td>", html(results.markdown(["head"], [[text]])))
+        assert unescape(cell) == " ".join(text.split())
 
 
 def test_shares_of_nodes_are_those_that_the_merge_used() -> None:
