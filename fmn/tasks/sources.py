@@ -187,11 +187,11 @@ def _matching(root: str, pattern: str, builder: str) -> list[File]:
     if glob.has_magic(pattern):
         base = "" if is_whole else _open(root)[1]
         full = f"{glob.escape(base)}/{pattern}" if base else path
-        found = [each for each in sorted(system.glob(full)) if system.isfile(each)]
-        if found:
+        paths = [each for each in sorted(system.glob(full)) if system.isfile(each)]
+        if paths:
             return [
                 _file(each.replace(base, root, 1) if base else each, each, system, builder)
-                for each in found
+                for each in paths
             ]
     raise UserError(f"{name}: no such file{_what_there_is(system, path)}")
 
