@@ -19,10 +19,10 @@ from fmn.tasks.task import MULTI, REGRESSION, SINGLE, TaskSettings
 
 
 def encoded(
-    values: list[Any], classes: tuple[str, ...] = (), more: list[Any] | None = None, **told: Any
+    values: list[Any], classes: tuple[str, ...] = (), more: list[Any] | None = None, **fields: Any
 ) -> tuple[tuple[str, ...], list[Any]]:
     """The names of the labels, and the ids of the rows; those of `more` if there are other rows."""
-    definition = TaskSettings(**told)
+    definition = TaskSettings(**fields)
     plain = plain_values(values, classes)
     rows = plain if more is None else plain_values(more, classes)
     if problem_type(plain, definition) != MULTI:
@@ -32,7 +32,7 @@ def encoded(
 
 
 @pytest.mark.parametrize(
-    ("values", "told", "names", "ids"),
+    ("values", "fields", "names", "ids"),
     [
         (["b", "a", " b "], {}, ("a", "b"), [1, 0, 1]),
         ([10, 2, 10], {}, ("2", "10"), [1, 0, 1]),
@@ -57,12 +57,12 @@ def encoded(
         (["True", "False"], {"labels": {"True": "y", "False": "n"}}, ("y", "n"), [0, 1]),
     ],
 )
-def test_classes(values: list[Any], told: Any, names: tuple[str, ...], ids: list[int]) -> None:
-    assert encoded(values, **told) == (names, ids)
+def test_classes(values: list[Any], fields: Any, names: tuple[str, ...], ids: list[int]) -> None:
+    assert encoded(values, **fields) == (names, ids)
 
 
 @pytest.mark.parametrize(
-    ("values", "told", "names", "ids"),
+    ("values", "fields", "names", "ids"),
     [
         ([1, 0, 1], {}, ("neg", "pos"), [1, 0, 1]),
         (["1", "0"], {}, ("neg", "pos"), [1, 0]),
@@ -75,13 +75,13 @@ def test_classes(values: list[Any], told: Any, names: tuple[str, ...], ids: list
     ],
 )
 def test_class_label_features(
-    values: list[Any], told: Any, names: tuple[str, ...], ids: list[int]
+    values: list[Any], fields: Any, names: tuple[str, ...], ids: list[int]
 ) -> None:
-    assert encoded(values, ("neg", "pos"), **told) == (names, ids)
+    assert encoded(values, ("neg", "pos"), **fields) == (names, ids)
 
 
 @pytest.mark.parametrize(
-    ("values", "told", "names", "ids"),
+    ("values", "fields", "names", "ids"),
     [
         ([["b"], ["a", "b"], []], {}, ("a", "b"), [[1], [0, 1], []]),
         ([[2, 0], [1]], {}, ("0", "1", "2"), [[0, 2], [1]]),
@@ -98,13 +98,13 @@ def test_class_label_features(
     ],
 )
 def test_lists_of_labels(
-    values: list[Any], told: Any, names: tuple[str, ...], ids: list[list[int]]
+    values: list[Any], fields: Any, names: tuple[str, ...], ids: list[list[int]]
 ) -> None:
-    assert encoded(values, **told) == (names, ids)
+    assert encoded(values, **fields) == (names, ids)
 
 
 @pytest.mark.parametrize(
-    ("values", "told", "kind"),
+    ("values", "fields", "kind"),
     [
         ([1, 2], {}, SINGLE),
         ([1, 2.5], {}, REGRESSION),
@@ -117,21 +117,21 @@ def test_lists_of_labels(
         (["9" * 5000, "1"], {}, SINGLE),
     ],
 )
-def test_the_kind_of_problem_is_inferred(values: list[Any], told: Any, kind: str) -> None:
-    assert problem_type(plain_values(values), TaskSettings(**told)) == kind
+def test_the_kind_of_problem_is_inferred(values: list[Any], fields: Any, kind: str) -> None:
+    assert problem_type(plain_values(values), TaskSettings(**fields)) == kind
 
 
 def test_the_labels_of_a_regression_are_any_finite_numbers() -> None:
-    told: dict[str, Any] = {"problem_type": REGRESSION}
-    assert encoded(["-1", "1000", "0.5"], **told) == ((), [-1.0, 1000.0, 0.5])
-    assert encoded([3, 4], **told)[1] == [3.0, 4.0]
+    fields: dict[str, Any] = {"problem_type": REGRESSION}
+    assert encoded(["-1", "1000", "0.5"], **fields) == ((), [-1.0, 1000.0, 0.5])
+    assert encoded([3, 4], **fields)[1] == [3.0, 4.0]
     for value in ("good", float("inf"), 1e39, 10**400, [1]):
         with pytest.raises(UserError, match="in row 1; the labels of a regression are finite"):
-            encoded([1.0, value], **told)
+            encoded([1.0, value], **fields)
 
 
 @pytest.mark.parametrize(
-    ("values", "told", "message"),
+    ("values", "fields", "message"),
     [
         (["a", None, "b", ""], {}, "no value in 2 of 4 rows, the first is row 1"),
         ([1.5, float("nan")], {}, "no value in 1 of 2 rows, the first is row 1"),
@@ -144,9 +144,9 @@ def test_the_labels_of_a_regression_are_any_finite_numbers() -> None:
         ([["a"], ["a", None]], {}, "in row 1"),
     ],
 )
-def test_a_wrong_label_is_told_with_its_row(values: list[Any], told: Any, message: str) -> None:
+def test_a_wrong_label_is_told_with_its_row(values: list[Any], fields: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as refusal:
-        encoded(values, **told)
+        encoded(values, **fields)
     assert "\n" not in str(refusal.value)
 
 
@@ -171,12 +171,12 @@ def test_names_in_any_order_and_their_ids_say_the_same(names: list[str], data: A
     rows = data.draw(st.lists(st.sampled_from(names), min_size=1)) + names
     order = data.draw(st.permutations(names))
     assert encoded(rows)[0] == tuple(sorted(names))
-    told, ids = encoded(rows, labels=order)
-    assert [told[each] for each in ids] == rows
+    in_order, ids = encoded(rows, labels=order)
+    assert [in_order[each] for each in ids] == rows
     numbers = [order.index(row) for row in rows]
-    assert encoded(numbers, labels=order) == (told, ids) == encoded(numbers, tuple(order))
+    assert encoded(numbers, labels=order) == (in_order, ids) == encoded(numbers, tuple(order))
     mapping = {str(label): name for label, name in enumerate(order)}
-    assert encoded(numbers, labels=mapping) == (told, ids)
+    assert encoded(numbers, labels=mapping) == (in_order, ids)
 
 
 @given(st.lists(st.sets(st.integers(0, 4)), min_size=3))

@@ -24,9 +24,9 @@ def write(folder: Path, **splits: list[dict[str, Any]]) -> None:
         (folder / f"{split}.json").write_text(json.dumps(rows))
 
 
-def prepared(folder: Path, **told: Any) -> Prepared:
-    dataset = {"path": str(folder), **told.pop("dataset", {})}
-    definition = TaskSettings.model_validate({"dataset": dataset, **told})
+def prepared(folder: Path, **fields: Any) -> Prepared:
+    dataset = {"path": str(folder), **fields.pop("dataset", {})}
+    definition = TaskSettings.model_validate({"dataset": dataset, **fields})
     assert definition.dataset
     result = prepare("mine", definition, find_files(definition.dataset), str(folder))
     for split, table in result.tables.items():  # what is written can be read
@@ -96,19 +96,19 @@ def test_text_columns_with_the_names_of_the_rows_own_columns_are_renamed(tmp_pat
 def test_rows_without_labels(tmp_path: Path) -> None:
     write(tmp_path, train=[{"text": "a"}, {"text": "b"}])
     unlabelled: list[dict[str, Any]] = [{}, {"columns": {"label": None}}, {"labels": ["x", "y"]}]
-    for told in unlabelled:
-        result = prepared(tmp_path, **told)
+    for fields in unlabelled:
+        result = prepared(tmp_path, **fields)
         task = result.task
         assert (task.has_labels, task.metrics, task.validation) == (False, (), ())
-        assert task.labels == tuple(told.get("labels", ()))
+        assert task.labels == tuple(fields.get("labels", ()))
         assert result.tables["train"].column_names == ["text", "idx"]
     assert any(note.startswith("no labels: there is no column label") for note in result.notes)
     split_off = prepared(tmp_path, columns={"label": None}, dataset={"validation_size": 0.5})
     assert split_off.task.validation == ("validation",)
     needs: list[dict[str, Any]] = [{"columns": {"label": "label"}}, {"metrics": ["accuracy"]}]
-    for told in needs:
+    for fields in needs:
         with pytest.raises(UserError, match="no column label for mine; there are text"):
-            prepared(tmp_path, **told)
+            prepared(tmp_path, **fields)
     with pytest.raises(UserError, match="no column body"):
         prepared(tmp_path, columns={"text": "body"})
 
@@ -150,7 +150,7 @@ def test_how_many_rows_are_split_off(tmp_path: Path) -> None:
     }
     assert sizes == {0.2: 6, 7: 7, 8.0: 8}
     result = prepared(tmp_path)
-    assert result.tables["validation"].num_rows == 3, "a tenth, if nothing is told"
+    assert result.tables["validation"].num_rows == 3, "a tenth by default"
     assert "split off" in result.notes[1]
     other = prepared(tmp_path, dataset={"validation_size": 0.1, "seed": 1})
     assert other.tables["validation"] != result.tables["validation"]
@@ -199,7 +199,7 @@ def test_what_is_odd_is_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "told", "message"),
+    ("rows", "fields", "message"),
     [
         ([], {}, "there are no rows"),
         ([ROW, {"text": None, "label": "y"}], {}, "column text has no value in row 1; give a text"),
@@ -213,9 +213,9 @@ def test_what_is_odd_is_a_warning(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used_are_refused(
-    tmp_path: Path, rows: list[Any], told: Any, message: str
+    tmp_path: Path, rows: list[Any], fields: Any, message: str
 ) -> None:
     write(tmp_path, train=rows, validation=[ROW])
     with pytest.raises(UserError, match=message) as refusal:
-        prepared(tmp_path, **told)
+        prepared(tmp_path, **fields)
     assert "\n" not in str(refusal.value)

@@ -127,9 +127,12 @@ def test_the_files_that_dvc_watches_are_those_that_are_read(
         (f"file://{tmp_path}/rows.csv", {f"{tmp_path}/rows.csv"}),
         ("saved", {f"saved/{name}" for name in os.listdir("saved")}),  # noqa: PTH208
         ("memory://watched/rows.csv", set()),
+        ("csv", {"more/a.csv", "more/b.csv"}),
         ("org/name", set()),
     ):
-        files = local_files(TaskSettings(dataset=DatasetSettings(path=path)))
+        patterns = "more/*.csv" if path == "csv" else None
+        rows = DatasetSettings(path=path, data_files=patterns)
+        files = local_files(TaskSettings(dataset=rows))
         assert {str(file) for file in files} == expected
     assert local_files(TaskSettings()) == []
 
@@ -195,6 +198,12 @@ def test_splits_are_chosen_or_guessed(
             {"splits": {"validation": "devel"}},
             "no split devel; there are train and",
         ),
+        (
+            ["a", "train"],
+            {"splits": {"train": "a", "validation": "train"}},
+            "be called 'train'",
+        ),
+        (["train", "a/b"], {"splits": {"validation": "a/b"}}, "cannot be called 'a/b'"),
         (["train"], {"splits": {"validation": "train"}}, "for training and validation; say valid"),
         (["train", "dev"], {"splits": {"validation": "dev"}, "validation_size": 1}, "contradict"),
     ],

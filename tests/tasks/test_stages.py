@@ -121,8 +121,8 @@ def test_real_glue_is_read_as_it_is(glue: Path, tmp_path: Path) -> None:
 ROWS = "review,stars\n" + "".join(f"text {row},{row % 5 + 1}\n" for row in range(40))
 
 
-def settings_of(path: object, **told: Any) -> TaskSettings:
-    fields = {"columns": {"text": "review", "label": "stars"}, **told}
+def settings_of(path: object, **changes: Any) -> TaskSettings:
+    fields = {"columns": {"text": "review", "label": "stars"}, **changes}
     return TaskSettings.model_validate({"dataset": {"path": str(path)}, **fields})
 
 

@@ -12,9 +12,9 @@ from fmn.tasks.task import TASKS, TaskSettings, get_task
 from fmn.tasks.view import describe, known_tasks
 
 
-def settings_of(path: Path, *rows: dict[str, Any], **told: Any) -> TaskSettings:
+def settings_of(path: Path, *rows: dict[str, Any], **fields: Any) -> TaskSettings:
     path.write_text(json.dumps(rows))
-    return TaskSettings.model_validate({"dataset": {"path": str(path)}, **told})
+    return TaskSettings.model_validate({"dataset": {"path": str(path)}, **fields})
 
 
 def test_own_tasks_stand_after_glues_or_in_their_place(tmp_path: Path) -> None:
