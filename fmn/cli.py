@@ -37,7 +37,8 @@ from fmn.registry.stages import (
 from fmn.report.stages import report
 from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import Outcome
-from fmn.tasks.stages import DataInfo, DataSettings, TaskOptions, data, definition_of
+from fmn.tasks.dataset import DataInfo
+from fmn.tasks.stages import DataSettings, TaskOptions, data, definition_of
 from fmn.tasks.view import describe, known_tasks
 from fmn.terminal import complain, errors, only_ours, progress_bar, say, show_table
 

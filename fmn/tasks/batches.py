@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from fmn.errors import UserError, system_error
+
+if TYPE_CHECKING:
+    import torch
 
 MULTIPLE = 8  # tokens; widths of batches are rounded up to it, so that few shapes occur
 
@@ -48,8 +50,8 @@ class Batch:
     """B examples, padded to T tokens."""
 
     rows: np.ndarray  # int64 [B], their positions in the examples that they came from
-    inputs: dict[str, torch.Tensor]  # [B, T] int64, with `attention_mask`; or [B, ...]
-    labels: torch.Tensor  # [B] or [B, C]
+    inputs: "dict[str, torch.Tensor]"  # [B, T] int64, with `attention_mask`; or [B, ...]
+    labels: "torch.Tensor"  # [B] or [B, C]
 
 
 def select(
@@ -85,6 +87,8 @@ def random_order(labels: np.ndarray, seed: int, stratified: bool = False) -> np.
 
 def pad_batch(examples: Examples, rows: np.ndarray, width: int | None = None) -> Batch:
     """The examples at `rows`, padded on the right to `width` tokens, or to the longest of them."""
+    import torch  # sampling needs none of it
+
     if width is None:
         width = int(examples.lengths[rows].max())
     inputs: dict[str, torch.Tensor] = {}

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmn.errors import UserError, hint
-from fmn.tasks.sources import File, class_names
+from fmn.tasks.sources import File, class_names, reachable
 
 DAMAGED = (
     pa.ArrowException,
@@ -49,7 +49,8 @@ class Table(NamedTuple):
         """The values of a column as Python's own. UserError says which columns there are."""
         if name not in self.columns:
             listed = ", ".join(self.columns)
-            near = hint(name.lower(), {each.lower(): each for each in self.columns})
+            same = [each for each in self.columns if each.lower() == name.lower()]
+            near = hint(same[0] if same else name, self.columns)
             raise UserError(f"{self.place}: no column {name} for {task}; there are {listed}{near}")
         values = self.columns[name]
         plain: list[Any] = values.to_pylist() if hasattr(values, "to_pylist") else list(values)
@@ -105,7 +106,7 @@ Columns = tuple[dict[str, Any], dict[str, list[str]]]
 
 def _content(file: File) -> bytes:
     content: bytes
-    with file.system.open(file.path, "rb", compression="infer") as stream:
+    with reachable(file.name), file.system.open(file.path, "rb", compression="infer") as stream:
         content = stream.read()
     return content
 
@@ -154,8 +155,9 @@ def _json(file: File) -> Columns:
     text = _content(file).decode(BOM)
     try:
         content = json.loads(text)
-        is_lines = isinstance(content, dict) and "\n" not in text.strip() and "data" not in content
-        records = [content] if is_lines else content
+        # A file of one line may be one record.
+        is_record = isinstance(content, dict) and any(isinstance(x, str) for x in content.values())
+        records = [content] if is_record else content
     except json.JSONDecodeError:
         records = [_line(file, number, line) for number, line in enumerate(text.split("\n"), 1)
                    if line.strip()]  # fmt: skip
@@ -185,7 +187,7 @@ def _line(file: File, number: int, line: str) -> Any:
 
 
 def _parquet(file: File) -> Columns:
-    table = pq.read_table(io.BytesIO(_content(file)))
+    table = pq.ParquetFile(io.BytesIO(_content(file))).read()
     classes = {}
     if b"huggingface" in (table.schema.metadata or {}):
         from datasets import Features

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fmn.errors import UserError, hint
 from fmn.tasks.task import METRICS, MULTI, REGRESSION, SINGLE, TaskSettings, plain_text
 
-_NUMBER = re.compile(r"[+-]?(\d{1,18}\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+_NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _TRUTH = {"true": True, "false": False}
 _SHOWN = 12  # labels that a message lists
 
@@ -216,19 +216,23 @@ def _ids_of_list(
     )
 
 
-def encode(values: Sequence[Any], labels: Labels, place: str, column: str) -> list[Any]:
-    """The class id, number or ascending ids of each row.
-
-    Raises:
-        UserError: a row has none, or one that is unknown; says which and how many.
-    """
+def refuse_missing(values: Sequence[Any], place: str, column: str) -> None:
+    """Raise UserError if a row has no label; says how many and which is the first."""
     missing = [row for row, value in enumerate(values) if value is None]
-    if missing and labels.problem_type != MULTI:
+    if missing:
         raise UserError(
             f"{place}: {column} has no value in {len(missing)} of {len(values)} rows, the first is"
             f" row {missing[0]}; fill it in, drop these rows, or say columns.label: null if no row"
             " has labels"
         )
+
+
+def encode(values: Sequence[Any], labels: Labels, place: str, column: str) -> list[Any]:
+    """The class id, number or ascending ids of each row.
+
+    Raises:
+        UserError: a row has another label than those; says which.
+    """
     encode_value = {REGRESSION: _number_of, SINGLE: _id_of, MULTI: _ids_of}[labels.problem_type]
     encoded = []
     for row, value in enumerate(values):

@@ -10,7 +10,14 @@ from fmn.errors import UserError
 from fmn.tasks.batches import random_order
 from fmn.tasks.dataset import label_array
 from fmn.tasks.formats import Table, read_files
-from fmn.tasks.label_values import Labels, encode, plain_values, read_labels
+from fmn.tasks.label_values import (
+    Labels,
+    encode,
+    plain_values,
+    problem_type,
+    read_labels,
+    refuse_missing,
+)
 from fmn.tasks.rows import schema
 from fmn.tasks.sources import File, choose_splits
 from fmn.tasks.task import (
@@ -68,6 +75,9 @@ def prepare(
         }
         first = splits[train or validation[0]]
         known = values[train] if train else [x for each in values.values() for x in each]
+        if problem_type(known, definition) != MULTI:
+            for split, table in splits.items():
+                refuse_missing(values[split], table.place, f"column {label}")
         labels = read_labels(known, first.classes.get(label, ()), definition, first.place)
     task = _task(name, definition, labels, validation)
     tables = {
@@ -198,21 +208,22 @@ def _problem(value: Any) -> str:
 def _split_off(
     task: Task, tables: dict[str, pa.Table], size: float, seed: int, place: str
 ) -> list[str]:
-    """Move rows from "train" to "validation", stratified by class; each class keeps a row."""
+    """Move rows from "train" to "validation", stratified by class."""
     rows = tables["train"]
     if rows.num_rows == 1:
         return []
     labels = label_array(task, rows)
     order = random_order(labels, seed, stratified=task.has_labels and not task.regression)
     count = int(size) if size >= 1 else max(1, round(size * len(order)))
-    if task.has_labels and not task.regression:
-        # The last row of each class in this order stays in training.
-        _, last = np.unique(labels[order][::-1], axis=0, return_index=True)
-        order = np.delete(order, len(order) - 1 - last) if not task.multi_label else order
-    if not 1 <= count <= min(len(order), rows.num_rows - 1):
+    if task.has_labels and not (task.regression or task.multi_label):
+        # The last row of each class in this order stays in training, as far as that is possible.
+        _, last = np.unique(labels[order][::-1], return_index=True)
+        last = len(order) - 1 - last
+        order = np.concatenate([np.delete(order, last), order[last]])
+    if not 1 <= count < rows.num_rows:
         raise UserError(
             f"{place}: validation_size {size:g} of {rows.num_rows} rows is {count}, and at most"
-            f" {min(len(order), rows.num_rows - 1)} can be split off; say another"
+            f" {rows.num_rows - 1} can be split off; say another"
         )
     is_validation = np.zeros(rows.num_rows, dtype=bool)
     is_validation[order[:count]] = True

@@ -6,7 +6,8 @@ Nothing that comes with a data set is executed, and nothing is cached but what t
 import glob
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,7 @@ FORMATS: Mapping[str, str] = {
     ".parquet": "parquet",
 }
 COMPRESSED = (".gz", ".bz2", ".xz")
+OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # beside rows, and no rows themselves
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes: several splits, or one
 VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that there is
 _HUB_NAME = re.compile(r"(?:hf://)?(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)")
@@ -51,13 +53,29 @@ class File(NamedTuple):
         """What the stage's key has of it: the local path, or the digest of what lies elsewhere."""
         if path := self.local:
             return path
-        parts = sorted(self.system.find(self.path))
-        return artifacts.digest_bytes(
-            b"".join(artifacts.digest_bytes(self.system.cat_file(part)).encode() for part in parts)
-        )
+        with reachable(self.name):
+            parts = sorted(self.system.find(self.path))
+            digests = [artifacts.digest_bytes(self.system.cat_file(part)) for part in parts]
+        return artifacts.digest_bytes("".join(digests).encode())
 
 
 Splits = Mapping[str, Sequence[File]]
+
+
+@contextmanager
+def reachable(name: str) -> Iterator[None]:
+    """Explain what goes wrong while rows at a URL are looked for or read, whoever serves them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if "://" not in name or name.startswith("file://"):
+            raise
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise UserError(
+            f"{name}: cannot be read ({reason:.160}); check the address, network and credentials"
+        ) from error
 
 
 def local_files(definition: TaskSettings) -> list[Path]:
@@ -90,13 +108,21 @@ def hub_name(dataset: DatasetSettings) -> str | None:
 
 
 def find_files(dataset: DatasetSettings) -> Splits:
-    """The files of each split of a data set that lies here or at a URL.
+    """The files of each split of a data set that lies here or at a URL; no split is empty.
 
     A folder's splits are named by its files: ``train.csv``, ``dev-00000-of-00002.parquet``.
 
     Raises:
         UserError: there is no such file; says what there is.
     """
+    with reachable(dataset.path):
+        splits = _find_files(dataset)
+    if not splits or not all(splits.values()):
+        raise UserError(f"{dataset.path}: data_files names no file for a split; name one")
+    return splits
+
+
+def _find_files(dataset: DatasetSettings) -> Splits:
     root, builder = dataset.path, ""
     if dataset.path in FORMATS.values() and dataset.data_files and not Path(root).exists():
         root, builder = "", dataset.path  # load_dataset("csv", data_files=...)
@@ -127,6 +153,7 @@ def _splits_of_folder(root: str, path: str, system: "AbstractFileSystem") -> Spl
     """The data files right in a folder, or else in its sub-folders, which name the splits then."""
     names = sorted(name.removeprefix(path).strip("/") for name in system.find(path, maxdepth=2))
     names = [name for name in names if _format(name) and not re.search(r"(^|/)[._]", name)]
+    names = [name for name in names if name not in OTHER_JSON]
     names = [name for name in names if "/" not in name] or names
     splits: dict[str, list[File]] = {}
     for name in names:
@@ -198,7 +225,7 @@ def _suffix(name: str) -> str:
 
 
 def _format(name: str) -> str | None:
-    suffix = _suffix(name).lower()
+    suffix = _suffix(name.split("?")[0] if "://" in name else name).lower()
     return FORMATS[f".{suffix.split('.')[1]}"] if suffix else None
 
 
@@ -260,7 +287,7 @@ def choose_splits(
         raise UserError(f"{place}: {train} is for training and validation; say validation_size")
     if missing := [split for split in wanted if split not in others]:
         raise UserError(f"{place}: no split {missing[0]}; {there}{hint(missing[0], splits)}")
-    return train, list(wanted)
+    return train, list(dict.fromkeys(wanted))
 
 
 def guess(splits: Sequence[str], words: Sequence[str]) -> list[str]:
@@ -303,16 +330,12 @@ def download(dataset: DatasetSettings, name: str, revision: str) -> Path:
     elif dataset.name is None or dataset.name in configs:
         config = configs[dataset.name] if dataset.name else _only(configs, name)
         files = _paths(config)
+    elif configs:
+        known = f"{', '.join(configs)}{hint(dataset.name, configs)}"
+        raise UserError(f"{name}: no configuration {dataset.name}; there are {known}")
     else:  # a folder for each configuration
         files = [f"{dataset.name}/*"]
-    snapshot = _snapshot(name, folder.name, ["README.md", *files])
-    if not any(_format(path.name) for path in artifacts.visible(snapshot).values()):
-        known = f"; there are {', '.join(configs)}{hint(dataset.name or '', configs)}"
-        raise UserError(
-            f"{name}: no data files of {dataset.name or 'it'}{known if configs else ''}; name its"
-            " configuration and data_files as its page says"
-        )
-    return snapshot
+    return _snapshot(name, folder.name, ["README.md", *files])
 
 
 def hub_files(dataset: DatasetSettings, snapshot: Path) -> Splits:

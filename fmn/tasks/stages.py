@@ -45,9 +45,6 @@ class DataSettings(Settings):
         " of several tasks; $NAME is read from the environment",
     )
     revision: str = Field("main", description="revision of the Hub's data set")
-    seed: int = Field(
-        0, ge=0, le=0, description="of the miniature GLUE: 0; its script writes rows of others"
-    )
 
     @field_validator("source")
     @classmethod
@@ -72,6 +69,7 @@ class TaskOptions(Settings):
     validation_size: float | None = Field(
         None, gt=0, description="rows to split off for validation: a share below 1, or a number"
     )
+    seed: int = Field(0, ge=0, description="seed of that split")
     name: str | None = Field(None, description="configuration of a data set on the Hub")
     text: str | None = Field(None, description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
@@ -107,10 +105,10 @@ def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> Ta
     has_source = "source" in settings.model_fields_set
     if has_source and (clash := set_options & {"dataset", "definition"}):
         raise UserError(f"{flags[clash.pop()]} and --source contradict each other; give one")
-    of_files = set_options & {"validation", "validation_size", "name"}
+    of_files = set_options & {"validation", "validation_size", "seed", "name"}
     if of_files and "dataset" not in set_options:
         raise UserError(f"{flags[of_files.pop()]} needs --dataset")
-    if len(of_files - {"name"}) > 1:
+    if {"validation", "validation_size"} <= of_files:
         raise UserError("--validation and --validation-size contradict each other; give one")
     if options.definition:
         return read_definition(options.definition, task)
@@ -139,7 +137,8 @@ def _fields_of(options: TaskOptions, set_options: set[str], settings: DataSettin
         if options.validation:  # files of their own, wherever they are
             rows["data_files"] = {"train": options.dataset, "validation": options.validation}
             rows["path"] = "."
-        rows |= {name: getattr(options, name) for name in set_options & {"validation_size", "name"}}
+        of_rows = set_options & {"validation_size", "seed", "name"}
+        rows |= {name: getattr(options, name) for name in of_rows}
         fields["dataset"] = rows
     return fields | {"columns": columns, "metrics": options.metric}
 
@@ -196,7 +195,7 @@ def data(
             source=source.name,
             revision=source.revision,
             rows={split: table.num_rows for split, table in rows.tables.items()},
-            notes=rows.notes,
+            notes=[redacted(note) for note in rows.notes],
             warnings=rows.warnings,
         )
 

@@ -277,21 +277,10 @@ class Task(Record):
     problem_type: ProblemType | None = "single_label_classification"
     columns: Columns
     labels: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("accuracy",)
+    metrics: tuple[str, ...] = Field(default_factory=lambda fields: _default_metrics(fields))
     validation: tuple[str, ...] = ("validation",)
     max_length: Annotated[int, Field(ge=1)] = MAX_LENGTH
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_metrics(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or "metrics" in fields:
-            return fields
-        columns = fields.get("columns")
-        label = columns.get("label", "label") if isinstance(columns, dict) else columns
-        label = columns.label if isinstance(columns, Columns) else label
-        kind = fields.get("problem_type", SINGLE) if label else None
-        return {**fields, "metrics": DEFAULT_METRICS.get(kind, ())}
 
     @model_validator(mode="after")
     def _check_name(self) -> "Task":
@@ -345,6 +334,12 @@ class Task(Record):
             return ""
         rest = split.removeprefix("validation").lstrip("_")
         return f"_{rest}" if rest else "_validation"
+
+
+def _default_metrics(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The metrics of a task whose definition names none."""
+    columns, kind = fields.get("columns"), fields.get("problem_type")
+    return DEFAULT_METRICS[kind if columns and columns.label else None]
 
 
 def get_task(name: str) -> Task:
