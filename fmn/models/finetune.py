@@ -80,8 +80,8 @@ def finetune(
     AdamW, with a learning rate that rises linearly over the first tenth of the steps to its peak
     and falls linearly to zero, `HEAD_RATE` times as high for the head. The loss is Transformers';
     for regression on values of mean 0 and variance 1, so that one rate suits every scale. The same
-    arguments, threads and hardware repeat it exactly. The model stays on the device, in evaluation
-    mode. `epochs` may be a fraction; `progress` gets (steps done, all steps).
+    arguments, threads and hardware repeat it exactly. `epochs` may be a fraction; `progress` gets
+    (steps done, all steps).
 
     Raises:
         UserError: there are no examples, or the loss diverges.
@@ -92,9 +92,9 @@ def finetune(
     compute_dtype = resolve_dtype(dtype, target)
     torch.manual_seed(seed)
     lengths, head = examples.lengths, model.get_submodule(last_linear(model))
-    shift, scale = _scale(examples, head) if problem_type == "regression" else (0.0, 1.0)
+    shift, scale = 0.0, 1.0
     if problem_type == "regression":
-        examples = replace(examples, labels=np.float32((examples.labels - shift) / scale))
+        examples, shift, scale = _standardized(examples, head)
     steps = max(1, round(epochs * math.ceil(len(examples) / batch_size)))
     losses: list[float] = []
     batches: list[np.ndarray] = []
@@ -102,8 +102,7 @@ def finetune(
         model.train()
         optimizer = torch.optim.AdamW(_groups(model), fused=True)
         for step in range(steps):
-            batches = batches or _batches(lengths, batch_size, random)
-            rows = batches.pop()
+            rows = (batches := batches or _batches(lengths, batch_size, random)).pop()
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate * _schedule(step, steps)
             batch = pad_batch(examples, rows, int(lengths[rows].max()))
@@ -131,11 +130,16 @@ def _schedule(step: int, steps: int) -> float:
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
 
 
-def _scale(examples: Examples, head: nn.Module) -> tuple[float, float]:
-    """Mean and standard deviation of values; about zero, if the head has no bias for a mean."""
-    values = examples.labels.astype(np.float64)
+def _standardized(examples: Examples, head: nn.Module) -> tuple[Examples, float, float]:
+    """Values of mean 0 and variance 1, and the mean and standard deviation that they had.
+
+    A head without a bias cannot add a mean, which then stays: the values' square has the mean 1.
+    """
+    values = examples.labels.astype(np.float64)  # [N]
     shift = float(values.mean()) if head.bias is not None else 0.0
-    return shift, float(np.sqrt(np.mean((values - shift) ** 2))) or 1.0
+    scale = float(np.sqrt(np.mean((values - shift) ** 2))) or 1.0
+    labels = ((values - shift) / scale).astype(np.float32)
+    return replace(examples, labels=labels), shift, scale
 
 
 def _rescale(head: nn.Module, shift: float, scale: float) -> None:
