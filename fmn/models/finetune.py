@@ -77,13 +77,11 @@ def finetune(
 ) -> list[float]:
     """Train every parameter of a model in place, and return the mean loss of each step.
 
-    AdamW, with a learning rate that rises linearly over the first tenth of the steps and falls
-    linearly to zero, and is `HEAD_RATE` times as high for the head. The loss is cross entropy; for
-    several labels at once, the mean of their binary cross entropies; or squared error, which is
-    minimised on values of mean 0 and variance 1, so that one learning rate suits every scale. The
-    same arguments, threads and hardware repeat it exactly. The model stays on the device, in
-    evaluation mode. `epochs` may be a fraction, `learning_rate` is the peak, the seed draws batches
-    and dropout; `progress` gets (steps done, all steps).
+    AdamW, with a learning rate that rises linearly over the first tenth of the steps to its peak
+    and falls linearly to zero, `HEAD_RATE` times as high for the head. The loss is Transformers';
+    for regression on values of mean 0 and variance 1, so that one rate suits every scale. The same
+    arguments, threads and hardware repeat it exactly. `epochs` may be a fraction; `progress` gets
+    (steps done, all steps).
 
     Raises:
         UserError: there are no examples, or the loss diverges.
@@ -93,26 +91,20 @@ def finetune(
     target, random = resolve_device(device), np.random.default_rng(seed)
     compute_dtype = resolve_dtype(dtype, target)
     torch.manual_seed(seed)
-    lengths, shift, scale = examples.lengths, 0.0, 1.0
-    head = model.get_submodule(last_linear(model))
+    lengths, head = examples.lengths, model.get_submodule(last_linear(model))
+    shift, scale = 0.0, 1.0
     if problem_type == "regression":
-        values = examples.labels.astype(np.float64)
-        shift = float(values.mean()) if head.bias is not None else 0.0
-        scale = float(np.sqrt(np.mean((values - shift) ** 2))) or 1.0
-        examples = replace(examples, labels=((values - shift) / scale).astype(np.float32))
+        examples, shift, scale = _standardized(examples, head)
     steps = max(1, round(epochs * math.ceil(len(examples) / batch_size)))
-    warmup = max(1, round(WARMUP * steps))
     losses: list[float] = []
     batches: list[np.ndarray] = []
     with placed(model, target, compute_dtype):
         model.train()
         optimizer = torch.optim.AdamW(_groups(model), fused=True)
         for step in range(steps):
-            batches = batches or _batches(lengths, batch_size, random)
-            rows = batches.pop()
+            rows = (batches := batches or _batches(lengths, batch_size, random)).pop()
             for group in optimizer.param_groups:
-                rise, fall = (step + 1) / warmup, (steps - step) / max(1, steps - warmup)
-                group["lr"] = group["factor"] * learning_rate * min(rise, fall, 1.0)
+                group["lr"] = group["factor"] * learning_rate * _schedule(step, steps)
             batch = pad_batch(examples, rows, int(lengths[rows].max()))
             with autocast(target, compute_dtype):
                 inputs = {name: value.to(target) for name, value in batch.inputs.items()}
@@ -127,11 +119,34 @@ def finetune(
                 remedy = f"take a learning_rate below {learning_rate}"
                 raise UserError(f"fine-tuning: the loss diverged in step {step + 1}; {remedy}")
             progress(step + 1, steps)
-        with torch.no_grad():  # the head answers on the task's own scale
-            for name, parameter in head.named_parameters() if problem_type == "regression" else ():
-                parameter.mul_(scale).add_(shift if name == "bias" else 0.0)
+        _rescale(head, shift, scale)
         model.eval()
     return losses
+
+
+def _schedule(step: int, steps: int) -> float:
+    """The share of the peak learning rate that a step has."""
+    warmup = max(1, round(WARMUP * steps))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
+
+
+def _standardized(examples: Examples, head: nn.Module) -> tuple[Examples, float, float]:
+    """Values of mean 0 and variance 1, and the mean and standard deviation that they had.
+
+    A head without a bias cannot add a mean, which then stays: the values' square has the mean 1.
+    """
+    values = examples.labels.astype(np.float64)  # [N]
+    shift = float(values.mean()) if head.bias is not None else 0.0
+    scale = float(np.sqrt(np.mean((values - shift) ** 2))) or 1.0
+    labels = ((values - shift) / scale).astype(np.float32)
+    return replace(examples, labels=labels), shift, scale
+
+
+def _rescale(head: nn.Module, shift: float, scale: float) -> None:
+    """Let a linear map answer on the task's own scale."""
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.mul_(scale).add_(shift if name == "bias" else 0.0)
 
 
 def _head(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:

@@ -183,7 +183,8 @@ def by_data(
     if evidence.contradicts:
         turned = names_by_output(task, Labels(order=evidence.best, origin="training data"))
         name = "turned round" if len(turned) == 2 else f"as {listed(turned)}"
-        contradiction = f"as named {score:.1%}, {name} {best:.1%} of {rows} are right"
+        how = "listed" if labels.origin == "settings" else "named"
+        contradiction = f"as {how} {score:.1%}, {name} {best:.1%} of {rows} are right"
         if labels.origin == "names":
             raise UserError(
                 f"{place}: the names of its outputs contradict the data: {contradiction}; if the"
@@ -248,6 +249,11 @@ def align(folder: Path, task: Task, data: Path | None, names: Sequence[str] = ()
     return labels
 
 
+def can_check(data: Path, task: Task) -> bool:
+    """Whether there are training rows with labels, which check how outputs stand for them."""
+    return task.has_labels and dataset.has_split(data, task, "train")
+
+
 def decide(
     checkpoint: Path,
     task: Task,
@@ -291,7 +297,7 @@ def decide(
         labels = labels.model_copy(update={"origin": "settings"})
     notes = _kind_notes(config, task, place)
     is_aligned = (checkpoint / DEFINITION).is_file() and own == list(task.labels or own)
-    if data and task.has_labels and not is_aligned and dataset.has_split(data, task, "train"):
+    if data and not is_aligned and can_check(data, task):
         logits, truth = _answers(checkpoint, task, data, device)
         labels = by_data(task, labels, logits, truth, place)
     labels = labels or as_they_stand(task)

@@ -103,26 +103,19 @@ def fetch(
     definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
     if task:
         keys |= {"task": definition or task, "fetch": settings.labels}
-    if (
-        data
-        and definition
-        and definition.has_labels
-        and dataset.has_split(data, definition, "train")
-    ):
+    if data and definition and labels.can_check(data, definition):
         reads["train"] = dataset.split_files(data, definition, "train")
 
     def compute(job: Job) -> CheckpointInfo:
+        facts: dict[str, Any] = {"source": source}
         info = sources.copy_checkpoint(pinned, job.path, progress)
-        info = info.model_copy(update={"source": source})
-        if not task:
-            return info
         try:
-            expert = definition or labels.expert_task(job.path, task)
-            return info.model_copy(
-                update={"labels": labels.align(job.path, expert, data, settings.labels)}
-            )
+            if task:
+                expert = definition or labels.expert_task(job.path, task)
+                facts["labels"] = labels.align(job.path, expert, data, settings.labels)
         except UserError as error:  # the reader does not know the folder that is being written
             raise UserError(str(error).replace(str(job.path), source)) from error
+        return info.model_copy(update=facts)
 
     summary = partial(stage.read_info, record=CheckpointInfo)
     # Without a time, the base that a second clone fetches again is the same to DVC.
@@ -177,17 +170,11 @@ def finetune(
             model.cpu().save_pretrained(job.path)
             tokenizer.save_pretrained(job.path)
         write_task(job.path, definition)
-        last = losses[-max(1, len(losses) // 10) :]
-        return TrainingInfo(
-            task=task,
-            seed=settings.seed,
-            base=lineage(base),
-            data_digest=job.inputs["train"],
-            examples=len(rows),
-            threads=torch.get_num_threads(),
-            steps=len(losses),
-            loss=sum(last) / len(last),
-        )
+        facts: dict[str, Any] = {"examples": len(rows), "seed": settings.seed}
+        facts |= {"steps": len(losses), "threads": torch.get_num_threads()}
+        facts |= {"data_digest": job.inputs["train"]}
+        loss = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+        return TrainingInfo(task=task, base=lineage(base), loss=loss, **facts)
 
     reads: dict[str, Path | list[Path]] = {"base": base, "train": train}
     keys = {"task": definition, "finetune": settings}

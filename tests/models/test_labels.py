@@ -130,7 +130,7 @@ def test_the_users_own_list_wins_over_the_data_with_a_warning(turned: Path, tmp_
     settled = decide(turned, TWO, data, ["yes", "no"])
     assert (settled.order, settled.score) == ([1, 0], 0.0)
     assert "THE DATA CONTRADICT the list" in settled.notes[1]
-    assert "as named 0.0%, turned round 100.0% of 240 training rows" in settled.notes[1]
+    assert "as listed 0.0%, turned round 100.0% of 240 training rows" in settled.notes[1]
     with pytest.raises(UserError, match=r"labels yes, maybe: they must be the task's.*no, yes"):
         decide(turned, TWO, data, ["yes", "maybe"])
 

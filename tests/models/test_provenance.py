@@ -1,27 +1,46 @@
 """Where a checkpoint comes from, and how it was fine-tuned, as its sidecar says."""
 
+import json
+import shutil
 from pathlib import Path
 
-from fmn.models import provenance
+import pytest
+import torch
+
+from fmn.errors import UserError
+from fmn.models.provenance import Lineage, lineage, rows_tuned_on, training_metadata, tuning
 from fmn.store.artifacts import digest_folder
+from fmn.store.stage import read_sidecar
 from tests.conftest import TUNING
 
 
-def test_an_expert_of_fmns_says_how_it_was_fine_tuned(tiny_work: Path) -> None:
-    expert = tiny_work / "experts" / "sst2"
-    assert provenance.lineage(expert).source.startswith("finetune:")
-    assert provenance.tuning(expert)["learning_rate"] == TUNING.learning_rate
-    assert provenance.rows_tuned_on(expert) == (TUNING.examples, TUNING.seed)
+def test_provenance_says_where_an_expert_comes_from(
+    tiny_base: Path, tiny_work: Path, tmp_path: Path
+) -> None:
+    expert, base = tiny_work / "experts" / "sst2", tiny_work / "base"
+    training = training_metadata(expert)
+    assert training is not None
+    assert training.base == lineage(base)
+    assert lineage(base).source == lineage(base).revision == str(tiny_base)
+    assert (training.task, training.steps, training.threads) == ("sst2", 2, torch.get_num_threads())
+    sidecar = read_sidecar(expert)
+    assert sidecar is not None
+    assert training.data_digest == sidecar.inputs["train"]
+    output = f"finetune:{sidecar.key[:16]}"
+    assert lineage(expert) == Lineage(source=output, revision=output)
+    assert tuning(expert) == TUNING.model_dump(exclude={"device"})
+    assert rows_tuned_on(expert) == (64, 0)
 
-
-def test_a_checkpoint_that_was_fetched_names_its_source(tiny_work: Path, tiny_base: Path) -> None:
-    lineage = provenance.lineage(tiny_work / "base")
-    assert lineage.source == str(tiny_base)
-    assert provenance.training_metadata(tiny_work / "base") is None
-
-
-def test_any_other_folder_is_known_by_its_content(bert: Path) -> None:
-    lineage = provenance.lineage(bert)
-    assert (lineage.source, lineage.revision) == ("folder", f"sha256:{digest_folder(bert)}")
-    assert provenance.rows_tuned_on(bert) == (None, 0)
-    assert provenance.tuning(bert) == {}
+    foreign = Path(shutil.copytree(expert, tmp_path / "foreign"))
+    (foreign / "fmn.json").unlink()
+    digest = f"sha256:{digest_folder(foreign)}"
+    assert lineage(foreign) == Lineage(source="folder", revision=digest)
+    for folder in (foreign, base):
+        assert training_metadata(folder) is None
+        assert tuning(folder) == {}
+        assert rows_tuned_on(folder) == (None, 0)
+    content = json.loads((expert / "fmn.json").read_text())
+    content["info"]["examples"] = "many"
+    (foreign / "fmn.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"fmn\.json: examples is 'many'"):
+        rows_tuned_on(foreign)

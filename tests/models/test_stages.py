@@ -3,7 +3,6 @@
 Where checkpoints come from is tested beside their sources.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from transformers import AutoConfig
 from fmn.errors import UserError
 from fmn.models import stages
 from fmn.models.labels import load_expert
-from fmn.models.provenance import Lineage, lineage, rows_tuned_on, training_metadata, tuning
 from fmn.models.stages import ExpertSource, FetchSettings
-from fmn.store.artifacts import digest_files, digest_folder
-from fmn.store.stage import Outcome, read_sidecar
+from fmn.store.artifacts import digest_files
+from fmn.store.stage import Outcome
 from fmn.tasks.task import Task, read_task, write_task
 from tests.conftest import TUNING
 from tests.models.experts import answers, expert, make_task, write_rows
@@ -232,38 +230,6 @@ def test_an_expert_is_computed_once_for_the_same_settings_and_rows(
     for inside in ("base/expert", "data", "data/sst2"):
         with pytest.raises(UserError, match="would change"):
             finetune(tiny_work, tiny_work / inside)
-
-
-def test_provenance_says_where_an_expert_comes_from(
-    tiny_base: Path, tiny_work: Path, tmp_path: Path
-) -> None:
-    expert, base = tiny_work / "experts" / "sst2", tiny_work / "base"
-    training = training_metadata(expert)
-    assert training is not None
-    assert training.base == lineage(base)
-    assert lineage(base).source == lineage(base).revision == str(tiny_base)
-    assert (training.task, training.steps, training.threads) == ("sst2", 2, torch.get_num_threads())
-    sidecar = read_sidecar(expert)
-    assert sidecar is not None
-    assert training.data_digest == sidecar.inputs["train"]
-    output = f"finetune:{sidecar.key[:16]}"
-    assert lineage(expert) == Lineage(source=output, revision=output)
-    assert tuning(expert) == TUNING.model_dump(exclude={"device"})
-    assert rows_tuned_on(expert) == (64, 0)
-
-    foreign = Path(shutil.copytree(expert, tmp_path / "foreign"))
-    (foreign / "fmn.json").unlink()
-    digest = f"sha256:{digest_folder(foreign)}"
-    assert lineage(foreign) == Lineage(source="folder", revision=digest)
-    for folder in (foreign, base):
-        assert training_metadata(folder) is None
-        assert tuning(folder) == {}
-        assert rows_tuned_on(folder) == (None, 0)
-    content = json.loads((expert / "fmn.json").read_text())
-    content["info"]["examples"] = "many"
-    (foreign / "fmn.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"fmn\.json: examples is 'many'"):
-        rows_tuned_on(foreign)
 
 
 def test_a_task_without_labels_is_not_fine_tuned(tiny_base: Path, tmp_path: Path) -> None:
