@@ -95,8 +95,9 @@ def load_tasks(folder: Path) -> tuple[dict[str, Task], SharedEncoder]:
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         prefix = model.base_model_prefix
         if shared is None:
-            needed = {name: weights[name] for name in model.base_model.state_dict()}
-            model.base_model.load_state_dict(needed)
+            missing = model.base_model.load_state_dict(weights, strict=False).missing_keys
+            if lost := [n for n in missing if f"{prefix}.{n}" not in model.all_tied_weights_keys]:
+                raise ValueError(f"{folder / 'encoder'}: has no {lost}")
             shared = SharedEncoder(model.base_model)
         setattr(model, prefix, shared)
         head = {name: value.float() for name, value in load_file(path / "head.safetensors").items()}
@@ -151,7 +152,9 @@ def answers(task: Task, logits: torch.Tensor) -> list[dict[str, Any]]:
     return rows
 
 
-def _answer(label: str, labels: list[str], score: float, shares: dict[str, float]) -> dict[str, Any]:
+def _answer(
+    label: str, labels: list[str], score: float, shares: dict[str, float]
+) -> dict[str, Any]:
     return dict(zip(COLUMNS, (label, labels, score, shares), strict=True))
 
 
@@ -203,19 +206,22 @@ def unfolded(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> pd
     lists = [column for column, value in row.items() if isinstance(value, list)]
     if lists == ["text"] and (len(row["text"]) < 2 or (len(row["text"]) == 2 and takes_pairs)):
         return table
-    try:
-        return table.explode(lists, ignore_index=True)
-    except ValueError:
+    counts = {len(row[column]) for column in lists}
+    if len(counts) > 1:
         _refuse(f"the lists in {', '.join(map(str, lists))} are not equally long; make them so")
+    columns = {
+        column: value if column in lists else [value] * max(counts) for column, value in row.items()
+    }
+    return pd.DataFrame(columns, dtype=object)
 
 
-def _texts(label: Any, row: Mapping[str, Any]) -> tuple[str, ...]:
+def _texts(label: Any, row: Mapping[Any, Any]) -> tuple[str, ...]:
     """The texts of the row with this label in the table's index."""
     text, pair = (_plain(row.get(name)) for name in ("text", "text_pair"))
     texts = [*(text if isinstance(text, list | tuple) else [text])]
     if not texts or len(texts) > 2:
         remedy = "give a string, or [text, text_pair]"
-        _refuse(f"row {label}: text is a list of {len(texts)}; {remedy}")
+        _refuse(f"row {label}: text is a list of {len(texts)} texts; {remedy}")
     places = ["text"] * len(texts)
     if not _is_missing(pair):
         if len(texts) == 2:
@@ -235,7 +241,9 @@ def _names(label: Any, name: Any, count: int, tasks: Mapping[str, Task]) -> tupl
     if name == ALL:
         if names := tuple(task.name for task in tasks.values() if task.text_count == count):
             return names
-        _refuse(f"row {label}: no task takes {('one text', 'pairs')[count - 1]}; see the model card")
+        _refuse(
+            f"row {label}: no task takes {('one text', 'pairs')[count - 1]}; see the model card"
+        )
     _check_known(name, tasks)
     if tasks[name].text_count > count:
         _refuse(f"row {label}: task {name} takes pairs: every row needs text and text_pair")
@@ -346,7 +354,9 @@ class MergedModel(PythonModel):
             inputs = _padded(tokens, batch, tasks[0].tokenizer)
             self.encoder.forget()
             for task in tasks:
-                places = [n for n, place in enumerate(batch) if task.name in rows[numbers[place]].tasks]
+                places = [
+                    n for n, place in enumerate(batch) if task.name in rows[numbers[place]].tasks
+                ]
                 if places:
                     with torch.inference_mode():
                         logits = task.model(**inputs).logits[places].float()  # [B, C]

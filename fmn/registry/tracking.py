@@ -18,9 +18,10 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from fmn.errors import UserError, causes, redacted, system_errors_explained
-from fmn.registry import promotion
-from fmn.registry.promotion import CHALLENGER, CHAMPION, Decision, Standing
 from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES
+from fmn.registry import promotion
+from fmn.registry.check import Serve
+from fmn.registry.promotion import CHALLENGER, CHAMPION, Decision, Standing
 from fmn.store import artifacts
 from fmn.tasks.task import Task, write_task
 
@@ -49,10 +50,20 @@ for name in ("mlflow", "alembic"):
 DEFAULT_STORE = "sqlite:///mlflow.db"
 KEY = "fmn.key"  # tag of runs and versions: content key
 PROMOTION = "promotion"  # tag of a version and of its run: the alias that it got, and why
-SCORES, DATA = "fmn.scores", "fmn.data"  # tags of a version: score by task; digest of the data
+# Tags of a version: score by task, tasks whose score is an error, digest of the data.
+SCORES, ERRORS, DATA = "fmn.scores", "fmn.errors", "fmn.data"
 HISTORY = "champion.history"  # tag of a registered model
-INPUTS = ("text", "text_pair", "task")  # columns that the served model takes
-IF_ASKED = {"task": "string", "row": "long"}  # and those that it gives for several tasks
+# Columns of the served model (see `served.py`). What it takes is of any type: of strings, MLflow
+# would make the text "None" of a null, and refuse a list of two texts.
+_ANY = AnyType()  # type: ignore[no-untyped-call]
+INPUTS = ("text", "text_pair", "task")
+OUTPUTS: dict[str, str | Array | Map] = {
+    "label": "string",
+    "labels": Array("string"),
+    "score": "double",
+    "probabilities": Map("double"),
+}
+IF_ASKED = {"task": "string", "row": "long"}
 EXAMPLE = ("A warm and funny film.", "The film is funny.")
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "numpy")
 
@@ -177,11 +188,8 @@ def log_served_model(model: Path, definitions: Mapping[str, Task]) -> ModelInfo:
     """Log a merged model, as `served.py` answers for it, with the current run."""
     import pandas as pd
 
-    # Any type: MLflow would make the text "None" of a null, and refuse a list of two texts.
-    inputs = [ColSpec(AnyType(), name, required=name == "text") for name in INPUTS]
-    types = {"label": "string", "labels": Array("string"), "score": "double"}
-    types["probabilities"] = Map("double")
-    outputs = [ColSpec(kind, name) for name, kind in types.items()]
+    inputs = [ColSpec(_ANY, name, required=name == "text") for name in INPUTS]
+    outputs = [ColSpec(kind, name) for name, kind in OUTPUTS.items()]
     outputs += [ColSpec(kind, name, required=False) for name, kind in IF_ASKED.items()]
     parameters = ParamSchema([ParamSpec("task", "string", "")])
     name, task = next(iter(definitions.items()))
@@ -194,11 +202,17 @@ def log_served_model(model: Path, definitions: Mapping[str, Task]) -> ModelInfo:
             name="model",
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={"merged": f"{scratch}/merged"},
-            signature=ModelSignature(Schema(inputs), Schema(outputs), parameters),
+            signature=ModelSignature(Schema([*inputs]), Schema([*outputs]), parameters),
             input_example=(example, {"task": name}),
             pip_requirements=[f"{package}=={number}" for package, number in versions.items()],
         )
     return logged
+
+
+def load_served_model(uri: str) -> Serve:
+    """A logged model, as MLflow serves it."""
+    served = mlflow.pyfunc.load_model(uri)
+    return lambda table, task: served.predict(table, params={"task": task})
 
 
 def pack(model: Path, definitions: Mapping[str, Task], out: Path) -> None:
@@ -260,9 +274,8 @@ def promote(
 
 def _standing(version: ModelVersion) -> Standing:
     """What a version scored, as its tags say."""
-    scores = json.loads(version.tags.get(SCORES, "{}"))
-    mean = sum(scores.values()) / len(scores) if scores else 0.0
-    return Standing(str(version.version), mean, scores, version.tags.get(DATA, ""))
+    scores, errors = (json.loads(version.tags.get(tag, "{}")) for tag in (SCORES, ERRORS))
+    return Standing(str(version.version), scores, frozenset(errors), version.tags.get(DATA, ""))
 
 
 def champions(client: mlflow.MlflowClient, model: RegisteredModel) -> tuple[str | None, str | None]:
