@@ -200,7 +200,7 @@ def unfolded(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> pd
     """
     if len(table) != 1 or "text" not in table or not isinstance(table["text"].iloc[0], list):
         return table
-    row = table.iloc[0]
+    row: dict[Any, Any] = table.to_dict("records")[0]
     name = default if _is_missing(row.get("task")) else row["task"]
     takes_pairs = any(task.text_count == 2 and name in (ALL, task.name) for task in tasks.values())
     lists = [column for column, value in row.items() if isinstance(value, list)]

@@ -148,7 +148,7 @@ def test_the_champion_moves_to_a_version_that_is_as_good_and_the_reason_is_told(
     worse = add(2, sst2=0.7)
     assert worse.alias == "challenger"
     assert aliases(client, "rising") == {"champion": "1", "challenger": "2"}
-    assert "sst2 scores 10.00 less, tolerance 1.00" in add(3, sst2=0.7, mrpc=0.9).reason
+    assert "sst2 is worse by 10.00, tolerance 1.00" in add(3, sst2=0.7, mrpc=0.9).reason
     assert aliases(client, "rising") == {"champion": "1", "challenger": "3"}
     better = add(4, mrpc=0.75)
     assert better.alias == "champion"
