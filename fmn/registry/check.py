@@ -72,7 +72,8 @@ def check_served(
     for task in tasks.values():
         tolerance = TOLERANCE
         if data and task.name in predictions:
-            split, expected = next(iter(predictions[task.name].items()))
+            answered = predictions[task.name]
+            split, expected = next(iter(getattr(answered, "splits", answered).items()))
             sample = _evaluated(task, split, expected, metrics, data)
             tolerance = TOLERANCE if dtype in ("float32", "float64") else COARSE
         else:
@@ -125,7 +126,7 @@ def _sentences(task: Task, model: Path) -> Sample:
 
 
 def same(
-    task: Task, served: Mapping[Any, Any], predicted: Any, scores: Any, tolerance: float
+    task: Task, served: Mapping[Any, Any], predicted: Any, scores: Any, tolerance: float = TOLERANCE
 ) -> bool:
     """Whether an answer of the served model is the one that was evaluated.
 
@@ -140,15 +141,14 @@ def same(
         return bool(abs(served["score"] - predicted) <= tolerance * max(1.0, abs(predicted)))
     if set(served["probabilities"]) != set(task.labels):
         return False
-    shares = np.array([served["probabilities"][name] for name in task.labels])  # [C]
-    if scores is not None and np.abs(shares - scores).max() > tolerance:
+    shares = served["probabilities"]
+    pairs = zip(task.labels, () if scores is None else scores, strict=scores is not None)
+    if any(abs(shares[name] - share) > tolerance for name, share in pairs):
         return False
-    if list(served["labels"]) == _names(task, predicted):
-        return True
+    differing = [shares[name] for name in {*served["labels"]} ^ {*_names(task, predicted)}]
     if task.multi_label:
-        wrong = (shares >= task.threshold) != (np.asarray(predicted) > 0)
-        return bool(np.all(np.abs(shares - task.threshold)[wrong] <= tolerance))
-    return bool(shares.max() - shares[int(predicted)] <= tolerance)
+        return all(abs(share - task.threshold) <= tolerance for share in differing)
+    return not differing or bool(max(differing) - min(differing) <= tolerance)
 
 
 def _names(task: Task, predicted: Any) -> list[str]:
