@@ -11,7 +11,7 @@ from fmn.evaluate.files import Metrics, read_predictions
 from fmn.evaluate.metrics import Answers, answers
 from fmn.models import labels
 from fmn.store import artifacts, stage
-from fmn.tasks import batches, dataset
+from fmn.tasks import dataset
 from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def check_served(
 
 
 def _evaluated(task: Task, split: str, expected: Answers, metrics: Metrics, data: Path) -> Sample:
-    """A sample of the rows that the metrics are of, with the answers that they are of."""
+    """A sample of the rows that the metrics are of, with the answers to them."""
+    from fmn.tasks import batches
+
     files = dataset.split_files(data, task, split)
     digest = artifacts.digest_bytes("".join(map(artifacts.digest_file, files)).encode())
     if digest != metrics.data[task.name].splits[split]:

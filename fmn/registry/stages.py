@@ -144,12 +144,12 @@ def register(
 def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
     """A merged model's recipe, and its metrics, which must be of all its tasks with labels."""
     recipe, scores = read_recipe(model), read_metrics(metrics)
-    missing = {
-        name
-        for name in set(recipe.tasks) - set(scores.tasks)
-        if (task := recipe.definitions.get(name)) is None or task.has_labels
-    } - set(getattr(scores, "unlabeled", ()))
-    is_complete = not missing and set(scores.tasks) == set(scores.data) <= set(recipe.tasks)
+    definitions = _definitions(recipe, scores)
+    unlabeled = {name for name, task in definitions.items() if not task.has_labels}
+    unlabeled |= {*getattr(scores, "unlabeled", ())}
+    is_complete = set(definitions) == set(recipe.tasks) == set(scores.tasks) | unlabeled and set(
+        scores.tasks
+    ) == set(scores.data)
     if scores.model != artifacts.digest_folder(model) or not is_complete:
         remedy = f"make them with `fmn evaluate {model}`"
         raise UserError(f"{metrics}: not the metrics of all tasks of {model}; {remedy}")
@@ -159,7 +159,7 @@ def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
 def _definitions(recipe: Recipe, scores: Metrics) -> dict[str, Task]:
     """What the model's tasks are: as they were scored, or as they were merged."""
     definitions = recipe.definitions | scores.definitions
-    return {name: definitions[name] for name in recipe.tasks}
+    return {name: definitions[name] for name in recipe.tasks if name in definitions}
 
 
 def _log_lineage(model: Path, recipe: Recipe, scores: Metrics, params: Path | None) -> None:
@@ -216,14 +216,12 @@ def _usage(model: Path, definitions: Mapping[str, Task], uri: str) -> str:
         more = f", ... ({len(names)})" if len(names) > _LABELS else ""
         answer = "a number" if task.regression else ", ".join(names[:_LABELS]) + more
         rows.append(f"| {name} | {len(task.text_columns)} | {answer} | {task.max_length} |")
-    columns = "`text`" + " and `text_pair`" * any(
-        task.columns.text_pair for task in definitions.values()
-    )
     params = f'{{"task": "{next(iter(definitions))}"}}'
     call = f'mlflow.pyfunc.load_model("{uri}").predict(table, params={params})'
     return "\n".join([
-        f"A table with {columns} is answered for the task in `params` or in a column `task`"
-        ' (`"*"`: for all tasks):', "", "```python", call, "```", "",
+        "A table with `text` and, for a second text, `text_pair` is answered for the task in"
+        ' `params` or in a column `task`; `"*"` stands for all tasks:',
+        "", "```python", call, "```", "",
         "| task | texts | labels | tokens |", "|---|---|---|---|", *rows,
     ])  # fmt: skip
 

@@ -50,22 +50,6 @@ def test_files_lie_beside_a_local_store_or_where_a_variable_says(
     assert folder.is_dir()
 
 
-def test_the_served_model_answers_as_the_merged_one_does(
-    register: Register, merged: Merged
-) -> None:
-    model = mlflow.pyfunc.load_model(f"models:/demo/{register().summary.version}")
-    texts = pd.DataFrame({"text": ["a warm film", "dull"], "text_pair": ["a cold film", "bright"]})
-    for task in ("mrpc", "stsb"):
-        answers = model.predict(texts, params={"task": task}).to_dict("records")
-        for (text, second), answer in zip(texts.to_numpy(), answers, strict=True):
-            expected = predict(merged.model, text, second, task=task)
-            assert answer["label"] == expected.label
-            assert answer["score"] == pytest.approx(expected.score, abs=1e-5)
-    answer = model.predict(texts[["text"]], params={"task": "sst2"}).to_dict("records")[0]
-    expected = predict(merged.model, "a warm film", task="sst2")
-    assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
-
-
 def test_the_served_model_does_not_need_fmn(register: Register, tmp_path: Path) -> None:
     """`fmn` is made impossible to import where the model is loaded."""
     register()
