@@ -68,7 +68,7 @@ def check_served(
 
     sidecar = stage.read_sidecar(file)
     dtype = (sidecar.settings if sidecar else {}).get("evaluate", {}).get("dtype", "float32")
-    predictions = read_predictions(file) if data else {}
+    predictions: Mapping[str, Any] = read_predictions(file) if data else {}
     for task in tasks.values():
         tolerance = TOLERANCE
         if data and task.name in predictions:
@@ -164,10 +164,10 @@ def _words(task: Task, predicted: Any, scores: Any) -> str:
     if task.regression:
         return f"{predicted:.6g}"
     score = "" if scores is None else f" ({np.max(scores):.4f})"
-    return f"{', '.join(_names(task, predicted)) or 'no label'}{score}"
+    return f"{', '.join(_names(task, predicted)) or 'none'}{score}"
 
 
 def _served_words(answer: Mapping[Any, Any]) -> str:
     if not answer["probabilities"]:
         return f"{answer['score']:.6g}"
-    return f"{answer['label'] or 'no label'} ({answer['score']:.4f})"
+    return f"{answer['label']} ({answer['score']:.4f})"

@@ -47,9 +47,11 @@ class Lineage(Record):
 def describe(model: Path, recipe: Recipe, metrics: Metrics) -> list[Part]:
     """Everything that a merged model was made from, the parts of the model, and its scores."""
     parts = [("base", recipe.base.revision, recipe.base.digest)] if recipe.base else []
-    for task, rows in metrics.data.items():
-        origin = " ".join(filter(None, (rows.source, rows.revision, str(rows.seed or ""))))
-        parts += [(f"data {task} {split}", origin, rows.splits[split]) for split in rows.splits]
+    for task in dict.fromkeys((*metrics.data, *recipe.tasks)):
+        origin = ""  # of a task without labels, which has no metrics
+        if rows := metrics.data.get(task):
+            origin = " ".join(filter(None, (rows.source, rows.revision, str(rows.seed or ""))))
+            parts += [(f"data {task} {name}", origin, rows.splits[name]) for name in rows.splits]
         if digest := _training_data(recipe, task):
             parts.append((f"data {task} train", origin, digest))
     for task, expert in recipe.experts.items():

@@ -148,7 +148,7 @@ def answers(task: Task, logits: torch.Tensor) -> list[dict[str, Any]]:
         score = probabilities[labels[0]]
         if is_multi_label:
             labels = [name for name, share in probabilities.items() if share >= task.threshold]
-        rows.append(_answer(", ".join(labels), labels, score, probabilities))
+        rows.append(_answer(", ".join(labels) or "none", labels, score, probabilities))
     return rows
 
 
@@ -305,8 +305,8 @@ class MergedModel(PythonModel):
         Columns: ``label``, ``labels`` (a list), ``score`` (the probability of the most probable
         label, or the value of a regression task) and ``probabilities`` by label. In multi-label
         classification ``labels`` are those at or above the task's threshold, and ``label`` is these
-        joined by ", ". With a column ``task`` or the task "*" there is a column ``task`` too, and
-        for "*" a row for each row and task, with ``row``, the position of the row that it answers.
+        joined by ", ", or "none". If rows name their tasks there is a column ``task`` too, and for
+        "*" an answer for each row and task, with ``row``, the position of the row.
 
         Args:
             context: not used.
