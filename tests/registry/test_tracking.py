@@ -251,11 +251,12 @@ MRPC, SST2 = {"params": {"task": "mrpc"}}, {"params": {"task": "sst2"}}
 @pytest.fixture(scope="module")
 def scoring(store: str, merged: Merged) -> "TestClient":
     """MLflow's scoring server of a registered version."""
+    settings = RegistrySettings(name="scored")
+    version = registry_stages.register(merged.model, metrics=merged.metrics, settings=settings)
+    # MLflow warns when this part of it is imported; registration keeps such warnings to itself.
     from fastapi.testclient import TestClient
     from mlflow.pyfunc.scoring_server import init
 
-    settings = RegistrySettings(name="scored")
-    version = registry_stages.register(merged.model, metrics=merged.metrics, settings=settings)
     model = mlflow.pyfunc.load_model(f"models:/scored/{version.summary.version}")
     return TestClient(init(model))
 
