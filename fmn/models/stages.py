@@ -2,9 +2,9 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fmn.errors import UserError
 from fmn.models import checkpoints, labels, sources
@@ -34,6 +34,25 @@ class FinetuneSettings(Settings):
     dtype: Dtype = Field("auto", description="of matrix products; auto: bfloat16 where faster")
 
 
+class FetchSettings(Settings):
+    """How the outputs of a fetched checkpoint are read."""
+
+    labels: list[str] = Field(
+        default_factory=list, description="the labels that the outputs stand for, in their order"
+    )
+
+
+class ExpertSource(FetchSettings):
+    """Where an expert comes from; a plain string is its source."""
+
+    source: str = Field(..., description="hf://org/name@revision, a folder, ...")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
 class Prediction(Record):
     """A model's answer for one text, or a pair: the most probable label, and its probability.
 
@@ -45,7 +64,15 @@ class Prediction(Record):
     probabilities: dict[str, float] = Field(default_factory=dict)
 
 
-def fetch(source: str, *, out: Path, progress: Progress = no_progress) -> Outcome[CheckpointInfo]:
+def fetch(
+    source: str,
+    *,
+    out: Path,
+    task: str = "",
+    data: Path | None = None,
+    settings: FetchSettings = FetchSettings(),  # noqa: B008
+    progress: Progress = no_progress,
+) -> Outcome[CheckpointInfo]:
     """Fetch a checkpoint, pinned and verified, into a folder.
 
     Args:
@@ -57,12 +84,15 @@ def fetch(source: str, *, out: Path, progress: Progress = no_progress) -> Outcom
     """
     stage.check_output(out, [Path(source)])
     pinned = sources.pin(source)
+    definition = load_task(data, task) if data and task else None
 
     def compute(job: Job) -> CheckpointInfo:
         info = sources.copy_checkpoint(pinned, job.path, progress)
+        if definition:
+            write_task(job.path, definition)
         return info.model_copy(update={"source": source})
 
-    reads, keys = {"folder": sources.folder_files(pinned)}, {"source": pinned}
+    reads, keys = {"folder": sources.folder_files(pinned)}, {"source": pinned, "task": definition}
     summary = partial(stage.read_info, record=CheckpointInfo)
     # Without a time, the base that a second clone fetches again is the same to DVC.
     return stage.run_stage(

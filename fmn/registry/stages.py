@@ -65,6 +65,7 @@ def register(
     *,
     metrics: Path,
     settings: RegistrySettings,
+    data: Path | None = None,
     report: Path | None = None,
     card: Path | None = None,
     params: Path | None = None,

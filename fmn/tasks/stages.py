@@ -12,7 +12,8 @@ from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, read_info, run_stage
 from fmn.tasks import dataset
 from fmn.tasks.dataset import DataInfo
-from fmn.tasks.task import get_task, load_task
+from fmn.tasks.sources import local_files
+from fmn.tasks.task import Task, TaskSettings, get_task, load_task
 
 DATA = 2
 
@@ -45,6 +46,7 @@ def data(
     *,
     out: Path,
     settings: DataSettings = DataSettings(),  # noqa: B008
+    definition: TaskSettings | None = None,
 ) -> Outcome[DataInfo]:
     """Write a task's rows as Parquet files, one for each split, and its definition as task.json.
 
@@ -55,13 +57,15 @@ def data(
         out: the folder to write.
         settings: where the rows come from.
     """
+    if definition and definition.dataset:
+        return _own(task, out, definition)
     folder, revision = _source_folder(task, settings)
-    definition = load_task(folder, task)
-    splits = ("train", *dataset.validation_splits(folder, definition))
+    resolved = load_task(folder, task)
+    splits = ("train", *dataset.validation_splits(folder, resolved))
 
     def compute(job: Job) -> DataInfo:
-        tables = {split: dataset.read_split(folder, definition, split) for split in splits}
-        dataset.write_rows(job.path, definition, tables)
+        tables = {split: dataset.read_split(folder, resolved, split) for split in splits}
+        dataset.write_rows(job.path, resolved, tables)
         return DataInfo(
             task=task,
             source=settings.source,
@@ -74,11 +78,54 @@ def data(
         DATA,
         out,
         compute,
-        reads={split: dataset.split_files(folder, definition, split) for split in splits},
-        settings={"task": definition, "revision": revision},
+        reads={split: dataset.split_files(folder, resolved, split) for split in splits},
+        settings={"task": resolved, "revision": revision},
         summary=partial(read_info, record=DataInfo),
         is_folder=True,
     )
+
+
+def _own(task: str, out: Path, settings: TaskSettings) -> Outcome[DataInfo]:
+    """A stand-in for branch s3-tasks: CSV files with names of classes."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    files = local_files(settings)
+    tables = dict(zip(("train", "validation"), map(pyarrow.csv.read_csv, files), strict=True))
+    columns = settings.columns
+    texts = [name for name in (columns.text, columns.text_pair) if name]
+    names: list[str] = []
+    if columns.label:
+        names = list(settings.labels) or sorted(set(tables["train"][columns.label].to_pylist()))
+    definition = Task.model_validate(
+        {
+            "name": task,
+            "columns": columns.model_dump(),
+            "labels": tuple(names),
+            "metrics": tuple(settings.metrics) or ("accuracy",),
+            "problem_type": "single_label_classification" if names else None,
+            "max_length": settings.max_length,
+        }
+    )
+
+    def compute(job: Job) -> DataInfo:
+        rows = {}
+        for split, table in tables.items():
+            parts = {name: table[name] for name in texts}
+            if columns.label:
+                ids = [names.index(name) for name in table[columns.label].to_pylist()]
+                parts["label"] = pa.array(ids, pa.int64())
+            rows[split] = pa.table({**parts, "idx": pa.array(range(table.num_rows), pa.int32())})
+        dataset.write_rows(job.path, definition, rows)
+        return DataInfo(
+            task=task, source="own", rows={split: table.num_rows for split, table in rows.items()}
+        )
+
+    return run_stage(
+        "data", DATA, out, compute,
+        reads={"files": files}, settings={"task": definition},
+        summary=partial(read_info, record=DataInfo), is_folder=True,
+    )  # fmt: skip
 
 
 def _source_folder(task: str, settings: DataSettings) -> tuple[Path, str | None]:

@@ -175,6 +175,15 @@ def get_task(name: str) -> Task:
     raise UserError(f"task {name}: there is no such task; {known}{hint(name.lower(), tasks)}")
 
 
+def task_settings(name: str) -> TaskSettings | None:
+    """One of GLUE's tasks as settings describe it; None if there is no such task."""
+    task = _glue().get(name)
+    if task is None:
+        return None
+    fields = set(TaskSettings.model_fields) - {"dataset"}
+    return TaskSettings.model_validate(task.model_dump(mode="json", include=fields))
+
+
 def load_task(data: Path, name: str) -> Task:
     """The definition beside a task's rows; without one, GLUE's task of that name.
 
