@@ -283,8 +283,11 @@ def validate(content: Any, place: str) -> Params:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem that a validation met, in one line."""
-    first = error.errors()[0]
+    """The first problem that a validation met, in one line.
+
+    An unknown setting comes first, as it may be the reason that another is missing.
+    """
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     path, known = _walk(model, [str(part) for part in first["loc"]])
     setting = ".".join(path)
     if first["type"] == "extra_forbidden":

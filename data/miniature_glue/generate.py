@@ -66,14 +66,16 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in generate(name, arguments.seed).items():
             if labels := TASKS[name].labels:
-                file = folder / f"{split.replace('validation', 'dev')}.csv"
-                with file.open("w", newline="") as lines:
-                    writer = csv.writer(lines, lineterminator="\n")
-                    writer.writerow([*TASKS[name].columns, "topic"])
-                    writer.writerows([*texts, labels[int(label)]] for texts, label in rows)
-                continue
-            file = folder / f"{split}.parquet"
-            pq.write_table(as_table(name, rows), file, compression="zstd", store_schema=False)
+                lines = [(*texts, labels[int(label)]) for texts, label in rows]
+                write_csv(folder / f"{split.replace('validation', 'dev')}.csv", lines)
+            else:
+                file = folder / f"{split}.parquet"
+                pq.write_table(as_table(name, rows), file, compression="zstd", store_schema=False)
+
+
+def write_csv(path: Path, lines: Sequence[tuple[str, ...]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("headline", "topic"), *lines])
 
 
 def as_table(task_name: str, rows: Sequence[Row]) -> pa.Table:
