@@ -1,12 +1,15 @@
 """All stages on tiny experts: nothing is computed twice, and nothing that is wrong is used."""
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from transformers import pipeline
 
 from fmn.errors import UserError
 from fmn.evaluate.stages import EvaluateSettings, evaluate
@@ -20,6 +23,7 @@ from fmn.store.stage import Outcome
 from fmn.tasks.stages import DataSettings, data
 from tests.conftest import FISHER, TASKS, TUNING
 from tests.folders import fill
+from tests.projects import OWN_PROFILE, flow, make_own_project, read_rows, repro, write_rows
 
 DATA = DataSettings(source="embedded")
 EVALUATE = EvaluateSettings(device="cpu", dtype="float32")
@@ -202,3 +206,33 @@ def test_a_store_on_a_full_disk_registers_once_when_there_is_room(
             call()
         filler.unlink()
     assert call().summary.version == "1"
+
+
+def test_a_csv_file_and_two_folders_of_experts_are_merged_scored_and_followed(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    assert len(OWN_PROFILE.splitlines()) < 25
+    project = make_own_project(tmp_path / "project", tiny_base)
+    first = flow(project)
+    assert "models:/tiny/1" in first
+
+    fetched = ["fetch@mood", "fetch@sst2"]
+    assert sorted(repro(project)) == fetched, "a source may have moved"
+    again = flow(project)
+    assert "nothing had changed" in again
+
+    rows = read_rows(project / "my rows/second.csv")
+    classify = pipeline("text-classification", str(project / "models/mood"))
+    answers = [answer["label"] for answer in classify([text for text, _ in rows])]
+    accuracy = np.mean([answer == mood for answer, (_, mood) in zip(answers, rows, strict=True)])
+    assert accuracy > 0.5
+    metrics = json.loads((project / "data/tiny/metrics/experts/mood.json").read_text())
+    assert metrics["tasks"]["mood"]["accuracy"] == pytest.approx(accuracy)
+
+    write_rows(project / "my rows/second.csv", rows[:20])
+    ran = repro(project, "fisher", "evaluate-expert")
+    assert set(ran) == {"data@mood", *fetched, "evaluate-expert"}
+    assert "nothing had changed" not in flow(project)
+    assert sorted(repro(project)) == fetched
+    metrics = json.loads((project / "data/tiny/metrics/merged.json").read_text())
+    assert metrics["tasks"]["mood"]["examples"] == 20
