@@ -110,7 +110,7 @@ def fine_tune_elsewhere(
     batch = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
     labels = torch.tensor([names.index(name) for _, name in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(20):
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
