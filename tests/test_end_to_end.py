@@ -213,26 +213,20 @@ def test_a_csv_file_and_two_folders_of_experts_are_merged_scored_and_followed(
 ) -> None:
     assert len(OWN_PROFILE.splitlines()) < 25
     project = make_own_project(tmp_path / "project", tiny_base)
-    first = flow(project)
-    assert "models:/tiny/1" in first
-
-    fetched = ["fetch@mood", "fetch@sst2"]
-    assert sorted(repro(project)) == fetched, "a source may have moved"
-    again = flow(project)
-    assert "nothing had changed" in again
+    assert "models:/tiny/1" in flow(project)
+    fetched = {"fetch@mood", "fetch@sst2"}  # a source may have moved
+    assert set(repro(project)) == fetched
 
     rows = read_rows(project / "my rows/second.csv")
     classify = pipeline("text-classification", str(project / "models/mood"))
     answers = [answer["label"] for answer in classify([text for text, _ in rows])]
     accuracy = np.mean([answer == mood for answer, (_, mood) in zip(answers, rows, strict=True)])
     assert accuracy > 0.5
-    metrics = json.loads((project / "data/tiny/metrics/experts/mood.json").read_text())
-    assert metrics["tasks"]["mood"]["accuracy"] == pytest.approx(accuracy)
+    scores = project / "data/tiny/metrics/experts/mood.json"
+    scored = json.loads(scores.read_text())["tasks"]["mood"]
+    assert (scored["accuracy"], scored["examples"]) == (pytest.approx(accuracy), 30)
 
     write_rows(project / "my rows/second.csv", rows[:20])
     ran = repro(project, "fisher", "evaluate-expert")
-    assert set(ran) == {"data@mood", *fetched, "evaluate-expert"}
-    assert "nothing had changed" not in flow(project)
-    assert sorted(repro(project)) == fetched
-    metrics = json.loads((project / "data/tiny/metrics/merged.json").read_text())
-    assert metrics["tasks"]["mood"]["examples"] == 20
+    assert set(ran) == {*fetched, "data@mood", "fisher@mood", "evaluate-expert"}
+    assert json.loads(scores.read_text())["tasks"]["mood"]["examples"] == 20
