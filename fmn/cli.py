@@ -5,6 +5,7 @@ docstring. A command prints a short summary, or with ``--json`` everything that 
 """
 
 import functools
+import importlib.util
 import inspect
 import json
 import warnings
@@ -36,7 +37,9 @@ from fmn.registry.stages import (
 from fmn.report.stages import report
 from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import Outcome
-from fmn.tasks.stages import data
+from fmn.tasks.dataset import DataInfo
+from fmn.tasks.stages import DataSettings, TaskOptions, data, definition_of
+from fmn.tasks.view import describe, known_tasks
 from fmn.terminal import complain, errors, only_ours, progress_bar, say, show_table
 
 Profile = Annotated[Path, Parameter(name="--params", help="the settings file")]
@@ -224,6 +227,36 @@ def _facts(*names: str) -> Show:
     return show
 
 
+def write_data(
+    task: str,
+    *,
+    out: Path,
+    settings: DataSettings = DataSettings(),  # noqa: B008
+    options: TaskOptions = TaskOptions(),  # noqa: B008
+) -> Outcome[DataInfo]:
+    """Write a task's rows as Parquet files, one for each split, and its definition as task.json.
+
+    GLUE's tasks and those with a task.json beside their rows need no more than --source. Any other
+    is described by --definition, or by --dataset and the columns:
+
+    fmn data stars --dataset reviews.csv --text review --label stars --out data/stars
+
+    Args:
+        task: the task's name.
+        out: the folder to write.
+        settings: where the rows come from.
+        options: a task of one's own.
+    """
+    definition = definition_of(task, options, settings)
+    return data(task, out=out, settings=settings, definition=definition)
+
+
+def _show_data(info: DataInfo) -> None:
+    rows = ", ".join(f"{split} {count}" for split, count in info.rows.items())
+    notes = info.notes or [f"rows: {rows}"]
+    say(*(f"  {note}" for note in notes), *(f"  warning: {line}" for line in info.warnings))
+
+
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
@@ -273,7 +306,6 @@ def _show_report(summary: Any) -> None:
 
 COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
     (fetch, _facts("revision", "model_type")),
-    (data, _facts("rows")),
     (finetune, _facts("examples", "steps", "loss")),
     (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr")),
     *((statistic, _facts("samples", "dtype")) for statistic in STATISTICS),
@@ -284,6 +316,7 @@ COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
     (report, _show_report),
     (register, _facts("name", "version", "alias", "reason", "run", "store")),
 )
+_add_stage(write_data, _show_data, "data")
 for _stage, _show in COMMANDS:
     _add_stage(_stage, _show)
 _add_stage(predict, lambda answer: say(f"{answer.label} ({answer.score:.3f})"))
@@ -361,6 +394,89 @@ def stage(
             with progress_bar(node.title) as progress:
                 outcome = node.function(**node.arguments, progress=progress)
         _print_outcome(outcome, as_json, lambda summary: None)
+
+
+@app.command
+def tasks(
+    name: str = "",
+    /,
+    *,
+    params_file: Annotated[
+        Path | None,
+        Parameter(name="--params", help="the settings file; default: params.yaml, if there is one"),
+    ] = None,
+    data: Annotated[
+        Path | None, Parameter(help="folder of rows that `fmn data` wrote; default: that of `work`")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the tasks that are known; or show one, resolved, with its first example and its tokens.
+
+    Args:
+        name: a task
+    """
+    default = Path("params.yaml")
+    file = params_file or (default if default.is_file() else None)
+    settings = params.load(file) if file else None
+    own = settings.tasks if settings else {}
+    if not name:
+        known = [task.model_dump() for task in known_tasks(own)]
+        if as_json:
+            _print_json(known)
+        else:
+            show_table(list(known[0]), [list(task.values()) for task in known], words=len(known[0]))
+        return
+    written = data or (Path(settings.work) / "data" if settings else None)
+    view = describe(name, own.get(name), settings.data if settings else None, written)
+    tokens = _tokens(view.task, view.example, settings)
+    if as_json:
+        _print_json({**view.model_dump(mode="json"), "tokens": tokens})
+        return
+    definition = view.task.model_dump(mode="json", exclude_none=True)
+    say(*(f"{key}: {_listed(value)}" for key, value in definition.items()))
+    say(f"source: {view.source}", *view.notes)
+    say(*(f"first example, {key}: {_listed(value)}" for key, value in view.example.items()))
+    if view.example:
+        say(f"as tokens: {_listed(tokens)}")
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _tokens(task: Any, example: Mapping[str, Any], settings: params.Params | None) -> Any:
+    """The first example's tokens, by the tokenizer of `base`; or why there are none."""
+    folder = _local_base(settings) if settings else None
+    if folder is None:
+        return "not shown, as no tokenizer is at hand; --params names settings whose base is here"
+    if not example:
+        return []
+    from fmn.models.checkpoints import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    texts = [example[name] for name in task.text_columns]
+    encoded = tokenizer(*texts, truncation="longest_first", max_length=task.max_length)
+    return tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+
+
+def _local_base(settings: params.Params) -> Path | None:
+    """The folder of the base model, if it is on this machine."""
+    folders = [Path(settings.work) / "base", Path(settings.base)]
+    module, _, path = settings.base.removeprefix("package:").partition("/")
+    if settings.base.startswith("package:") and (spec := importlib.util.find_spec(module)):
+        folders += [Path(place) / path for place in spec.submodule_search_locations or ()]
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
+@app.command
+def schema() -> None:
+    """Print the JSON schema of the settings, for editors.
+
+    A first line `# yaml-language-server: $schema=FILE` in params.yaml names the file of it.
+    """
+    _print_json(params.Params.model_json_schema())
 
 
 @app.command

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from fmn.errors import UserError, system_error
+
+if TYPE_CHECKING:
+    import torch
 
 MULTIPLE = 8  # tokens; widths of batches are rounded up to it, so that few shapes occur
 
@@ -23,7 +25,7 @@ class Examples:
     """
 
     inputs: Mapping[str, Sequence[Any]]
-    labels: np.ndarray  # [N], int64 class ids, or float32 for regression
+    labels: np.ndarray  # int64 class ids [N]; float32 values [N], or zeros and ones [N, C]
     pad: Mapping[str, int]
 
     def __len__(self) -> int:
@@ -48,8 +50,8 @@ class Batch:
     """B examples, padded to T tokens."""
 
     rows: np.ndarray  # int64 [B], their positions in the examples that they came from
-    inputs: dict[str, torch.Tensor]  # [B, T] int64, with `attention_mask`; or [B, ...]
-    labels: torch.Tensor  # [B]
+    inputs: "dict[str, torch.Tensor]"  # [B, T] int64, with `attention_mask`; or [B, ...]
+    labels: "torch.Tensor"  # [B] or [B, C]
 
 
 def select(
@@ -59,7 +61,8 @@ def select(
 
     With `samples` None, or at least N, it is every row once, in file order. Otherwise rows stand in
     random order, and a smaller sample of the same seed is the beginning of a larger one; if
-    `stratified`, every beginning holds each label in its proportion, up to rounding.
+    `stratified`, every beginning holds each label (of several labels, [N, C], each set of them) in
+    its proportion, up to rounding.
     """
     if samples is not None and samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1")
@@ -71,17 +74,21 @@ def select(
 def random_order(labels: np.ndarray, seed: int, stratified: bool = False) -> np.ndarray:
     """All rows in the order in which `select` draws them, int64 [N]."""
     order = np.random.default_rng(seed).permutation(len(labels)).astype(np.int64)
-    if stratified:
+    if stratified and len(labels):
+        _, group = np.unique(labels[order], axis=0, return_inverse=True)
+        sizes, members = np.bincount(group), np.argsort(group, kind="stable")
+        # The place of each member among those of its group, from 0 to 1.
+        rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         place = np.empty(len(labels))
-        for label in np.unique(labels):
-            members = np.flatnonzero(labels[order] == label)
-            place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        place[members] = (rank + 0.5) / np.repeat(sizes, sizes)
         order = order[np.argsort(place, kind="stable")]
     return order
 
 
 def pad_batch(examples: Examples, rows: np.ndarray, width: int | None = None) -> Batch:
     """The examples at `rows`, padded on the right to `width` tokens, or to the longest of them."""
+    import torch  # sampling needs none of it
+
     if width is None:
         width = int(examples.lengths[rows].max())
     inputs: dict[str, torch.Tensor] = {}

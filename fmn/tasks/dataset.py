@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from fmn.errors import UserError
 from fmn.store.records import Record, parse_record
@@ -27,9 +28,11 @@ class DataInfo(Record):
     """Where a task's rows come from; the sidecar of the stage `data` holds it."""
 
     task: str
-    source: str  # hub, embedded (the miniature GLUE), or the path of a folder
+    source: str  # hub, embedded (the miniature GLUE), a path, a URL, or a data set's name
     revision: str | None = None  # commit of the Hub's data set
     rows: dict[str, int]  # by split
+    notes: list[str] = Field(default_factory=list)  # what was inferred: splits, labels
+    warnings: list[str] = Field(default_factory=list)  # what is odd in the rows
 
 
 def read_data_info(data: Path, task: Task) -> DataInfo | None:
@@ -58,7 +61,7 @@ def validation_splits(data: Path, task: Task) -> tuple[str, ...]:
     """The validation splits of a task that a folder holds. UserError if there are none."""
     if splits := tuple(split for split in task.validation if has_split(data, task, split)):
         return splits
-    files = " or ".join(f"{split}.parquet" for split in task.validation)
+    files = " or ".join(f"{split}.parquet" for split in task.validation) or "rows"
     folder = task_folder(data, task.name)
     raise UserError(f"{folder}: no {files} to score {task.name} on; add it, or check --data")
 
@@ -93,30 +96,26 @@ def write_rows(folder: Path, task: Task, tables: "Mapping[str, pa.Table]") -> No
         # One row group and no schema of Arrow's own: the same rows make the same bytes.
         pq.write_table(table, path, compression="zstd", row_group_size=1 << 20, store_schema=False)
     # Checked rows hold their label in the column `label`, whatever its name was before.
-    columns = task.columns.model_copy(update={"label": "label"})
+    label = "label" if task.has_labels else None
+    columns = task.columns.model_copy(update={"label": label})
     write_task(folder, task.model_copy(update={"columns": columns}))
 
 
-def download_glue(task: Task, revision: str) -> tuple[Path, str]:
-    """The folder of a task's files from the Hub's data set `nyu-mll/glue`, and their commit.
+def label_array(task: Task, table: "pa.Table") -> np.ndarray:
+    """The labels of a table of `read_split`, one row each.
 
-    Raises:
-        UserError: the Hub does not answer, or has no such revision.
+    Class ids, int64 [N]; values, float32 [N]; zeros and ones of several labels, float32 [N, C]; or
+    zeros, int64 [N], if the table has none.
     """
-    from httpx2 import HTTPError  # of the HTTP client of huggingface_hub
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()
-    files = [f"{task.name}/{split}-*.parquet" for split in ("train", *task.validation)]
-    try:
-        path = snapshot_download(HUB, repo_type="dataset", revision=revision, allow_patterns=files)
-    except (HTTPError, OSError, ValueError) as error:  # ValueError: a revision of forbidden letters
-        raise UserError(
-            f"{HUB}@{revision}: no {task.name} from the Hub ({type(error).__name__}); check the"
-            " network and --revision, or use --source embedded or a folder"
-        ) from error
-    return Path(path), Path(path).name
+    if "label" not in table.column_names:
+        return np.zeros(table.num_rows, np.int64)
+    if not task.multi_label:
+        labels: np.ndarray = table["label"].to_numpy()
+        return labels
+    labels = np.zeros((table.num_rows, len(task.labels)), np.float32)  # [N, C]
+    for row, ids in enumerate(table["label"].to_pylist()):
+        labels[row, ids] = 1
+    return labels
 
 
 def tokenize(
@@ -143,9 +142,7 @@ def tokenize(
         inputs[name] = [by_row.get(row, []) for row in range(table.num_rows)]
     # Without a padding token any will do: the attention mask covers it.
     pad = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
-    has_labels = "label" in table.column_names
-    labels = table["label"].to_numpy() if has_labels else np.zeros(table.num_rows, np.int64)
-    return Examples(inputs, labels, {name: pad[name] for name in inputs})
+    return Examples(inputs, label_array(task, table), {name: pad[name] for name in inputs})
 
 
 def _files(data: Path, task: Task, split: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fmn.errors import UserError
 from fmn.tasks.task import Task
@@ -9,9 +10,10 @@ from fmn.tasks.task import Task
 
 def schema(task: Task) -> pa.Schema:
     """The columns of checked rows: the texts, `label`, and `idx`, the number of the row."""
-    label = pa.float32() if task.regression else pa.int64()
+    kind = pa.list_(pa.int64()) if task.multi_label else pa.int64()
+    label = [("label", pa.float32() if task.regression else kind)] if task.has_labels else []
     texts = [(name, pa.string()) for name in task.text_columns]
-    return pa.schema([*texts, ("label", label), ("idx", pa.int32())])
+    return pa.schema([*texts, *label, ("idx", pa.int32())])
 
 
 def check_rows(table: pa.Table, task: Task, place: str, labelled: bool = True) -> pa.Table:
@@ -56,14 +58,22 @@ def _problem(column: pa.ChunkedArray, task: Task, is_text: bool) -> str:
         return "" if is_string else f"is of type {column.type}; it must hold text"
     ids = ", ".join(f"{label} ({name})" for label, name in enumerate(task.labels))
     meaning = "finite numbers" if task.regression else f"the ids {ids}"
-    is_float = pa.types.is_floating(column.type)
-    if not (pa.types.is_integer(column.type) or (is_float and task.regression)):
+    kind = column.type
+    if task.multi_label:
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            return f"is of type {kind}; it must hold lists of {meaning}"
+        ends = np.cumsum(pc.list_value_length(column).to_numpy())
+        column = pc.list_flatten(column)
+        kind = kind.value_type
+    is_float = pa.types.is_floating(kind) and task.regression
+    if not (pa.types.is_integer(kind) or is_float or (pa.types.is_null(kind) and not len(column))):
         return f"is of type {column.type}; it must hold {meaning}"
     values = column.to_numpy()
-    if (values == -1).all():
+    if not task.regression and len(values) and (values == -1).all():
         return "is -1 in every row, as in GLUE's test splits; use a split that has labels"
     is_valid = np.isfinite(values) if task.regression else np.isin(values, range(len(task.labels)))
     if is_valid.all():
         return ""
-    row = int(np.argmin(is_valid))
-    return f"is {values[row]} in row {row}; the labels of {task.name} are {meaning}"
+    item = int(np.argmin(is_valid))
+    row = int(np.searchsorted(ends, item, side="right")) if task.multi_label else item
+    return f"is {values[item]} in row {row}; the labels of {task.name} are {meaning}"

@@ -4,24 +4,118 @@ A task is data, not code. Its definition travels with its rows, as `task.json` b
 files; GLUE's nine tasks are built in (`glue.yaml`).
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fmn.errors import UserError, hint
-from fmn.store.records import Record, Settings, parse_record
+from fmn.store.records import Record, Settings
 from fmn.store.stage import read_record, write_record
 
 TASKS: Mapping[str, "Task"]  # GLUE's nine tasks by name, read at first use
 
 MAX_LENGTH = 128  # tokens of an example, unless its task says otherwise
 DEFINITION = "task.json"
-ProblemType = Literal[
-    "single_label_classification", "multi_label_classification", "regression"
-]  # the words of Transformers' configurations
+# Transformers' words.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+SINGLE, MULTI, REGRESSION = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
+
+
+class MetricFacts(NamedTuple):
+    """What a metric is for.
+
+    Attributes:
+        problem_types: the tasks that it scores.
+        higher_is_better: its direction.
+        is_binary: whether it is the score of class 1 of two classes.
+    """
+
+    problem_types: tuple[str, ...]
+    higher_is_better: bool = True
+    is_binary: bool = False
+
+
+METRICS: Mapping[str, MetricFacts] = {
+    "accuracy": MetricFacts((SINGLE, MULTI)),
+    "balanced_accuracy": MetricFacts((SINGLE,)),
+    "f1": MetricFacts((SINGLE,), is_binary=True),
+    "f1_micro": MetricFacts((SINGLE, MULTI)),
+    "f1_macro": MetricFacts((SINGLE, MULTI)),
+    "f1_weighted": MetricFacts((SINGLE, MULTI)),
+    "precision": MetricFacts((SINGLE,), is_binary=True),
+    "recall": MetricFacts((SINGLE,), is_binary=True),
+    "matthews_correlation": MetricFacts((SINGLE,)),
+    "roc_auc": MetricFacts((SINGLE, MULTI)),
+    "mse": MetricFacts((REGRESSION,), higher_is_better=False),
+    "mae": MetricFacts((REGRESSION,), higher_is_better=False),
+    "r2": MetricFacts((REGRESSION,)),
+    "pearson": MetricFacts((REGRESSION,)),
+    "spearmanr": MetricFacts((REGRESSION,)),
+}
+"""Every metric, in the words of scikit-learn and SciPy; `fmn.evaluate.metrics` computes them."""
+
+DEFAULT_METRICS: Mapping[str | None, tuple[str, ...]] = {
+    SINGLE: ("accuracy",),
+    MULTI: ("f1_micro",),
+    REGRESSION: ("pearson", "spearmanr"),
+    None: (),
+}
+
+
+def check_metrics(metrics: Sequence[str], problem_type: str | None, labels: int) -> None:
+    """Refuse metrics that are unknown, do not fit a task, or differ in direction.
+
+    Args:
+        metrics: their names.
+        problem_type: the task's; None: it is not known yet.
+        labels: how many labels the task has; 0: it is not known yet.
+
+    Raises:
+        ValueError: names the metric and what fits.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(
+                f"unknown metric {name!r}{hint(name, METRICS)}; {_known(problem_type)}"
+            )
+        if problem_type and problem_type not in METRICS[name].problem_types:
+            raise ValueError(f"metric {name} is not for {problem_type}; {_known(problem_type)}")
+        if METRICS[name].is_binary and labels > 2:
+            raise ValueError(
+                f"metric {name} is of class 1 of two classes, and here are {labels}; say"
+                f" {'f1_macro' if name == 'f1' else 'f1_macro or balanced_accuracy'}"
+            )
+    if len({METRICS[name].higher_is_better for name in metrics}) > 1:
+        less = [name for name in metrics if not METRICS[name].higher_is_better]
+        raise ValueError(
+            f"less is better of {', '.join(less)}, and more of the other metrics, so that their"
+            " mean would mean nothing; choose metrics of one direction"
+        )
+    if len(set(metrics)) < len(metrics):
+        raise ValueError(f"metrics {', '.join(metrics)}: one is listed twice")
+
+
+def _known(problem_type: str | None) -> str:
+    fitting = [
+        name for name, facts in METRICS.items() if problem_type in (None, *facts.problem_types)
+    ]
+    return f"choose from {', '.join(fitting)}"
 
 
 class SplitSettings(Settings):
@@ -51,11 +145,34 @@ class DatasetSettings(Settings):
     )
     seed: int = Field(0, ge=0, description="seed of that split")
 
+    @field_validator("validation_size")
+    @classmethod
+    def _check_size(cls, size: float | None) -> float | None:
+        if size is not None and size > 1 and size != int(size):
+            raise ValueError("a share below 1, or a whole number of rows")
+        return size
+
 
 class ColumnSettings(Settings):
     text: str = Field("text", description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
-    label: str | None = Field("label", description="the column of the label; null: there is none")
+    label: str | None = Field(
+        "label",
+        description="the column of the label; null: there is none; default: label, if there is one",
+    )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_the_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Settings that are written and read again still tell `label: label` from its default."""
+        fields: dict[str, Any] = dump(self)
+        if not self.names_label:
+            del fields["label"]
+        return fields
+
+    @property
+    def names_label(self) -> bool:
+        """Whether the user named the column of the label, or said that there is none."""
+        return "label" in self.model_fields_set
 
 
 class TaskSettings(Settings):
@@ -79,6 +196,50 @@ class TaskSettings(Settings):
     threshold: float = Field(
         0.5, gt=0, lt=1, description="probability from which on a label of several is predicted"
     )
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _as_texts(cls, labels: Any) -> Any:
+        """YAML reads `[1, 2]` as numbers and `true: yes` as a truth value."""
+        if isinstance(labels, Mapping):
+            return {plain_text(value): plain_text(name) for value, name in labels.items()}
+        return [plain_text(name) for name in labels] if isinstance(labels, list | tuple) else labels
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, labels: list[str] | dict[str, str]) -> list[str] | dict[str, str]:
+        names = list(labels.values()) if isinstance(labels, dict) else labels
+        if not all(names):
+            raise ValueError("a label has no name")
+        if isinstance(labels, list) and (twice := [x for x in names if names.count(x) > 1]):
+            raise ValueError(f"label {twice[0]!r} is listed twice")
+        return labels
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> "TaskSettings":
+        if self.metrics and self.columns.label is None:
+            raise ValueError("metrics need labels, and columns.label says that there are none")
+        check_metrics(self.metrics, self.problem_type, len(self.label_names))
+        return self
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of the labels in the order of ids, as far as they were named."""
+        names = self.labels.values() if isinstance(self.labels, dict) else self.labels
+        return list(dict.fromkeys(names))
+
+
+def plain_text(value: Any) -> Any:
+    """A label in the data as text: true, 3 for 3.0, and a text without blanks around it.
+
+    >>> [plain_text(value) for value in (True, 3.0, 0.5, " good ")]
+    ['true', '3', '0.5', 'good']
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip() if isinstance(value, str | int | float) else value
 
 
 class Columns(Record):
@@ -111,15 +272,21 @@ class Task(Record):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: str  # also of folders and files
     task: Literal["text-classification"] = "text-classification"
     problem_type: ProblemType | None = "single_label_classification"
     columns: Columns
     labels: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("accuracy",)
+    metrics: tuple[str, ...] = Field(default_factory=lambda fields: _default_metrics(fields))
     validation: tuple[str, ...] = ("validation",)
     max_length: Annotated[int, Field(ge=1)] = MAX_LENGTH
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _check_name(self) -> "Task":
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"a task's name is of letters, digits, dots and dashes: {self.name!r}")
+        return self
 
     @model_validator(mode="after")
     def _check_labels(self) -> "Task":
@@ -131,6 +298,9 @@ class Task(Record):
             raise ValueError("a classification task needs two or more different labels")
         if self.has_labels and not (self.metrics and self.problem_type):
             raise ValueError("a task with labels needs a problem type and a metric")
+        if self.metrics and not self.has_labels:
+            raise ValueError("a task without labels has no metrics")
+        check_metrics(self.metrics, self.problem_type, len(self.labels))
         return self
 
     @property
@@ -166,22 +336,20 @@ class Task(Record):
         return f"_{rest}" if rest else "_validation"
 
 
+def _default_metrics(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The metrics of a task whose definition names none."""
+    columns, kind = fields.get("columns"), fields.get("problem_type")
+    return DEFAULT_METRICS[kind if columns and columns.label else None]
+
+
 def get_task(name: str) -> Task:
     """One of GLUE's tasks. UserError with the nearest name if there is no such task."""
     tasks = _glue()
     if name in tasks:
         return tasks[name]
-    known = f"GLUE's tasks are {', '.join(tasks)}"
-    raise UserError(f"task {name}: there is no such task; {known}{hint(name.lower(), tasks)}")
-
-
-def task_settings(name: str) -> TaskSettings | None:
-    """One of GLUE's tasks as settings describe it; None if there is no such task."""
-    task = _glue().get(name)
-    if task is None:
-        return None
-    fields = set(TaskSettings.model_fields) - {"dataset"}
-    return TaskSettings.model_validate(task.model_dump(mode="json", include=fields))
+    known = f"GLUE's tasks are {', '.join(tasks)}{hint(name.lower(), tasks)}"
+    remedy = "describe one of your own by --dataset, --text and --label, or under `tasks:`"
+    raise UserError(f"task {name}: nothing says what it is; {remedy}; {known}")
 
 
 def load_task(data: Path, name: str) -> Task:
@@ -220,16 +388,44 @@ def task_folder(data: Path, name: str) -> Path:
     return data / name if (data / name).is_dir() else data
 
 
+def make_task(name: str, **fields: Any) -> Task:
+    """A task of these fields. UserError says what does not fit."""
+    try:
+        return Task(name=name, **fields)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"task {name}: {reason}") from error
+
+
+def task_settings(name: str) -> TaskSettings | None:
+    """How one of GLUE's tasks is described, in the words of settings; None for another name."""
+    return _glue_settings().get(name)
+
+
 @cache
-def _glue() -> dict[str, Task]:
+def _glue_settings() -> dict[str, TaskSettings]:
     from ruamel.yaml import YAML
 
-    path = Path(__file__).with_name("glue.yaml")
-    definitions: dict[str, dict[str, Any]] = YAML(typ="safe").load(path)
-    return {
-        name: parse_record({"name": name, **definition}, Task, path)
-        for name, definition in definitions.items()
-    }
+    content = YAML(typ="safe").load(Path(__file__).with_name("glue.yaml"))
+    return {name: TaskSettings(**definition) for name, definition in content.items()}
+
+
+@cache
+def _glue() -> dict[str, Task]:
+    return {name: _glue_task(name, settings) for name, settings in _glue_settings().items()}
+
+
+def _glue_task(name: str, settings: TaskSettings) -> Task:
+    kind: ProblemType = settings.problem_type or "single_label_classification"
+    validation = settings.dataset.splits.validation if settings.dataset else "validation"
+    return Task(
+        name=name,
+        problem_type=kind,
+        columns=Columns(**settings.columns.model_dump()),
+        labels=tuple(settings.labels),
+        metrics=tuple(settings.metrics) or DEFAULT_METRICS[kind],
+        validation=(validation,) if isinstance(validation, str) else tuple(validation),
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmn.errors import UserError
-from fmn.tasks.batches import MULTIPLE, Examples, by_length, halved, pad_batch, select
+from fmn.tasks.batches import (
+    MULTIPLE,
+    Examples,
+    by_length,
+    halved,
+    pad_batch,
+    random_order,
+    select,
+)
 
 
 def examples_of(lengths: list[int]) -> Examples:
@@ -92,3 +100,18 @@ def test_a_stratified_sample_keeps_proportions_and_a_seed_its_sample() -> None:
     assert select(labels, 10, seed=0).tolist() != select(labels, 10, seed=1).tolist()
     with pytest.raises(UserError, match="at least 1"):
         select(labels, 0, seed=0)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 3))
+def test_sets_of_labels_are_stratified_as_the_classes_that_they_are(
+    classes: list[int], seed: int
+) -> None:
+    sets = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=np.float32)
+    order = random_order(np.array(classes), seed, stratified=True)
+    assert random_order(sets[classes], seed, stratified=True).tolist() == order.tolist()
+    assert sorted(order.tolist()) == list(range(len(classes)))
+    for label in set(classes):  # the k-th of m members stands at (k + 1/2) / m of the way
+        places = np.flatnonzero(np.array(classes)[order] == label)
+        expected = (np.arange(len(places)) + 0.5) / len(places) * len(classes)
+        assert np.all(np.abs(places + 0.5 - expected) <= len(set(classes)))
+    assert random_order(np.zeros((0, 2)), seed, stratified=True).tolist() == []

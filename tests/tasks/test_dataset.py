@@ -1,7 +1,5 @@
 """From the files of a folder to rows, and from rows to tokens."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +12,7 @@ from fmn.errors import UserError
 from fmn.tasks import dataset
 from fmn.tasks.batches import pad_batch
 from fmn.tasks.rows import check_rows
-from fmn.tasks.task import get_task
-from tests.conftest import ROOT
-from tests.hub_server import Hub
+from fmn.tasks.task import Columns, Task, get_task
 from tests.tasks.rows import mrpc_columns, write_split
 
 MRPC, SST2, MNLI = get_task("mrpc"), get_task("sst2"), get_task("mnli")
@@ -61,31 +57,6 @@ def test_one_of_mnlis_validation_splits_suffices(tmp_path: Path) -> None:
     assert not dataset.has_split(tmp_path, MNLI, "validation_matched")
 
 
-def test_glue_comes_from_the_hub_at_its_revision_and_then_from_the_cache(tmp_path: Path) -> None:
-    code = """
-import sys; from fmn.errors import UserError; from fmn.tasks import dataset, task
-try: print(dataset.download_glue(task.get_task("mrpc"), sys.argv[1])[1])
-except UserError as error: print(error)"""
-
-    def download(revision: str) -> str:  # a process of its own, as the Hub's address is read once
-        environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", code, revision]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert not done.stderr
-        return done.stdout.removesuffix("\n")
-
-    for split in ("train", "validation", "test"):
-        write_split(tmp_path / "repo" / "mrpc", mrpc_columns(), f"{split}-00000-of-00001")
-    with Hub() as hub:
-        commit = hub.add("datasets", dataset.HUB, tmp_path / "repo")
-        assert download("main") == commit
-        assert not [request for request in hub.requests if "mrpc/test" in request]
-        other_commit = hub.add("datasets", dataset.HUB, {"mrpc/train-0.parquet": b""})
-        assert [download("main"), download(commit)] == [other_commit, commit]
-        assert download("0" * 40).startswith("nyu-mll/glue@0000")
-    assert download(commit) == commit, "the Hub is not needed any more"
-
-
 def test_tokens_are_those_of_the_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = check_rows(pa.table(mrpc_columns(sentence1=["a dog barks", "it"])), MRPC, "here")
     examples = dataset.tokenize(tokenizer, MRPC, rows)
@@ -113,3 +84,21 @@ def test_long_pairs_lose_the_end_of_the_longer_text(tokenizer: PreTrainedTokeniz
     texts = ["", "word " * 200_000, "\0\u202e\U0001f600"]  # empty, enormous and odd
     rows = check_rows(pa.table({"sentence": texts, "label": [0, 1, 0]}), SST2, "here")
     assert dataset.tokenize(tokenizer, SST2, rows).lengths.tolist()[:2] == [2, 128]
+
+
+def test_several_labels_are_zeros_and_ones_and_no_labels_are_zeros(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    task = Task(
+        name="topics",
+        problem_type="multi_label_classification",
+        columns=Columns(text="text"),
+        labels=("x", "y", "z"),
+    )
+    rows = check_rows(pa.table({"text": ["a", "b"], "label": [[0, 2], []]}), task, "here")
+    labels = dataset.tokenize(tokenizer, task, rows).labels
+    assert (labels.dtype, labels.tolist()) == (np.dtype(np.float32), [[1, 0, 1], [0, 0, 0]])
+    assert pad_batch(dataset.tokenize(tokenizer, task, rows), np.arange(2)).labels.shape == (2, 3)
+    plain = Task(name="plain", columns=Columns(text="text", label=None))
+    examples = dataset.tokenize(tokenizer, plain, check_rows(rows, plain, "here"))
+    assert (examples.labels.dtype, examples.labels.tolist()) == (np.dtype(np.int64), [0, 0])

@@ -8,7 +8,7 @@ import pytest
 
 from fmn.errors import UserError
 from fmn.tasks.rows import check_rows, schema
-from fmn.tasks.task import get_task
+from fmn.tasks.task import Columns, Task, get_task
 from tests.tasks.rows import mrpc_columns
 
 
@@ -73,6 +73,49 @@ def test_a_label_column_of_another_name_becomes_label() -> None:
     task = task.model_copy(update={"columns": columns})
     rows = check_rows(pa.table({"review": ["good"], "stars": [1]}), task, "here")
     assert rows.to_pydict() == {"review": ["good"], "label": [1], "idx": [0]}
+
+
+def topics() -> Task:
+    return Task(
+        name="topics",
+        problem_type="multi_label_classification",
+        columns=Columns(text="text"),
+        labels=("x", "y"),
+    )
+
+
+def test_rows_of_several_labels_hold_lists_of_ids() -> None:
+    labels = [[0, 1], [], [1]]
+    for kind in (pa.list_(pa.int64()), pa.large_list(pa.int8())):
+        table = pa.table({"text": ["a", "b", "c"], "label": pa.array(labels, kind)})
+        rows = check_rows(table, topics(), "here")
+        assert rows.schema == schema(topics())
+        assert rows["label"].to_pylist() == labels
+    none = pa.table({"text": ["a"], "label": [[]]})
+    assert check_rows(none, topics(), "here")["label"].to_pylist() == [[]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1], r"of type int64; it must hold lists of the ids 0 \(x\), 1 \(y\)"),
+        ([["x"], []], "it must hold the ids 0"),
+        ([[], [0, 2]], "label is 2 in row 1; the labels of topics are the ids"),
+        ([[0], None], "no value in row 1"),
+    ],
+)
+def test_lists_of_something_else_are_refused(labels: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"^here: column .*{message}"):
+        check_rows(pa.table({"text": ["a", "b"], "label": labels}), topics(), "here")
+
+
+def test_rows_of_a_task_without_labels_have_no_column_for_them() -> None:
+    task = Task(name="plain", columns=Columns(text="text", label=None))
+    assert check_rows(pa.table({"text": ["a"], "label": [7]}), task, "here").to_pydict() == {
+        "text": ["a"],
+        "idx": [0],
+    }
+    assert schema(task).names == ["text", "idx"]
 
 
 def test_without_labels_the_texts_alone_are_checked() -> None:

@@ -1,17 +1,25 @@
 """The stage that writes a task's rows."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
 import fmn
 from fmn.errors import UserError
+from fmn.store.stage import read_sidecar
 from fmn.tasks import dataset
 from fmn.tasks.rows import schema
-from fmn.tasks.stages import DataSettings, data
-from fmn.tasks.task import TASKS, get_task, load_task
+from fmn.tasks.stages import DataSettings, TaskOptions, data, definition_of
+from fmn.tasks.task import TASKS, TaskSettings, get_task, load_task
+from tests.conftest import ROOT
+from tests.hub_server import Hub
 from tests.tasks.rows import mrpc_columns, write_split
 
 EMBEDDED = DataSettings(source="embedded")
@@ -104,3 +112,197 @@ def test_real_glue_is_read_as_it_is(glue: Path, tmp_path: Path) -> None:
             columns = [*task.text_columns, "label", "idx"]
             rows = dataset.read_split(tmp_path, task, split)
             assert rows.equals(original.select(columns).combine_chunks())
+
+
+# ---------------------------------------------------------------------------------------------
+# Tasks of one's own
+
+
+ROWS = "review,stars\n" + "".join(f"text {row},{row % 5 + 1}\n" for row in range(40))
+
+
+def settings_of(path: object, **changes: Any) -> TaskSettings:
+    fields = {"columns": {"text": "review", "label": "stars"}, **changes}
+    return TaskSettings.model_validate({"dataset": {"path": str(path)}, **fields})
+
+
+def test_a_table_becomes_a_task(tmp_path: Path) -> None:
+    path, out = tmp_path / "reviews.csv", tmp_path / "stars"
+    path.write_text(ROWS)
+    info = data("stars", out=out, definition=settings_of(path)).summary
+    assert (info.source, info.rows) == (str(path), {"train": 36, "validation": 4})
+    task = load_task(tmp_path, "stars")
+    assert (task.labels, task.columns.text) == (("1", "2", "3", "4", "5"), "review")
+    rows = dataset.read_split(tmp_path, task, "train")
+    source = ROWS.splitlines()[1:]
+    assert [f"{row['review']},{task.labels[row['label']]}" for row in rows.to_pylist()] == [
+        source[row] for row in rows["idx"].to_pylist()
+    ]
+    assert not data("stars", out=out, definition=settings_of(path)).computed
+    again = tmp_path / "again"
+    data("stars", out=again, settings=DataSettings(source=str(out)))
+    for name in ("train.parquet", "validation.parquet", "task.json"):
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+    path.write_text(ROWS + "text 40,1\n")
+    assert data("stars", out=out, definition=settings_of(path)).summary.rows["train"] == 37
+    assert data("stars", out=out, definition=settings_of(path, max_length=9)).computed
+
+
+def test_a_file_at_a_url_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    memory, url = fsspec.filesystem("memory"), "memory://stage/reviews.csv"
+    memory.pipe("/stage/reviews.csv", ROWS.encode())
+    definition = settings_of(url)
+    assert data("stars", out=tmp_path / "stars", definition=definition).computed
+    assert not data("stars", out=tmp_path / "stars", definition=definition).computed
+    memory.pipe("/stage/reviews.csv", f"{ROWS}more,1\n".encode())
+    assert data("stars", out=tmp_path / "stars", definition=definition).computed
+
+
+def test_a_definition_without_a_data_set_is_of_the_rows_that_the_settings_name(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "stars").mkdir()
+    (tmp_path / "stars" / "train.csv").write_text(ROWS)
+    folder = DataSettings(source=str(tmp_path))
+    columns = {"text": "review", "label": "stars"}
+    definition = TaskSettings.model_validate({"columns": columns})
+    info = data("stars", out=tmp_path / "out", settings=folder, definition=definition).summary
+    assert info.rows == {"train": 36, "validation": 4}
+    shorter = TaskSettings(max_length=64, metrics=["f1_macro"])
+    data("sst2", out=tmp_path / "sst2", settings=EMBEDDED, definition=shorter)
+    task = load_task(tmp_path, "sst2")
+    expected = get_task("sst2").model_copy(update={"max_length": 64, "metrics": ("f1_macro",)})
+    assert task == expected
+    with pytest.raises(UserError, match="task stars: nothing says where its rows are"):
+        data("stars", out=tmp_path / "out", definition=definition)
+
+
+def test_rows_without_labels_are_written_and_read_again(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("review\na\nb\n")
+    definition = settings_of(tmp_path / "texts.csv", columns={"text": "review", "label": None})
+    data("plain", out=tmp_path / "plain", definition=definition)
+    settings = DataSettings(source=str(tmp_path / "plain"))
+    assert data("plain", out=tmp_path / "again", settings=settings).summary.rows == {"train": 2}
+    task = load_task(tmp_path / "again", "plain")
+    assert (task.has_labels, task.problem_type) == (False, None)
+    with pytest.raises(UserError, match="no rows to score plain on"):
+        dataset.validation_splits(tmp_path / "again", task)
+
+
+def test_passwords_of_addresses_are_not_written_down(tmp_path: Path) -> None:
+    url = "memory://me:secret@bucket/x.csv"
+    fsspec.filesystem("memory").pipe("/me:secret@bucket/x.csv", ROWS.encode())
+    info = data("stars", out=tmp_path / "out", definition=settings_of(url)).summary
+    assert info.source == "memory://bucket/x.csv"
+    sidecar = read_sidecar(tmp_path / "out")
+    assert sidecar
+    assert "secret" not in sidecar.model_dump_json()
+
+
+def run_data(hub: Hub, home: Path, *arguments: object) -> str:
+    """`fmn data` in a process of its own, as the Hub's address is read once."""
+    environment = hub.environment(home) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fmn", "data", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def test_glue_comes_from_the_hub_at_its_revision_and_then_from_the_cache(tmp_path: Path) -> None:
+    def download(number: int, revision: str) -> Any:
+        out = ("--out", tmp_path / f"out{number}", "--revision", revision, "--json")
+        printed = run_data(hub, tmp_path / "home", "mrpc", *out)
+        return json.loads(printed)["revision"] if printed.startswith("{") else printed
+
+    for split in ("train", "validation", "test"):
+        write_split(tmp_path / "repo" / "mrpc", mrpc_columns(), f"{split}-00000-of-00001")
+    with Hub() as hub:
+        commit = hub.add("datasets", dataset.HUB, tmp_path / "repo")
+        assert download(0, "main") == commit
+        assert not [request for request in hub.requests if "mrpc/test" in request]
+        assert "fmn: nyu-mll/glue@0000" in download(1, "0" * 40)
+    assert download(2, commit) == commit, "the Hub is not needed any more"
+    assert load_task(tmp_path / "out0", "mrpc") == get_task("mrpc")
+
+
+def test_a_data_set_of_the_hub_is_pinned_to_its_commit(tmp_path: Path) -> None:
+    how = ("--dataset", "org/name", "--text", "review", "--label", "stars", "--json")
+    with Hub() as hub:
+        commit = hub.add("datasets", "org/name", {"train.csv": ROWS.encode()})
+        info = json.loads(run_data(hub, tmp_path, "stars", *how, "--out", tmp_path / "stars"))
+        assert (info["source"], info["revision"]) == ("org/name", commit)
+        assert info["rows"] == {"train": 36, "validation": 4}
+        again = json.loads(run_data(hub, tmp_path, "stars", *how, "--out", tmp_path / "stars"))
+        assert not again["computed"]
+        other = hub.add("datasets", "org/name", {"train.csv": f"{ROWS}x,1\n".encode()})
+        newer = json.loads(run_data(hub, tmp_path, "stars", *how, "--out", tmp_path / "stars"))
+        assert (newer["revision"], newer["rows"]["train"]) == (other, 37)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        ({"definition": "x.yaml", "text": "a"}, {}, "--text: --definition says it already"),
+        ({"dataset": "x.csv"}, {"source": "embedded"}, "--dataset and --source contradict"),
+        ({"validation": "x.csv"}, {}, "--validation needs --dataset"),
+        ({"validation_size": 3}, {}, "--validation-size needs --dataset"),
+        (
+            {"dataset": "x.csv", "validation": "y.csv", "validation_size": 3},
+            {},
+            "--validation and --validation-size contradict",
+        ),
+        ({"dataset": "x.csv", "metric": ["acc"]}, {}, "task stars: unknown metric 'acc'"),
+        ({"definition": "nowhere.yaml"}, {}, "nowhere.yaml: No such file"),
+    ],
+)
+def test_options_that_contradict_one_another_are_refused(
+    options: Any, settings: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        definition_of("stars", TaskOptions(**options), DataSettings(**settings))
+
+
+def test_options_and_files_say_what_settings_say(tmp_path: Path) -> None:
+    file = tmp_path / "stars.yaml"
+    description = (
+        "dataset: {path: reviews.csv, validation_size: 7, seed: 1}\n"
+        "columns: {text: review, label: stars}\n"
+        "labels: {1: bad, 5: good}\nmetrics: [f1_macro]\nmax_length: 64\n"
+    )
+    file.write_text(description)
+    options = TaskOptions(
+        dataset="reviews.csv",
+        validation_size=7,
+        seed=1,
+        text="review",
+        label="stars",
+        labels=["1=bad", "5=good"],
+        metric=["f1_macro"],
+        max_length=64,
+    )
+    expected = definition_of("stars", TaskOptions(definition=file), DataSettings())
+    assert definition_of("stars", options, DataSettings()) == expected
+    assert definition_of("stars", TaskOptions(), DataSettings()) is None
+    indented = "".join(f"    {line}\n" for line in description.splitlines())
+    file.write_text(f"work: x\ntasks:\n  stars:\n{indented}")
+    assert definition_of("stars", TaskOptions(definition=file), DataSettings()) == expected
+    with pytest.raises(UserError, match=r"stars\.yaml: no task star; there are stars; did you"):
+        definition_of("star", TaskOptions(definition=file), DataSettings())
+    file.write_text("dataset: {path: x, nam: y}")
+    with pytest.raises(UserError, match=r"stars\.yaml: dataset\.nam: "):
+        definition_of("stars", TaskOptions(definition=file), DataSettings())
+
+
+def test_training_and_validation_rows_may_be_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("a/one.csv").write_text(ROWS)
+    Path("two.tsv").write_text(ROWS.replace(",", "\t"))
+    options = TaskOptions(
+        dataset="a/one.csv", validation=str(tmp_path / "two.tsv"), text="review", label="stars"
+    )
+    definition = definition_of("stars", options, DataSettings())
+    info = data("stars", out=Path("out"), definition=definition).summary
+    assert (info.source, info.rows) == ("a/one.csv", {"train": 40, "validation": 40})
+    assert "validation: 40 of 40 texts are also in training" in info.warnings

@@ -4,11 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fmn.errors import UserError
 from fmn.store.stage import write_record
-from fmn.tasks.task import TASKS, Columns, Task, get_task, load_task
+from fmn.tasks.task import (
+    DEFAULT_METRICS,
+    METRICS,
+    TASKS,
+    Columns,
+    Task,
+    TaskSettings,
+    get_task,
+    load_task,
+    task_settings,
+)
 
 # From the card of the Hub's data set nyu-mll/glue: columns of texts, and label names.
 HUB = """
@@ -46,7 +58,10 @@ def test_the_nine_tasks_have_the_hubs_columns_and_labels() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("STS-B", "did you mean 'stsb'"), ("translation", "tasks are cola, sst2, mrpc")],
+    [
+        ("STS-B", "did you mean 'stsb'"),
+        ("translation", "by --dataset, .*tasks are cola, sst2"),
+    ],
 )
 def test_an_unknown_task_is_refused_with_the_names_that_are_known(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -58,13 +73,79 @@ def test_an_unknown_task_is_refused_with_the_names_that_are_known(name: str, mes
     [
         ({"labels": ()}, "needs two or more different labels"),
         ({"problem_type": "regression"}, "a regression task has no labels"),
-        ({"metrics": ()}, "metrics"),
+        ({"metrics": ()}, "metric"),
+        ({"metrics": ("acuracy",)}, "unknown metric 'acuracy'; did you mean 'accuracy'"),
+        ({"metrics": ("f1", "f1")}, "listed twice"),
+        ({"metrics": ("pearson",)}, "pearson is not for single_label_classification; choose from"),
+        ({"metrics": ("f1",), "labels": ("a", "b", "c")}, "class 1 of two classes, .* f1_macro"),
+        ({"problem_type": "multi_label_classification", "metrics": ("f1",)}, "f1 is not for multi"),
+        (
+            {"problem_type": "regression", "labels": (), "metrics": ("mse", "pearson")},
+            "less is better of mse, .* choose metrics of one direction",
+        ),
+        ({"columns": Columns(text="a", label=None), "metrics": ("accuracy",)}, "without labels"),
+        ({"name": "a/b"}, "a task's name is of letters"),
         ({"lables": ("book",)}, "lables"),
     ],
 )
 def test_a_definition_that_makes_no_sense_is_refused(change: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Task(**(OWN | change))
+
+
+def test_what_is_left_out_has_defaults() -> None:
+    for kind, metrics in DEFAULT_METRICS.items():
+        labels = () if kind == "regression" else ("a", "b")
+        label = "label" if kind else None
+        task = Task.model_validate(
+            {"name": "t", "problem_type": kind, "columns": Columns(text="x", label=label),
+             "labels": labels}
+        )  # fmt: skip
+        assert task.metrics == metrics
+        assert {METRICS[name].higher_is_better for name in metrics} <= {True}
+        assert Task.model_validate_json(task.model_dump_json()) == task
+
+
+def test_a_description_is_read_as_yaml_has_it() -> None:
+    settings = TaskSettings.model_validate({"labels": {1: "bad", 2.0: "good", 3: "good"}})
+    assert settings.labels == {"1": "bad", "2": "good", "3": "good"}
+    assert settings.label_names == ["bad", "good"]
+    assert TaskSettings.model_validate({"labels": [1, True]}).labels == ["1", "true"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metrics": ["acuracy"]}, "did you mean 'accuracy'"),
+        ({"metrics": ["f1"], "labels": ["a", "b", "c"]}, "class 1 of two"),
+        ({"metrics": ["accuracy"], "columns": {"label": None}}, "metrics need labels"),
+        ({"labels": ["a", "a"]}, "'a' is listed twice"),
+        ({"labels": ["a", " "]}, "no name"),
+        ({"dataset": {"path": "x", "validation_size": 1.5}}, "a share below 1"),
+        ({"max_length": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_a_description_that_makes_no_sense_is_refused(fields: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TaskSettings.model_validate(fields)
+
+
+@given(st.sampled_from([{}, {"label": "label"}, {"label": None}, {"text": "a"}]))
+def test_a_description_that_is_written_and_read_again_is_the_same(columns: Any) -> None:
+    settings = TaskSettings.model_validate({"columns": columns})
+    again = TaskSettings.model_validate_json(settings.model_dump_json())
+    assert again == settings
+    assert again.columns.names_label == settings.columns.names_label == ("label" in columns)
+
+
+def test_glue_is_described_in_the_words_of_settings() -> None:
+    for name, task in TASKS.items():
+        settings = task_settings(name)
+        assert settings
+        assert settings.dataset
+        assert (settings.dataset.path, settings.dataset.name) == ("nyu-mll/glue", name)
+        assert tuple(settings.labels) == task.labels
+    assert task_settings("stars") is None
 
 
 def test_a_definition_is_read_where_its_rows_lie(tmp_path: Path) -> None:

@@ -1,0 +1,272 @@
+"""From a user's definition of a task to its checked rows, and the definition without gaps."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from fmn.errors import UserError
+from fmn.tasks.batches import random_order
+from fmn.tasks.dataset import label_array
+from fmn.tasks.formats import Table, read_files
+from fmn.tasks.label_values import (
+    Labels,
+    encode,
+    plain_values,
+    problem_type,
+    read_labels,
+    refuse_missing,
+)
+from fmn.tasks.rows import schema
+from fmn.tasks.sources import File, choose_splits
+from fmn.tasks.task import (
+    DEFAULT_METRICS,
+    MULTI,
+    REGRESSION,
+    SINGLE,
+    Columns,
+    DatasetSettings,
+    Task,
+    TaskSettings,
+    make_task,
+)
+
+SHARE = 0.1  # of the rows are split off for validation, if the data have no split for it
+MANY = 50  # classes; with more, the column may be something else than a label
+
+
+class Prepared(NamedTuple):
+    """A task's rows by split, its definition, and what to tell the user."""
+
+    task: Task
+    tables: dict[str, pa.Table]
+    notes: list[str]
+    warnings: list[str]
+
+
+def prepare(
+    name: str, definition: TaskSettings, files: Mapping[str, Sequence[File]], place: str
+) -> Prepared:
+    """Read the rows of a task as its user describes them.
+
+    Args:
+        name: the task.
+        definition: its description.
+        files: the files of each split of its data set.
+        place: what messages call the data set.
+
+    Raises:
+        UserError: a file, a column, a text or a label is not as it should be; says where.
+    """
+    dataset = definition.dataset or DatasetSettings(path=place)
+    columns = definition.columns
+    notes: list[str] = []
+    train, validation, splits = _read_splits(dataset, files, place)
+    label = _label_column(definition, splits, notes)
+    texts = [column for column in (columns.text, columns.text_pair) if column]
+    if len({*texts, label}) < len(texts) + 1:
+        raise UserError(f"task {name}: a column is named twice in `columns`; name different ones")
+    labels = None
+    if label:
+        values = {
+            split: plain_values(table.values(label, name), table.classes.get(label, ()))
+            for split, table in splits.items()
+        }
+        first = splits[train or validation[0]]
+        known = values[train] if train else [x for each in values.values() for x in each]
+        if problem_type(known, definition) != MULTI:
+            for split, table in splits.items():
+                refuse_missing(values[split], table.place, f"column {label}")
+        labels = read_labels(known, first.classes.get(label, ()), definition, first.place)
+    task = _task(name, definition, labels, validation)
+    tables = {
+        split: _rows(task, texts, table, label, values[split] if label else None, labels)
+        for split, table in splits.items()
+    }
+    origins = {split: f"of {table.place}" for split, table in splits.items()}
+    if train:
+        tables = {"train": tables.pop(train), **tables}
+        origins["train"] = origins.pop(train)
+        is_default = label and not validation and dataset.validation_size is None
+        if size := SHARE if is_default else dataset.validation_size:
+            validation = _split_off(task, tables, size, dataset.seed, place)
+            origins["validation"] = f"split off {origins['train'][3:]} by seed {dataset.seed}"
+    notes = [
+        f"{split}: {len(rows)} rows {origins[split]}" for split, rows in tables.items()
+    ] + notes
+    task = make_task(**{**dict(task), "validation": tuple(validation)})
+    if task.labels:
+        notes.append(f"labels: {', '.join(task.labels[:20])}{', ...' * (len(task.labels) > 20)}")
+    return Prepared(task, tables, notes, odd_rows(task, tables))
+
+
+def _read_splits(
+    dataset: DatasetSettings, files: Mapping[str, Sequence[File]], place: str
+) -> tuple[str | None, list[str], dict[str, Table]]:
+    """The training split, the validation splits, and the rows of these."""
+    first = next(iter(files.values()))
+    saved = read_files(first) if first[0].format == "saved" else {}
+    saved = {split or "train": table for split, table in saved.items()}
+    names = list(saved or files)
+    only = "validation" if dataset.splits.train is None and names == ["train"] else ""
+    train, validation = choose_splits(dataset, [only] if only else names, place)
+    wanted = [train, *validation] if train else validation
+    if not wanted:
+        raise UserError(f"{place}: neither training nor validation rows; name a split in `splits`")
+    tables = {}
+    for split in wanted:
+        source = "train" if only else split
+        tables[split] = saved[source] if saved else read_files(files[source])[""]
+        if not tables[split].num_rows:
+            raise UserError(f"{tables[split].place}: there are no rows; write it again")
+    return train, validation, tables
+
+
+def _label_column(
+    definition: TaskSettings, splits: Mapping[str, Table], notes: list[str]
+) -> str | None:
+    """The column of labels. None if there is none, and the definition does not ask for one."""
+    columns = definition.columns
+    first = next(iter(splits.values()))
+    is_needed = columns.names_label or definition.metrics
+    if columns.label in first.columns or is_needed or columns.label is None:
+        return columns.label
+    notes.append(
+        f"no labels: there is no column {columns.label} in {first.place}, and none is named; there"
+        f" are {', '.join(first.columns)}"
+    )
+    return None
+
+
+def _task(
+    name: str, definition: TaskSettings, labels: Labels | None, validation: Sequence[str]
+) -> Task:
+    """The whole definition, with what the data tell. UserError if metrics do not fit it."""
+    columns = definition.columns
+    text, pair = columns.text, columns.text_pair
+    if {text, pair} & {"label", "idx"}:  # of the rows' own columns
+        text, pair = "text", "text_pair" if pair else None
+    kind = labels.problem_type if labels else definition.problem_type
+    return make_task(
+        name,
+        problem_type=kind,
+        columns=Columns(text=text, text_pair=pair, label="label" if labels else None),
+        labels=labels.names if labels else tuple(definition.label_names),
+        metrics=tuple(definition.metrics) or DEFAULT_METRICS[kind if labels else None],
+        validation=tuple(validation),
+        max_length=definition.max_length,
+        threshold=definition.threshold,
+    )
+
+
+def _rows(
+    task: Task,
+    texts: Sequence[str],
+    table: Table,
+    column: str | None,
+    values: list[Any] | None,
+    labels: Labels | None,
+) -> pa.Table:
+    """The rows of a split in the schema of their task."""
+    content: dict[str, Any] = {
+        name: _texts(table.values(source, task.name), table.place, source)
+        for name, source in zip(task.text_columns, texts, strict=True)
+    }
+    if values is not None and labels is not None:
+        content["label"] = encode(values, labels, table.place, f"column {column}")
+    content["idx"] = range(table.num_rows)
+    return pa.table(content, schema=schema(task))
+
+
+def _texts(values: list[Any], place: str, column: str) -> list[str]:
+    """Texts. UserError names the first value that is none, and how many there are."""
+    wrong = [row for row, value in enumerate(values) if _problem(value)]
+    if wrong:
+        others = f" ({len(wrong)} such rows)" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{place}: column {column} {_problem(values[wrong[0]])} in row {wrong[0]}{others}; give"
+            " a text, or drop the row"
+        )
+    return values
+
+
+def _problem(value: Any) -> str:
+    if value is None or (isinstance(value, float) and value != value):
+        return "has no value"
+    if not isinstance(value, str):
+        return f"is {value!r:.40}, not a text,"
+    if "\0" in value:
+        return "has a NUL character"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "has half a character (a surrogate)"
+    return ""
+
+
+def _split_off(
+    task: Task, tables: dict[str, pa.Table], size: float, seed: int, place: str
+) -> list[str]:
+    """Move rows from "train" to "validation", stratified by class."""
+    rows = tables["train"]
+    if rows.num_rows == 1:
+        return []
+    labels = label_array(task, rows)
+    order = random_order(labels, seed, stratified=task.has_labels and not task.regression)
+    count = int(size) if size >= 1 else max(1, round(size * len(order)))
+    if task.has_labels and not (task.regression or task.multi_label):
+        # The last row of each class in this order stays in training, as far as that is possible.
+        _, last = np.unique(labels[order][::-1], return_index=True)
+        last = len(order) - 1 - last
+        order = np.concatenate([np.delete(order, last), order[last]])
+    if not 1 <= count < rows.num_rows:
+        raise UserError(
+            f"{place}: validation_size {size:g} of {rows.num_rows} rows is {count}, and at most"
+            f" {rows.num_rows - 1} can be split off; say another"
+        )
+    is_validation = np.zeros(rows.num_rows, dtype=bool)
+    is_validation[order[:count]] = True
+    tables["train"] = rows.filter(pa.array(~is_validation))
+    tables["validation"] = rows.filter(pa.array(is_validation))
+    return ["validation"]
+
+
+def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
+    """What is odd in the rows, though they can be used."""
+    lines = []
+    texts = {
+        split: list(zip(*(rows[name].to_pylist() for name in task.text_columns), strict=True))
+        for split, rows in tables.items()
+    }
+    trained = set(texts.get("train", ()))
+    for split, rows in tables.items():
+        if blank := sum(not all(map(str.strip, row)) for row in texts[split]):
+            lines.append(f"{split}: {blank} of {len(rows)} rows have an empty text")
+        if len(rows) == 1:
+            lines.append(f"{split}: there is one row alone")
+        if task.has_labels and len(rows) > 1:
+            lines += _label_warnings(task, split, label_array(task, rows))
+        if split != "train" and (same := sum(row in trained for row in texts[split])):
+            lines.append(f"{split}: {same} of {len(rows)} texts are also in training")
+    if task.has_labels and not task.validation:
+        lines.append("there are no validation rows, so that no model can be scored")
+    if len(task.labels) > MANY:
+        lines.append(f"there are {len(task.labels)} labels; numbers to predict need problem_type:"
+                     " regression")  # fmt: skip
+    return lines
+
+
+def _label_warnings(task: Task, split: str, labels: np.ndarray) -> list[str]:
+    different = np.unique(labels, axis=0)
+    if len(different) == 1:
+        value = different[0]
+        name = task.labels[value] if task.problem_type == SINGLE else ""
+        return [f"{split}: every row has the same label{' ' * bool(name)}{name}"]
+    if task.problem_type == REGRESSION:
+        return []
+    present = np.flatnonzero(labels.any(axis=0)) if task.problem_type == MULTI else different
+    absent = [name for label, name in enumerate(task.labels) if label not in present]
+    if not absent:
+        return []
+    return [f"{split}: no row has the label {', '.join(absent[:12])}{', ...' * (len(absent) > 12)}"]

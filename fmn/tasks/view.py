@@ -1,0 +1,128 @@
+"""What there is to see of tasks: those that are known, and one of them with its first example."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from fmn.errors import UserError
+from fmn.store.records import Record
+from fmn.tasks import dataset
+from fmn.tasks.stages import MINIATURE, DataSettings, find_source
+from fmn.tasks.task import (
+    DEFAULT_METRICS,
+    TASKS,
+    Task,
+    TaskSettings,
+    load_task,
+    read_task,
+    task_folder,
+    task_settings,
+)
+
+
+class KnownTask(Record):
+    """A line of the list of tasks, as settings describe them."""
+
+    name: str
+    kind: str
+    labels: str
+    metrics: str
+    source: str
+
+
+class TaskView(Record):
+    """A task as it is resolved.
+
+    Attributes:
+        task: its definition.
+        source: where the rows are.
+        notes: what was inferred from the rows, and what is odd in them.
+        example: the texts and the label of the first training row; empty without rows.
+    """
+
+    task: Task
+    source: str
+    notes: list[str] = Field(default_factory=list)
+    example: dict[str, Any] = Field(default_factory=dict)
+
+
+def known_tasks(own: Mapping[str, TaskSettings]) -> list[KnownTask]:
+    """GLUE's tasks and those of the settings, whose definitions replace GLUE's of the same name."""
+    glue = {name: task_settings(name) or TaskSettings() for name in TASKS}
+    return [_known(name, settings) for name, settings in {**glue, **own}.items()]
+
+
+def _known(name: str, settings: TaskSettings) -> KnownTask:
+    is_glue = settings == task_settings(name)
+    kind: str | None = settings.problem_type
+    if is_glue:
+        kind = TASKS[name].problem_type
+    metrics = settings.metrics or DEFAULT_METRICS[kind]
+    named = settings.label_names
+    return KnownTask(
+        name=name,
+        kind=(kind or "from the data").replace("_", " "),
+        labels=", ".join(named[:6]) + ", ..." * (len(named) > 6) if named else _unnamed(settings),
+        metrics=", ".join(metrics) or "by kind",
+        source=settings.dataset.path if settings.dataset else "section data",
+    )
+
+
+def _unnamed(settings: TaskSettings) -> str:
+    if settings.columns.label is None:
+        return "none"
+    return "a number" if settings.problem_type == "regression" else "from the data"
+
+
+def describe(
+    name: str, definition: TaskSettings | None, settings: DataSettings | None, data: Path | None
+) -> TaskView:
+    """A task's whole definition and its first training example.
+
+    Args:
+        name: the task.
+        definition: what the settings say of it.
+        settings: where its rows come from, if its definition does not say it.
+        data: the folder of rows that were written already, of the task or of several.
+
+    Raises:
+        UserError: there is no such task, or its rows cannot be read.
+    """
+    if data and read_task(task_folder(data, name)):
+        task = load_task(data, name)
+        split = "train" if dataset.has_split(data, task, "train") else task.validation[0]
+        rows = dataset.read_split(data, task, split)
+        return TaskView(
+            task=task, source=str(task_folder(data, name)), example=_example(task, rows)
+        )
+    if settings is None and name in TASKS:  # no network for a look
+        settings = DataSettings(source="embedded")
+        try:
+            source = find_source(name, settings, definition)
+        except UserError:
+            note = f"no rows are here; `fmn data {name}` fetches them ({MINIATURE} has other tasks)"
+            return TaskView(task=TASKS[name], source=dataset.HUB, notes=[note])
+    else:
+        source = find_source(name, settings or DataSettings(), definition)
+    rows_read = source.read()
+    table = next(iter(rows_read.tables.values()))
+    return TaskView(
+        task=rows_read.task,
+        source=source.name,
+        notes=[*rows_read.notes, *(f"warning: {line}" for line in rows_read.warnings)],
+        example=_example(rows_read.task, table),
+    )
+
+
+def _example(task: Task, table: Any) -> dict[str, Any]:
+    """The texts of a table's first row, and its label by name."""
+    row: dict[str, Any] = table.slice(0, 1).to_pylist()[0]
+    example = {name: row[name] for name in task.text_columns}
+    if not task.has_labels:
+        return example
+    label = row["label"]
+    if task.multi_label:
+        return {**example, "label": [task.labels[each] for each in label]}
+    return {**example, "label": label if task.regression else task.labels[label]}
