@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from benchmarks.results import keep, ratio, spread
 from fmn.evaluate.metrics import answers, score
-from fmn.models import checkpoints, labels
+from fmn.models import labels
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.models.predict import predict
 from fmn.report.results import markdown
@@ -91,9 +91,8 @@ def parse() -> argparse.Namespace:
 def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Examples per second in every round, and the agreement of the predictions with Trainer's."""
     task, device = get_task(name), resolve_device(options.device)
-    tokenizer = checkpoints.load_tokenizer(folder)
-    model = checkpoints.load_classifier(folder)
-    labels.ordered(model, labels.decide(folder, task, options.data, options.device)).to(device)
+    model, tokenizer, *_ = labels.load_expert(folder, task, options.data, options.device)
+    model.to(device)
     table = data.read_split(options.data, task, task.validation[0])
     rows = np.random.default_rng(0).permutation(table.num_rows)[: options.examples]
     examples = data.tokenize(tokenizer, task, table.take(rows))

@@ -25,7 +25,6 @@ from flows.pages import server_answers
 from flows.workers import TransientError, one_line
 from fmn import params
 from fmn.errors import UserError
-from fmn.models import labels
 from fmn.store.stage import Outcome
 from fmn.terminal import progress_bar, say, show_table
 
@@ -63,7 +62,7 @@ def run_node(node: Node) -> Outcome[Any]:
     line = f"{outcome.stage:<9} {node.name or node.stage:<12} {seconds}"
     get_run_logger().info(line)
     say(line)
-    for note in labels.notes(getattr(outcome.summary, "labels", {})):
+    for note in getattr(getattr(outcome.summary, "labels", None), "notes", ()):
         get_run_logger().warning(note)
         say(note)
     return outcome

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from fmn.errors import UserError
 from fmn.merge.recipe import Fit
 from fmn.models import checkpoints
+from fmn.models.checkpoints import last_linear as last_linear
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import TOKENS
 from fmn.tasks import dataset
@@ -34,24 +35,6 @@ from fmn.tasks.task import Task
 
 RIDGES = tuple(10 ** (half / 2) for half in range(-12, 9))
 """What "auto" chooses from: two a decade."""
-
-
-def last_linear(model: PreTrainedModel) -> str:
-    """The path of the linear map that ends the head of a classifier; UserError if there is none."""
-    prefix = f"{model.base_model_prefix}."
-    paths = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not name.startswith(prefix)
-        and module.out_features == model.config.num_labels
-    ]
-    if not paths:
-        raise UserError(
-            f"a {model.config.model_type} has no head that ends in a linear map; its head stays as"
-            " it is"
-        )
-    return str(paths[-1])
 
 
 def last_map(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray | None]:
@@ -87,8 +70,7 @@ def features(
         ):
             for batch in by_length(examples, tokens=tokens):
                 inputs = {name: value.to(torch_device) for name, value in batch.inputs.items()}
-                # Not by a call, whose hooks may put the outputs into another order.
-                read[batch.rows] = model.forward(**inputs).logits.float().cpu().numpy()
+                read[batch.rows] = model(**inputs).logits.float().cpu().numpy()
     finally:
         model.set_submodule(path, linear)
     return read

@@ -6,7 +6,7 @@ Nothing in it is ever executed: ``trust_remote_code`` is never true.
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,12 +16,14 @@ from fmn.models.headers import (
     first_words,
     names_in,
     no_weights,
+    read_file,
     read_json,
     tensor_headers,
 )
 from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
@@ -140,11 +142,15 @@ def quiet() -> Iterator[None]:
 
 
 class _Shapes(NamedTuple):
-    """Shapes of a classifier's tensors; its encoder's names begin with `prefix` in it."""
+    """Shapes of a classifier's tensors; its encoder's names begin with `prefix` in it.
+
+    `last` is the path of the linear map that ends its head, "" if there is none.
+    """
 
     encoder: dict[str, tuple[int, ...]]
     head: dict[str, tuple[int, ...]]
     prefix: str
+    last: str
 
 
 _shapes: dict[str, _Shapes] = {}
@@ -165,7 +171,7 @@ def _described_shapes(config: "PretrainedConfig") -> _Shapes:
     except Exception as error:  # each architecture refuses sizes in its own way
         problem = f"{CONFIG} describes no text classifier that can be built: {first_words(error)}"
         raise UserError(f"{config.name_or_path}: {problem}") from error
-    shapes = _Shapes({}, {}, f"{model.base_model_prefix}.")
+    shapes = _Shapes({}, {}, f"{model.base_model_prefix}.", _last_linear(model))
     tied = getattr(model, "all_tied_weights_keys", None) or ()
     for name, value in model.state_dict().items():
         if name not in tied:
@@ -271,9 +277,118 @@ def _traits(folder: Path, task: Task | None) -> dict[str, Any]:
 
 def check_head(folder: Path, config: "PretrainedConfig", task: Task) -> None:
     """Refuse a head that has not one output for each label of the task, with a `UserError`."""
-    if config.num_labels != task.num_outputs:
-        problem = f"a head of {config.num_labels} outputs, {task.name} needs {task.num_outputs}"
-        raise UserError(f"{folder}: has {problem}; give an expert of this task")
+    if config.num_labels == task.num_outputs:
+        return
+    problem = f"has a head of {config.num_labels} outputs, {task.name} needs {task.num_outputs}"
+    remedy = "give an expert of this task"
+    if is_single_logit(config, task):
+        remedy = f"`fmn fetch {folder} --task {task.name}` makes two outputs of one"
+    elif task.labels:
+        problem += f" ({listed(config.id2label.values())}; not {listed(task.labels)})"
+    raise UserError(f"{folder}: {problem}; {remedy}")
+
+
+def is_single_logit(config: "PretrainedConfig", task: Task) -> bool:
+    """Whether a head of one output answers a task of two classes: z for outputs of 0 and z."""
+    is_binary = task.problem_type == "single_label_classification" and task.num_outputs == 2
+    return is_binary and config.num_labels == 1
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of labels for a message: the first twelve."""
+    names = list(names)
+    return ", ".join([*names[:12], *(["..."] if len(names) > 12 else [])])
+
+
+# ---------------------------------------------------------------------------------------------
+# The outputs of a head
+
+
+def last_linear(model: "PreTrainedModel") -> str:
+    """The path of the linear map that ends the head of a classifier; UserError if there is none."""
+    if path := _last_linear(model):
+        return path
+    raise UserError(_no_linear(model.config))
+
+
+def _last_linear(model: "PreTrainedModel") -> str:
+    from torch import nn
+
+    paths = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not name.startswith(f"{model.base_model_prefix}.")
+        and module.out_features == model.config.num_labels
+    ]
+    return str(paths[-1]) if paths else ""
+
+
+def _no_linear(config: "PretrainedConfig") -> str:
+    problem = f"a {config.model_type} has no head that ends in a linear map"
+    return f"{problem}; its head stays as it is"
+
+
+def output_entries(task: Task) -> dict[str, Any]:
+    """What the configuration of an expert says of its outputs, in the task's order."""
+    names = dict(enumerate(task.labels or ("score",)))
+    label2id = {name: label for label, name in names.items()}
+    return {"id2label": names, "label2id": label2id, "problem_type": task.problem_type}
+
+
+def _reordered(rows: "Tensor", order: Sequence[int]) -> "Tensor":
+    """Rows of a head's last linear map in another order; of one row z, the rows 0 and z."""
+    import torch
+
+    if len(rows) < len(order):
+        rows = torch.cat([torch.zeros_like(rows), rows])
+    return rows[list(order)].contiguous()
+
+
+def align_model(model: "PreTrainedModel", task: Task, order: Sequence[int]) -> None:
+    """Put the outputs of a model into the task's order; `order` has the output of each label.
+
+    One logit z becomes the two outputs 0 and z, which `order` counts.
+    """
+    from torch import nn
+
+    if list(order) != list(range(model.config.num_labels)):
+        path = last_linear(model)
+        old = model.get_submodule(path)
+        tensors = {
+            name: _reordered(value.detach(), order) for name, value in old.named_parameters()
+        }
+        like = {"device": tensors["weight"].device, "dtype": tensors["weight"].dtype}
+        new = nn.Linear(tensors["weight"].shape[1], len(order), bias="bias" in tensors, **like)
+        new.load_state_dict(tensors)
+        model.set_submodule(path, new.requires_grad_(old.weight.requires_grad).eval())
+    for name, value in output_entries(task).items():
+        setattr(model.config, name, value)
+    model.num_labels = len(order)
+
+
+def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
+    """The same for a checkpoint's files: config.json, and the files that hold the last map.
+
+    Other files are left alone; a file that is rewritten is replaced, and not what it is linked to.
+    """
+    from safetensors.torch import load_file, save_file
+
+    config, raw = load_config(folder), read_config(folder)
+    if list(order) != list(range(config.num_labels)):
+        if not (path := _described_shapes(config).last):
+            raise UserError(f"{folder}: {_no_linear(config)}")
+        headers = tensor_headers(folder)
+        names = [name for name in (f"{path}.weight", f"{path}.bias") if name in headers]
+        for file in {headers[name].file for name in names}:
+            tensors, metadata = load_file(file), read_file(file)[1]
+            for name in tensors.keys() & names:
+                tensors[name] = _reordered(tensors[name], order)
+            file.unlink()
+            save_file(tensors, file, metadata=metadata)
+    raw = {name: value for name, value in raw.items() if not name.endswith("num_labels")}
+    content = json.dumps(raw | output_entries(task), indent=2)
+    (folder / CONFIG).write_text(content + "\n")
 
 
 # ---------------------------------------------------------------------------------------------

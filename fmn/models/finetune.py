@@ -1,21 +1,30 @@
 """An expert from a base model: plain supervised fine-tuning of the whole model, in memory."""
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.models.checkpoints import check_tensors, load_config, load_weights, quiet
+from fmn.models.checkpoints import (
+    check_tensors,
+    last_linear,
+    load_config,
+    load_weights,
+    output_entries,
+    quiet,
+)
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import Examples, pad_batch
-from fmn.tasks.task import Task
+from fmn.tasks.task import ProblemType, Task
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01
@@ -24,7 +33,11 @@ POOL = 16  # batches whose examples are sorted by length together
 # The head starts from noise, the encoder from a good model. With a slow head it is the encoder that
 # moves to suit the noise, and the further experts move, the worse they merge.
 HEAD_RATE = 30.0
-MIDDLE = 2.5  # of the scale of a regression task, 0 to 5
+_LOSSES: Mapping[ProblemType, Callable[[Tensor, Tensor], Tensor]] = {
+    "single_label_classification": functional.cross_entropy,
+    "multi_label_classification": functional.binary_cross_entropy_with_logits,
+    "regression": lambda logits, values: functional.mse_loss(logits.squeeze(-1), values),
+}
 
 
 def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
@@ -35,9 +48,8 @@ def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
     config = load_config(base)
     check_tensors(base, config, head=False)
     config.num_labels = task.num_outputs
-    config.id2label = dict(enumerate(task.labels or ("score",)))
-    config.label2id = {name: label for label, name in config.id2label.items()}
-    config.problem_type = "regression" if task.regression else "single_label_classification"
+    for name, value in output_entries(task).items():
+        setattr(config, name, value)
     with quiet():
         torch.manual_seed(seed)
         fresh = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -47,10 +59,6 @@ def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
         drawn = dict(fresh.named_parameters())
         for name, parameter in _head(model):
             parameter.copy_(drawn[name])
-        if task.regression:
-            last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-            if last.bias is not None:  # from the middle of the scale, the encoder has not to move
-                last.bias.fill_(MIDDLE)
     return model
 
 
@@ -58,7 +66,7 @@ def finetune(
     model: PreTrainedModel,
     examples: Examples,
     *,
-    regression: bool,
+    problem_type: ProblemType,
     epochs: float,
     learning_rate: float,
     batch_size: int,
@@ -69,11 +77,11 @@ def finetune(
 ) -> list[float]:
     """Train every parameter of a model in place, and return the mean loss of each step.
 
-    AdamW, with a learning rate that rises linearly over the first tenth of the steps and falls
-    linearly to zero, and is `HEAD_RATE` times as high for the head. The loss is cross entropy, or
-    squared error for `regression`. The same arguments, threads and hardware repeat it exactly.
-    The model stays on the device, in evaluation mode. `epochs` may be a fraction, `learning_rate`
-    is the peak, the seed draws batches and dropout; `progress` gets (steps done, all steps).
+    AdamW, with a learning rate that rises linearly over the first tenth of the steps to its peak
+    and falls linearly to zero, `HEAD_RATE` times as high for the head. The loss is Transformers';
+    for regression on values of mean 0 and variance 1, so that one rate suits every scale. The same
+    arguments, threads and hardware repeat it exactly. The model stays on the device, in evaluation
+    mode. `epochs` may be a fraction; `progress` gets (steps done, all steps).
 
     Raises:
         UserError: there are no examples, or the loss diverges.
@@ -83,10 +91,11 @@ def finetune(
     target, random = resolve_device(device), np.random.default_rng(seed)
     compute_dtype = resolve_dtype(dtype, target)
     torch.manual_seed(seed)
-    loss_function = functional.mse_loss if regression else functional.cross_entropy
-    lengths = examples.lengths
+    lengths, head = examples.lengths, model.get_submodule(last_linear(model))
+    shift, scale = _scale(examples, head) if problem_type == "regression" else (0.0, 1.0)
+    if problem_type == "regression":
+        examples = replace(examples, labels=np.float32((examples.labels - shift) / scale))
     steps = max(1, round(epochs * math.ceil(len(examples) / batch_size)))
-    warmup = max(1, round(WARMUP * steps))
     losses: list[float] = []
     batches: list[np.ndarray] = []
     with placed(model, target, compute_dtype):
@@ -96,25 +105,44 @@ def finetune(
             batches = batches or _batches(lengths, batch_size, random)
             rows = batches.pop()
             for group in optimizer.param_groups:
-                rise, fall = (step + 1) / warmup, (steps - step) / max(1, steps - warmup)
-                group["lr"] = group["factor"] * learning_rate * min(rise, fall, 1.0)
+                group["lr"] = group["factor"] * learning_rate * _schedule(step, steps)
             batch = pad_batch(examples, rows, int(lengths[rows].max()))
             with autocast(target, compute_dtype):
                 inputs = {name: value.to(target) for name, value in batch.inputs.items()}
                 logits = model(**inputs).logits
-            logits = logits.float().squeeze(-1)  # [B, C], or [B] for regression
-            loss = loss_function(logits, batch.labels.to(target))
+            loss = _LOSSES[problem_type](logits.float(), batch.labels.to(target))
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(loss.item() * scale**2)
             if not math.isfinite(losses[-1]):
                 remedy = f"take a learning_rate below {learning_rate}"
                 raise UserError(f"fine-tuning: the loss diverged in step {step + 1}; {remedy}")
             progress(step + 1, steps)
+        _rescale(head, shift, scale)
         model.eval()
     return losses
+
+
+def _schedule(step: int, steps: int) -> float:
+    """The share of the peak learning rate that a step has."""
+    warmup = max(1, round(WARMUP * steps))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
+
+
+def _scale(examples: Examples, head: nn.Module) -> tuple[float, float]:
+    """Mean and standard deviation of values; about zero, if the head has no bias for a mean."""
+    values = examples.labels.astype(np.float64)
+    shift = float(values.mean()) if head.bias is not None else 0.0
+    return shift, float(np.sqrt(np.mean((values - shift) ** 2))) or 1.0
+
+
+def _rescale(head: nn.Module, shift: float, scale: float) -> None:
+    """Let a linear map answer on the task's own scale."""
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.mul_(scale).add_(shift if name == "bias" else 0.0)
 
 
 def _head(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:

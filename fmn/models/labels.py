@@ -1,34 +1,33 @@
-"""Which output of a model stands for which label of its task: read or found, never assumed.
+"""Which output of an expert stands for which label of its task: decided once, and checked.
 
-Published checkpoints permute labels. The names in a checkpoint's configuration decide where they
-mean something; otherwise a slice of the training data does. `ordered` puts the outputs of a model
-into the task's order, so that all that computes with it uses one and the same alignment.
+Published checkpoints permute labels. A list of the user's decides; without one, the names in the
+checkpoint's configuration where they mean something; else a slice of the training data; else the
+outputs are taken as they stand. Whatever decides, the training data that are there check it.
 """
 
+import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
-from itertools import permutations
-from math import factorial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from pydantic import ConfigDict, Field
 
 from fmn.errors import UserError
 from fmn.models import checkpoints
+from fmn.models.checkpoints import is_single_logit, listed
+from fmn.models.evidence import weigh
 from fmn.store.records import Record
 from fmn.tasks import dataset
-from fmn.tasks.task import TASKS, Columns, Task, get_task, read_task
+from fmn.tasks.task import DEFINITION, TASKS, Columns, Task, read_task, write_task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-ROWS, SEED = 512, 0  # at most so many rows of the training data decide, drawn by this seed
-# An order is clearly better than the task's own if McNemar's exact test, one-sided and times the
-# number of other orders (Bonferroni), is below this.
-CLEARLY = 0.001
-CHANCE = 0.05  # an expert is better than guessing if the one-sided binomial test is below this
-# Other names of a task's labels, in small letters and digits alone.
+ROWS, SEED = 512, 0  # at most so many rows of the training data are read, drawn by this seed
+# Other names of labels, in small letters and digits alone.
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "negative": ("neg",),
     "positive": ("pos",),
@@ -47,23 +46,32 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 
 
 class Labels(Record):
-    """How the outputs of a model stand for the labels of its task.
+    """How the outputs of an expert stand for the labels of its task.
 
     Attributes:
-        order: the output that stands for each label, in the task's order.
+        order: the output that stands for each label, in the task's order. A single logit of a
+            binary task counts as two outputs.
         origin: what decided it; "identity": nothing did, the outputs are taken as they stand.
-        rows: of training data that decided.
-        score: the share of them that this order has right.
+        rows: of training data that decided or checked it; 0 without data.
+        score: what this order has of them: the share of rows that are right; for several labels
+            at once the share of labels that are found (R-precision); for regression the Pearson
+            correlation.
         as_is: the same for the outputs as they stand.
+        notes: what the user should know of it.
     """
 
     model_config = ConfigDict(strict=True, validate_by_name=True, validate_by_alias=True)
 
     order: list[int]
-    origin: Literal["names", "training data", "identity"] = Field(alias="from")
+    origin: Literal["settings", "names", "training data", "identity"] = Field(alias="from")
     rows: int = 0
     score: float = 0
     as_is: float = 0
+    notes: list[str] = Field(default_factory=list)
+
+
+# ---------------------------------------------------------------------------------------------
+# Names
 
 
 def output_names(folder: Path) -> list[str]:
@@ -79,75 +87,29 @@ def output_names(folder: Path) -> list[str]:
 def by_names(task: Task, names: Sequence[str]) -> Labels | None:
     """The order that the outputs' names give; None if they do not name each label once.
 
-    The one output of a regression task needs no name.
+    The one output of a regression task needs no name. One name alone is that of a single logit.
     """
-    meaning: dict[str, int] = {}
-    for label, name in enumerate(task.labels):
-        meaning |= dict.fromkeys((_plain(name), *SYNONYMS.get(_plain(name), ())), label)
-    outputs = {meaning.get(_plain(name)): output for output, name in enumerate(names)}
+    identity = list(range(task.num_outputs))
     if task.regression:
-        outputs = {0: 0}
-    if len(names) != task.num_outputs or set(outputs) != set(range(task.num_outputs)):
-        return None
-    return Labels(order=[outputs[label] for label in range(task.num_outputs)], origin="names")
+        return Labels(order=identity, origin="names") if len(names) == 1 else None
+    for form in (str.strip, _plain):  # letter for letter, or else loosely
+        meaning = {form(name): label for label, name in enumerate(task.labels)}
+        if len(meaning) < task.num_outputs:
+            continue
+        for name, label in list(meaning.items()):
+            meaning = dict.fromkeys(SYNONYMS.get(name, ()), label) | meaning
+        labels = [meaning.get(form(name), -1) for name in names]
+        if len(names) == 1 and task.num_outputs == 2 and not task.multi_label and labels[0] >= 0:
+            labels = [1 - labels[0], labels[0]]
+        if sorted(labels) == identity:
+            return Labels(order=[labels.index(label) for label in identity], origin="names")
+    return None
 
 
-def by_data(task: Task, logits: np.ndarray, labels: np.ndarray, place: str) -> Labels:
-    """The order in which the outputs, logits [N, C], fit the labels [N] of training data best.
-
-    An order other than the task's own is taken only if it is clearly better (`CLEARLY`). `place`
-    names the model in messages.
-
-    Raises:
-        UserError: even so the model is no better than chance (`CHANCE`).
-    """
-    answers = logits.argmax(axis=1)  # [N]
-    identity = tuple(range(task.num_outputs))
-    # By order, whether each row is right; the identity comes first, so it is the best of equals.
-    right = {order: np.asarray(order)[labels] == answers for order in permutations(identity)}
-    order = max(right, key=lambda order: int(right[order].sum()))
-    gained = int((right[order] & ~right[identity]).sum())
-    lost = int((right[identity] & ~right[order]).sum())
-    tests = factorial(task.num_outputs) - 1
-    if not (gained and _one_sided(gained, gained + lost, 0.5) * tests < CLEARLY):
-        order = identity
-    score, answered = float(right[order].mean()), np.argsort(order)[answers]
-    if not better_than_guessing(task, answered, labels):
-        share = _guessed(task, answered, labels)
-        raise UserError(
-            f"{task.name}: {place} is no better than chance: in the best order of its labels it has"
-            f" {score:.1%} of {len(labels)} training rows right, guessing {share:.1%}; give an"
-            " expert of this task, or name its labels in config.json (id2label)"
-        )
-    scores = {"score": score, "as_is": float(right[identity].mean())}
-    return Labels(order=list(order), origin="training data", rows=len(labels), **scores)
-
-
-def _guessed(task: Task, answers: np.ndarray, labels: np.ndarray) -> float:
-    """The share of a classification task's rows, class ids [N], that guessing has right.
-
-    By always answering the most frequent label; if the task's metric is a Matthews correlation,
-    which that does not raise, by answering each label as often as these answers do (Cohen 1960,
-    the expected agreement of kappa).
-    """
-    answered, present = (
-        [np.mean(each == label) for label in range(task.num_outputs)] for each in (answers, labels)
-    )
-    is_matthews = "matthews_correlation" in task.metrics
-    return float(np.dot(answered, present) if is_matthews else max(present))
-
-
-def better_than_guessing(task: Task, answers: np.ndarray, labels: np.ndarray) -> bool:
-    """Whether chance alone would hardly have so many of a classification task's rows right."""
-    hits = int((answers == labels).sum())
-    return _one_sided(hits, len(labels), _guessed(task, answers, labels)) < CHANCE
-
-
-def _one_sided(hits: int, trials: int, share: float) -> float:
-    """The probability of so many hits or more, if each has the probability `share`."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(hits, trials, share, alternative="greater").pvalue)
+def names_by_output(task: Task, labels: Labels) -> list[str]:
+    """The task's own names in the order of the model's outputs, as its configuration has them."""
+    names = task.labels or ("score",)
+    return [names[labels.order.index(output)] for output in range(task.num_outputs)]
 
 
 def as_they_stand(task: Task) -> Labels:
@@ -155,31 +117,94 @@ def as_they_stand(task: Task) -> Labels:
     return Labels(order=list(range(task.num_outputs)), origin="identity")
 
 
-def decide(checkpoint: Path, task: Task, data: Path | None, device: str = "auto") -> Labels:
-    """How a checkpoint's outputs stand for the task's labels: the one place that decides it.
+def _plain(name: str) -> str:
+    """A name without case and punctuation; a number without the zeros behind its point."""
+    try:
+        return f"{float(name):g}"
+    except ValueError:
+        return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
 
-    By names where they mean something, which needs no data; else by a slice of the training split,
-    as the model answers it in float32; without one, as they stand. The same checkpoint and data
-    give the same answer.
+
+def _mean_something(task: Task, names: Sequence[str]) -> bool:
+    """Whether names that are not the task's are those of another: words, where it has words."""
+    has_words = not all(re.fullmatch(r"[-+\d.]+", name) for name in task.labels)
+    return (
+        bool(names)
+        and has_words
+        and not any(
+            re.fullmatch(rf"(?i)label_\d+|{output}|\s*", name) for output, name in enumerate(names)
+        )
+    )
+
+
+def _remedy(task: Task, names: Sequence[str]) -> str:
+    """The end of a message: how a user says what the outputs stand for."""
+    entry = f"{{source: ..., labels: {json.dumps(list(names), ensure_ascii=False)}}}"
+    return f"`sources: {{{task.name}: {entry}}}` or `--labels {shlex.join(names)}`"
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+
+
+def by_data(
+    task: Task, labels: Labels | None, logits: np.ndarray, truth: np.ndarray, place: str
+) -> Labels:
+    """Check on training rows how the outputs stand for the labels; without `labels`, decide it.
+
+    Another order is taken only if it is clearly better than the outputs as they stand.
+
+    Args:
+        logits: [N, C], in the order of the outputs.
+        truth: the labels of the same rows, as in `Examples.labels`.
+        place: names the task and the expert in messages.
 
     Raises:
-        UserError: the head has another size than the task, or as `by_data` does.
+        UserError: the rows contradict the names; or there are no names, and even in the best
+            order the expert is no better than chance.
     """
-    checkpoints.check_head(checkpoint, checkpoints.load_config(checkpoint), task)
-    named = by_names(task, output_names(checkpoint))
-    if named is not None:
-        return named
-    if data is None or not dataset.has_split(data, task, "train"):
-        return as_they_stand(task)
-    from fmn.models.predict import predict
-    from fmn.tasks import batches
+    is_named, labels = labels is not None, labels or as_they_stand(task)
+    evidence = weigh(task, logits, truth, labels.order)
+    if not is_named and evidence.is_telling:
+        order = evidence.best if evidence.contradicts else labels.order
+        labels = Labels(order=order, origin="training data")
+        evidence = weigh(task, logits, truth, order)
+    score, best, as_is = evidence.scores
+    rows = f"{'labels of ' if task.multi_label else ''}{len(truth)} training rows"
+    figures = f"it has {score:.1%} of {rows} right, guessing {evidence.guess:.1%}"
+    if task.regression:
+        figures = f"its correlation with {rows} is {score:.2f}"
+    notes = []
+    if evidence.contradicts and task.regression:
+        raise UserError(
+            f"{place}: its values fall where the labels rise: {figures}; give an expert of this"
+            " task, or turn the sign of its head or of the labels"
+        )
+    if evidence.contradicts:
+        turned = names_by_output(task, Labels(order=evidence.best, origin="training data"))
+        name = "turned round" if len(turned) == 2 else f"as {listed(turned)}"
+        how = "listed" if labels.origin == "settings" else "named"
+        contradiction = f"as {how} {score:.1%}, {name} {best:.1%} of {rows} are right"
+        if labels.origin == "names":
+            raise UserError(
+                f"{place}: the names of its outputs contradict the data: {contradiction}; if the"
+                f" data are right, say {_remedy(task, turned)}"
+            )
+        notes.append(f"THE DATA CONTRADICT the list in the settings: {contradiction}")
+    elif evidence.is_chance and not is_named:
+        raise UserError(
+            f"{place} is no better than chance in any order of its labels: at best {best:.1%} of"
+            f" {rows} are right, guessing {evidence.guess:.1%}; give an expert of this task, or say"
+            f" what its outputs stand for: {_remedy(task, task.labels)}"
+        )
+    elif evidence.is_chance:
+        notes.append(f"the expert is NO BETTER THAN CHANCE: {figures}")
+    scores = {"rows": len(truth), "score": score, "as_is": as_is}
+    return labels.model_copy(update={**scores, "notes": notes})
 
-    table = dataset.read_split(data, task, "train")
-    table = table.take(batches.select(table["label"].to_numpy(), ROWS, SEED))
-    examples = dataset.tokenize(checkpoints.load_tokenizer(checkpoint), task, table)
-    model = checkpoints.load_classifier(checkpoint)
-    logits = predict(model, examples, device=device, dtype="float32")
-    return by_data(task, logits, examples.labels, str(checkpoint))
+
+# ---------------------------------------------------------------------------------------------
+# Experts
 
 
 class Expert(NamedTuple):
@@ -196,14 +221,152 @@ def load_expert(checkpoint: Path, task: Task, data: Path | None, device: str = "
 
     Args:
         checkpoint: the expert's folder.
-        task: the definition beside the rows that it is to answer.
-        data: the folder of these rows, whose training split tells the labels of outputs that have
-            no names.
+        task: the definition beside the rows that it is to answer; the expert completes it.
+        data: the folder of these rows, whose training split decides or checks the labels.
         device: where the model runs for that.
     """
-    labels = decide(checkpoint, task, data, device)
-    model = ordered(checkpoints.load_classifier(checkpoint), labels)
+    task = complete(task, checkpoints.load_config(checkpoint))
+    labels = decide(checkpoint, task, data, device=device)
+    model = checkpoints.load_classifier(checkpoint)
+    checkpoints.align_model(model, task, labels.order)
     return Expert(model, checkpoints.load_tokenizer(checkpoint), task, labels)
+
+
+def align(folder: Path, task: Task, data: Path | None, names: Sequence[str] = ()) -> Labels:
+    """Put the outputs of an expert into the task's order, in its files; raises as `decide` does.
+
+    Args:
+        folder: the expert's folder, which is changed and gets the task's definition, `task.json`.
+        data: the folder of the task's rows.
+        names: what the outputs stand for, as the user says.
+    """
+    config = checkpoints.load_config(folder)
+    checkpoints.check_tensors(folder, config, head=True)
+    task = complete(task, config, names)
+    labels = decide(folder, task, data, names=names)
+    checkpoints.align_folder(folder, task, labels.order)
+    write_task(folder, task)
+    return labels
+
+
+def can_check(data: Path, task: Task) -> bool:
+    """Whether there are training rows with labels, which check how outputs stand for them."""
+    return task.has_labels and dataset.has_split(data, task, "train")
+
+
+def decide(
+    checkpoint: Path,
+    task: Task,
+    data: Path | None,
+    *,
+    names: Sequence[str] = (),
+    device: str = "auto",
+) -> Labels:
+    """How an expert's outputs stand for the labels of a complete task: the one place that decides.
+
+    An expert that fmn aligned or fine-tuned is known by its names, without a look at the data. The
+    same checkpoint and data give the same answer.
+
+    Args:
+        checkpoint: the expert's folder.
+        data: the folder of the task's rows, whose training split is read if it is there.
+        names: what the outputs stand for, as the user says.
+        device: where it answers the training rows, in float32.
+
+    Raises:
+        UserError: the head or its problem type is another than the task's, the names are of
+            another task, or as `by_data` does.
+    """
+    config, place = checkpoints.load_config(checkpoint), f"{task.name}: {checkpoint}"
+    if not is_single_logit(config, task):
+        checkpoints.check_head(checkpoint, config, task)
+    own = output_names(checkpoint)
+    labels = by_names(task, names or own)
+    if labels is None and names:
+        raise UserError(
+            f"{task.name}: labels {listed(names)}: they must be the task's, each once, in the order"
+            f" of the outputs: {listed(task.labels)}; correct the list"
+        )
+    if labels is None and _mean_something(task, own):
+        raise UserError(
+            f"{place}: its outputs are named {listed(own)}, but the task's labels are"
+            f" {listed(task.labels)}; give an expert of this task, or say what each output stands"
+            f" for, in their order: {_remedy(task, task.labels)}"
+        )
+    if labels and names:
+        labels = labels.model_copy(update={"origin": "settings"})
+    notes = _kind_notes(config, task, place)
+    is_aligned = (checkpoint / DEFINITION).is_file() and own == list(task.labels or own)
+    if data and not is_aligned and can_check(data, task):
+        logits, truth = _answers(checkpoint, task, data, device)
+        labels = by_data(task, labels, logits, truth, place)
+    labels = labels or as_they_stand(task)
+    notes = [f"{task.name}: {note}" for note in (*_how(task, labels), *notes, *labels.notes)]
+    return labels.model_copy(update={"notes": notes})
+
+
+def _answers(
+    checkpoint: Path, task: Task, data: Path, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """An expert's logits [N, C] on a slice of the training split, and the labels of its rows."""
+    from fmn.models.predict import predict
+    from fmn.tasks import batches
+
+    table = dataset.read_split(data, task, "train")
+    table = table.take(batches.select(np.zeros(table.num_rows), ROWS, SEED))
+    examples = dataset.tokenize(checkpoints.load_tokenizer(checkpoint), task, table)
+    model = checkpoints.load_classifier(checkpoint)
+    logits = predict(model, examples, device=device, dtype="float32")
+    if logits.shape[1] < task.num_outputs:  # a single logit
+        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
+    return logits, examples.labels
+
+
+def _kind_notes(config: "PretrainedConfig", task: Task, place: str) -> list[str]:
+    """What to say of an expert's problem type; UserError if it contradicts the task's."""
+    kind = config.problem_type
+    is_logit = is_single_logit(config, task) and kind != "regression"
+    if is_logit or kind in (None, task.problem_type):
+        return []
+    if (kind, task.problem_type) == ("multi_label_classification", "single_label_classification"):
+        return ["the expert was fine-tuned for several labels at once; its largest output answers"]
+    raise UserError(
+        f"{place}: is an expert of {kind} (problem_type in config.json), but the task"
+        f" is {task.problem_type}; give an expert of this task, or correct what is wrong"
+    )
+
+
+def _how(task: Task, labels: Labels) -> list[str]:
+    """What decided, unless the outputs name the task's labels in the task's order."""
+    if labels.origin == "names" and labels.order == sorted(labels.order):
+        return []
+    scores = f"{labels.score:.1%} right, as they stand {labels.as_is:.1%}"
+    no_data = "too few training rows" if labels.rows else "no data"
+    reason = {
+        "settings": "as the settings say",
+        "names": "as the names in config.json say",
+        "identity": f"NOT NAMED in config.json, and {no_data} to find them; taken as they stand",
+        "training data": f"not named; found on {labels.rows} training rows ({scores})",
+    }[labels.origin]
+    return [f"the outputs are {listed(names_by_output(task, labels))}: {reason}"]
+
+
+def complete(task: Task, config: "PretrainedConfig", names: Sequence[str] = ()) -> Task:
+    """The task with labels and problem type, from an expert's configuration where rows have none.
+
+    Args:
+        names: what the outputs stand for, as the user says.
+    """
+    if task.has_labels:
+        return task
+    labels = task.labels or tuple(names)
+    kind = task.problem_type or config.problem_type
+    if kind is None or (kind == "regression" and labels):
+        is_value = config.num_labels == 1 and not labels
+        kind = "regression" if is_value else "single_label_classification"
+    if kind != "regression":
+        labels = labels or tuple(config.id2label[output] for output in range(config.num_labels))
+    return task.model_copy(update={"problem_type": kind, "labels": labels})
 
 
 def expert_task(checkpoint: Path, name: str) -> Task:
@@ -214,45 +377,5 @@ def expert_task(checkpoint: Path, name: str) -> Task:
     """
     if task := read_task(checkpoint) or TASKS.get(name):
         return task
-    names = output_names(checkpoint)
-    columns = Columns(text="text", label=None)
-    if len(names) < 2:
-        return Task(name=name, problem_type="regression", columns=columns, metrics=())
-    return Task(name=name, columns=columns, labels=tuple(names), metrics=())
-
-
-def ordered(model: "PreTrainedModel", labels: Labels) -> "PreTrainedModel":
-    """The model, whose logits [B, C] come out in the task's order from now on."""
-
-    def reorder(_module: Any, _args: Any, output: Any) -> None:
-        output.logits = output.logits[:, labels.order]
-
-    if labels.order != sorted(labels.order):
-        model.register_forward_hook(reorder)
-    return model
-
-
-def names_by_output(task: Task, labels: Labels) -> list[str]:
-    """The task's own names in the order of the model's outputs, as its configuration has them."""
-    names = task.labels or ("score",)
-    return [names[labels.order.index(output)] for output in range(task.num_outputs)]
-
-
-def notes(labels_by_task: Mapping[str, Labels]) -> list[str]:
-    """A line for each task whose outputs do not name the task's labels in the task's order."""
-    lines = []
-    for name, labels in labels_by_task.items():
-        scores = f"{labels.score:.1%} right, as they stand {labels.as_is:.1%}"
-        reason = {
-            "names": "as the names in config.json say",
-            "identity": "NOT NAMED in config.json, and no data to find them; taken as they stand",
-            "training data": f"not named; found on {labels.rows} training rows ({scores})",
-        }[labels.origin]
-        if labels.origin != "names" or labels.order != sorted(labels.order):
-            outputs = ", ".join(names_by_output(get_task(name), labels))
-            lines.append(f"labels of {name}: the outputs are {outputs}: {reason}")
-    return lines
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+    task = Task(name=name, problem_type=None, columns=Columns(text="text", label=None), metrics=())
+    return complete(task, checkpoints.load_config(checkpoint))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from fmn.models.labels import Labels
 from fmn.store import artifacts
 from fmn.store.records import Record, parse_record
 from fmn.store.stage import read_sidecar, sidecar_path
@@ -16,10 +17,16 @@ class Lineage(Record):
 
 
 class CheckpointInfo(Lineage):
-    """What `fmn fetch` reports; `is_converted`: whether the weights were pickled."""
+    """What `fmn fetch` reports.
+
+    Attributes:
+        is_converted: whether the weights were pickled.
+        labels: how the outputs stood for the labels of a task, before they were put into its order.
+    """
 
     model_type: str
     is_converted: bool = False
+    labels: Labels | None = None
 
 
 class TrainingInfo(Record):

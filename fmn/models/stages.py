@@ -13,10 +13,10 @@ from fmn.store import stage
 from fmn.store.records import Record, Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
-from fmn.tasks.task import load_task, write_task
+from fmn.tasks.task import load_task, read_task, write_task
 
-FETCH = 2
-FINETUNE = 2
+FETCH = 3
+FINETUNE = 3
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
@@ -35,17 +35,19 @@ class FinetuneSettings(Settings):
 
 
 class FetchSettings(Settings):
-    """How the outputs of a fetched checkpoint are read."""
+    """How the outputs of a fetched expert are read."""
 
     labels: list[str] = Field(
-        default_factory=list, description="the labels that the outputs stand for, in their order"
+        default_factory=list,
+        description="the labels that the outputs stand for, in the order of the outputs; default:"
+        " by their names, or by training data",
     )
 
 
 class ExpertSource(FetchSettings):
-    """Where an expert comes from; a plain string is its source."""
+    """Where a published expert comes from; a plain text is its source."""
 
-    source: str = Field(..., description="hf://org/name@revision, a folder, ...")
+    source: str = Field(..., description="hf://org/name@revision, a folder, models:/..., package:")
 
     @model_validator(mode="before")
     @classmethod
@@ -57,11 +59,14 @@ class Prediction(Record):
     """A model's answer for one text, or a pair: the most probable label, and its probability.
 
     For a regression task, `label` is "score", `score` the value, and there are no probabilities.
+    For several labels at once, `labels` are those whose probability reaches the task's threshold,
+    and `label` lists them.
     """
 
     label: str
     score: float
     probabilities: dict[str, float] = Field(default_factory=dict)
+    labels: list[str] = Field(default_factory=list)
 
 
 def fetch(
@@ -70,42 +75,54 @@ def fetch(
     out: Path,
     task: str = "",
     data: Path | None = None,
-    settings: FetchSettings = FetchSettings(),  # noqa: B008
+    settings: FetchSettings = FetchSettings(),  # noqa: B008 - it is frozen
     progress: Progress = no_progress,
 ) -> Outcome[CheckpointInfo]:
     """Fetch a checkpoint, pinned and verified, into a folder.
 
+    With a task, it is an expert of that task, and the copy is aligned with it: its outputs have
+    the task's names and order, and its task.json is the task's definition.
+
     Args:
         source: hf://org/name@revision, a folder, models:/name@alias or package:module/path
         out: the folder to write
+        task: the task of an expert
+        data: folder of the task's rows, whose training split decides or checks the outputs' order
 
     Raises:
-        UserError: the source cannot be reached, was damaged, or is no checkpoint that can be used.
+        UserError: the source cannot be reached, was damaged, or is no checkpoint that can be used;
+            or its outputs are not the task's labels.
     """
     stage.check_output(out, [Path(source)])
+    if not task and (data or settings.labels):
+        raise UserError("fetch: --data and --labels are for an expert; say its task, --task TASK")
     pinned = sources.pin(source)
-    definition = load_task(data, task) if data and task else None
+    reads: dict[str, list[Path]] = {"folder": sources.folder_files(pinned)}
+    keys: dict[str, Any] = {"source": pinned}
+    # Of an expert that fmn fine-tuned, the definition lies in its folder.
+    definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
+    if task:
+        keys |= {"task": definition or task, "fetch": settings.labels}
+    if data and definition and labels.can_check(data, definition):
+        reads["train"] = dataset.split_files(data, definition, "train")
 
     def compute(job: Job) -> CheckpointInfo:
+        facts: dict[str, Any] = {"source": source}
         info = sources.copy_checkpoint(pinned, job.path, progress)
-        if definition:
-            write_task(job.path, definition)
-        return info.model_copy(update={"source": source})
+        try:
+            if task:
+                expert = definition or labels.expert_task(job.path, task)
+                facts["labels"] = labels.align(job.path, expert, data, settings.labels)
+        except UserError as error:  # the reader does not know the folder that is being written
+            raise UserError(str(error).replace(str(job.path), source)) from error
+        return info.model_copy(update=facts)
 
-    reads, keys = {"folder": sources.folder_files(pinned)}, {"source": pinned, "task": definition}
     summary = partial(stage.read_info, record=CheckpointInfo)
     # Without a time, the base that a second clone fetches again is the same to DVC.
     return stage.run_stage(
-        "fetch",
-        FETCH,
-        out,
-        compute,
-        reads=reads,
-        settings=keys,
-        summary=summary,
-        is_folder=True,
-        is_timed=False,
-    )
+        "fetch", FETCH, out, compute,
+        reads=reads, settings=keys, summary=summary, is_folder=True, is_timed=False,
+    )  # fmt: skip
 
 
 def finetune(
@@ -129,9 +146,13 @@ def finetune(
         UserError: the base or the rows cannot be used, or the loss diverges.
     """
     definition = load_task(data, task)
+    problem_type = definition.problem_type
+    if not (definition.has_labels and problem_type):
+        raise UserError(f"task {task}: its rows have no labels to fine-tune on; give an expert")
     train = dataset.split_files(data, definition, "train")
 
     def compute(job: Job) -> TrainingInfo:
+        import numpy as np
         import torch
 
         from fmn.models import finetune
@@ -140,26 +161,20 @@ def finetune(
         tokenizer = checkpoints.load_tokenizer(base)
         table = dataset.read_split(data, definition, "train")
         limit = None if settings.examples == "all" else settings.examples
-        rows = batches.select(table["label"].to_numpy(), limit, settings.seed)
+        rows = batches.select(np.zeros(table.num_rows), limit, settings.seed)
         examples = dataset.tokenize(tokenizer, definition, table.take(rows))
         model = finetune.new_expert(base, definition, settings.seed)
         options = settings.model_dump(exclude={"examples"}) | {"progress": progress}
-        losses = finetune.finetune(model, examples, regression=definition.regression, **options)
+        losses = finetune.finetune(model, examples, problem_type=problem_type, **options)
         with checkpoints.quiet():
             model.cpu().save_pretrained(job.path)
             tokenizer.save_pretrained(job.path)
         write_task(job.path, definition)
-        last = losses[-max(1, len(losses) // 10) :]
-        return TrainingInfo(
-            task=task,
-            seed=settings.seed,
-            base=lineage(base),
-            data_digest=job.inputs["train"],
-            examples=len(rows),
-            threads=torch.get_num_threads(),
-            steps=len(losses),
-            loss=sum(last) / len(last),
-        )
+        facts: dict[str, Any] = {"examples": len(rows), "seed": settings.seed}
+        facts |= {"steps": len(losses), "threads": torch.get_num_threads()}
+        facts |= {"data_digest": job.inputs["train"]}
+        loss = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+        return TrainingInfo(task=task, base=lineage(base), loss=loss, **facts)
 
     reads: dict[str, Path | list[Path]] = {"base": base, "train": train}
     keys = {"task": definition, "finetune": settings}
@@ -192,15 +207,19 @@ def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) 
     if (len(columns) == 2) != (text_pair is not None):
         raise UserError(f"task {task}: it takes {len(columns)} texts; give {', '.join(columns)}")
     stage.check_intact(model)
-    classifier = checkpoints.load_classifier(folder)
-    inputs = checkpoints.load_tokenizer(folder, classifier.config)(
+    classifier, tokenizer, definition, _ = labels.load_expert(folder, definition, None)
+    inputs = tokenizer(
         text, text_pair, truncation=True, max_length=definition.max_length, return_tensors="pt"
     )
     with torch.inference_mode():
         logits = classifier(**inputs).logits[0].float()  # [C]
     if definition.regression:
         return Prediction(label="score", score=logits.item())
-    names = classifier.config.id2label
-    shares = {names[label]: share for label, share in enumerate(logits.softmax(-1).tolist())}
-    best = max(shares, key=shares.__getitem__)
-    return Prediction(label=best, score=shares[best], probabilities=shares)
+    shares = logits.sigmoid() if definition.multi_label else logits.softmax(-1)
+    probabilities = dict(zip(definition.labels, shares.tolist(), strict=True))
+    best = max(probabilities, key=probabilities.__getitem__)
+    answer = Prediction(label=best, score=probabilities[best], probabilities=probabilities)
+    if not definition.multi_label:
+        return answer
+    above = [name for name, share in probabilities.items() if share >= definition.threshold]
+    return answer.model_copy(update={"labels": above, "label": ", ".join(above) or "none"})

@@ -17,7 +17,7 @@ from fmn.evaluate.metrics import Splits
 from fmn.fisher.architectures import NodeValues, tempered
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
-from fmn.models.labels import better_than_guessing
+from fmn.models.evidence import better_than_guessing
 from fmn.store.stage import read_sidecar
 from fmn.tasks.task import get_task
 

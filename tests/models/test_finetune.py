@@ -12,8 +12,9 @@ from fmn.errors import UserError
 from fmn.models.checkpoints import load_classifier
 from fmn.models.finetune import finetune, new_expert
 from fmn.models.predict import predict
-from fmn.tasks.batches import Examples
-from fmn.tasks.task import get_task
+from fmn.tasks.batches import Examples, pad_batch
+from fmn.tasks.task import Task, get_task
+from tests.models.experts import make_task
 from tests.tiny import WORDS, tiny_examples, tiny_model
 
 
@@ -32,8 +33,14 @@ def train(
     seed: int = 0, examples: Examples | None = None, num_labels: int = 2, **changes: Any
 ) -> tuple[PreTrainedModel, list[float]]:
     model = tiny_model("bert", num_labels=num_labels, dtype=torch.float32)
-    settings: dict[str, Any] = {"regression": False, "epochs": 2, "learning_rate": 1e-3}
-    settings |= {"batch_size": 16, "device": "cpu", "dtype": "float32", **changes}
+    settings: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-3}
+    settings |= {
+        "problem_type": "single_label_classification",
+        "batch_size": 16,
+        "device": "cpu",
+        "dtype": "float32",
+        **changes,
+    }
     losses = finetune(model, marked(200) if examples is None else examples, seed=seed, **settings)
     return model, losses
 
@@ -49,12 +56,70 @@ def test_it_learns_what_can_be_learnt(dtype: str) -> None:
     assert not model.training
 
 
-def test_regression_learns_a_number() -> None:
-    examples = marked(400)
-    examples = Examples(examples.inputs, 5.0 * examples.labels.astype(np.float32), examples.pad)
-    changes: dict[str, Any] = {"regression": True, "epochs": 8, "learning_rate": 2e-3}
-    _, losses = train(examples=examples, num_labels=1, **changes)
+@pytest.mark.parametrize(
+    ("architecture", "low", "high"),
+    [
+        ("bert", -1, 1),
+        ("bert", 0, 1000),
+        ("bert", 1e6, 1e6 + 1),
+        ("llama", -1, 1),  # its head has no bias
+        ("llama", 0, 1000),
+    ],
+)
+def test_a_number_is_learnt_on_any_scale_with_one_learning_rate(
+    architecture: str, low: float, high: float
+) -> None:
+    def on_scale(examples: Examples) -> Examples:
+        values = (low + (high - low) * examples.labels).astype(np.float32)
+        return Examples(examples.inputs, values, examples.pad)
+
+    model = tiny_model(architecture, num_labels=1, dtype=torch.float32)
+    losses = finetune(
+        model, on_scale(marked(400)), problem_type="regression", epochs=8, learning_rate=2e-3,
+        batch_size=16, seed=0, device="cpu", dtype="float32",
+    )  # fmt: skip
+    unseen = on_scale(marked(200, seed=1))
+    errors = predict(model, unseen, device="cpu", dtype="float32")[:, 0] - unseen.labels
+    assert (errors**2).mean() < 0.25 * unseen.labels.var(dtype=float)
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+
+
+def test_the_scale_of_a_number_changes_nothing_but_the_scale() -> None:
+    def answers(scale: int) -> tuple[np.ndarray, np.ndarray]:
+        examples = marked(64)
+        values = (scale * examples.labels).astype(np.float32)
+        examples = Examples(examples.inputs, values, examples.pad)
+        model, losses = train(examples=examples, num_labels=1, problem_type="regression")
+        logits = predict(model, examples, device="cpu", dtype="float32")
+        return logits / scale, np.array(losses) / scale**2
+
+    for small, large in zip(answers(1), answers(256), strict=True):
+        np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-5)
+
+
+def test_several_labels_at_once_are_learnt_and_their_loss_is_that_of_transformers() -> None:
+    examples = marked(400)
+    labels = np.stack([examples.labels, 1 - examples.labels, np.ones(400)], axis=1)
+    examples = Examples(examples.inputs, labels.astype(np.float32), examples.pad)
+    kind: Any = "multi_label_classification"
+    model, losses = train(examples=examples, num_labels=3, problem_type=kind, epochs=8)
+    answers = predict(model, examples, device="cpu", dtype="float32") > 0
+    assert (answers == labels).mean() > 0.9
+    assert losses[-1] < losses[0]
+
+    whole = tiny_model("bert", num_labels=3, dtype=torch.float32)
+    whole.config.problem_type = kind
+    for module in whole.modules():
+        if isinstance(module, torch.nn.Dropout):  # it draws other units in another call
+            module.p = 0.0
+    batch = pad_batch(examples, np.arange(16))
+    with torch.no_grad():
+        expected = whole(**batch.inputs, labels=batch.labels).loss.item()
+    first = finetune(
+        whole, examples.take(np.arange(16)), problem_type=kind, epochs=1, learning_rate=1e-9,
+        batch_size=16, seed=0, device="cpu", dtype="float32",
+    )  # fmt: skip
+    assert first == [pytest.approx(expected, rel=1e-5)]
 
 
 def test_a_seed_repeats_a_run_in_which_every_parameter_is_trained() -> None:
@@ -84,11 +149,20 @@ def test_divergence_and_missing_examples_are_errors() -> None:
         train(examples=tiny_examples("bert", 4).take(np.arange(0)))
 
 
-@pytest.mark.parametrize("name", ["mnli", "stsb"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        get_task("mnli"),
+        get_task("stsb"),
+        make_task([f"class {number}" for number in range(20)]),
+        make_task(["a", "b", "c"], "multi_label_classification"),
+    ],
+    ids=lambda task: task.name,
+)
 def test_a_new_expert_names_its_labels_and_loads_without_fmn(
-    name: str, tiny_base: Path, tmp_path: Path
+    task: Task, tiny_base: Path, tmp_path: Path
 ) -> None:
-    task, examples = get_task(name), marked(20)
+    examples = marked(20)
     model = new_expert(tiny_base, task, seed=0)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -102,9 +176,7 @@ def test_a_new_expert_names_its_labels_and_loads_without_fmn(
     )
 
 
-def test_the_head_is_fresh_seeded_and_a_regression_starts_in_the_middle(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_the_head_is_fresh_and_seeded(tiny_base: Path, tmp_path: Path) -> None:
     mrpc, same, other = (new_expert(tiny_base, get_task("mrpc"), seed) for seed in (0, 0, 1))
     assert torch.equal(mrpc.classifier.weight, same.classifier.weight)
     assert not torch.equal(mrpc.classifier.weight, other.classifier.weight)
@@ -114,4 +186,3 @@ def test_the_head_is_fresh_seeded_and_a_regression_starts_in_the_middle(
     assert torch.equal(again.classifier.weight, other.classifier.weight)
     encoder, base = again.bert.state_dict(), mrpc.bert.state_dict()
     assert all(torch.equal(encoder[key], base[key]) for key in base)
-    assert new_expert(tiny_base, get_task("stsb"), 0).classifier.bias.item() == 2.5

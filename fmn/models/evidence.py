@@ -1,0 +1,177 @@
+"""What labelled rows say of an expert's outputs: which order fits them, and if any is worth much.
+
+Numbers alone: logits [N, C] in the order of the outputs, and the labels of the same N rows.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from math import exp, lgamma
+from typing import NamedTuple
+
+import numpy as np
+
+from fmn.tasks.task import Task
+
+CLEARLY = 0.001  # level of the tests by which rows contradict an order
+CHANCE = 0.05  # an expert is better than guessing if the one-sided test is below this
+# For a label, the rows that have it and that each output has right as this label, bool [N, C].
+Hits = Callable[[int], np.ndarray]
+
+
+class Evidence(NamedTuple):
+    """What rows say of an order of the outputs: for each label, the output that stands for it.
+
+    Scores are the share of rows that are right; for several labels at once the share of labels
+    that are found (R-precision); for regression the Pearson correlation.
+
+    Attributes:
+        best: the order with the highest score.
+        scores: of the order, of the best one, and of the outputs as they stand.
+        guess: what guessing scores.
+        contradicts: whether the best order is clearly better, and better than guessing; for
+            regression, whether the values clearly fall where the labels rise.
+        is_chance: whether the order is no better than guessing, although a perfect one would be.
+        is_telling: whether a perfect order could be told from guessing.
+    """
+
+    best: list[int]
+    scores: tuple[float, float, float]
+    guess: float
+    contradicts: bool
+    is_chance: bool
+    is_telling: bool
+
+
+def weigh(task: Task, logits: np.ndarray, truth: np.ndarray, order: Sequence[int]) -> Evidence:
+    """What rows say of an order of the outputs."""
+    if task.regression:
+        return _weigh_values(logits[:, 0], truth)
+    now, identity = np.array(order), np.arange(len(order))
+    hits = _hits(task, logits, truth)
+    best = _best(hits, now)
+    total = int(truth.sum()) if task.multi_label else len(truth)
+    right = [int(_right(hits, each).sum()) for each in (now, best, identity)]
+    # Of several labels at once, as many rows are taken for each as have it.
+    outputs = logits.argmax(axis=1)
+    guesses = [
+        _guessed(task, truth if task.multi_label else np.argsort(each)[outputs], truth)
+        for each in (now, best)
+    ]
+    is_telling = _one_sided(total, total, guesses[0]) < CHANCE
+    is_chance, is_best_chance = (
+        _one_sided(each, total, guess) >= CHANCE
+        for each, guess in zip(right, guesses, strict=False)
+    )
+    return Evidence(
+        best=best.tolist(),
+        scores=(right[0] / max(total, 1), right[1] / max(total, 1), right[2] / max(total, 1)),
+        guess=guesses[0],
+        contradicts=not is_best_chance and _is_clearly_better(hits, best, now),
+        is_chance=is_telling and is_chance,
+        is_telling=is_telling,
+    )
+
+
+def better_than_guessing(task: Task, answers: np.ndarray, truth: np.ndarray) -> bool:
+    """Whether chance alone would hardly answer a task's rows so well.
+
+    Args:
+        answers, truth: class ids [N]; zeros and ones [N, C] for several labels at once; or
+            values [N].
+    """
+    if task.regression:
+        return _correlation(answers, truth)[1] < CHANCE
+    if task.multi_label:
+        hits, trials = int((answers * truth).sum()), int(answers.sum())
+    else:
+        hits, trials = int((answers == truth).sum()), len(truth)
+    return _one_sided(hits, trials, _guessed(task, answers, truth)) < CHANCE
+
+
+def _guessed(task: Task, answers: np.ndarray, truth: np.ndarray) -> float:
+    """The share that guessing has right.
+
+    By always answering the most frequent label; if the task's metric is a Matthews correlation,
+    which that does not raise, by answering each label as often as these answers do (Cohen 1960,
+    the expected agreement of kappa). For several labels at once, of the labels that are answered,
+    by drawing the rows of each at random.
+    """
+    if task.multi_label:
+        answered, present = answers.sum(axis=0), truth.sum(axis=0)  # [C]
+        return float(np.dot(answered, present) / max(len(truth) * answered.sum(), 1))
+    answered, present = (
+        np.bincount(each, minlength=task.num_outputs) / len(truth) for each in (answers, truth)
+    )
+    is_matthews = "matthews_correlation" in task.metrics
+    return float(np.dot(answered, present) if is_matthews else max(present))
+
+
+def _hits(task: Task, logits: np.ndarray, truth: np.ndarray) -> Hits:
+    """An output has a row right where it is the row's largest; for several labels at once, where
+    it is among its own largest values, as many as there are rows that have the label.
+    """
+    if task.multi_label:
+        from scipy.stats import rankdata
+
+        ranks, has_label = rankdata(-logits, method="max", axis=0), truth.astype(bool)  # [N, C]
+        return lambda label: has_label[:, [label]] & (ranks <= has_label[:, label].sum())
+    is_answer = logits.argmax(axis=1)[:, None] == np.arange(logits.shape[1])  # [N, C]
+    return lambda label: (truth == label)[:, None] & is_answer
+
+
+def _right(hits: Hits, order: np.ndarray) -> np.ndarray:
+    """How many labels of each row an order has right, int [N]."""
+    columns = np.stack([hits(label)[:, output] for label, output in enumerate(order)])  # [C, N]
+    right: np.ndarray = columns.sum(axis=0, dtype=int)
+    return right
+
+
+def _best(hits: Hits, order: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+    """The order that has most of the rows right; of equals, one that changes `order` least."""
+    from scipy.optimize import linear_sum_assignment
+
+    counts = np.stack([hits(label)[rows].sum(axis=0) for label in range(len(order))])
+    is_now = np.arange(len(order)) == order[:, None]
+    best: np.ndarray = linear_sum_assignment(counts * (len(order) + 1) + is_now, maximize=True)[1]
+    return best
+
+
+def _is_clearly_better(hits: Hits, best: np.ndarray, order: np.ndarray) -> bool:
+    """Whether another order has clearly more rows right, by McNemar's exact test, one-sided.
+
+    On all rows, times the number of other orders (Bonferroni). There are too many orders of many
+    labels for that, so also on every other row, for the order that is best on the rest.
+    """
+
+    def p_value(better: np.ndarray, rows: slice) -> float:
+        gain = (_right(hits, better) - _right(hits, order))[rows]
+        return _one_sided(int((gain > 0).sum()), int((gain != 0).sum()), 0.5)
+
+    others = exp(min(lgamma(len(order) + 1), 700)) - 1
+    half = _best(hits, order, slice(0, None, 2))
+    p_values = (p_value(best, slice(None)) * others, p_value(half, slice(1, None, 2)))
+    return 2 * min(p_values) < CLEARLY and not np.array_equal(best, order)
+
+
+def _one_sided(hits: int, trials: int, share: float) -> float:
+    """The probability of so many hits or more, if each has the probability `share`."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(hits, trials, share, alternative="greater").pvalue) if trials else 1.0
+
+
+def _weigh_values(values: np.ndarray, truth: np.ndarray) -> Evidence:
+    r, p_value = _correlation(values, truth)
+    is_chance, is_turned = bool(p_value >= CHANCE), bool(1 - p_value < CLEARLY)
+    return Evidence([0], (r, -r, r), 0.0, is_turned, is_chance, is_telling=not np.isnan(p_value))
+
+
+def _correlation(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """Pearson's correlation, and the probability of as much by chance; not a number without it."""
+    from scipy.stats import pearsonr
+
+    if len(truth) < 3:
+        return 0.0, float("nan")
+    with warnings.catch_warnings(action="ignore"):  # of constant values
+        test = pearsonr(values.astype(float), truth.astype(float), alternative="greater")
+    return float(np.nan_to_num(test.statistic)), float(test.pvalue)
