@@ -68,7 +68,8 @@ def describe(model: Path, recipe: Recipe, metrics: Metrics) -> list[Part]:
         origin = "re-aligned" if recipe.realign else "the expert's own"
         parts.append((f"merged head {task}", origin, _digest(head)))
     scores = {task: entry.model_dump(mode="json") for task, entry in metrics.tasks.items()}
-    parts.append(("scores", f"{100 * metrics.score:.2f} % in the mean", _digest(scores)))
+    mean = "undefined" if metrics.score is None else f"{100 * metrics.score:.2f} %"
+    parts.append(("scores", f"{mean} in the mean", _digest(scores)))
     return [Part(name=name, origin=origin, digest=digest) for name, origin, digest in parts]
 
 
@@ -114,13 +115,23 @@ def pin_settings(settings: Mapping[str, Any], recipe: Recipe, metrics: Metrics) 
     pinned = {name: value for name, value in settings.items() if name not in _NOT_RECORDED}
     if "base" in pinned:
         pinned["base"] = _pin(pinned["base"], recipe.base)
-    sources = pinned.get("sources") or {}
-    pinned["sources"] = {task: _pin(sources[task], recipe.experts.get(task)) for task in sources}
+    pinned["sources"] = {
+        task: {**source, "source": _pin(source["source"], recipe.experts.get(task))}
+        if isinstance(source, Mapping)
+        else _pin(source, recipe.experts.get(task))
+        for task, source in (pinned.get("sources") or {}).items()
+    }
+    commits = {task: rows.revision for task, rows in metrics.data.items() if rows.revision}
+    if tasks := pinned.get("tasks"):
+        own = {task for task, definition in tasks.items() if (definition or {}).get("dataset")}
+        pinned["tasks"] = {
+            **tasks,
+            **{task: _pin_task(tasks[task], commits.pop(task, None)) for task in sorted(own)},
+        }
     data = dict(pinned.get("data") or {})
     if data.get("source") not in (None, "hub", "embedded"):
         data["source"] = _pin(os.path.expandvars(data["source"]), None)
-    revisions = {rows.revision for rows in metrics.data.values() if rows.revision}
-    if len(revisions) == 1:
+    if len(revisions := set(commits.values())) == 1:
         data["revision"] = revisions.pop()
     return {**pinned, "data": data}
 
@@ -130,3 +141,14 @@ def _pin(source: str, checkpoint: Checkpoint | None) -> str:
     if checkpoint and checkpoint.revision.startswith(SCHEMES):
         return checkpoint.revision
     return source if source.startswith(SCHEMES) else str(Path(source).expanduser().resolve())
+
+
+def _pin_task(definition: Mapping[str, Any], commit: str | None) -> dict[str, Any]:
+    """An entry of the section `tasks` with the commit of its data set, or its absolute path."""
+    dataset = dict(definition["dataset"])
+    path = Path(os.path.expandvars(dataset["path"])).expanduser()
+    if commit:
+        dataset["revision"] = commit
+    elif path.exists():  # otherwise a URL
+        dataset["path"] = str(path.resolve())
+    return {**definition, "dataset": dataset}

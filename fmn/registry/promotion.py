@@ -1,7 +1,11 @@
 """Which version of a registered model is the champion. Knows no MLflow."""
 
 from collections.abc import Collection, Mapping
+from math import inf
+from statistics import fmean
 from typing import NamedTuple
+
+from fmn.tasks.task import Task
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
@@ -9,14 +13,14 @@ _MAX_CHAMPIONS = 200  # of a history, which has to fit into a tag
 
 
 class Standing(NamedTuple):
-    """What a version scored: the mean over tasks, and each task, as shares of one.
+    """What a version scored on each task, as a share of one; None if that is undefined.
 
-    `data` is the digest of the evaluation data.
+    `errors` are the tasks where less is better. `data` is the digest of the evaluation data.
     """
 
     version: str
-    score: float
-    tasks: Mapping[str, float]
+    tasks: Mapping[str, float | None]
+    errors: Collection[str]
     data: str
 
 
@@ -27,11 +31,17 @@ class Decision(NamedTuple):
     reason: str
 
 
+def is_error(task: Task) -> bool:
+    """Whether less is better in a task's score; all its metrics agree."""
+    return bool({"mse", "mae"}.intersection(task.metrics))
+
+
 def decide(new: Standing, champion: Standing | None, tolerance: float) -> Decision:
     """Whether a new version becomes the champion or the challenger.
 
-    It becomes the champion if its mean score is at least the champion's and no task's score is
-    lower by more than `tolerance`, a share of one, on the same tasks and data.
+    It becomes the champion if in the mean over tasks it is at least as good, and on no task worse
+    by more than `tolerance`, a share of one, on the same tasks and data. Of an error, where less is
+    better, the share is that of the champion's error. Undefined scores do not count.
     """
     if champion is None:
         return Decision(CHAMPION, "the first version")
@@ -43,17 +53,38 @@ def decide(new: Standing, champion: Standing | None, tolerance: float) -> Decisi
         return Decision(CHALLENGER, f"not comparable: {name} is of other tasks ({tasks})")
     if new.data != champion.data:
         return Decision(CHALLENGER, f"not comparable: {name} was evaluated on other data")
-    means = f"mean score {_percent(new.score)} %, {name} has {_percent(champion.score)} %"
-    if new.score < champion.score:
-        return Decision(CHALLENGER, means)
-    losses = {task: champion.tasks[task] - score for task, score in new.tasks.items()}
-    task = max(losses, key=losses.__getitem__)
-    if losses[task] <= 0:
-        return Decision(CHAMPION, f"{means}; no task scores less")
-    loss = f"{task} scores {_percent(losses[task])} less, tolerance {_percent(tolerance)}"
+    pairs = {
+        task: (score, before)
+        for task, score in new.tasks.items()
+        if score is not None and (before := champion.tasks[task]) is not None
+    }
+    if not pairs:
+        return Decision(CHALLENGER, f"not comparable: no task has a score in it and in {name}")
+    losses = {task: _loss(*pair, task in new.errors) for task, pair in pairs.items()}
+    reasons = []
+    if shares := [pair for task, pair in pairs.items() if task not in new.errors]:
+        means = [_percent(fmean(side)) for side in zip(*shares, strict=True)]
+        reasons.append(f"mean score {means[0]} %, {name} has {means[1]} %")
+    for task in new.errors:
+        if task in pairs:
+            score, before = pairs[task]
+            reasons.append(f"{task} has an error of {score:.4g}, {name} of {before:.4g}")
+    worst = max(losses, key=losses.__getitem__)
+    if losses[worst] > 0:
+        loss = _percent(losses[worst])
+        reasons.append(f"{worst} is worse by {loss}, tolerance {_percent(tolerance)}")
+    else:
+        reasons.append("no task is worse")
     # 1e-9: differences of decimal scores are not exact in binary.
-    alias = CHAMPION if losses[task] <= tolerance + 1e-9 else CHALLENGER
-    return Decision(alias, f"{means}; {loss}")
+    is_champion = fmean(losses.values()) <= 1e-9 and losses[worst] <= tolerance + 1e-9
+    return Decision(CHAMPION if is_champion else CHALLENGER, "; ".join(reasons))
+
+
+def _loss(score: float, before: float, is_error: bool) -> float:
+    """How much worse a score is than before, as a share of one; of an error, of that before."""
+    if not is_error:
+        return before - score
+    return (score - before) / before if before > 0 else (inf if score > before else 0.0)
 
 
 def _percent(share: float) -> str:

@@ -1,69 +1,298 @@
 """The model that MLflow serves: one encoder, a head for each task. Needs no fmn.
 
-MLflow runs this file as it is ("models from code"). The artifact ``merged`` is a folder with
-``encoder/`` (config, weights, tokenizer), ``tasks/TASK/`` (config, ``head.safetensors``) and
-``texts.json`` (how many texts each task takes).
+MLflow runs this file as it is ("models from code"). The artifact ``merged`` is a folder::
+
+    encoder/         config, weights, tokenizer
+    tasks/TASK/      task.json (the definition), config.json, head.safetensors
+    tokenizers.json  by task, the folder of its tokenizer: encoder, or tasks/TASK
 """
 
 import json
-from collections.abc import Mapping
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import mlflow
+import numpy as np
 import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
-BATCH = 32
+ALL = "*"  # in place of a task: every task that takes as many texts as the row has
+TOKENS = 2048  # of a batch, padding included
+COLUMNS = ("label", "labels", "score", "probabilities")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
 
 
-def load_tasks(folder: Path) -> dict[str, PreTrainedModel]:
-    """A classifier for each task; all of them share one encoder in memory."""
+# ---------------------------------------------------------------------------------------------
+# Tasks
+
+
+class SharedEncoder(torch.nn.Module):
+    """Stands in for the encoder in the models of all tasks, and computes each batch once.
+
+    The first model that is called after `forget` computes the encoder's output; the others get the
+    same. Each thread has its own output.
+    """
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.memory = threading.local()
+
+    def forget(self) -> None:
+        """Begin a new batch."""
+        self.memory.output = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.memory.output is None:
+            self.memory.output = self.encoder(*args, **kwargs)
+        return self.memory.output
+
+
+class Task(NamedTuple):
+    """A task: its classifier, whose encoder is shared, and how its texts are read.
+
+    `labels` are the names of its outputs; `tokenizer_folder` tells tokenizers apart.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_folder: str
+    max_length: int
+    text_count: int
+    problem_type: str
+    threshold: float
+    labels: list[str]
+
+
+def load_tasks(folder: Path) -> tuple[dict[str, Task], SharedEncoder]:
+    """The tasks by name, and the encoder that all of them share in memory."""
     weights: dict[str, torch.Tensor] = {}
     for file in (folder / "encoder").glob("*.safetensors"):
         weights |= load_file(file)
-    encoder, models = None, {}
-    for task in sorted((folder / "tasks").iterdir()):
-        config = AutoConfig.from_pretrained(task, local_files_only=True)
-        with torch.device("meta" if encoder else "cpu"):
-            model = AutoModelForSequenceClassification.from_config(config)
-        if encoder is None:
-            encoder = model.base_model
-            needed = {name: weights[name] for name in encoder.state_dict() if name in weights}
-            encoder.load_state_dict(needed, strict=True)
-        setattr(model, model.base_model_prefix, encoder)
-        head = load_file(task / "head.safetensors")
+    tokenizers: dict[str, str] = json.loads((folder / "tokenizers.json").read_text())
+    loaded = {name: _load_tokenizer(folder / name) for name in set(tokenizers.values())}
+    shared, tasks = None, {}
+    for path in sorted((folder / "tasks").iterdir()):
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        # Experts are evaluated in float32, whatever their files hold.
+        with torch.device("meta" if shared else "cpu"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        prefix = model.base_model_prefix
+        if shared is None:
+            missing = model.base_model.load_state_dict(weights, strict=False).missing_keys
+            if lost := [n for n in missing if f"{prefix}.{n}" not in model.all_tied_weights_keys]:
+                raise ValueError(f"{folder / 'encoder'}: has no {lost}")
+            shared = SharedEncoder(model.base_model)
+        setattr(model, prefix, shared)
+        head = {name: value.float() for name, value in load_file(path / "head.safetensors").items()}
         missing, unexpected = model.load_state_dict(head, strict=False, assign=True)
-        lost = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
+        lost = [name for name in missing if not name.startswith(f"{prefix}.")]
         if lost or unexpected:
-            raise ValueError(f"{task}: head and configuration differ: {[*lost, *unexpected]}")
-        models[task.name] = model.eval()
-    return models
+            raise ValueError(f"{path}: head and configuration differ: {[*lost, *unexpected]}")
+        tokenizer = loaded[tokenizers[path.name]]
+        if config.pad_token_id is None:  # tells where each text of a batch ends
+            config.pad_token_id = tokenizer.pad_token_id
+        definition = json.loads((path / "task.json").read_text())
+        labels = [config.id2label[output] for output in range(config.num_labels)]
+        kind = "regression" if len(labels) == 1 else "single_label_classification"
+        tasks[path.name] = Task(
+            name=path.name,
+            model=model.eval(),
+            tokenizer=tokenizer,
+            tokenizer_folder=tokenizers[path.name],
+            max_length=definition["max_length"],
+            text_count=2 if definition["columns"]["text_pair"] else 1,
+            problem_type=definition["problem_type"] or config.problem_type or kind,
+            threshold=definition["threshold"],
+            labels=labels,
+        )
+    assert shared is not None  # noqa: S101 - a merged model has a task
+    return tasks, shared
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True
+    )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def answers(task: Task, logits: torch.Tensor) -> list[dict[str, Any]]:
+    """An answer for each row of a task's `logits` [N, C], in the words of its labels."""
+    if task.problem_type == "regression":
+        values = logits[:, 0].tolist()
+        return [_answer("score", [], value, {}) for value in values]
+    is_multi_label = task.problem_type == "multi_label_classification"
+    shares = logits.sigmoid() if is_multi_label else logits.softmax(-1)
+    rows = []
+    for row in shares.tolist():
+        probabilities = dict(zip(task.labels, row, strict=True))
+        labels = [max(probabilities, key=probabilities.__getitem__)]
+        score = probabilities[labels[0]]
+        if is_multi_label:
+            labels = [name for name, share in probabilities.items() if share >= task.threshold]
+        rows.append(_answer(", ".join(labels), labels, score, probabilities))
+    return rows
+
+
+def _answer(
+    label: str, labels: list[str], score: float, shares: dict[str, float]
+) -> dict[str, Any]:
+    return dict(zip(COLUMNS, (label, labels, score, shares), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows
+
+
+class Row(NamedTuple):
+    """One or two texts, and the names of the tasks that answer them."""
+
+    texts: tuple[str, ...]
+    tasks: tuple[str, ...]
+
+
+def read_rows(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> list[Row]:
+    """The rows of a table with columns ``text`` and perhaps ``text_pair`` and ``task``.
+
+    Args:
+        table: a text is a string, or a list with the one or two texts of its row.
+        default: the task of rows that name none.
+        tasks: the tasks by name.
+
+    Raises:
+        MlflowException: INVALID_PARAMETER_VALUE (HTTP 400), naming the row and the remedy.
+    """
+    if default:
+        _check_known(default, tasks)
+    if "text" not in table and len(table):
+        _refuse(f"there is no column text, but {', '.join(map(str, table))}; add it")
+    rows = []
+    for label, row in zip(table.index, table.to_dict("records"), strict=True):
+        texts = _texts(label, row)
+        name = row.get("task")
+        names = _names(label, default if _is_missing(name) else name, len(texts), tasks)
+        rows.append(Row(texts, names))
+    return rows
+
+
+def unfolded(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> pd.DataFrame:
+    """A row for each text again, where MLflow made one row of ``{"text": ["a", "b"]}``.
+
+    It does so with a dictionary of lists of strings. Two texts for a task of pairs are a pair.
+    """
+    if len(table) != 1 or "text" not in table or not isinstance(table["text"].iloc[0], list):
+        return table
+    row: dict[Any, Any] = table.to_dict("records")[0]
+    name = default if _is_missing(row.get("task")) else row["task"]
+    takes_pairs = any(task.text_count == 2 and name in (ALL, task.name) for task in tasks.values())
+    lists = [column for column, value in row.items() if isinstance(value, list)]
+    if lists == ["text"] and (len(row["text"]) < 2 or (len(row["text"]) == 2 and takes_pairs)):
+        return table
+    counts = {len(row[column]) for column in lists}
+    if len(counts) > 1:
+        _refuse(f"the lists in {', '.join(map(str, lists))} are not equally long; make them so")
+    columns = {
+        column: value if column in lists else [value] * max(counts) for column, value in row.items()
+    }
+    return pd.DataFrame(columns, dtype=object)
+
+
+def _texts(label: Any, row: Mapping[Any, Any]) -> tuple[str, ...]:
+    """The texts of the row with this label in the table's index."""
+    text, pair = (_plain(row.get(name)) for name in ("text", "text_pair"))
+    texts = [*(text if isinstance(text, list | tuple) else [text])]
+    if not texts or len(texts) > 2:
+        remedy = "give a string, or [text, text_pair]"
+        _refuse(f"row {label}: text is a list of {len(texts)} texts; {remedy}")
+    places = ["text"] * len(texts)
+    if not _is_missing(pair):
+        if len(texts) == 2:
+            _refuse(f"row {label}: text holds two texts already; leave out text_pair")
+        texts, places = [*texts, pair], [*places, "text_pair"]
+    for value, place in zip(texts, places, strict=True):
+        if not isinstance(value, str):
+            remedy = "give a string" + ", or [text, text_pair]" * (place == "text")
+            _refuse(f"row {label}: {place} is {_kind(value)}, not a text; {remedy}")
+        if _SURROGATE.search(value):
+            _refuse(f"row {label}: {place} holds half a character (a surrogate); encode it anew")
+    return tuple(texts)
+
+
+def _names(label: Any, name: Any, count: int, tasks: Mapping[str, Task]) -> tuple[str, ...]:
+    """The tasks that a row with so many texts asks for."""
+    if name == ALL:
+        if names := tuple(task.name for task in tasks.values() if task.text_count == count):
+            return names
+        _refuse(
+            f"row {label}: no task takes {('one text', 'pairs')[count - 1]}; see the model card"
+        )
+    _check_known(name, tasks)
+    if tasks[name].text_count > count:
+        _refuse(f"row {label}: task {name} takes pairs: every row needs text and text_pair")
+    if tasks[name].text_count < count:
+        _refuse(f"row {label}: task {name} takes one text: leave out text_pair")
+    return (name,)
+
+
+def _check_known(name: Any, tasks: Mapping[str, Task]) -> None:
+    if name != ALL and (not isinstance(name, str) or name not in tasks):
+        known = ", ".join(tasks)
+        remedy = "pass params={'task': ...}, or a column task; '*' stands for all"
+        _refuse(f"task {name!r} is not one of {known}; {remedy}")
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _kind(value: Any) -> str:
+    if _is_missing(value):
+        return "null"
+    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    kinds |= {list: "a list", tuple: "a list"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
 
 
 class MergedModel(PythonModel):
-    """Answers a batch of texts for the task named in ``params``."""
+    """Answers texts for one task, for a task of each row's own, or for all tasks."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        folder = Path(context.artifacts["merged"])
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "encoder", local_files_only=True)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.models = load_tasks(folder)
-        for model in self.models.values():
-            if model.config.pad_token_id is None:  # tells where each text of a batch ends
-                model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.text_counts = json.loads((folder / "texts.json").read_text())
+        self.tasks, self.encoder = load_tasks(Path(context.artifacts["merged"]))
+        self.lock = threading.Lock()  # a tokenizer serves one thread at a time
+        self.groups: dict[tuple[str, int, int], list[Task]] = {}
+        for task in self.tasks.values():  # tasks of a group read their texts alike
+            key = (task.tokenizer_folder, task.max_length, task.text_count)
+            self.groups.setdefault(key, []).append(task)
 
     def predict(
         self,
@@ -71,57 +300,93 @@ class MergedModel(PythonModel):
         model_input: pd.DataFrame,
         params: Mapping[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """A row per text: its label, the label's probability, all probabilities by label.
+        """An answer for each row, with the caller's index and in the caller's order.
 
-        A regression task answers with a score alone.
+        Columns: ``label``, ``labels`` (a list), ``score`` (the probability of the most probable
+        label, or the value of a regression task) and ``probabilities`` by label. In multi-label
+        classification ``labels`` are those at or above the task's threshold, and ``label`` is these
+        joined by ", ". With a column ``task`` or the task "*" there is a column ``task`` too, and
+        for "*" a row for each row and task, with ``row``, the position of the row that it answers.
 
         Args:
             context: not used.
-            model_input: columns ``text`` and, for tasks on pairs, ``text_pair``.
-            params: ``task``, one of the merged tasks.
+            model_input: columns ``text`` (a string, or the texts in a list) and, if need be,
+                ``text_pair`` and ``task``.
+            params: ``task``, for rows that name none; "*" stands for all tasks that take as many
+                texts as the row has.
         """
-        task = (params or {}).get("task") or ""
-        if task not in self.models:
-            known = ", ".join(self.models)
-            raise _mistake(f"task {task!r} is not one of {known}; pass params={{'task': ...}}")
-        columns = _columns(model_input, task, self.text_counts[task])
-        model, logits = self.models[task], []
-        for start in range(0, len(model_input), BATCH):
-            batch = [column[start : start + BATCH] for column in columns]
-            options = {"padding": True, "truncation": True, "max_length": 128}
-            inputs = self.tokenizer(*batch, **options, return_tensors="pt")
-            with torch.inference_mode():
-                logits.append(model(**inputs).logits.float())
-        rows = answers(torch.cat(logits), model.config.id2label) if logits else []
-        return pd.DataFrame(rows, columns=["label", "score", "probabilities"])
+        default = str((params or {}).get("task") or "")
+        table = unfolded(model_input, default, self.tasks)
+        rows = read_rows(table, default, self.tasks)
+        by_row: list[dict[str, dict[str, Any]]] = [{} for _ in rows]
+        for tasks in self.groups.values():
+            for number, task, answer in self._answers(tasks, rows, table.index):
+                by_row[number][task] = answer
+        asked = [(number, task) for number, row in enumerate(rows) for task in row.tasks]
+        lines = [{"row": number, "task": task, **by_row[number][task]} for number, task in asked]
+        for_all = default == ALL or ("task" in table and bool((table["task"] == ALL).any()))
+        named = for_all or "task" in table
+        columns = ["row"] * for_all + ["task"] * named + list(COLUMNS)
+        index = table.index.take(np.array([number for number, _ in asked], dtype=int))
+        return pd.DataFrame(lines, columns=columns, index=index)
+
+    def _answers(
+        self, tasks: Sequence[Task], rows: Sequence[Row], index: "pd.Index[Any]"
+    ) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """The answers of tasks that read their texts alike: row, task and answer.
+
+        The encoder computes each batch once for all of them.
+        """
+        names = {task.name for task in tasks}
+        numbers = [number for number, row in enumerate(rows) if names.intersection(row.tasks)]
+        if not numbers:
+            return
+        with self.lock:
+            tokens: Mapping[str, list[list[int]]] = tasks[0].tokenizer(
+                *map(list, zip(*(rows[number].texts for number in numbers), strict=True)),
+                truncation="longest_first",
+                max_length=tasks[0].max_length,
+            )
+        lengths = [len(each) for each in tokens["input_ids"]]
+        if 0 in lengths:
+            _refuse(f"row {index[numbers[lengths.index(0)]]}: text is empty; give one with words")
+        for batch in _batches(lengths):
+            inputs = _padded(tokens, batch, tasks[0].tokenizer)
+            self.encoder.forget()
+            for task in tasks:
+                places = [
+                    n for n, place in enumerate(batch) if task.name in rows[numbers[place]].tasks
+                ]
+                if places:
+                    with torch.inference_mode():
+                        logits = task.model(**inputs).logits[places].float()  # [B, C]
+                    for place, answer in zip(places, answers(task, logits), strict=True):
+                        yield numbers[batch[place]], task.name, answer
 
 
-def _columns(table: pd.DataFrame, task: str, text_count: int) -> list[list[str]]:
-    """The texts that a task takes, a list per column."""
-    is_pair = table["text_pair"].notna() if "text_pair" in table else pd.Series(False, table.index)
-    if text_count == 2 and not is_pair.all():
-        raise _mistake(f"task {task} takes pairs: every row needs text and text_pair")
-    if text_count == 1 and is_pair.any():
-        raise _mistake(f"task {task} takes one text: leave out text_pair")
-    return [table[name].tolist() for name in ("text", "text_pair")[:text_count]]
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Batches of positions by falling length, of at most `TOKENS` tokens or one text."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    start = 0
+    while start < len(order):
+        stop = start + max(1, TOKENS // lengths[order[start]])
+        yield order[start:stop]
+        start = stop
 
 
-def _mistake(message: str) -> MlflowException:
-    return MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
-
-
-def answers(logits: torch.Tensor, labels: Mapping[int, str]) -> list[dict[str, Any]]:
-    """An answer for each row of ``logits`` [N, C]; a score alone if C is 1."""
-    if logits.shape[1] == 1:
-        scores = logits[:, 0].tolist()
-        return [{"label": "score", "score": score, "probabilities": {}} for score in scores]
-    rows = []
-    for row in logits.softmax(-1).tolist():
-        probabilities = {labels[index]: probability for index, probability in enumerate(row)}
-        label = max(probabilities, key=probabilities.__getitem__)
-        score = probabilities[label]
-        rows.append({"label": label, "score": score, "probabilities": probabilities})
-    return rows
+def _padded(
+    tokens: Mapping[str, list[list[int]]], batch: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """The inputs of a batch [B, T], padded on the right, as in evaluation."""
+    pad = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    return {
+        name: pad_sequence(
+            [torch.tensor(values[place]) for place in batch],
+            batch_first=True,
+            padding_value=pad.get(name, 0),
+        )
+        for name, values in tokens.items()
+    }
 
 
 mlflow.models.set_model(MergedModel())

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -17,22 +17,23 @@ from fmn.evaluate.files import Metrics, read_metrics
 from fmn.experiments.files import SearchResult, Trial
 from fmn.experiments.stages import CompareSettings, SearchSettings
 from fmn.merge.recipe import CARD, RECIPE, Recipe, read_recipe
+from fmn.models.labels import output_names
 from fmn.registry import lineage
+from fmn.registry.check import check_served
 from fmn.registry.lineage import Lineage
-from fmn.registry.promotion import Decision
+from fmn.registry.promotion import is_error
 from fmn.report.stages import ReportInfo
 from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
 from fmn.store.stage import Outcome
 from fmn.store.yaml_file import read_yaml, to_yaml
+from fmn.tasks.task import Task
 
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-
-REGISTER = 2
+REGISTER = 3
 LOG = 3
 LINEAGE = "lineage/lineage.json"  # file of a run
 SETTINGS = "params.yaml"
+_LABELS = 20  # of a task, so many are shown
 
 
 class RegistrySettings(Settings):
@@ -73,19 +74,22 @@ def register(
 ) -> Outcome[Registered]:
     """Register a merged model in MLflow; it becomes the champion or the challenger.
 
-    A model that is registered already, with these metrics, is not registered again.
+    Before that, the model as MLflow serves it must answer a sample of texts as it did when it was
+    evaluated. A model that is registered already, with these metrics, is not registered again.
 
     Args:
         model: the merged model's folder
         metrics: its metrics file, made by `fmn evaluate`
         settings: name, experiment, and when a version becomes the champion
+        data: folder of the rows that the metrics are of, for that sample; default: a few sentences
         report: folder to keep with the version, made by `fmn report`
         card: model card to show and keep, made by `fmn report`; default: the model's own
         params: settings file that the model was made with; `fmn reproduce` follows it
         out: file that records name, version and run
 
     Raises:
-        UserError: the metrics are not the model's, or the store refuses.
+        UserError: the metrics are not the model's, it would be served with other answers, or the
+            store refuses.
     """
     import mlflow
 
@@ -93,8 +97,9 @@ def register(
 
     started = time.monotonic()
     if out:
-        stage.check_output(out, [model, metrics, report, card, params], is_folder=False)
+        stage.check_output(out, [model, metrics, data, report, card, params], is_folder=False)
     recipe, scores = _read(model, metrics)
+    definitions = _definitions(recipe, scores)
     card_text = (card or model / CARD).read_text()
     inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
     names = {"name": settings.name, "experiment": settings.experiment}
@@ -109,10 +114,24 @@ def register(
                 if report:
                     mlflow.log_artifacts(str(report), "report")
                 _log_lineage(model, recipe, scores, params)
-                version = _create_version(model, recipe, scores, settings.name, key)
+                logged = tracking.log_served_model(model, definitions)
+                served = tracking.load_served_model(logged.model_uri)
+                check_served(served, model, metrics, scores, definitions, data)
+                mlflow.log_metrics(_metrics(scores), model_id=logged.model_id)
+                tags = _version_tags(scores, definitions) | {tracking.KEY: key}
+                with redirect_stderr(StringIO()):  # the caller says better what MLflow says there
+                    version = mlflow.register_model(logged.model_uri, settings.name, tags=tags)
         is_new = tracking.PROMOTION not in version.tags
-        decision = tracking.promote(client, version, settings.tolerance, _shown(card_text))
-    registered = _registered(version, decision)
+        uri = f"models:/{version.name}/{version.version}"
+        description = f"{_usage(model, definitions, uri)}\n\n{_shown(card_text)}"
+        decision = tracking.promote(client, version, settings.tolerance, description)
+    registered = Registered(
+        name=version.name,
+        version=str(version.version),
+        run=str(version.run_id),
+        store=redacted(tracking.tracking_uri()),
+        **decision._asdict(),
+    )
     if out:
         stage.run_stage(
             "register", REGISTER, out, lambda job: stage.write_record(job.path, registered),
@@ -122,22 +141,25 @@ def register(
     return Outcome("register", out or model, is_new, time.monotonic() - started, registered)
 
 
-def _registered(version: "ModelVersion", decision: Decision) -> Registered:
-    from fmn.registry import tracking
-
-    number, run = str(version.version), str(version.run_id)
-    store = redacted(tracking.tracking_uri())
-    return Registered(name=version.name, version=number, run=run, store=store, **decision._asdict())
-
-
 def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
-    """A merged model's recipe, and its metrics, which must be of it and of all its tasks."""
+    """A merged model's recipe, and its metrics, which must be of all its tasks with labels."""
     recipe, scores = read_recipe(model), read_metrics(metrics)
-    is_complete = set(recipe.tasks) == set(scores.tasks) == set(scores.data)
+    definitions = _definitions(recipe, scores)
+    unlabeled = {name for name, task in definitions.items() if not task.has_labels}
+    unlabeled |= {*getattr(scores, "unlabeled", ())}
+    is_complete = set(definitions) == set(recipe.tasks) == set(scores.tasks) | unlabeled and set(
+        scores.tasks
+    ) == set(scores.data)
     if scores.model != artifacts.digest_folder(model) or not is_complete:
         remedy = f"make them with `fmn evaluate {model}`"
         raise UserError(f"{metrics}: not the metrics of all tasks of {model}; {remedy}")
     return recipe, scores
+
+
+def _definitions(recipe: Recipe, scores: Metrics) -> dict[str, Task]:
+    """What the model's tasks are: as they were scored, or as they were merged."""
+    definitions = recipe.definitions | scores.definitions
+    return {name: definitions[name] for name in recipe.tasks if name in definitions}
 
 
 def _log_lineage(model: Path, recipe: Recipe, scores: Metrics, params: Path | None) -> None:
@@ -163,39 +185,52 @@ def _log_lineage(model: Path, recipe: Recipe, scores: Metrics, params: Path | No
     mlflow.set_tags(tags)
     for part in parts:
         if part.name.startswith("data "):
-            _, task, split = part.name.split(" ")
+            _, task, split = part.name.split(" ", 2)
             source = CodeDatasetSource({"source": part.origin, "split": split})
             # MLflow keeps 36 digits.
             dataset = MetaDataset(source, task, part.digest[:32])  # type: ignore[abstract]
             mlflow.log_input(dataset, context="training" if split == "train" else "validation")
 
 
-def _create_version(
-    model: Path, recipe: Recipe, scores: Metrics, name: str, key: str
-) -> "ModelVersion":
-    """Log a model and its scores with the current run, and register it."""
-    import mlflow
-
+def _version_tags(scores: Metrics, definitions: Mapping[str, Task]) -> dict[str, str]:
+    """What a version's page shows at once, and what the next version is compared with."""
     from fmn.registry import tracking
 
-    logged = tracking.log_served_model(model)
-    mlflow.log_metrics(_metrics(scores), model_id=logged.model_id)
-    tags = {
-        "tasks": ", ".join(recipe.tasks),
-        "score": f"{100 * scores.score:.2f} %",
-        tracking.KEY: key,
-        tracking.SCORES: json.dumps({task: entry.score for task, entry in scores.tasks.items()}),
+    score_by_task = {
+        name: scores.tasks[name].score if name in scores.tasks else None for name in definitions
+    }
+    return {
+        "tasks": ", ".join(definitions),
+        "score": "undefined" if scores.score is None else f"{100 * scores.score:.2f} %",
+        tracking.SCORES: json.dumps(score_by_task),
+        tracking.ERRORS: json.dumps([n for n, task in definitions.items() if is_error(task)]),
         tracking.DATA: lineage.evaluation_data(scores),
     }
-    with redirect_stderr(StringIO()):  # the caller says better what MLflow says there
-        return mlflow.register_model(logged.model_uri, name, tags=tags)
+
+
+def _usage(model: Path, definitions: Mapping[str, Task], uri: str) -> str:
+    """How to call a version, in Markdown: what each task takes and answers."""
+    rows = []
+    for name, task in definitions.items():
+        names = output_names(model / "tasks" / name)
+        more = f", ... ({len(names)})" if len(names) > _LABELS else ""
+        answer = "a number" if task.regression else ", ".join(names[:_LABELS]) + more
+        rows.append(f"| {name} | {len(task.text_columns)} | {answer} | {task.max_length} |")
+    params = f'{{"task": "{next(iter(definitions))}"}}'
+    call = f'mlflow.pyfunc.load_model("{uri}").predict(table, params={params})'
+    return "\n".join([
+        "A table with `text` and, for a second text, `text_pair` is answered for the task in"
+        ' `params` or in a column `task`; `"*"` stands for all tasks:',
+        "", "```python", call, "```", "",
+        "| task | texts | labels | tokens |", "|---|---|---|---|", *rows,
+    ])  # fmt: skip
 
 
 def _params(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of the run: the merge's, from the recipe, and those of the stages before it."""
     fields = {"method", "mapping", "normalise", "exponent", "damping", "scale", "density", "seed"}
     params = recipe.model_dump(include=fields) | {"coefficient": recipe.coefficients}
-    in_tags = {"work", "base", "experts", "sources", "merge", "registry"}
+    in_tags = {"work", "base", "experts", "sources", "tasks", "merge", "registry"}
     return _flat({**params, **{key: settings[key] for key in settings.keys() - in_tags}})
 
 
@@ -208,15 +243,16 @@ def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(metrics: Metrics) -> dict[str, float]:
-    """Metrics by ``TASK.NAME``, with their 95 % intervals as ``.low`` and ``.high``."""
-    values, intervals = {"score": metrics.score}, {"score": metrics.interval}
+    """Metrics by ``TASK.NAME``, with their 95 % intervals as ``.low`` and ``.high``, if defined."""
+    values: dict[str, float | None] = {"score": metrics.score}
+    intervals: dict[str, tuple[float, float] | None] = {"score": metrics.interval}
     for task, entry in metrics.tasks.items():
         scores = entry.model_dump(exclude={"interval"})
         values |= {f"{task}.{name}": value for name, value in scores.items()}
         intervals |= {f"{task}.{name}": ends for name, ends in entry.interval.items()}
-    for name, (low, high) in intervals.items():
-        values |= {f"{name}.low": low, f"{name}.high": high}
-    return values
+    for name, ends in intervals.items():
+        values |= {f"{name}.low": ends[0], f"{name}.high": ends[1]} if ends else {}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _shown(markdown: str) -> str:

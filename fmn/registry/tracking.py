@@ -12,16 +12,18 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from fmn.errors import UserError, causes, redacted, system_errors_explained
+from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES
 from fmn.registry import promotion
+from fmn.registry.check import Serve
 from fmn.registry.promotion import CHALLENGER, CHAMPION, Decision, Standing
 from fmn.store import artifacts
-from fmn.tasks.task import get_task
+from fmn.tasks.task import Task, write_task
 
 # MLflow reads these when it is imported. It retries a request that fails: here for half a minute
 # instead of four; without any answer, for three minutes in all instead of twenty.
@@ -38,7 +40,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import Map
+from mlflow.types.schema import AnyType, Array, Map
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -48,8 +50,21 @@ for name in ("mlflow", "alembic"):
 DEFAULT_STORE = "sqlite:///mlflow.db"
 KEY = "fmn.key"  # tag of runs and versions: content key
 PROMOTION = "promotion"  # tag of a version and of its run: the alias that it got, and why
-SCORES, DATA = "fmn.scores", "fmn.data"  # tags of a version: score by task; digest of the data
+# Tags of a version: score by task, tasks whose score is an error, digest of the data.
+SCORES, ERRORS, DATA = "fmn.scores", "fmn.errors", "fmn.data"
 HISTORY = "champion.history"  # tag of a registered model
+# Columns of the served model (see `served.py`). What it takes is of any type: of strings, MLflow
+# would make the text "None" of a null, and refuse a list of two texts.
+_ANY = AnyType()  # type: ignore[no-untyped-call]
+INPUTS = ("text", "text_pair", "task")
+OUTPUTS: dict[str, str | Array | Map] = {
+    "label": "string",
+    "labels": Array("string"),
+    "score": "double",
+    "probabilities": Map("double"),
+}
+IF_ASKED = {"task": "string", "row": "long"}
+EXAMPLE = ("A warm and funny film.", "The film is funny.")
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "numpy")
 
 
@@ -169,40 +184,65 @@ def download(source: str, out: Path) -> str:
     return pinned
 
 
-def log_served_model(model: Path) -> ModelInfo:
+def log_served_model(model: Path, definitions: Mapping[str, Task]) -> ModelInfo:
     """Log a merged model, as `served.py` answers for it, with the current run."""
-    probabilities = ColSpec(Map("double"), "probabilities")
-    signature = ModelSignature(
-        Schema([ColSpec("string", "text"), ColSpec("string", "text_pair", required=False)]),
-        Schema([ColSpec("string", "label"), ColSpec("double", "score"), probabilities]),
-        ParamSchema([ParamSpec("task", "string", "")]),
-    )
+    import pandas as pd
+
+    inputs = [ColSpec(_ANY, name, required=name == "text") for name in INPUTS]
+    outputs = [ColSpec(kind, name) for name, kind in OUTPUTS.items()]
+    outputs += [ColSpec(kind, name, required=False) for name, kind in IF_ASKED.items()]
+    parameters = ParamSchema([ParamSpec("task", "string", "")])
+    name, task = next(iter(definitions.items()))
+    example = pd.DataFrame([dict(zip(INPUTS, EXAMPLE[: len(task.text_columns)], strict=False))])
     # Without local labels (``+cpu``), which no index has.
     versions = {package: installed_version(package).split("+")[0] for package in REQUIREMENTS}
     with tempfile.TemporaryDirectory() as scratch:
-        pack(model, Path(scratch) / "merged")
+        pack(model, definitions, Path(scratch) / "merged")
         logged: ModelInfo = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={"merged": f"{scratch}/merged"},
-            signature=signature,
+            signature=ModelSignature(Schema([*inputs]), Schema([*outputs]), parameters),
+            input_example=(example, {"task": name}),
             pip_requirements=[f"{package}=={number}" for package, number in versions.items()],
         )
     return logged
 
 
-def pack(model: Path, out: Path) -> None:
-    """Copy what `served.py` needs of a merged model into a folder, the encoder once."""
+def load_served_model(uri: str) -> Serve:
+    """A logged model, as MLflow serves it."""
+    served = mlflow.pyfunc.load_model(uri)
+    return lambda table, task: served.predict(table, params={"task": task})
+
+
+def pack(model: Path, definitions: Mapping[str, Task], out: Path) -> None:
+    """Copy what `served.py` needs of a merged model into a folder; the same bytes only once."""
     shutil.copytree(model / "encoder", out / "encoder")
-    text_counts = {}
-    for task in sorted((model / "tasks").iterdir()):
-        text_counts[task.name] = len(get_task(task.name).text_columns)
-        folder = out / "tasks" / task.name
+    folders = {_tokenizer(out / "encoder"): "encoder"}  # by digest of the tokenizer
+    tokenizers = {}
+    for name, definition in definitions.items():
+        task, folder = model / "tasks" / name, out / "tasks" / name
         folder.mkdir(parents=True)
-        shutil.copyfile(task / "config.json", folder / "config.json")
+        write_task(folder, definition)
+        shutil.copyfile(task / CONFIG, folder / CONFIG)
         # The last shard; those before it are the encoder's.
         shutil.copyfile(max(task.glob("*.safetensors")), folder / "head.safetensors")
-    (out / "texts.json").write_text(json.dumps(text_counts))
+        digest = _tokenizer(task)
+        if digest not in folders:
+            folders[digest] = f"tasks/{name}"
+            for file in TOKENIZER_FILES:
+                if (task / file).is_file():
+                    shutil.copyfile(task / file, folder / file)
+        tokenizers[name] = folders[digest]
+    (out / "tokenizers.json").write_text(json.dumps(tokenizers))
+
+
+def _tokenizer(folder: Path) -> str:
+    """The digest of the tokenizer files in a folder."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return artifacts.digest_bytes(
+        artifacts.canonical({file.name: artifacts.digest_file(file) for file in files})
+    )
 
 
 def promote(
@@ -234,9 +274,8 @@ def promote(
 
 def _standing(version: ModelVersion) -> Standing:
     """What a version scored, as its tags say."""
-    scores = json.loads(version.tags.get(SCORES, "{}"))
-    mean = sum(scores.values()) / len(scores) if scores else 0.0
-    return Standing(str(version.version), mean, scores, version.tags.get(DATA, ""))
+    scores, errors = (json.loads(version.tags.get(tag, "{}")) for tag in (SCORES, ERRORS))
+    return Standing(str(version.version), scores, frozenset(errors), version.tags.get(DATA, ""))
 
 
 def champions(client: mlflow.MlflowClient, model: RegisteredModel) -> tuple[str | None, str | None]:

@@ -96,6 +96,9 @@ def test_everything_that_a_model_is_made_from_has_origin_and_digest(model: Path)
     assert parts["data sst2 validation"].origin == f"hub {COMMIT}"
     assert parts["merged encoder"].origin == "mask-fisher"
     assert parts["scores"].origin == "85.00 % in the mean"
+    undefined = metrics().model_copy(update={"score": None})
+    last = lineage.describe(model, recipe(), undefined)[-1]
+    assert (last.name, last.origin) == ("scores", "undefined in the mean")
     (model / "encoder" / "config.json").write_text("changed")
     again = lineage.describe(model, recipe(), metrics())
     changed = [part.name for part in again if part.digest != parts[part.name].digest]
@@ -124,6 +127,37 @@ def test_a_folder_is_recorded_as_an_absolute_path(
     pinned = lineage.pin_settings(SETTINGS | folders, made_from, metrics("glue", ""))
     assert pinned["sources"] == {"mrpc": str(tmp_path / "mrpc")}
     assert pinned["data"] == {"source": str(tmp_path / "glue")}
+
+
+def test_own_tasks_are_recorded_with_their_commit_or_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stars.csv").write_text("review,label\n")
+    own = {
+        "paws": {"dataset": {"path": "org/paws", "name": "final", "revision": "main"}},
+        "stars": {"dataset": {"path": "stars.csv"}, "columns": {"text": "review"}},
+        "far": {"dataset": {"path": "https://host.example/far.csv"}, "max_length": 64},
+        "sst2": {"max_length": 64},
+    }
+    sources = {"mrpc": {"source": "hf://org/mrpc", "labels": ["no", "yes"]}}
+    scored = metrics()
+    rows = scored.data["sst2"]
+    commit = "e" * 40
+    data = {"paws": rows.model_copy(update={"revision": commit, "source": "org/paws"})}
+    data |= {name: rows.model_copy(update={"revision": None}) for name in ("stars", "far")}
+    scored = scored.model_copy(update={"data": scored.data | data})
+    pinned = lineage.pin_settings(SETTINGS | {"tasks": own, "sources": sources}, recipe(), scored)
+    assert pinned["tasks"] == {
+        **own,
+        "paws": {"dataset": {"path": "org/paws", "name": "final", "revision": commit}},
+        "stars": {"dataset": {"path": str(tmp_path / "stars.csv")}, "columns": {"text": "review"}},
+    }
+    assert pinned["sources"]["mrpc"] == {
+        "source": f"hf://org/mrpc@{COMMIT}",
+        "labels": ["no", "yes"],
+    }
+    assert pinned["data"] == {"revision": COMMIT}, "GLUE's, of the tasks that name no data set"
 
 
 def test_threads_are_known_if_they_were_the_same_everywhere() -> None:

@@ -11,12 +11,17 @@ from fmn.registry.promotion import (
     previous_champion,
 )
 
-OLD = Standing("3", 0.80, {"sst2": 0.9, "cola": 0.7}, "data")
+OLD = Standing("3", {"sst2": 0.9, "cola": 0.7}, (), "data")
+PRICES = Standing("3", {"sst2": 0.9, "price": 200.0}, ("price",), "data")
 
 
-def new(sst2: float, cola: float, **changes: object) -> Standing:
-    standing = Standing("4", (sst2 + cola) / 2, {"sst2": sst2, "cola": cola}, "data")
+def new(sst2: float | None, cola: float | None, **changes: object) -> Standing:
+    standing = Standing("4", {"sst2": sst2, "cola": cola}, (), "data")
     return standing._replace(**changes)  # type: ignore[arg-type]
+
+
+def priced(sst2: float | None, price: float | None) -> Standing:
+    return PRICES._replace(version="4", tasks={"sst2": sst2, "price": price})
 
 
 def test_the_first_version_is_the_champion() -> None:
@@ -26,13 +31,16 @@ def test_the_first_version_is_the_champion() -> None:
 @pytest.mark.parametrize(
     ("candidate", "alias", "reason"),
     [
-        (new(0.91, 0.71), CHAMPION, "mean score 81.00 %, version 3 has 80.00 %; no task scores"),
-        (new(0.9, 0.7), CHAMPION, "mean score 80.00 %, version 3 has 80.00 %; no task scores less"),
-        (new(0.895, 0.72), CHAMPION, "; sst2 scores 0.50 less, tolerance 1.00"),
-        (new(0.88, 0.8), CHALLENGER, "; sst2 scores 2.00 less, tolerance 1.00"),
+        (new(0.91, 0.71), CHAMPION, "mean score 81.00 %, version 3 has 80.00 %; no task is worse"),
+        (new(0.9, 0.7), CHAMPION, "mean score 80.00 %, version 3 has 80.00 %; no task is worse"),
+        (new(0.895, 0.72), CHAMPION, "; sst2 is worse by 0.50, tolerance 1.00"),
+        (new(0.88, 0.8), CHALLENGER, "; sst2 is worse by 2.00, tolerance 1.00"),
         (new(0.9, 0.695), CHALLENGER, "mean score 79.75 %, version 3 has 80.00 %"),
         (new(1, 1, data="other"), CHALLENGER, "not comparable: version 3 was evaluated on other"),
         (new(1, 1, tasks={"sst2": 1}), CHALLENGER, "version 3 is of other tasks (cola, sst2)"),
+        # Undefined scores do not count.
+        (new(0.91, None), CHAMPION, "mean score 91.00 %, version 3 has 90.00 %; no task is worse"),
+        (new(None, None), CHALLENGER, "not comparable: no task has a score in it and in version 3"),
     ],
 )
 def test_a_version_takes_over_that_is_as_good_in_the_mean_and_on_no_task_much_worse(
@@ -41,6 +49,28 @@ def test_a_version_takes_over_that_is_as_good_in_the_mean_and_on_no_task_much_wo
     decision = decide(candidate, OLD, 0.01)
     assert decision.alias == alias
     assert reason in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("candidate", "alias", "reason"),
+    [
+        (priced(0.9, 180), CHAMPION, "price has an error of 180, version 3 of 200; no task is"),
+        (priced(0.9, 201), CHALLENGER, "; price is worse by 0.50, tolerance 1.00"),  # in the mean
+        (priced(0.92, 201), CHAMPION, "mean score 92.00 %, version 3 has 90.00 %; price has an"),
+        (priced(1, 204), CHALLENGER, "; price is worse by 2.00, tolerance 1.00"),
+        (priced(None, 200), CHAMPION, "price has an error of 200, version 3 of 200; no task is"),
+        (priced(None, 200.5), CHALLENGER, "; price is worse by 0.25, tolerance 1.00"),
+    ],
+)
+def test_of_an_error_less_is_better(candidate: Standing, alias: str, reason: str) -> None:
+    decision = decide(candidate, PRICES, 0.01)
+    assert (decision.alias, reason in decision.reason) == (alias, True), decision
+
+
+def test_from_an_error_of_zero_there_is_no_way_up() -> None:
+    perfect = priced(0.9, 0)
+    assert decide(perfect, perfect, 0.01).alias == CHAMPION
+    assert decide(priced(0.9, 1e-9), perfect, 0.01).alias == CHALLENGER
 
 
 def test_a_champion_of_unknown_scores_keeps_its_place() -> None:

@@ -1,102 +1,374 @@
-"""The served model's own file: heads by task over one encoder in memory."""
+"""The served model's own file: one encoder for all tasks, each with its tokenizer and settings."""
 
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from mlflow.exceptions import MlflowException
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from fmn.registry import tracking
+from fmn.tasks.task import Columns, Task, get_task
 from tests.conftest import TASKS
 from tests.registry.conftest import Merged
+from tests.tiny import CONFIGS, WORDS, tiny_model
 
 if TYPE_CHECKING:
     from fmn.registry.served import MergedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
 
-
-@pytest.fixture
-def packed(merged: Merged, tmp_path: Path) -> Path:
-    tracking.pack(merged.model, tmp_path / "packed")
-    return tmp_path / "packed"
+DEFINITIONS = {name: get_task(name) for name in TASKS}
 
 
-def test_all_tasks_share_one_encoder(packed: Path) -> None:
-    from fmn.registry.served import load_tasks
-
-    assert len(list(packed.rglob("model.safetensors"))) == 1
-    models = load_tasks(packed)
-    assert sorted(models) == sorted(TASKS)
-    assert len({id(model.base_model) for model in models.values()}) == 1
-    weights = [weight for model in models.values() for weight in model.parameters()]
-    assert not any(weight.is_meta for weight in weights)
-
-
-def test_answers_are_in_the_tasks_words() -> None:
-    from fmn.registry.served import answers
-
-    first, second = answers(torch.tensor([[0.0, 3.0], [2.0, 0.0]]), {0: "no", 1: "yes"})
-    assert (first["label"], second["label"]) == ("yes", "no")
-    assert list(first["probabilities"]) == ["no", "yes"]
-    assert first["probabilities"]["yes"] == first["score"]
-    assert answers(torch.tensor([[2.5]]), {0: "score"}) == [
-        {"label": "score", "score": 2.5, "probabilities": {}}
-    ]
-
-
-@pytest.fixture
-def model(packed: Path) -> "MergedModel":
+def load(packed: Path) -> "MergedModel":
     from fmn.registry.served import MergedModel
 
-    loaded = MergedModel()
-    loaded.load_context(SimpleNamespace(artifacts={"merged": str(packed)}))  # type: ignore[arg-type]
-    return loaded
+    model = MergedModel()
+    model.load_context(SimpleNamespace(artifacts={"merged": str(packed)}))  # type: ignore[arg-type]
+    return model
 
 
-def ask(model: "MergedModel", task: str, **columns: list[str | None]) -> pd.DataFrame:
-    return model.predict(None, pd.DataFrame(columns), {"task": task})  # type: ignore[arg-type]
+def ask(model: "MergedModel", table: Any, task: str = "") -> pd.DataFrame:
+    return model.predict(None, pd.DataFrame(table), {"task": task})  # type: ignore[arg-type]
 
 
-def test_a_batch_is_answered_as_each_of_its_texts_alone(model: "MergedModel") -> None:
-    texts = [f"a film {'that is long ' * (n % 7)}number {n}" for n in range(70)]
-    together = ask(model, "sst2", text=list(texts))
-    assert len(together) == 70
-    for row in (0, 33, 69):
-        alone = ask(model, "sst2", text=[texts[row]])
-        assert together.score[row] == pytest.approx(alone.score[0], abs=1e-5)
+# ---------------------------------------------------------------------------------------------
+# Three tasks of one tiny BERT
+
+
+@pytest.fixture(scope="session")
+def packed(merged: Merged, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed by a test."""
+    out = tmp_path_factory.mktemp("served") / "packed"
+    tracking.pack(merged.model, DEFINITIONS, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def model(packed: Path) -> "MergedModel":
+    return load(packed)
+
+
+def test_all_tasks_share_one_encoder_and_one_tokenizer(packed: Path, model: "MergedModel") -> None:
+    assert len(list(packed.rglob("model.safetensors"))) == 1
+    assert len(list(packed.rglob("tokenizer.json"))) == 1
+    assert sorted(model.tasks) == sorted(TASKS)
+    assert len({id(task.tokenizer) for task in model.tasks.values()}) == 1
+    weights = [weight for task in model.tasks.values() for weight in task.model.parameters()]
+    assert not any(weight.is_meta for weight in weights)
+    assert len({id(weight) for weight in weights}) < len(weights)
+
+
+def test_a_batch_is_answered_as_each_of_its_texts_alone_in_the_callers_order(
+    model: "MergedModel",
+) -> None:
+    texts = [f"a film {'that is long ' * (n % 70)}number {n}" for n in range(140)]
+    index = pd.Index([f"row {n % 100}" for n in range(140)], name="mine")
+    together = ask(model, pd.DataFrame({"text": texts}, index=index), "sst2")
+    pd.testing.assert_index_equal(together.index, index)
+    assert list(together.columns) == ["label", "labels", "score", "probabilities"]
+    for row in (0, 33, 69, 139):
+        alone = ask(model, {"text": [texts[row]]}, "sst2").iloc[0]
+        assert together.score.iloc[row] == pytest.approx(alone.score, abs=1e-5)
+        assert together.labels.iloc[row] == [alone.label]
 
 
 def test_no_texts_are_no_answers(model: "MergedModel") -> None:
-    assert list(ask(model, "sst2", text=[])) == ["label", "score", "probabilities"]
-    assert len(ask(model, "sst2", text=[])) == 0
+    assert len(ask(model, {"text": []}, "sst2")) == 0
+    assert len(ask(model, {"text": [], "text_pair": [], "task": []})) == 0
+    assert list(ask(model, [], "*")) == ["row", "task", "label", "labels", "score", "probabilities"]
 
 
-def test_a_second_text_is_there_for_tasks_on_pairs_and_only_for_them(model: "MergedModel") -> None:
-    assert len(ask(model, "mrpc", text=["a", "b"], text_pair=["c", "d"])) == 2
-    assert len(ask(model, "sst2", text=["a", "b"], text_pair=[None, None])) == 2
-    for columns in ({"text": ["a"]}, {"text": ["a", "b"], "text_pair": ["c", None]}):
-        with pytest.raises(MlflowException, match="task mrpc takes pairs"):
-            ask(model, "mrpc", **columns)
-    with pytest.raises(MlflowException, match="task sst2 takes one text"):
-        ask(model, "sst2", text=["a"], text_pair=["b"])
+def same(left: pd.DataFrame, right: pd.DataFrame) -> None:
+    assert left.label.tolist() == right.label.tolist()
+    assert left.score.tolist() == pytest.approx(right.score.tolist(), abs=1e-6)
 
 
-def test_an_encoder_in_several_files_is_served(packed: Path) -> None:
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"text": [["a film", "the film"], ["dull", "bright"]]},
+        {"text": [("a film", "the film"), np.array(["dull", "bright"])]},
+        {"text": [["a film"], "dull"], "text_pair": ["the film", "bright"]},
+        [{"text": ["a film", "the film"]}, {"text": "dull", "text_pair": "bright"}],
+        # As MLflow passes {"text": ["a film", "dull"], "text_pair": [...]} on, in one row.
+        [{"text": ["a film", "dull"], "text_pair": ["the film", "bright"]}],
+    ],
+)
+def test_a_pair_is_two_columns_or_a_list(model: "MergedModel", table: Any) -> None:
+    expected = {"text": ["a film", "dull"], "text_pair": ["the film", "bright"]}
+    same(ask(model, table, "mrpc"), ask(model, expected, "mrpc"))
 
-    from fmn.registry.served import load_tasks
 
-    weights = load_tasks(packed)["sst2"].base_model.state_dict()
-    file = packed / "encoder" / "model.safetensors"
+def test_a_dictionary_of_lists_is_a_column_of_texts_or_one_pair(model: "MergedModel") -> None:
+    columns = [{"text": ["a film", "dull"]}]  # as MLflow passes {"text": ["a film", "dull"]} on
+    same(ask(model, columns, "sst2"), ask(model, {"text": ["a film", "dull"]}, "sst2"))
+    pair = {"text": ["a film"], "text_pair": ["dull"]}
+    same(ask(model, columns, "mrpc"), ask(model, pair, "mrpc"))
+    same(ask(model, [{"text": ["a film"]}], "sst2"), ask(model, {"text": ["a film"]}, "sst2"))
+    with pytest.raises(MlflowException, match="lists in text, text_pair are not equally long"):
+        ask(model, [{"text": ["a", "b", "c"], "text_pair": ["d"]}], "mrpc")
+
+
+def test_a_task_may_stand_in_each_row(model: "MergedModel") -> None:
+    table = {
+        "text": ["a film", "dull", "bright"],
+        "text_pair": ["the film", None, float("nan")],
+        "task": ["mrpc", "sst2", None],
+    }
+    answers = ask(model, table, "sst2")
+    assert answers.task.tolist() == ["mrpc", "sst2", "sst2"]
+    same(answers[:1], ask(model, {"text": ["a film"], "text_pair": ["the film"]}, "mrpc"))
+    same(answers[1:], ask(model, {"text": ["dull", "bright"]}, "sst2"))
+
+
+def test_all_tasks_that_fit_answer_each_row(model: "MergedModel") -> None:
+    passes: list[int] = []
+    hook = model.encoder.encoder.register_forward_hook(lambda *_: passes.append(1))
+    table = pd.DataFrame({"text": ["dull", ["a", "b"], "bright"]}, index=[7, 3, 7])
+    answers = ask(model, table, "*")
+    hook.remove()
+    assert len(passes) == 2, "one for single texts, one for pairs"
+    assert answers.task.tolist() == ["sst2", "mrpc", "stsb", "sst2"]
+    assert (answers.row.tolist(), answers.index.tolist()) == ([0, 1, 1, 2], [7, 3, 3, 7])
+    for answer in answers.to_dict("records"):
+        alone = ask(model, table.iloc[[answer["row"]]], answer["task"])
+        assert alone.score.iloc[0] == pytest.approx(answer["score"], abs=1e-6)
+    by_column = ask(model, {"text": ["dull", "bright"], "task": ["*", "sst2"]})
+    assert by_column.row.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (None, "text is null"), (float("nan"), "text is null"), (pd.NA, "text is null"),
+        (3, "text is a number"), (np.float32(1), "text is a number"), (True, "text is true or"),
+        ({"a": "b"}, "text is an object"), (b"a", "text is bytes"), ([], "text is a list of 0"),
+        (["a", "b", "c"], "text is a list of 3"), (["a", None], "text is null"),
+        ([["a"]], "text is a list"), ("\ud800", "text holds half a character"),
+    ],
+)  # fmt: skip
+def test_what_is_not_a_text_is_refused_with_its_row(
+    model: "MergedModel", value: Any, what: str
+) -> None:
+    table = pd.DataFrame({"text": pd.Series(["fine", value], index=[4, 9], dtype=object)})
+    with pytest.raises(MlflowException, match=f"^row 9: {what}.*; (give|encode)") as refusal:
+        ask(model, table, "sst2")
+    assert refusal.value.error_code == "INVALID_PARAMETER_VALUE", "HTTP 400"
+    if isinstance(value, int | dict):
+        pair = pd.DataFrame({"text": ["a"], "text_pair": [value]}, index=[9])
+        with pytest.raises(MlflowException, match=f"^row 9: {what.replace('text', 'text_pair')}"):
+            ask(model, pair, "mrpc")
+
+
+@pytest.mark.parametrize(
+    ("table", "task", "problem"),
+    [
+        ({"text": ["a"]}, "mrpc", "row 0: task mrpc takes pairs"),
+        ({"text": ["a", "b"], "text_pair": ["c", None]}, "mrpc", "row 1: task mrpc takes pairs"),
+        ({"text": ["a"], "text_pair": ["b"]}, "sst2", "row 0: task sst2 takes one text"),
+        ([{"text": ["a", "b"], "text_pair": "c"}], "mrpc", "row 0: text holds two texts already"),
+        ({"text": ["a"]}, "rte", "task 'rte' is not one of mrpc, sst2, stsb; pass params={'task'"),
+        ({"text": ["a"]}, "", "task '' is not one of mrpc, sst2, stsb"),
+        ({"text": ["a"], "task": [["sst2"]]}, "", r"task \['sst2'\] is not one of"),
+        ({"txt": ["a"]}, "sst2", "no column text, but txt; add it"),
+    ],
+)
+def test_what_a_task_does_not_take_is_refused(
+    model: "MergedModel", table: Any, task: str, problem: str
+) -> None:
+    with pytest.raises(MlflowException, match=problem) as refusal:
+        ask(model, table, task)
+    assert refusal.value.error_code == "INVALID_PARAMETER_VALUE", "HTTP 400"
+
+
+def test_requests_at_the_same_time_do_not_mix(model: "MergedModel") -> None:
+    def one(number: int) -> pd.DataFrame:
+        return ask(model, {"text": [f"{number} is a film " * (number % 9 + 1)] * 3}, "*")
+
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(one, range(40)))
+    for number, answers in enumerate(together):
+        same(answers, one(number))
+
+
+def test_an_encoder_in_several_files_is_served(packed: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    file = copy / "encoder" / "model.safetensors"
     tensors = load_file(file)
     file.unlink()
     names = sorted(tensors)
     for number, part in enumerate((names[:9], names[9:]), 1):
         shard = file.with_name(f"model-0000{number}-of-00002.safetensors")
         save_file({name: tensors[name] for name in part}, shard)
-    again = load_tasks(packed)["sst2"].base_model.state_dict()
-    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    same(ask(load(copy), {"text": ["a"]}, "sst2"), ask(load(packed), {"text": ["a"]}, "sst2"))
+    shard.unlink()
+    with pytest.raises(ValueError, match="encoder: has no"):
+        load(copy)
+
+
+# ---------------------------------------------------------------------------------------------
+# Own tasks and other architectures
+
+LABELS = ("red", "green", "blue")
+PAIR = Columns(text="a", text_pair="b")
+OWN: Mapping[str, Task] = {
+    "colours": Task(name="colours", columns=Columns(text="a"), labels=LABELS),
+    "tags": Task(
+        name="tags", columns=Columns(text="a", label=None), labels=LABELS, threshold=0.3,
+        problem_type="multi_label_classification", metrics=("f1",),
+    ),
+    "short": Task(name="short", columns=Columns(text="a"), labels=LABELS, max_length=4),
+    "price": Task(
+        name="price", columns=PAIR, problem_type="regression", metrics=("mse",), max_length=9
+    ),
+}  # fmt: skip
+
+
+def word_tokenizer(folder: Path, first: int = 3) -> PreTrainedTokenizerFast:
+    """Write a tokenizer of the words w0, w1, ..., which have the ids `first`, ..., in turn."""
+    special = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    count = WORDS - 3
+    words = {f"w{n}": 3 + (n + first - 3) % count for n in range(count)}
+    tokenizer = Tokenizer(models.WordLevel({**special, **words}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        model_input_names=["input_ids", "attention_mask"], padding_side="left",
+    )  # fmt: skip
+    fast.save_pretrained(folder)
+    return fast
+
+
+Own = tuple["MergedModel", dict[str, PreTrainedModel], Path]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[[str], Own]:
+    """Serves the tasks `OWN` on an encoder: the served model, plain classifiers, the folder."""
+
+    def make(architecture: str) -> Own:
+        merged, classifiers = tmp_path / "merged", {}
+        encoder = tiny_model(architecture, dtype=torch.float32).base_model
+        encoder.save_pretrained(merged / "encoder")
+        word_tokenizer(merged / "encoder")
+        for number, (name, task) in enumerate(OWN.items()):
+            classifier = tiny_model(architecture, task.num_outputs, number, torch.float32)
+            classifier.base_model.load_state_dict(encoder.state_dict())
+            prefix = f"{classifier.base_model_prefix}."
+            head = {n: t for n, t in classifier.state_dict().items() if not n.startswith(prefix)}
+            folder = merged / "tasks" / name
+            classifier.config.id2label = dict(enumerate(task.labels)) or {0: "score"}
+            classifier.config.save_pretrained(folder)
+            save_file(head, folder / "model-00002-of-00002.safetensors")
+            word_tokenizer(folder)
+            classifiers[name] = classifier
+        tracking.pack(merged, OWN, tmp_path / "packed")
+        return load(tmp_path / "packed"), classifiers, merged
+
+    return make
+
+
+TEXTS = ["w0", "w1 w2 w3 w4 w5", "w6 w7 w8", "w9 w9 w9 w9 w9 w9 w9 w9"]
+
+
+def plain_logits(
+    classifier: PreTrainedModel, tokenizer: Any, task: Task, *texts: str
+) -> np.ndarray:
+    """What a classifier alone gives for one example, [C]."""
+    inputs = tokenizer(*texts, return_tensors="pt", truncation=True, max_length=task.max_length)
+    with torch.inference_mode():
+        logits: np.ndarray = classifier(**inputs).logits[0].numpy()
+    return logits
+
+
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "vit"])
+def test_one_pass_of_the_encoder_gives_every_head_what_a_pass_of_its_own_would(
+    architecture: str, own: Callable[[str], Own]
+) -> None:
+    served, classifiers, merged = own(architecture)
+    tokenizer = AutoTokenizer.from_pretrained(merged / "encoder")
+    passes: list[int] = []
+    served.encoder.encoder.register_forward_hook(lambda *_: passes.append(1))
+    table = {"text": TEXTS, "text_pair": [None, None, None, "w1 w2 w3"]}
+    answers = ask(served, table, "*")
+    assert len(passes) == 3, "texts of 128 tokens, texts of 4, and pairs"
+    assert len(answers) == 3 * 3 + 1
+    for answer in answers.to_dict("records"):
+        name, row = answer["task"], answer["row"]
+        texts = [TEXTS[row], "w1 w2 w3"][: len(OWN[name].text_columns)]
+        logits = plain_logits(classifiers[name], tokenizer, OWN[name], *texts)
+        if name == "price":
+            assert answer["score"] == pytest.approx(logits[0], abs=1e-5)
+            continue
+        shares = 1 / (1 + np.exp(-logits)) if name == "tags" else np.exp(logits)
+        shares = shares if name == "tags" else shares / shares.sum()
+        assert list(answer["probabilities"]) == list(LABELS)
+        assert list(answer["probabilities"].values()) == pytest.approx(shares, abs=1e-5)
+        assert answer["score"] == pytest.approx(shares.max(), abs=1e-5)
+        above = shares >= 0.3 if name == "tags" else shares == shares.max()
+        expected = [label for label, is_above in zip(LABELS, above, strict=True) if is_above]
+        assert answer["labels"] == expected
+        assert answer["label"] == ", ".join(expected)
+
+
+def test_each_task_has_its_own_tokenizer_unless_it_is_the_same(
+    own: Callable[[str], Own], tmp_path: Path
+) -> None:
+    _, classifiers, merged = own("bert")
+    other = word_tokenizer(merged / "tasks" / "short", first=11)
+    word_tokenizer(merged / "tasks" / "tags", first=11)
+    tracking.pack(merged, OWN, tmp_path / "again")
+    folders = json.loads((tmp_path / "again" / "tokenizers.json").read_text())
+    same_as = folders["tags"]
+    assert folders == {
+        "colours": "encoder", "tags": same_as, "short": same_as, "price": "encoder",
+    }  # fmt: skip
+    assert len(list((tmp_path / "again").rglob("tokenizer.json"))) == 2
+    served = load(tmp_path / "again")
+    for name, tokenizer in (("short", other), ("colours", word_tokenizer(tmp_path / "first"))):
+        answer = ask(served, {"text": [TEXTS[1]]}, name).iloc[0]
+        logits = plain_logits(classifiers[name], tokenizer, OWN[name], TEXTS[1])
+        assert answer.label == LABELS[logits.argmax()]
+        assert answer.score == pytest.approx(np.exp(logits.max()) / np.exp(logits).sum(), abs=1e-5)
+
+
+def test_weights_of_half_precision_are_served_in_float32(
+    own: Callable[[str], Own], tmp_path: Path
+) -> None:
+    _, classifiers, merged = own("bert")
+    for file in [merged / "encoder" / "model.safetensors", *merged.glob("tasks/*/*.safetensors")]:
+        save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file, {"format": "pt"})
+    for file in merged.rglob("config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
+    tracking.pack(merged, OWN, tmp_path / "half")
+    served = load(tmp_path / "half")
+    rounded = classifiers["price"].bfloat16().float()
+    tokenizer = word_tokenizer(tmp_path / "tokenizer")
+    logits = plain_logits(rounded, tokenizer, OWN["price"], TEXTS[0], TEXTS[1])
+    table = {"text": [TEXTS[0]], "text_pair": [TEXTS[1]]}
+    assert ask(served, table, "price").score[0] == pytest.approx(logits[0], abs=1e-5)
+
+
+def test_a_text_without_tokens_is_refused(own: Callable[[str], Own], tmp_path: Path) -> None:
+    _, _, merged = own("llama")
+    for folder in (merged / "encoder", *(merged / "tasks").iterdir()):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
+    tracking.pack(merged, OWN, tmp_path / "bare")
+    with pytest.raises(MlflowException, match="row 1: text is empty; give one with words"):
+        ask(load(tmp_path / "bare"), {"text": ["w1", ""]}, "colours")

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from fmn.errors import UserError
+from fmn.evaluate.files import predictions_path, read_metrics
 from fmn.experiments.files import SearchResult, Trial
 from fmn.experiments.stages import CompareSettings, SearchSettings
 from fmn.registry import stages as registry_stages
@@ -16,6 +19,7 @@ from fmn.registry.stages import RegistrySettings
 from fmn.report.stages import ReportInfo
 from fmn.store.stage import Job, read_record, run_stage
 from fmn.store.yaml_file import read_yaml, to_yaml
+from fmn.tasks.task import Columns, Task
 from tests.conftest import TASKS
 from tests.registry.conftest import Merged, Register, merge_and_evaluate
 
@@ -104,8 +108,10 @@ def test_report_and_card_are_kept_and_shown(
     assert files == ["report/report.html"]
     assert mlflow.artifacts.load_text(f"runs:/{registered.run}/README.md") == card.read_text()
     description = str(client.get_model_version("reported", "1").description)
-    heading = "Registered as champion: the first version\n\n# Three tasks\n\n| a&emsp;| b"
-    assert description.startswith(heading)
+    assert description.startswith("Registered as champion: the first version\n\nA table with")
+    assert 'pyfunc.load_model("models:/reported/1").predict(table, params={"task":' in description
+    assert "\n| sst2 | 1 | negative, positive | 128 |\n| stsb | 2 | a number |" in description
+    assert "\n\n# Three tasks\n\n| a&emsp;| b" in description
 
 
 def test_where_a_registration_stands_is_recorded_and_a_lost_version_is_noticed(
@@ -135,6 +141,53 @@ def test_metrics_of_another_model_or_of_some_tasks_are_refused(
             register(metrics=tmp_path / "changed.json")
 
 
+def test_a_model_that_is_served_otherwise_than_it_was_evaluated_is_not_registered(
+    register: Register,
+    merged: Merged,
+    client: mlflow.MlflowClient,
+    tiny_work: Path,
+    tmp_path: Path,
+) -> None:
+    metrics = scored(merged, tmp_path / "metrics.json", {})
+    table = pq.read_table(predictions_path(merged.metrics))
+    flipped = pc.if_else(
+        pc.equal(table["task"], "sst2"), pc.subtract(1.0, table["prediction"]), table["prediction"]
+    )
+    place = table.column_names.index("prediction")
+    pq.write_table(table.set_column(place, "prediction", flipped), predictions_path(metrics))
+    settings = {"experiment": "refused"}
+    problem = r"task sst2, validation row \d+: the served model answers (posi|nega)tive \(0\..*\),"
+    for _ in range(2):  # the second try clears the first away
+        with pytest.raises(UserError, match=problem):
+            register("refused", metrics, settings, data=tiny_work / "data")
+        experiment = client.get_experiment_by_name("refused")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+        assert [run.info.status for run in runs] == ["FAILED"]
+    assert not client.search_model_versions("name = 'refused'")
+    accepted = register("refused", settings=settings, data=tiny_work / "data").summary
+    assert (accepted.version, accepted.alias) == ("1", "champion")
+
+
+def test_what_is_undefined_is_told_and_not_logged(merged: Merged) -> None:
+    metrics = read_metrics(merged.metrics)
+    stsb = metrics.tasks["stsb"]
+    undefined = stsb.model_copy(update={"score": None, "interval": {"score": None}})
+    changes = {"tasks": metrics.tasks | {"stsb": undefined}, "score": None, "interval": None}
+    metrics = metrics.model_copy(update=changes)
+    logged = registry_stages._metrics(metrics)
+    assert logged["sst2.accuracy"] == metrics.tasks["sst2"].score
+    assert {"score", "score.low", "stsb.score", "stsb.score.low"}.isdisjoint(logged)
+    price = Task(
+        name="price", columns=Columns(text="text"), problem_type="regression", metrics=("mse",)
+    )
+    tags = registry_stages._version_tags(metrics, metrics.definitions | {"price": price})
+    assert tags["score"] == "undefined"
+    scores = json.loads(tags["fmn.scores"])
+    assert (scores["stsb"], scores["price"]) == (None, None)
+    assert json.loads(tags["fmn.errors"]) == ["price"]
+
+
 def test_the_champion_moves_to_a_version_that_is_as_good_and_the_reason_is_told(
     register: Register, merged: Merged, client: mlflow.MlflowClient, tmp_path: Path
 ) -> None:
@@ -148,7 +201,7 @@ def test_the_champion_moves_to_a_version_that_is_as_good_and_the_reason_is_told(
     worse = add(2, sst2=0.7)
     assert worse.alias == "challenger"
     assert aliases(client, "rising") == {"champion": "1", "challenger": "2"}
-    assert "sst2 scores 10.00 less, tolerance 1.00" in add(3, sst2=0.7, mrpc=0.9).reason
+    assert "sst2 is worse by 10.00, tolerance 1.00" in add(3, sst2=0.7, mrpc=0.9).reason
     assert aliases(client, "rising") == {"champion": "1", "challenger": "3"}
     better = add(4, mrpc=0.75)
     assert better.alias == "champion"

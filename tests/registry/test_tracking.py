@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pandas as pd
@@ -22,9 +22,14 @@ from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR
 from flows.workers import is_transient
 from fmn.errors import UserError
 from fmn.models.stages import predict
+from fmn.registry import stages as registry_stages
 from fmn.registry import tracking
+from fmn.registry.stages import RegistrySettings
 from tests.mlflow_proxy import proxy
 from tests.registry.conftest import Merged, Register
+
+if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -43,24 +48,6 @@ def test_files_lie_beside_a_local_store_or_where_a_variable_says(
     folder = Path(bucket or "mlruns").resolve() / f"--other-{bucket}"
     assert run.info.artifact_uri.startswith(folder.as_uri())
     assert folder.is_dir()
-
-
-def test_the_served_model_answers_as_the_merged_one_does(
-    register: Register, merged: Merged
-) -> None:
-    model = mlflow.pyfunc.load_model(f"models:/demo/{register().summary.version}")
-    texts = pd.DataFrame({"text": ["a warm film", "dull"], "text_pair": ["a cold film", "bright"]})
-    for task in ("mrpc", "stsb"):
-        answers = model.predict(texts, params={"task": task}).to_dict("records")
-        for (text, second), answer in zip(texts.to_numpy(), answers, strict=True):
-            expected = predict(merged.model, text, second, task=task)
-            assert answer["label"] == expected.label
-            assert answer["score"] == pytest.approx(expected.score, abs=1e-5)
-    answer = model.predict(texts[["text"]], params={"task": "sst2"}).to_dict("records")[0]
-    expected = predict(merged.model, "a warm film", task="sst2")
-    assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
-    with pytest.raises(Exception, match="not one of mrpc, sst2, stsb"):
-        model.predict(texts, params={"task": "rte"})
 
 
 def test_the_served_model_does_not_need_fmn(register: Register, tmp_path: Path) -> None:
@@ -256,6 +243,111 @@ def test_a_tracking_server_takes_ten_registrations_at_once(
     assert list((tmp_path / "files").rglob("model.safetensors"))
 
 
+FILM, PAIR = "a warm film", ["a warm film", "a cold film"]
+COLUMNS = {"text": PAIR[:1], "text_pair": PAIR[1:]}
+MRPC, SST2 = {"params": {"task": "mrpc"}}, {"params": {"task": "sst2"}}
+
+
+@pytest.fixture(scope="module")
+def scoring(store: str, merged: Merged) -> "TestClient":
+    """MLflow's scoring server of a registered version."""
+    from fastapi.testclient import TestClient
+    from mlflow.pyfunc.scoring_server import init
+
+    settings = RegistrySettings(name="scored")
+    version = registry_stages.register(merged.model, metrics=merged.metrics, settings=settings)
+    model = mlflow.pyfunc.load_model(f"models:/scored/{version.summary.version}")
+    return TestClient(init(model))
+
+
+def invoke(scoring: "TestClient", content: dict[str, Any]) -> Any:
+    """Status and content of the answer."""
+    headers = {"Content-Type": "application/json"}
+    answer = scoring.post("/invocations", content=json.dumps(content), headers=headers)
+    return answer.status_code, answer.json()
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ({"dataframe_records": [{"text": FILM}, {"text": "dull"}], **SST2}, 2),
+        ({"dataframe_records": [{"text": FILM, "text_pair": None}], **SST2}, 1),
+        ({"dataframe_records": [{"text": FILM, "task": "sst2"}]}, 1),
+        ({"dataframe_split": {"columns": ["text"], "data": [[FILM]], "index": [7]}, **SST2}, 1),
+        ({"inputs": {"text": [FILM, "dull"]}, **SST2}, 2),
+        ({"inputs": {"text": FILM}, **SST2}, 1),
+        ({"inputs": [{"text": FILM}, {"text": "dull"}], **SST2}, 2),
+        ({"instances": [{"text": FILM}, {"text": "dull"}], **SST2}, 2),
+        ({"inputs": [{"text": FILM}, {"text": PAIR}], "params": {"task": "*"}}, 3),
+        ({"dataframe_records": [{"text": PAIR}], **MRPC}, 1),
+        ({"dataframe_records": [{"text": PAIR[0], "text_pair": PAIR[1]}], **MRPC}, 1),
+        ({"dataframe_split": {"columns": ["text", "text_pair"], "data": [PAIR]}, **MRPC}, 1),
+        ({"inputs": {"text": PAIR}, **MRPC}, 1),
+        ({"inputs": {"text": [PAIR, PAIR]}, **MRPC}, 2),
+        ({"inputs": COLUMNS, **MRPC}, 1),
+        ({"instances": [{"text": PAIR}, {"text": PAIR}], **MRPC}, 2),
+        ({"dataframe_split": {"columns": ["text"], "data": []}, **SST2}, 0),
+    ],
+)
+def test_every_form_of_a_request_is_understood(
+    content: dict[str, Any], texts: int, scoring: "TestClient", merged: Merged
+) -> None:
+    status, answer = invoke(scoring, content)
+    assert (status, len(answer["predictions"])) == (200, texts), answer
+    if texts:
+        is_pair = content.get("params") == MRPC["params"]
+        task, given = ("mrpc", PAIR) if is_pair else ("sst2", [FILM])
+        expected = predict(merged.model, *given, task=task)
+        assert answer["predictions"][0]["label"] == expected.label
+        shares = answer["predictions"][0]["probabilities"]
+        assert shares == pytest.approx(expected.probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize("text", [None, 1, 1.5, True, {"a": 1}, [], [None], [1, 2], ["a"] * 3])
+@pytest.mark.parametrize("form", ["records", "split", "inputs", "instances"])
+def test_what_is_not_a_text_is_a_bad_request(form: str, text: Any, scoring: "TestClient") -> None:
+    contents: dict[str, Any] = {
+        "records": {"dataframe_records": [{"text": "fine"}, {"text": text}]},
+        "split": {"dataframe_split": {"columns": ["text"], "data": [["fine"], [text]]}},
+        "inputs": {"inputs": {"text": ["fine", text]}},
+        "instances": {"instances": [{"text": text}, {"text": text}]},
+    }
+    status, answer = invoke(scoring, {**contents[form], **SST2})
+    assert (status, "stack_trace" in answer) == (400, False), answer
+    if form != "instances":
+        assert "row 1: text is " in answer["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            {"dataframe_records": [{"text": "a"}], "params": {"task": "rte"}},
+            "not one of mrpc, sst2",
+        ),
+        ({"dataframe_records": [{"text": "a"}]}, "task '' is not one of mrpc, sst2, stsb"),
+        ({"dataframe_records": [{"text": "a"}], **MRPC}, "row 0: task mrpc takes pairs"),
+        ({"dataframe_records": [{"txt": "a"}], **SST2}, "missing inputs ['text']"),
+        ({"inputs": ["a", "b"], **SST2}, "missing inputs ['text']"),
+        ({"dataframe_records": [{"text": "\ud800"}], **SST2}, "surrogates not allowed"),
+    ],
+)
+def test_a_mistake_is_a_bad_request(
+    content: dict[str, Any], problem: str, scoring: "TestClient"
+) -> None:
+    status, answer = invoke(scoring, content)
+    assert (status, "stack_trace" in answer) == (400, False), answer
+    assert problem in answer["message"]
+
+
+def test_a_table_in_parquet_is_answered(scoring: "TestClient") -> None:
+    content = pd.DataFrame({"text": [[FILM], PAIR], "task": ["sst2", "*"]}).to_parquet()
+    headers = {"Content-Type": "application/vnd.apache.parquet"}
+    answer = scoring.post("/invocations", content=content, headers=headers).json()["predictions"]
+    tasks = [(row["row"], row["task"]) for row in answer]
+    assert tasks == [(0, "sst2"), (1, "mrpc"), (1, "stsb")]
+
+
 @pytest.mark.slow
 def test_a_version_is_served_to_curl(register: Register, merged: Merged, store: str) -> None:
     register()
@@ -276,10 +368,12 @@ def test_a_version_is_served_to_curl(register: Register, merged: Merged, store: 
         assert set(other["probabilities"]) == {"negative", "positive"}
         assert answer["label"] == expected.label
         assert answer["score"] == pytest.approx(expected.score, abs=1e-5)
-        pair = {"text": "a warm film", "text_pair": "a cold film"}
-        answer = ask(address, dataframe_records=[pair], params={"task": "mrpc"})[0]
-        assert answer["label"] in ("equivalent", "not_equivalent")
+        pair = {"text": ["a warm film", "a cold film"]}
+        answer = ask(address, dataframe_records=[pair], params={"task": "*"})
+        assert [row["task"] for row in answer] == ["mrpc", "stsb"]
         with pytest.raises(urllib.error.HTTPError) as refused:
-            ask(address, dataframe_records=texts, params={"task": "rte"})
+            ask(address, dataframe_records=[*texts, {"text": None}], params={"task": "sst2"})
         assert refused.value.code == 400
-        assert "not one of mrpc, sst2, stsb" in refused.value.read().decode()
+        body = refused.value.read().decode()
+        assert "row 2: text is null" in body
+        assert "Traceback" not in body

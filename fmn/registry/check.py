@@ -1,0 +1,173 @@
+"""Whether a served model answers as the merged model did when it was evaluated. Knows no MLflow."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fmn.errors import UserError
+from fmn.evaluate.files import Metrics, read_predictions
+from fmn.evaluate.metrics import Answers, answers
+from fmn.models import labels
+from fmn.store import artifacts, stage
+from fmn.tasks import dataset
+from fmn.tasks.task import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROWS, SEED = 32, 0  # so many rows of each task are compared, drawn by this seed
+TOLERANCE = 1e-4  # of a probability; of a value, relative to it where it is above one
+COARSE = 0.05  # the same, where the model was evaluated in bfloat16
+# Compared where no rows are at hand, alone or with the next one.
+SENTENCES = (
+    "A warm and funny film.",
+    "The plot makes no sense at all, and the second half is far too long.",
+    "How do I change my password?",
+    "Shares fell by 3.5 % on Monday, after the company had warned of a loss of $20 million.",
+    "no",
+)
+
+Serve = Callable[["pd.DataFrame", str], "pd.DataFrame"]
+"""The served model: answers (label, labels, score, probabilities) of a table for a task."""
+
+
+class Sample(NamedTuple):
+    """Texts of a task, a column for each of an example's texts, and the merged model's answers."""
+
+    task: Task
+    rows: Sequence[str]  # what messages call them
+    texts: Sequence[Sequence[str]]
+    answers: Answers
+
+
+def check_served(
+    serve: Serve,
+    model: Path,
+    file: Path,
+    metrics: Metrics,
+    tasks: Mapping[str, Task],
+    data: Path | None,
+) -> None:
+    """Refuse a served model that answers otherwise than the merged model was evaluated.
+
+    Args:
+        serve: the served model.
+        model: the merged model's folder.
+        file: its metrics file, with the predictions beside it.
+        metrics: the content of that file.
+        tasks: the model's tasks by name.
+        data: the rows that the metrics are of. Without it, and for tasks without labels, the merged
+            model itself answers a few sentences.
+
+    Raises:
+        UserError: names the first task and row with another answer; or `data` are other rows.
+    """
+    import pandas as pd
+
+    sidecar = stage.read_sidecar(file)
+    dtype = (sidecar.settings if sidecar else {}).get("evaluate", {}).get("dtype", "float32")
+    predictions = read_predictions(file) if data else {}
+    for task in tasks.values():
+        tolerance = TOLERANCE
+        if data and task.name in predictions:
+            answered = predictions[task.name]
+            split, expected = next(iter(getattr(answered, "splits", answered).items()))
+            sample = _evaluated(task, split, expected, metrics, data)
+            tolerance = TOLERANCE if dtype in ("float32", "float64") else COARSE
+        else:
+            sample = _sentences(task, model)
+        columns = zip(("text", "text_pair"), sample.texts, strict=False)
+        served = serve(pd.DataFrame(dict(columns)), task.name).to_dict("records")
+        scores = getattr(sample.answers, "scores", None)
+        for n, (row, answer) in enumerate(zip(sample.rows, served, strict=True)):
+            predicted = sample.answers.predicted[n]
+            expected_scores = None if scores is None else scores[n]
+            if not same(sample.task, answer, predicted, expected_scores, tolerance):
+                raise UserError(
+                    f"{model}: task {task.name}, {row}: the served model answers"
+                    f" {_served_words(answer)}, in evaluation it was"
+                    f" {_words(sample.task, predicted, expected_scores)}; evaluate it again with"
+                    " `fmn evaluate`. Nothing was registered"
+                )
+
+
+def _evaluated(task: Task, split: str, expected: Answers, metrics: Metrics, data: Path) -> Sample:
+    """A sample of the rows that the metrics are of, with the answers to them."""
+    from fmn.tasks import batches
+
+    files = dataset.split_files(data, task, split)
+    digest = artifacts.digest_bytes("".join(map(artifacts.digest_file, files)).encode())
+    if digest != metrics.data[task.name].splits[split]:
+        problem = f"not the rows of {task.name} that the metrics are of"
+        raise UserError(f"{files[0]}: {problem}; give the --data of `fmn evaluate`")
+    table = dataset.read_split(data, task, split)
+    rows = np.sort(batches.select(np.zeros(table.num_rows), ROWS, SEED))
+    texts = [table[column].take(rows).to_pylist() for column in task.text_columns]
+    taken = Answers(*(None if part is None else part[rows] for part in expected))
+    return Sample(task, [f"{split} row {row}" for row in rows], texts, taken)
+
+
+def _sentences(task: Task, model: Path) -> Sample:
+    """The built-in sentences, as the merged model answers them now."""
+    import pyarrow as pa
+
+    from fmn.models.predict import predict
+
+    classifier, tokenizer, complete, _ = labels.load_expert(
+        model / "tasks" / task.name, task, None, "cpu"
+    )
+    texts = [SENTENCES, (*SENTENCES[1:], SENTENCES[0])][: len(task.text_columns)]
+    table = pa.table(dict(zip(task.text_columns, texts, strict=True)))
+    logits = predict(
+        classifier, dataset.tokenize(tokenizer, task, table), device="cpu", dtype="float32"
+    )
+    rows = [f"the text {text!r}" for text in SENTENCES]
+    return Sample(complete, rows, texts, answers(complete, logits, np.zeros(len(rows), np.int64)))
+
+
+def same(
+    task: Task, served: Mapping[Any, Any], predicted: Any, scores: Any, tolerance: float = TOLERANCE
+) -> bool:
+    """Whether an answer of the served model is the one that was evaluated.
+
+    Args:
+        task: the task.
+        served: the answer (label, labels, score, probabilities).
+        predicted: a class id, a value, or 0 and 1 by label [C].
+        scores: the probabilities [C], or None if they are not known.
+        tolerance: of probabilities. Labels may differ where it decides between them.
+    """
+    if task.regression:
+        return bool(abs(served["score"] - predicted) <= tolerance * max(1.0, abs(predicted)))
+    if set(served["probabilities"]) != set(task.labels):
+        return False
+    shares = served["probabilities"]
+    pairs = zip(task.labels, () if scores is None else scores, strict=scores is not None)
+    if any(abs(shares[name] - share) > tolerance for name, share in pairs):
+        return False
+    differing = [shares[name] for name in {*served["labels"]} ^ {*_names(task, predicted)}]
+    if task.multi_label:
+        return all(abs(share - task.threshold) <= tolerance for share in differing)
+    return not differing or bool(max(differing) - min(differing) <= tolerance)
+
+
+def _names(task: Task, predicted: Any) -> list[str]:
+    """The labels that a class id, or 0 and 1 by label, stands for."""
+    chosen = np.flatnonzero(predicted) if task.multi_label else [int(predicted)]
+    return [task.labels[label] for label in chosen]
+
+
+def _words(task: Task, predicted: Any, scores: Any) -> str:
+    """An answer of the evaluation, for a message."""
+    if task.regression:
+        return f"{predicted:.6g}"
+    score = "" if scores is None else f" ({np.max(scores):.4f})"
+    return f"{', '.join(_names(task, predicted)) or 'no label'}{score}"
+
+
+def _served_words(answer: Mapping[Any, Any]) -> str:
+    if not answer["probabilities"]:
+        return f"{answer['score']:.6g}"
+    return f"{answer['label'] or 'no label'} ({answer['score']:.4f})"

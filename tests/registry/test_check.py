@@ -1,0 +1,158 @@
+"""A model is served only if it answers as it was evaluated."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from fmn.errors import UserError
+from fmn.evaluate.files import predictions_path, read_metrics
+from fmn.evaluate.stages import EvaluateSettings, evaluate
+from fmn.registry import tracking
+from fmn.registry.check import Serve, check_served, same
+from fmn.tasks.task import Columns, Task, get_task
+from tests.conftest import TASKS
+from tests.registry.conftest import Merged, merge_and_evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
+
+DEFINITIONS = {name: get_task(name) for name in TASKS}
+COLUMNS = Columns(text="text")
+COLOUR = Task(name="colour", columns=COLUMNS, labels=("red", "green", "blue"))
+TAGS = COLOUR.model_copy(update={"problem_type": "multi_label_classification", "threshold": 0.4})
+PRICE = COLOUR.model_copy(update={"problem_type": "regression", "labels": ()})
+
+
+def served(scores: list[float], *labels: str) -> dict[str, Any]:
+    shares = dict(zip(COLOUR.labels, scores, strict=True))
+    return {"labels": [*labels], "label": ", ".join(labels), "probabilities": shares}
+
+
+CLOSE = [0.4, 0.40005, 0.19995]
+
+
+@pytest.mark.parametrize(
+    ("answer", "predicted", "scores", "is_same"),
+    [
+        (served([0.7, 0.2, 0.1], "red"), 0, [0.7, 0.2, 0.1], True),
+        (served([0.7, 0.2, 0.1], "red"), 0, [0.69995, 0.20005, 0.1], True),
+        (served([0.7, 0.2, 0.1], "red"), 0, [0.6998, 0.2002, 0.1], False),
+        (served([0.7, 0.2, 0.1], "red"), 1, [0.7, 0.2, 0.1], False),
+        (served([0.7, 0.2, 0.1], "green"), 0, None, False),
+        (served(CLOSE, "green"), 0, CLOSE, True),
+        (served(CLOSE, "green"), 2, CLOSE, False),
+        (served([0.7, 0.2, 0.1], "red") | {"probabilities": {"LABEL_0": 1.0}}, 0, None, False),
+    ],
+)
+def test_a_label_may_differ_only_where_two_are_as_probable(
+    answer: Mapping[str, Any], predicted: int, scores: list[float] | None, is_same: bool
+) -> None:
+    assert same(COLOUR, answer, predicted, scores and np.array(scores)) == is_same
+
+
+@pytest.mark.parametrize(
+    ("answer", "predicted", "is_same"),
+    [
+        (served([0.9, 0.1, 0.5], "red", "blue"), [1, 0, 1], True),
+        (served([0.1, 0.1, 0.1]), [0, 0, 0], True),
+        (served([0.9, 0.1, 0.5], "red", "blue"), [1, 0, 0], False),
+        (served([0.9, 0.1, 0.40005], "red", "blue"), [1, 0, 0], True),
+        (served([0.9, 0.1, 0.39995], "red"), [1, 0, 1], True),
+        (served([0.9, 0.1, 0.399], "red"), [1, 0, 1], False),
+    ],
+)
+def test_a_label_of_several_may_differ_only_at_the_threshold(
+    answer: Mapping[str, Any], predicted: list[int], is_same: bool
+) -> None:
+    assert same(TAGS, answer, np.array(predicted), None) == is_same
+
+
+@pytest.mark.parametrize(
+    ("value", "predicted", "is_same"),
+    [(0.5, 0.50009, True), (0.5, 0.5002, False), (800, 800.07, True), (-800, -800.1, False)],
+)
+def test_a_value_may_differ_by_rounding(value: float, predicted: float, is_same: bool) -> None:
+    assert same(PRICE, {"score": value}, predicted, None) == is_same
+
+
+def serve(model: Path, folder: Path) -> Serve:
+    """A merged model as it is served, without MLflow's store."""
+    from fmn.registry.served import MergedModel
+
+    tracking.pack(model, DEFINITIONS, folder)
+    loaded = MergedModel()
+    loaded.load_context(SimpleNamespace(artifacts={"merged": str(folder)}))  # type: ignore[arg-type]
+    return lambda table, task: loaded.predict(None, table, {"task": task})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def own(merged: Merged, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """The merged model, as it is served."""
+    return serve(merged.model, tmp_path_factory.mktemp("own") / "packed")
+
+
+def check(serve: Serve, merged: Merged, data: Path | None, metrics: Path | None = None) -> None:
+    file = metrics or merged.metrics
+    check_served(serve, merged.model, file, read_metrics(file), DEFINITIONS, data)
+
+
+def test_a_model_that_answers_as_evaluated_passes(
+    own: Serve, merged: Merged, tiny_work: Path
+) -> None:
+    check(own, merged, tiny_work / "data")
+    check(own, merged, None)
+
+
+def test_a_model_that_was_evaluated_in_bfloat16_passes(
+    own: Serve, merged: Merged, tiny_work: Path, tmp_path: Path
+) -> None:
+    half = EvaluateSettings(device="cpu", dtype="bfloat16")
+    metrics = tmp_path / "half.json"
+    evaluate(merged.model, data=tiny_work / "data", out=metrics, settings=half)
+    check(own, merged, tiny_work / "data", metrics)
+
+
+def test_another_model_is_refused_with_its_task_and_text(
+    merged: Merged, tiny_work: Path, tmp_path: Path
+) -> None:
+    other = merge_and_evaluate(tiny_work, tmp_path, "ties")
+    served = serve(other.model, tmp_path / "packed")
+    for data in (tiny_work / "data", None):
+        place = "validation row [0-9]+" if data else "the text '.*'"
+        problem = f"{place}: the served model answers .*, in evaluation it was .*; evaluate it"
+        with pytest.raises(UserError, match=f"^{merged.model}: task (mrpc|sst2|stsb), {problem}"):
+            check(served, merged, data)
+
+
+def test_a_task_without_predictions_is_compared_on_sentences(
+    own: Serve, merged: Merged, tiny_work: Path, tmp_path: Path
+) -> None:
+    metrics, texts = tmp_path / "metrics.json", []
+    shutil.copy(merged.metrics, metrics)
+    table = pq.read_table(predictions_path(merged.metrics))
+    others = table.filter(pc.not_equal(table["task"], "sst2"))
+    pq.write_table(others, predictions_path(metrics))
+
+    def watched(table: pd.DataFrame, task: str) -> pd.DataFrame:
+        texts.append((task, table["text"].iloc[0]))
+        return own(table, task)
+
+    check(watched, merged, tiny_work / "data", metrics)
+    assert [task for task, text in texts if text == "A warm and funny film."] == ["sst2"]
+
+
+def test_other_rows_than_the_metrics_are_of_are_refused(
+    own: Serve, merged: Merged, tiny_work: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(tiny_work / "data", tmp_path / "data"))
+    file = data / "mrpc" / "validation.parquet"
+    pq.write_table(pq.read_table(file).slice(1), file)
+    with pytest.raises(UserError, match=f"{file}: not the rows of mrpc that the metrics are of"):
+        check(own, merged, data)
