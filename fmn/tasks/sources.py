@@ -32,6 +32,7 @@ OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # beside rows, and
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes: several splits, or one
 VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that there is
 _HUB_NAME = re.compile(r"(?:hf://)?(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)")
+_NAME = re.compile(r"[\w. -]+")  # of a split, and of its file
 _SHARD = re.compile(r"-\d+(-of-\d+)?$")
 
 
@@ -171,7 +172,7 @@ def _splits_of_folder(root: str, path: str, system: "AbstractFileSystem") -> Spl
             f" rows are read from {endings}"
         )
     for split, files in splits.items():
-        if len({file.format for file in files}) > 1:
+        if len({_suffix(file.name) for file in files}) > 1:
             listed = " and ".join(file.name for file in files)
             raise UserError(f"{root}: {listed} are both {split}; say data_files: {{{split}: FILE}}")
     return splits
@@ -179,21 +180,23 @@ def _splits_of_folder(root: str, path: str, system: "AbstractFileSystem") -> Spl
 
 def _matching(root: str, pattern: str, builder: str) -> list[File]:
     """The files that an entry of `data_files` names, relative to the root."""
-    is_whole = "://" in pattern or pattern.startswith("/") or root in ("", ".")
-    name = pattern if is_whole else f"{root.rstrip('/')}/{pattern}"
+    is_whole = "://" in pattern or pattern.startswith("/")
+    prefix = "" if is_whole or root in ("", ".") else f"{root.rstrip('/')}/"
+    name = f"{prefix}{pattern}"
     system, path = _open(name)
     if system.isfile(path):
         return [_file(name, path, system, builder)]
+    base = "" if is_whole else f"{_open(root)[1]}/"
+    paths: list[str] = []
     if glob.has_magic(pattern):
-        base = "" if is_whole else _open(root)[1]
-        full = f"{glob.escape(base)}/{pattern}" if base else path
-        found = [each for each in sorted(system.glob(full)) if system.isfile(each)]
-        if found:
-            return [
-                _file(each.replace(base, root, 1) if base else each, each, system, builder)
-                for each in found
-            ]
-    raise UserError(f"{name}: no such file{_what_there_is(system, path)}")
+        matching = system.glob(path if is_whole else f"{glob.escape(base)}{pattern}")
+        paths = [each for each in sorted(matching) if system.isfile(each)]
+    if not paths:
+        raise UserError(f"{name}: no such file{_what_there_is(system, path)}")
+    names = [f"{prefix}{each.removeprefix(base)}" for each in paths]
+    if "://" in pattern:
+        names = [system.unstrip_protocol(each) for each in paths]
+    return [_file(name, path, system, builder) for name, path in zip(names, paths, strict=True)]
 
 
 def _open(url: str) -> "tuple[AbstractFileSystem, str]":
@@ -285,6 +288,10 @@ def choose_splits(
         return train, guess(others, VALIDATION)
     if train in wanted:
         raise UserError(f"{place}: {train} is for training and validation; say validation_size")
+    if wrong := [split for split in wanted if split == "train" or not _NAME.fullmatch(split)]:
+        raise UserError(
+            f"{place}: a validation split cannot be called {wrong[0]!r}; name it in data_files"
+        )
     if missing := [split for split in wanted if split not in others]:
         raise UserError(f"{place}: no split {missing[0]}; {there}{hint(missing[0], splits)}")
     return train, list(dict.fromkeys(wanted))
