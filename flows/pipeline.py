@@ -99,7 +99,7 @@ def run_nodes(nodes: Sequence[Node]) -> Outcomes:
         scores = [
             f"{name} {100 * outcome.summary.score:.1f}"
             for (_, name), outcome in outcomes.items()
-            if outcome.stage == "evaluate"
+            if outcome.stage == "evaluate" and outcome.summary.score is not None
         ]
         finished = f"; finished, in percent: {', '.join(scores)}" if scores else ""
         raise UserError("; ".join(failures) + finished)
