@@ -6,7 +6,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import getsourcefile
 from pathlib import Path
@@ -17,7 +17,7 @@ from fmn.errors import UserError, hint
 from fmn.evaluate.stages import evaluate
 from fmn.fisher.stages import fisher, gram
 from fmn.merge.stages import MergeSettings, merge, realign
-from fmn.models.stages import fetch, finetune
+from fmn.models.stages import FetchSettings, fetch, finetune
 from fmn.params import Params
 from fmn.registry.stages import register
 from fmn.report.stages import report
@@ -47,7 +47,8 @@ class Row:
         names: the names.
         out: its output; ``{name}`` and ``{folder}`` stand for a name and its folder.
         reads: its arguments that are paths, in the same way.
-        section: the section of the settings that is its argument `settings`, or `source`.
+        section: the section of the settings that is its argument `settings`.
+        values: its other arguments that are in the settings, and where.
         is_task: whether the names are tasks that the function takes as an argument.
     """
 
@@ -57,10 +58,11 @@ class Row:
     out: str
     reads: Reads
     section: str = ""
+    values: Mapping[str, str] = field(default_factory=dict)
     is_task: bool = False
 
 
-EXPERTS, ONCE = "experts.tasks", {"": ""}
+EXPERTS, LABELLED, ONCE = "experts.tasks", "labelled", {"": ""}
 # Beside the merge that is asked for stand two bounds: nothing merged, and what everybody tries
 # first. The folder of the first is not called base, as that is where the base itself lies.
 MERGES = {"base": "base-heads", "average": "average", "merged": "merged"}
@@ -76,6 +78,7 @@ EXPERT_METRICS, METRICS = "metrics/experts/{name}.json", "metrics/{name}.json"
 ALL_EXPERTS, ALL_FISHER = Each(EXPERT, (EXPERTS,)), Each(FISHER, (EXPERTS,))
 
 NOTHING: Reads = {}
+ROWS = {"data": DATA}
 BASE_AND_DATA = {"base": "base", "data": DATA}
 EXPERT_AND_DATA = {"checkpoint": EXPERT, "data": DATA}
 ONE_MODEL = {"model": EXPERT, "data": DATA}
@@ -90,24 +93,29 @@ MERGED_AND_EXPERTS: Reads = {"model": "merged", "experts": ALL_EXPERTS, "data": 
 ALL_RESULTS: Reads = {
     "merged": Each(METRICS, MODELS),
     "models": Each("{folder}", MODELS),
-    "experts": Each(EXPERT_METRICS, (EXPERTS,)),
+    "experts": Each(EXPERT_METRICS, (LABELLED,)),
     "fisher": ALL_FISHER,
 }
 MERGED_AND_REPORT = {
     "model": "merged",
     "metrics": "metrics/merged.json",
+    "data": "data",
     "report": "report",
     "card": "report/cards/merged.md",
 }
 
+FROM_BASE = {"source": "base"}
+FROM_SOURCE = {"source": "sources.{name}.source"}
+DEFINITION = {"definition": "tasks.{name}"}
+
 PIPELINE = (
-    Row("fetch-base", fetch, ONCE, "base", NOTHING, "base"),
-    Row("fetch", fetch, "sources", EXPERT, NOTHING, "sources.{name}"),
-    Row("data", data, EXPERTS, DATA, NOTHING, "data", is_task=True),
+    Row("fetch-base", fetch, ONCE, "base", NOTHING, values=FROM_BASE),
+    Row("data", data, EXPERTS, DATA, NOTHING, "data", DEFINITION, is_task=True),
+    Row("fetch", fetch, "sources", EXPERT, ROWS, "sources.{name}", FROM_SOURCE, is_task=True),
     Row("finetune", finetune, "finetune", EXPERT, BASE_AND_DATA, "finetune.{name}", is_task=True),
     Row("fisher", fisher, EXPERTS, FISHER, EXPERT_AND_DATA, "fisher", is_task=True),
     Row("gram", gram, "gram", GRAM, EXPERT_AND_DATA, "gram.{name}", is_task=True),
-    Row("evaluate-expert", evaluate, EXPERTS, EXPERT_METRICS, ONE_MODEL, "evaluate", is_task=True),
+    Row("evaluate-expert", evaluate, LABELLED, EXPERT_METRICS, ONE_MODEL, "evaluate", is_task=True),
     Row("merge", merge, MERGES, "{folder}", ALL_STATISTICS, "merge"),
     Row("evaluate", evaluate, MERGES, METRICS, MODEL_AND_DATA, "evaluate"),
     Row("realign", realign, "realign", "{folder}", MERGED_AND_EXPERTS, "realign.{name}"),
@@ -150,11 +158,12 @@ def _row_nodes(row: Row, settings: Params, profile: Path) -> Iterator[Node]:
         arguments: dict[str, Any] = {"out": work / row.out.format(name=name, folder=folder)}
         for argument, template in row.reads.items():
             arguments[argument] = _paths(template, settings, name, folder)
-        if row.section:
-            argument = "source" if row.function is fetch else "settings"
-            arguments[argument] = _section(settings, row.section.format(name=name))
+        for argument, section in _sections(row, name).items():
+            arguments[argument] = _section(settings, section)
         if row.name == "merge" and name in BOUNDS:
             arguments["settings"] = BOUNDS[name]
+        if row.name == "fetch":
+            arguments["settings"] = FetchSettings(labels=arguments["settings"].labels)
         if row.function is evaluate and row.is_task:
             arguments["tasks"] = [name]
         elif row.is_task:
@@ -164,26 +173,36 @@ def _row_nodes(row: Row, settings: Params, profile: Path) -> Iterator[Node]:
         yield Node(row.name, name, row.function, arguments)
 
 
+def _sections(row: Row, name: str) -> dict[str, str]:
+    """Where the settings have a stage's arguments."""
+    sections = {"settings": row.section, **row.values} if row.section else row.values
+    return {argument: section.format(name=name) for argument, section in sections.items()}
+
+
 def _section(settings: Params, path: str) -> Any:
-    """A section of the settings, or an entry of one."""
-    name, _, entry = path.partition(".")
-    section = getattr(settings, name)
-    if not entry:
-        return section
-    return section[entry] if isinstance(section, Mapping) else getattr(section, entry)
+    """A section of the settings, or what stands in it; None for an entry that is not there."""
+    value: Any = settings
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part)
+    return value
 
 
-def find_node(settings: Params, profile: Path, stage: str, name: str) -> Node:
-    """One node of a settings file; UserError where it has none of this name."""
+def find_nodes(settings: Params, profile: Path, stage: str, name: str = "") -> list[Node]:
+    """A stage of a settings file for one of its names, or for all of them.
+
+    Raises:
+        UserError: the pipeline has no such stage, or the stage no such name.
+    """
     listed = nodes(settings, profile)
-    for node in listed:
-        if (node.stage, node.name) == (stage, name):
-            return node
-    names = sorted({node.name for node in listed if node.stage == stage} - {""})
-    if names:
-        raise UserError(f"stage {stage}: give one of its names: {', '.join(names)}")
-    known = list(dict.fromkeys(node.stage for node in listed))
-    raise UserError(f"stage {stage}: {profile} has {', '.join(known)}{hint(stage, known)}")
+    of_stage = [node for node in listed if node.stage == stage]
+    if not of_stage:
+        known = list(dict.fromkeys(node.stage for node in listed))
+        raise UserError(f"stage {stage}: {profile} has {', '.join(known)}{hint(stage, known)}")
+    chosen = [node for node in of_stage if name in ("", node.name)]
+    if not chosen:
+        names = ", ".join(node.name for node in of_stage)
+        raise UserError(f"stage {stage}: give one of its names: {names}")
+    return chosen
 
 
 def needs(node: Node, listed: Iterable[Node]) -> list[Node]:
@@ -253,6 +272,7 @@ def dvc_yaml() -> str:
     stages: dict[str, Any] = {
         "settings": {
             "cmd": "fmn stage settings",
+            "always_changed": True,  # local data files may have changed
             "deps": ["params.yaml"],
             "outs": _dvc_outs([settings_file, f"{settings_file}.fmn.json"], is_cached=False),
         }
@@ -273,43 +293,53 @@ def dvc_yaml() -> str:
 
 
 def _dvc_stage(row: Row, settings_file: str) -> dict[str, Any]:
-    if isinstance(row.names, str):
-        name = folder = "${item}" if row.names == EXPERTS else "${key}"
-        foreach: Any = f"${{{row.names}}}"
-    else:
-        name, folder, foreach = "${key}", "${item}", dict(row.names)
-    fill = partial(str.format, name=name, folder=folder)
+    foreach, name, fill = _dvc_names(row)
     source = Path(getsourcefile(row.function) or "").resolve()
     module = source.relative_to(Path(__file__).resolve().parents[1]).as_posix()
-    sections = [fill(row.section)] if row.section else []
-    if any(isinstance(template, Each) for template in row.reads.values()):
+    sections = _outermost(_sections(row, name).values(), ".")
+    if row.names == LABELLED or any(isinstance(template, Each) for template in row.reads.values()):
         sections.append("experts")
-    body: dict[str, Any] = {
-        "cmd": f"fmn stage {row.name}" + ("" if row.names == ONCE else f" {name}")
-    }
+    body: dict[str, Any] = {"cmd": f"fmn stage {row.name} {name}".strip()}
     if row.name == "fetch":  # a source may float: every repro looks where it stands
         body["always_changed"] = True
-    if deps := _dvc_deps(row, fill):
+    paths = [
+        fill(template) if isinstance(template, str) else _folder(template.path)
+        for template in row.reads.values()
+    ]
+    if deps := [f"${{work}}/{path}" for path in _outermost(filter(None, paths), "/")]:
         body["deps"] = deps
     body["params"] = [{settings_file: sections}, {module: [row.function.__name__.upper()]}]
-    outs = [row.out, *([f"{row.out}.fmn.json"] if Path(row.out).suffix else [])]
-    if row.function is evaluate:
-        outs.append(row.out.replace(".json", ".predictions.parquet"))
+    outs = [fill(row.out)]
+    if Path(outs[0]).suffix:
+        outs.append(f"{outs[0]}.fmn.json")
+        if row.function is evaluate:
+            outs.append(outs[0].replace(".json", ".predictions.parquet"))
     is_cached = row.function not in (fetch, merge, realign, register)
-    body["outs"] = _dvc_outs([f"${{work}}/{fill(path)}" for path in outs], is_cached)
-    return body if row.names == ONCE else {"foreach": foreach, "do": body}
+    body["outs"] = _dvc_outs([f"${{work}}/{path}" for path in outs], is_cached)
+    return {"foreach": foreach, "do": body} if foreach else body
 
 
-def _dvc_deps(row: Row, fill: Callable[[str], str]) -> list[str]:
-    """What a stage reads: a path, or the folder of what it reads of every name."""
-    paths: list[str] = []
-    for template in row.reads.values():
-        if isinstance(template, str):
-            paths.append(fill(template))
-        elif folder := template.path.partition("{")[0].rstrip("/"):
-            paths.append(folder)
-    outermost = [path for path in paths if not any(path.startswith(f"{p}/") for p in paths)]
-    return [f"${{work}}/{path}" for path in dict.fromkeys(outermost)]
+def _dvc_names(row: Row) -> tuple[Any, str, Callable[[str], str]]:
+    """What DVC repeats a stage for, what the name is there, and what fills in a path."""
+    if row.names == ONCE:
+        return None, "", str
+    if row.names == LABELLED:  # which params.yaml does not list: one stage for all names
+        return None, "", _folder
+    if isinstance(row.names, str):
+        name = "${item}" if row.names == EXPERTS else "${key}"
+        return f"${{{row.names}}}", name, partial(str.format, name=name, folder=name)
+    return dict(row.names), "${key}", partial(str.format, name="${key}", folder="${item}")
+
+
+def _folder(template: str) -> str:
+    """The folder of the paths of all names; "" if it is `work`."""
+    return template.partition("{")[0].rstrip("/")
+
+
+def _outermost(paths: Iterable[str], separator: str) -> list[str]:
+    """Paths, each once, without those that lie in another."""
+    listed = list(dict.fromkeys(paths))
+    return [path for path in listed if not any(path.startswith(p + separator) for p in listed)]
 
 
 def _dvc_outs(paths: Iterable[str], is_cached: bool) -> list[Any]:

@@ -62,7 +62,8 @@ def run_node(node: Node) -> Outcome[Any]:
     line = f"{outcome.stage:<9} {node.name or node.stage:<12} {seconds}"
     get_run_logger().info(line)
     say(line)
-    for note in getattr(getattr(outcome.summary, "labels", None), "notes", ()):
+    notes = getattr(getattr(outcome.summary, "labels", None), "notes", ())  # of a fetched expert
+    for note in (*notes, *getattr(outcome.summary, "warnings", ())):  # of a task's rows
         get_run_logger().warning(note)
         say(note)
     return outcome
@@ -98,7 +99,7 @@ def run_nodes(nodes: Sequence[Node]) -> Outcomes:
         scores = [
             f"{name} {100 * outcome.summary.score:.1f}"
             for (_, name), outcome in outcomes.items()
-            if outcome.stage == "evaluate"
+            if outcome.stage == "evaluate" and outcome.summary.score is not None
         ]
         finished = f"; finished, in percent: {', '.join(scores)}" if scores else ""
         raise UserError("; ".join(failures) + finished)

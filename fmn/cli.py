@@ -381,17 +381,17 @@ def stage(
 
     Args:
         name: the stage, as dvc.yaml calls it
-        of: for which task or model, if the pipeline has several such stages
+        of: for which task or model; default: all
     """
-    from flows.graph import find_node
+    from flows.graph import find_nodes
 
-    node = find_node(params.load(params_file), params_file, name, of)
-    if "progress" not in inspect.signature(node.function).parameters:
-        outcome = node.function(**node.arguments)
-    else:
-        with progress_bar(node.title) as progress:
-            outcome = node.function(**node.arguments, progress=progress)
-    _print_outcome(outcome, as_json, lambda summary: None)
+    for node in find_nodes(params.load(params_file), params_file, name, of):
+        if "progress" not in inspect.signature(node.function).parameters:
+            outcome = node.function(**node.arguments)
+        else:
+            with progress_bar(node.title) as progress:
+                outcome = node.function(**node.arguments, progress=progress)
+        _print_outcome(outcome, as_json, lambda summary: None)
 
 
 @app.command

@@ -9,7 +9,8 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 
@@ -19,15 +20,17 @@ from fmn.experiments.stages import SETS, CompareSettings
 from fmn.fisher.stages import FisherSettings, FullFisherSettings, GramSettings
 from fmn.merge.methods import METHODS
 from fmn.merge.stages import MergeSettings, RealignSettings
-from fmn.models.stages import FinetuneSettings
+from fmn.models.stages import ExpertSource, FinetuneSettings
 from fmn.registry.stages import RegistrySettings
+from fmn.store import artifacts
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, run_stage
 from fmn.store.yaml_file import read_yaml
+from fmn.tasks.sources import local_files
 from fmn.tasks.stages import DataSettings
-from fmn.tasks.task import TASKS, TaskSettings
+from fmn.tasks.task import DEFINITION, TASKS, TaskSettings, task_folder, task_settings
 
-SETTINGS = 1  # version of the stage
+SETTINGS = 2  # version of the stage
 WEBHOOK = "FMN_WEBHOOK"  # environment variable of the webhook's address
 
 
@@ -37,11 +40,8 @@ class ExpertsSettings(Settings):
     @field_validator("tasks")
     @classmethod
     def _check_tasks(cls, tasks: list[str]) -> list[str]:
-        for name in tasks:
-            if name not in TASKS:
-                raise ValueError(f"unknown task {name!r}{hint(name, TASKS)}")
-            if tasks.count(name) > 1:
-                raise ValueError(f"task {name!r} is listed twice")
+        if twice := [name for name in tasks if tasks.count(name) > 1]:
+            raise ValueError(f"task {twice[0]!r} is listed twice")
         return tasks
 
 
@@ -66,11 +66,11 @@ class Params(Settings):
         "data/work", min_length=1, description="folder of everything that a run writes"
     )
     base: str = Field(..., description="the model that the experts were fine-tuned from")
-    experts: ExpertsSettings
     tasks: dict[str, TaskSettings] = Field(
-        default_factory=dict, description="TASK: what it is, if it is not one of GLUE's"
+        default_factory=dict, description="TASK: what it is, unless it is one of GLUE's"
     )
-    sources: dict[str, str] = Field(
+    experts: ExpertsSettings
+    sources: dict[str, ExpertSource] = Field(
         default_factory=dict, description="TASK: where its published expert comes from"
     )
     finetune: dict[str, FinetuneSettings] = Field(
@@ -122,10 +122,23 @@ class Params(Settings):
                 )
         return self
 
+    @field_validator("tasks")
+    @classmethod
+    def _check_task_names(cls, tasks: dict[str, TaskSettings]) -> dict[str, TaskSettings]:
+        for name in tasks:  # also the name of a folder, of a DVC stage and of MLflow's metrics
+            if not re.fullmatch(r"\w[\w-]{0,99}", name):
+                raise ValueError(f"{name!r} must be of letters, digits, underscores and dashes")
+        return tasks
+
     @model_validator(mode="after")
     def _check_tasks(self) -> "Params":
-        tasks = self.experts.tasks
-        for name in tasks:
+        names = self.experts.tasks
+        for name in names:
+            if name not in self.tasks and name not in TASKS:
+                raise ValueError(
+                    f"experts.tasks: there is no task {name!r} in `tasks`, and GLUE has none"
+                    f"{hint(name, [*self.tasks, *TASKS]).rstrip('?')}; describe it under `tasks:`"
+                )
             if (name in self.sources) == (name in self.finetune):
                 raise ValueError(f"task {name!r} must be under either `sources` or `finetune`")
         rows = [
@@ -136,9 +149,40 @@ class Params(Settings):
         ]
         coefficients = self.merge.coefficients
         for name in [*self.sources, *self.finetune, *self.gram, *coefficients, *rows]:
-            if name not in tasks:
+            if name not in names:
                 raise ValueError(
-                    f"{name!r} is not one of experts.tasks ({', '.join(tasks)}){hint(name, tasks)}"
+                    f"{name!r} is not one of experts.tasks ({', '.join(names)}){hint(name, names)}"
+                )
+        return self
+
+    @property
+    def labelled(self) -> list[str]:
+        """The tasks whose rows have labels, so that they can be scored."""
+        tasks = self.tasks
+        return [
+            name
+            for name in self.experts.tasks
+            if name not in tasks or tasks[name].columns.label is not None
+        ]
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "Params":
+        if not self.labelled:
+            raise ValueError(
+                "none of experts.tasks has labels, so no model can be scored; add a task with"
+                " labels, or use `fmn merge`, which needs none"
+            )
+        for name in self.experts.tasks:
+            if name in self.labelled:
+                continue
+            if self.fisher.estimator in ("empirical", "batch"):
+                raise ValueError(
+                    f"fisher.estimator: {self.fisher.estimator} needs labels, which {name} does"
+                    " not have; write `fisher: {estimator: expected}`"
+                )
+            if name in self.finetune:
+                raise ValueError(
+                    f"finetune.{name}: its rows have no labels; name an expert under `sources`"
                 )
         return self
 
@@ -190,7 +234,9 @@ def load(path: Path) -> Params:
 def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
     """Write the settings with every default filled in, as JSON.
 
-    Secrets are left out, and so are the settings that only say where stages run.
+    Each task of the experts is there in full, GLUE's too, with the digests of the local files that
+    its rows come from. Secrets are left out, and so are the settings that only say where stages
+    run.
 
     Args:
         params: the settings file
@@ -198,6 +244,7 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
     """
     settings = load(params)
     content = settings.model_dump(mode="json", exclude={"notify", "runner", "address", "storage"})
+    content["tasks"] = {name: _described(name, settings) for name in settings.experts.tasks}
     text = redacted(json.dumps(content, indent=1))
 
     def compute(job: Job) -> None:
@@ -214,6 +261,19 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
     )
 
 
+def _described(name: str, settings: Params) -> dict[str, Any]:
+    """A task as settings describe it, and the sha256 of every local file that its rows are in."""
+    own = settings.tasks.get(name)
+    if own and own.dataset:
+        files = local_files(own)
+    else:
+        folder = task_folder(Path(settings.data.source), name)
+        files = [*sorted(folder.glob("*.parquet")), folder / DEFINITION]
+    digests = {str(file): artifacts.digest_file(file) for file in files if file.is_file()}
+    definition = own or task_settings(name) or TaskSettings()
+    return {**definition.model_dump(mode="json"), "files": digests}
+
+
 def validate(content: Any, place: str) -> Params:
     """Settings from plain data; UserError names `place` and the setting."""
     try:
@@ -223,23 +283,38 @@ def validate(content: Any, place: str) -> Params:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem that a validation met, in one line."""
-    first = error.errors()[0]
-    setting = ".".join(str(part) for part in first["loc"])
+    """The first problem that a validation met, in one line.
+
+    An unknown setting comes first, as it may be the reason that another is missing.
+    """
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    path, known = _walk(model, [str(part) for part in first["loc"]])
+    setting = ".".join(path)
     if first["type"] == "extra_forbidden":
-        *section, name = first["loc"]
-        return f"{setting}: unknown setting{hint(str(name), _fields(model, section))}"
+        return f"{setting}: unknown setting{hint(path[-1], known)}"
     if first["type"] == "missing":
         return f"{setting}: missing"
+    if first["type"] == "model_type":
+        return f"{setting}: must be a section of settings, NAME: VALUE".removeprefix(": ")
     message = first["msg"].removeprefix("Value error, ")
     return f"{setting}: {message}" if setting else message
 
 
-def _fields(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
-    """The names of the settings in a section."""
-    section = model
-    for part in path:
-        field = section.model_fields.get(str(part))
-        inner = field.annotation if field else FinetuneSettings
-        section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else section
-    return list(section.model_fields)
+def _walk(kind: Any, place: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A place in the settings without what pydantic adds to it, and the names that are known there.
+
+    Pydantic adds which type of several it tried, such as `int` of `int | str`.
+    """
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [option for option in get_args(kind) if option is not type(None)]
+        kind = kinds[0] if len(kinds) == 1 else None
+    if not place or kind is None:
+        return [], []
+    first, *rest = place
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(first)
+        path, known = _walk(field.annotation if field else None, rest)
+        return [first, *path], known or list(kind.model_fields)
+    inner = get_args(kind)[-1] if get_origin(kind) in (dict, list) else None
+    path, known = _walk(inner, rest)
+    return [first, *path], known

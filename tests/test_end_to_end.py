@@ -1,12 +1,15 @@
 """All stages on tiny experts: nothing is computed twice, and nothing that is wrong is used."""
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from transformers import pipeline
 
 from fmn.errors import UserError
 from fmn.evaluate.stages import EvaluateSettings, evaluate
@@ -20,6 +23,7 @@ from fmn.store.stage import Outcome
 from fmn.tasks.stages import DataSettings, data
 from tests.conftest import FISHER, TASKS, TUNING
 from tests.folders import fill
+from tests.projects import OWN_PROFILE, flow, make_own_project, read_rows, repro, write_rows
 
 DATA = DataSettings(source="embedded")
 EVALUATE = EvaluateSettings(device="cpu", dtype="float32")
@@ -202,3 +206,27 @@ def test_a_store_on_a_full_disk_registers_once_when_there_is_room(
             call()
         filler.unlink()
     assert call().summary.version == "1"
+
+
+def test_a_csv_file_and_two_folders_of_experts_are_merged_scored_and_followed(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    assert len(OWN_PROFILE.splitlines()) < 25
+    project = make_own_project(tmp_path / "project", tiny_base)
+    assert "models:/tiny/1" in flow(project)
+    fetched = {"fetch@mood", "fetch@sst2"}  # a source may have moved
+    assert set(repro(project)) == fetched
+
+    rows = read_rows(project / "my rows/second.csv")
+    classify = pipeline("text-classification", str(project / "models/mood"))
+    answers = [answer["label"] for answer in classify([text for text, _ in rows])]
+    accuracy = np.mean([answer == mood for answer, (_, mood) in zip(answers, rows, strict=True)])
+    assert accuracy > 0.5
+    scores = project / "data/tiny/metrics/experts/mood.json"
+    scored = json.loads(scores.read_text())["tasks"]["mood"]
+    assert (scored["accuracy"], scored["examples"]) == (pytest.approx(accuracy), 30)
+
+    write_rows(project / "my rows/second.csv", rows[:20])
+    ran = repro(project, "fisher", "evaluate-expert")
+    assert set(ran) == {*fetched, "data@mood", "fisher@mood", "evaluate-expert"}
+    assert json.loads(scores.read_text())["tasks"]["mood"]["examples"] == 20

@@ -1,6 +1,10 @@
 """params.yaml: what is right is read, what is wrong is named."""
 
+import json
+import re
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 from fmn import params
 from fmn.errors import UserError
 from fmn.fisher.stages import FisherSettings
-from fmn.models.stages import FinetuneSettings
+from fmn.models.stages import ExpertSource, FinetuneSettings
 from tests.conftest import ROOT
 
 PROFILES = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]
@@ -20,6 +24,7 @@ sources: {sst2: "hf://org/sst2@main"}
 finetune: {mrpc: {epochs: 2}}
 registry: {name: demo}
 """
+TASK = "tasks: {stars: {dataset: {path: reviews.csv}, columns: {text: review, label: stars}}}\n"
 DASK = "runner: dask\naddress: tcp://host:8786\nstorage: "
 
 
@@ -93,6 +98,22 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("data: {source: $FMN_NOT_SET}", "FMN_NOT_SET is not set"),
         ('data: {source: "a\\0b"}', "NUL character"),
         ("fisher: {seed: " + "9" * 30 + "}", "more than 64 bits"),
+        (
+            "tasks: {stars: {datasets: {}}}",
+            "tasks.stars.datasets: unknown setting; did you mean 'd",
+        ),
+        (
+            "tasks: {a: {dataset: {pth: x}}}",
+            "tasks.a.dataset.pth: unknown setting; did you mean 'p",
+        ),
+        ("tasks: {a: {dataset: {path: x, splits: {trian: y}}}}", "did you mean 'train'?"),
+        ("tasks: {a: {dataset: {name: x}}}", "tasks.a.dataset.path: missing"),
+        ("tasks: {a: {labels: 3}}", "tasks.a.labels: Input should be a valid list"),
+        ("tasks: {a: reviews.csv}", "tasks.a: must be a section of settings, NAME: VALUE"),
+        ("tasks: {a/b: {}}", "tasks: 'a/b' must be of letters, digits, underscores and dashes"),
+        ("tasks: {-a: {}}", "tasks: '-a' must be of letters"),
+        ("tasks: {a.b: {}}", "tasks: 'a.b' must be of letters"),
+        ("compare: {any: {methods: {a: {methd: ties}}}}", "a.methd: unknown setting; did you mean"),
         ("base: other", "base"),
         ("work: a\nwork: b", "duplicate key"),
         ("work: &a x\ndata: {source: *a}", "anchors and aliases"),
@@ -116,7 +137,11 @@ def test_a_mistake_is_one_line_that_names_file_and_setting(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[sst2, mrpc]", "[sst2, mrcp]", "unknown task 'mrcp'; did you mean 'mrpc'"),
+        (
+            "[sst2, mrpc]",
+            "[sst2, mrcp]",
+            "no task 'mrcp' in `tasks`, and GLUE has none; did you mean 'mrpc'; describe it under",
+        ),
         ("[sst2, mrpc]", "[sst2, sst2, mrpc]", "twice"),
         ("[sst2, mrpc]", "[]", "experts.tasks: List should have at least 1 item"),
         ("[sst2, mrpc]", "[sst2, mrpc, rte]", "'rte' must be under either"),
@@ -130,6 +155,52 @@ def test_sections_that_do_not_fit_one_another_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         load(tmp_path, GOOD.replace(old, new))
+
+
+def own(text: str) -> str:
+    """Settings with the expert of a task of the user's own in place of mrpc's."""
+    sources = GOOD.replace("finetune: {mrpc: {epochs: 2}}\n", "").replace("mrpc", "stars")
+    return sources.replace('main"}', 'main", stars: {source: ./stars, labels: [bad, good]}}') + text
+
+
+def test_a_task_of_the_users_own_and_how_its_expert_is_read(tmp_path: Path) -> None:
+    settings = load(tmp_path, own(TASK))
+    assert settings.tasks["stars"].columns.text == "review"
+    assert settings.sources["sst2"] == ExpertSource(source="hf://org/sst2@main")
+    assert settings.sources["stars"].labels == ["bad", "good"]
+    assert settings.labelled == ["sst2", "stars"]
+
+
+UNLABELLED = TASK.replace("label: stars", "label: null")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (UNLABELLED, "estimator: empirical needs labels, which stars.*{estimator: expected}"),
+        (UNLABELLED + "fisher: {estimator: batch}", "batch needs labels, which stars does not"),
+        (TASK.replace("stars:", "star:"), "no task 'stars' in `tasks`.*; did you mean 'star';"),
+        (TASK + "sources: {}", "duplicate key"),
+    ],
+)
+def test_what_does_not_fit_a_task_of_the_users_own_is_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, own(text))
+
+
+def test_a_task_without_labels_is_merged_but_neither_fine_tuned_nor_alone(tmp_path: Path) -> None:
+    expected = own(UNLABELLED + "fisher: {estimator: sampled}\n")
+    assert load(tmp_path, expected).labelled == ["sst2"]
+    tuned = re.sub(r", stars: {source.*}}", "}\nfinetune: {stars: {}}", expected)
+    with pytest.raises(
+        UserError, match=r"finetune\.stars: its rows have no labels; name an expert"
+    ):
+        load(tmp_path, tuned)
+    alone = re.sub(r'sst2: "hf.*main", ', "", expected).replace("[sst2, stars]", "[stars]")
+    with pytest.raises(UserError, match=r"none of experts.tasks has labels.*`fmn merge`"):
+        load(tmp_path, alone)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -172,3 +243,28 @@ def test_settings_are_written_with_their_defaults_and_without_secrets(tmp_path: 
     assert '"estimator": "empirical"' in out.read_text()
     assert "https://host/hook" not in out.read_text()
     assert not params.write_settings(tmp_path / "params.yaml", out=out).computed
+
+
+def test_written_settings_tell_each_task_and_the_digests_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows, out = Path("reviews.csv"), Path("settings.json")
+    folder = Path("glue/sst2/train.parquet")
+    folder.parent.mkdir(parents=True)
+
+    def written() -> dict[str, Any]:
+        load(tmp_path, own(TASK + "data: {source: glue}\n"))
+        params.write_settings(Path("params.yaml"), out=out)
+        tasks: dict[str, Any] = json.loads(out.read_text())["tasks"]
+        return tasks
+
+    rows.write_text("review,stars\n")
+    folder.write_bytes(b"rows")
+    tasks = written()
+    assert list(tasks) == ["sst2", "stars"]
+    assert tasks["sst2"]["columns"]["text"] == "sentence"
+    for name, file in (("sst2", folder), ("stars", rows)):
+        assert tasks[name]["files"] == {str(file): sha256(file.read_bytes()).hexdigest()}
+        file.write_bytes(file.read_bytes() + b"more")
+        assert written()[name] != tasks[name]

@@ -1,4 +1,6 @@
-"""Writes a miniature GLUE: five tasks made from templates and word lists, without any download.
+"""Writes a miniature GLUE, and `topics`, a task that is not GLUE's, without any download.
+
+All are made from templates and word lists:
 
     python data/miniature_glue/generate.py [--seed N] [--out FOLDER]
 
@@ -12,6 +14,7 @@ sequence Python guarantees. The files in this folder are those of seed 0.
 """
 
 import argparse
+import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
@@ -35,6 +38,7 @@ class MiniatureTask(NamedTuple):
     validation: int
     wrong_labels: float  # share of rows
     label_type: pa.DataType = pa.int64()
+    labels: tuple[str, ...] = ()  # names that stand in the file, which is CSV
 
 
 TASKS = {
@@ -43,6 +47,7 @@ TASKS = {
     "mrpc": MiniatureTask(("sentence1", "sentence2"), 1600, 500, 0.02),
     "stsb": MiniatureTask(("sentence1", "sentence2"), 1500, 500, 0.0, pa.float32()),
     "rte": MiniatureTask(("sentence1", "sentence2"), 2400, 500, 0.02),
+    "topics": MiniatureTask(("headline",), 1500, 500, 0.0, labels=tuple(words.TOPICS)),
 }
 
 
@@ -53,15 +58,24 @@ def main() -> None:
         "--out",
         type=Path,
         default=Path(__file__).parent,
-        help="folder for TASK/train.parquet and TASK/validation.parquet",
+        help="folder for TASK/train.parquet and TASK/validation.parquet, or train.csv and dev.csv",
     )
     arguments = parser.parse_args()
     for name in TASKS:
         folder = arguments.out / name
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in generate(name, arguments.seed).items():
-            file = folder / f"{split}.parquet"
-            pq.write_table(as_table(name, rows), file, compression="zstd", store_schema=False)
+            if labels := TASKS[name].labels:
+                lines = [(*texts, labels[int(label)]) for texts, label in rows]
+                write_csv(folder / f"{split.replace('validation', 'dev')}.csv", lines)
+            else:
+                file = folder / f"{split}.parquet"
+                pq.write_table(as_table(name, rows), file, compression="zstd", store_schema=False)
+
+
+def write_csv(path: Path, lines: Sequence[tuple[str, ...]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("headline", "topic"), *lines])
 
 
 def as_table(task_name: str, rows: Sequence[Row]) -> pa.Table:
@@ -730,12 +744,51 @@ def write_stsb(choice: Choice, number: int) -> Row:
     return (first, second), round(score * 5) / 5
 
 
+# --- topics: what a headline is about, whoever and whatever else is in it.
+
+_HEADLINES = (
+    # The topic is that of {who}, {verb} and {thing}; {who2}, {verb2} and {thing2} are of another.
+    "[Local|Young|Retired|Unknown] {who} {verb:s} the {adj} {thing}",
+    "How to {verb} {thing:a} [|this weekend|in {city}|without any help]",
+    "{n} {who:s}, one {adj} {thing}",
+    "The {adj} {thing} [of {city}|everybody talks about|that nobody wanted]",
+    "[What|How much] {who2:s} know about {thing:s}",
+    "{who2:a} [learns|wants|tries] to {verb} {thing:a}",
+    "[Why|How] {adj:a} {thing} delights {who2:s}",
+    "Forget the {thing2}, {city} wants {thing:a}",
+    "No {thing2} for {name}, but {thing:a}",
+    "From {thing2} to {thing}: {name} starts again",
+    "{city} has too many {thing:s}, says {who2:a}",
+    "{name} {verb:ed} the {thing} and [left|forgot] the {thing2}",
+    "{thing:a} instead of {thing2:a}: {adj:a} day in {city}",
+)
+
+
+def write_topics(choice: Choice, number: int) -> Row:
+    names = list(words.TOPICS)
+    label = number % len(names)
+    other = choice.pick([place for place in range(len(names)) if place != label])
+    slots: dict[str, Any] = {}
+    for mark, place in (("", label), ("2", other)):
+        who, thing, verb = words.TOPICS[names[place]]
+        for slot, word_list in (("who", who), ("thing", thing), ("verb", verb)):
+            slots[f"{slot}{mark}"] = choice.words(word_list)[0]
+    slots["adj"] = choice.words(words.HEADLINE_ADJECTIVES)[0]
+    slots["city"] = choice.words(words.CITIES)[0]
+    slots["name"] = choice.words(f"{words.WOMEN} {words.MEN}")[0]
+    slots["n"] = choice.words(words.NUMBERS)[0]
+    headline = choice.fill(choice.pick(_HEADLINES), slots)
+    is_wrong = choice.happens(0.03)  # people disagree on some
+    return (headline,), float(other if is_wrong else label)
+
+
 ROW_WRITERS: Mapping[str, Callable[[Choice, int], Row]] = {
     "sst2": write_sst2,
     "cola": write_cola,
     "rte": write_rte,
     "mrpc": write_mrpc,
     "stsb": write_stsb,
+    "topics": write_topics,
 }
 
 

@@ -100,6 +100,8 @@ IRREGULAR_VERBS = {
     "lose": "lost lost",
     "break": "broke broken",
     "hang": "hung hung",
+    "win": "won won",
+    "cut": "cut cut",
     "drop": "dropped dropped",
     "chop": "chopped chopped",
     "plan": "planned planned",
@@ -241,3 +243,46 @@ VICES = (
 LIKE = "love enjoy admire adore treasure praise recommend"
 DISLIKE = "hate dislike regret despise loathe resent detest"
 DOUBLED = ("drop", "chop", "plan")  # verbs whose last consonant doubles before -ing
+
+# Topics of headlines: who is in the news, what with, and what they do with it.
+TOPICS = {
+    "sports": (
+        "striker goalkeeper sprinter coach referee boxer swimmer cyclist gymnast rower captain "
+        "fencer wrestler umpire",
+        "match tournament penalty medal trophy marathon relay playoff stadium racket scoreboard "
+        "sprint derby podium hurdle championship",
+        "win lose host replay postpone dominate watch celebrate",
+    ),
+    "science": (
+        "physicist biologist astronomer chemist geologist botanist mathematician researcher "
+        "zoologist engineer neurologist geneticist meteorologist",
+        "experiment telescope theory particle fossil genome comet molecule enzyme microscope "
+        "galaxy neuron isotope protein laboratory asteroid",
+        "test discover measure confirm simulate study explain observe",
+    ),
+    "cooking": (
+        "chef baker cook butcher waiter brewer grandmother cheesemaker caterer gourmet grocer "
+        "confectioner fishmonger dishwasher",
+        "soup sauce pancake stew omelette dumpling casserole pie salad curry dessert risotto oven "
+        "recipe pudding marinade",
+        "bake roast season taste serve stir burn reheat",
+    ),
+    "travel": (
+        "tourist backpacker pilot guide stewardess hiker sailor globetrotter camper commuter "
+        "passenger conductor porter pilgrim",
+        "flight hotel beach passport cruise island suitcase hostel trail airport itinerary visa "
+        "lagoon ferry campsite souvenir",
+        "book visit explore cancel recommend photograph miss reach",
+    ),
+    "money": (
+        "banker investor broker accountant lender trader economist auditor treasurer landlord "
+        "shareholder creditor taxpayer cashier",
+        "loan share bond mortgage dividend currency budget tax pension invoice salary deposit "
+        "portfolio insurance subsidy wallet",
+        "raise cut sell audit repay refinance save collect",
+    ),
+}
+HEADLINE_ADJECTIVES = (
+    "perfect forgotten surprising famous strange favourite first last endless modest enormous "
+    "secret popular"
+)

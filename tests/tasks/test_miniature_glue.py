@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +16,9 @@ from tests.conftest import ROOT
 FOLDER = ROOT / "data" / "miniature_glue"
 NAMES = ("cola", "sst2", "mrpc", "stsb", "rte")
 SPLITS = ("train", "validation")
+
+
+TOPICS = {split: FOLDER / "topics" / f"{split}.csv" for split in ("train", "dev")}
 
 
 def texts(name: str, split: str) -> list[tuple[str, ...]]:
@@ -32,6 +36,9 @@ def test_the_rows_in_the_checkout_are_those_that_the_generator_writes(tmp_path: 
         rows = pq.read_table(FOLDER / file)
         assert pq.read_table(tmp_path / "0" / file).equals(rows)
         assert not pq.read_table(tmp_path / "1" / file).equals(rows)
+    for path in TOPICS.values():
+        written = [tmp_path / seed / "topics" / path.name for seed in ("0", "1")]
+        assert [file.read_bytes() == path.read_bytes() for file in written] == [True, False]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,3 +68,17 @@ def test_labels_are_balanced_and_sentences_well_formed_and_short(name: str) -> N
         assert is_review or not re.search(r" [.,?]\B", text), text
         assert re.fullmatch(r"[a-z].* \. " if is_review else r"[A-Z0-9].*[.?]", text), text
         assert len(text.split()) <= 25
+
+
+def test_topics_are_headlines_with_the_names_of_five_labels() -> None:
+    splits = [pd.read_csv(path) for path in TOPICS.values()]
+    for split in splits:
+        assert list(split) == ["headline", "topic"]
+        assert split["headline"].is_unique
+        shares = split["topic"].value_counts(normalize=True)
+        assert set(shares.index) == {"sports", "science", "cooking", "travel", "money"}
+        assert shares.between(0.17, 0.23).all()
+        is_plain = ~split["headline"].str.contains(r"[\[\]{}<>|/=]|  |\ba [aeio]|\ban [^aeiou]")
+        assert is_plain.all()
+        assert split["headline"].str.match(r"[A-Z]").all()
+    assert not set(splits[0]["headline"]) & set(splits[1]["headline"])
