@@ -227,7 +227,7 @@ OWN: Mapping[str, Task] = {
     "colours": Task(name="colours", columns=Columns(text="a"), labels=LABELS),
     "tags": Task(
         name="tags", columns=Columns(text="a", label=None), labels=LABELS, threshold=0.3,
-        problem_type="multi_label_classification", metrics=("f1",),
+        problem_type="multi_label_classification", metrics=(),
     ),
     "short": Task(name="short", columns=Columns(text="a"), labels=LABELS, max_length=4),
     "price": Task(
