@@ -1,7 +1,6 @@
 """A model made ready for the statistics: dtypes, and gradients by direction."""
 
 import numpy as np
-import pytest
 import torch
 
 from fmn.fisher.runner import backward_passes, prepared
