@@ -97,8 +97,8 @@ class Loss:
             raise UserError(f"estimator {self.estimator!r} is unknown: choose one of {choice}")
         if not len(labels):
             raise UserError("there are no examples to estimate the Fisher information from")
-        is_multi_label = self.problem_type == "multi_label_classification"
         is_regression = self.problem_type == "regression"
+        is_multi_label = self.problem_type == "multi_label_classification"
         if not is_multi_label and is_regression != (outputs == 1):
             needed = "one" if is_regression else "two or more"
             raise UserError(
@@ -107,17 +107,14 @@ class Loss:
         if self.estimator in ("expected", "sampled"):
             return
         shape = (len(labels), outputs) if is_multi_label else (len(labels),)
-        classes = 2 if is_multi_label else outputs
-        problem = ""
-        if labels.shape != shape:
-            problem = f"have the shape {list(labels.shape)}, not {list(shape)}"
-        elif not (np.isfinite(labels) if is_regression else np.isin(labels, range(classes))).all():
-            valid = "finite" if is_regression else f"0 to {classes - 1}"
-            problem = f"run from {labels.min()} to {labels.max()}, not {valid}"
-        if problem:
+        classes = range(2 if is_multi_label else outputs)
+        is_valid = np.isfinite(labels) if is_regression else np.isin(labels, classes)
+        if labels.shape != shape or not is_valid.all():
+            valid = "finite values" if is_regression else f"0 to {classes[-1]}"
             raise UserError(
-                f"labels {problem}: the estimator {self.estimator} reads labels; give labelled"
-                " examples, or choose the estimator expected"
+                f"labels of shape {list(labels.shape)}, from {labels.min()} to {labels.max()}, do"
+                f" not fit: {self.problem_type} takes the shape {list(shape)} and {valid}; give"
+                " labelled examples, or choose the estimator expected, which reads no labels"
             )
 
 

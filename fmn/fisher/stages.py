@@ -47,7 +47,8 @@ class FisherSettings(SampleSettings):
     estimator: Estimator = Field(
         "empirical",
         description="whose labels: the data's (empirical), the model's in exact expectation"
-        " (expected) or by a draw (sampled); batch: the paper's released code",
+        " (expected; a backward pass for each class) or by a draw (sampled); batch: the paper's"
+        " released code",
     )
     stratified: bool = Field(False, description="draw every label in its share")
 

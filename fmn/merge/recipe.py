@@ -73,7 +73,7 @@ class MergeSettings(Settings):
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The coefficients that are given, by task."""
+        """The coefficients by task; those that are left out are 1."""
         return _by_task(self.coefficient)
 
     def used(self, *without: str) -> dict[str, Any]:

@@ -108,8 +108,8 @@ def work(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for room in ("data", "experts"):
         shutil.copytree(tiny_work / room / "sst2", work / room / "sst2")
     settings = work / "experts" / "tags" / "tokenizer_config.json"
-    changed = json.loads(settings.read_text()) | {"truncation_side": "left"}
-    settings.write_text(json.dumps(changed))
+    changed = {"truncation_side": "left", "do_lower_case": False}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | changed))
     return work
 
 
@@ -177,8 +177,10 @@ def test_every_task_says_what_it_is_and_has_its_own_head_and_tokenizer(
         is_single_logit = name == "fluent"
         assert model.config.problem_type == (None if is_single_logit else definition.problem_type)
         assert tuple(model.config.id2label.values()) == NAMES.get(name, definition.labels)
-        side = "left" if name == "tags" else "right"
-        assert AutoTokenizer.from_pretrained(folder).truncation_side == side
+        tokenizer, own_tokenizer = map(AutoTokenizer.from_pretrained, (folder, expert))
+        text = {"text": "A Fine FILM of the winter", "max_length": 5, "truncation": True}
+        assert tokenizer(**text)["input_ids"] == own_tokenizer(**text)["input_ids"]
+        assert tokenizer.truncation_side == ("left" if name == "tags" else "right")
 
 
 def test_the_encoder_is_the_weighted_mean_whatever_the_problem_types(work: Path) -> None:
