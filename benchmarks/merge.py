@@ -195,7 +195,7 @@ def mergekit(folder: Path) -> tuple[Path, str] | None:
     if not python.exists():
         venv.create(folder, with_pip=True)
     for package in MERGEKIT:  # torch first, so that no other build of it is taken
-        install = [python, "-m", "pip", "install", "-q", MERGEKIT[0], package]
+        install = [str(python), "-m", "pip", "install", "-q", MERGEKIT[0], package]
         if subprocess.run(install, check=False).returncode:
             return None
     version = "import importlib.metadata as m; print(m.version('mergekit'))"
