@@ -25,6 +25,7 @@ _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 # Errors of Python and of the HTTP clients; by name, as importing the clients takes long.
 _NETWORK_ERRORS = {
     *("ConnectionError", "TimeoutError", "TransportError", "Timeout", "ChunkedEncodingError"),
+    "RetryError",
 }
 
 

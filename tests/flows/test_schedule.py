@@ -33,10 +33,10 @@ def test_every_deployment_names_a_flow_and_its_parameters(file: str) -> None:
 
 
 def test_a_taken_port_is_reported(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
         variables = {"PYTHONPATH": str(ROOT), "PREFECT_SERVER_API_PORT": port}
         with start(tmp_path, *SCHEDULE, **variables) as process:
             output, errors = process.communicate(timeout=60)
