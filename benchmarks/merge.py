@@ -30,31 +30,25 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import keep, ratio, spread, summary
+from benchmarks.results import SPENT, keep, parser, ratio, run, spread, summary
 from fmn.report.results import markdown
 
-ROOT = Path(__file__).resolve().parent.parent
 MERGEKIT = ("torch==2.13.0", "mergekit")
+UNITS = ("seconds", "seconds until all is on the disk", "cpu seconds")
 
 MEASURE = """
-import json, os, time
-from pathlib import Path
-def resident(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+import os
 inputs, out, tiny = sys.argv[2:-2], sys.argv[-2], sys.argv[-1]
 work([f"{tiny}/0", f"{tiny}/1"], out)  # imports whatever it needs
 shutil.rmtree(out)
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-before, began, cpu = resident("VmRSS:"), time.perf_counter(), time.process_time()
-work(inputs, out)
-spent = {"seconds": time.perf_counter() - began, "cpu seconds": time.process_time() - cpu}
+cost = spent(lambda: work(inputs, out))
+began = time.perf_counter()
 for path in Path(out).rglob("*"):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-spent["seconds until all is on the disk"] = time.perf_counter() - began
-print(json.dumps({**spent, "bytes": resident("VmHWM:") - before}))
+cost["seconds until all is on the disk"] = cost["seconds"] + time.perf_counter() - began
+print(json.dumps(cost))
 """
 COPY = """
 import os, shutil, sys
@@ -192,21 +186,6 @@ print(worst)
 """
 
 
-def run(python: Path, code: str, *arguments: object) -> str:
-    """The last line that a program prints."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "TQDM_DISABLE": "1",
-    }
-    command = [str(python), "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(done.stderr.splitlines()[-3:])}")
-    return done.stdout.splitlines()[-1]
-
-
 def mergekit(folder: Path) -> tuple[Path, str] | None:
     """The Python of an environment with mergekit, and its version; None if it does not install.
 
@@ -216,10 +195,8 @@ def mergekit(folder: Path) -> tuple[Path, str] | None:
     if not python.exists():
         venv.create(folder, with_pip=True)
     for package in MERGEKIT:  # torch first, so that no other build of it is taken
-        done = subprocess.run(
-            [python, "-m", "pip", "install", "-q", MERGEKIT[0], package], check=False
-        )
-        if done.returncode:
+        install = [str(python), "-m", "pip", "install", "-q", MERGEKIT[0], package]
+        if subprocess.run(install, check=False).returncode:
             return None
     version = "import importlib.metadata as m; print(m.version('mergekit'))"
     return python, run(python, version)
@@ -234,10 +211,8 @@ def drop(folder: Path) -> None:
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    options = parser(__doc__)
+    add = options.add_argument
     add("--work", type=Path, required=True, help="a folder on the disk to measure")
     add("--out", type=Path, required=True)
     add("--rounds", type=int, default=5)
@@ -247,7 +222,7 @@ def parsed() -> argparse.Namespace:
     add("--cold", action="store_true", help="inputs are read from the disk, not the page cache")
     add("--no-mergekit", action="store_true")
     add("--mergekit-env", type=Path, help="where mergekit is or goes; default: below --work")
-    return parser.parse_args()
+    return options.parse_args()
 
 
 def main() -> None:
@@ -284,7 +259,8 @@ def compared(arguments: argparse.Namespace, files: Path) -> dict[str, Any]:
         shutil.rmtree(files / name, ignore_errors=True)
         for folder in inputs if arguments.cold else ():
             drop(folder)
-        output = run(program, code + MEASURE, setting, *inputs, files / name, tiny)
+        program_code = SPENT + code + MEASURE
+        output = run(program, program_code, setting, *inputs, files / name, tiny)
         measured: dict[str, float] = json.loads(output)
         return measured
 
@@ -294,8 +270,8 @@ def compared(arguments: argparse.Namespace, files: Path) -> dict[str, Any]:
     inputs = everyone[: arguments.experts[0]]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     for _ in range(arguments.rounds):
-        for name in contestants:
-            runs[name].append(measure(name, inputs))
+        for name, measured in runs.items():
+            measured.append(measure(name, inputs))
     result = {
         "model": f"{kind}, {layers} layers, {dtype}",
         "bytes of an expert": size,
@@ -308,7 +284,7 @@ def compared(arguments: argparse.Namespace, files: Path) -> dict[str, Any]:
         result["largest difference from mergekit"] = float(worst)
     if len(arguments.experts) > 1:
         result["peak bytes above start, by number of experts"] = {
-            f"{name}, {count}": measure(name, everyone[:count])["bytes"]
+            f"{name}, {count}": measure(name, everyone[:count])["peak"]
             for name in ("average", "mask-fisher")
             for count in arguments.experts
         }
@@ -316,46 +292,30 @@ def compared(arguments: argparse.Namespace, files: Path) -> dict[str, Any]:
 
 
 def report(measured: dict[str, list[dict[str, float]]], experts: int) -> dict[str, Any]:
-    pairs = [
-        ("average", "copy"),
-        ("mask-fisher", "copy"),
-        ("mergekit", "average"),
-        ("mergekit", "mask-fisher"),
-    ]
-    result: dict[str, Any] = {
-        "python": platform.python_version(),
-        "experts": experts,
-        "peak bytes above start": {
-            name: max(run["bytes"] for run in runs) for name, runs in measured.items()
-        },
-    }
-    for unit in ("seconds", "seconds until all is on the disk", "cpu seconds"):
+    pairs = [("average", "copy"), ("mask-fisher", "copy")]
+    if "mergekit" in measured:
+        pairs += [("mergekit", "average"), ("mergekit", "mask-fisher")]
+    peaks = {name: max(run["peak"] for run in runs) for name, runs in measured.items()}
+    result: dict[str, Any] = {"python": platform.python_version(), "experts": experts}
+    result["peak bytes above start"] = peaks
+    for unit in UNITS:
         values = {name: [run[unit] for run in runs] for name, runs in measured.items()}
         result[unit] = {name: summary(each) for name, each in values.items()}
         result[f"ratios of {unit}, round by round"] = {
-            f"{first} to {second}": ratio(values[first], values[second])
-            for first, second in pairs
-            if first in values
+            f"{first} to {second}": ratio(values[first], values[second]) for first, second in pairs
         }
     return result
 
 
 def table(result: dict[str, Any]) -> str:
     """The tables of `report`'s numbers."""
-    units = ("seconds", "seconds until all is on the disk", "cpu seconds")
-    titles = {
-        "copy": "plain copies: every input read, one output written",
-        "mergekit": "mergekit, linear",
-    }
-    times = [
-        [
-            titles.get(name, name),
-            *(f"{result[unit][name]['median']:.2f}" for unit in units),
-            megabytes(peak),
-        ]
-        for name, peak in result["peak bytes above start"].items()
-    ]
-    ratios = [result[f"ratios of {unit}, round by round"] for unit in units]
+    copy = "plain copies: every input read, one output written"
+    titles = {"copy": copy, "mergekit": "mergekit, linear"}
+    times = []
+    for name, peak in result["peak bytes above start"].items():
+        medians = [f"{result[unit][name]['median']:.2f}" for unit in UNITS]
+        times.append([titles.get(name, name), *medians, megabytes(peak)])
+    ratios = [result[f"ratios of {unit}, round by round"] for unit in UNITS]
     rows = [[name, *(spread(unit[name]) for unit in ratios)] for name in ratios[0]]
     header = ["seconds", "until flushed to the disk", "CPU seconds"]
     parts = [

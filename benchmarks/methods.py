@@ -11,26 +11,20 @@ table.md, which `python -m benchmarks.results --add` keeps.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import keep
+from benchmarks.results import SPENT, keep, parser, run
 from fmn import params
 from fmn.merge.methods import METHODS
 from fmn.report.results import markdown
 
-ROOT = Path(__file__).resolve().parent.parent
-
 # argv: the stage's kind, its JSON arguments, an output, another output
 STAGE = """
-import json, sys, time
-from pathlib import Path
 from fmn.fisher import stages as fisher_stages
 from fmn.merge import stages as merge_stages
 kind, arguments, first, out = sys.argv[1], json.loads(sys.argv[2]), *map(Path, sys.argv[3:])
@@ -48,15 +42,8 @@ positional = [paths.pop("checkpoint")] if "checkpoint" in paths else []
 def work(out):
     options = {**paths, **arguments["options"], "settings": settings(**arguments["settings"])}
     function(*positional, out=out, **options)
-def resident(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 work(first)
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-before, began = resident("VmRSS:"), time.perf_counter()
-work(out)
-seconds = time.perf_counter() - began
-print(json.dumps({"seconds": seconds, "peak": resident("VmHWM:") - before}))
+print(json.dumps(spent(lambda: work(out))))
 """
 
 
@@ -65,67 +52,52 @@ def measure(kind: str, arguments: Mapping[str, Any], folder: Path) -> dict[str, 
     suffix = {"merge": "", "fisher": ".parquet"}.get(kind, ".safetensors")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         outs = [Path(place) / f"{name}{suffix}" for name in ("first", "out")]
-        done = subprocess.run(
-            [sys.executable, "-c", STAGE, kind, json.dumps(arguments), *map(str, outs)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            sys.exit(done.stderr[-2000:])
-        measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        output = run(sys.executable, SPENT + STAGE, kind, json.dumps(arguments), *outs)
+        measured: dict[str, float] = json.loads(output)
         if kind != "merge":
             measured["bytes"] = outs[1].stat().st_size
         return measured
 
 
-def contestants(
-    profile: Path, task: str, samples: int
-) -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:
+def contestants(profile: Path, task: str, samples: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """Stage and arguments of an expert's statistics, and of the merge with every method."""
     settings = params.load(profile)
     work, names = Path(settings.work), settings.experts.tasks
+
+    def of_all(folder: str, suffix: str = "") -> dict[str, str]:
+        return {name: str(work / folder / f"{name}{suffix}") for name in names}
+
     expert = {"checkpoint": str(work / "experts" / task), "data": str(work / "data")}
-    options: dict[str, dict[str, Any]] = {
-        "settings": {"samples": samples},
-        "options": {"task": task},
-        "paths": expert,
-    }
-    chosen: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    options = {"settings": {"samples": samples}, "options": {"task": task}, "paths": expert}
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {
         kind: (kind, options) for kind in ("fisher", "gram", "full-fisher")
     }
     for name, method in METHODS.items():
-        paths: dict[str, Any] = {"base": str(work / "base")}
-        paths["experts"] = {task: str(work / "experts" / task) for task in names}
+        paths: dict[str, Any] = {"base": str(work / "base"), "experts": of_all("experts")}
         if method.fisher:
             suffix = {"nodes": ".parquet", "parameters": ".full.safetensors"}[method.fisher]
-            paths["fisher"] = {task: str(work / "fisher" / f"{task}{suffix}") for task in names}
+            paths["fisher"] = of_all("fisher", suffix)
         if method.gram:
-            paths["gram"] = {
-                task: str(work / "fisher" / f"{task}.gram.safetensors") for task in names
-            }
+            paths["gram"] = of_all("fisher", ".gram.safetensors")
         merge = {"settings": {"method": name}, "options": {}, "paths": paths}
         chosen[f"merge, {name}"] = ("merge", merge)
     return chosen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--params", type=Path, required=True)
-    parser.add_argument("--task", required=True, help="the expert whose statistics are timed")
-    parser.add_argument("--samples", type=int, default=64, help="examples that the statistics take")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--params", type=Path, required=True)
+    options.add_argument("--task", required=True, help="the expert whose statistics are timed")
+    options.add_argument("--samples", type=int, default=64, help="that the statistics take")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--out", type=Path, required=True)
+    arguments = options.parse_args()
     chosen = contestants(arguments.params, arguments.task, arguments.samples)
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for _ in range(arguments.rounds):
-        for name, (kind, options) in chosen.items():
-            runs[name].append(measure(kind, options, arguments.out))
+        for name, (kind, contestant) in chosen.items():
+            runs[name].append(measure(kind, contestant, arguments.out))
     medians = {
         name: {key: statistics.median(run[key] for run in each) for key in each[0]}
         for name, each in runs.items()
@@ -147,17 +119,14 @@ def table(medians: Mapping[str, Mapping[str, float]], arguments: argparse.Namesp
             name = name.removeprefix("merge, ")
             of_merges.append([name, f"{seconds:.2f}", f"{seconds / average:.1f}", peak])
     statistics_titles = ["statistic", "seconds", "to mask Fisher's", "peak memory, MB", "file, MB"]
-    text = [
-        f"Statistics of one expert ({arguments.task}), {arguments.samples} examples;"
-        f" medians of {arguments.rounds} rounds.",
-        "",
-        markdown(statistics_titles, of_statistics),
-        "Merging all experts as `fmn merge` does: inputs checked and digested, the model written"
-        " and flushed.",
-        "",
-        markdown(["method", "seconds", "to average's", "peak memory, MB"], of_merges),
-    ]
-    return "\n".join(text)
+    merge_titles = ["method", "seconds", "to average's", "peak memory, MB"]
+    return f"""Statistics of one expert ({arguments.task}), {arguments.samples} examples; \
+medians of {arguments.rounds} rounds.
+
+{markdown(statistics_titles, of_statistics)}
+Merging all experts as `fmn merge` does: inputs checked and digested, the model written and flushed.
+
+{markdown(merge_titles, of_merges)}"""
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,37 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 STORE = DOCS / "results"
 PAGES = (DOCS / "results.md", DOCS / "performance.md")
+# A program's own beginning: `spent(work)` has seconds and the peak of the resident set above what
+# it was before.
+SPENT = """
+import json, sys, time
+from pathlib import Path
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+def spent(work):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before, began, cpu = resident("VmRSS:"), time.perf_counter(), time.process_time()
+    work()
+    times = {"seconds": time.perf_counter() - began, "cpu seconds": time.process_time() - cpu}
+    return {**times, "peak": resident("VmHWM:") - before}
+"""
+
+
+def run(python: str | Path, code: str, *arguments: object) -> str:
+    """The last line that a program prints."""
+    environment = {"PYTHONPATH": str(DOCS.parent), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    command, environment = [python, "-c", code, *map(str, arguments)], {**os.environ, **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(" ".join(done.stderr.splitlines()[-3:]))
+    return done.stdout.splitlines()[-1]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of options whose help begins with a module's docstring as it stands."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter)
 
 
 def keep(out: Path, numbers: Mapping[str, Any], table: str) -> None:
@@ -94,12 +126,10 @@ def with_tables(page: str, text: Callable[[str], str] = section) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--add", nargs=2, metavar=("NAME", "TABLES"))
-    parser.add_argument("--command", default="")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--add", nargs=2, metavar=("NAME", "TABLES"))
+    options.add_argument("--command", default="")
+    arguments = options.parse_args()
     if arguments.add:
         add(arguments.add[0], Path(arguments.add[1]), arguments.command)
     for page in PAGES:

@@ -7,7 +7,6 @@ The models are Llama-shaped classifiers of random weights, in float32 on one cor
 of 52 tokens, which is the mean of GLUE's mrpc. The costs on a cluster are computed from that.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -20,7 +19,7 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-from benchmarks.results import DOCS, STORE, processor, with_tables
+from benchmarks.results import DOCS, STORE, parser, processor, with_tables
 from fmn.fisher import gram, mask_nodes, parameters
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
 from fmn.models.predict import predict
@@ -99,27 +98,30 @@ def measure(shape: Shape) -> dict[str, Any]:
     count = 32 if shape[0] <= 512 else 8
     device: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
     fisher: dict[str, Any] = {**device, **EMPIRICAL}
-    seconds = {
-        "evaluate": per_example(examples, count, lambda rows: predict(model, rows, **device)),
-        "fisher": per_example(
-            examples, count, lambda rows: mask_nodes.estimate(model, rows, **fisher)
-        ),
-        "gram": per_example(examples, count, lambda rows: gram.estimate(model, rows, **device)),
-        "full-fisher": per_example(
-            examples, 2, lambda rows: parameters.estimate(model, rows, **fisher)
-        ),
+    stages: dict[str, Callable[[Examples], object]] = {
+        "evaluate": lambda rows: predict(model, rows, **device),
+        "fisher": lambda rows: mask_nodes.estimate(model, rows, **fisher),
+        "gram": lambda rows: gram.estimate(model, rows, **device),
+        "full-fisher": lambda rows: parameters.estimate(model, rows, **fisher),
     }
+    counts = dict.fromkeys(stages, count) | {"full-fisher": 2}
+    seconds = {name: per_example(examples, counts[name], stages[name]) for name in stages}
     two = examples.take(np.arange(2))
     moments = gram.estimate(model, two, **device).moments.values()
     if sum(4 * moment.numel() for moment in moments) != gram_bytes(shape):
         raise SystemExit(f"{shape}: the Gram matrices do not have {gram_bytes(shape)} bytes")
     whole = 4 * size(shape)
-    stored = {"checkpoint": whole, "fisher": fisher_bytes(model, two), "gram": gram_bytes(shape)}
+    stored = {
+        "checkpoint": whole,
+        "fisher": fisher_bytes(model, two, **fisher),
+        "gram": gram_bytes(shape),
+    }
     return {"parameters": size(shape), "seconds": seconds, "bytes": stored}
 
 
-def fisher_bytes(model: PreTrainedModel, examples: Examples) -> int:
-    result = mask_nodes.estimate(model, examples, **EMPIRICAL, device="cpu")
+def fisher_bytes(model: PreTrainedModel, examples: Examples, **options: Any) -> int:
+    """Bytes of the file of a mask Fisher."""
+    result = mask_nodes.estimate(model, examples, **options)
     origin = CheckpointOrigin(digest="")
     metadata = FisherMetadata(task="mrpc", checkpoint=origin, samples=2, estimator="empirical")
     with tempfile.TemporaryDirectory() as folder:
@@ -168,38 +170,29 @@ def computed(stored: dict[str, Any]) -> str:
     name, largest = list(stored["models"].items())[-1]
     ratio = linear(SEVEN) / linear(SHAPES[name])
     core = {stage: rows * largest["seconds"][stage] * ratio for stage, rows in ROWS.items()}
-    accelerator = {
-        stage: rows * OPERATIONS[stage] * linear(SEVEN) / SUSTAINED for stage, rows in ROWS.items()
-    }
+    operations = {stage: rows * OPERATIONS[stage] for stage, rows in ROWS.items()}
+    accelerator = {name: each * linear(SEVEN) / SUSTAINED for name, each in operations.items()}
     checkpoint = 2 * size(SEVEN)
     statistic = largest["bytes"]["fisher"] / nodes(SHAPES[name]) * nodes(SEVEN)
     every = EXPERTS * checkpoint
+    machines = {"one such core": core, f"{SUSTAINED / 1e12:.0f} Tflop/s (assumed)": accelerator}
     times = []
-    for machine, seconds in (
-        ("one such core", core),
-        (f"{SUSTAINED / 1e12:.0f} Tflop/s (assumed)", accelerator),
-    ):
+    for machine, seconds in machines.items():
         for workers in WORKERS:
             stages = [EXPERTS * seconds[stage] / workers for stage in ROWS]
             times.append([f"{workers} x {machine}", *map(hours, (*stages, sum(stages)))])
+    to_workers = (
+        "experts, from the storage to workers: once, or twice where Fisher and evaluation fall to"
+        " different ones"
+    )
     moved = [
         ["experts, from the flow's machine to the storage, once", f"{number(every)}B"],
-        [
-            "experts, from the storage to workers: once, or twice where Fisher and evaluation fall"
-            " to different ones",
-            f"{number(every)}B to {number(2 * every)}B",
-        ],
-        [
-            f"mask Fisher, back ({number(statistic)}B an expert)",
-            f"{number(EXPERTS * statistic)}B",
-        ],
+        [to_workers, f"{number(every)}B to {number(2 * every)}B"],
+        [f"mask Fisher, back ({number(statistic)}B an expert)", f"{number(EXPERTS * statistic)}B"],
         ["a merged model, out and in again for its evaluation", f"{number(2 * checkpoint)}B"],
     ]
-    sizes = {
-        "mask Fisher": statistic,
-        "Gram matrices": gram_bytes(SEVEN),
-        "full Fisher": 4 * size(SEVEN),
-    }
+    sizes = {"mask Fisher": statistic, "Gram matrices": gram_bytes(SEVEN)}
+    sizes["full Fisher"] = 4 * size(SEVEN)
     one_expert = [[kind, f"{number(value)}B"] for kind, value in sizes.items()]
     return f"""Computed, not measured, for a Llama {SEVEN[0]} wide with {SEVEN[1]} layers \
 ({number(size(SEVEN))}, in bfloat16 {number(checkpoint)}B): the seconds of the largest model \
@@ -217,12 +210,10 @@ moving counts as much as computing.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true", help="measure nothing")
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--write", action="store_true", help="measure nothing")
+    arguments.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    options = arguments.parse_args()
     if not options.write:
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()

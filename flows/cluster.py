@@ -6,7 +6,6 @@ sidecar. Retries, progress and messages are the flow's, so workers need no Prefe
 """
 
 import os
-import re
 import threading
 import time
 import uuid
@@ -14,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple, cast
 
 from flows import workers
 from flows.storage import Digests, Storage, digest_files
+from flows.workers import Stage
 from fmn.errors import UserError, system_errors_explained
 from fmn.params import Params
 from fmn.store import artifacts, stage
@@ -54,17 +54,18 @@ _cluster: ContextVar[_Cluster | None] = ContextVar("cluster", default=None)
 
 @cache
 def versions() -> str:
-    """What must be the same on all machines: fmn's version and files, and what computes."""
+    """What must be the same on all machines: fmn's version and files, and the libraries."""
     import flows
     import fmn
 
-    packages = [Path(package.__path__[0]) for package in (flows, fmn)]
-    files = [file for package in packages for file in artifacts.visible(package).values()]
-    code = "".join(artifacts.digest_file(file) for file in files if file.suffix != ".pyc")
-    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers")]
-    digest = artifacts.digest_bytes(code.encode())[:12]
+    folders = [Path(package.__path__[0]) for package in (flows, fmn)]
+    files = [file for folder in folders for file in sorted(folder.rglob("*"))]
+    code = [artifacts.digest_file(file) for file in files if file.suffix in (".py", ".yaml")]
+    digest = artifacts.digest_bytes("".join(code).encode())[:12]
     # A build for GPUs, such as 2.13.0+cu130, counts as the same.
-    return re.sub(r"\+\w+", "", f"fmn {fmn.__version__} {digest}, {', '.join(libraries)}")
+    libraries = ("torch", "transformers", "tokenizers")
+    versions = [f"{name} {version(name).partition('+')[0]}" for name in libraries]
+    return f"fmn {fmn.__version__} {digest}, {', '.join(versions)}"
 
 
 @contextmanager
@@ -123,20 +124,17 @@ def _check_workers(client: Any) -> None:
             raise UserError(f"worker {worker}: {workers.one_line(problem)}; {_INSTALL}")
 
 
-def takes(function: Callable[..., Outcome]) -> bool:
+def takes(function: Stage) -> bool:
     """Whether a stage runs on the cluster."""
     return function.__name__ in STAGES and _cluster.get() is not None
 
 
-def run(
-    function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress
-) -> Outcome:
+def run(function: Stage, arguments: Mapping[str, Any], progress: Progress) -> Outcome:
     """Call a stage, with its computation on the cluster; raises what `flows.workers.run` does."""
     cluster = cast(_Cluster, _cluster.get())
 
     def send(path: Path) -> Files:
-        tasks = _tasks(arguments, path) if path == arguments.get("data") else ()
-        digests = digest_files(path, tasks)
+        digests = digest_files(path)
         cluster.storage.put(path if path.is_dir() else path.parent, digests)
         return Files("" if path.is_dir() else path.name, digests)
 
@@ -151,19 +149,9 @@ def run(
             else:
                 stage.publish_file(scratch, out)
 
-    token = stage.remote.set(compute)
-    try:
-        return workers.call(function, arguments, progress)
-    finally:
-        stage.remote.reset(token)
-
-
-def _tasks(arguments: Mapping[str, Any], data: Path) -> tuple[str, ...]:
-    """The tasks whose folders in `data` a stage reads; none where `data` is one task's folder."""
-    names = [arguments[key] for key in ("tasks", "experts") if arguments.get(key)]
-    merged = [path.name for path in (arguments.get("model", data) / "tasks").glob("*")]
-    tasks = [arguments["task"]] if "task" in arguments else [*names, merged][0]
-    return tuple(task for task in tasks if (data / task).is_dir())
+    context = copy_context()
+    context.run(stage.remote.set, compute)
+    return context.run(workers.call, function, arguments, progress)
 
 
 def _replace(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
@@ -213,12 +201,7 @@ def _check_versions(expected: str) -> None:
 
 
 def work(
-    function: Callable[..., Outcome],
-    arguments: Mapping[str, Any],
-    out: str,
-    url: str,
-    expected: str,
-    threads: int,
+    function: Stage, arguments: Mapping[str, Any], out: str, url: str, expected: str, threads: int
 ) -> Digests:
     """Fetch a stage's inputs, run it, and store its output.
 
@@ -249,13 +232,13 @@ def work(
                 scratch.rename(folder)
         return folder / files.name
 
-    with _one_at_a_time, system_errors_explained(home), TemporaryDirectory(dir=home) as made:
+    with _one_at_a_time, system_errors_explained(home), TemporaryDirectory(dir=home) as name:
         if not workers.gpus():
             import torch
 
             torch.set_num_threads(threads)
-        copies = _replace(arguments, Files, fetch)
-        workers.call(function, {**copies, "out": Path(made) / out}, progress)
-        digests = digest_files(Path(made))
-        storage.put(Path(made), digests)
+        folder = Path(name)
+        workers.call(function, {**_replace(arguments, Files, fetch), "out": folder / out}, progress)
+        digests = digest_files(folder)
+        storage.put(folder, digests)
         return digests

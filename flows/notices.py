@@ -1,11 +1,11 @@
 """Notices to a webhook that takes Slack's JSON: a new champion, or a run that failed."""
 
-import json
 import os
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import requests
 
 from flows.workers import one_line
 from fmn import params
@@ -36,13 +36,8 @@ def send(profile: Path, text: str) -> None:
         webhook = os.environ.get(params.WEBHOOK)
     if webhook is None:
         return
-    body, headers = json.dumps({"text": text}).encode(), {"Content-Type": "application/json"}
     try:
-        if not webhook.startswith(("https://", "http://")):
-            raise ValueError
-        request = urllib.request.Request(webhook, body, headers)  # noqa: S310
-        with urllib.request.urlopen(request, timeout=_TIMEOUT):  # noqa: S310  # nosec B310
-            pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "code", type(error).__name__)  # an HTTP status, or the error's type
+        requests.post(webhook, json={"text": text}, timeout=_TIMEOUT).raise_for_status()
+    except requests.RequestException as error:  # its message holds the address
+        reason = type(error).__name__ if error.response is None else error.response.status_code
         say(f"the webhook did not take the notice ({reason})")

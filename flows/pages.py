@@ -1,13 +1,12 @@
-"""A flow run and its Prefect server: pages, GPU slots, and a server that does not answer."""
+"""A flow run's pages on its Prefect server, and a server that does not answer."""
 
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,9 +14,6 @@ from uuid import UUID
 
 import httpx
 from prefect import artifacts
-from prefect.client.orchestration import get_client
-from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
@@ -27,16 +23,14 @@ from fmn.store.stage import Progress
 from fmn.terminal import complain
 
 LONG = 10.0  # seconds after which a stage gets a progress page
-LIMIT = "fmn-gpu"
 MLFLOW = "http://127.0.0.1:5000"  # where `make mlflow` shows a store that has no pages of its own
 _POLL = 5.0  # seconds between two updates of a progress page
-_LEASE = 60.0  # seconds until the slot of a killed run is free again; Prefect's minimum
 
 
-def _publish(make: Callable[..., Any], *arguments: Any) -> Any:
-    """Make or change an artifact; None where the server does not take it: the run goes on."""
+def _publish(publish: Callable[..., Any], *arguments: Any) -> Any:
+    """Create or update an artifact; None where the server refuses it, as the run goes on."""
     try:
-        return make(*arguments)
+        return publish(*arguments)
     except httpx.HTTPError:
         return None
 
@@ -87,30 +81,6 @@ def _key(*words: str) -> str:
 
 
 @contextmanager
-def device_slot(arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Hold a slot of the server's limit `fmn-gpu` for a stage that does not compute on the CPU.
-
-    All runs on a server share the limit. `prefect gcl create fmn-gpu --limit 1` makes it; without
-    it, nothing waits.
-    """
-    device = getattr(arguments.get("settings"), "device", "cpu")
-    names = [LIMIT] if device != "cpu" and _has_limit() else []
-    with concurrency(names, lease_duration=_LEASE, raise_on_lease_renewal_failure=False):
-        yield
-
-
-@cache
-def _has_limit() -> bool:
-    """Whether the server has the limit; asked once, as a wait for an absent limit is slow."""
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_global_concurrency_limit_by_name(LIMIT)
-        except ObjectNotFound:
-            return False
-    return True
-
-
-@contextmanager
 def server_answers() -> Iterator[None]:
     """End this process with one line if the Prefect server does not answer, or not any more.
 
@@ -120,9 +90,10 @@ def server_answers() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        chain = list(causes(error))
-        not_started = any("ephemeral Prefect API" in str(cause) for cause in chain)
-        if not not_started and not any(isinstance(item, httpx.TransportError) for item in chain):
+        if not any(
+            isinstance(cause, httpx.TransportError) or "ephemeral Prefect API" in str(cause)
+            for cause in causes(error)
+        ):
             raise
         server = PREFECT_API_URL.value() or "that this run started"
         complain(

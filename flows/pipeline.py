@@ -7,7 +7,6 @@ that an earlier run, the command line or DVC has done.
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,7 @@ def _is_transient(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> boo
 def run_node(node: Node) -> Outcome[Any]:
     """Run one stage; say what it did in the task's log and on the terminal."""
     on_cluster = cluster.takes(node.function)
-    slot = nullcontext() if on_cluster else pages.device_slot(node.arguments)
-    with slot, progress_bar(node.title) as bar, pages.progress_page(node.title) as page:
+    with progress_bar(node.title) as bar, pages.progress_page(node.title) as page:
 
         def progress(done: int, total: int) -> None:
             bar(done, total)
@@ -69,6 +67,15 @@ def run_node(node: Node) -> Outcome[Any]:
     return outcome
 
 
+def tags(node: Node) -> set[str]:
+    """The tag of a stage that computes on a device of this machine.
+
+    `prefect concurrency-limit create fmn-gpu 1` limits such stages, over all runs of a server.
+    """
+    device = getattr(node.arguments.get("settings"), "device", "cpu")
+    return set() if device == "cpu" or cluster.takes(node.function) else {"fmn-gpu"}
+
+
 def run_nodes(nodes: Sequence[Node]) -> Outcomes:
     """Submit a task run for each node, after those that it needs, and wait for all.
 
@@ -79,7 +86,8 @@ def run_nodes(nodes: Sequence[Node]) -> Outcomes:
     futures: dict[tuple[str, str], PrefectFuture[Outcome[Any]]] = {}
     for node in nodes:
         after = [futures[need.stage, need.name] for need in graph.needs(node, nodes)]
-        futures[node.stage, node.name] = run_node.submit(node, wait_for=after, return_state=False)
+        tagged = run_node.with_options(tags=tags(node))
+        futures[node.stage, node.name] = tagged.submit(node, wait_for=after, return_state=False)
     try:
         wait(list(futures.values()))
     except BaseException:  # Ctrl-C, or Prefect ends the run

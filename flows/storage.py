@@ -18,17 +18,14 @@ from fmn.store.stage import read_sidecar, sidecar_path
 Digests = Mapping[str, str]  # sha256 of each file by its name, relative to a folder
 
 
-def digest_files(path: Path, only: tuple[str, ...] = ()) -> dict[str, str]:
+def digest_files(path: Path) -> dict[str, str]:
     """The digests of a folder's files, or of a file with its sidecar and what belongs to it.
 
-    Hidden files are left out.
-
-    Args:
-        path: the folder, or the file; names are relative to the folder that holds the file.
-        only: names of folders in it, to take those alone.
+    Names are relative to the folder, or to the folder that holds the file. Hidden files are left
+    out.
     """
     if path.is_dir():
-        files = artifacts.visible(path, only)
+        files = artifacts.visible(path)
     else:
         sidecar = read_sidecar(path)
         names = {path.name, sidecar_path(path).name, *(sidecar.files if sidecar else ())}
@@ -56,15 +53,15 @@ class Storage:
     def put(self, folder: Path, digests: Digests) -> None:
         """Store those files of a folder that are not stored yet."""
         for name, digest in digests.items():
+            place = self._place(digest)
             with self._uploading:
-                place = self._place(digest)
                 if self._system.exists(place):
                     continue
                 if "file" not in self._system.protocol:  # object stores write whole files
                     self._system.put_file(str(folder / name), place)
-                    continue
-                with artifacts.atomic_file(Path(place)) as partial:
-                    shutil.copyfile(folder / name, partial)
+                else:
+                    with artifacts.atomic_file(Path(place)) as partial:
+                        shutil.copyfile(folder / name, partial)
 
     def get(self, folder: Path, digests: Digests) -> None:
         """Fetch files into a folder; files with the same bytes become hard links of one another.

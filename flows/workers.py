@@ -19,13 +19,14 @@ from typing import Any
 from fmn.errors import UserError, causes, redacted, system_error
 from fmn.store.stage import Outcome, Progress
 
+Stage = Callable[..., Outcome]
 _POLL = 0.1  # seconds between two looks at a stage's progress
 _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
-# The HTTP clients' own errors by name, as importing the clients takes long.
-_HTTP_CLIENTS = ("httpx", "httpx2", "requests")
-_NETWORK_ERRORS = (
-    *("TransportError", "ConnectionError", "Timeout", "ChunkedEncodingError", "RetryError"),
-)
+# Errors of Python and of the HTTP clients; by name, as importing the clients takes long.
+_NETWORK_ERRORS = {
+    *("ConnectionError", "TimeoutError", "TransportError", "Timeout", "ChunkedEncodingError"),
+    "RetryError",
+}
 
 
 class TransientError(UserError):
@@ -45,8 +46,8 @@ def one_line(error: BaseException) -> str:
 def is_transient(error: BaseException) -> bool:
     """Whether a retry may help: after a network failure, a busy server or a locked database.
 
-    It may also help where a file vanished: DVC removes an output before it makes it again. (A file
-    that never existed is a UserError.)
+    It may also help where a file vanished, as `dvc checkout` removes a file before it puts another
+    there. (A file that never existed is a UserError.)
     """
     if isinstance(error, FileNotFoundError):
         return True
@@ -60,12 +61,11 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _is_network_error(error: BaseException) -> bool:
-    types = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
     return (
-        isinstance(error, TransientError | ConnectionError | TimeoutError)
+        isinstance(error, TransientError)
+        or not _NETWORK_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__)
         or getattr(getattr(error, "response", None), "status_code", None) in _RETRIED_STATUSES
         or getattr(error, "error_code", None) == "TEMPORARILY_UNAVAILABLE"  # MLflow's
-        or any(client in _HTTP_CLIENTS and name in _NETWORK_ERRORS for client, name in types)
     )
 
 
@@ -89,9 +89,7 @@ for _number in range(count()):
 _pools: dict[int, tuple[ProcessPoolExecutor, Any]] = {}
 
 
-def run(
-    function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress
-) -> Outcome:
+def run(function: Stage, arguments: Mapping[str, Any], progress: Progress) -> Outcome:
     """Call a stage function in a process of its own, as soon as a slot is free.
 
     Raises:
@@ -104,13 +102,11 @@ def run(
         check_not_ended()
         if slot not in _pools:
             counter = _context.Array("q", 2, lock=False)
-            process = ProcessPoolExecutor(
-                1, _context, _start_process, (counter, _ended, slot, os.getpid())
-            )
-            _pools[slot] = process, counter
+            settings = (counter, _ended, slot, os.getpid())
+            _pools[slot] = ProcessPoolExecutor(1, _context, _start_process, settings), counter
         process, counter = _pools[slot]
         counter[:] = [0, 0]
-        future = process.submit(_run_here, function, dict(arguments))
+        future = process.submit(call, function, dict(arguments), _report)
         while not future.done():
             wait([future], timeout=_POLL)
             if counter[1]:
@@ -154,26 +150,20 @@ def _start_process(counter: Any, must_end: Any, slot: int, parent: int) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ.get("FMN_THREADS", "1")
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which calls `end`
-    threading.Thread(target=_exit_with, args=(parent, must_end), daemon=True).start()
+
+    def exit_with_parent() -> None:
+        while os.getppid() == parent and not must_end.value:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _exit_with(parent: int, must_end: Any) -> None:
-    """End this process when its parent ends or asks for it, whatever the stage is doing."""
-    while os.getppid() == parent and not must_end.value:
-        time.sleep(1)
-    os._exit(1)
+def _report(done: int, total: int) -> None:
+    _counter[:] = [done, total]
 
 
-def _run_here(function: Callable[..., Outcome], arguments: dict[str, Any]) -> Outcome:
-    def progress(done: int, total: int) -> None:
-        _counter[:] = [done, total]
-
-    return call(function, arguments, progress)
-
-
-def call(
-    function: Callable[..., Outcome], arguments: Mapping[str, Any], progress: Progress
-) -> Outcome:
+def call(function: Stage, arguments: Mapping[str, Any], progress: Progress) -> Outcome:
     """Call a stage function in this process; raises what `run` does, each with one line.
 
     What an error was raised from does not leave the process: it could not always be pickled, and

@@ -43,13 +43,10 @@ def redacted(text: str) -> str:
     >>> redacted("postgresql://me:pw@host/mlflow")
     'postgresql://host/mlflow'
     """
-    secrets = {
-        value
-        for name, value in os.environ.items()
-        if _SECRET_NAME.search(name.upper()) and len(value) >= _SHORTEST_SECRET
-    }
+    secrets = [value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())]
     for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, HIDDEN)
     return _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(_without_user, text))
 
 
@@ -67,28 +64,19 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-# What libraries say that give no errno: safetensors, SQLite, datasets, PyTorch, C++.
-_DISK_FULL_WORDS = (
-    "No space left on device",
-    "database or disk is full",
-    "Not enough disk space",
-    "Disk quota exceeded",
-    "iostream error",  # torch.save, which gives no reason
+# Messages of libraries that give no errno: safetensors, SQLite, datasets, PyTorch (whose "iostream
+# error" has no reason), C++.
+_DISK_FULL_WORDS = re.compile(
+    "No space left on device|database or disk is full|Not enough disk space|Disk quota exceeded"
+    "|iostream error"
 )
-_FORBIDDEN_WORDS = (
-    "attempt to write a readonly database",
-    "unable to open database file",
-    "Permission denied (os error",
-    "Read-only file system",
+_FORBIDDEN_WORDS = re.compile(
+    "attempt to write a readonly database|unable to open database file"
+    r"|Permission denied \(os error|Read-only file system"
 )
-_MEMORY_WORDS = (
-    "DefaultCPUAllocator",
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "Cannot allocate memory",
-    "std::bad_alloc",
+_MEMORY_WORDS = re.compile(
+    r"DefaultCPUAllocator|CUDA (error: )?out of memory|_STATUS_ALLOC_FAILED"
+    r"|Cannot allocate memory|std::bad_alloc"
 )
 _ALMOST_FULL = 1_000_000  # bytes free
 _RETRY = "run again to go on from here"
@@ -119,14 +107,14 @@ def system_error(error: BaseException, place: Path | None = None) -> UserError |
 
 def _system_message(error: BaseException, place: Path | None) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
-    file = _file_of(error)
-    is_full = number in _DISK_FULL or _mentions(error, _DISK_FULL_WORDS)
-    if is_full or _mentions(error, ("disk I/O error",)):  # SQLite: no room for its journal
+    file, words = _file_of(error), str(error)
+    is_full = number in _DISK_FULL or _DISK_FULL_WORDS.search(words)
+    if is_full or "disk I/O error" in words:  # SQLite: no room for its journal
         folder, free = _fullest_disk(file, place)
         if is_full or free < _ALMOST_FULL:
             disk = f"the disk of {folder} ({free / 1e6:.1f} MB free)"
             return _at(place or file, f"no space left on {disk}; make room there and {_RETRY}")
-    if number in _FORBIDDEN or _mentions(error, _FORBIDDEN_WORDS):
+    if number in _FORBIDDEN or _FORBIDDEN_WORDS.search(words):
         reason = "the file system is read-only" if number == errno.EROFS else "no permission"
         remedy = "give this user the right to read and write there, or name another place"
         return _at(file or place, f"{reason}; {remedy}")
@@ -134,8 +122,8 @@ def _system_message(error: BaseException, place: Path | None) -> str | None:
         reason = "a process was killed, perhaps for lack of memory"
         return _at(place, f"{reason}; free some memory, and {_RETRY}")
     is_out_of_memory = isinstance(error, MemoryError) or number == errno.ENOMEM
-    if is_out_of_memory or _mentions(error, _MEMORY_WORDS):
-        memory = "the GPU's memory" if "CU" in str(error) else "the memory"
+    if is_out_of_memory or _MEMORY_WORDS.search(words):
+        memory = "the GPU's memory" if "CU" in words else "the memory"
         remedy = "free some, or use a smaller batch_size, fewer workers or another device"
         return _at(place, f"{memory} does not suffice; {remedy}, and {_RETRY}")
     return None
@@ -152,10 +140,6 @@ def system_errors_explained(place: Path | None = None) -> Iterator[None]:
         raise
 
 
-def _mentions(error: BaseException, words: tuple[str, ...]) -> bool:
-    return any(word in str(error) for word in words)
-
-
 def _at(place: Path | None, message: str) -> str:
     return f"{place}: {message}" if place else message
 
@@ -169,14 +153,10 @@ def _file_of(error: BaseException) -> Path | None:
 def _fullest_disk(file: Path | None, place: Path | None) -> tuple[Path, int]:
     """A folder on the disk with the least room, of those that may be full, and its free bytes."""
     cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    paths = [path for path in (place, file, Path(tempfile.gettempdir()), cache) if path]
-    free = {folder: shutil.disk_usage(folder).free for folder in map(_existing, paths)}
+    free = {}
+    for path in (place, file, Path(tempfile.gettempdir()), cache):
+        if path is not None:
+            parents = [path.absolute(), *path.absolute().parents]
+            folder = next(parent for parent in parents if os.path.isdir(parent))  # noqa: PTH112
+            free[folder] = shutil.disk_usage(folder).free
     return min(free.items(), key=lambda item: item[1])
-
-
-def _existing(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
-    path = path.absolute()
-    while not os.path.isdir(path) and path != path.parent:  # noqa: PTH112 - also where not readable
-        path = path.parent
-    return path

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 
 from fmn.errors import UserError, redacted
@@ -76,15 +69,7 @@ def show_table(header: Sequence[str], body: Sequence[Sequence[str]], words: int 
     Console(highlight=False, soft_wrap=True, markup=False, width=natural).print(table)
 
 
-_bars = Progress(
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-    TimeRemainingColumn(),
-    console=Console(stderr=True),
-    transient=True,
-)
+_bars = Progress(console=Console(stderr=True), transient=True)
 _changing = threading.Lock()
 
 

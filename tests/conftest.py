@@ -3,7 +3,8 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,6 +26,14 @@ FISHER = FisherSettings(samples=32, device="cpu", dtype="float32")
 torch.set_num_threads(1)
 settings.register_profile("fmn", deadline=None)  # a busy machine is no failure
 settings.load_profile("fmn")
+
+
+def wait_until(happened: Callable[[], object], seconds: float = 300) -> None:
+    """Wait until something has happened, and fail if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +109,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    if (
-        not shutil.which("mount")
-        or subprocess.run(mount, capture_output=True, check=False).returncode
-    ):
+    try:
+        subprocess.run(mount, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         pytest.skip("no file system may be mounted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -26,28 +26,18 @@ from fmn.errors import UserError, causes, hint, redacted, system_error, system_e
     [
         ("MLflow at http://me:pass@word@host:5000/x: gone", "MLflow at http://host:5000/x: gone"),
         ("postgresql://me:p%40ss@db/mlflow", "postgresql://db/mlflow"),
-        ("https://x-access-token:ghp_1@github.com/a/b", "https://github.com/a/b"),
         ("hf://me:hf_1@org/name: not a source", "hf://org/name: not a source"),
         (
             "http://h/f?X-Amz-Signature=a&b=1&token=t",
             "http://h/f?X-Amz-Signature=***&b=1&token=***",
         ),
-    ],
-)  # fmt: skip
-def test_secrets_in_addresses_are_removed(text: str, expected: str) -> None:
-    assert redacted(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "hf://name@main and hf://org/name@v1: no such",
-        "models:/name@champion, sqlite:////a@b/mlflow.db",
-        "somebody@example.org at https://example.org/@x",
+        ("hf://name@main and hf://org/name@v1: no such", None),
+        ("models:/name@champion, sqlite:////a@b/mlflow.db", None),
+        ("somebody@example.org at https://example.org/@x", None),
     ],
 )
-def test_addresses_without_secrets_stay(text: str) -> None:
-    assert redacted(text) == text
+def test_secrets_in_addresses_are_removed(text: str, expected: str | None) -> None:
+    assert redacted(text) == (expected or text)
 
 
 def test_secrets_of_the_environment_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,15 +55,11 @@ def test_secrets_of_the_environment_are_removed(monkeypatch: pytest.MonkeyPatch)
     }
     for name, value in (secrets | public).items():
         monkeypatch.setenv(name, value)
-    message = str(UserError(f"{' '.join(secrets.values())}; {' '.join(public.values())}"))
-    assert not [value for value in secrets.values() if value in message]
-    assert all(value in message for value in public.values())
-
-
-@pytest.mark.parametrize("error", [UserError("http://a:b@c: x"), TransientError("y")])
-def test_errors_travel_between_processes(error: UserError) -> None:
+    error = TransientError(f"{' '.join(secrets.values())}; {' '.join(public.values())}")
+    assert not [value for value in secrets.values() if value in str(error)]
+    assert all(value in str(error) for value in public.values())
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301
-    assert (type(copy), str(copy)) == (type(error), str(error))
+    assert (type(copy), str(copy)) == (TransientError, str(error)), "it travels between processes"
 
 
 def test_a_hint_names_the_nearest_name() -> None:
@@ -109,31 +95,20 @@ def test_a_full_disk_is_recognised_behind_every_library(writer: str, full_disk: 
     assert "make room there" in message
 
 
-def test_a_full_database_is_recognised() -> None:
+def fill_a_database() -> None:
     with closing(sqlite3.connect(":memory:")) as store:
         store.execute("pragma max_page_count = 2")
         store.execute("create table a (b)")
-        error = raised(lambda: store.execute("insert into a values (zeroblob(100000))"))
-    assert "no space left" in str(system_error(error))
-
-
-@pytest.mark.parametrize(
-    "allocate",
-    [
-        lambda: torch.empty(10**15),
-        lambda: np.empty(10**15),
-        lambda: pa.allocate_buffer(10**15),
-    ],
-)
-def test_too_little_memory_is_recognised(allocate: Callable[[], object]) -> None:
-    message = str(system_error(raised(allocate), Path("out")))
-    assert message.startswith("out: the memory does not suffice")
-    assert "smaller batch_size" in message
+        store.execute("insert into a values (zeroblob(100000))")
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
+        (raised(fill_a_database), "out: no space left on the disk of "),
+        (raised(lambda: torch.empty(10**15)), "out: the memory does not suffice; free some, or"),
+        (raised(lambda: np.empty(10**15)), "out: the memory does not suffice; free some, or"),
+        (raised(lambda: pa.allocate_buffer(10**15)), "out: the memory does not suffice; free some"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory does not suffice"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "the GPU's memory does not suffice"),
         (BrokenProcessPool(), "out: a process was killed, perhaps for lack of memory"),
@@ -142,7 +117,7 @@ def test_too_little_memory_is_recognised(allocate: Callable[[], object]) -> None
         (sqlite3.OperationalError("attempt to write a readonly database"), "out: no permission"),
     ],
 )
-def test_other_words_for_what_lacks_are_understood(error: Exception, message: str) -> None:
+def test_what_the_system_lacks_is_recognised(error: Exception, message: str) -> None:
     assert message in str(system_error(error, Path("out")))
 
 

@@ -1,11 +1,11 @@
 """A run leaves no secret behind and prints none; what it starts listens on loopback alone."""
 
+import math
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,13 +46,14 @@ def listening(process: psutil.Process) -> set[str]:
     return addresses
 
 
-def watched(
-    process: "subprocess.Popen[str]", until: Callable[[set[str]], bool] = lambda _: False
-) -> set[str]:
-    """The addresses that a command listens on, until it ends or these are enough."""
+def watched(process: "subprocess.Popen[str]", seconds: float = math.inf) -> set[str]:
+    """The addresses that a command listens on, until it ends, or for some time after the first."""
     addresses: set[str] = set()
-    while process.poll() is None and not until(addresses):
+    deadline = math.inf
+    while process.poll() is None and time.monotonic() < deadline:
         addresses |= listening(psutil.Process(process.pid))
+        if addresses and deadline == math.inf:
+            deadline = time.monotonic() + seconds
         time.sleep(0.3)
     return addresses
 
@@ -98,9 +99,8 @@ def test_a_run_tells_no_secret_and_listens_on_loopback_alone(project: Path, stor
     quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     for name, file, uri, succeeds in runs:
         options = ["--params", file.name, *(["--verbose"] if succeeds else [])]
-        command = [sys.executable, "-m", "fmn", "run", *options]
         variables = {"MLFLOW_TRACKING_URI": uri, **quick, **SECRETS}
-        with projects.start(project, *command, **variables) as process:
+        with projects.start(project, *projects.FMN, "run", *options, **variables) as process:
             addresses = watched(process) if name == "registered" else {"127.0.0.1"}
             out, err = process.communicate()
         assert (process.returncode == 0) == succeeds, f"{name}: {out}{err}"
@@ -123,9 +123,7 @@ def test_what_make_starts_listens_on_loopback_alone(which: str, project: Path) -
     variables = {"PREFECT_SERVER_API_PORT": "5392", **SECRETS}
     with projects.start(project, "bash", "-c", command, **variables) as process:
         try:
-            addresses = watched(process, bool)
-            time.sleep(10)  # what comes up later
-            addresses |= listening(psutil.Process(process.pid))
+            addresses = watched(process, seconds=10)
         finally:
             if which == "mlflow":
                 for child in psutil.Process(process.pid).children(recursive=True):

@@ -69,16 +69,11 @@ def test_damage_is_noticed_and_repaired(lane: int, undisturbed: tuple[Path, floa
     work, expected = project / "data" / "tiny", torture.state(project)
     for number in range(DAMAGED):
         how = ("flip", "cut", "empty", "delete", "swap")[number % 5]
-        paths = torture.outputs(work)
-        path = chance.choice(paths)
-        alike = [
-            other
-            for other in paths
-            if (other.parent, other.suffix) == (path.parent, path.suffix) and other != path
-        ]
-        if how == "swap" and not alike:
-            how = "flip"
-        torture.damage(path, how, chance, chance.choice(alike) if how == "swap" else None)
+        path, other = chance.choice(torture.outputs(work)), None
+        if how == "swap":
+            experts = [work / "experts/sst2", work / "experts/stsb"]
+            path, other = chance.sample(experts, 2)
+        torture.damage(path, how, chance, other)
         torture.finish(torture.flow(project))
         assert torture.state(project) == expected, f"{how} {path.relative_to(work)}"
 

@@ -25,83 +25,53 @@ _COMMON: dict[str, Any] = {
     # The usual 0.02 gives logits that hardly depend on the text.
     "initializer_range": 0.3,
 }
-_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 8}
-_ALBERT = {**_COMMON, "embedding_size": 12}
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+_GEMMA = {**_GROUPED, "query_pre_attn_scalar": 8}
 _DEBERTA = {
-    **_COMMON,
-    "relative_attention": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_buckets": 8,
-    "type_vocab_size": 0,
+    **{"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    **{"position_buckets": 8, "type_vocab_size": 0},
 }
-_DISTILBERT = {
-    "dim": 24,
-    "n_layers": 2,
-    "n_heads": 4,
-    "hidden_dim": 20,
-    "vocab_size": WORDS,
-    "max_position_embeddings": 40,
-    "initializer_range": 0.3,
-}
-_GPT2 = {
-    "n_embd": 24,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_inner": 20,
-    "vocab_size": WORDS,
-    "n_positions": 40,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,
-}
+_GROUPS = {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 1}
 _T5: dict[str, Any] = {
-    "d_model": 24,
-    "d_kv": 8,
-    "num_heads": 4,
-    "d_ff": 20,
-    "num_layers": 2,
-    "num_decoder_layers": 1,
-    "vocab_size": WORDS,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 0,
+    **{"d_model": 24, "d_kv": 8, "num_heads": 4, "d_ff": 20},
+    **{"num_layers": 2, "num_decoder_layers": 1, "vocab_size": WORDS},
+    **{"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0},
     "initializer_factor": 1.5,
 }
-_LAYERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_VIT = {name: _COMMON[name] for name in (*_LAYERS, "initializer_range")}
+
+
+def _config(kind: Any, **more: Any) -> Callable[..., Any]:
+    return partial(kind, **{**_COMMON, **more})
+
 
 CONFIGS: Mapping[str, Callable[..., Any]] = {
-    "bert": partial(transformers.BertConfig, **_COMMON),
-    "roberta": partial(transformers.RobertaConfig, **_COMMON),
-    "xlm-roberta": partial(transformers.XLMRobertaConfig, **_COMMON),
-    "camembert": partial(transformers.CamembertConfig, **_COMMON),
-    "electra": partial(transformers.ElectraConfig, **_COMMON, embedding_size=12),
-    "distilbert": partial(transformers.DistilBertConfig, **_DISTILBERT),
-    "mpnet": partial(transformers.MPNetConfig, **_COMMON),
-    "albert": partial(transformers.AlbertConfig, **_ALBERT | {"num_hidden_layers": 3}),
-    "albert-groups": partial(
-        transformers.AlbertConfig,
-        **_ALBERT | {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 1},
-    ),
-    "deberta-v2": partial(transformers.DebertaV2Config, **_DEBERTA),
-    "deberta-v3": partial(
+    "bert": _config(transformers.BertConfig),
+    "roberta": _config(transformers.RobertaConfig),
+    "xlm-roberta": _config(transformers.XLMRobertaConfig),
+    "camembert": _config(transformers.CamembertConfig),
+    "electra": _config(transformers.ElectraConfig, embedding_size=12),
+    "distilbert": _config(transformers.DistilBertConfig, hidden_dim=20),
+    "mpnet": _config(transformers.MPNetConfig),
+    "albert": _config(transformers.AlbertConfig, embedding_size=12, num_hidden_layers=3),
+    "albert-groups": _config(transformers.AlbertConfig, embedding_size=12, **_GROUPS),
+    "deberta-v2": _config(transformers.DebertaV2Config, **_DEBERTA),
+    "deberta-v3": _config(
         transformers.DebertaV2Config, **_DEBERTA, share_att_key=True, norm_rel_ebd="layer_norm"
     ),
-    "modernbert": partial(
+    "modernbert": _config(
         transformers.ModernBertConfig,
-        **_COMMON | {"cls_token_id": 1, "sep_token_id": 2, "initializer_cutoff_factor": 2.0},
+        **{"cls_token_id": 1, "sep_token_id": 2, "initializer_cutoff_factor": 2.0},
     ),
-    "gpt2": partial(transformers.GPT2Config, **_GPT2),
-    "llama": partial(transformers.LlamaConfig, **_GROUPED),
-    "mistral": partial(transformers.MistralConfig, **_GROUPED),
-    "qwen2": partial(transformers.Qwen2Config, **_COMMON, num_key_value_heads=2),
-    "qwen3": partial(transformers.Qwen3Config, **_GROUPED),
-    "gemma2": partial(transformers.Gemma2Config, **_GROUPED, query_pre_attn_scalar=8),
-    "gemma3": partial(transformers.Gemma3TextConfig, **_GROUPED, query_pre_attn_scalar=8),
+    "gpt2": _config(transformers.GPT2Config, n_inner=20),
+    "llama": _config(transformers.LlamaConfig, **_GROUPED),
+    "mistral": _config(transformers.MistralConfig, **_GROUPED),
+    "qwen2": _config(transformers.Qwen2Config, num_key_value_heads=2),
+    "qwen3": _config(transformers.Qwen3Config, **_GROUPED),
+    "gemma2": _config(transformers.Gemma2Config, **_GEMMA),
+    "gemma3": _config(transformers.Gemma3TextConfig, **_GEMMA),
     "t5": partial(transformers.T5Config, **_T5),
     "t5-gated": partial(transformers.T5Config, **_T5, feed_forward_proj="gated-gelu"),
-    "vit": partial(transformers.ViTConfig, **_VIT, image_size=8, patch_size=4),
+    "vit": _config(transformers.ViTConfig, image_size=8, patch_size=4),
 }
 
 

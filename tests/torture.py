@@ -1,6 +1,5 @@
 """What tests of kills, damage and crowds share: a pipeline of seconds, and what it came to."""
 
-import hashlib
 import os
 import random
 import re
@@ -11,9 +10,11 @@ import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from fmn.store import artifacts
+from fmn.store.stage import sidecar_path
 from tests import projects
 
 MORE = """
@@ -28,7 +29,6 @@ OUTPUTS = (
 # Files that say when something happened, or how long it took.
 CLOCKS = re.compile(r"run\.log|registered\.json.*|cost\.svg|report/(?!results\.json|table\.md).*")
 SECONDS = re.compile(rb'"seconds": [\d.e+-]+')
-SIDECAR = "fmn.json"
 
 
 def make_project(folder: Path, base: Path) -> Path:
@@ -80,40 +80,29 @@ def kill(process: "subprocess.Popen[str]", whole_group: bool) -> bool:
 def outputs(work: Path) -> list[Path]:
     """The outputs that stages have finished."""
     paths = [path for pattern in OUTPUTS for path in sorted(work.glob(pattern))]
-    return [path for path in paths if path.name[0] != "." and not path.name.endswith(SIDECAR)]
+    return [path for path in paths if path.name[0] != "." and not path.name.endswith("fmn.json")]
 
 
 def computations(work: Path) -> dict[Path, bytes]:
     """The sidecar of every finished output: its run time tells one computation from another."""
-    sidecars = {
-        path: path / SIDECAR if path.is_dir() else path.with_name(f"{path.name}.{SIDECAR}")
-        for path in outputs(work)
-    }
+    sidecars = {path: sidecar_path(path) for path in outputs(work)}
     return {path: file.read_bytes() for path, file in sidecars.items() if file.is_file()}
 
 
-@dataclass(frozen=True)
-class State:
-    """What a run came to, but for what a clock decides.
+class State(NamedTuple):
+    """What a run came to, but for what a clock decides."""
 
-    Attributes:
-        files: sha256 by name.
-        versions: metrics of every version of the registered model.
-    """
-
-    files: Mapping[str, str]
-    versions: Mapping[str, object]
+    files: Mapping[str, str]  # sha256 by name
+    versions: Mapping[str, object]  # metrics of every version of the registered model
 
 
 def state(folder: Path) -> State:
     """What lies in a project's work folder and in its registry."""
-    work, files = folder / "data" / "tiny", {}
-    for path in sorted(work.rglob("*")):
-        name = path.relative_to(work).as_posix()
-        is_hidden = any(part.startswith(".") for part in name.split("/"))
-        if path.is_file() and not is_hidden and not CLOCKS.fullmatch(name):
-            content = SECONDS.sub(b"", path.read_bytes())
-            files[name] = hashlib.sha256(content).hexdigest()
+    files = {
+        name: artifacts.digest_bytes(SECONDS.sub(b"", path.read_bytes()))
+        for name, path in artifacts.visible(folder / "data" / "tiny").items()
+        if not CLOCKS.fullmatch(name)
+    }
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
         metrics = "SELECT key, value, step FROM metrics WHERE run_uuid = ? AND key NOT LIKE ?"
         versions = {

@@ -8,15 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows import cluster, storage, workers
-from flows.workers import TransientError
+from flows import cluster, workers
+from flows.workers import Stage, TransientError
 from fmn.errors import UserError
 from fmn.fisher.stages import FisherSettings
 from fmn.params import Params
@@ -24,7 +24,7 @@ from fmn.store import artifacts
 from fmn.store.records import Record
 from fmn.store.stage import Outcome, Progress, no_progress, read_info, run_stage
 from tests import projects, torture
-from tests.conftest import FISHER, ROOT
+from tests.conftest import FISHER, ROOT, wait_until
 
 
 def profile(address: str, url: str) -> Params:
@@ -39,7 +39,6 @@ class Copied(Record):
     """What the stage `copy` reports."""
 
     process: int
-    files: list[str]
 
 
 def copy(
@@ -61,8 +60,7 @@ def copy(
         (job.path.parent / "steps").unlink(missing_ok=True)
         shutil.copyfile(checkpoint / "model.safetensors", job.path)
         job.path.with_name(f"{job.path.stem}.extra").write_text(settings.estimator)
-        files = sorted(path.relative_to(data).as_posix() for path in data.rglob("*.parquet"))
-        return Copied(process=os.getpid(), files=files)
+        return Copied(process=os.getpid())
 
     reads = {"checkpoint": checkpoint, "data": data / task}
     return run_stage(
@@ -99,50 +97,14 @@ def arguments(work: Path, out: Path, **settings: Any) -> dict[str, Any]:
 def test_an_unreachable_scheduler_and_a_missing_package_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def error_of() -> str:
-        url = f"file://{tmp_path}/shared"
-        with (
-            pytest.raises(UserError) as caught,
-            cluster.joined(profile("tcp://127.0.0.1:9", url)),
-        ):
-            pass
-        return str(caught.value)
-
+    settings = profile("tcp://127.0.0.1:9", f"file://{tmp_path}/shared")
     monkeypatch.setattr(cluster, "TIMEOUT", 0.5)
-    assert error_of().startswith("address tcp://127.0.0.1:9: no Dask scheduler answers")
+    no_answer = "^address tcp://127.0.0.1:9: no Dask scheduler answers"
+    with pytest.raises(UserError, match=no_answer), cluster.joined(settings):
+        pass
     monkeypatch.setitem(sys.modules, "distributed", None)
-    assert "pip install 'fmn[dask]'" in error_of()
-
-
-def test_the_version_is_of_every_file_of_both_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Path] = []
-
-    def digest(path: Path) -> str:
-        read.append(path)
-        return "0"
-
-    with monkeypatch.context() as patched:
-        patched.setattr(artifacts, "digest_file", digest)
-        cluster.versions.__wrapped__()
-    expected = {path for name in ("fmn", "flows") for path in (ROOT / name).rglob("*.py")}
-    assert expected <= set(read)
-    with pytest.raises(UserError, match=r"it has fmn .*, torch .*; the flow has fmn 0\.0\.9"):
-        cluster._check_versions("fmn 0.0.9")
-
-
-def test_the_data_of_its_tasks_alone_travel_with_a_stage(tmp_path: Path) -> None:
-    for folder in ("data/sst2", "data/mrpc", "data/stsb", "merged/tasks/mrpc"):
-        (tmp_path / folder).mkdir(parents=True)
-
-    def tasks(data: str = "data", **arguments: Any) -> list[str]:
-        return sorted(cluster._tasks(arguments, tmp_path / data))
-
-    merged = tmp_path / "merged"
-    assert tasks(task="sst2") == ["sst2"]
-    assert tasks(task="sst2", data="data/sst2") == []
-    assert tasks(tasks=("sst2", "stsb"), model=merged) == ["sst2", "stsb"]
-    assert tasks(tasks=(), model=merged) == ["mrpc"]
-    assert tasks(experts={"sst2": merged, "mrpc": merged}) == ["mrpc", "sst2"]
+    with pytest.raises(UserError, match=r"pip install 'fmn\[dask\]'"), cluster.joined(settings):
+        pass
 
 
 # ---------------------------------------------------------------------------------------------
@@ -197,13 +159,6 @@ class Cluster:
         process.wait()
 
 
-def wait_until(happened: Callable[[], Any], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def dask(tmp_path: Path) -> Iterator[Cluster]:
     started = Cluster(tmp_path / "cluster")
@@ -214,16 +169,12 @@ def dask(tmp_path: Path) -> Iterator[Cluster]:
             started.kill(name)
 
 
-@contextmanager
-def joined(dask: Cluster, tmp_path: Path) -> Iterator[None]:
-    with cluster.joined(profile(dask.address, f"file://{tmp_path}/shared")):
-        yield
+def joined(dask: Cluster, folder: Path) -> AbstractContextManager[None]:
+    return cluster.joined(profile(dask.address, f"file://{folder}/shared"))
 
 
-def run(
-    function: Callable[..., Outcome], given: Mapping[str, Any], progress: Progress = no_progress
-) -> Outcome:
-    return cluster.run(function, given, progress)
+def run(function: Stage, arguments: Mapping[str, Any], progress: Progress = no_progress) -> Outcome:
+    return cluster.run(function, arguments, progress)
 
 
 @pytest.mark.slow
@@ -236,12 +187,9 @@ def test_an_output_comes_back_with_its_sidecar_and_only_once(
     with joined(dask, tmp_path):
         outcome = run(copy, arguments(tiny_work, there))
         assert outcome.computed
-        assert outcome.seconds < 5, "the run time on the worker"
         assert outcome.summary.process == worker.pid
-        assert {name.split("/")[0] for name in outcome.summary.files} == {"sst2"}
-        assert sorted(path.name for path in there.parent.iterdir()) == [
-            "x.bin", "x.bin.fmn.json", "x.extra",
-        ]  # fmt: skip
+        names = {path.name for path in there.parent.iterdir()}
+        assert names == {"x.bin", "x.bin.fmn.json", "x.extra"}
         assert there.read_bytes() == here.read_bytes()
         assert not run(copy, arguments(tiny_work, there)).computed
         assert not copy(**arguments(tiny_work, there)).computed, "nor without a cluster"
@@ -252,23 +200,20 @@ def test_an_output_comes_back_with_its_sidecar_and_only_once(
         assert not copy_folder(model, out=folder).computed
 
         # A file that is damaged in the storage before it arrives, here or there, costs a retry.
-        stored = {path.name: path for path in (tmp_path / "shared").rglob("*") if path.is_file()}
-        extra = stored[storage.digest_files(there.parent)["x.extra"]]
-        extra.write_text("damaged")
-        there.unlink()
-        with pytest.raises(TransientError, match=r"x\.extra .* was damaged"):
-            run(copy, arguments(tiny_work, there))
-        assert not there.exists()
-        assert run(copy, arguments(tiny_work, there)).computed
-
-        files = storage.digest_files(tiny_work / "experts/stsb")
-        weights = tmp_path / "shared/files" / files["model.safetensors"][:2]
-        weights.mkdir(exist_ok=True)
-        (weights / files["model.safetensors"]).write_text("damaged")
         other = {"model": tiny_work / "experts/stsb", "out": tmp_path / "other"}
-        with pytest.raises(TransientError, match=r"model\.safetensors .* was damaged"):
-            run(copy_folder, other)
-        assert run(copy_folder, other).computed
+        for function, inputs, damaged in (
+            (copy, arguments(tiny_work, there), there.with_name("x.extra")),
+            (copy_folder, other, tiny_work / "experts/stsb/model.safetensors"),
+        ):
+            there.unlink()
+            digest = artifacts.digest_file(damaged)
+            stored = tmp_path / "shared/files" / digest[:2] / digest
+            stored.parent.mkdir(exist_ok=True)
+            stored.write_text("damaged")
+            with pytest.raises(TransientError, match=rf"{damaged.name} .* was damaged"):
+                run(function, inputs)
+            assert not inputs["out"].exists()
+            assert run(function, inputs).computed
 
 
 @pytest.mark.slow

@@ -16,41 +16,40 @@ from fmn.errors import UserError
 PROFILE = "base: b\nexperts: {tasks: [sst2]}\nsources: {sst2: s}\nregistry: {name: m}\n"
 
 
-class Webhook:
+class Webhook(HTTPServer):
     """A server that takes notices, at an address that is a secret."""
 
     def __init__(self) -> None:
-        self.status = 200
-        self.texts: list[str] = []
-        webhook = self
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.status, self.texts = 200, list[str]()
+        self.address = f"http://127.0.0.1:{self.server_port}/services/SECRET"
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                assert self.headers["Content-Type"] == "application/json"
-                content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                webhook.texts.append(content.pop("text"))
-                assert content == {}
-                self.send_response(webhook.status)
-                self.end_headers()
 
-            def log_message(self, format: str, *args: object) -> None:
-                pass
+class Handler(BaseHTTPRequestHandler):
+    server: Webhook
 
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_port}/services/SECRET"
+    def do_POST(self) -> None:
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.headers["Content-Type"] == "application/json"
+        assert content.keys() == {"text"}
+        self.server.texts.append(content["text"])
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
 
 @contextmanager
 def listening() -> Iterator[Webhook]:
-    webhook = Webhook()
-    thread = threading.Thread(target=webhook.server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield webhook
-    finally:
-        webhook.server.shutdown()
-        thread.join()
-        webhook.server.server_close()
+    with Webhook() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def fail(profile: str = "params.yaml") -> None:
         raise UserError("fetch sst2: no such folder")
 
 
-def test_a_failure_is_reported_and_still_raised(
+def test_a_failure_is_reported_to_the_address_of_settings_or_environment(
     webhook: Webhook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail()
@@ -78,21 +77,22 @@ def test_a_failure_is_reported_and_still_raised(
     fail("nowhere.yaml")
     assert len(webhook.texts) == 2, "settings that cannot be read are a failure to report"
 
-
-def test_the_address_stands_in_the_settings_or_in_the_environment(
-    webhook: Webhook, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    monkeypatch.delenv("FMN_WEBHOOK")
     monkeypatch.setenv("MY_WEBHOOK", webhook.address)
     for address in (webhook.address, "$MY_WEBHOOK"):
         Path("params.yaml").write_text(PROFILE + f"notify: {{webhook: {address}}}\n")
         notices.send(Path("params.yaml"), "text")
-    assert webhook.texts == ["text", "text"]
+    assert webhook.texts[2:] == ["text", "text"]
     assert "SECRET" not in repr(params.load(Path("params.yaml")))
 
 
 @pytest.mark.parametrize(
     ("address", "reason"),
-    [(None, "500"), ("http://127.0.0.1:9/SECRET", "URLError"), ("file:///SECRET", "ValueError")],
+    [
+        (None, "500"),
+        ("http://127.0.0.1:9/SECRET", "ConnectionError"),
+        ("file:///SECRET", "InvalidSchema"),
+    ],
 )
 def test_a_webhook_that_fails_costs_a_line_without_its_address(
     webhook: Webhook,

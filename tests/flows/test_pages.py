@@ -1,13 +1,11 @@
 """The Prefect server of a run: its pages, and a server that goes away or has to go with the run."""
 
 import signal
+import socket
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 from prefect import flow
@@ -15,9 +13,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from flows import pages
-from tests.projects import make_project, start
+from tests.conftest import wait_until
+from tests.projects import FMN, make_project, start
 
-PORT = "4391"
+PORT = 4391
 
 
 def shown(key: str) -> Any:
@@ -58,11 +57,10 @@ def test_a_server_that_dies_costs_a_line(tiny_base: Path, tmp_path: Path) -> Non
         f"fmn: the Prefect server {url} does not answer;"
         " what finished is kept: run again to go on from here\n"
     )
-    run = [sys.executable, "-m", "fmn", "run"]
-    serve = [sys.executable, "-m", "prefect", "server", "start", "--port", PORT]
+    serve = (sys.executable, "-m", "prefect", "server", "start", "--port", str(PORT))
     with start(folder, *serve) as server:
-        wait_for(f"{url}/health")
-        with start(folder, *run, PREFECT_API_URL=url) as process:
+        wait_until(lambda: is_listening(PORT))
+        with start(folder, *FMN, "run", PREFECT_API_URL=url) as process:
             assert process.stdout is not None
             process.stdout.readline()
             server.kill()
@@ -70,8 +68,13 @@ def test_a_server_that_dies_costs_a_line(tiny_base: Path, tmp_path: Path) -> Non
             output, errors = process.communicate(timeout=300)
     assert (process.returncode, errors) == (1, line)
     assert "Traceback" not in output
-    with start(folder, *run, PREFECT_API_URL=url) as process:
+    with start(folder, *FMN, "run", PREFECT_API_URL=url) as process:
         assert process.communicate(timeout=300)[1] == line
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.slow
@@ -86,7 +89,7 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(
     sent: signal.Signals, status: int, line: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     folder = make_project(tmp_path, tiny_base)
-    with start(folder, sys.executable, "-m", "fmn", "run") as process:
+    with start(folder, *FMN, "run") as process:
         assert process.stdout is not None
         process.stdout.readline()
         children = psutil.Process(process.pid).children(recursive=True)
@@ -95,13 +98,3 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(
         _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (status, line)
     assert not psutil.wait_procs(children, timeout=10)[1]
-
-
-def wait_for(url: str) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with suppress(httpx.HTTPError):
-            httpx.get(url, timeout=5)
-            return
-        time.sleep(0.5)
-    raise TimeoutError(url)
