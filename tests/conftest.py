@@ -20,7 +20,7 @@ from tests.folders import fill, tiny_bert
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("sst2", "mrpc", "stsb")
-TUNING = FinetuneSettings(epochs=1, examples=64, learning_rate=1e-3, device="cpu", dtype="float32")
+TUNING = FinetuneSettings(epochs=1, examples=128, learning_rate=3e-3, device="cpu", dtype="float32")
 FISHER = FisherSettings(samples=32, device="cpu", dtype="float32")
 
 torch.set_num_threads(1)

@@ -243,7 +243,7 @@ def test_a_stage_of_the_pipeline_runs_alone(
     rows = answer(capsys, "stage", "data", "sst2", "--params", profile)
     assert (rows["stage"], rows["out"]) == ("data", str(tmp_path / "work" / "data" / "sst2"))
     assert "did you mean 'data'" in mistake(capsys, "stage", "dta", "--params", profile)
-    assert "mrpc, sst2" in mistake(capsys, "stage", "data", "--params", profile)
+    assert "sst2, mrpc" in mistake(capsys, "stage", "data", "rte", "--params", profile)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def fisher(
             relative_stderr=result.relative_error,
         )
         files.write_fisher(path, result.fisher, result.stderr, record)
-        saved.unlink(missing_ok=True)
+        artifacts.discard(saved)
 
     expert = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
     return _run("fisher", FISHER, out, expert, compute, files.read_fisher)

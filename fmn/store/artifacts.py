@@ -120,6 +120,12 @@ def scratch_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def discard(path: Path) -> None:
+    """Remove a file of `atomic_file`, and what a killed process left of a later one."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(path.with_name(f".{path.name}.partial"), ignore_errors=True)
+
+
 def publish_folder(scratch: Path, out: Path) -> None:
     """Flush a scratch folder to the disk, then let it replace the folder `out`, if there is one."""
     _flush_all(scratch)

@@ -185,7 +185,9 @@ def test_tasks_of_ones_own_are_searched_and_compared(tiny_work: Path, tmp_path: 
     ).summary  # fmt: skip
     wanted = mean_absolute_error(numbers.labels, numbers.predictions)
     assert again.tasks[NUMBERS].score == pytest.approx(wanted), "another definition"
-    bare = sides[NUMBERS][0].model_copy(update={"columns": Columns(text="text", label=None)})
+    bare = sides[NUMBERS][0].model_copy(
+        update={"columns": Columns(text="text", label=None), "metrics": ()}
+    )
     write_task(data / NUMBERS, bare)
     with pytest.raises(UserError, match="the rows of numbers have no labels to score by"):
         stages.search(experts=experts, data=data, out=tmp_path / "other.json")
