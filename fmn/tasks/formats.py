@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import lzma
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,6 @@ DAMAGED = (
     ValueError,
     RecursionError,
     zlib.error,
-    lzma.LZMAError,
 )
 BOM = "utf-8-sig"  # UTF-8, with or without a byte order mark
 

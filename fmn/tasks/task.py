@@ -152,6 +152,15 @@ class DatasetSettings(Settings):
             raise ValueError("a share below 1, or a whole number of rows")
         return size
 
+    @model_validator(mode="after")
+    def _check_validation(self) -> "DatasetSettings":
+        names_rows = isinstance(self.data_files, dict) and len(self.data_files) > 1
+        if self.validation_size is not None and (
+            names_rows or self.splits.validation != "validation"
+        ):
+            raise ValueError("validation_size and rows for validation contradict each other")
+        return self
+
 
 class ColumnSettings(Settings):
     text: str = Field("text", description="the column of the text")
@@ -278,7 +287,7 @@ class Task(Record):
     columns: Columns
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = Field(default_factory=lambda fields: _default_metrics(fields))
-    validation: tuple[str, ...] = ("validation",)
+    validation: tuple[Annotated[str, Field(pattern=r"^[\w. -]+$")], ...] = ("validation",)
     max_length: Annotated[int, Field(ge=1)] = MAX_LENGTH
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
