@@ -232,7 +232,7 @@ def choose_splits(
     Raises:
         UserError: a split that the settings name is not there, or none can be guessed.
     """
-    train, named = dataset.splits.train, dataset.splits.validation
+    train, wanted = dataset.splits.train, dataset.splits.validations
     if train == "train" and train not in splits:
         guesses = guess(splits, ("train", "training")) or splits
         if len(guesses) > 1:
@@ -242,7 +242,6 @@ def choose_splits(
                 f" splits, for {listed}"
             )
         train = guesses[0]
-    wanted = [named] if isinstance(named, str) else list(dict.fromkeys(named))
     others = [split for split in splits if split != train]
     if dataset.validation_size is not None:
         wanted = []

@@ -71,9 +71,10 @@ def test_an_unknown_task_is_refused_with_the_names_that_are_known(name: str, mes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": ()}, "needs two or more different labels"),
+        ({"labels": ()}, "needs two or more labels"),
         ({"problem_type": "regression"}, "a regression task has no labels"),
-        ({"metrics": ()}, "metric"),
+        ({"metrics": ()}, "a task has metrics if it has labels"),
+        ({"labels": ("a", "a")}, "'a' is listed twice"),
         ({"metrics": ("acuracy",)}, "unknown metric 'acuracy'; did you mean 'accuracy'"),
         ({"metrics": ("f1", "f1")}, "listed twice"),
         ({"metrics": ("pearson",)}, "pearson is not for single_label_classification; choose from"),
@@ -83,8 +84,8 @@ def test_an_unknown_task_is_refused_with_the_names_that_are_known(name: str, mes
             {"problem_type": "regression", "labels": (), "metrics": ("mse", "pearson")},
             "less is better of mse, .* choose metrics of one direction",
         ),
-        ({"columns": Columns(text="a", label=None), "metrics": ("accuracy",)}, "without labels"),
-        ({"name": "a/b"}, "a task's name is of letters"),
+        ({"columns": Columns(text="a", label=None), "metrics": ("accuracy",)}, "only then"),
+        ({"name": "a/b"}, "name\n.*match pattern"),
         ({"lables": ("book",)}, "lables"),
     ],
 )
