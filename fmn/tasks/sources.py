@@ -28,7 +28,6 @@ FORMATS: Mapping[str, str] = {
     ".parquet": "parquet",
 }
 OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # beside rows, and no rows themselves
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes: several splits, or one
 VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that there is
 _HUB_NAME = re.compile(r"(?:hf://)?(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)")
 _ROWS = re.compile(rf"(.*?)(-\d+(-of-\d+)?)?({'|'.join(map(re.escape, FORMATS))})(\.gz)?", re.I)
@@ -137,10 +136,17 @@ def _splits_of(root: str) -> Splits:
         raise UserError(f"{root}: no such file or folder{_what_there_is(system, path)}")
     if not system.isdir(path):
         return {"train": [_file(root, path, system)]}
-    if any(system.exists(f"{path}/{name}") for name in SAVED):
+    names = _names(system, path)
+    if "state.json" in names:  # `save_to_disk` wrote it, of one split; or of several
         return {"train": [File(root, path, system, "saved")]}
+    if "dataset_dict.json" in names:
+        return {
+            name[:-1]: [File(f"{root}/{name[:-1]}", f"{path}/{name[:-1]}", system, "saved")]
+            for name in names
+            if system.exists(f"{path}/{name}state.json")
+        }
     splits: dict[str, list[File]] = {}
-    for name in _names(system, path):
+    for name in names:
         match = _ROWS.fullmatch(name)
         if match and name not in OTHER_JSON and not name.startswith("_"):
             file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
@@ -193,7 +199,7 @@ def _file(name: str, path: str, system: "AbstractFileSystem") -> File:
         endings = ", ".join(FORMATS)
         raise UserError(f"{name}: the ending of its name is not one of {endings} (.gz may follow)")
     file = File(name, path, system, FORMATS[match[4].lower()])
-    return file._replace(name=str(file.local)) if name.startswith("file://") else file
+    return file._replace(name=str(file.local)) if file.local else file
 
 
 def _names(system: "AbstractFileSystem", folder: str) -> list[str]:
@@ -330,7 +336,9 @@ def hub_files(dataset: DatasetSettings, snapshot: Path) -> Splits:
     system, root = _open(str(snapshot))
     return {
         str(split): [
-            _file(path.replace(root, dataset.path), path, system)._replace(classes=classes)
+            _file(path, path, system)._replace(
+                name=path.replace(root, dataset.path), classes=classes
+            )
             for path in map(str, files)
         ]
         for split, files in builder.config.data_files.items()

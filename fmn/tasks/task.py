@@ -142,6 +142,7 @@ class DatasetSettings(Settings):
 
     path: str = Field(
         ...,
+        min_length=1,
         description="a file (csv, tsv, json, jsonl, parquet; also .gz), a folder of such files, a"
         " folder of `save_to_disk`, a data set on the Hub (org/name), or a URL",
     )
@@ -181,6 +182,13 @@ class ColumnSettings(Settings):
         "label",
         description="the column of the label; null: there is none; default: label, if there is one",
     )
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> "ColumnSettings":
+        names = [name for name in (self.text, self.text_pair, self.label) if name is not None]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"column {twice[0]!r} is named twice; name different ones")
+        return self
 
     @model_serializer(mode="wrap")
     def _leave_out_the_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -206,9 +206,8 @@ def test_what_is_odd_is_a_warning(tmp_path: Path) -> None:
         ([ROW, *[{"text": 5, "label": "y"}] * 2], {}, r"is 5, not a text, in row 1 \(2 such"),
         ([ROW, {"text": "a\0b", "label": "y"}], {}, "column text has a NUL character in row 1"),
         ([ROW, {"text": "\ud800", "label": "y"}], {}, "half a character"),
-        ([ROW, {"text": "b"}], {}, "column label has no value in 1 of 2 rows, the first is row 1"),
+        ([*rows_of("x", "y"), {"text": "b"}], {}, "no value in 1 of 3 rows, the first is row 2"),
         ([ROW, {"text": "b", "label": "y"}], {"metrics": ["pearson"]}, "pearson is not for single"),
-        ([ROW], {"columns": {"text": "text", "text_pair": "text"}}, "named twice"),
         ([*rows_of(*"xyz")], {"metrics": ["f1"]}, "f1 is of class 1 of two classes"),
     ],
 )  # fmt: skip

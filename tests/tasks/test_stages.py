@@ -241,14 +241,14 @@ def test_a_data_set_of_the_hub_is_pinned_to_its_commit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "settings", "message"),
     [
-        ({"definition": "x.yaml", "text": "a"}, {}, "--text: --definition says it already"),
+        ({"definition": "x.yaml", "text": "a"}, {}, "--definition x.yaml: .* give it alone"),
         ({"dataset": "x.csv"}, {"source": "embedded"}, "--dataset and --source contradict"),
-        ({"validation": "x.csv"}, {}, "--validation needs --dataset"),
-        ({"validation_size": 3}, {}, "--validation-size needs --dataset"),
+        ({"validation": "x.csv"}, {}, "task stars: dataset.path: "),
+        ({"validation_size": 3}, {}, "task stars: dataset.path: "),
         (
             {"dataset": "x.csv", "validation": "y.csv", "validation_size": 3},
             {},
-            "--validation and --validation-size contradict",
+            "validation_size and rows for validation contradict",
         ),
         ({"dataset": "x.csv", "metric": ["acc"]}, {}, "task stars: unknown metric 'acc'"),
         ({"definition": "nowhere.yaml"}, {}, "nowhere.yaml: No such file"),

@@ -123,6 +123,11 @@ def test_a_description_is_read_as_yaml_has_it() -> None:
         ({"labels": ["a", "a"]}, "'a' is listed twice"),
         ({"labels": ["a", " "]}, "no name"),
         ({"dataset": {"path": "x", "validation_size": 1.5}}, "a share below 1"),
+        ({"columns": {"text": "a", "text_pair": "a"}}, "'a' is named twice"),
+        (
+            {"dataset": {"path": "x", "validation_size": 1, "splits": {"validation": "dev"}}},
+            "contradict",
+        ),
         ({"max_length": 0}, "greater than or equal to 1"),
     ],
 )
