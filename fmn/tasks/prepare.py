@@ -13,7 +13,6 @@ from fmn.tasks.formats import Table, read_files
 from fmn.tasks.label_values import (
     Labels,
     encode,
-    is_missing,
     plain_values,
     read_labels,
 )
@@ -100,12 +99,11 @@ def prepare(
 
 def _label_column(definition: TaskSettings, first: Table) -> tuple[str | None, list[str]]:
     """The column of labels, and what to tell the user if there is none without their word."""
-    columns = definition.columns
-    is_needed = columns.names_label or definition.metrics
-    if columns.label in first.columns or is_needed or columns.label is None:
-        return columns.label, []
+    label = definition.columns.label
+    if label != "label" or label in first.columns or definition.metrics:
+        return label, []
     listed = ", ".join(first.columns)
-    return None, [f"no labels: there is no column {columns.label} in {first.place}, but {listed}"]
+    return None, [f"no labels: there is no column {label} in {first.place}, but {listed}"]
 
 
 def _task(
@@ -135,28 +133,20 @@ def _texts(task: Task, definition: TaskSettings, table: Table) -> dict[str, Any]
     content = {}
     for name, source in zip(task.text_columns, sources, strict=True):
         values = content[name] = table.values(source, task.name)
-        wrong = [row for row, value in enumerate(values) if _problem(value)]
-        if wrong:
-            others = f" ({len(wrong)} such rows)" if len(wrong) > 1 else ""
+        if wrong := [row for row, value in enumerate(values) if not _is_text(value)]:
             raise UserError(
-                f"{table.place}: column {source} {_problem(values[wrong[0]])} in row {wrong[0]}"
-                f"{others}; give a text, or drop the row"
+                f"{table.place}: column {source} is {values[wrong[0]]!r:.40} in row {wrong[0]}, not"
+                f" a text ({len(wrong)} of {len(values)} rows are so); give a text, or drop the row"
             )
     return content
 
 
-def _problem(value: Any) -> str:
-    if not isinstance(value, str):
-        if is_missing(value):
-            return "has no value"
-        return f"is {value!r:.40}, not a text,"
-    if "\0" in value:
-        return "has a NUL character"
+def _is_text(value: Any) -> bool:
     try:
         value.encode()
-    except UnicodeEncodeError:
-        return "has half a character (a surrogate)"
-    return ""
+    except (AttributeError, UnicodeEncodeError):  # no text, or half a character (a surrogate)
+        return False
+    return "\0" not in value
 
 
 def _split_off(

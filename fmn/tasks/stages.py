@@ -17,6 +17,7 @@ from fmn.store.yaml_file import read_yaml
 from fmn.tasks import dataset, sources
 from fmn.tasks.dataset import DataInfo
 from fmn.tasks.task import (
+    ColumnSettings,
     DatasetSettings,
     ScoringSettings,
     Task,
@@ -207,13 +208,12 @@ def find_source(task: str, settings: DataSettings, definition: TaskSettings | No
     folder, revision = _source_folder(task, settings, is_defined=definition is not None)
     here = task_folder(folder, task)
     is_checked = read_task(here) is not None or task_settings(task) is not None
-    if definition and (definition.columns.model_fields_set or not is_checked):
+    if definition and (definition.columns != ColumnSettings() or not is_checked):
         rows = DatasetSettings(path=str(here))
         return _own_source(task, definition.model_copy(update={"dataset": rows}), rows)
     full = load_task(folder, task)
     if definition:
-        names = {"problem_type", "labels", "metrics", "max_length", "threshold"}
-        changes = {name: getattr(definition, name) for name in names & definition.model_fields_set}
+        changes = definition.model_dump(exclude_unset=True, exclude={"task", "dataset", "columns"})
         full = make_task(**{**dict(full), **changes})
     validation = [split for split in full.validation if dataset.has_split(folder, full, split)]
     if full.has_labels and not validation:

@@ -12,10 +12,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import (
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -179,8 +177,7 @@ class ColumnSettings(Settings):
     text: str = Field("text", description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
     label: str | None = Field(
-        "label",
-        description="the column of the label; null: there is none; default: label, if there is one",
+        "label", description="the column of the label; null: there is none; label: if there is one"
     )
 
     @model_validator(mode="after")
@@ -189,19 +186,6 @@ class ColumnSettings(Settings):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"column {twice[0]!r} is named twice; name different ones")
         return self
-
-    @model_serializer(mode="wrap")
-    def _leave_out_the_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Settings that are written and read again still tell `label: label` from its default."""
-        fields: dict[str, Any] = dump(self)
-        if not self.names_label:
-            del fields["label"]
-        return fields
-
-    @property
-    def names_label(self) -> bool:
-        """Whether the user named the column of the label, or said that there is none."""
-        return "label" in self.model_fields_set
 
 
 class ScoringSettings(Settings):

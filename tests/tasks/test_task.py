@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fmn.errors import UserError
@@ -134,14 +132,6 @@ def test_a_description_is_read_as_yaml_has_it() -> None:
 def test_a_description_that_makes_no_sense_is_refused(fields: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TaskSettings.model_validate(fields)
-
-
-@given(st.sampled_from([{}, {"label": "label"}, {"label": None}, {"text": "a"}]))
-def test_a_description_that_is_written_and_read_again_is_the_same(columns: Any) -> None:
-    settings = TaskSettings.model_validate({"columns": columns})
-    again = TaskSettings.model_validate_json(settings.model_dump_json())
-    assert again == settings
-    assert again.columns.names_label == settings.columns.names_label == ("label" in columns)
 
 
 def test_glue_is_described_in_the_words_of_settings() -> None:
