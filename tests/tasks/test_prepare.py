@@ -63,23 +63,6 @@ def test_rows_keep_their_order_and_a_definition_without_gaps(tmp_path: Path) -> 
     assert "dev: there is one row alone" in result.warnings
 
 
-@pytest.mark.parametrize(
-    ("labels", "kind", "metrics", "ids"),
-    [
-        (["b", "a"], "single_label_classification", ("accuracy",), [1, 0]),
-        ([-1.0, 0.5], "regression", ("pearson", "spearmanr"), [-1.0, 0.5]),
-        ([["b"], ["a", "b"]], "multi_label_classification", ("f1_micro",), [[1], [0, 1]]),
-    ],
-)
-def test_labels_tell_the_kind_of_problem_and_the_metrics(
-    tmp_path: Path, labels: list[Any], kind: str, metrics: tuple[str, ...], ids: list[Any]
-) -> None:
-    write(tmp_path, train=rows_of(*labels), validation=rows_of(labels[0]))
-    result = prepared(tmp_path)
-    assert (result.task.problem_type, result.task.metrics) == (kind, metrics)
-    assert result.tables["train"]["label"].to_pylist() == ids
-
-
 def test_text_columns_with_the_names_of_the_rows_own_columns_are_renamed(tmp_path: Path) -> None:
     write(
         tmp_path, train=[{"label": "a", "text": "b", "y": 0}, {"label": "c", "text": "d", "y": 1}]
@@ -93,24 +76,34 @@ def test_text_columns_with_the_names_of_the_rows_own_columns_are_renamed(tmp_pat
     ]
 
 
-def test_rows_without_labels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, {"columns": {"label": None}}, {"labels": ["x", "y"]}])
+def test_rows_without_labels(tmp_path: Path, fields: Any) -> None:
     write(tmp_path, train=[{"text": "a"}, {"text": "b"}])
-    unlabelled: list[dict[str, Any]] = [{}, {"columns": {"label": None}}, {"labels": ["x", "y"]}]
-    for fields in unlabelled:
-        result = prepared(tmp_path, **fields)
-        task = result.task
-        assert (task.has_labels, task.metrics, task.validation) == (False, (), ())
-        assert task.labels == tuple(fields.get("labels", ()))
-        assert result.tables["train"].column_names == ["text", "idx"]
-    assert any(note.startswith("no labels: there is no column label") for note in result.notes)
-    split_off = prepared(tmp_path, columns={"label": None}, dataset={"validation_size": 0.5})
+    result = prepared(tmp_path, **fields)
+    task = result.task
+    assert (task.has_labels, task.metrics, task.validation) == (False, (), ())
+    assert task.labels == tuple(fields.get("labels", ()))
+    assert result.tables["train"].column_names == ["text", "idx"]
+    is_told = any(note.startswith("no labels: there is no column label") for note in result.notes)
+    assert is_told == ("columns" not in fields)
+    split_off = prepared(tmp_path, dataset={"validation_size": 0.5}, **fields)
     assert split_off.task.validation == ("validation",)
-    needs: list[dict[str, Any]] = [{"columns": {"label": "stars"}}, {"metrics": ["accuracy"]}]
-    for fields in needs:
-        with pytest.raises(UserError, match=r"no column (label|stars) for mine; there are text"):
-            prepared(tmp_path, **fields)
-    with pytest.raises(UserError, match="no column body"):
-        prepared(tmp_path, columns={"text": "body"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "column"),
+    [
+        ({"columns": {"label": "stars"}}, "stars"),
+        ({"metrics": ["accuracy"]}, "label"),
+        ({"columns": {"text": "body"}}, "body"),
+    ],
+)
+def test_a_column_that_is_named_or_needed_must_be_there(
+    tmp_path: Path, fields: Any, column: str
+) -> None:
+    write(tmp_path, train=[{"text": "a"}, {"text": "b"}])
+    with pytest.raises(UserError, match=f"no column {column} for mine; there are text"):
+        prepared(tmp_path, **fields)
 
 
 @given(
