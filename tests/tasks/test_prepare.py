@@ -137,16 +137,12 @@ def test_validation_is_split_off_by_class(
 
 def test_how_many_rows_are_split_off(tmp_path: Path) -> None:
     write(tmp_path, rows=rows_of(*[0.5, 1.5, 2.0] * 10))
-    sizes = {
-        size: prepared(tmp_path, dataset={"validation_size": size}).tables["validation"].num_rows
-        for size in (0.2, 7, 8.0)
-    }
-    assert sizes == {0.2: 6, 7: 7, 8.0: 8}
-    result = prepared(tmp_path)
-    assert result.tables["validation"].num_rows == 3, "a tenth by default"
-    assert "split off" in result.notes[1]
-    other = prepared(tmp_path, dataset={"validation_size": 0.1, "seed": 1})
-    assert other.tables["validation"] != result.tables["validation"]
+    for fields, count in (({"validation_size": 0.2}, 6), ({"validation_size": 7}, 7), ({}, 3)):
+        result = prepared(tmp_path, dataset=fields)
+        assert result.tables["validation"].num_rows == count
+        assert "split off" in result.notes[1]
+        other = prepared(tmp_path, dataset={"seed": 1, **fields})
+        assert other.tables["validation"] != result.tables["validation"]
     with pytest.raises(UserError, match="validation_size 30 of 30 rows is 30, and at most 29"):
         prepared(tmp_path, dataset={"validation_size": 30})
 
