@@ -305,16 +305,30 @@ def _patterns(dataset: DatasetSettings, snapshot: Path) -> list[str]:
     files: Any = dataset.data_files
     folder, card = dataset.data_dir, snapshot / "README.md"
     if not files and card.is_file():
-        data = DatasetCard.load(card, ignore_metadata_errors=True).data
-        if configs := MetadataConfigs.from_dataset_card_data(data):
-            config = configs.get(dataset.name or configs.get_default_config_name())
-            if config is None:
-                known = f"{', '.join(configs)}{hint(dataset.name or '', configs)}"
-                raise UserError(f"{dataset.path}: say one of its configurations, name: {known}")
-            files, folder = config.get("data_files"), config.get("data_dir") or folder
+        with _understood(dataset):
+            data = DatasetCard.load(card, ignore_metadata_errors=True).data
+            configs = MetadataConfigs.from_dataset_card_data(data)
+            config = configs.get(dataset.name or configs.get_default_config_name(), {})
+        if configs and not config:
+            known = f"{', '.join(configs)}{hint(dataset.name or '', configs)}"
+            raise UserError(f"{dataset.path}: say one of its configurations, name: {known}")
+        files, folder = config.get("data_files"), config.get("data_dir") or folder
     patterns = sanitize_patterns(files or [f"*{ending}*" for ending in FORMATS])
     prefix = f"{folder}/" if folder else ""
     return [f"{prefix}{pattern}" for each in patterns.values() for pattern in each]
+
+
+@contextmanager
+def _understood(dataset: DatasetSettings) -> Iterator[None]:
+    """Explain what `datasets` does not understand; a card may hold anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{dataset.path}: its card or files cannot be read ({reason:.300}); say data_files,"
+            " data_dir or name, or use files that are here"
+        ) from error
 
 
 def hub_files(dataset: DatasetSettings, snapshot: Path) -> Splits:
@@ -326,12 +340,8 @@ def hub_files(dataset: DatasetSettings, snapshot: Path) -> Splits:
     import datasets
 
     fields = dataset.model_dump(include={"name", "data_dir", "data_files"})
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            builder = datasets.load_dataset_builder(str(snapshot), cache_dir=cache, **fields)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).replace(str(snapshot), dataset.path).split())
-            raise UserError(f"{dataset.path}: {reason:.300}; see `dataset`") from error
+    with tempfile.TemporaryDirectory() as cache, _understood(dataset):
+        builder = datasets.load_dataset_builder(str(snapshot), cache_dir=cache, **fields)
     classes = class_names(builder.info.features or {})
     system, root = _open(str(snapshot))
     return {

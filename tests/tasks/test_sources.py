@@ -242,6 +242,9 @@ def test_a_data_set_of_the_hub_is_downloaded_as_its_card_says(tmp_path: Path) ->
         for wrong in (None, "fr"):
             assert files(name=wrong) == "org/name: say one of its configurations, name: en, de"
         assert "org/name@nothing: no such data set" in files(revision="nothing")
+        for number, card in enumerate((b"---\nconfigs: [3]\n---\n", b"---\na: b: c\n---\n")):
+            hub.add("datasets", "org/name", {**content, "README.md": card})
+            assert "org/name: its card or files cannot be read" in files(10 + number)
         del content["README.md"]
         hub.add("datasets", "org/name", content)  # without a card
         assert files(1, data_dir="de") == '{"train": [["org/name/de/rows.csv", {}]]}'
