@@ -10,11 +10,10 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from fmn.errors import UserError, hint
-from fmn.tasks.task import METRICS, MULTI, REGRESSION, SINGLE, TaskSettings, plain_text
+from fmn.tasks.task import METRICS, MULTI, REGRESSION, SINGLE, TaskSettings, in_a_line, plain_text
 
 _NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _TRUTH = {"true": True, "false": False}
-_SHOWN = 12  # labels that a message lists
 
 
 class Labels(NamedTuple):
@@ -189,11 +188,9 @@ def _id_of(value: Any, labels: Labels) -> int:
     text = plain_text(value)
     if isinstance(text, str) and text in labels.ids:
         return labels.ids[text]
-    known = list(labels.ids)
-    shown = ", ".join(known[:_SHOWN]) + ", ..." * (len(known) > _SHOWN)
     raise ValueError(
-        f"the labels are {shown}{hint(str(text), known)}; list it under `labels`, say which value"
-        " has which name (VALUE: NAME), or drop its rows"
+        f"the labels are {in_a_line(list(labels.ids))}{hint(str(text), labels.ids)}; list it under"
+        " `labels`, say which value has which name (VALUE: NAME), or drop its rows"
     )
 
 

@@ -20,13 +20,12 @@ from fmn.tasks.rows import schema
 from fmn.tasks.sources import File, choose_splits
 from fmn.tasks.task import (
     DEFAULT_METRICS,
-    MULTI,
-    REGRESSION,
     SINGLE,
     Columns,
     DatasetSettings,
     Task,
     TaskSettings,
+    in_a_line,
     make_task,
 )
 
@@ -93,7 +92,7 @@ def prepare(
         f"{split}: {len(rows)} rows {origins[split]}" for split, rows in tables.items()
     ] + notes
     if task.labels:
-        notes.append(f"labels: {', '.join(task.labels[:20])}{', ...' * (len(task.labels) > 20)}")
+        notes.append(f"labels: {in_a_line(task.labels, 20)}")
     return Prepared(task, tables, notes, odd_rows(task, tables))
 
 
@@ -196,21 +195,17 @@ def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
     if task.has_labels and not task.validation:
         lines.append("there are no validation rows, so that no model can be scored")
     if len(task.labels) > MANY:
-        lines.append(f"there are {len(task.labels)} labels; numbers to predict need problem_type:"
-                     " regression")  # fmt: skip
+        lines.append(
+            f"there are {len(task.labels)} labels; numbers to predict need problem_type: regression"
+        )
     return lines
 
 
 def _label_warnings(task: Task, split: str, labels: np.ndarray) -> list[str]:
     different = np.unique(labels, axis=0)
     if len(different) == 1:
-        value = different[0]
-        name = task.labels[value] if task.problem_type == SINGLE else ""
-        return [f"{split}: every row has the same label{' ' * bool(name)}{name}"]
-    if task.problem_type == REGRESSION:
-        return []
-    present = np.flatnonzero(labels.any(axis=0)) if task.problem_type == MULTI else different
+        name = f" {task.labels[different[0]]}" if task.problem_type == SINGLE else ""
+        return [f"{split}: every row has the same label{name}"]
+    present = np.flatnonzero(labels.any(axis=0)) if task.multi_label else different
     absent = [name for label, name in enumerate(task.labels) if label not in present]
-    if not absent:
-        return []
-    return [f"{split}: no row has the label {', '.join(absent[:12])}{', ...' * (len(absent) > 12)}"]
+    return [f"{split}: no row has the label {in_a_line(absent)}"] if absent else []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError, hint
 from fmn.store import artifacts
-from fmn.tasks.task import DatasetSettings, TaskSettings
+from fmn.tasks.task import DatasetSettings, TaskSettings, in_a_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -219,9 +219,8 @@ def _what_there_is(system: "AbstractFileSystem", path: str) -> str:
     except (OSError, ValueError):
         return f"; nor is there a folder {Path(folder).name}" if folder else ""
     rows = [name for name in names if _ROWS.fullmatch(name)] or names
-    listed = ", ".join(rows[:8]) + ", ..." * (len(rows) > 8)
     verb = "is" if len(rows) == 1 else "are"
-    return f"; there {verb} {listed or 'no files'}{hint(wanted, rows)}"
+    return f"; there {verb} {in_a_line(rows, 8) or 'no files'}{hint(wanted, rows)}"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -251,6 +251,15 @@ def plain_text(value: Any) -> Any:
     return str(value).strip() if isinstance(value, str | int | float) else value
 
 
+def in_a_line(names: Sequence[str], most: int = 12) -> str:
+    """Names for a message, of many the first ones.
+
+    >>> in_a_line(["a", "b", "c"], most=2)
+    'a, b, ...'
+    """
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+
+
 class Columns(Record):
     """The columns of a task's one or two texts, and of its label; None: the rows have no label."""
 

@@ -15,6 +15,7 @@ from fmn.tasks.task import (
     TASKS,
     Task,
     TaskSettings,
+    in_a_line,
     load_task,
     read_task,
     task_folder,
@@ -57,8 +58,7 @@ def known_tasks(own: Mapping[str, TaskSettings]) -> list[KnownTask]:
 def _known(name: str, settings: TaskSettings) -> KnownTask:
     is_glue = settings == task_settings(name)
     kind: str | None = TASKS[name].problem_type if is_glue else settings.problem_type
-    names = settings.label_names
-    labels = ", ".join(names[:6]) + ", ..." * (len(names) > 6)
+    labels = in_a_line(settings.label_names, 6)
     unnamed = "a number" if kind == "regression" else "from the data"
     return KnownTask(
         name=name,
