@@ -3,10 +3,9 @@
 import csv
 import io
 import json
-import lzma
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -17,13 +16,8 @@ from fmn.errors import UserError, hint
 from fmn.tasks.sources import File, class_names, reachable
 
 DAMAGED = (
-    pa.ArrowException,
-    OSError,
-    EOFError,
-    ValueError,
-    RecursionError,
-    zlib.error,
-    lzma.LZMAError,
+    *(pa.ArrowException, OSError, EOFError, ValueError, RecursionError, zlib.error),
+    KeyError,  # of a folder of `save_to_disk`
 )
 BOM = "utf-8-sig"  # UTF-8, with or without a byte order mark
 
@@ -48,60 +42,59 @@ class Table(NamedTuple):
     def values(self, name: str, task: str) -> list[Any]:
         """The values of a column as Python's own. UserError says which columns there are."""
         if name not in self.columns:
-            listed = ", ".join(self.columns)
             same = [each for each in self.columns if each.lower() == name.lower()]
             near = hint(same[0] if same else name, self.columns)
-            raise UserError(f"{self.place}: no column {name} for {task}; there are {listed}{near}")
+            raise UserError(
+                f"{self.place}: no column {name} for {task}; there are"
+                f" {', '.join(self.columns)}{near}"
+            )
         values = self.columns[name]
         plain: list[Any] = values.to_pylist() if hasattr(values, "to_pylist") else list(values)
         return plain
 
 
-def read_files(files: Sequence[File]) -> dict[str, Table]:
-    """The rows in the files of one split; of a `save_to_disk` folder, of all its splits ("": one).
+def read_files(files: Sequence[File]) -> Table:
+    """The rows in the files of a split.
 
     Raises:
         UserError: a file is damaged, empty, or not what its name says.
     """
-    if files[0].format == "saved":
-        return _saved(files[0])
     tables = [_read(file) for file in files]
-    if len(tables) == 1:
-        return {"": tables[0]}
-    names = list(tables[0].columns)
+    first, names = tables[0], list(tables[0].columns)
     for table in tables:
         if set(table.columns) != set(names):
             raise UserError(
                 f"{table.place}: its columns are {', '.join(table.columns)}, and those of"
-                f" {tables[0].place} {', '.join(names)}; files of one split have the same columns"
+                f" {first.place} {', '.join(names)}; files of one split have the same columns"
             )
+    if not any(table.num_rows for table in tables):
+        raise UserError(f"{first.place}: there are no rows; write it again")
+    if len(tables) == 1:
+        return first
     columns = {name: [x for each in tables for x in each.values(name, "")] for name in names}
-    place = f"{tables[0].place} to {tables[-1].place}"
-    return {"": Table(place, columns, tables[0].classes)}
+    return Table(f"{first.place} to {tables[-1].place}", columns, first.classes)
 
 
 def _read(file: File) -> Table:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            columns, classes = READERS[file.format](file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file.name}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+            named, classes = READERS[file.format](file)
     except DAMAGED as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None and file.format != "saved":
             raise
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{file.name}: not {file.format} ({reason:.200}); write it again"
-        ) from error
-    stripped = [str(name).strip() for name in columns]
-    if twice := [name for name in stripped if stripped.count(name) > 1]:
-        raise UserError(f"{file.name}: two columns are called {twice[0]!r}; rename one")
-    values = columns.values()
-    return Table(file.name, dict(zip(stripped, values, strict=True)), {**classes, **file.classes})
+        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else file.format
+        raise UserError(f"{file.name}: not {kind} ({reason:.200}); write it again") from error
+    columns: dict[str, Any] = {}
+    for name, values in named:
+        if str(name).strip() in columns:
+            raise UserError(f"{file.name}: two columns are called {name.strip()!r}; rename one")
+        columns[str(name).strip()] = values
+    return Table(file.name, columns, {**classes, **file.classes})
 
 
-Columns = tuple[dict[str, Any], dict[str, list[str]]]
+Columns = tuple[Iterable[tuple[Any, Any]], dict[str, list[str]]]  # names and values, and classes
 
 
 def _content(file: File) -> bytes:
@@ -132,7 +125,7 @@ def _csv(file: File) -> Columns:
     if frame.empty:
         raise UserError(f"{file.name}: the file is empty; write it again")
     names, body = frame.iloc[0], frame.iloc[1:]
-    return {name: body[number].tolist() for number, name in enumerate(names)}, {}
+    return [(name, body[number].tolist()) for number, name in enumerate(names)], {}
 
 
 def _frame(content: bytes, separator: str, quoted: bool) -> pd.DataFrame:
@@ -154,29 +147,19 @@ def _frame(content: bytes, separator: str, quoted: bool) -> pd.DataFrame:
 def _json(file: File) -> Columns:
     text = _content(file).decode(BOM)
     try:
-        content = json.loads(text)
-        # A file of one line may be one record.
-        is_record = isinstance(content, dict) and any(isinstance(x, str) for x in content.values())
-        records = [content] if is_record else content
+        records = json.loads(text)
+        if isinstance(records, dict):  # the records are in "data", or it is a file of one line
+            records = records.get("data", [records])
     except json.JSONDecodeError:
         records = [_line(file, number, line) for number, line in enumerate(text.split("\n"), 1)
                    if line.strip()]  # fmt: skip
-    if isinstance(records, dict):
-        if not isinstance(records.get("data"), list):
-            raise UserError(
-                f"{file.name}: an object with {', '.join(map(str, records))[:100]}; write a list of"
-                ' records, such as [{"text": ...}], or a record a line'
-            )
-        records = records["data"]
     if not isinstance(records, list):
-        raise UserError(f"{file.name}: not a list of records, such as [{{'text': ...}}]")
+        raise ValueError("it is no list of records, such as [{'text': ...}], and no record a line")
     for row, record in enumerate(records):
         if not isinstance(record, dict):
-            raise UserError(
-                f"{file.name}: row {row} is {record!r:.40}, not a record {{NAME: VALUE}}"
-            )
+            raise ValueError(f"row {row} is {record!r:.40}, not a record {{NAME: VALUE}}")
     names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}, {}
+    return [(name, [record.get(name) for record in records]) for name in names], {}
 
 
 def _line(file: File, number: int, line: str) -> Any:
@@ -193,33 +176,16 @@ def _parquet(file: File) -> Columns:
         from datasets import Features
 
         classes = class_names(Features.from_arrow_schema(table.schema))
-    return _arrow(table), classes
+    return zip(table.column_names, table.columns, strict=True), classes
 
 
-def _arrow(table: pa.Table) -> dict[str, Any]:
-    if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
-        raise ValueError(f"two columns are called {twice[0]!r}")
-    return {name: table[name] for name in table.column_names}
-
-
-def _saved(folder: File) -> dict[str, Table]:
+def _saved(folder: File) -> Columns:
     import datasets
 
-    url = folder.system.unstrip_protocol(folder.path)
-    try:
-        saved = datasets.load_from_disk(folder.path if folder.local else url)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder.name}: not as save_to_disk writes it ({reason:.200})") from error
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {"": saved}
-    return {
-        split: Table(
-            f"{folder.name}/{split}".rstrip("/"),
-            _arrow(rows.with_format("arrow")[:]),
-            class_names(rows.features),
-        )
-        for split, rows in splits.items()
-    }
+    path = folder.path if folder.local else folder.system.unstrip_protocol(folder.path)
+    rows = datasets.load_from_disk(path)
+    table = rows.with_format("arrow")[:]
+    return zip(table.column_names, table.columns, strict=True), class_names(rows.features)
 
 
-READERS = {"csv": _csv, "tsv": _csv, "json": _json, "parquet": _parquet}
+READERS = {"csv": _csv, "tsv": _csv, "json": _json, "parquet": _parquet, "saved": _saved}

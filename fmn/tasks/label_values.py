@@ -4,16 +4,16 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from fmn.errors import UserError, hint
-from fmn.tasks.task import METRICS, MULTI, REGRESSION, SINGLE, TaskSettings, plain_text
+from fmn.tasks.task import METRICS, MULTI, REGRESSION, SINGLE, TaskSettings, in_a_line, plain_text
 
 _NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _TRUTH = {"true": True, "false": False}
-_SHOWN = 12  # labels that a message lists
 
 
 class Labels(NamedTuple):
@@ -96,27 +96,19 @@ def _is_list(value: Any) -> bool:
 
 
 def items(value: Any) -> list[Any]:
-    """The labels of a cell that may hold several: a list, a list as text, or a,b or a;b.
+    """The labels of a cell that may hold several: a list, a list as text, or a;b, or a,b.
 
     >>> items('["a", "b"]'), items("a; b"), items(3)
     (['a', 'b'], ['a', 'b'], [3])
     """
-    if isinstance(value, list):
-        return value
-    if value is None:
-        return []
     if not isinstance(value, str):
-        return [value]
+        return value if isinstance(value, list) else [] if value is None else [value]
     if _is_list(value):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                content = parse(value)
-            except (ValueError, SyntaxError, RecursionError):
-                continue
-            return list(content)
-    separator = ";" if ";" in value else ","
-    parts = [item.strip() for item in value.split(separator) if item.strip()]
-    return [int(part) for part in parts] if set(parts) <= {"0", "1"} else parts
+        for parse in (json.loads, ast.literal_eval):  # as JSON has it, and as pandas writes it
+            with suppress(ValueError, SyntaxError, RecursionError):
+                return list(parse(value))
+    parts = value.split(";" if ";" in value else ",")
+    return [part.strip() for part in parts if part.strip()]
 
 
 def read_labels(
@@ -125,114 +117,56 @@ def read_labels(
     """What the plain values of the training rows, or of all rows, say of the labels.
 
     Raises:
-        UserError: the definition's labels do not fit them, or they are of one class alone.
+        UserError: they are of one class alone, and the definition names no other.
     """
-    kind = problem_type(values, definition)
+    kind, width = problem_type(values, definition), 0
     if kind == REGRESSION:
         return Labels(kind, (), {})
-    width = 0
     if kind == MULTI:
         lists = [items(value) for value in values if value is not None]
-        width = _multi_hot_width(lists)
-        values = (
-            range(width) if width else plain_values([x for each in lists for x in each], classes)
-        )
-    present = _in_order(
-        {value for value in values if isinstance(value, str | int | float)}, classes
-    )
-    if isinstance(definition.labels, dict):
-        names = tuple(definition.label_names)
-        named = {value: names.index(name) for value, name in definition.labels.items()}
-        named |= {value.lower(): each for value, each in named.items() if value.lower() in _TRUTH}
-        by_class = {each: named[str(i)] for i, each in enumerate(classes) if str(i) in named}
-        ids: Mapping[str, int] = by_class | named
-    elif definition.labels:
-        names = tuple(definition.labels)
-        ids = _ids_of_list(names, values, present, classes, place)
-    else:
-        names = tuple(classes) or present
-        ids = {name: label for label, name in enumerate(names)}
+        values = [member for each in lists for member in each]
+        widths = {len(each) for each in lists}
+        if len(widths) == 1 and max(widths) > 1 and all(member in (0, 1) for member in values):
+            width = widths.pop()
+        values = range(width) if width else plain_values(values, classes)
+    different = {value for value in values if isinstance(value, str | int | float)}
+    in_order = sorted(different, key=lambda value: (isinstance(value, str), value))
+    present = tuple(dict.fromkeys(map(plain_text, in_order)))
+    names = tuple(definition.label_names or classes or present)
     if len(names) < (1 if kind == MULTI else 2):
         only = f"{names[0]!r} in every row" if names else "nowhere told"
         raise UserError(
             f"{place}: the label is {only}; list all the labels, such as labels:"
             f" [{', '.join([*names, 'OTHER'])}], or say columns.label: null"
         )
-    return Labels(kind, names, ids, width)
-
-
-def _multi_hot_width(lists: Sequence[Sequence[Any]]) -> int:
-    """The length of lists that are all of zeros and ones, one for each label; 0 for other lists."""
-    lengths = {len(each) for each in lists}
-    is_binary = all(_is_binary(value) for each in lists for value in each)
-    width = lengths.pop() if len(lengths) == 1 and is_binary else 0
-    return width if width > 1 else 0
-
-
-def _is_binary(value: Any) -> bool:
-    return isinstance(value, int | float) and value in (0, 1)
-
-
-def _in_order(values: Iterable[Any], classes: Sequence[str]) -> tuple[str, ...]:
-    """Different values as text: in the order of the classes, numbers by size, texts by letter."""
-    present = set(values)
-    if classes:
-        return tuple(name for name in classes if name in present)
-    numbers = sorted(value for value in present if not isinstance(value, str))
-    texts = sorted(value for value in present if isinstance(value, str))
-    return tuple(dict.fromkeys(map(plain_text, [*numbers, *texts])))
-
-
-def _ids_of_list(
-    names: Sequence[str],
-    values: Iterable[Any],
-    present: Sequence[str],
-    classes: Sequence[str],
-    place: str,
-) -> dict[str, int]:
-    """The ids of values, where the definition lists the names in the order of ids.
-
-    The values are these names; or numbers, truth values or classes, of which the n-th has the n-th
-    name.
-    """
-    by_name = {name: label for label, name in enumerate(names)}
-    if set(present) <= set(names):
-        return by_name
-    if classes:
-        numbered = list(classes)
-    elif all(isinstance(value, bool) for value in values):
-        numbered = ["false", "true"]
-    elif all(isinstance(value, int | float) for value in values):
-        numbered = [str(label) for label in range(len(names))]
-    else:
-        return by_name  # the row with another name is refused
-    if len(numbered) == len(names) and set(present) <= set(numbered):
-        return {value: label for label, value in enumerate(numbered)}
-    shown = _shown(present)
-    example = ", ".join(f"{value}: NAME" for value in present[:2])
-    raise UserError(
-        f"{place}: the values {shown} are not the {len(names)} labels {_shown(names)}, nor their"
-        f" ids from 0; say which is which, labels: {{{example}, ...}}"
-    )
-
-
-def refuse_missing(values: Sequence[Any], place: str, column: str) -> None:
-    """Raise UserError if a row has no label; says how many and which is the first."""
-    missing = [row for row, value in enumerate(values) if value is None]
-    if missing:
-        raise UserError(
-            f"{place}: {column} has no value in {len(missing)} of {len(values)} rows, the first is"
-            f" row {missing[0]}; fill it in, drop these rows, or say columns.label: null if no row"
-            " has labels"
-        )
+    if definition.labels and isinstance(definition.labels, dict):
+        ids = {value: names.index(name) for value, name in definition.labels.items()}
+        ids |= {value.lower(): each for value, each in ids.items() if value.lower() in _TRUTH}
+        ids |= {each: ids[str(i)] for i, each in enumerate(classes) if str(i) in ids}
+        return Labels(kind, names, ids, width)
+    # The values are the names; or classes, ids or truth values, of which the n-th has the n-th
+    # name.
+    ids_as_text = tuple(map(str, range(len(names))))
+    for order in (names, tuple(classes), ids_as_text, tuple(sorted(_TRUTH))):
+        if len(order) == len(names) and set(present) <= set(order):
+            return Labels(kind, names, {value: label for label, value in enumerate(order)}, width)
+    # `encode` refuses the row with another name.
+    return Labels(kind, names, {name: label for label, name in enumerate(names)}, width)
 
 
 def encode(values: Sequence[Any], labels: Labels, place: str, column: str) -> list[Any]:
     """The class id, number or ascending ids of each row.
 
     Raises:
-        UserError: a row has another label than those; says which.
+        UserError: a row has no label, or another label than those; says which.
     """
+    missing = [row for row, value in enumerate(values) if value is None]
+    if missing and labels.problem_type != MULTI:
+        raise UserError(
+            f"{place}: {column} has no value in {len(missing)} of {len(values)} rows, the first is"
+            f" row {missing[0]}; fill it in, drop these rows, or say columns.label: null if no row"
+            " has labels"
+        )
     encode_value = {REGRESSION: _number_of, SINGLE: _id_of, MULTI: _ids_of}[labels.problem_type]
     encoded = []
     for row, value in enumerate(values):
@@ -254,19 +188,16 @@ def _id_of(value: Any, labels: Labels) -> int:
     text = plain_text(value)
     if isinstance(text, str) and text in labels.ids:
         return labels.ids[text]
-    known = _shown(list(labels.ids))
-    near = hint(str(text), labels.ids)
-    raise ValueError(f"the labels are {known}{near}; list it under `labels`, or drop its rows")
+    raise ValueError(
+        f"the labels are {in_a_line(list(labels.ids))}{hint(str(text), labels.ids)}; list it under"
+        " `labels`, say which value has which name (VALUE: NAME), or drop its rows"
+    )
 
 
 def _ids_of(value: Any, labels: Labels) -> list[int]:
     members = items(value)
     if labels.width:
-        if len(members) != labels.width or not all(map(_is_binary, members)):
+        if len(members) != labels.width or not all(member in (0, 1) for member in members):
             raise ValueError(f"the labels are {labels.width} zeros and ones")
         members = [label for label, is_on in enumerate(members) if is_on]
     return sorted({_id_of(each, labels) for each in members})
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

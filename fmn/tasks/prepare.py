@@ -14,21 +14,18 @@ from fmn.tasks.label_values import (
     Labels,
     encode,
     plain_values,
-    problem_type,
     read_labels,
-    refuse_missing,
 )
 from fmn.tasks.rows import schema
 from fmn.tasks.sources import File, choose_splits
 from fmn.tasks.task import (
     DEFAULT_METRICS,
-    MULTI,
-    REGRESSION,
     SINGLE,
     Columns,
     DatasetSettings,
     Task,
     TaskSettings,
+    in_a_line,
     make_task,
 )
 
@@ -60,83 +57,52 @@ def prepare(
         UserError: a file, a column, a text or a label is not as it should be; says where.
     """
     dataset = definition.dataset or DatasetSettings(path=place)
-    columns = definition.columns
-    notes: list[str] = []
-    train, validation, splits = _read_splits(dataset, files, place)
-    label = _label_column(definition, splits, notes)
-    texts = [column for column in (columns.text, columns.text_pair) if column]
-    if len({*texts, label}) < len(texts) + 1:
-        raise UserError(f"task {name}: a column is named twice in `columns`; name different ones")
-    labels = None
+    if dataset.splits.train is None and list(files) == ["train"]:  # a single file
+        files = {"validation": files["train"]}
+    train, validation = choose_splits(dataset, list(files), place)
+    splits = {split: read_files(files[split]) for split in validation}
+    if train:
+        splits = {"train": read_files(files[train]), **splits}
+    if not splits:
+        raise UserError(f"{place}: neither training nor validation rows; name a split in `splits`")
+    first = next(iter(splits.values()))
+    label, notes = _label_column(definition, first)
+    labels, values = None, dict[str, list[Any]]()
     if label:
-        values = {
-            split: plain_values(table.values(label, name), table.classes.get(label, ()))
-            for split, table in splits.items()
-        }
-        first = splits[train or validation[0]]
-        known = values[train] if train else [x for each in values.values() for x in each]
-        if problem_type(known, definition) != MULTI:
-            for split, table in splits.items():
-                refuse_missing(values[split], table.place, f"column {label}")
+        for split, table in splits.items():
+            classes = table.classes.get(label, ())
+            values[split] = plain_values(table.values(label, name), classes)
+        known = values["train"] if train else [x for each in values.values() for x in each]
         labels = read_labels(known, first.classes.get(label, ()), definition, first.place)
     task = _task(name, definition, labels, validation)
-    tables = {
-        split: _rows(task, texts, table, label, values[split] if label else None, labels)
-        for split, table in splits.items()
-    }
+    tables = {}
+    for split, table in splits.items():
+        content = _texts(task, definition, table)
+        if labels:
+            content["label"] = encode(values[split], labels, table.place, f"column {label}")
+        content["idx"] = range(table.num_rows)
+        tables[split] = pa.table(content, schema=schema(task))
     origins = {split: f"of {table.place}" for split, table in splits.items()}
-    if train:
-        tables = {"train": tables.pop(train), **tables}
-        origins["train"] = origins.pop(train)
-        is_default = label and not validation and dataset.validation_size is None
-        if size := SHARE if is_default else dataset.validation_size:
-            validation = _split_off(task, tables, size, dataset.seed, place)
-            origins["validation"] = f"split off {origins['train'][3:]} by seed {dataset.seed}"
+    size = dataset.validation_size or (SHARE if label and not validation else None)
+    if train and size:
+        validation = _split_off(task, tables, size, dataset.seed, place)
+        origins["validation"] = f"split off {first.place} by seed {dataset.seed}"
+        task = task.model_copy(update={"validation": tuple(validation)})
     notes = [
         f"{split}: {len(rows)} rows {origins[split]}" for split, rows in tables.items()
     ] + notes
-    task = make_task(**{**dict(task), "validation": tuple(validation)})
     if task.labels:
-        notes.append(f"labels: {', '.join(task.labels[:20])}{', ...' * (len(task.labels) > 20)}")
+        notes.append(f"labels: {in_a_line(task.labels, 20)}")
     return Prepared(task, tables, notes, odd_rows(task, tables))
 
 
-def _read_splits(
-    dataset: DatasetSettings, files: Mapping[str, Sequence[File]], place: str
-) -> tuple[str | None, list[str], dict[str, Table]]:
-    """The training split, the validation splits, and the rows of these."""
-    first = next(iter(files.values()))
-    saved = read_files(first) if first[0].format == "saved" else {}
-    saved = {split or "train": table for split, table in saved.items()}
-    names = list(saved or files)
-    only = "validation" if dataset.splits.train is None and names == ["train"] else ""
-    train, validation = choose_splits(dataset, [only] if only else names, place)
-    wanted = [train, *validation] if train else validation
-    if not wanted:
-        raise UserError(f"{place}: neither training nor validation rows; name a split in `splits`")
-    tables = {}
-    for split in wanted:
-        source = "train" if only else split
-        tables[split] = saved[source] if saved else read_files(files[source])[""]
-        if not tables[split].num_rows:
-            raise UserError(f"{tables[split].place}: there are no rows; write it again")
-    return train, validation, tables
-
-
-def _label_column(
-    definition: TaskSettings, splits: Mapping[str, Table], notes: list[str]
-) -> str | None:
-    """The column of labels. None if there is none, and the definition does not ask for one."""
-    columns = definition.columns
-    first = next(iter(splits.values()))
-    is_needed = columns.names_label or definition.metrics
-    if columns.label in first.columns or is_needed or columns.label is None:
-        return columns.label
-    notes.append(
-        f"no labels: there is no column {columns.label} in {first.place}, and none is named; there"
-        f" are {', '.join(first.columns)}"
-    )
-    return None
+def _label_column(definition: TaskSettings, first: Table) -> tuple[str | None, list[str]]:
+    """The column of labels, and what to tell the user if there is none without their word."""
+    label = definition.columns.label
+    if label != "label" or label in first.columns or definition.metrics:
+        return label, []
+    listed = ", ".join(first.columns)
+    return None, [f"no labels: there is no column {label} in {first.place}, but {listed}"]
 
 
 def _task(
@@ -160,49 +126,26 @@ def _task(
     )
 
 
-def _rows(
-    task: Task,
-    texts: Sequence[str],
-    table: Table,
-    column: str | None,
-    values: list[Any] | None,
-    labels: Labels | None,
-) -> pa.Table:
-    """The rows of a split in the schema of their task."""
-    content: dict[str, Any] = {
-        name: _texts(table.values(source, task.name), table.place, source)
-        for name, source in zip(task.text_columns, texts, strict=True)
-    }
-    if values is not None and labels is not None:
-        content["label"] = encode(values, labels, table.place, f"column {column}")
-    content["idx"] = range(table.num_rows)
-    return pa.table(content, schema=schema(task))
+def _texts(task: Task, definition: TaskSettings, table: Table) -> dict[str, Any]:
+    """The texts by the task's columns. UserError names the first that is none, and counts them."""
+    sources = [name for name in (definition.columns.text, definition.columns.text_pair) if name]
+    content = {}
+    for name, source in zip(task.text_columns, sources, strict=True):
+        values = content[name] = table.values(source, task.name)
+        if wrong := [row for row, value in enumerate(values) if not _is_text(value)]:
+            raise UserError(
+                f"{table.place}: column {source} is {values[wrong[0]]!r:.40} in row {wrong[0]}, not"
+                f" a text ({len(wrong)} of {len(values)} rows are so); give a text, or drop the row"
+            )
+    return content
 
 
-def _texts(values: list[Any], place: str, column: str) -> list[str]:
-    """Texts. UserError names the first value that is none, and how many there are."""
-    wrong = [row for row, value in enumerate(values) if _problem(value)]
-    if wrong:
-        others = f" ({len(wrong)} such rows)" if len(wrong) > 1 else ""
-        raise UserError(
-            f"{place}: column {column} {_problem(values[wrong[0]])} in row {wrong[0]}{others}; give"
-            " a text, or drop the row"
-        )
-    return values
-
-
-def _problem(value: Any) -> str:
-    if value is None or (isinstance(value, float) and value != value):
-        return "has no value"
-    if not isinstance(value, str):
-        return f"is {value!r:.40}, not a text,"
-    if "\0" in value:
-        return "has a NUL character"
+def _is_text(value: Any) -> bool:
     try:
         value.encode()
-    except UnicodeEncodeError:
-        return "has half a character (a surrogate)"
-    return ""
+    except (AttributeError, UnicodeEncodeError):  # no text, or half a character (a surrogate)
+        return False
+    return "\0" not in value
 
 
 def _split_off(
@@ -252,21 +195,17 @@ def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
     if task.has_labels and not task.validation:
         lines.append("there are no validation rows, so that no model can be scored")
     if len(task.labels) > MANY:
-        lines.append(f"there are {len(task.labels)} labels; numbers to predict need problem_type:"
-                     " regression")  # fmt: skip
+        lines.append(
+            f"there are {len(task.labels)} labels; numbers to predict need problem_type: regression"
+        )
     return lines
 
 
 def _label_warnings(task: Task, split: str, labels: np.ndarray) -> list[str]:
     different = np.unique(labels, axis=0)
     if len(different) == 1:
-        value = different[0]
-        name = task.labels[value] if task.problem_type == SINGLE else ""
-        return [f"{split}: every row has the same label{' ' * bool(name)}{name}"]
-    if task.problem_type == REGRESSION:
-        return []
-    present = np.flatnonzero(labels.any(axis=0)) if task.problem_type == MULTI else different
+        name = f" {task.labels[different[0]]}" if task.problem_type == SINGLE else ""
+        return [f"{split}: every row has the same label{name}"]
+    present = np.flatnonzero(labels.any(axis=0)) if task.multi_label else different
     absent = [name for label, name in enumerate(task.labels) if label not in present]
-    if not absent:
-        return []
-    return [f"{split}: no row has the label {', '.join(absent[:12])}{', ...' * (len(absent) > 12)}"]
+    return [f"{split}: no row has the label {in_a_line(absent)}"] if absent else []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError, hint
 from fmn.store import artifacts
-from fmn.tasks.task import DatasetSettings, TaskSettings
+from fmn.tasks.task import DatasetSettings, TaskSettings, in_a_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -27,13 +27,10 @@ FORMATS: Mapping[str, str] = {
     ".ndjson": "json",
     ".parquet": "parquet",
 }
-COMPRESSED = (".gz", ".bz2", ".xz")
 OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # beside rows, and no rows themselves
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes: several splits, or one
 VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that there is
 _HUB_NAME = re.compile(r"(?:hf://)?(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)")
-_NAME = re.compile(r"[\w. -]+")  # of a split, and of its file
-_SHARD = re.compile(r"-\d+(-of-\d+)?$")
+_ROWS = re.compile(rf"(.*?)(-\d+(-of-\d+)?)?({'|'.join(map(re.escape, FORMATS))})(\.gz)?", re.I)
 
 
 class File(NamedTuple):
@@ -47,8 +44,11 @@ class File(NamedTuple):
 
     @property
     def local(self) -> Path | None:
-        """The path on this machine; None of a file elsewhere."""
-        return Path(self.path) if "file" in self.system.protocol else None
+        """The path on this machine, relative if it is below the working directory; or None."""
+        if "file" not in self.system.protocol:
+            return None
+        path = Path(self.path)
+        return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
     def digest(self) -> Path | str:
         """What the stage's key has of it: the local path, or the digest of what lies elsewhere."""
@@ -88,11 +88,11 @@ def local_files(definition: TaskSettings) -> list[Path]:
     dataset = definition.dataset
     if dataset is None or hub_name(dataset):
         return []
-    files = [file for files in find_files(dataset).values() for file in files if file.local]
-    paths = [Path(file.path if "://" in file.name else file.name) for file in files]
+    paths = [file.local for files in find_files(dataset).values() for file in files]
     return [
         file
         for path in paths
+        if path
         for file in (artifacts.visible(path).values() if path.is_dir() else [path])
     ]
 
@@ -104,99 +104,82 @@ def hub_name(dataset: DatasetSettings) -> str | None:
     if path.startswith("hf://"):
         return match[1] if match else None
     is_here = Path(path).exists() or (Path(path).parent != Path() and Path(path).parent.exists())
-    is_builder = path in FORMATS.values() and dataset.data_files
-    return None if is_here or is_builder or not match or _format(path) else match[1]
+    return None if is_here or not match or _ROWS.fullmatch(path) else match[1]
 
 
 def find_files(dataset: DatasetSettings) -> Splits:
     """The files of each split of a data set that lies here or at a URL; no split is empty.
 
-    A folder's splits are named by its files: ``train.csv``, ``dev-00000-of-00002.parquet``.
+    The names of a folder's files are those of its splits: ``train.csv``,
+    ``dev-00000-of-00002.parquet``.
 
     Raises:
         UserError: there is no such file; says what there is.
     """
-    with reachable(dataset.path):
-        splits = _find_files(dataset)
+    root, patterns = dataset.path, dataset.data_files
+    if dataset.data_dir:
+        root = f"{root.rstrip('/')}/{dataset.data_dir}"
+    with reachable(root):
+        if patterns is None:
+            return _splits_of(root)
+        by_split = patterns if isinstance(patterns, dict) else {"train": patterns}
+        splits = {split: _matching(root, each) for split, each in by_split.items()}
     if not splits or not all(splits.values()):
         raise UserError(f"{dataset.path}: data_files names no file for a split; name one")
     return splits
 
 
-def _find_files(dataset: DatasetSettings) -> Splits:
-    root, builder = dataset.path, ""
-    if dataset.path in FORMATS.values() and dataset.data_files and not Path(root).exists():
-        root, builder = "", dataset.path  # load_dataset("csv", data_files=...)
-    if dataset.data_dir:
-        root = f"{root.rstrip('/')}/{dataset.data_dir}" if root else dataset.data_dir
-    if dataset.data_files is not None:
-        patterns = dataset.data_files
-        by_split = patterns if isinstance(patterns, dict) else {"train": patterns}
-        return {
-            split: [
-                file
-                for pattern in ([each] if isinstance(each, str) else each)
-                for file in _matching(root, pattern, builder)
-            ]
-            for split, each in by_split.items()
-        }
+def _splits_of(root: str) -> Splits:
+    """The splits of a file, or of a folder."""
     system, path = _open(root)
     if not system.exists(path):
         raise UserError(f"{root}: no such file or folder{_what_there_is(system, path)}")
     if not system.isdir(path):
-        return {"train": [_file(root, path, system, builder)]}
-    if any(system.exists(f"{path}/{name}") for name in SAVED):
+        return {"train": [_file(root, path, system)]}
+    names = _names(system, path)
+    if "state.json" in names:  # `save_to_disk` wrote it, of one split; or of several
         return {"train": [File(root, path, system, "saved")]}
-    return _splits_of_folder(root, path, system)
-
-
-def _splits_of_folder(root: str, path: str, system: "AbstractFileSystem") -> Splits:
-    """The data files right in a folder, or else in its sub-folders, which name the splits then."""
-    names = sorted(name.removeprefix(path).strip("/") for name in system.find(path, maxdepth=2))
-    names = [name for name in names if _format(name) and not re.search(r"(^|/)[._]", name)]
-    names = [name for name in names if name not in OTHER_JSON]
-    names = [name for name in names if "/" not in name] or names
+    if "dataset_dict.json" in names:
+        return {
+            name[:-1]: [File(f"{root}/{name[:-1]}", f"{path}/{name[:-1]}", system, "saved")]
+            for name in names
+            if system.exists(f"{path}/{name}state.json")
+        }
     splits: dict[str, list[File]] = {}
     for name in names:
-        folder, _, last = name.rpartition("/")
-        file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
-        stem = last.removesuffix(_suffix(last))
-        split = _SHARD.sub("", stem)
-        if folder and not guess([split], ("train", *VALIDATION)):
-            split = folder
-        splits.setdefault(split, []).append(file)
+        match = _ROWS.fullmatch(name)
+        if match and name not in OTHER_JSON and not name.startswith("_"):
+            file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
+            splits.setdefault(match[1], []).append(file)
     if not splits:
-        endings = ", ".join(FORMATS)
         raise UserError(
-            f"{root}: no data file in this folder{_what_there_is(system, path + '/x')};"
-            f" rows are read from {endings}"
+            f"{root}: no data file in this folder{_what_there_is(system, path + '/x')}; rows are"
+            f" read from {', '.join(FORMATS)}; say data_dir or data_files"
         )
     for split, files in splits.items():
-        if len({_suffix(file.name) for file in files}) > 1:
+        if len({file.format for file in files}) > 1:
             listed = " and ".join(file.name for file in files)
             raise UserError(f"{root}: {listed} are both {split}; say data_files: {{{split}: FILE}}")
     return splits
 
 
-def _matching(root: str, pattern: str, builder: str) -> list[File]:
-    """The files that an entry of `data_files` names, relative to the root."""
-    is_whole = "://" in pattern or pattern.startswith("/")
-    prefix = "" if is_whole or root in ("", ".") else f"{root.rstrip('/')}/"
-    name = f"{prefix}{pattern}"
-    system, path = _open(name)
-    if system.isfile(path):
-        return [_file(name, path, system, builder)]
-    base = "" if is_whole else f"{_open(root)[1]}/"
-    paths: list[str] = []
-    if glob.has_magic(pattern):
-        matching = system.glob(path if is_whole else f"{glob.escape(base)}{pattern}")
-        paths = [each for each in sorted(matching) if system.isfile(each)]
-    if not paths:
-        raise UserError(f"{name}: no such file{_what_there_is(system, path)}")
-    names = [f"{prefix}{each.removeprefix(base)}" for each in paths]
-    if "://" in pattern:
-        names = [system.unstrip_protocol(each) for each in paths]
-    return [_file(name, path, system, builder) for name, path in zip(names, paths, strict=True)]
+def _matching(root: str, patterns: str | Sequence[str]) -> list[File]:
+    """The files that the patterns of a split name, relative to the root."""
+    files = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        is_whole = "://" in pattern or pattern.startswith("/")
+        name = pattern if is_whole else f"{root.rstrip('/')}/{pattern}"
+        system, path = _open(name)
+        if system.isfile(path):
+            files.append(_file(name, path, system))
+            continue
+        base = "" if is_whole else _open(root)[1] + "/"
+        escaped = glob.escape(base) + path.removeprefix(base)  # a folder may be called [x]
+        matching = sorted(filter(system.isfile, system.glob(escaped)))
+        if not matching:
+            raise UserError(f"{name}: no such file{_what_there_is(system, path)}")
+        files += [_file(system.unstrip_protocol(each), each, system) for each in matching]
+    return files
 
 
 def _open(url: str) -> "tuple[AbstractFileSystem, str]":
@@ -204,49 +187,40 @@ def _open(url: str) -> "tuple[AbstractFileSystem, str]":
     import fsspec
 
     try:
-        system, path = fsspec.core.url_to_fs(url or ".")
-    except ImportError as error:  # says which package to install
-        raise UserError(f"{url}: {error}") from error
-    except ValueError as error:
+        system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # ImportError says which package to install
         raise UserError(f"{url}: {error}; give a file, a folder, a URL, or ORG/NAME") from error
     return system, str(path).rstrip("/")
 
 
-def _file(name: str, path: str, system: "AbstractFileSystem", builder: str = "") -> File:
-    if kind := builder or _format(path):
-        return File(name, path, system, kind)
-    endings = ", ".join(FORMATS)
-    raise UserError(f"{name}: the ending of its name is not one of {endings} (.gz may follow)")
+def _file(name: str, path: str, system: "AbstractFileSystem") -> File:
+    match = _ROWS.fullmatch(path.split("?")[0] if "://" in name else path)
+    if match is None:
+        endings = ", ".join(FORMATS)
+        raise UserError(f"{name}: the ending of its name is not one of {endings} (.gz may follow)")
+    file = File(name, path, system, FORMATS[match[4].lower()])
+    return file._replace(name=str(file.local)) if file.local else file
 
 
-def _suffix(name: str) -> str:
-    """The ending of a file's name, such as ".csv.gz"; "" if it is not of rows."""
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else ""
-    suffix = f"{suffixes[-1]}{packed}" if suffixes and suffixes[-1] in FORMATS else ""
-    return name[len(name) - len(suffix) :] if suffix else ""
-
-
-def _format(name: str) -> str | None:
-    suffix = _suffix(name.split("?")[0] if "://" in name else name).lower()
-    return FORMATS[f".{suffix.split('.')[1]}"] if suffix else None
+def _names(system: "AbstractFileSystem", folder: str) -> list[str]:
+    """What a folder holds, except for what is hidden; folders end in a slash."""
+    names = [
+        Path(entry["name"]).name + "/" * (entry["type"] == "directory")
+        for entry in system.ls(folder, detail=True)
+    ]
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _what_there_is(system: "AbstractFileSystem", path: str) -> str:
     """The end of a message about a file that is not there: what lies in its folder."""
     folder, _, wanted = path.rpartition("/")
     try:
-        names = sorted(
-            Path(entry["name"]).name + "/" * (entry["type"] == "directory")
-            for entry in system.ls(folder, detail=True)
-        )
+        names = _names(system, folder)
     except (OSError, ValueError):
         return f"; nor is there a folder {Path(folder).name}" if folder else ""
-    names = [name for name in names if not name.startswith(".")]
-    rows = [name for name in names if _format(name)] or names
-    listed = f"{', '.join(rows[:8])}{', ...' if len(rows) > 8 else ''}"
+    rows = [name for name in names if _ROWS.fullmatch(name)] or names
     verb = "is" if len(rows) == 1 else "are"
-    return f"; there {verb} {listed or 'no files'}{hint(wanted, rows)}"
+    return f"; there {verb} {in_a_line(rows, 8) or 'no files'}{hint(wanted, rows)}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -263,38 +237,29 @@ def choose_splits(
     Raises:
         UserError: a split that the settings name is not there, or none can be guessed.
     """
-    listed = " and ".join(splits)
-    there = f"there {'is' if len(splits) == 1 else 'are'} {listed}"
-    example = f"say data_files: {{train: FILE, validation: FILE}}, or splits, for {listed}"
-    named = dataset.splits.train
-    train = named
-    if named is not None and named not in splits:
-        guesses = guess(splits, ("train", "training")) if named == "train" else []
-        if named != "train":
-            raise UserError(f"{place}: no split {named}; {there}{hint(named, splits)}")
-        if len(guesses) != 1 and len(splits) != 1:
-            raise UserError(f"{place}: no split train; {example}")
-        train = (guesses or list(splits))[0]
-    wanted = dataset.splits.validation
-    wanted = [wanted] if isinstance(wanted, str) else wanted
+    train, wanted = dataset.splits.train, dataset.splits.validations
+    if train == "train" and train not in splits:
+        guesses = guess(splits, ("train", "training")) or splits
+        if len(guesses) > 1:
+            listed = " and ".join(splits)
+            raise UserError(
+                f"{place}: no split train; say data_files: {{train: FILE, validation: FILE}}, or"
+                f" splits, for {listed}"
+            )
+        train = guesses[0]
     others = [split for split in splits if split != train]
     if dataset.validation_size is not None:
-        if wanted != ["validation"]:
-            raise UserError(
-                f"{place}: validation_size and splits.validation contradict each other; say one"
-            )
-        return train, []
-    if wanted == ["validation"] and "validation" not in others:
-        return train, guess(others, VALIDATION)
-    if train in wanted:
-        raise UserError(f"{place}: {train} is for training and validation; say validation_size")
-    if wrong := [split for split in wanted if split == "train" or not _NAME.fullmatch(split)]:
-        raise UserError(
-            f"{place}: a validation split cannot be called {wrong[0]!r}; name it in data_files"
-        )
-    if missing := [split for split in wanted if split not in others]:
-        raise UserError(f"{place}: no split {missing[0]}; {there}{hint(missing[0], splits)}")
-    return train, list(dict.fromkeys(wanted))
+        wanted = []
+    elif wanted == ["validation"] and "validation" not in others:
+        wanted = guess(others, VALIDATION)
+    for split in [train, *wanted]:
+        if split is not None and split not in splits:
+            listed = " and ".join(splits)
+            there = f"there {'is' if len(splits) == 1 else 'are'} {listed}{hint(split, splits)}"
+            raise UserError(f"{place}: no split {split}; {there}")
+    if both := {train, "train"} & set(wanted):
+        raise UserError(f"{place}: {both.pop()} is for training; name another split to validate on")
+    return train, wanted
 
 
 def guess(splits: Sequence[str], words: Sequence[str]) -> list[str]:
@@ -327,48 +292,62 @@ def download(dataset: DatasetSettings, name: str, revision: str) -> Path:
         UserError: the Hub cannot be reached, or has no such data set, revision or configuration.
     """
     folder = _snapshot(name, revision, ["README.md"])
-    configs = _configurations(folder)
-    if patterns := dataset.data_files:
-        lists = patterns.values() if isinstance(patterns, dict) else [patterns]
-        files = [x for each in lists for x in ([each] if isinstance(each, str) else each)]
-        files = [f"{dataset.data_dir}/{file}" if dataset.data_dir else file for file in files]
-    elif dataset.name is None and not configs:
-        files = [f"{dataset.data_dir}/*"] if dataset.data_dir else ["*"]
-    elif dataset.name is None or dataset.name in configs:
-        config = configs[dataset.name] if dataset.name else _only(configs, name)
-        files = _paths(config)
-    elif configs:
-        known = f"{', '.join(configs)}{hint(dataset.name, configs)}"
-        raise UserError(f"{name}: no configuration {dataset.name}; there are {known}")
-    else:  # a folder for each configuration
-        files = [f"{dataset.name}/*"]
-    return _snapshot(name, folder.name, ["README.md", *files])
+    return _snapshot(name, folder.name, ["README.md", *_patterns(dataset, folder)])
+
+
+def _patterns(dataset: DatasetSettings, snapshot: Path) -> list[str]:
+    """The files to download: those that the settings or the card name, or else all rows."""
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    files: Any = dataset.data_files
+    folder, card = dataset.data_dir, snapshot / "README.md"
+    if not files and card.is_file():
+        with _understood(dataset):
+            data = DatasetCard.load(card, ignore_metadata_errors=True).data
+            configs = MetadataConfigs.from_dataset_card_data(data)
+            config = configs.get(dataset.name or configs.get_default_config_name(), {})
+        if configs and not config:
+            known = f"{', '.join(configs)}{hint(dataset.name or '', configs)}"
+            raise UserError(f"{dataset.path}: say one of its configurations, name: {known}")
+        files, folder = config.get("data_files"), config.get("data_dir") or folder
+    patterns = sanitize_patterns(files or [f"*{ending}*" for ending in FORMATS])
+    prefix = f"{folder}/" if folder else ""
+    return [f"{prefix}{pattern}" for each in patterns.values() for pattern in each]
+
+
+@contextmanager
+def _understood(dataset: DatasetSettings) -> Iterator[None]:
+    """Explain what `datasets` does not understand; a card may hold anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{dataset.path}: its card or files cannot be read ({reason:.300}); say data_files,"
+            " data_dir or name, or use files that are here"
+        ) from error
 
 
 def hub_files(dataset: DatasetSettings, snapshot: Path) -> Splits:
     """The files of each split of a downloaded data set, as its card or their names say.
 
     Raises:
-        UserError: there are none, or the configuration is unknown.
+        UserError: there are none.
     """
     import datasets
 
-    name, folder = dataset.name, dataset.data_dir
-    if name and name not in _configurations(snapshot):
-        name, folder = None, folder or name
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            builder = datasets.load_dataset_builder(
-                str(snapshot), name, data_dir=folder, data_files=dataset.data_files, cache_dir=cache
-            )
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).replace(f"{snapshot}", dataset.path).splitlines()[0]
-            raise UserError(f"{dataset.path}: {reason:.300}") from error
+    fields = dataset.model_dump(include={"name", "data_dir", "data_files"})
+    with tempfile.TemporaryDirectory() as cache, _understood(dataset):
+        builder = datasets.load_dataset_builder(str(snapshot), cache_dir=cache, **fields)
     classes = class_names(builder.info.features or {})
-    system, _ = _open(str(snapshot))
+    system, root = _open(str(snapshot))
     return {
         str(split): [
-            _file(path.replace(str(snapshot), dataset.path), path, system)._replace(classes=classes)
+            _file(path, path, system)._replace(
+                name=path.replace(root, dataset.path), classes=classes
+            )
             for path in map(str, files)
         ]
         for split, files in builder.config.data_files.items()
@@ -379,38 +358,6 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
     """The names of the classes of each column that holds classes, or lists of them."""
     inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
     return {name: list(each.names) for name, each in inner.items() if getattr(each, "names", None)}
-
-
-def _configurations(snapshot: Path) -> dict[str, dict[str, Any]]:
-    """The configurations that a data set's card lists, by name."""
-    if not (snapshot / "README.md").is_file():
-        return {}
-    from huggingface_hub import DatasetCard
-
-    try:
-        data = DatasetCard.load(snapshot / "README.md", ignore_metadata_errors=True).data
-        return {str(config["config_name"]): config for config in data.get("configs") or ()}
-    except (TypeError, ValueError, KeyError):  # a card that is no card
-        return {}
-
-
-def _only(configs: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """The configuration that is meant if none is named."""
-    defaults = [config for config in configs.values() if config.get("default")]
-    choice = defaults or ([configs["default"]] if "default" in configs else list(configs.values()))
-    if len(choice) == 1:
-        return choice[0]
-    raise UserError(f"{name}: it has several configurations; say name: {' or '.join(configs)}")
-
-
-def _paths(config: Mapping[str, Any]) -> list[str]:
-    """The patterns of a configuration's files."""
-    files = config.get("data_files") or "*"
-    items = files if isinstance(files, list) else [files]
-    paths = [item["path"] if isinstance(item, dict) else item for item in items]
-    flat = [x for each in paths for x in ([each] if isinstance(each, str) else each)]
-    folder = config.get("data_dir")
-    return [f"{folder}/{path}" if folder else path for path in flat]
 
 
 def _snapshot(name: str, revision: str, files: Sequence[str]) -> Path:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 import fmn
 from fmn.errors import UserError, hint, redacted
@@ -17,14 +17,15 @@ from fmn.store.yaml_file import read_yaml
 from fmn.tasks import dataset, sources
 from fmn.tasks.dataset import DataInfo
 from fmn.tasks.task import (
-    MAX_LENGTH,
+    ColumnSettings,
     DatasetSettings,
-    ProblemType,
+    ScoringSettings,
     Task,
     TaskSettings,
     get_task,
     load_task,
     make_task,
+    problems_explained,
     read_task,
     task_folder,
     task_settings,
@@ -33,7 +34,7 @@ from fmn.tasks.task import (
 if TYPE_CHECKING:
     from fmn.tasks.prepare import Prepared
 
-DATA = 3
+DATA = 4
 
 MINIATURE = "data/miniature_glue"  # in a checkout; it is no part of the package
 
@@ -56,7 +57,7 @@ class DataSettings(Settings):
         raise ValueError(f"{source[1:]} is not set in the environment; it names a folder of data")
 
 
-class TaskOptions(Settings):
+class TaskOptions(ScoringSettings):
     """A task of one's own, as options of a command."""
 
     definition: Path | None = Field(
@@ -74,18 +75,11 @@ class TaskOptions(Settings):
     text: str | None = Field(None, description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
     label: str | None = Field(None, description="the column of the label")
-    problem_type: ProblemType | None = Field(
-        None, description="default: from the labels; numbers with decimals, lists, or classes"
-    )
     labels: list[str] = Field(
         default_factory=list, description="names in the order of ids, or VALUE=NAME ..."
     )
     metric: list[str] = Field(
         default_factory=list, description="the score of the task is their mean"
-    )
-    max_length: int = Field(MAX_LENGTH, ge=1, description="tokens of an example")
-    threshold: float = Field(
-        0.5, gt=0, lt=1, description="probability from which on a label of several is predicted"
     )
 
 
@@ -95,52 +89,31 @@ def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> Ta
     Raises:
         UserError: options contradict one another, or the file defines no such task.
     """
-    set_options = {name for name in options.model_fields_set if getattr(options, name) is not None}
-    if not set_options:
+    values = options.model_dump(exclude_unset=True, exclude_none=True)
+    if file := values.pop("definition", None):
+        if values:
+            raise UserError(f"--definition {file}: it says all of the task; give it alone")
+        return read_definition(file, task)
+    if not values:
         return None
-    flags = {name: f"--{name.replace('_', '-')}" for name in TaskOptions.model_fields}
-    if options.definition and (others := set_options - {"definition"}):
-        listed = ", ".join(flags[name] for name in sorted(others))
-        raise UserError(f"{listed}: --definition says it already; give one of them")
-    has_source = "source" in settings.model_fields_set
-    if has_source and (clash := set_options & {"dataset", "definition"}):
-        raise UserError(f"{flags[clash.pop()]} and --source contradict each other; give one")
-    of_files = set_options & {"validation", "validation_size", "seed", "name"}
-    if of_files and "dataset" not in set_options:
-        raise UserError(f"{flags[of_files.pop()]} needs --dataset")
-    if {"validation", "validation_size"} <= of_files:
-        raise UserError("--validation and --validation-size contradict each other; give one")
-    if options.definition:
-        return read_definition(options.definition, task)
-    try:
-        return TaskSettings(**_fields_of(options, set_options, settings))
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"task {task}: {reason}") from error
-
-
-def _fields_of(options: TaskOptions, set_options: set[str], settings: DataSettings) -> Any:
-    """The options as a section of the settings has them."""
-    columns = {
-        name: getattr(options, name) for name in set_options & {"text", "text_pair", "label"}
+    if "dataset" in values and "source" in settings.model_fields_set:
+        raise UserError("--dataset and --source contradict each other; give one")
+    columns = {name: values.pop(name) for name in ("text", "text_pair", "label") if name in values}
+    rows: dict[str, Any] = {
+        name: values.pop(name) for name in ("validation_size", "seed", "name") if name in values
     }
-    names = {"problem_type", "max_length", "threshold"}
-    fields: dict[str, Any] = {name: getattr(options, name) for name in set_options & names}
-    if options.labels:
-        pairs = [item.partition("=") for item in options.labels]
-        is_mapping = all(value and name for value, _, name in pairs)
-        fields["labels"] = (
-            {value: name for value, _, name in pairs} if is_mapping else options.labels
-        )
-    if options.dataset:
-        rows: dict[str, Any] = {"path": options.dataset, "revision": settings.revision}
-        if options.validation:  # files of their own, wherever they are
-            rows["data_files"] = {"train": options.dataset, "validation": options.validation}
-            rows["path"] = "."
-        of_rows = set_options & {"validation_size", "seed", "name"}
-        rows |= {name: getattr(options, name) for name in of_rows}
-        fields["dataset"] = rows
-    return fields | {"columns": columns, "metrics": options.metric}
+    path, validation = values.pop("dataset", None), values.pop("validation", None)
+    if path or validation or rows:
+        rows |= {"path": path or "", "revision": settings.revision}
+        if validation:  # files of their own, wherever they are
+            rows |= {"path": path and ".", "data_files": {"train": path, "validation": validation}}
+        values["dataset"] = rows
+    values["metrics"] = values.pop("metric", [])
+    pairs = [item.partition("=") for item in options.labels]
+    if pairs and all(value and name for value, _, name in pairs):
+        values["labels"] = {value: name for value, _, name in pairs}
+    with problems_explained(f"task {task}"):
+        return TaskSettings.model_validate({**values, "columns": columns})
 
 
 def read_definition(path: Path, task: str) -> TaskSettings:
@@ -156,13 +129,8 @@ def read_definition(path: Path, task: str) -> TaskSettings:
             known = ", ".join(tasks)
             raise UserError(f"{path}: no task {task}; there are {known}{hint(task, tasks)}")
         content = tasks[task]
-    try:
+    with problems_explained(str(path)):
         return TaskSettings.model_validate(content or {})
-    except ValidationError as error:
-        first = error.errors()[0]
-        setting = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {f'{setting}: ' * bool(setting)}{message}") from error
 
 
 def data(
@@ -240,15 +208,13 @@ def find_source(task: str, settings: DataSettings, definition: TaskSettings | No
     folder, revision = _source_folder(task, settings, is_defined=definition is not None)
     here = task_folder(folder, task)
     is_checked = read_task(here) is not None or task_settings(task) is not None
-    if definition and (definition.columns.model_fields_set or not is_checked):
+    if definition and (definition.columns != ColumnSettings() or not is_checked):
         rows = DatasetSettings(path=str(here))
         return _own_source(task, definition.model_copy(update={"dataset": rows}), rows)
     full = load_task(folder, task)
     if definition:
-        names = {"problem_type", "labels", "metrics", "max_length", "threshold"}
-        changes = {name: getattr(definition, name) for name in names & definition.model_fields_set}
-        lists = {name: tuple(value) for name, value in changes.items() if isinstance(value, list)}
-        full = make_task(**{**dict(full), **changes, **lists})
+        changes = definition.model_dump(exclude_unset=True, exclude={"task", "dataset", "columns"})
+        full = make_task(**{**dict(full), **changes})
     validation = [split for split in full.validation if dataset.has_split(folder, full, split)]
     if full.has_labels and not validation:
         dataset.validation_splits(folder, full)  # says which files are missing
@@ -300,20 +266,19 @@ def _own_source(task: str, definition: TaskSettings, rows: DatasetSettings) -> S
 def _source_folder(task: str, settings: DataSettings, is_defined: bool) -> tuple[Path, str | None]:
     """The folder that the rows are read from, and the commit of the Hub's data set."""
     source = settings.source
-    if source in ("hub", "embedded"):
-        glue = task_settings(task)
-        if is_defined and not glue:
-            raise UserError(f"task {task}: nothing says where its rows are; name its dataset")
-        validation = get_task(task).validation
-        if source == "embedded":
-            return _miniature_glue(task), None
-        patterns = [f"{task}/{split}-*.parquet" for split in ("train", *validation)]
-        rows = DatasetSettings(path=dataset.HUB, revision=settings.revision, data_files=patterns)
-        folder = sources.download(rows, rows.path, rows.revision)
-        return folder, folder.name
-    if "://" in source or not Path(source).is_dir():
-        raise UserError(f"data {source}: not a folder; name one, or embedded, or hub")
-    return Path(source), None
+    if source not in ("hub", "embedded"):
+        if "://" in source or not Path(source).is_dir():
+            raise UserError(f"data {source}: not a folder; name one, or embedded, or hub")
+        return Path(source), None
+    if is_defined and not task_settings(task):
+        raise UserError(f"task {task}: nothing says where its rows are; name its dataset")
+    splits = ("train", *get_task(task).validation)
+    if source == "embedded":
+        return _miniature_glue(task), None
+    patterns = [f"{task}/{split}-*.parquet" for split in splits]
+    rows = DatasetSettings(path=dataset.HUB, revision=settings.revision, data_files=patterns)
+    folder = sources.download(rows, rows.path, rows.revision)
+    return folder, folder.name
 
 
 def _miniature_glue(task: str) -> Path:

@@ -4,27 +4,23 @@ A task is data, not code. Its definition travels with its rows, as `task.json` b
 files; GLUE's nine tasks are built in (`glue.yaml`).
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from fmn.errors import UserError, hint
 from fmn.store.records import Record, Settings
 from fmn.store.stage import read_record, write_record
-
-TASKS: Mapping[str, "Task"]  # GLUE's nine tasks by name, read at first use
+from fmn.store.yaml_file import read_yaml
 
 MAX_LENGTH = 128  # tokens of an example, unless its task says otherwise
 DEFINITION = "task.json"
@@ -78,6 +74,14 @@ DEFAULT_METRICS: Mapping[str | None, tuple[str, ...]] = {
 }
 
 
+def check_labels(names: Sequence[str]) -> None:
+    """Refuse names that are empty or the same. ValueError says which."""
+    if "" in names:
+        raise ValueError("a label has no name")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"label {twice[0]!r} is listed twice")
+
+
 def check_metrics(metrics: Sequence[str], problem_type: str | None, labels: int) -> None:
     """Refuse metrics that are unknown, do not fit a task, or differ in direction.
 
@@ -124,12 +128,19 @@ class SplitSettings(Settings):
         "validation", description="the split, or splits, that models are scored on"
     )
 
+    @property
+    def validations(self) -> list[str]:
+        """The splits that models are scored on, each once."""
+        names = self.validation
+        return [names] if isinstance(names, str) else list(dict.fromkeys(names))
+
 
 class DatasetSettings(Settings):
     """Where a task's rows come from, in the words of `datasets.load_dataset`."""
 
     path: str = Field(
         ...,
+        min_length=1,
         description="a file (csv, tsv, json, jsonl, parquet; also .gz), a folder of such files, a"
         " folder of `save_to_disk`, a data set on the Hub (org/name), or a URL",
     )
@@ -152,36 +163,47 @@ class DatasetSettings(Settings):
             raise ValueError("a share below 1, or a whole number of rows")
         return size
 
+    @model_validator(mode="after")
+    def _check_validation(self) -> "DatasetSettings":
+        names_rows = isinstance(self.data_files, dict) and len(self.data_files) > 1
+        if self.validation_size is not None and (
+            names_rows or self.splits.validation != "validation"
+        ):
+            raise ValueError("validation_size and rows for validation contradict each other")
+        return self
+
 
 class ColumnSettings(Settings):
     text: str = Field("text", description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
     label: str | None = Field(
-        "label",
-        description="the column of the label; null: there is none; default: label, if there is one",
+        "label", description="the column of the label; null: there is none; label: if there is one"
     )
 
-    @model_serializer(mode="wrap")
-    def _leave_out_the_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Settings that are written and read again still tell `label: label` from its default."""
-        fields: dict[str, Any] = dump(self)
-        if not self.names_label:
-            del fields["label"]
-        return fields
-
-    @property
-    def names_label(self) -> bool:
-        """Whether the user named the column of the label, or said that there is none."""
-        return "label" in self.model_fields_set
+    @model_validator(mode="after")
+    def _check_columns(self) -> "ColumnSettings":
+        names = [name for name in (self.text, self.text_pair, self.label) if name is not None]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"column {twice[0]!r} is named twice; name different ones")
+        return self
 
 
-class TaskSettings(Settings):
-    """A task as its user describes it; what is left out, data and expert tell."""
+class ScoringSettings(Settings):
+    """What settings and the options of a command say of a task in the same words."""
 
-    task: Literal["text-classification"] | None = Field(None, description="the Hub's task name")
     problem_type: ProblemType | None = Field(
         None, description="default: from the labels; numbers with decimals, lists, or classes"
     )
+    max_length: int = Field(MAX_LENGTH, ge=1, description="tokens of an example")
+    threshold: float = Field(
+        0.5, gt=0, lt=1, description="probability from which on a label of several is predicted"
+    )
+
+
+class TaskSettings(ScoringSettings):
+    """A task as its user describes it; what is left out, data and expert tell."""
+
+    task: Literal["text-classification"] | None = Field(None, description="the Hub's task name")
     dataset: DatasetSettings | None = Field(
         None, description="where the rows come from; default: as the section `data` says"
     )
@@ -192,10 +214,6 @@ class TaskSettings(Settings):
     metrics: list[str] = Field(
         default_factory=list, description="the score of the task is their mean"
     )
-    max_length: int = Field(MAX_LENGTH, ge=1, description="tokens of an example")
-    threshold: float = Field(
-        0.5, gt=0, lt=1, description="probability from which on a label of several is predicted"
-    )
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -205,20 +223,11 @@ class TaskSettings(Settings):
             return {plain_text(value): plain_text(name) for value, name in labels.items()}
         return [plain_text(name) for name in labels] if isinstance(labels, list | tuple) else labels
 
-    @field_validator("labels")
-    @classmethod
-    def _check_labels(cls, labels: list[str] | dict[str, str]) -> list[str] | dict[str, str]:
-        names = list(labels.values()) if isinstance(labels, dict) else labels
-        if not all(names):
-            raise ValueError("a label has no name")
-        if isinstance(labels, list) and (twice := [x for x in names if names.count(x) > 1]):
-            raise ValueError(f"label {twice[0]!r} is listed twice")
-        return labels
-
     @model_validator(mode="after")
-    def _check_metrics(self) -> "TaskSettings":
+    def _check(self) -> "TaskSettings":
         if self.metrics and self.columns.label is None:
             raise ValueError("metrics need labels, and columns.label says that there are none")
+        check_labels(self.labels if isinstance(self.labels, list) else self.label_names)
         check_metrics(self.metrics, self.problem_type, len(self.label_names))
         return self
 
@@ -240,6 +249,15 @@ def plain_text(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip() if isinstance(value, str | int | float) else value
+
+
+def in_a_line(names: Sequence[str], most: int = 12) -> str:
+    """Names for a message, of many the first ones.
+
+    >>> in_a_line(["a", "b", "c"], most=2)
+    'a, b, ...'
+    """
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 class Columns(Record):
@@ -272,34 +290,32 @@ class Task(Record):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str  # also of folders and files
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # also of folders and files
     task: Literal["text-classification"] = "text-classification"
     problem_type: ProblemType | None = "single_label_classification"
     columns: Columns
     labels: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = Field(default_factory=lambda fields: _default_metrics(fields))
-    validation: tuple[str, ...] = ("validation",)
+    metrics: tuple[str, ...] = Field(
+        default_factory=lambda fields: DEFAULT_METRICS[
+            fields["problem_type"] if fields["columns"].label else None
+        ]
+    )
+    validation: tuple[Annotated[str, Field(pattern=r"^[\w. -]+$")], ...] = ("validation",)
     max_length: Annotated[int, Field(ge=1)] = MAX_LENGTH
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     @model_validator(mode="after")
-    def _check_name(self) -> "Task":
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(f"a task's name is of letters, digits, dots and dashes: {self.name!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_labels(self) -> "Task":
+    def _check(self) -> "Task":
         if self.regression and self.labels:
             raise ValueError("a regression task has no labels")
-        least = 1 if self.multi_label else 2
-        is_needed = self.has_labels and not self.regression
-        if is_needed and len(set(self.labels)) < max(least, len(self.labels)):
-            raise ValueError("a classification task needs two or more different labels")
-        if self.has_labels and not (self.metrics and self.problem_type):
-            raise ValueError("a task with labels needs a problem type and a metric")
-        if self.metrics and not self.has_labels:
-            raise ValueError("a task without labels has no metrics")
+        least = 0 if self.regression or not self.has_labels else 1 if self.multi_label else 2
+        if len(self.labels) < least:
+            raise ValueError("a classification task needs two or more labels")
+        if self.has_labels and not self.problem_type:
+            raise ValueError("a task with labels needs a problem type")
+        if bool(self.metrics) != self.has_labels:
+            raise ValueError("a task has metrics if it has labels, and only then")
+        check_labels(self.labels)
         check_metrics(self.metrics, self.problem_type, len(self.labels))
         return self
 
@@ -336,18 +352,11 @@ class Task(Record):
         return f"_{rest}" if rest else "_validation"
 
 
-def _default_metrics(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The metrics of a task whose definition names none."""
-    columns, kind = fields.get("columns"), fields.get("problem_type")
-    return DEFAULT_METRICS[kind if columns and columns.label else None]
-
-
 def get_task(name: str) -> Task:
     """One of GLUE's tasks. UserError with the nearest name if there is no such task."""
-    tasks = _glue()
-    if name in tasks:
-        return tasks[name]
-    known = f"GLUE's tasks are {', '.join(tasks)}{hint(name.lower(), tasks)}"
+    if name in TASKS:
+        return TASKS[name]
+    known = f"GLUE's tasks are {', '.join(TASKS)}{hint(name.lower(), TASKS)}"
     remedy = "describe one of your own by --dataset, --text and --label, or under `tasks:`"
     raise UserError(f"task {name}: nothing says what it is; {remedy}; {known}")
 
@@ -390,45 +399,39 @@ def task_folder(data: Path, name: str) -> Path:
 
 def make_task(name: str, **fields: Any) -> Task:
     """A task of these fields. UserError says what does not fit."""
+    with problems_explained(f"task {name}"):
+        return Task.model_validate({"name": name, **fields}, strict=False)  # lists are tuples too
+
+
+@contextmanager
+def problems_explained(place: str) -> Iterator[None]:
+    """Raise UserError with the first problem of a definition in place of ValidationError."""
     try:
-        return Task(name=name, **fields)
+        yield
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"task {name}: {reason}") from error
+        first = error.errors()[0]
+        setting = ".".join(map(str, first["loc"])) + ": " * bool(first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{place}: {setting}{message}") from error
 
 
 def task_settings(name: str) -> TaskSettings | None:
     """How one of GLUE's tasks is described, in the words of settings; None for another name."""
-    return _glue_settings().get(name)
+    return _GLUE.get(name)
 
 
-@cache
-def _glue_settings() -> dict[str, TaskSettings]:
-    from ruamel.yaml import YAML
-
-    content = YAML(typ="safe").load(Path(__file__).with_name("glue.yaml"))
-    return {name: TaskSettings(**definition) for name, definition in content.items()}
-
-
-@cache
-def _glue() -> dict[str, Task]:
-    return {name: _glue_task(name, settings) for name, settings in _glue_settings().items()}
-
-
-def _glue_task(name: str, settings: TaskSettings) -> Task:
-    kind: ProblemType = settings.problem_type or "single_label_classification"
-    validation = settings.dataset.splits.validation if settings.dataset else "validation"
-    return Task(
-        name=name,
-        problem_type=kind,
+_GLUE = {
+    name: TaskSettings(**definition)
+    for name, definition in read_yaml(Path(__file__).with_name("glue.yaml")).items()
+}
+TASKS: Mapping[str, Task] = {
+    name: make_task(
+        name,
         columns=Columns(**settings.columns.model_dump()),
-        labels=tuple(settings.labels),
-        metrics=tuple(settings.metrics) or DEFAULT_METRICS[kind],
-        validation=(validation,) if isinstance(validation, str) else tuple(validation),
+        validation=settings.dataset.splits.validations,
+        **settings.model_dump(exclude_defaults=True, include={"problem_type", "labels", "metrics"}),
     )
-
-
-def __getattr__(name: str) -> Any:
-    if name == "TASKS":
-        return _glue()
-    raise AttributeError(f"module {__name__} has no attribute {name}")
+    for name, settings in _GLUE.items()
+    if settings.dataset
+}
+"""GLUE's nine tasks by name."""

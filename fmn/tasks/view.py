@@ -15,6 +15,7 @@ from fmn.tasks.task import (
     TASKS,
     Task,
     TaskSettings,
+    in_a_line,
     load_task,
     read_task,
     task_folder,
@@ -56,24 +57,16 @@ def known_tasks(own: Mapping[str, TaskSettings]) -> list[KnownTask]:
 
 def _known(name: str, settings: TaskSettings) -> KnownTask:
     is_glue = settings == task_settings(name)
-    kind: str | None = settings.problem_type
-    if is_glue:
-        kind = TASKS[name].problem_type
-    metrics = settings.metrics or DEFAULT_METRICS[kind]
-    named = settings.label_names
+    kind: str | None = TASKS[name].problem_type if is_glue else settings.problem_type
+    labels = in_a_line(settings.label_names, 6)
+    unnamed = "a number" if kind == "regression" else "from the data"
     return KnownTask(
         name=name,
         kind=(kind or "from the data").replace("_", " "),
-        labels=", ".join(named[:6]) + ", ..." * (len(named) > 6) if named else _unnamed(settings),
-        metrics=", ".join(metrics) or "by kind",
+        labels="none" if settings.columns.label is None else labels or unnamed,
+        metrics=", ".join(settings.metrics or DEFAULT_METRICS[kind]) or "by kind",
         source=settings.dataset.path if settings.dataset else "section data",
     )
-
-
-def _unnamed(settings: TaskSettings) -> str:
-    if settings.columns.label is None:
-        return "none"
-    return "a number" if settings.problem_type == "regression" else "from the data"
 
 
 def describe(

@@ -1,6 +1,5 @@
 """What is in a file comes back, in every format."""
 
-import bz2
 import gzip
 import json
 from pathlib import Path
@@ -32,7 +31,7 @@ ODD = [
     "007",
     "",
 ]
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".csv.gz", ".jsonl.gz", ".json.bz2")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".csv.gz", ".jsonl.gz")
 
 
 def write(path: Path, texts: list[str]) -> None:
@@ -48,31 +47,25 @@ def write(path: Path, texts: list[str]) -> None:
 
 def read(path: object, **rows: Any) -> Table:
     files = find_files(DatasetSettings(path=str(path), **rows))
-    return read_files(files["train"])[""]
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_odd_texts_come_back(tmp_path: Path, suffix: str) -> None:
-    write(tmp_path / f"rows{suffix}", ODD)
-    table = read(tmp_path / f"rows{suffix}")
-    assert table.values("text", "t") == ODD
-    assert [int(row) for row in table.values("row", "t")] == list(range(len(ODD)))
-    assert table.num_rows == len(ODD)
+    return read_files(files["train"])
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"))
 
 
-@given(st.lists(texts, min_size=1, max_size=5), st.sampled_from(SUFFIXES[:5]))
+@given(st.lists(texts, min_size=1, max_size=5), st.sampled_from(SUFFIXES))
 @settings(max_examples=40)
 def test_any_text_comes_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[str], suffix: str
 ) -> None:
     if suffix == ".tsv":  # a text that is a line break and a tab is torn from its quotes
         rows = [text.replace("\t", " ") for text in rows]
-    path = tmp_path_factory.mktemp("rows") / f"rows{suffix}"
-    write(path, rows)
-    assert read(path).values("text", "t") == rows
+    for column in (rows, ODD):
+        path = tmp_path_factory.mktemp("rows") / f"rows{suffix}"
+        write(path, column)
+        table = read(path)
+        assert table.values("text", "t") == column
+        assert [int(row) for row in table.values("row", "t")] == list(range(len(column)))
 
 
 @pytest.mark.parametrize(
@@ -112,9 +105,8 @@ def test_quotes_that_are_not_closed_in_a_tsv_are_part_of_the_text(tmp_path: Path
         ("a.csv", b'text,label\n"a,1\n', "not csv .*EOF inside string"),
         ("a.csv.gz", b"text", "not csv"),
         ("a.csv.gz", gzip.compress(b"text,label\na,b\n" * 99, mtime=0)[:-20], "not csv"),
-        ("a.json", b'{"text": {"0": "a"}}\n\n', "an object with text; write a list of records"),
         ("a.json", b"[1, 2]", "row 0 is 1, not a record"),
-        ("a.json", b"3", "not a list of records"),
+        ("a.json", b"3", "it is no list of records"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", b"[" * 100_000, "not json|not JSON"),
         ("a.parquet", b"PAR1 nonsense", "not parquet"),
@@ -139,14 +131,14 @@ def test_files_elsewhere_are_read_too(tmp_path: Path) -> None:
     content = (tmp_path / "rows.csv").read_bytes()
     memory = fsspec.filesystem("memory")
     memory.pipe("/own/rows.csv", content)
-    memory.pipe("/own/packed.csv.bz2", bz2.compress(content))
+    memory.pipe("/own/packed.csv.gz", gzip.compress(content))
     for url in (
         f"file://{tmp_path}/rows.csv",
         "memory://own/rows.csv",
-        "memory://own/packed.csv.bz2",
+        "memory://own/packed.csv.gz",
     ):
         assert read(url).values("text", "t") == ODD
-    assert read("csv", data_files="memory://own/rows.csv").values("text", "t") == ODD
+    assert read(".", data_files="memory://own/rows.csv").values("text", "t") == ODD
     with pytest.raises(UserError, match=r"memory://own/row\.csv: no such file .*rows\.csv"):
         read("memory://own/row.csv")
     with pytest.raises(UserError, match="nonsense://x: Protocol not known"):
@@ -176,13 +168,13 @@ def test_saved_data_sets_and_class_labels_are_read(tmp_path: Path) -> None:
     assert read(tmp_path / "rows.parquet").classes == classes
     one = read(tmp_path / "one")
     assert (one.values("text", "t"), one.classes) == (["c", "a"], classes)
-    both = read_files(find_files(DatasetSettings(path=str(tmp_path / "both")))["train"])
-    assert {split: table.values("tags", "t") for split, table in both.items()} == {
+    both = find_files(DatasetSettings(path=str(tmp_path / "both")))
+    assert {split: read_files(files).values("tags", "t") for split, files in both.items()} == {
         "train": [[0], [], [0, 1]],
         "dev": [[]],
     }
     (tmp_path / "one" / "dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match="one: not as save_to_disk writes it"):
+    with pytest.raises(UserError, match="one: not saved"):
         read(tmp_path / "one")
 
 

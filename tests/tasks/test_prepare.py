@@ -63,23 +63,6 @@ def test_rows_keep_their_order_and_a_definition_without_gaps(tmp_path: Path) -> 
     assert "dev: there is one row alone" in result.warnings
 
 
-@pytest.mark.parametrize(
-    ("labels", "kind", "metrics", "ids"),
-    [
-        (["b", "a"], "single_label_classification", ("accuracy",), [1, 0]),
-        ([-1.0, 0.5], "regression", ("pearson", "spearmanr"), [-1.0, 0.5]),
-        ([["b"], ["a", "b"]], "multi_label_classification", ("f1_micro",), [[1], [0, 1]]),
-    ],
-)
-def test_labels_tell_the_kind_of_problem_and_the_metrics(
-    tmp_path: Path, labels: list[Any], kind: str, metrics: tuple[str, ...], ids: list[Any]
-) -> None:
-    write(tmp_path, train=rows_of(*labels), validation=rows_of(labels[0]))
-    result = prepared(tmp_path)
-    assert (result.task.problem_type, result.task.metrics) == (kind, metrics)
-    assert result.tables["train"]["label"].to_pylist() == ids
-
-
 def test_text_columns_with_the_names_of_the_rows_own_columns_are_renamed(tmp_path: Path) -> None:
     write(
         tmp_path, train=[{"label": "a", "text": "b", "y": 0}, {"label": "c", "text": "d", "y": 1}]
@@ -93,24 +76,34 @@ def test_text_columns_with_the_names_of_the_rows_own_columns_are_renamed(tmp_pat
     ]
 
 
-def test_rows_without_labels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, {"columns": {"label": None}}, {"labels": ["x", "y"]}])
+def test_rows_without_labels(tmp_path: Path, fields: Any) -> None:
     write(tmp_path, train=[{"text": "a"}, {"text": "b"}])
-    unlabelled: list[dict[str, Any]] = [{}, {"columns": {"label": None}}, {"labels": ["x", "y"]}]
-    for fields in unlabelled:
-        result = prepared(tmp_path, **fields)
-        task = result.task
-        assert (task.has_labels, task.metrics, task.validation) == (False, (), ())
-        assert task.labels == tuple(fields.get("labels", ()))
-        assert result.tables["train"].column_names == ["text", "idx"]
-    assert any(note.startswith("no labels: there is no column label") for note in result.notes)
-    split_off = prepared(tmp_path, columns={"label": None}, dataset={"validation_size": 0.5})
+    result = prepared(tmp_path, **fields)
+    task = result.task
+    assert (task.has_labels, task.metrics, task.validation) == (False, (), ())
+    assert task.labels == tuple(fields.get("labels", ()))
+    assert result.tables["train"].column_names == ["text", "idx"]
+    is_told = any(note.startswith("no labels: there is no column label") for note in result.notes)
+    assert is_told == ("columns" not in fields)
+    split_off = prepared(tmp_path, dataset={"validation_size": 0.5}, **fields)
     assert split_off.task.validation == ("validation",)
-    needs: list[dict[str, Any]] = [{"columns": {"label": "label"}}, {"metrics": ["accuracy"]}]
-    for fields in needs:
-        with pytest.raises(UserError, match="no column label for mine; there are text"):
-            prepared(tmp_path, **fields)
-    with pytest.raises(UserError, match="no column body"):
-        prepared(tmp_path, columns={"text": "body"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "column"),
+    [
+        ({"columns": {"label": "stars"}}, "stars"),
+        ({"metrics": ["accuracy"]}, "label"),
+        ({"columns": {"text": "body"}}, "body"),
+    ],
+)
+def test_a_column_that_is_named_or_needed_must_be_there(
+    tmp_path: Path, fields: Any, column: str
+) -> None:
+    write(tmp_path, train=[{"text": "a"}, {"text": "b"}])
+    with pytest.raises(UserError, match=f"no column {column} for mine; there are text"):
+        prepared(tmp_path, **fields)
 
 
 @given(
@@ -144,16 +137,12 @@ def test_validation_is_split_off_by_class(
 
 def test_how_many_rows_are_split_off(tmp_path: Path) -> None:
     write(tmp_path, rows=rows_of(*[0.5, 1.5, 2.0] * 10))
-    sizes = {
-        size: prepared(tmp_path, dataset={"validation_size": size}).tables["validation"].num_rows
-        for size in (0.2, 7, 8.0)
-    }
-    assert sizes == {0.2: 6, 7: 7, 8.0: 8}
-    result = prepared(tmp_path)
-    assert result.tables["validation"].num_rows == 3, "a tenth by default"
-    assert "split off" in result.notes[1]
-    other = prepared(tmp_path, dataset={"validation_size": 0.1, "seed": 1})
-    assert other.tables["validation"] != result.tables["validation"]
+    for fields, count in (({"validation_size": 0.2}, 6), ({"validation_size": 7}, 7), ({}, 3)):
+        result = prepared(tmp_path, dataset=fields)
+        assert result.tables["validation"].num_rows == count
+        assert "split off" in result.notes[1]
+        other = prepared(tmp_path, dataset={"seed": 1, **fields})
+        assert other.tables["validation"] != result.tables["validation"]
     with pytest.raises(UserError, match="validation_size 30 of 30 rows is 30, and at most 29"):
         prepared(tmp_path, dataset={"validation_size": 30})
 
@@ -202,13 +191,12 @@ def test_what_is_odd_is_a_warning(tmp_path: Path) -> None:
     ("rows", "fields", "message"),
     [
         ([], {}, "there are no rows"),
-        ([ROW, {"text": None, "label": "y"}], {}, "column text has no value in row 1; give a text"),
-        ([ROW, *[{"text": 5, "label": "y"}] * 2], {}, r"is 5, not a text, in row 1 \(2 such"),
-        ([ROW, {"text": "a\0b", "label": "y"}], {}, "column text has a NUL character in row 1"),
-        ([ROW, {"text": "\ud800", "label": "y"}], {}, "half a character"),
-        ([ROW, {"text": "b"}], {}, "column label has no value in 1 of 2 rows, the first is row 1"),
+        ([ROW, {"text": None, "label": "y"}], {}, "is None in row 1, not a text .* drop the row"),
+        ([ROW, *[{"text": 5, "label": "y"}] * 2], {}, r"is 5 in row 1, not a text \(2 of 3"),
+        ([ROW, {"text": "a\0b", "label": "y"}], {}, r"column text is .a.x00b. in row 1"),
+        ([ROW, {"text": "\ud800", "label": "y"}], {}, r"is .\\ud800. in row 1"),
+        ([*rows_of("x", "y"), {"text": "b"}], {}, "no value in 1 of 3 rows, the first is row 2"),
         ([ROW, {"text": "b", "label": "y"}], {"metrics": ["pearson"]}, "pearson is not for single"),
-        ([ROW], {"columns": {"text": "text", "text_pair": "text"}}, "named twice"),
         ([*rows_of(*"xyz")], {"metrics": ["f1"]}, "f1 is of class 1 of two classes"),
     ],
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """Where a data set lies, which of its files are which split, and which splits are read."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import pytest
 
 from fmn.errors import UserError
 from fmn.tasks.sources import choose_splits, find_files, hub_name, local_files
-from fmn.tasks.task import DatasetSettings, TaskSettings
+from fmn.tasks.task import DatasetSettings, SplitSettings, TaskSettings
 from tests.conftest import ROOT
 from tests.hub_server import Hub
 
@@ -43,8 +42,6 @@ def split_names(path: object, **rows: Any) -> dict[str, list[str]]:
     [
         (["train.csv", "dev.tsv", "README.md", ".hidden.csv", "task.json"], {"dev": 1, "train": 1}),
         (["train-0-of-2.csv", "train-1-of-2.csv", "test.jsonl"], {"test": 1, "train": 2}),
-        (["train/a.csv", "train/b.csv", "dev/a.csv"], {"dev": 1, "train": 2}),
-        (["en/train.csv", "en/dev.csv"], {"dev": 1, "train": 1}),
         (["Reviews train.CSV", "reviews_dev.csv.gz"], {"Reviews train": 1, "reviews_dev": 1}),
         (["only.csv"], {"only": 1}),
     ],
@@ -64,10 +61,7 @@ def test_the_files_of_a_folder_name_its_splits(
         ({"data_files": "a.csv"}, {"train": ["a.csv"]}),
         ({"data_files": ["b.csv", "a.csv"]}, {"train": ["b.csv", "a.csv"]}),
         ({"data_files": "[ab].csv"}, {"train": ["a.csv", "b.csv"]}),
-        (
-            {"data_files": {"train": "a.csv", "dev": ["b.csv"]}},
-            {"train": ["a.csv"], "dev": ["b.csv"]},
-        ),
+        ({"data_files": {"dev": "a.csv", "x": ["b.csv"]}}, {"dev": ["a.csv"], "x": ["b.csv"]}),
         ({"data_dir": "sub"}, {"c": ["sub/c.csv"]}),
         ({"data_dir": "sub", "data_files": "*.csv"}, {"train": ["sub/c.csv"]}),
     ],
@@ -79,80 +73,77 @@ def test_settings_name_files_as_load_dataset_does(
     assert split_names(tmp_path / "my [data]", **rows) == splits
 
 
+@pytest.mark.parametrize(
+    ("path", "patterns", "message"),
+    [
+        ("data/train.csv", None, r"data/train\.csv: no such .*there are dev\.tsv, train\.tsv; did"),
+        ("data", {"train": "t.csv"}, r"data/t\.csv: no such file; there are dev"),
+        ("data", "x*.csv", r"data/x\*\.csv: no such file; there are dev\.tsv"),
+        ("data/notes.txt", None, r"notes\.txt: the ending of its name is not one of \.csv"),
+        ("data", {"train": []}, "data: data_files names no file for a split"),
+        ("http://127.0.0.1:9/x.csv", None, r"http://127.0.0.1:9/x.csv: "),
+        (".", None, r"\.: no data file in this folder; there are data/, two/; rows are"),
+        ("nowhere/x.csv", None, r"nowhere/x\.csv: no such file or folder; nor is there"),
+        ("two", None, r"two/a\.csv and two/a\.tsv are both a; say data_files"),
+    ],
+)
 def test_a_missing_file_is_told_with_what_there_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, patterns: Any, message: str
 ) -> None:
-    make(tmp_path / "data", "train.tsv", "dev.tsv", "notes.txt")
-    make(tmp_path / "empty", "notes.txt")
+    make(tmp_path, "data/train.tsv", "data/dev.tsv", "data/notes.txt", "two/a.csv", "two/a.tsv")
     monkeypatch.chdir(tmp_path)
-    for rows, message in (
-        (
-            {"path": "data/train.csv"},
-            r"data/train\.csv: no such .*there are dev\.tsv, train\.tsv; did",
-        ),
-        (
-            {"path": "data", "data_files": {"train": "t.csv"}},
-            r"data/t\.csv: no such file; there are dev",
-        ),
-        (
-            {"path": "data", "data_files": "x*.csv"},
-            r"data/x\*\.csv: no such file; there are dev\.tsv",
-        ),
-        ({"path": "data/notes.txt"}, r"notes\.txt: the ending of its name is not one of \.csv"),
-        (
-            {"path": "data", "data_files": {"train": []}},
-            "data: data_files names no file for a split",
-        ),
-        ({"path": "http://127.0.0.1:9/x.csv"}, r"http://127.0.0.1:9/x.csv: "),
-        ({"path": "empty"}, r"empty: no data file in this folder; there is notes\.txt; rows are"),
-        ({"path": "nowhere/x.csv"}, r"nowhere/x\.csv: no such file or folder; nor is there"),
-    ):
-        with pytest.raises(UserError, match=message):
-            find_files(DatasetSettings(**rows))
-    make(tmp_path / "data", "train.csv")
-    with pytest.raises(UserError, match=r"data/train\.csv and data/train\.tsv are both train; say"):
-        find_files(DatasetSettings(path="data"))
+    with pytest.raises(UserError, match=message):
+        find_files(DatasetSettings(path=path, data_files=patterns))
 
 
+@pytest.mark.parametrize(
+    ("path", "patterns", "expected"),
+    [
+        ("rows.csv", None, ["rows.csv"]),
+        ("more", None, ["more/a.csv", "more/b.csv"]),
+        ("more", "b*.csv", ["more/b.csv"]),
+        ("FOLDER/rows.csv", None, ["rows.csv"]),
+        ("file://FOLDER/rows.csv", None, ["rows.csv"]),
+        ("memory://watched/rows.csv", None, []),
+        ("org/name", None, []),
+    ],
+)
 def test_the_files_that_dvc_watches_are_those_that_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, patterns: Any, expected: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make(tmp_path, "rows.csv", "more/a.csv", "more/b.csv")
-    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk("saved")
     fsspec.filesystem("memory").pipe("/watched/rows.csv", ROWS.encode())
-    for path, expected in (
-        ("rows.csv", {"rows.csv"}),
-        ("more", {"more/a.csv", "more/b.csv"}),
-        (f"file://{tmp_path}/rows.csv", {f"{tmp_path}/rows.csv"}),
-        ("saved", {f"saved/{name}" for name in os.listdir("saved")}),  # noqa: PTH208
-        ("memory://watched/rows.csv", set()),
-        ("csv", {"more/a.csv", "more/b.csv"}),
-        ("org/name", set()),
-    ):
-        patterns = "more/*.csv" if path == "csv" else None
-        rows = DatasetSettings(path=path, data_files=patterns)
-        files = local_files(TaskSettings(dataset=rows))
-        assert {str(file) for file in files} == expected
+    rows = DatasetSettings(path=path.replace("FOLDER", str(tmp_path)), data_files=patterns)
+    assert list(map(str, local_files(TaskSettings(dataset=rows)))) == expected
     assert local_files(TaskSettings()) == []
 
 
+def test_every_file_of_a_saved_data_set_is_watched(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    definition = TaskSettings(dataset=DatasetSettings(path=str(tmp_path / "saved")))
+    assert sorted(local_files(definition)) == sorted((tmp_path / "saved").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("org/name", "org/name"),
+        ("imdb", "imdb"),
+        ("hf://datasets/data/x", "data/x"),
+        *((path, None) for path in ("data", "data/reviews", "other/reviews.csv", "a/b/c")),
+        ("https://host/x.csv", None),
+    ],
+)
 def test_a_name_on_the_hub_is_told_from_a_file_that_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, name: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make(tmp_path, "data/x.csv")
-    names = {
-        "org/name": "org/name",
-        "imdb": "imdb",
-        "hf://datasets/data/x": "data/x",
-        "data": None,
-        "data/reviews": None,
-        "other/reviews.csv": None,
-        "https://host/x.csv": None,
-        "a/b/c": None,
-    }
-    assert {path: hub_name(DatasetSettings(path=path)) for path in names} == names
+    assert hub_name(DatasetSettings(path=path)) == name
+
+
+MNLI = ["validation_matched", "validation_mismatched"]
 
 
 @pytest.mark.parametrize(
@@ -160,27 +151,17 @@ def test_a_name_on_the_hub_is_told_from_a_file_that_is_missing(
     [
         (["train", "validation"], {}, "train", ["validation"]),
         (["train", "test", "dev"], {}, "train", ["dev"]),
-        (["train", "test"], {}, "train", ["test"]),
         (["my_train", "my-val", "my_test"], {}, "my_train", ["my-val"]),
-        (
-            ["train", "validation_matched", "validation_mismatched"],
-            {},
-            "train",
-            ["validation_matched", "validation_mismatched"],
-        ),
+        (["train", *MNLI], {}, "train", MNLI),
         (["only"], {}, "only", []),
         (["train", "unsupervised"], {}, "train", []),
         (["train", "test"], {"validation_size": 5}, "train", []),
         (["a", "b"], {"splits": {"train": "b", "validation": "a"}}, "b", ["a"]),
-        (
-            ["train", "dev", "test"],
-            {"splits": {"validation": ["test", "dev"]}},
-            "train",
-            ["test", "dev"],
-        ),
+        (["train", "dev", "test"], {"splits": {"validation": ["test", "dev"]}}, "train",
+         ["test", "dev"]),
         (["dev", "test"], {"splits": {"train": None}}, None, ["dev"]),
     ],
-)
+)  # fmt: skip
 def test_splits_are_chosen_or_guessed(
     splits: Sequence[str], rows: Mapping[str, Any], train: str | None, validation: list[str]
 ) -> None:
@@ -189,30 +170,21 @@ def test_splits_are_chosen_or_guessed(
 
 
 @pytest.mark.parametrize(
-    ("splits", "rows", "message"),
+    ("splits", "train", "validation", "message"),
     [
-        (["a", "b"], {}, "no split train; say data_files: .* for a and b"),
-        (["train", "dev"], {"splits": {"train": "tran"}}, "no split tran; .*did you mean 'train'"),
-        (
-            ["train", "dev"],
-            {"splits": {"validation": "devel"}},
-            "no split devel; there are train and",
-        ),
-        (
-            ["a", "train"],
-            {"splits": {"train": "a", "validation": "train"}},
-            "be called 'train'",
-        ),
-        (["train", "a/b"], {"splits": {"validation": "a/b"}}, "cannot be called 'a/b'"),
-        (["train"], {"splits": {"validation": "train"}}, "for training and validation; say valid"),
-        (["train", "dev"], {"splits": {"validation": "dev"}, "validation_size": 1}, "contradict"),
+        (["a", "b"], "train", "validation", "no split train; say data_files: .* for a and b"),
+        (["train", "dev"], "tran", "validation", "no split tran; .*did you mean 'train'"),
+        (["train", "dev"], "train", "devel", "no split devel; there are train and"),
+        (["a", "train"], "a", "train", "train is for training; name another"),
+        (["train"], "train", "train", "train is for training; name another"),
     ],
 )
 def test_splits_that_are_not_there_are_refused(
-    splits: Sequence[str], rows: Mapping[str, Any], message: str
+    splits: Sequence[str], train: str, validation: str, message: str
 ) -> None:
+    named = SplitSettings(train=train, validation=validation)
     with pytest.raises(UserError, match=f"here: .*{message}"):
-        choose_splits(DatasetSettings(path="x", **rows), splits, "here")
+        choose_splits(DatasetSettings(path="x", splits=named), splits, "here")
 
 
 CARD = """---
@@ -267,10 +239,13 @@ def test_a_data_set_of_the_hub_is_downloaded_as_its_card_says(tmp_path: Path) ->
         assert (
             files(data_files={"train": "de/*.csv"}) == '{"train": [["org/name/de/rows.csv", {}]]}'
         )
-        assert "several configurations; say name: en or de" in files()
-        assert "no configuration fr; there are en, de" in files(name="fr")
+        for wrong in (None, "fr"):
+            assert files(name=wrong) == "org/name: say one of its configurations, name: en, de"
         assert "org/name@nothing: no such data set" in files(revision="nothing")
+        for number, card in enumerate((b"---\nconfigs: [3]\n---\n", b"---\na: b: c\n---\n")):
+            hub.add("datasets", "org/name", {**content, "README.md": card})
+            assert "org/name: its card or files cannot be read" in files(10 + number)
         del content["README.md"]
-        hub.add("datasets", "org/name", content)  # without a card, a folder is a configuration
-        assert files(1, name="de") == '{"train": [["org/name/de/rows.csv", {}]]}'
-        assert '"train": [["org/name/en/train-0.jsonl", {}]]' in files(2, name="en")
+        hub.add("datasets", "org/name", content)  # without a card
+        assert files(1, data_dir="de") == '{"train": [["org/name/de/rows.csv", {}]]}'
+        assert '"train": [["org/name/en/train-0.jsonl", {}]]' in files(2, data_dir="en")
