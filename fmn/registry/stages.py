@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fmn.errors import UserError, redacted
 from fmn.evaluate.files import Metrics, read_metrics
+from fmn.evaluate.metrics import higher_is_better
 from fmn.experiments.files import SearchResult, Trial
 from fmn.experiments.stages import CompareSettings, SearchSettings
 from fmn.merge.recipe import CARD, RECIPE, Recipe, read_recipe
@@ -21,7 +22,6 @@ from fmn.models.labels import output_names
 from fmn.registry import lineage
 from fmn.registry.check import check_served
 from fmn.registry.lineage import Lineage
-from fmn.registry.promotion import is_error
 from fmn.report.stages import ReportInfo
 from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
@@ -97,7 +97,8 @@ def register(
 
     started = time.monotonic()
     if out:
-        stage.check_output(out, [model, metrics, data, report, card, params], is_folder=False)
+        reads = [model, metrics, data, report, card, params]
+        stage.check_output(out, reads, is_folder=False, stage="register")
     recipe, scores = _read(model, metrics)
     definitions = _definitions(recipe, scores)
     card_text = (card or model / CARD).read_text()
@@ -145,11 +146,8 @@ def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
     """A merged model's recipe, and its metrics, which must be of all its tasks with labels."""
     recipe, scores = read_recipe(model), read_metrics(metrics)
     definitions = _definitions(recipe, scores)
-    unlabeled = {name for name, task in definitions.items() if not task.has_labels}
-    unlabeled |= {*getattr(scores, "unlabeled", ())}
-    is_complete = set(definitions) == set(recipe.tasks) == set(scores.tasks) | unlabeled and set(
-        scores.tasks
-    ) == set(scores.data)
+    has_all_tasks = set(definitions) == {*recipe.tasks} == {*scores.tasks, *scores.unlabeled}
+    is_complete = has_all_tasks and scores.tasks.keys() == scores.data.keys()
     if scores.model != artifacts.digest_folder(model) or not is_complete:
         remedy = f"make them with `fmn evaluate {model}`"
         raise UserError(f"{metrics}: not the metrics of all tasks of {model}; {remedy}")
@@ -196,14 +194,13 @@ def _version_tags(scores: Metrics, definitions: Mapping[str, Task]) -> dict[str,
     """What a version's page shows at once, and what the next version is compared with."""
     from fmn.registry import tracking
 
-    score_by_task = {
-        name: scores.tasks[name].score if name in scores.tasks else None for name in definitions
-    }
+    score_by_task = {name: entry.score for name, entry in scores.tasks.items()}
+    errors = [name for name, task in definitions.items() if not higher_is_better(task)]
     return {
         "tasks": ", ".join(definitions),
         "score": "undefined" if scores.score is None else f"{100 * scores.score:.2f} %",
-        tracking.SCORES: json.dumps(score_by_task),
-        tracking.ERRORS: json.dumps([n for n, task in definitions.items() if is_error(task)]),
+        tracking.SCORES: json.dumps(dict.fromkeys(definitions) | score_by_task),
+        tracking.ERRORS: json.dumps(errors),
         tracking.DATA: lineage.evaluation_data(scores),
     }
 
