@@ -214,13 +214,10 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
         columns[name] = _Column(scores, answers, bootstrap.draws(answers))
     definitions = {name: task for name, (task, _) in columns[first].answers.items()}
     counted = tuple(
-        task
-        for task in entries
-        if all(
-            averaged({task: c.scores[task]}, definitions)
-            for c in columns.values()
-            if task in c.scores
-        )
+        name
+        for name, task in definitions.items()
+        if higher_is_better(task)
+        and all(column.scores.get(name, 0) is not None for column in columns.values())
     )
     return Table(
         definitions=definitions,
