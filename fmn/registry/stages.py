@@ -33,7 +33,6 @@ REGISTER = 3
 LOG = 3
 LINEAGE = "lineage/lineage.json"  # file of a run
 SETTINGS = "params.yaml"
-_LABELS = 20  # of a task, so many are shown
 
 
 class RegistrySettings(Settings):
@@ -207,11 +206,12 @@ def _version_tags(scores: Metrics, definitions: Mapping[str, Task]) -> dict[str,
 
 def _usage(model: Path, definitions: Mapping[str, Task], uri: str) -> str:
     """How to call a version, in Markdown: what each task takes and answers."""
+    from fmn.report.results import short_list
+
     rows = []
     for name, task in definitions.items():
-        names = output_names(model / "tasks" / name)
-        more = f", ... ({len(names)})" if len(names) > _LABELS else ""
-        answer = "a number" if task.regression else ", ".join(names[:_LABELS]) + more
+        names = short_list(output_names(model / "tasks" / name), most=20)
+        answer = "a number" if task.regression else names
         rows.append(f"| {name} | {len(task.text_columns)} | {answer} | {task.max_length} |")
     params = f'{{"task": "{next(iter(definitions))}"}}'
     call = f'mlflow.pyfunc.load_model("{uri}").predict(table, params={params})'
