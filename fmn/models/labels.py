@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from fmn.errors import UserError
 from fmn.models import checkpoints
@@ -59,10 +59,8 @@ class Labels(Record):
         notes: what the user should know of it.
     """
 
-    model_config = ConfigDict(strict=True, validate_by_name=True, validate_by_alias=True)
-
     order: list[int]
-    origin: Literal["settings", "names", "training data", "identity"] = Field(alias="from")
+    origin: Literal["settings", "names", "training data", "identity"]
     rows: int = 0
     score: float = 0
     notes: list[str] = Field(default_factory=list)

@@ -102,11 +102,3 @@ def test_layers_of_a_decoder_have_cross_attention_too() -> None:
     picture = picture_of(figures.heads, report)
     assert "1 cross" in text(picture)
     assert "layer 1 cross head 2" in picture.finding
-
-
-def test_every_column_has_a_marker_and_a_colour_of_its_own() -> None:
-    marks = figures._marks(["base", "a", "merged", "b", "average", "expert"], headline="merged")
-    markers, colours = zip(*marks.values(), strict=True)
-    assert len(set(markers)) == len(set(colours)) == 6
-    assert marks["merged"] == figures.HEADLINE
-    assert marks["base"] == figures._marks(["base"], headline="another")["base"]
