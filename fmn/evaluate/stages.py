@@ -65,10 +65,10 @@ def evaluate(
         raise UserError(
             f"{data}: the rows of {unlabeled[0]} have no labels to score by; give --data with some"
         )
-    # The outputs of a merged model are named; training rows name or check those of an expert.
+    # The outputs of a merged model are named; those of an expert may take training rows to name.
     label_data = None if recipe.is_merged(model) else data
     reads: dict[str, Path | list[Path]] = {"model": model}
-    reads |= _rows(data, definitions, label_data is not None)
+    reads |= _rows(data, definitions, checkpoints if label_data else {})
 
     def compute(job: Job) -> None:
         aligned, predictions, rows = {}, {}, {}
@@ -113,14 +113,15 @@ def _definition(checkpoint: Path, data: Path, name: str) -> Task:
 
 
 def _rows(
-    data: Path, definitions: Mapping[str, Task], with_training_rows: bool
+    data: Path, definitions: Mapping[str, Task], experts: Mapping[str, Path]
 ) -> dict[str, list[Path]]:
-    """The files of the rows that are scored, and of those that tell or check labels."""
+    """The files of the rows that are scored, and of those that tell an expert's labels."""
     files: dict[str, list[Path]] = {}
     for name, task in definitions.items():
         splits = dataset.validation_splits(data, task)
-        if with_training_rows and labels.can_check(data, task):
-            splits = (*splits, "train")
+        if name in experts and dataset.has_split(data, task, "train"):
+            is_named = labels.by_names(task, labels.output_names(experts[name]))
+            splits = splits if is_named else (*splits, "train")
         files |= {f"{name} {split}": dataset.split_files(data, task, split) for split in splits}
     return files
 
