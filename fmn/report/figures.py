@@ -143,7 +143,8 @@ def scores(report: Report) -> Drawn:
     """
     from matplotlib.lines import Line2D
 
-    table, names, rows = report.table, list(report.table.columns), _rows(report.table)
+    table, names = report.table, list(report.table.columns)
+    rows = [*table.averaged, *[MACRO][: len(table.averaged) > 1]]
     if not rows:
         return None
     marks, step, lows = _marks(names, table.headline), len(names) + 1, [1.0]
@@ -170,12 +171,6 @@ def scores(report: Report) -> Drawn:
     place = mean if rows[-1] == MACRO else f"On {rows[-1]}"
     words = (f"{name} {entry.score.text} %" for name, entry in last.items())
     return figure, f"{place}: {', '.join(words)}."
-
-
-def _rows(table: results.Table) -> list[str]:
-    """The rows of the table whose scores are percentages."""
-    averaged = [name for name in table.rows if name in table.averaged]
-    return averaged + [MACRO] * (len(averaged) > 1)
 
 
 def _marks(names: Sequence[str], headline: str) -> dict[str, tuple[str, str]]:
