@@ -8,7 +8,6 @@ MLflow runs this file as it is ("models from code"). The artifact ``merged`` is 
 """
 
 import json
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,6 @@ from transformers import (
 ALL = "*"  # in place of a task: every task that takes as many texts as the row has
 TOKENS = 2048  # of a batch, padding included
 COLUMNS = ("label", "labels", "score", "probabilities")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,8 +218,6 @@ def _texts(label: Any, row: Mapping[Any, Any]) -> tuple[str, ...]:
         if not isinstance(value, str):
             remedy = "give a string" + ", or [text, text_pair]" * (place == "text")
             _refuse(f"row {label}: {place} is {_kind(value)}, not a text; {remedy}")
-        if _SURROGATE.search(value):
-            _refuse(f"row {label}: {place} holds half a character (a surrogate); encode it anew")
     return tuple(value for _, value in places)
 
 

@@ -156,14 +156,14 @@ def test_all_tasks_that_fit_answer_each_row(model: "MergedModel") -> None:
         (3, "text is a number"), (np.float32(1), "text is a number"), (True, "text is true or"),
         ({"a": "b"}, "text is an object"), (b"a", "text is bytes"), ([], "holds 0 texts"),
         (["a", "b", "c"], "holds 3 texts"), (["a", None], "text is null"),
-        ([["a"]], "text is a list"), ("\ud800", "text holds half a character"),
+        ([["a"]], "text is a list"),
     ],
 )  # fmt: skip
 def test_what_is_not_a_text_is_refused_with_its_row(
     model: "MergedModel", value: Any, what: str
 ) -> None:
     table = pd.DataFrame({"text": pd.Series(["fine", value], index=[4, 9], dtype=object)})
-    with pytest.raises(MlflowException, match=f"^row 9: {what}.*; (give|encode)") as refusal:
+    with pytest.raises(MlflowException, match=f"^row 9: {what}.*; give") as refusal:
         ask(model, table, "sst2")
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE", "HTTP 400"
     if isinstance(value, int | dict):
