@@ -1,7 +1,7 @@
 """How certain a score is: bootstrap intervals, and paired tests of the difference of two models.
 
 Examples are drawn with replacement within each validation split (Efron and Tibshirani 1993, chapter
-13, the percentile interval). The draws depend on seed, task, split and number of examples alone:
+13, the percentile interval). The draws depend on task, split and number of examples alone:
 resamples of two models on the same examples are paired, and those of two tasks are independent.
 Resamples in which a metric is undefined are left out.
 """
@@ -42,16 +42,14 @@ class Difference(NamedTuple):
     higher_is_better: bool = True
 
 
-def resampled(
-    task: Task, splits: Splits, *, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, np.ndarray]:
+def resampled(task: Task, splits: Splits, *, resamples: int = RESAMPLES) -> dict[str, np.ndarray]:
     """Every metric of the task by name and split, and "score", in each resample, [resamples].
 
     NaN where it is undefined, which a single row leaves it: all its resamples are the same.
     """
 
     def weights(split: str, examples: int) -> Iterator[np.ndarray]:
-        random = np.random.default_rng([seed, zlib.crc32(f"{task.name}/{split}".encode())])
+        random = np.random.default_rng([0, zlib.crc32(f"{task.name}/{split}".encode())])
         size = max(1, _CHUNK // examples)
         for start in range(0, resamples, size):
             count = min(size, resamples - start)
@@ -81,20 +79,17 @@ def interval(values: np.ndarray) -> Interval | None:
 def relative(task: Task, scores: np.ndarray, expert: np.ndarray) -> np.ndarray | None:
     """`metrics.relative` in each resample [R]; None if a resample has nothing to take a share of.
 
-    Both come from `resampled` with the same seed.
+    Both come from `resampled`.
     """
     part, whole = (scores, expert) if higher_is_better(task) else (expert, scores)
     return None if (whole <= 0).any() else part / whole
 
 
 def draws(
-    answers: Mapping[str, TaskAnswers], *, resamples: int = RESAMPLES, seed: int = 0
+    answers: Mapping[str, TaskAnswers], *, resamples: int = RESAMPLES
 ) -> dict[str, np.ndarray]:
     """A model's score in each resample, [resamples], by task."""
-    return {
-        name: resampled(*answered, resamples=resamples, seed=seed)["score"]
-        for name, answered in answers.items()
-    }
+    return {n: resampled(*each, resamples=resamples)["score"] for n, each in answers.items()}
 
 
 def compare(
@@ -102,7 +97,6 @@ def compare(
     second: Mapping[str, TaskAnswers],
     *,
     resamples: int = RESAMPLES,
-    seed: int = 0,
     drawn: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]] | None = None,
 ) -> Difference:
     """How two models differ in the score of a task, or in the mean over several.
@@ -113,8 +107,8 @@ def compare(
 
     Args:
         first, second: answers on the same examples; ValueError if tasks or examples differ.
-        resamples, seed: of the draws.
-        drawn: the models' `draws` with these resamples and seed, where they are known.
+        resamples: number of the draws.
+        drawn: the models' `draws` of this number, where they are known.
     """
     if first.keys() != second.keys() or not first:
         raise ValueError(f"tasks {', '.join(first)} and {', '.join(second)}: not the same")
@@ -135,7 +129,7 @@ def compare(
     values = [a - b for a, b in pairs if a is not None and b is not None]
     if not values:
         return Difference(None, None, 1.0, is_more_better)
-    ours, theirs = drawn or (draws(m, resamples=resamples, seed=seed) for m in (first, second))
+    ours, theirs = drawn or (draws(m, resamples=resamples) for m in (first, second))
     differences = np.mean([ours[name] - theirs[name] for name in names], axis=0)  # [R]
     tail = min((differences <= 0).sum(), (differences >= 0).sum())
     count = (~np.isnan(differences)).sum()

@@ -88,10 +88,12 @@ def write_predictions(path: Path, predictions: Mapping[str, TaskAnswers]) -> Non
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    numbers, ids = pa.float64(), pa.list_(pa.int32())
-    types = {"prediction": numbers, "label": numbers, "predictions": ids, "labels": ids}
-    types = {"task": pa.string(), "split": pa.string(), "row": pa.int32(), **types}
-    schema = pa.schema([*types.items(), ("scores", pa.list_(pa.float32()))])
+    text, number, ids = pa.string(), pa.float64(), pa.list_(pa.int32())
+    schema = pa.schema([
+        ("task", text), ("split", text), ("row", pa.int32()),
+        ("prediction", number), ("label", number), ("predictions", ids), ("labels", ids),
+        ("scores", pa.list_(pa.float32())),
+    ])  # fmt: skip
     tables = []
     for name, (task, splits) in predictions.items():
         for split, answers in splits.items():
@@ -109,7 +111,7 @@ def write_predictions(path: Path, predictions: Mapping[str, TaskAnswers]) -> Non
                     columns[f"{side}s"] = [np.flatnonzero(row) for row in values]
                 else:
                     columns[side] = values.astype(np.float64)
-            tables.append(pa.table([columns[column] for column in schema.names], schema=schema))
+            tables.append(pa.table(columns, schema=schema))
     pq.write_table(pa.concat_tables(tables).combine_chunks(), path)
 
 
@@ -131,8 +133,6 @@ def read_predictions(metrics: Path) -> dict[str, TaskAnswers]:
     predictions: dict[str, dict[str, Answers]] = {}
     for key in table.group_by(["task", "split"], use_threads=False).aggregate([]).to_pylist():
         name, split = key["task"], key["split"]
-        if name not in definitions:
-            raise UserError(f"{metrics}: has no definition of {name}; make it with `fmn evaluate`")
         rows = table.filter((pc.field("task") == name) & (pc.field("split") == split))
         scores = pc.list_flatten(rows["scores"]).to_numpy().reshape(len(rows), -1)
         predicted, labels = (

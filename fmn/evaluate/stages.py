@@ -20,7 +20,7 @@ from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage, writ
 from fmn.tasks import dataset
 from fmn.tasks.task import Task, load_task, read_task
 
-EVALUATE = 5
+EVALUATE = 6
 
 
 class EvaluateSettings(Settings):

@@ -142,36 +142,24 @@ def quiet() -> Iterator[None]:
 
 
 class _Shapes(NamedTuple):
-    """Shapes of a classifier's tensors; its encoder's names begin with `prefix` in it.
-
-    `last` is the path of the linear map that ends its head, "" if there is none.
-    """
+    """Shapes of a classifier's tensors; its encoder's names begin with `prefix` in it."""
 
     encoder: dict[str, tuple[int, ...]]
     head: dict[str, tuple[int, ...]]
     prefix: str
-    last: str
 
 
 _shapes: dict[str, _Shapes] = {}
 
 
 def _described_shapes(config: "PretrainedConfig") -> _Shapes:
-    """Shapes of the classifier that a configuration describes, which is built without memory."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
+    """Shapes of the classifier that a configuration describes."""
     sizes = {key: value for key, value in config.to_dict().items() if key not in _NAMING}
     key = json.dumps([sizes, config.num_labels], sort_keys=True, default=str)
     if key in _shapes:  # all experts of one shape are built once
         return _shapes[key]
-    try:
-        with quiet(), torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    except Exception as error:  # each architecture refuses sizes in its own way
-        problem = f"{CONFIG} describes no text classifier that can be built: {first_words(error)}"
-        raise UserError(f"{config.name_or_path}: {problem}") from error
-    shapes = _Shapes({}, {}, f"{model.base_model_prefix}.", _last_linear(model))
+    model = _described_model(config)
+    shapes = _Shapes({}, {}, f"{model.base_model_prefix}.")
     tied = getattr(model, "all_tied_weights_keys", None) or ()
     for name, value in model.state_dict().items():
         if name not in tied:
@@ -179,6 +167,19 @@ def _described_shapes(config: "PretrainedConfig") -> _Shapes:
             part[name.removeprefix(shapes.prefix)] = tuple(value.shape)
     _shapes[key] = shapes
     return shapes
+
+
+def _described_model(config: "PretrainedConfig") -> "PreTrainedModel":
+    """The classifier that a configuration describes, built without memory."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with quiet(), torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each architecture refuses sizes in its own way
+        problem = f"{CONFIG} describes no text classifier that can be built: {first_words(error)}"
+        raise UserError(f"{config.name_or_path}: {problem}") from error
 
 
 def encoder_names(config: "PretrainedConfig", names: Iterable[str]) -> Names:
@@ -306,12 +307,6 @@ def listed(names: Iterable[str]) -> str:
 
 def last_linear(model: "PreTrainedModel") -> str:
     """The path of the linear map that ends the head of a classifier; UserError if there is none."""
-    if path := _last_linear(model):
-        return path
-    raise UserError(_no_linear(model.config))
-
-
-def _last_linear(model: "PreTrainedModel") -> str:
     from torch import nn
 
     paths = [
@@ -321,12 +316,10 @@ def _last_linear(model: "PreTrainedModel") -> str:
         and not name.startswith(f"{model.base_model_prefix}.")
         and module.out_features == model.config.num_labels
     ]
-    return str(paths[-1]) if paths else ""
-
-
-def _no_linear(config: "PretrainedConfig") -> str:
-    problem = f"a {config.model_type} has no head that ends in a linear map"
-    return f"{problem}; its head stays as it is"
+    if not paths:
+        problem = f"a {model.config.model_type} has no head that ends in a linear map"
+        raise UserError(f"{model.config.name_or_path}: {problem}; its head stays as it is")
+    return str(paths[-1])
 
 
 def output_entries(task: Task) -> dict[str, Any]:
@@ -376,8 +369,7 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
 
     config, raw = load_config(folder), read_config(folder)
     if list(order) != list(range(config.num_labels)):
-        if not (path := _described_shapes(config).last):
-            raise UserError(f"{folder}: {_no_linear(config)}")
+        path = last_linear(_described_model(config))
         headers = tensor_headers(folder)
         names = [name for name in (f"{path}.weight", f"{path}.bias") if name in headers]
         for file in {headers[name].file for name in names}:

@@ -26,7 +26,7 @@ class Evidence(NamedTuple):
 
     Attributes:
         best: the order with the highest score.
-        scores: of the order, of the best one, and of the outputs as they stand.
+        scores: of the order, and of the best one.
         guess: what guessing scores.
         contradicts: whether the best order is clearly better, and better than guessing; for
             regression, whether the values clearly fall where the labels rise.
@@ -35,7 +35,7 @@ class Evidence(NamedTuple):
     """
 
     best: list[int]
-    scores: tuple[float, float, float]
+    scores: tuple[float, float]
     guess: float
     contradicts: bool
     is_chance: bool
@@ -46,11 +46,11 @@ def weigh(task: Task, logits: np.ndarray, truth: np.ndarray, order: Sequence[int
     """What rows say of an order of the outputs."""
     if task.regression:
         return _weigh_values(logits[:, 0], truth)
-    now, identity = np.array(order), np.arange(len(order))
+    now = np.array(order)
     hits = _hits(task, logits, truth)
     best = _best(hits, now)
     total = int(truth.sum()) if task.multi_label else len(truth)
-    right = [int(_right(hits, each).sum()) for each in (now, best, identity)]
+    right, right_at_best = (int(_right(hits, each).sum()) for each in (now, best))
     # Of several labels at once, as many rows are taken for each as have it.
     outputs = logits.argmax(axis=1)
     guesses = [
@@ -58,34 +58,15 @@ def weigh(task: Task, logits: np.ndarray, truth: np.ndarray, order: Sequence[int
         for each in (now, best)
     ]
     is_telling = _one_sided(total, total, guesses[0]) < CHANCE
-    is_chance, is_best_chance = (
-        _one_sided(each, total, guess) >= CHANCE
-        for each, guess in zip(right, guesses, strict=False)
-    )
+    is_best_chance = _one_sided(right_at_best, total, guesses[1]) >= CHANCE
     return Evidence(
         best=best.tolist(),
-        scores=(right[0] / max(total, 1), right[1] / max(total, 1), right[2] / max(total, 1)),
+        scores=(right / max(total, 1), right_at_best / max(total, 1)),
         guess=guesses[0],
         contradicts=not is_best_chance and _is_clearly_better(hits, best, now),
-        is_chance=is_telling and is_chance,
+        is_chance=is_telling and _one_sided(right, total, guesses[0]) >= CHANCE,
         is_telling=is_telling,
     )
-
-
-def better_than_guessing(task: Task, answers: np.ndarray, truth: np.ndarray) -> bool:
-    """Whether chance alone would hardly answer a task's rows so well.
-
-    Args:
-        answers, truth: class ids [N]; zeros and ones [N, C] for several labels at once; or
-            values [N].
-    """
-    if task.regression:
-        return _correlation(answers, truth)[1] < CHANCE
-    if task.multi_label:
-        hits, trials = int((answers * truth).sum()), int(answers.sum())
-    else:
-        hits, trials = int((answers == truth).sum()), len(truth)
-    return _one_sided(hits, trials, _guessed(task, answers, truth)) < CHANCE
 
 
 def _guessed(task: Task, answers: np.ndarray, truth: np.ndarray) -> float:
@@ -161,17 +142,19 @@ def _one_sided(hits: int, trials: int, share: float) -> float:
 
 
 def _weigh_values(values: np.ndarray, truth: np.ndarray) -> Evidence:
-    r, p_value = _correlation(values, truth)
-    is_chance, is_turned = bool(p_value >= CHANCE), bool(1 - p_value < CLEARLY)
-    return Evidence([0], (r, -r, r), 0.0, is_turned, is_chance, is_telling=not np.isnan(p_value))
-
-
-def _correlation(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Pearson's correlation, and the probability of as much by chance; not a number without it."""
+    """By Pearson's correlation, and the probability of as much by chance."""
     from scipy.stats import pearsonr
 
-    if len(truth) < 3:
-        return 0.0, float("nan")
-    with warnings.catch_warnings(action="ignore"):  # of constant values
-        test = pearsonr(values.astype(float), truth.astype(float), alternative="greater")
-    return float(np.nan_to_num(test.statistic)), float(test.pvalue)
+    r, p_value = 0.0, float("nan")
+    if len(truth) > 2:
+        with warnings.catch_warnings(action="ignore"):  # of constant values
+            test = pearsonr(values.astype(float), truth.astype(float), alternative="greater")
+        r, p_value = float(np.nan_to_num(test.statistic)), float(test.pvalue)
+    return Evidence(
+        best=[0],
+        scores=(r, -r),
+        guess=0.0,
+        contradicts=1 - p_value < CLEARLY,
+        is_chance=p_value >= CHANCE,
+        is_telling=not np.isnan(p_value),
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from fmn.errors import UserError
 from fmn.models import checkpoints
@@ -56,17 +56,13 @@ class Labels(Record):
         score: what this order has of them: the share of rows that are right; for several labels
             at once the share of labels that are found (R-precision); for regression the Pearson
             correlation.
-        as_is: the same for the outputs as they stand.
         notes: what the user should know of it.
     """
 
-    model_config = ConfigDict(strict=True, validate_by_name=True, validate_by_alias=True)
-
     order: list[int]
-    origin: Literal["settings", "names", "training data", "identity"] = Field(alias="from")
+    origin: Literal["settings", "names", "training data", "identity"]
     rows: int = 0
     score: float = 0
-    as_is: float = 0
     notes: list[str] = Field(default_factory=list)
 
 
@@ -127,14 +123,9 @@ def _plain(name: str) -> str:
 
 def _mean_something(task: Task, names: Sequence[str]) -> bool:
     """Whether names that are not the task's are those of another: words, where it has words."""
-    has_words = not all(re.fullmatch(r"[-+\d.]+", name) for name in task.labels)
-    return (
-        bool(names)
-        and has_words
-        and not any(
-            re.fullmatch(rf"(?i)label_\d+|{output}|\s*", name) for output, name in enumerate(names)
-        )
-    )
+    is_wordless = all(re.fullmatch(r"[-+\d.]+", name) for name in task.labels)
+    unnamed = (rf"(?i)label_\d+|{output}|\s*" for output in range(len(names)))
+    return bool(names) and not (is_wordless or any(map(re.fullmatch, unnamed, names)))
 
 
 def _remedy(task: Task, names: Sequence[str]) -> str:
@@ -169,7 +160,7 @@ def by_data(
         order = evidence.best if evidence.contradicts else labels.order
         labels = Labels(order=order, origin="training data")
         evidence = weigh(task, logits, truth, order)
-    score, best, as_is = evidence.scores
+    score, best = evidence.scores
     rows = f"{'labels of ' if task.multi_label else ''}{len(truth)} training rows"
     figures = f"it has {score:.1%} of {rows} right, guessing {evidence.guess:.1%}"
     if task.regression:
@@ -199,8 +190,7 @@ def by_data(
         )
     elif evidence.is_chance:
         notes.append(f"the expert is NO BETTER THAN CHANCE: {figures}")
-    scores = {"rows": len(truth), "score": score, "as_is": as_is}
-    return labels.model_copy(update={**scores, "notes": notes})
+    return labels.model_copy(update={"rows": len(truth), "score": score, "notes": notes})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,13 +330,13 @@ def _how(task: Task, labels: Labels) -> list[str]:
     """What decided, unless the outputs name the task's labels in the task's order."""
     if labels.origin == "names" and labels.order == sorted(labels.order):
         return []
-    scores = f"{labels.score:.1%} right, as they stand {labels.as_is:.1%}"
     no_data = "too few training rows" if labels.rows else "no data"
+    share = f"{labels.score:.1%} of {labels.rows} training rows are right so"
     reason = {
         "settings": "as the settings say",
         "names": "as the names in config.json say",
         "identity": f"NOT NAMED in config.json, and {no_data} to find them; taken as they stand",
-        "training data": f"not named; found on {labels.rows} training rows ({scores})",
+        "training data": f"not named; {share}",
     }[labels.origin]
     return [f"the outputs are {listed(names_by_output(task, labels))}: {reason}"]
 

@@ -15,7 +15,7 @@ from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.task import load_task, read_task, write_task
 
-FETCH = 3
+FETCH = 4
 FINETUNE = 3
 
 Device = str

@@ -67,29 +67,25 @@ def check_served(
     import pandas as pd
 
     sidecar = stage.read_sidecar(file)
-    dtype = (sidecar.settings if sidecar else {}).get("evaluate", {}).get("dtype", "float32")
-    predictions: Mapping[str, Any] = read_predictions(file) if data else {}
+    dtype = sidecar.settings.get("evaluate", {}).get("dtype") if sidecar else None
+    predictions = read_predictions(file) if data else {}
     for task in tasks.values():
         tolerance = TOLERANCE
         if data and task.name in predictions:
-            answered = predictions[task.name]
-            split, expected = next(iter(getattr(answered, "splits", answered).items()))
-            sample = _evaluated(task, split, expected, metrics, data)
-            tolerance = TOLERANCE if dtype in ("float32", "float64") else COARSE
+            split, evaluated = next(iter(predictions[task.name].splits.items()))
+            sample = _evaluated(task, split, evaluated, metrics, data)
+            tolerance = COARSE if dtype in ("bfloat16", "auto") else TOLERANCE
         else:
             sample = _sentences(task, model)
         columns = zip(("text", "text_pair"), sample.texts, strict=False)
         served = serve(pd.DataFrame(dict(columns)), task.name).to_dict("records")
-        scores = getattr(sample.answers, "scores", None)
-        for n, (row, answer) in enumerate(zip(sample.rows, served, strict=True)):
-            predicted = sample.answers.predicted[n]
-            expected_scores = None if scores is None else scores[n]
-            if not same(sample.task, answer, predicted, expected_scores, tolerance):
+        expected = in_words(sample.task, sample.answers)
+        for row, answer, wanted in zip(sample.rows, served, expected, strict=True):
+            if not same(sample.task, answer, wanted, tolerance):
                 raise UserError(
                     f"{model}: task {task.name}, {row}: the served model answers"
-                    f" {_served_words(answer)}, in evaluation it was"
-                    f" {_words(sample.task, predicted, expected_scores)}; evaluate it again with"
-                    " `fmn evaluate`. Nothing was registered"
+                    f" {_shown(answer)}, in evaluation it was {_shown(wanted)}; evaluate it again"
+                    " with `fmn evaluate`. Nothing was registered"
                 )
 
 
@@ -105,8 +101,8 @@ def _evaluated(task: Task, split: str, expected: Answers, metrics: Metrics, data
     table = dataset.read_split(data, task, split)
     rows = np.sort(batches.select(np.zeros(table.num_rows), ROWS, SEED))
     texts = [table[column].take(rows).to_pylist() for column in task.text_columns]
-    taken = Answers(*(None if part is None else part[rows] for part in expected))
-    return Sample(task, [f"{split} row {row}" for row in rows], texts, taken)
+    sample = Answers(*(part[rows] for part in expected))
+    return Sample(task, [f"{split} row {row}" for row in rows], texts, sample)
 
 
 def _sentences(task: Task, model: Path) -> Sample:
@@ -127,47 +123,39 @@ def _sentences(task: Task, model: Path) -> Sample:
     return Sample(complete, rows, texts, answers(complete, logits, np.zeros(len(rows), np.int64)))
 
 
-def same(
-    task: Task, served: Mapping[Any, Any], predicted: Any, scores: Any, tolerance: float = TOLERANCE
-) -> bool:
-    """Whether an answer of the served model is the one that was evaluated.
+def in_words(task: Task, answers: Answers) -> list[dict[str, Any]]:
+    """Answers as the served model gives them: labels, score, probabilities by label."""
+    rows = []
+    for predicted, scores in zip(answers.predicted, answers.scores, strict=True):
+        chosen = np.flatnonzero(predicted) if task.multi_label else [int(predicted)]
+        labels = [] if task.regression else [task.labels[label] for label in chosen]
+        probabilities = dict(zip(task.labels, scores.tolist(), strict=not task.regression))
+        rows.append({"labels": labels, "score": float(max(scores)), "probabilities": probabilities})
+    return rows
 
-    Args:
-        task: the task.
-        served: the answer (label, labels, score, probabilities).
-        predicted: a class id, a value, or 0 and 1 by label [C].
-        scores: the probabilities [C], or None if they are not known.
-        tolerance: of probabilities. Labels may differ where it decides between them.
+
+def same(
+    task: Task, served: Mapping[Any, Any], expected: Mapping[Any, Any], tolerance: float = TOLERANCE
+) -> bool:
+    """Whether the served model's answer is the expected one, both as `in_words` gives them.
+
+    Scores may differ by `tolerance`, and labels where that decides between them.
     """
-    if task.regression:
-        return bool(abs(served["score"] - predicted) <= tolerance * max(1.0, abs(predicted)))
-    if set(served["probabilities"]) != set(task.labels):
+    if abs(served["score"] - expected["score"]) > tolerance * max(1.0, abs(expected["score"])):
         return False
-    shares = served["probabilities"]
-    pairs = zip(task.labels, () if scores is None else scores, strict=scores is not None)
-    if any(abs(shares[name] - share) > tolerance for name, share in pairs):
+    shares, wanted = served["probabilities"], expected["probabilities"]
+    if shares.keys() != wanted.keys():
         return False
-    differing = [shares[name] for name in {*served["labels"]} ^ {*_names(task, predicted)}]
+    if any(abs(shares[name] - wanted[name]) > tolerance for name in wanted):
+        return False
+    differing = [shares[name] for name in {*served["labels"]} ^ {*expected["labels"]}]
     if task.multi_label:
         return all(abs(share - task.threshold) <= tolerance for share in differing)
     return not differing or bool(max(differing) - min(differing) <= tolerance)
 
 
-def _names(task: Task, predicted: Any) -> list[str]:
-    """The labels that a class id, or 0 and 1 by label, stands for."""
-    chosen = np.flatnonzero(predicted) if task.multi_label else [int(predicted)]
-    return [task.labels[label] for label in chosen]
-
-
-def _words(task: Task, predicted: Any, scores: Any) -> str:
-    """An answer of the evaluation, for a message."""
-    if task.regression:
-        return f"{predicted:.6g}"
-    score = "" if scores is None else f" ({np.max(scores):.4f})"
-    return f"{', '.join(_names(task, predicted)) or 'none'}{score}"
-
-
-def _served_words(answer: Mapping[Any, Any]) -> str:
+def _shown(answer: Mapping[Any, Any]) -> str:
+    """An answer, for a message."""
     if not answer["probabilities"]:
         return f"{answer['score']:.6g}"
-    return f"{answer['label']} ({answer['score']:.4f})"
+    return f"{', '.join(answer['labels']) or 'none'} ({answer['score']:.4f})"

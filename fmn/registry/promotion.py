@@ -5,8 +5,6 @@ from math import inf
 from statistics import fmean
 from typing import NamedTuple
 
-from fmn.tasks.task import Task
-
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 _MAX_CHAMPIONS = 200  # of a history, which has to fit into a tag
@@ -29,11 +27,6 @@ class Decision(NamedTuple):
 
     alias: str
     reason: str
-
-
-def is_error(task: Task) -> bool:
-    """Whether less is better in a task's score; all its metrics agree."""
-    return bool({"mse", "mae"}.intersection(task.metrics))
 
 
 def decide(new: Standing, champion: Standing | None, tolerance: float) -> Decision:

@@ -8,7 +8,6 @@ MLflow runs this file as it is ("models from code"). The artifact ``merged`` is 
 """
 
 import json
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,6 @@ from transformers import (
 ALL = "*"  # in place of a task: every task that takes as many texts as the row has
 TOKENS = 2048  # of a batch, padding included
 COLUMNS = ("label", "labels", "score", "probabilities")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,25 +135,20 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def answers(task: Task, logits: torch.Tensor) -> list[dict[str, Any]]:
     """An answer for each row of a task's `logits` [N, C], in the words of its labels."""
     if task.problem_type == "regression":
-        values = logits[:, 0].tolist()
-        return [_answer("score", [], value, {}) for value in values]
+        words: dict[str, Any] = {"label": "score", "labels": [], "probabilities": {}}
+        return [{**words, "score": value} for value in logits[:, 0].tolist()]
     is_multi_label = task.problem_type == "multi_label_classification"
     shares = logits.sigmoid() if is_multi_label else logits.softmax(-1)
     rows = []
     for row in shares.tolist():
         probabilities = dict(zip(task.labels, row, strict=True))
-        labels = [max(probabilities, key=probabilities.__getitem__)]
-        score = probabilities[labels[0]]
+        best = max(probabilities, key=probabilities.__getitem__)
+        labels = [best]
         if is_multi_label:
             labels = [name for name, share in probabilities.items() if share >= task.threshold]
-        rows.append(_answer(", ".join(labels) or "none", labels, score, probabilities))
+        words = {"label": ", ".join(labels) or "none", "labels": labels}
+        rows.append({**words, "score": probabilities[best], "probabilities": probabilities})
     return rows
-
-
-def _answer(
-    label: str, labels: list[str], score: float, shares: dict[str, float]
-) -> dict[str, Any]:
-    return dict(zip(COLUMNS, (label, labels, score, shares), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -180,8 +173,6 @@ def read_rows(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> l
     Raises:
         MlflowException: INVALID_PARAMETER_VALUE (HTTP 400), naming the row and the remedy.
     """
-    if default:
-        _check_known(default, tasks)
     if "text" not in table and len(table):
         _refuse(f"there is no column text, but {', '.join(map(str, table))}; add it")
     rows = []
@@ -218,22 +209,16 @@ def unfolded(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> pd
 def _texts(label: Any, row: Mapping[Any, Any]) -> tuple[str, ...]:
     """The texts of the row with this label in the table's index."""
     text, pair = (_plain(row.get(name)) for name in ("text", "text_pair"))
-    texts = [*(text if isinstance(text, list | tuple) else [text])]
-    if not texts or len(texts) > 2:
+    places = [("text", each) for each in (text if isinstance(text, list | tuple) else [text])]
+    places += [] if _is_missing(pair) else [("text_pair", pair)]
+    if not 1 <= len(places) <= 2:
         remedy = "give a string, or [text, text_pair]"
-        _refuse(f"row {label}: text is a list of {len(texts)} texts; {remedy}")
-    places = ["text"] * len(texts)
-    if not _is_missing(pair):
-        if len(texts) == 2:
-            _refuse(f"row {label}: text holds two texts already; leave out text_pair")
-        texts, places = [*texts, pair], [*places, "text_pair"]
-    for value, place in zip(texts, places, strict=True):
+        _refuse(f"row {label}: holds {len(places)} texts; {remedy}")
+    for place, value in places:
         if not isinstance(value, str):
             remedy = "give a string" + ", or [text, text_pair]" * (place == "text")
             _refuse(f"row {label}: {place} is {_kind(value)}, not a text; {remedy}")
-        if _SURROGATE.search(value):
-            _refuse(f"row {label}: {place} holds half a character (a surrogate); encode it anew")
-    return tuple(texts)
+    return tuple(value for _, value in places)
 
 
 def _names(label: Any, name: Any, count: int, tasks: Mapping[str, Task]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fmn.errors import UserError, redacted
 from fmn.evaluate.files import Metrics, read_metrics
+from fmn.evaluate.metrics import higher_is_better
 from fmn.experiments.files import SearchResult, Trial
 from fmn.experiments.stages import CompareSettings, SearchSettings
 from fmn.merge.recipe import CARD, RECIPE, Recipe, read_recipe
@@ -21,7 +22,6 @@ from fmn.models.labels import output_names
 from fmn.registry import lineage
 from fmn.registry.check import check_served
 from fmn.registry.lineage import Lineage
-from fmn.registry.promotion import is_error
 from fmn.report.stages import ReportInfo
 from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
@@ -33,7 +33,6 @@ REGISTER = 3
 LOG = 3
 LINEAGE = "lineage/lineage.json"  # file of a run
 SETTINGS = "params.yaml"
-_LABELS = 20  # of a task, so many are shown
 
 
 class RegistrySettings(Settings):
@@ -97,7 +96,8 @@ def register(
 
     started = time.monotonic()
     if out:
-        stage.check_output(out, [model, metrics, data, report, card, params], is_folder=False)
+        reads = [model, metrics, data, report, card, params]
+        stage.check_output(out, reads, is_folder=False, stage="register")
     recipe, scores = _read(model, metrics)
     definitions = _definitions(recipe, scores)
     card_text = (card or model / CARD).read_text()
@@ -145,11 +145,8 @@ def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
     """A merged model's recipe, and its metrics, which must be of all its tasks with labels."""
     recipe, scores = read_recipe(model), read_metrics(metrics)
     definitions = _definitions(recipe, scores)
-    unlabeled = {name for name, task in definitions.items() if not task.has_labels}
-    unlabeled |= {*getattr(scores, "unlabeled", ())}
-    is_complete = set(definitions) == set(recipe.tasks) == set(scores.tasks) | unlabeled and set(
-        scores.tasks
-    ) == set(scores.data)
+    has_all_tasks = set(definitions) == {*recipe.tasks} == {*scores.tasks, *scores.unlabeled}
+    is_complete = has_all_tasks and scores.tasks.keys() == scores.data.keys()
     if scores.model != artifacts.digest_folder(model) or not is_complete:
         remedy = f"make them with `fmn evaluate {model}`"
         raise UserError(f"{metrics}: not the metrics of all tasks of {model}; {remedy}")
@@ -196,25 +193,25 @@ def _version_tags(scores: Metrics, definitions: Mapping[str, Task]) -> dict[str,
     """What a version's page shows at once, and what the next version is compared with."""
     from fmn.registry import tracking
 
-    score_by_task = {
-        name: scores.tasks[name].score if name in scores.tasks else None for name in definitions
-    }
+    score_by_task = {name: entry.score for name, entry in scores.tasks.items()}
+    errors = [name for name, task in definitions.items() if not higher_is_better(task)]
     return {
         "tasks": ", ".join(definitions),
         "score": "undefined" if scores.score is None else f"{100 * scores.score:.2f} %",
-        tracking.SCORES: json.dumps(score_by_task),
-        tracking.ERRORS: json.dumps([n for n, task in definitions.items() if is_error(task)]),
+        tracking.SCORES: json.dumps(dict.fromkeys(definitions) | score_by_task),
+        tracking.ERRORS: json.dumps(errors),
         tracking.DATA: lineage.evaluation_data(scores),
     }
 
 
 def _usage(model: Path, definitions: Mapping[str, Task], uri: str) -> str:
     """How to call a version, in Markdown: what each task takes and answers."""
+    from fmn.report.results import short_list
+
     rows = []
     for name, task in definitions.items():
-        names = output_names(model / "tasks" / name)
-        more = f", ... ({len(names)})" if len(names) > _LABELS else ""
-        answer = "a number" if task.regression else ", ".join(names[:_LABELS]) + more
+        names = short_list(output_names(model / "tasks" / name), most=20)
+        answer = "a number" if task.regression else names
         rows.append(f"| {name} | {len(task.text_columns)} | {answer} | {task.max_length} |")
     params = f'{{"task": "{next(iter(definitions))}"}}'
     call = f'mlflow.pyfunc.load_model("{uri}").predict(table, params={params})'

@@ -230,19 +230,20 @@ def pack(model: Path, definitions: Mapping[str, Task], out: Path) -> None:
         digest = _tokenizer(task)
         if digest not in folders:
             folders[digest] = f"tasks/{name}"
-            for file in TOKENIZER_FILES:
-                if (task / file).is_file():
-                    shutil.copyfile(task / file, folder / file)
+            for file in _tokenizer_files(task):
+                shutil.copyfile(file, folder / file.name)
         tokenizers[name] = folders[digest]
     (out / "tokenizers.json").write_text(json.dumps(tokenizers))
 
 
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
 def _tokenizer(folder: Path) -> str:
     """The digest of the tokenizer files in a folder."""
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return artifacts.digest_bytes(
-        artifacts.canonical({file.name: artifacts.digest_file(file) for file in files})
-    )
+    digests = {file.name: artifacts.digest_file(file) for file in _tokenizer_files(folder)}
+    return artifacts.digest_bytes(artifacts.canonical(digests))
 
 
 def promote(

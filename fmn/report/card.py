@@ -41,12 +41,9 @@ def card(recipe: Recipe, metrics: Metrics) -> str:
 
 def hub_metric(name: str) -> tuple[str, dict[str, str] | None]:
     """The Hub's name of a metric, and its arguments there."""
-    base, _, average = name.partition("_")
-    return (
-        ("f1", {"average": average})
-        if base == "f1" and average
-        else (HUB_METRICS.get(name, name), None)
-    )
+    if name.startswith("f1_"):
+        return "f1", {"average": name.removeprefix("f1_")}
+    return HUB_METRICS.get(name, name), None
 
 
 def front_matter(recipe: Recipe, metrics: Metrics) -> "ModelCardData":

@@ -96,10 +96,8 @@ def answers(cell: Cell, of_expert: bool = False) -> dict[str, TaskAnswers]:
     """What the merged model of a cell, or the experts, answered, by task."""
     answered = {}
     for name, entry in cell.tasks.items():
-        sides = (entry.predictions, entry.scores)
-        predictions, scores = (
-            (entry.expert_predictions, entry.expert_scores) if of_expert else sides
-        )
+        predictions = entry.expert_predictions if of_expert else entry.predictions
+        scores = entry.expert_scores if of_expert else entry.scores
         split = Answers(np.array(predictions), np.array(entry.labels), np.array(scores))
         answered[name] = TaskAnswers(entry.definition, {"tried": split})
     return answered
@@ -107,21 +105,17 @@ def answers(cell: Cell, of_expert: bool = False) -> dict[str, TaskAnswers]:
 
 def _shares(cells: Cells) -> dict[str, dict[str, Estimate]]:
     """By set and method: the mean share over the tasks that have one."""
-    known: dict[tuple[str, bytes], np.ndarray] = {}  # an expert answers the same in every cell
-
-    def draws(name: str, answered: TaskAnswers) -> np.ndarray:
-        key = (name, b"".join(side.tobytes() for side in answered.splits["tried"]))
-        if key not in known:
-            known[key] = bootstrap.draws({name: answered})[name]
-        return known[key]
+    of_experts: dict[str, np.ndarray] = {}  # an expert answers the same in every cell
 
     def share(cell: Cell) -> Estimate:
-        merged, experts = answers(cell), answers(cell, of_expert=True)
+        experts = answers(cell, of_expert=True)
+        new = {name: experts[name] for name in experts.keys() - of_experts.keys()}
+        of_experts.update(bootstrap.draws(new))
         parts = []
-        for name, entry in cell.tasks.items():
+        for name, draws in bootstrap.draws(answers(cell)).items():
+            entry = cell.tasks[name]
             if entry.relative is not None:
-                pair = (draws(name, side[name]) for side in (merged, experts))
-                shares = bootstrap.relative(entry.definition, *pair)
+                shares = bootstrap.relative(entry.definition, draws, of_experts[name])
                 parts.append(Estimate(entry.relative, shares))
         return mean(parts)
 

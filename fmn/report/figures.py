@@ -143,7 +143,8 @@ def scores(report: Report) -> Drawn:
     """
     from matplotlib.lines import Line2D
 
-    table, names, rows = report.table, list(report.table.columns), _rows(report.table)
+    table, names = report.table, list(report.table.columns)
+    rows = [*table.averaged, *[MACRO][: len(table.averaged) > 1]]
     if not rows:
         return None
     marks, step, lows = _marks(names, table.headline), len(names) + 1, [1.0]
@@ -172,46 +173,11 @@ def scores(report: Report) -> Drawn:
     return figure, f"{place}: {', '.join(words)}."
 
 
-def _rows(table: results.Table) -> list[str]:
-    """The rows of the table whose scores are percentages."""
-    averaged = [name for name in table.rows if name in table.averaged]
-    return averaged + [MACRO] * (len(averaged) > 1)
-
-
 def _marks(names: Sequence[str], headline: str) -> dict[str, tuple[str, str]]:
     """The marker and the colour of every column."""
     others = iter(OTHERS * len(names))
     marks = {name: BOUNDS.get(name) or next(others) for name in names if name != headline}
     return {name: marks.get(name, HEADLINE) for name in names}
-
-
-def differences(report: Report) -> Drawn:
-    """Differences on the same examples.
-
-    Filled and pointing right or left: better or worse, with p below 0.05. A hollow circle: within
-    chance.
-    """
-    table, rows, count = report.table, _rows(report.table), len(report.table.differences)
-    if not (count and rows):
-        return None
-    looks = {"better": (BLUE, ">", 2), "worse": (RED, "<", 2), "within chance": (SOFT, "o", 1.2)}
-    figure, axes = _figure(0.8 + 0.3 * len(rows), 1, count, sharey=True)
-    for axis, (name, by_row) in zip(axes[0], table.differences.items(), strict=True):
-        axis.axvline(0, color=SOFT, linewidth=0.8)
-        for y, row in enumerate(rows):
-            tested = by_row.get(row)
-            if tested and tested.difference is not None:
-                colour, marker, width = looks[results.verdict(tested)]
-                ends = [100 * end for end in tested.interval or ()]
-                axis.plot(ends, [y] * len(ends), color=colour, linewidth=width)
-                style = {"mfc": "white" if marker == "o" else colour, "markersize": 6.5}
-                axis.plot(100 * tested.difference, y, marker, color=colour, **style)
-        axis.set_yticks(range(len(rows)), rows, fontsize=10)
-        axis.set_title(fill(f"{table.headline} less {name}", 96 // count))
-        axis.set(xlabel="points", ylim=(len(rows) - 0.4, -0.6), xmargin=0.12)
-        if MACRO in rows:
-            axis.axhline(len(rows) - 1.5, color=FAINT, linewidth=1.6)
-    return figure, " ".join(results.differences_in_words(table))
 
 
 # ---- Fisher information, and who owns what ----
@@ -401,7 +367,6 @@ def pairs(comparison: Comparison) -> Drawn:
 
 RUN_PICTURES: Mapping[Callable[[Report], Drawn], str] = {
     scores: "Scores",
-    differences: "Which differences are real",
     heads: "Where the experts' information lies",
     owners: "Who owns what",
     costs: "What it cost",

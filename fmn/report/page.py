@@ -34,12 +34,12 @@ def _templates() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = (
-        *("difference_span", "differences_in_words", "escaped", "listed", "metric_words", "points"),
-        *("remarks", "seconds", "verdict"),
+    filters = (
+        *(best, notes, settings, statistics, results.difference_span, results.differences_in_words),
+        *(results.escaped, results.listed, results.metric_words, results.points),
+        *(results.remarks, results.verdict),
     )
-    templates.filters |= {name: getattr(results, name) for name in words}
-    templates.filters |= {each.__name__: each for each in (best, notes, settings, statistics)}
+    templates.filters |= {each.__name__: each for each in filters}
     templates.globals |= {"bounds": BOUNDS}
     return templates
 

@@ -214,13 +214,10 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
         columns[name] = _Column(scores, answers, bootstrap.draws(answers))
     definitions = {name: task for name, (task, _) in columns[first].answers.items()}
     counted = tuple(
-        task
-        for task in entries
-        if all(
-            averaged({task: c.scores[task]}, definitions)
-            for c in columns.values()
-            if task in c.scores
-        )
+        name
+        for name, task in definitions.items()
+        if higher_is_better(task)
+        and all(column.scores.get(name, 0) is not None for column in columns.values())
     )
     return Table(
         definitions=definitions,
@@ -456,9 +453,7 @@ def evaluate_table(metrics: Metrics) -> TextTable:
             numbers = [shown(value, is_percent, 2), span(interval, is_percent), str(examples)]
             body.append([name, metric + " (less is better)" * (not is_percent), split, *numbers])
     mean = [shown(metrics.score, digits=2), span(metrics.interval), ""]
-    over = averaged(
-        {name: entry.score for name, entry in metrics.tasks.items()}, metrics.definitions
-    )
+    over = _averaged(metrics)
     left_out = len(over) < len(metrics.tasks)
     body.append([MACRO, "score", f"of {listed(over)}" if over and left_out else "", *mean])
     return ["task", "metric", "split", "%", "95 % interval", "examples"], body
@@ -467,9 +462,13 @@ def evaluate_table(metrics: Metrics) -> TextTable:
 def evaluate_notes(metrics: Metrics) -> list[str]:
     """What a reader of that table should know, a line each."""
     scores = {name: entry.score for name, entry in metrics.tasks.items()}
-    names = averaged(scores, metrics.definitions)
     skipped = [f"{name}: not scored, as its rows have no labels" for name in metrics.unlabeled]
-    return score_remarks(scores, metrics.definitions, names) + skipped
+    return score_remarks(scores, metrics.definitions, _averaged(metrics)) + skipped
+
+
+def _averaged(metrics: Metrics) -> list[str]:
+    scores = {name: entry.score for name, entry in metrics.tasks.items()}
+    return averaged(scores, metrics.definitions)
 
 
 def task_table(tasks: Mapping[str, Task], data: Mapping[str, TaskRows]) -> TextTable:

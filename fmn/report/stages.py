@@ -16,7 +16,7 @@ from fmn.store.stage import Job, Outcome, read_record
 if TYPE_CHECKING:
     from fmn.report.figures import Picture
 
-REPORT = 6
+REPORT = 7
 COMPARISON = 5
 Paths = Mapping[str, Path]
 

@@ -47,13 +47,11 @@ def test_intervals_agree_with_scipys_bootstrap(name: str, statistic: object) -> 
     )
 
 
-def test_draws_depend_on_seed_task_split_and_count_alone() -> None:
+def test_draws_depend_on_task_split_and_count_alone() -> None:
     mnli = get_task("mnli")
     splits = dict.fromkeys(mnli.validation, answered(mnli, 0.7, 50))
     first, again = (bootstrap.resampled(mnli, splits, resamples=50) for _ in range(2))
-    other = bootstrap.resampled(mnli, splits, resamples=50, seed=1)
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert not np.array_equal(first["accuracy"], other["accuracy"])
     correlation = np.corrcoef(first["accuracy"], first["accuracy_mismatched"])[0, 1]
     assert abs(correlation) < 0.5, "splits are drawn independently"
 
@@ -148,7 +146,7 @@ def test_p_values_of_equal_models_are_spread_evenly() -> None:
     for seed in range(150):
         random = np.random.default_rng(seed)
         models = [binary(random.random(150) < 0.8) for _ in range(2)]
-        p_values.append(bootstrap.compare(*models, resamples=300, seed=seed).p_value)
+        p_values.append(bootstrap.compare(*models, resamples=300).p_value)
     assert 0.01 <= np.mean(np.array(p_values) < 0.05) <= 0.10
     assert 0.4 <= np.mean(np.array(p_values) < 0.5) <= 0.6
 

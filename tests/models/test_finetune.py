@@ -84,19 +84,6 @@ def test_a_number_is_learnt_on_any_scale_with_one_learning_rate(
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
 
 
-def test_the_scale_of_a_number_changes_nothing_but_the_scale() -> None:
-    def answers(scale: int) -> tuple[np.ndarray, np.ndarray]:
-        examples = marked(64)
-        values = (scale * examples.labels).astype(np.float32)
-        examples = Examples(examples.inputs, values, examples.pad)
-        model, losses = train(examples=examples, num_labels=1, problem_type="regression")
-        logits = predict(model, examples, device="cpu", dtype="float32")
-        return logits / scale, np.array(losses) / scale**2
-
-    for small, large in zip(answers(1), answers(256), strict=True):
-        np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-5)
-
-
 def test_several_labels_at_once_are_learnt_and_their_loss_is_that_of_transformers() -> None:
     examples = marked(400)
     labels = np.stack([examples.labels, 1 - examples.labels, np.ones(400)], axis=1)

@@ -123,7 +123,7 @@ def test_outputs_without_names_get_the_tasks_by_training_data(
     assert config.problem_type == kind
     assert tuple(config.id2label.values()) == (task.labels or ("score",))
     if order != sorted(order):
-        assert any("not named; found on 240" in note for note in info.labels.notes)
+        assert any("not named; 100.0% of 240" in note for note in info.labels.notes)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])  # with a bias, and without

@@ -154,16 +154,16 @@ def test_all_tasks_that_fit_answer_each_row(model: "MergedModel") -> None:
     [
         (None, "text is null"), (float("nan"), "text is null"), (pd.NA, "text is null"),
         (3, "text is a number"), (np.float32(1), "text is a number"), (True, "text is true or"),
-        ({"a": "b"}, "text is an object"), (b"a", "text is bytes"), ([], "text is a list of 0"),
-        (["a", "b", "c"], "text is a list of 3"), (["a", None], "text is null"),
-        ([["a"]], "text is a list"), ("\ud800", "text holds half a character"),
+        ({"a": "b"}, "text is an object"), (b"a", "text is bytes"), ([], "holds 0 texts"),
+        (["a", "b", "c"], "holds 3 texts"), (["a", None], "text is null"),
+        ([["a"]], "text is a list"),
     ],
 )  # fmt: skip
 def test_what_is_not_a_text_is_refused_with_its_row(
     model: "MergedModel", value: Any, what: str
 ) -> None:
     table = pd.DataFrame({"text": pd.Series(["fine", value], index=[4, 9], dtype=object)})
-    with pytest.raises(MlflowException, match=f"^row 9: {what}.*; (give|encode)") as refusal:
+    with pytest.raises(MlflowException, match=f"^row 9: {what}.*; give") as refusal:
         ask(model, table, "sst2")
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE", "HTTP 400"
     if isinstance(value, int | dict):
@@ -178,7 +178,7 @@ def test_what_is_not_a_text_is_refused_with_its_row(
         ({"text": ["a"]}, "mrpc", "row 0: task mrpc takes pairs"),
         ({"text": ["a", "b"], "text_pair": ["c", None]}, "mrpc", "row 1: task mrpc takes pairs"),
         ({"text": ["a"], "text_pair": ["b"]}, "sst2", "row 0: task sst2 takes one text"),
-        ([{"text": ["a", "b"], "text_pair": "c"}], "mrpc", "row 0: text holds two texts already"),
+        ([{"text": ["a", "b"], "text_pair": "c"}], "mrpc", "row 0: holds 3 texts; give a string"),
         ({"text": ["a"]}, "rte", "task 'rte' is not one of mrpc, sst2, stsb; pass params={'task'"),
         ({"text": ["a"]}, "", "task '' is not one of mrpc, sst2, stsb"),
         ({"text": ["a"], "task": [["sst2"]]}, "", r"task \['sst2'\] is not one of"),

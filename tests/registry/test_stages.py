@@ -1,6 +1,7 @@
 """Registration: what a version holds, which is the champion, and how its model is made again."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def test_report_and_card_are_kept_and_shown(
 
 
 def test_where_a_registration_stands_is_recorded_and_a_lost_version_is_noticed(
-    register: Register, client: mlflow.MlflowClient, tmp_path: Path
+    register: Register, merged: Merged, client: mlflow.MlflowClient, tmp_path: Path
 ) -> None:
     out = tmp_path / "registered.json"
     first = register("recorded", out=out).summary
@@ -128,6 +129,12 @@ def test_where_a_registration_stands_is_recorded_and_a_lost_version_is_noticed(
     assert again.computed
     assert again.summary.run != first.run
     assert read_record(out, registry_stages.Registered) == again.summary
+    with pytest.raises(UserError, match="holds the output of `fmn evaluate`"):
+        register(
+            "foreign",
+            out=shutil.copytree(merged.metrics.parent, tmp_path / "x") / merged.metrics.name,
+        )
+    assert not client.search_model_versions("name = 'foreign'"), "refused before MLflow is written"
 
 
 def test_metrics_of_another_model_or_of_some_tasks_are_refused(

@@ -50,7 +50,6 @@ def test_every_picture_says_in_words_what_it_shows(drawn: dict[str, Picture]) ->
 def test_pictures_name_what_they_show(drawn: dict[str, Picture]) -> None:
     expected = {
         "scores": (*NAMES, "base", "average", "merged", "expert", "score, %"),
-        "differences": (*NAMES, "mean", "merged less average", "points"),
         "heads": (*NAMES, "layer", "head", "mean"),
         "owners": (*NAMES, "Share of the attention heads, % of each layer"),
         "costs": ("fisher", "118 s", "seconds"),
@@ -103,11 +102,3 @@ def test_layers_of_a_decoder_have_cross_attention_too() -> None:
     picture = picture_of(figures.heads, report)
     assert "1 cross" in text(picture)
     assert "layer 1 cross head 2" in picture.finding
-
-
-def test_every_column_has_a_marker_and_a_colour_of_its_own() -> None:
-    marks = figures._marks(["base", "a", "merged", "b", "average", "expert"], headline="merged")
-    markers, colours = zip(*marks.values(), strict=True)
-    assert len(set(markers)) == len(set(colours)) == 6
-    assert marks["merged"] == figures.HEADLINE
-    assert marks["base"] == figures._marks(["base"], headline="another")["base"]

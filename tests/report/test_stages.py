@@ -98,7 +98,7 @@ def test_the_folder_holds_page_pictures_numbers_and_cards(run: Run, tmp_path: Pa
     for words in ("One model for cola and sst2", "merged with mask-fisher", "Who owns what"):
         assert words in page, words
     pictures = {path.stem for path in (out / "pictures").iterdir()}
-    assert pictures == {"scores", "differences", "heads", "owners", "costs"}
+    assert pictures == {"scores", "heads", "owners", "costs"}
 
 
 def test_a_report_of_metrics_alone_has_what_they_give(run: Run, tmp_path: Path) -> None:
