@@ -61,7 +61,7 @@ def test_the_merged_model_says_where_it_comes_from_and_what_its_files_were(work:
     assert recipe.tasks == sorted(TASKS)
     expert, fisher = recipe.experts["mrpc"], recipe.fisher["mrpc"]
     assert expert.digest == artifacts.digest_folder(work / "experts" / "mrpc")
-    assert (expert.settings["epochs"], expert.settings["examples"]) == (1, 64)
+    assert (expert.settings["epochs"], expert.settings["examples"]) == (1, 128)
     assert recipe.base is not None
     assert recipe.base.digest == artifacts.digest_folder(work / "base")
     assert fisher.digest == artifacts.digest_file(work / "fisher" / "mrpc.parquet")

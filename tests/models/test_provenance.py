@@ -22,14 +22,14 @@ def test_provenance_says_where_an_expert_comes_from(
     assert training is not None
     assert training.base == lineage(base)
     assert lineage(base).source == lineage(base).revision == str(tiny_base)
-    assert (training.task, training.steps, training.threads) == ("sst2", 2, torch.get_num_threads())
+    assert (training.task, training.steps, training.threads) == ("sst2", 4, torch.get_num_threads())
     sidecar = read_sidecar(expert)
     assert sidecar is not None
     assert training.data_digest == sidecar.inputs["train"]
     output = f"finetune:{sidecar.key[:16]}"
     assert lineage(expert) == Lineage(source=output, revision=output)
     assert tuning(expert) == TUNING.model_dump(exclude={"device"})
-    assert rows_tuned_on(expert) == (64, 0)
+    assert rows_tuned_on(expert) == (128, 0)
 
     foreign = Path(shutil.copytree(expert, tmp_path / "foreign"))
     (foreign / "fmn.json").unlink()
