@@ -33,6 +33,7 @@ BOUNDS: Mapping[str, str] = {
 }
 """What a merge is compared with: the column's name, and what it is."""
 VERDICTS = ("better", "worse", "within chance")
+UNLABELED = "not scored, as its rows have no labels"
 SIGNIFICANT = 0.05  # a difference with a smaller p-value is called real
 MINUS = "\N{MINUS SIGN}"
 UNDEFINED = "undefined"
@@ -133,6 +134,7 @@ class Table:
         differences: the headline's score less another column's, by column, then by row.
         averaged: the tasks that a mean of scores is over; their scores are percentages.
         guessing: the tasks whose expert is no better than a constant answer on these examples.
+        unlabeled: the merged tasks that are not scored, as their rows have no labels.
     """
 
     definitions: Mapping[str, Task]
@@ -143,6 +145,7 @@ class Table:
     differences: Mapping[str, Mapping[str, Difference]]
     averaged: tuple[str, ...]
     guessing: tuple[str, ...] = ()
+    unlabeled: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -233,6 +236,7 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
         headline=first,
         differences={n: _differences(first, n, columns) for n in columns if n != first},
         averaged=counted,
+        unlabeled=tuple(merged[first].metrics.unlabeled),
         guessing=tuple(
             task
             for task, model in alone.items()
@@ -406,6 +410,7 @@ def remarks(table: Table) -> list[str]:
     scores = {task: table.columns[table.headline][task].score.value for task in table.tasks}
     remark = "its expert alone is no better than guessing here, so shares of its score say little"
     lines = [f"{task}: {remark}" for task in table.guessing]
+    lines += [f"{task}: {UNLABELED}" for task in table.unlabeled]
     return lines + score_remarks(scores, table.definitions, table.averaged)
 
 
@@ -462,7 +467,7 @@ def evaluate_table(metrics: Metrics) -> TextTable:
 def evaluate_notes(metrics: Metrics) -> list[str]:
     """What a reader of that table should know, a line each."""
     scores = {name: entry.score for name, entry in metrics.tasks.items()}
-    skipped = [f"{name}: not scored, as its rows have no labels" for name in metrics.unlabeled]
+    skipped = [f"{name}: {UNLABELED}" for name in metrics.unlabeled]
     return score_remarks(scores, metrics.definitions, _averaged(metrics)) + skipped
 
 

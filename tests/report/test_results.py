@@ -155,6 +155,14 @@ def test_only_an_expert_that_guesses_is_said_to_guess() -> None:
     assert [line.split(":")[0] for line in results.notes(table)[1:]] == ["rte", "stsb"]
 
 
+def test_a_task_without_labels_is_said_to_have_no_score() -> None:
+    experts, merged = reports.run(SEVEN)
+    model = merged["merged"]
+    metrics = model.metrics.model_copy(update={"unlabeled": ["topics"]})
+    table = results.tabulate(experts, {**merged, "merged": model._replace(metrics=metrics)})
+    assert results.notes(table)[1:] == ["topics: not scored, as its rows have no labels"]
+
+
 def test_own_tasks_have_shares_means_and_verdicts_in_their_own_direction() -> None:
     experts, merged = reports.run(OWN, count=100)
     table = results.tabulate(experts, merged)
