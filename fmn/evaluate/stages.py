@@ -87,9 +87,8 @@ def evaluate(
         write_record(job.path, Metrics.model_validate(known))
 
     return run_stage(
-        "evaluate", EVALUATE, out, compute,
-        reads=reads, settings={"evaluate": settings, "tasks": every},
-        summary=files.read_metrics,
+        "evaluate", EVALUATE, out, compute, reads=reads,
+        settings={"evaluate": settings, "tasks": every}, summary=files.read_metrics,
     )  # fmt: skip
 
 

@@ -307,12 +307,12 @@ class MergedModel(PythonModel):
         for tasks in self.groups.values():
             for number, task, answer in self._answers(tasks, rows, table.index):
                 by_row[number][task] = answer
-        asked = [(number, task) for number, row in enumerate(rows) for task in row.tasks]
-        lines = [{"row": number, "task": task, **by_row[number][task]} for number, task in asked]
+        pairs = [(number, task) for number, row in enumerate(rows) for task in row.tasks]
+        lines = [{"row": number, "task": task, **by_row[number][task]} for number, task in pairs]
         for_all = default == ALL or ("task" in table and bool((table["task"] == ALL).any()))
         named = for_all or "task" in table
         columns = ["row"] * for_all + ["task"] * named + list(COLUMNS)
-        index = table.index.take(np.array([number for number, _ in asked], dtype=int))
+        index = table.index.take(np.array([number for number, _ in pairs], dtype=int))
         return pd.DataFrame(lines, columns=columns, index=index)
 
     def _answers(

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -22,12 +22,16 @@ from fmn.models.labels import output_names
 from fmn.registry import lineage
 from fmn.registry.check import check_served
 from fmn.registry.lineage import Lineage
+from fmn.registry.promotion import Decision
 from fmn.report.stages import ReportInfo
 from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
 from fmn.store.stage import Outcome
 from fmn.store.yaml_file import read_yaml, to_yaml
 from fmn.tasks.task import Task
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 REGISTER = 3
 LOG = 3
@@ -90,8 +94,6 @@ def register(
         UserError: the metrics are not the model's, it would be served with other answers, or the
             store refuses.
     """
-    import mlflow
-
     from fmn.registry import tracking
 
     started = time.monotonic()
@@ -110,35 +112,72 @@ def register(
             version = versions[0]
         else:
             with tracking.new_run(client, settings.experiment, key, settings.name):
-                mlflow.log_text(card_text, CARD)
-                if report:
-                    mlflow.log_artifacts(str(report), "report")
+                _log_files(card_text, report)
                 _log_lineage(model, recipe, scores, params)
-                logged = tracking.log_served_model(model, definitions)
-                served = tracking.load_served_model(logged.model_uri)
-                check_served(served, model, metrics, scores, definitions, data)
-                mlflow.log_metrics(_metrics(scores), model_id=logged.model_id)
+                served = _log_model(model, metrics, scores, definitions, data)
                 tags = _version_tags(scores, definitions) | {tracking.KEY: key}
-                with redirect_stderr(StringIO()):  # the caller says better what MLflow says there
-                    version = mlflow.register_model(logged.model_uri, settings.name, tags=tags)
+                version = _create_version(served, settings.name, tags)
         is_new = tracking.PROMOTION not in version.tags
-        uri = f"models:/{version.name}/{version.version}"
-        description = f"{_usage(model, definitions, uri)}\n\n{_shown(card_text)}"
+        description = f"{_usage(model, definitions, version)}\n\n{_shown(card_text)}"
         decision = tracking.promote(client, version, settings.tolerance, description)
-    registered = Registered(
-        name=version.name,
-        version=str(version.version),
-        run=str(version.run_id),
-        store=redacted(tracking.tracking_uri()),
-        **decision._asdict(),
-    )
+    registered = _registered(version, decision)
     if out:
-        stage.run_stage(
-            "register", REGISTER, out, lambda job: stage.write_record(job.path, registered),
-            # A version that was deleted in MLflow and registered anew has another run.
-            reads=inputs, settings={"registered": registered}, summary=str,
-        )  # fmt: skip
+        _write_registered(out, registered, inputs)
     return Outcome("register", out or model, is_new, time.monotonic() - started, registered)
+
+
+def _write_registered(out: Path, registered: Registered, inputs: Mapping[str, str]) -> None:
+    stage.run_stage(
+        "register", REGISTER, out, lambda job: stage.write_record(job.path, registered),
+        # A version that was deleted in MLflow and registered anew has another run.
+        reads=inputs, settings={"registered": registered}, summary=str,
+    )  # fmt: skip
+
+
+def _log_files(card: str, report: Path | None) -> None:
+    import mlflow
+
+    mlflow.log_text(card, CARD)
+    if report:
+        mlflow.log_artifacts(str(report), "report")
+
+
+def _create_version(uri: str, name: str, tags: Mapping[str, str]) -> "ModelVersion":
+    import mlflow
+
+    with redirect_stderr(StringIO()):  # the caller says better what MLflow says there
+        return mlflow.register_model(uri, name, tags=dict(tags))
+
+
+def _log_model(
+    model: Path,
+    metrics: Path,
+    scores: Metrics,
+    definitions: Mapping[str, Task],
+    data: Path | None,
+) -> str:
+    """Log the model to serve and its scores with the current run; returns its address.
+
+    Raises:
+        UserError: it answers otherwise than it did when it was evaluated.
+    """
+    import mlflow
+
+    from fmn.registry import tracking
+
+    logged = tracking.log_served_model(model, definitions)
+    served = tracking.load_served_model(logged.model_uri)
+    check_served(served, model, metrics, scores, definitions, data)
+    mlflow.log_metrics(_metrics(scores), model_id=logged.model_id)
+    return str(logged.model_uri)
+
+
+def _registered(version: "ModelVersion", decision: Decision) -> Registered:
+    from fmn.registry import tracking
+
+    number, run = str(version.version), str(version.run_id)
+    store = redacted(tracking.tracking_uri())
+    return Registered(name=version.name, version=number, run=run, store=store, **decision._asdict())
 
 
 def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
@@ -204,7 +243,7 @@ def _version_tags(scores: Metrics, definitions: Mapping[str, Task]) -> dict[str,
     }
 
 
-def _usage(model: Path, definitions: Mapping[str, Task], uri: str) -> str:
+def _usage(model: Path, definitions: Mapping[str, Task], version: "ModelVersion") -> str:
     """How to call a version, in Markdown: what each task takes and answers."""
     from fmn.report.results import short_list
 
@@ -213,6 +252,7 @@ def _usage(model: Path, definitions: Mapping[str, Task], uri: str) -> str:
         names = short_list(output_names(model / "tasks" / name), most=20)
         answer = "a number" if task.regression else names
         rows.append(f"| {name} | {len(task.text_columns)} | {answer} | {task.max_length} |")
+    uri = f"models:/{version.name}/{version.version}"
     params = f'{{"task": "{next(iter(definitions))}"}}'
     call = f'mlflow.pyfunc.load_model("{uri}").predict(table, params={params})'
     return "\n".join([
