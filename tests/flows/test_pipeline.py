@@ -56,7 +56,6 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     shown = (project / "dvc_plots" / "index.html").read_text()
     for picture in (
         "scores",
-        "differences",
         "heads",
         "owners",
         "costs",
