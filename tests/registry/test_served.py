@@ -35,7 +35,8 @@ def load(packed: Path) -> "MergedModel":
     from fmn.registry.served import MergedModel
 
     model = MergedModel()
-    model.load_context(SimpleNamespace(artifacts={"merged": str(packed)}))  # type: ignore[arg-type]
+    context: Any = SimpleNamespace(artifacts={"merged": str(packed)})
+    model.load_context(context)
     return model
 
 
