@@ -155,6 +155,24 @@ class Realigned(Record):
     tasks: dict[str, Fit]
 
 
+class Calibrated(Record):
+    """How an encoder was calibrated: digests of the model that it is from and of the texts.
+
+    Attributes:
+        errors: by task, mean squared difference of the last layer's states from the expert's, over
+            the variance of the expert's: before and after.
+    """
+
+    merged: str
+    texts: int
+    ridge: float
+    target: str
+    seed: int
+    dtype: str
+    data: dict[str, str] = Field(default_factory=dict)
+    errors: dict[str, tuple[float, float]]
+
+
 class Recipe(Record):
     """How a model was merged and from what; settings that its method does not use are None."""
 
@@ -176,6 +194,7 @@ class Recipe(Record):
     gram: dict[str, Statistic] = Field(default_factory=dict)
     definitions: dict[str, Task] = Field(default_factory=dict)
     search: Search | None = None
+    calibrate: Calibrated | None = None
     realign: Realigned | None = None
 
     _is_known = field_validator("method")(_known)

@@ -18,9 +18,19 @@ from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
 from fmn.tasks import dataset
 from fmn.tasks.task import Task, load_task, read_task
 
-__all__ = ["MergeSettings", "RealignSettings", "RefitSettings", "merge", "realign"]
+__all__ = [
+    "CalibrateSettings",
+    "CalibrationSettings",
+    "MergeSettings",
+    "RealignSettings",
+    "RefitSettings",
+    "calibrate",
+    "merge",
+    "realign",
+]
 
 MERGE = 6
+CALIBRATE = 1
 REALIGN = 4
 
 
@@ -34,6 +44,26 @@ class RefitSettings(Settings):
     seed: int = Field(0, ge=0, description="seed of the texts' draw")
 
     _at_least_one = field_validator("texts")(at_least_one)
+
+
+class CalibrationSettings(Settings):
+    texts: int = Field(
+        256,
+        ge=1,
+        description="unlabeled training texts; those that the expert was not tuned on first",
+    )
+    ridge: float = Field(0.1, gt=0, description="how firmly a map is held where it was")
+    target: Literal["outputs", "weights"] = Field(
+        "outputs",
+        description="what a map is to give: outputs: what the expert's map gives in the expert;"
+        " weights: what it gives in the merged model, as RegMean++ does",
+    )
+    seed: int = Field(0, ge=0, description="seed of the texts' draw")
+
+
+class CalibrateSettings(CalibrationSettings):
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("auto", description="of matrix products; auto: bfloat16 if it pays")
 
 
 class RealignSettings(RefitSettings):
@@ -212,12 +242,78 @@ def realign(
     )  # fmt: skip
 
 
+def calibrate(
+    model: Path,
+    *,
+    experts: Mapping[str, Path],
+    data: Path,
+    out: Path,
+    settings: CalibrateSettings = CalibrateSettings(),  # noqa: B008
+    progress: Progress = no_progress,
+) -> Outcome[Recipe]:
+    """Calibrate a merged model's encoder, layer by layer, on unlabeled training texts.
+
+    Every linear map is fitted by regression to what the experts' maps give. The result is a merged
+    model of its own; its heads are those of the model.
+
+    Args:
+        model: the merged model's folder
+        experts: TASK=DIR for each expert that was merged
+        data: the folder of the tasks' data
+        out: the new model's folder
+
+    Raises:
+        UserError: an expert is missing, or is not the one that was merged.
+    """
+    stage.check_output(out, [data])
+    merged = read_recipe(model)
+    if merged.calibrate:
+        raise UserError(f"{model}: it is calibrated already; give the model before that")
+    _check_experts(model, merged, experts)
+    rows = {task: provenance.rows_tuned_on(experts[task]) for task in merged.tasks}
+    definitions = {task: load_task(data, task) for task in merged.tasks}
+    reads: dict[str, Path | list[Path]] = {"model": model}
+    for task, definition in definitions.items():
+        reads[f"expert {task}"] = experts[task]
+        reads[f"data {task}"] = dataset.split_files(data, definition, "train")
+
+    def compute(job: Job) -> None:
+        from fmn.merge.calibrate import calibrated_encoder
+        from fmn.merge.heads import unlabeled
+        from fmn.merge.model import write_calibrated
+
+        examples = {
+            task: unlabeled(
+                experts[task], definitions[task], data, settings.texts, settings.seed, rows[task]
+            )
+            for task in merged.tasks
+        }
+        folders = {task: experts[task] for task in merged.tasks}
+        tensors, errors = calibrated_encoder(
+            model, folders, examples, settings=settings, progress=progress
+        )
+        calibrated = records.Calibrated(
+            merged=job.inputs["model"],
+            **settings.model_dump(exclude=settings.runtime),
+            data={task: job.inputs[f"data {task}"] for task in merged.tasks},
+            errors=errors,
+        )
+        recipe = merged.model_copy(update={"calibrate": calibrated})
+        write_calibrated(job.path, model, tensors, recipe)
+
+    described = {"calibrate": settings, "tuned on": rows, "tasks": definitions}
+    return run_stage(
+        "calibrate", CALIBRATE, out, compute,
+        reads=reads, settings=described, summary=read_recipe, is_folder=True,
+    )  # fmt: skip
+
+
 def _check_experts(model: Path, merged: Recipe, experts: Mapping[str, Path]) -> None:
     if merged.realign:
         raise UserError(f"{model}: its heads are re-aligned already; give the model before that")
     for task in merged.tasks:
         if task not in experts:
-            raise UserError(f"--expert {task}=DIR is missing: its head is fitted to its answers")
+            raise UserError(f"--expert {task}=DIR is missing: the model is fitted to its answers")
         digest = artifacts.digest_folder(experts[task])
         if task not in merged.experts or merged.experts[task].digest != digest:
             raise UserError(
