@@ -103,6 +103,7 @@ class Parameter:
         base: the base's tensor, if it is needed.
         fisher: the Fisher information of each entry, if the method takes that.
         grams: Gram matrices, if the method takes them and this is the matrix of a linear map.
+        is_linear_map: whether this is the matrix of a linear map, if the method asks.
         is_transposed: such a matrix is stored [n, rows].
     """
 
@@ -111,6 +112,7 @@ class Parameter:
     base: TensorHeader | None
     fisher: tuple[TensorHeader, ...] = ()
     grams: tuple[TensorHeader, ...] = ()
+    is_linear_map: bool = False
     is_transposed: bool = False
 
 
@@ -189,8 +191,16 @@ def plan_merge(
     if method.gram:
         parameters = [_with_grams(each, tasks, statistics.grams) for each in parameters]
     claims, nodes = {}, []
+    config = checkpoints.load_config(experts[tasks[0]])
+    if "is_linear_map" in method.arguments:
+        maps = checkpoints.linear_maps(config)
+        parameters = [
+            replace(each, is_linear_map=True, is_transposed=maps[each.spec.name])
+            if each.spec.name in maps
+            else each
+            for each in parameters
+        ]
     if method.fisher == "nodes":
-        config = checkpoints.load_config(experts[tasks[0]])
         shapes = {each.spec.name: each.spec.shape for each in parameters}
         claims = architectures.claims(config, shapes, settings.mapping)
         counts = architectures.node_counts(config, shapes)

@@ -6,8 +6,8 @@ item for each expert:
 - ``experts``: the experts' tensors, of any floating dtype, not to be changed; ``base``: the base's.
 - ``coefficients``: ``lambda_j``, at least zero and not all zero.
 - ``fisher``: the experts' Fisher information, broadcastable against the parameter.
-- ``grams``: Gram matrices of the inputs, float64 [n, n], where the parameter is the matrix
-  [rows, n] of a linear map; else None.
+- ``is_linear_map``: whether the parameter is the matrix [rows, n] of a linear map.
+- ``grams``: Gram matrices of the inputs, float64 [n, n], of a linear map; else None.
 - ``generators``: of random numbers, the same whatever the order of the experts.
 - ``density``, ``damping``: settings.
 
@@ -149,6 +149,38 @@ def fisher_regmean(
         return mask_fisher(experts, coefficients, fisher)
     moments = [damped(gram, damping) for gram in grams]
     return regress(experts, moments, row_weights(fisher, coefficients))
+
+
+@method("wudi", paper="2503.08099", base=True)
+def wudi(experts: Tensors, base: Tensor, coefficients: Coefficients, is_linear_map: bool) -> Tensor:
+    """Linear maps whose task vector disturbs each expert's least; all else is averaged.
+
+    The rows of a task vector span the inputs that it was trained on. The merged one minimises
+    ``sum_j lambda_j |(tau - tau_j) tau_j^T|^2 / |tau_j|^2``. That is RegMean with the Gram matrices
+    ``tau_j^T tau_j / |tau_j|^2``, and is solved exactly, where the paper descends a gradient.
+    """
+    from fmn.merge.rules import even
+
+    return fisher_wudi(experts, base, coefficients, even(len(experts)), is_linear_map)
+
+
+@method("fisher-wudi", paper="2503.08099", fisher="nodes", base=True, auto=Tuning("site"))
+def fisher_wudi(
+    experts: Tensors,
+    base: Tensor,
+    coefficients: Coefficients,
+    fisher: Tensors,
+    is_linear_map: bool,
+) -> Tensor:
+    """WUDI whose output rows are weighed by the Fisher information of their mask nodes."""
+    from fmn.merge.regmean import regress, row_weights, second_moment
+    from fmn.merge.rules import task_vectors
+
+    if not is_linear_map:
+        return mask_fisher(experts, coefficients, fisher)
+    vectors = task_vectors(experts, base)
+    moments = [second_moment(vector) for vector in vectors]
+    return base + regress(vectors, moments, row_weights(fisher, coefficients))
 
 
 @method("task-arithmetic", paper="2212.04089", base=True, element_wise=True)
