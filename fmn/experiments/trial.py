@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from fmn.evaluate.metrics import Answers, answers, relative, score_splits
 from fmn.experiments.files import CellTask, Source
 from fmn.merge import heads
-from fmn.merge.stages import RefitSettings
 from fmn.models import labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset
@@ -98,13 +97,15 @@ def cell_task(
 
 
 @lru_cache(maxsize=16)
-def texts_for_head(source: Source, realign: RefitSettings, digest: str) -> TextsForHead:
-    """Texts to re-align a head on, none of them tried; `digest` is that of the rows."""
+def texts_for_head(source: Source, limit: int | None, seed: int, digest: str) -> TextsForHead:
+    """Texts to re-align a head on, none of them tried: `limit` at most, drawn by `seed`.
+
+    `digest` is that of the rows.
+    """
     expert = load_expert(source)
     tried = expert.rows.tolist() if source.split == "train" else ()
-    limit = None if realign.texts == "all" else realign.texts
     examples = heads.unlabeled(
-        source.checkpoint, expert.task, source.data, limit, realign.seed, source.tuned_on, tried
+        source.checkpoint, expert.task, source.data, limit, seed, source.tuned_on, tried
     )
     return TextsForHead(examples, _features(expert, examples))
 
