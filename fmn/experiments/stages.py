@@ -348,7 +348,7 @@ def _merged_encoder(
     from fmn.merge import model as merged
     from fmn.merge.auto import TEXTS, choose
 
-    def texts(count: int, seed: int) -> dict[str, Examples]:
+    def texts(count: int, seed: int) -> "dict[str, Examples]":
         return {
             task: trial.texts_for_head(source, count, seed, job.inputs[f"texts {task}"]).examples
             for task, source in sources.items()
