@@ -264,7 +264,7 @@ def own_parts(
         kind = config.model_type
         if config.is_encoder_decoder or len(chain) != config.num_hidden_layers:
             why = "a decoder" if config.is_encoder_decoder else "layers that share their parameters"
-            raise UserError(f"own_layers: a {kind} has {why}; only 0 is possible")
+            raise UserError(f"own_layers: {kind} has {why}; only 0 is possible")
         if layers >= len(chain):
             problem = f"own_layers is {layers}, but this {kind} has {len(chain)} layers"
             raise UserError(f"{problem}, and tasks must share one; give at most {len(chain) - 1}")
