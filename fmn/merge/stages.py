@@ -43,7 +43,9 @@ class RefitSettings(Settings):
     )
     seed: int = Field(0, ge=0, description="seed of the texts' draw")
     own_pooler: bool = Field(
-        True, description="each task has its expert's own pooler, where the encoder has one"
+        True,
+        description="each task has its expert's own pooler, where the encoder has one; =false: the"
+        " merged one",
     )
     own_layers: int = Field(
         0,
@@ -225,26 +227,18 @@ def realign(
         reads[f"data {task}"] = dataset.split_files(data, definition, "train")
 
     def compute(job: Job) -> None:
-        from fmn.fisher.architectures import own_parts
         from fmn.merge.heads import realigned_head, unlabeled
         from fmn.merge.model import write_realigned
-        from fmn.models.headers import tensor_headers
 
-        encoder = model / "encoder"
-        shapes = {name: header.shape for name, header in tensor_headers(encoder).items()}
-        own = own_parts(
-            checkpoints.load_config(encoder), shapes,
-            pooler=settings.own_pooler, layers=settings.own_layers,
-        )  # fmt: skip
+        own_parts = _own_parts(model / "encoder", settings)
         texts = None if settings.texts == "all" else settings.texts
         tensors, fits = {}, {}
         for task in merged.tasks:
-            folder, options = task_folder(model, task), (settings.device, settings.dtype)
-            examples = unlabeled(
-                experts[task], definitions[task], data, texts, settings.seed, rows[task]
-            )
+            expert, folder = experts[task], task_folder(model, task)
+            examples = unlabeled(expert, definitions[task], data, texts, settings.seed, rows[task])
+            options = settings.ridge, settings.device, settings.dtype
             tensors[task], fits[task] = realigned_head(
-                experts[task], folder, own, examples, settings.ridge, *options
+                expert, folder, own_parts, examples, *options
             )
             progress(len(fits), len(merged.tasks))
         realigned = records.Realigned(
@@ -254,13 +248,24 @@ def realign(
             tasks=fits,
         )
         recipe = merged.model_copy(update={"realign": realigned})
-        write_realigned(job.path, model, tensors, recipe, experts, own)
+        write_realigned(job.path, model, tensors, recipe, experts, own_parts)
 
     described = {"realign": settings, "tuned on": rows, "tasks": definitions}
     return run_stage(
         "realign", REALIGN, out, compute,
         reads=reads, settings=described, summary=read_recipe, is_folder=True,
     )  # fmt: skip
+
+
+def _own_parts(encoder: Path, settings: RefitSettings) -> list[str]:
+    """The tensors in an encoder's folder that each task has from its own expert."""
+    from fmn.fisher import architectures
+    from fmn.models.headers import tensor_headers
+
+    config = checkpoints.load_config(encoder)
+    shapes = {name: header.shape for name, header in tensor_headers(encoder).items()}
+    pooler, layers = settings.own_pooler, settings.own_layers
+    return architectures.own_parts(config, shapes, pooler=pooler, layers=layers)
 
 
 def calibrate(
