@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from fmn.evaluate.metrics import Answers, answers, relative, score_splits
 from fmn.experiments.files import CellTask, Source
+from fmn.fisher.architectures import own_parts
 from fmn.merge import heads
+from fmn.merge.stages import RefitSettings
 from fmn.models import labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset
@@ -66,8 +68,9 @@ def try_encoder(
 ) -> Answers:
     """The answers of the expert's head on another encoder.
 
-    `encoder` has tensors by their names in the base model, `head` those of the head to change by
-    their names in the classifier. The expert is afterwards what it was.
+    `encoder` has tensors by their names in the base model, and those that it lacks stay the
+    expert's own; `head` those of the head to change by their names in the classifier. The expert is
+    afterwards what it was.
     """
     device, dtype = expert.source.device, expert.source.dtype
     with _tensors_in(expert.model.base_model, encoder), _tensors_in(expert.model, head or {}):
@@ -118,6 +121,16 @@ def realigned_head(
         merged = _features(expert, texts.examples)
     weight, bias, _ = heads.refit(texts.features, merged, *heads.last_map(expert.model), ridge)
     return heads.tensors(expert.model, weight, bias)
+
+
+def without_own_parts(
+    encoder: Mapping[str, Tensor], expert: ExpertOnTask, realign: RefitSettings
+) -> dict[str, Tensor]:
+    """The tensors of a merged encoder that do not stay an expert's own, for `try_encoder`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in encoder.items()}
+    pooler, layers = realign.own_pooler, realign.own_layers
+    own = own_parts(expert.model.config, shapes, pooler=pooler, layers=layers)
+    return {name: tensor for name, tensor in encoder.items() if name not in own}
 
 
 def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from fmn.errors import UserError
+from fmn.fisher.architectures import own_parts
 from fmn.merge import heads, model
 from fmn.merge.inputs import NO_STATISTICS, Statistics
 from fmn.merge.methods import METHODS, Method
@@ -130,9 +131,13 @@ def _goal(task: str, expert: Path, examples: Examples, settings: MergeSettings) 
 
 
 def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
-    """The error of a task's head on another encoder."""
+    """The error of a head on another encoder; a refitted one has the expert's own pooler."""
     loaded = checkpoints.load_classifier(goal.expert)
-    loaded.base_model.load_state_dict(dict(encoder), strict=False)
+    tensors, is_refitted = dict(encoder), settings.auto_heads == "refitted"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in own_parts(loaded.config, shapes, pooler=is_refitted):  # as `fmn realign` has it
+        del tensors[name]
+    loaded.base_model.load_state_dict(tensors, strict=False)
     read = heads.features(loaded, goal.examples, device=settings.device, dtype=settings.dtype)
     return error(goal.features, read, goal.weight, goal.bias, settings.auto_heads)
 

@@ -207,9 +207,10 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
         name: str,
         settings: CompareSettings,
         texts: Any = None,
+        layers: int = 0,
         merging: ComparedSettings = AVERAGE,
     ) -> Outcome[Cell]:
-        refit = RefitSettings(texts=texts) if texts else None
+        refit = RefitSettings(texts=texts, own_layers=layers) if texts else None
         return stages.compare(
             experts=experts,
             base=work / "base",
@@ -220,12 +221,14 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
         )
 
     merge(work, work / "merged", None, method="average")
-    data, how = work / "data", RealignSettings(texts=40, device="cpu")
-    merge_stages.realign(
-        work / "merged", experts=experts, data=data, out=work / "realigned", settings=how
-    )
-    for name, model, texts in (("plain", "merged", None), ("refit", "realigned", 40)):
-        tasks = cell(name, validation, texts).summary.tasks
+    data = work / "data"
+    for layers in (0, 1):
+        how = RealignSettings(texts=40, device="cpu", own_layers=layers)
+        merge_stages.realign(
+            work / "merged", experts=experts, data=data, out=work / f"own-{layers}", settings=how
+        )
+    for model, texts, layers in (("merged", None, 0), ("own-0", 40, 0), ("own-1", 40, 1)):
+        tasks = cell(model, validation, texts, layers).summary.tasks
         metrics = work / f"{model}-metrics.json"
         evaluate(work / model, data=data, out=metrics, settings=EvaluateSettings(device="cpu"))
         for task, answered in read_predictions(metrics).items():
@@ -235,10 +238,10 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
             assert tasks[task].relative == relative(answered.task, score, of_expert)
     auto = ComparedSettings(method="auto", device="cpu", dtype="float32")
     for name, settings in (("auto", validation), ("auto-train", train)):
-        chosen = cell(name, settings, None, auto).summary
+        chosen = cell(name, settings, merging=auto).summary
         assert chosen.auto is not None
         by_hand = ComparedSettings(**chosen.auto.applied(AVERAGE).model_dump())
-        assert cell("by-hand", settings, None, by_hand).summary.tasks == chosen.tasks
+        assert cell("by-hand", settings, merging=by_hand).summary.tasks == chosen.tasks
     computed = [cell("train", train, texts).computed for texts in ("all", "all", 40)]
     assert computed == [True, False, True]
     for expert in experts.values():  # without which all rows may have been seen

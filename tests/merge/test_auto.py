@@ -117,10 +117,11 @@ def test_where_averaging_only_shrinks_what_experts_learned_a_larger_scale_is_tak
 
 
 def measured(out: Path, experts: Mapping[str, Path], examples: Mapping[str, Examples]) -> float:
-    """The error of a merged model as it was written."""
+    """The error of a merged model as it was written, under the experts' own poolers."""
     errors = []
     for task, folder in experts.items():
         expert, merged = load(folder), load(out / "tasks" / task)
+        merged.base_model.pooler.load_state_dict(expert.base_model.pooler.state_dict())
         own, read = (
             heads.features(each, examples[task], device="cpu", dtype="float32")
             for each in (expert, merged)
