@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fmn.merge.inputs import Statistics
 
 SEARCH = 4
-COMPARE = 5
+COMPARE = 6
 
 SETS = ("pairs", "triples", "all")
 
@@ -309,13 +309,16 @@ def _cell(
     seconds = time.monotonic() - started
     tasks = {}
     for task, source in sources.items():
-        expert, head = trial.load_expert(source), None
+        expert, head, tried = trial.load_expert(source), None, encoder
         if realign:
-            texts = trial.texts_for_head(source, realign, job.inputs[f"texts {task}"])
+            limit = None if realign.texts == "all" else realign.texts
+            digest = job.inputs[f"texts {task}"]
+            texts = trial.texts_for_head(source, limit, realign.seed, digest)
             started = time.monotonic()
-            head = trial.realigned_head(expert, encoder, texts, realign.ridge)
+            tried = trial.without_own_parts(encoder, expert, realign)
+            head = trial.realigned_head(expert, tried, texts, realign.ridge)
             seconds += time.monotonic() - started
-        tasks[task] = trial.cell_task(expert, encoder, head)
+        tasks[task] = trial.cell_task(expert, tried, head)
         progress(len(tasks), len(sources))
     return Cell(tasks=tasks, seconds=seconds)
 

@@ -180,9 +180,9 @@ def plan_merge(
     if needs_base and not has_base:
         what = f"method {method.name}" if method.base else "--scale"
         raise UserError(f"{what} needs the model that the experts were tuned from; give --base DIR")
-    stored = {task: _stored(experts[task]) for task in tasks}
+    stored = {task: stored_tensors(experts[task]) for task in tasks}
     encoders = {f"expert {task}": encoder for task, (encoder, _) in stored.items()}
-    based = _stored(base)[0] if base and needs_base else None
+    based = stored_tensors(base)[0] if base and needs_base else None
     parameters = matching(encoders, based)
     if method.fisher == "parameters":
         parameters = [_with_fisher(each, tasks, statistics.fisher) for each in parameters]
@@ -213,7 +213,7 @@ def coefficients(tasks: Sequence[str], by_task: Mapping[str, float]) -> tuple[fl
     return lambdas
 
 
-def _stored(folder: Path) -> tuple[dict[str, TensorHeader], dict[str, TensorHeader]]:
+def stored_tensors(folder: Path) -> tuple[dict[str, TensorHeader], dict[str, TensorHeader]]:
     """Where a checkpoint's encoder lies, by names in the base model, and where its head."""
     headers = tensor_headers(folder)
     names = checkpoints.encoder_names(checkpoints.load_config(folder), headers)

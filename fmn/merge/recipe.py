@@ -6,6 +6,11 @@ A merged model is a folder::
     README.md      a short model card
     encoder/       loads with AutoModel.from_pretrained
     tasks/TASK/    loads with AutoModelForSequenceClassification.from_pretrained
+
+A task's folder is a sharded checkpoint whose first shards are hard links to files of the encoder,
+so that shared bytes are on the disk once. The last shard has the task's head and, where the heads
+are re-aligned, its own parts of the encoder. The merged values of these parts are in a last shard
+of the encoder, which no task links to.
 """
 
 import math
@@ -144,12 +149,18 @@ class Fit(Record):
 
 
 class Realigned(Record):
-    """How heads were re-aligned: digests of the model that they are from and of the texts, fits."""
+    """How heads were re-aligned: digests of the model that they are from and of the texts, fits.
+
+    Attributes:
+        own_pooler, own_layers: the parts of the encoder that each task has from its own expert.
+    """
 
     merged: str
     texts: int | Literal["all"]
     ridge: float | Literal["auto"]
     seed: int
+    own_pooler: bool = False
+    own_layers: int = 0
     dtype: str
     data: dict[str, str] = Field(default_factory=dict)
     tasks: dict[str, Fit]
@@ -241,6 +252,8 @@ def card(recipe: Recipe) -> str:
     paper = METHODS[recipe.method].paper
     source = f" (arXiv {paper})" if paper else ""
     heads = "re-aligned with it" if recipe.realign else "the expert's own"
+    if recipe.realign and recipe.realign.own_layers:
+        heads += f", above the expert's own last {recipe.realign.own_layers} layers"
     return f"""---
 library_name: transformers
 tags: [fmn, model-merging]

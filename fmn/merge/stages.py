@@ -31,7 +31,7 @@ __all__ = [
 
 MERGE = 6
 CALIBRATE = 1
-REALIGN = 4
+REALIGN = 5
 
 
 class RefitSettings(Settings):
@@ -42,6 +42,16 @@ class RefitSettings(Settings):
         "auto", description="how firmly a head is held where it was; auto: by leave-one-out"
     )
     seed: int = Field(0, ge=0, description="seed of the texts' draw")
+    own_pooler: bool = Field(
+        True,
+        description="each task has its expert's own pooler, where the encoder has one; =false: the"
+        " merged one",
+    )
+    own_layers: int = Field(
+        0,
+        ge=0,
+        description="each task has its expert's own last layers, so many, and what follows them",
+    )
 
     _at_least_one = field_validator("texts")(at_least_one)
 
@@ -193,7 +203,8 @@ def realign(
 ) -> Outcome[Recipe]:
     """Re-align a merged model's heads with its encoder, on unlabeled training texts.
 
-    The result is a merged model of its own; its other files are hard links to the model's.
+    Each task may have its expert's own parts of the encoder: the pooler, and last layers. The
+    result is a merged model of its own; files that are as in the model are hard links to them.
 
     Args:
         model: the merged model's folder
@@ -202,7 +213,8 @@ def realign(
         out: the new model's folder
 
     Raises:
-        UserError: an expert is missing, or is not the one that was merged.
+        UserError: an expert is missing, or is not the one that was merged; or the encoder has not
+            so many layers.
     """
     stage.check_output(out, [data])
     merged = read_recipe(model)
@@ -218,13 +230,16 @@ def realign(
         from fmn.merge.heads import realigned_head, unlabeled
         from fmn.merge.model import write_realigned
 
+        own_parts = _own_parts(model / "encoder", settings)
         texts = None if settings.texts == "all" else settings.texts
         tensors, fits = {}, {}
         for task in merged.tasks:
-            expert, above = experts[task], task_folder(model, task)
+            expert, folder = experts[task], task_folder(model, task)
             examples = unlabeled(expert, definitions[task], data, texts, settings.seed, rows[task])
             options = settings.ridge, settings.device, settings.dtype
-            tensors[task], fits[task] = realigned_head(expert, above, examples, *options)
+            tensors[task], fits[task] = realigned_head(
+                expert, folder, own_parts, examples, *options
+            )
             progress(len(fits), len(merged.tasks))
         realigned = records.Realigned(
             merged=job.inputs["model"],
@@ -233,13 +248,24 @@ def realign(
             tasks=fits,
         )
         recipe = merged.model_copy(update={"realign": realigned})
-        write_realigned(job.path, model, tensors, recipe)
+        write_realigned(job.path, model, tensors, recipe, experts, own_parts)
 
     described = {"realign": settings, "tuned on": rows, "tasks": definitions}
     return run_stage(
         "realign", REALIGN, out, compute,
         reads=reads, settings=described, summary=read_recipe, is_folder=True,
     )  # fmt: skip
+
+
+def _own_parts(encoder: Path, settings: RefitSettings) -> list[str]:
+    """The tensors in an encoder's folder that each task has from its own expert."""
+    from fmn.fisher import architectures
+    from fmn.models.headers import tensor_headers
+
+    config = checkpoints.load_config(encoder)
+    shapes = {name: header.shape for name, header in tensor_headers(encoder).items()}
+    pooler, layers = settings.own_pooler, settings.own_layers
+    return architectures.own_parts(config, shapes, pooler=pooler, layers=layers)
 
 
 def calibrate(

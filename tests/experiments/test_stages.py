@@ -201,8 +201,10 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
     validation = CompareSettings(methods={"any": ComparedSettings(method="average")}, device="cpu")
     train = validation.model_copy(update={"split": "train", "rows": 20})
 
-    def cell(name: str, settings: CompareSettings, texts: Any = None) -> Outcome[Cell]:
-        refit = RefitSettings(texts=texts) if texts else None
+    def cell(
+        name: str, settings: CompareSettings, texts: Any = None, layers: int = 0
+    ) -> Outcome[Cell]:
+        refit = RefitSettings(texts=texts, own_layers=layers) if texts else None
         return stages.compare(
             experts=experts,
             base=work / "base",
@@ -213,12 +215,14 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
         )
 
     merge(work, work / "merged", None, method="average")
-    data, how = work / "data", RealignSettings(texts=40, device="cpu")
-    merge_stages.realign(
-        work / "merged", experts=experts, data=data, out=work / "realigned", settings=how
-    )
-    for name, model, texts in (("plain", "merged", None), ("refit", "realigned", 40)):
-        tasks = cell(name, validation, texts).summary.tasks
+    data = work / "data"
+    for layers in (0, 1):
+        how = RealignSettings(texts=40, device="cpu", own_layers=layers)
+        merge_stages.realign(
+            work / "merged", experts=experts, data=data, out=work / f"own-{layers}", settings=how
+        )
+    for model, texts, layers in (("merged", None, 0), ("own-0", 40, 0), ("own-1", 40, 1)):
+        tasks = cell(model, validation, texts, layers).summary.tasks
         metrics = work / f"{model}-metrics.json"
         evaluate(work / model, data=data, out=metrics, settings=EvaluateSettings(device="cpu"))
         for task, answered in read_predictions(metrics).items():
