@@ -125,12 +125,16 @@ def calibrated_encoder(
             batches = list(_embedded(base, layers, examples[task], target))
             theirs[task] = _Side(base, layers, {task: batches})
             if WEIGHTS is not None:
-                for b, w in zip(batches, WEIGHTS(task, expert, layers, examples[task]), strict=True):
+                for b, w in zip(
+                    batches, WEIGHTS(task, expert, layers, examples[task]), strict=True
+                ):
                     b.weights = w
         for number in range(len(paths)):
             _calibrate_layer(number, ours, theirs, settings)
             progress(number + 1, len(paths))
-        errors = {task: (0.0, _error(ours.batches[task], theirs[task].batches[task])) for task in experts}
+        errors = {
+            task: (0.0, _error(ours.batches[task], theirs[task].batches[task])) for task in experts
+        }
     state = merged.state_dict()
     return {name: state[name].to(tensor.dtype).cpu() for name, tensor in encoder.items()}, errors
 
@@ -236,7 +240,9 @@ def _calibrate_layer(
                 with torch.autocast(reads.device.type, enabled=False):
                     w = None
                     if own.weights is not None:
-                        w = torch.stack([own.weights[number, name] for name in names]).sum(0)[:, None]
+                        w = torch.stack([own.weights[number, name] for name in names]).sum(0)[
+                            :, None
+                        ]
                     for name in names:
                         if settings.target == "weights":
                             change = _weight(side.layers[number], name) - _weight(layer, name)
@@ -326,7 +332,9 @@ class _Moments:
                 product = reads.T @ (reads if w is None else reads * w)
                 self.reads = product if self.reads is None else self.reads.add_(product)
             product = lacking.T @ reads
-            self.lacking[name] = self.lacking[name].add_(product) if name in self.lacking else product
+            self.lacking[name] = (
+                self.lacking[name].add_(product) if name in self.lacking else product
+            )
 
 
 def _weight(layer: nn.Module, name: str) -> Tensor:
@@ -337,9 +345,15 @@ def _weight(layer: nn.Module, name: str) -> Tensor:
 
 
 def _move(module: nn.Module, name: str, moments: Sequence[_Moments], ridge: float) -> None:
-    norms = [float(each.reads.norm()) or 1.0 for each in moments] if NORM == "frobenius" else [float(m.count) for m in moments]
+    norms = (
+        [float(each.reads.norm()) or 1.0 for each in moments]
+        if NORM == "frobenius"
+        else [float(m.count) for m in moments]
+    )
     total = sum(each.reads.double() / norm for each, norm in zip(moments, norms, strict=True))
-    pull = sum(each.lacking[name].double() / norm for each, norm in zip(moments, norms, strict=True))
+    pull = sum(
+        each.lacking[name].double() / norm for each, norm in zip(moments, norms, strict=True)
+    )
     rho = ridge * float(total.diagonal().mean())
     total = total + rho * torch.eye(len(total), dtype=total.dtype, device=total.device)
     step = torch.cholesky_solve(pull.T, torch.linalg.cholesky(total)).T  # [rows, n]

@@ -326,13 +326,16 @@ def _merged_rows(
     experts = tensors[: len(plan.tasks)]
     fisher = tensors[len(plan.tasks) :][: len(parameter.fisher)]
     fisher = fisher or [_rows_of(each, rows) for each in nodes]
+    turned = base
     if parameter.is_transposed:  # to [rows, n]
         experts, fisher = [[t.mT if t.ndim else t for t in each] for each in (experts, fisher)]
+        turned = None if base is None else base.mT
     merged = method(
         experts=experts,
-        base=base,
+        base=turned,
         coefficients=plan.coefficients,
         fisher=fisher,
+        is_linear_map=parameter.is_linear_map,
         grams=[read(stored, None, None).double() for stored in parameter.grams] or None,
         generators=[generator(settings.seed, t, name) for t in plan.tasks if method.random],
         density=settings.density or method.density,

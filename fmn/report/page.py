@@ -52,6 +52,8 @@ def settings(recipe: Recipe) -> str:
     names = ("mapping", "normalise", "exponent", "damping", "scale", "density", "seed")
     values = {name: getattr(recipe, name) for name in names}
     words = [f"{name} {value}" for name, value in values.items() if value is not None]
+    if recipe.auto:
+        words.append(recipe.auto.in_words)
     if search := recipe.search:
         shares = [results.shown(share) for share in (search.score, search.uniform)]
         words.append(

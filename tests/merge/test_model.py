@@ -345,6 +345,32 @@ def test_gpt2_whose_weights_are_transposed_is_regressed_alike(tmp_path: Path) ->
     assert residual.abs().max() < 1e-4 * (second["mrpc"] @ stored["mrpc"]).abs().max()
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_wudi_takes_the_matrices_of_linear_maps_alone_however_they_are_stored(
+    name: str, tmp_path: Path
+) -> None:
+    experts = {
+        task: save(tiny_model(name, labels, seed), tmp_path / task)
+        for seed, (task, labels) in enumerate({"mrpc": 2, "stsb": 1}.items())
+    }
+    origin = save(tiny_model(name, 2, 9), tmp_path / "base")
+    merged = model.in_memory(experts, MergeSettings(method="wudi"), origin)
+    base, *tuned = (load(folder).base_model.state_dict() for folder in (origin, *experts.values()))
+    turned, linear, embedding = {
+        "bert": (False, "encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"),
+        "gpt2": (True, "h.1.mlp.c_proj.weight", "wte.weight"),
+    }[name]
+    mean = (tuned[0][embedding] + tuned[1][embedding]) / 2
+    torch.testing.assert_close(merged[embedding], mean)
+    vectors = [(each[linear] - base[linear]).double() for each in tuned]
+    change = (merged[linear] - base[linear]).double()
+    if turned:
+        vectors, change = [each.T for each in vectors], change.T
+    # At the optimum the gradient is zero: sum_j (tau - tau_j) tau_j^T tau_j / |tau_j|^2 = 0.
+    pulls = [(change - each) @ each.T @ each / each.square().sum() for each in vectors]
+    assert (pulls[0] + pulls[1]).abs().max() < 1e-3 * pulls[0].abs().max()
+
+
 @pytest.mark.parametrize("method", ["mask-fisher", "fisher-regmean"])
 def test_equal_experts_are_the_result_whatever_auto_stands_for(method: str, tmp_path: Path) -> None:
     expert = save(tiny_model("bert", 2, 3), tmp_path / "mrpc")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fmn.errors import UserError
 from fmn.merge import heads
+from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe, SearchedCoefficients, read_recipe
 from fmn.merge.stages import MergeSettings, RealignSettings, merge, realign
 from fmn.models import checkpoints
@@ -174,6 +175,54 @@ def test_coefficients_of_a_search_are_taken_for_the_merge_they_are_for(work: Pat
         UserError, match=r"searched\.json: of other experts than these \(see sst2\)"
     ):
         merged(work, coefficients=work / "searched.json")
+
+
+AUTO = MergeSettings(method="auto", device="cpu", dtype="float32")
+
+
+def test_auto_takes_the_best_of_several_merges_and_says_so(work: Path) -> None:
+    outcome = merged(work, AUTO, data=work / "data")
+    recipe = outcome.summary
+    assert recipe == read_recipe(work / "merged")
+    assert recipe.auto is not None
+    chosen, average = recipe.auto.chosen, recipe.auto.candidates[0]
+    assert (recipe.method, recipe.scale) == (chosen.method, chosen.scale)
+    assert (average.method, average.scale) == ("average", 1)
+    assert chosen.error == min(each.error for each in recipe.auto.candidates) <= average.error
+    assert set(chosen.tasks) == set(recipe.auto.data) == set(TASKS)
+    assert bool(recipe.fisher) == (METHODS[recipe.method].fisher is not None)
+    assert recipe.auto.in_words in (work / "merged" / "README.md").read_text()
+    elsewhere = AUTO.model_copy(update={"device": "auto"})
+    assert not merged(work, elsewhere, data=work / "data").computed
+    encoder = work / "merged" / "encoder" / "model.safetensors"
+    by_hand = MergeSettings(method=recipe.method, scale=recipe.scale)
+    merged(work, by_hand, out=work / "by-hand")
+    written = work / "by-hand" / "encoder" / "model.safetensors"
+    assert encoder.read_bytes() == written.read_bytes()
+
+
+def test_auto_reads_no_labels_and_depends_on_the_texts(work: Path) -> None:
+    first = merged(work, AUTO, data=work / "data", fisher={}).summary.auto
+    assert first is not None
+    for name in TASKS:
+        table = read_split(work / "data", get_task(name), "train").drop_columns(["label"])
+        pq.write_table(table, work / "data" / name / "train.parquet")
+    second = merged(work, AUTO, data=work / "data", fisher={})
+    assert second.computed
+    assert second.summary.auto is not None
+    assert second.summary.auto.candidates == first.candidates
+    assert second.summary.auto.data != first.data
+
+
+def test_auto_says_what_it_lacks(work: Path) -> None:
+    with pytest.raises(UserError, match="--data DIR is missing: method auto measures merges"):
+        merged(work, AUTO)
+    scaled = AUTO.model_copy(update={"scale": 1.2})
+    with pytest.raises(UserError, match="--scale: method auto finds the scale"):
+        merged(work, scaled, data=work / "data")
+    fisher = {name: work / "fisher" / f"{name}.parquet" for name in TASKS[1:]}
+    with pytest.raises(UserError, match="--fisher sst2=FILE is missing"):
+        merged(work, AUTO, data=work / "data", fisher=fisher)
 
 
 def test_the_last_map_of_every_head_alone_is_new_and_the_encoder_is_on_the_disk_once(
