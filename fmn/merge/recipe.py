@@ -321,9 +321,9 @@ def card(recipe: Recipe) -> str:
     paper = METHODS[recipe.method].paper
     source = f" (arXiv {paper})" if paper else ""
     heads = "re-aligned with it" if recipe.realign else "the expert's own"
-    how = f" It was {recipe.auto.in_words}." if recipe.auto else ""
     if recipe.realign and recipe.realign.own_layers:
         heads += f", above the expert's own last {recipe.realign.own_layers} layers"
+    how = f" It was {recipe.auto.in_words}." if recipe.auto else ""
     return f"""---
 library_name: transformers
 tags: [fmn, model-merging]
