@@ -34,7 +34,7 @@ __all__ = [
 
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
-MERGE = 6
+MERGE = 7
 CALIBRATE = 1
 REALIGN = 5
 
