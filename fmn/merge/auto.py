@@ -28,13 +28,10 @@ from fmn.tasks.batches import Examples
 
 TEXTS = 256  # of each task
 AVERAGE = "average"
-TRIED = {
-    **{AVERAGE: 1.0, "mask-fisher": 1.2, "regmean": 1.2, "fisher-regmean": 1.2},
-    **{"wudi": 1.0, "fisher-wudi": 1.0, "tsv-m": 1.2},
-}
-"""The methods, and the scale that each is tried at, if there is a base, before one is chosen."""
+TRIED = (AVERAGE, "mask-fisher", "regmean", "fisher-regmean", "wudi", "fisher-wudi", "tsv-m")
 WITHOUT_GRAMS = ("wudi", "fisher-wudi")  # they stand in for Gram matrices, and do not gain on them
-SCALES = (1.0, 1.2, 1.45)  # of the chosen method, beside its own automatic one
+GROWTH = 0.25  # a method is first tried at this power of the effective number of task vectors, ...
+MORE_GROWTH = (0.0, 0.5)  # ... and the best one then at these
 
 Encoder = Mapping[str, Tensor]  # tensors by names in the base model
 
@@ -77,7 +74,7 @@ def choose(
     """
     goals = {task: _goal(task, experts[task], examples[task], settings) for task in sorted(experts)}
     names = [name for name in TRIED if _is_tried(METHODS[name], statistics, base)]
-    total = len(names) + (len(SCALES) + 1 if base else 0)
+    total = len(names) + (len(MORE_GROWTH) + 1 if base else 0)
     tried: list[Candidate] = []
 
     def merged(name: str, scale: float) -> Encoder:
@@ -93,20 +90,18 @@ def choose(
         progress(len(tried), max(total, len(tried)))
 
     origin = merged(AVERAGE, 0.0) if base else {}
+    number = model.effective_number_of(experts, base) if base else 1.0
     best: Encoder = {}
     for name in names:
         encoder = merged(name, 1.0)
-        attempt(name, encoder, TRIED[name] if base else 1.0)
+        attempt(name, encoder, 1.0 if name == AVERAGE else round(number**GROWTH, 3))
         best = encoder if _best(tried) is tried[-1] else best
-    if base:
-        name = _best(tried).method
-        automatic = settings.model_copy(update={"method": name})
-        scales = {*SCALES, model.scale(experts, automatic, base, statistics)}
-        for scale in sorted(scales - {TRIED[name]}):
+    name = _best(tried).method
+    for growth in (*MORE_GROWTH, GROWTH):
+        if (scale := round(number**growth, 3)) not in _errors(tried, name):
             attempt(name, best, scale)
-        errors = {each.scale: each.error for each in tried if each.method == name}
-        if (scale := lowest(errors)) not in errors:
-            attempt(name, best, scale)
+    if (scale := lowest(_errors(tried, name))) not in _errors(tried, name):
+        attempt(name, best, scale)
     return Auto(
         heads=settings.auto_heads,
         seed=settings.seed,
@@ -118,6 +113,11 @@ def choose(
 
 def _best(candidates: Sequence[Candidate]) -> Candidate:
     return min(candidates, key=lambda candidate: candidate.error)
+
+
+def _errors(candidates: Sequence[Candidate], method: str) -> dict[float, float]:
+    """The errors of a method, by scale."""
+    return {each.scale: each.error for each in candidates if each.method == method}
 
 
 def _is_tried(method: Method, statistics: Statistics, base: Path | None) -> bool:
@@ -174,14 +174,18 @@ def error(
 
 
 def lowest(errors: Mapping[float, float]) -> float:
-    """The scale where a parabola through the errors by scale is lowest, if it is near them.
+    """The scale where a parabola through the errors by scale is lowest, or a scale near it.
+
+    It is the best scale itself where there are fewer than three, or the parabola has no lowest point.
 
     >>> lowest({1.0: 0.5, 1.2: 0.34, 1.5: 0.25})
     1.5
     """
-    scales, values = np.array([*errors]), np.array([*errors.values()])
-    curvature, slope, _ = np.polyfit(scales, values, 2)
+    best = min(errors, key=errors.__getitem__)
+    if len(errors) < 3:
+        return best
+    curvature, slope, _ = np.polyfit([*errors], [*errors.values()], 2)
     if curvature <= 0:
-        return float(min(errors, key=errors.__getitem__))
-    vertex = np.clip(-slope / (2 * curvature), 0.8 * scales.min(), 1.25 * scales.max())
+        return best
+    vertex = np.clip(-slope / (2 * curvature), 0.8 * min(errors), 1.25 * max(errors))
     return round(float(vertex), 3)

@@ -242,6 +242,13 @@ def scale(
     return float(_with_scale(plan_merge(experts, settings, base, statistics)).scale)
 
 
+def effective_number_of(experts: Mapping[str, Path], base: Path) -> float:
+    """The effective number of task vectors of experts."""
+    plan = plan_merge(experts, MergeSettings(method="average", scale=0.0), base)
+    with stream.reading(plan.stored) as read:
+        return effective_number(plan.parameters, read)
+
+
 # ---------------------------------------------------------------------------------------------
 # Merging parameters
 
