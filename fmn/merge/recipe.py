@@ -195,7 +195,7 @@ class Calibrated(Record):
 
     Attributes:
         errors: by task, mean squared difference of the last layer's states from the expert's, over
-            the variance of the expert's: before and after.
+            the variance of the expert's.
     """
 
     merged: str
@@ -205,7 +205,7 @@ class Calibrated(Record):
     seed: int
     dtype: str
     data: dict[str, str] = Field(default_factory=dict)
-    errors: dict[str, tuple[float, float]]
+    errors: dict[str, float]
 
 
 class Candidate(Record):

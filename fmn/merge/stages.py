@@ -362,7 +362,7 @@ def calibrate(
     def compute(job: Job) -> None:
         from fmn.merge.calibrate import calibrated_encoder
         from fmn.merge.heads import unlabeled
-        from fmn.merge.model import write_calibrated
+        from fmn.merge.model import read_encoder, write_calibrated
 
         examples = {
             task: unlabeled(
@@ -370,10 +370,11 @@ def calibrate(
             )
             for task in merged.tasks
         }
-        folders = {task: experts[task] for task in merged.tasks}
         tensors, errors = calibrated_encoder(
-            model, folders, examples, settings=settings, progress=progress
-        )
+            {task: checkpoints.load_classifier(experts[task]) for task in merged.tasks},
+            read_encoder(model), examples, settings=settings, device=settings.device,
+            dtype=settings.dtype, progress=progress,
+        )  # fmt: skip
         calibrated = records.Calibrated(
             merged=job.inputs["model"],
             **settings.model_dump(exclude=settings.runtime),
