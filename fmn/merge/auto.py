@@ -176,7 +176,7 @@ def error(
 def lowest(errors: Mapping[float, float]) -> float:
     """The scale where a parabola through the errors by scale is lowest, or a scale near it.
 
-    It is the best scale itself where there are fewer than three, or the parabola has no lowest point.
+    It is the best scale itself where there are fewer than three, or no lowest point.
 
     >>> lowest({1.0: 0.5, 1.2: 0.34, 1.5: 0.25})
     1.5
