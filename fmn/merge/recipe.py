@@ -324,6 +324,8 @@ def card(recipe: Recipe) -> str:
     if recipe.realign and recipe.realign.own_layers:
         heads += f", above the expert's own last {recipe.realign.own_layers} layers"
     how = f" It was {recipe.auto.in_words}." if recipe.auto else ""
+    if calibrated := recipe.calibrate:
+        how += f" The encoder was calibrated on {calibrated.texts} texts of each task."
     return f"""---
 library_name: transformers
 tags: [fmn, model-merging]
