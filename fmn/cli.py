@@ -24,7 +24,7 @@ from fmn.errors import UserError, system_error
 from fmn.evaluate.stages import evaluate
 from fmn.experiments.stages import SearchSettings, search
 from fmn.fisher.stages import STATISTICS, fisher
-from fmn.merge.stages import merge, realign
+from fmn.merge.stages import calibrate, merge, realign
 from fmn.models.stages import fetch, finetune, predict
 from fmn.registry.stages import (
     compare_digests,
@@ -274,6 +274,11 @@ def _show_realign(recipe: Any) -> None:
     show_table(["task", "texts", "ridge", "off the expert's outputs, %", "re-aligned"], body)
 
 
+def _show_calibrate(recipe: Any) -> None:
+    body = [[task, *map(_percent, errors)] for task, errors in recipe.calibrate.errors.items()]
+    show_table(["task", "off the expert's states, %", "calibrated"], body)
+
+
 def _show_metrics(metrics: Any) -> None:
     from fmn.report.results import evaluate_notes, evaluate_table
 
@@ -299,7 +304,7 @@ def _show_champion(change: Any) -> None:
 
 def _show_report(summary: Any) -> None:
     show_table(summary.header, summary.body)
-    say(*summary.notes)
+    say(*summary.verdict, *summary.notes)
 
 
 COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
@@ -308,6 +313,7 @@ COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
     (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr")),
     *((statistic, _facts("samples", "dtype")) for statistic in STATISTICS),
     (merge, _show_merge),
+    (calibrate, _show_calibrate),
     (realign, _show_realign),
     (evaluate, _show_metrics),
     (search, _show_search),
@@ -383,9 +389,11 @@ def stage(
         name: the stage, as dvc.yaml calls it
         of: for which task or model; default: all
     """
-    from flows.graph import find_nodes
+    from flows.graph import find_nodes, make_folders
 
-    for node in find_nodes(params.load(params_file), params_file, name, of):
+    settings = params.load(params_file)
+    make_folders(settings)
+    for node in find_nodes(settings, params_file, name, of):
         if "progress" not in inspect.signature(node.function).parameters:
             outcome = node.function(**node.arguments)
         else:

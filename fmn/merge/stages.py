@@ -79,6 +79,7 @@ def merge(
     gram: Mapping[str, Path] | None = None,
     base: Path | None = None,
     coefficients: Path | None = None,
+    data: Path | None = None,
     settings: MergeSettings = MergeSettings(),  # noqa: B008
     progress: Progress = no_progress,
 ) -> Outcome[Recipe]:
@@ -91,6 +92,7 @@ def merge(
         gram: TASK=FILE for each expert, of `fmn gram`, for regmean and fisher-regmean
         base: the folder of the model that the experts were fine-tuned from
         coefficients: a file of `fmn search`, which gives coefficients and scale
+        data: the folder of the tasks' data, for method auto
 
     Raises:
         UserError: the experts do not fit one another or their tasks, or a statistic or the

@@ -165,12 +165,47 @@ def scores(report: Report) -> Drawn:
     axis.set(xlim=(min(lows) - 1, 106), ylim=(len(rows) * step - 1, -1), xlabel="score, %")
     axis.set_xticks(range(0, 101, 20))
     lines = [Line2D([], [], marker=marker, color=colour) for marker, colour in marks.values()]
-    figure.legend(lines, names, loc="outside upper left", ncols=len(names))
+    figure.legend(lines, names, loc="outside upper left", ncols=min(len(names), 7))
     last = {name: column[rows[-1]] for name, column in table.columns.items() if rows[-1] in column}
     mean = f"In the mean over {results.listed(table.averaged)}"
     place = mean if rows[-1] == MACRO else f"On {rows[-1]}"
     words = (f"{name} {entry.score.text} %" for name, entry in last.items())
     return figure, f"{place}: {', '.join(words)}."
+
+
+def frontier(report: Report) -> Drawn:
+    """What more parameters keep.
+
+    Each model's share of the experts' scores above the parameters that it stores for all tasks
+    together, in units of one encoder; the grey line is the most that is kept by so many.
+    """
+    from matplotlib.lines import Line2D
+
+    table, row, sizes = report.table, report.table.rows[-1], report.sizes
+    shares = {name: table.columns[name][row].share for name in sizes if row in table.columns[name]}
+    known = {name: share for name, share in shares.items() if share and share.value is not None}
+    if len({round(sizes[name], 2) for name in known}) < 2:
+        return None
+    figure, axes = _figure(3.4)
+    axis, marks = axes[0, 0], _marks(list(table.columns), table.headline)
+    best: list[str] = []  # the models that keep more than every smaller one
+    for name in sorted(known, key=lambda name: (sizes[name], -(known[name].value or 0.0))):
+        if not best or (known[name].value or 0.0) > (known[best[-1]].value or 0.0):
+            best.append(name)
+    x, y = ([sizes[n] for n in best], [100 * (known[n].value or 0.0) for n in best])
+    axis.step(x, y, where="post", color=FAINT, zorder=0)
+    for name, share in known.items():
+        low, high = (100 * end for end in share.interval or (share.value, share.value))
+        marker, colour = marks[name]
+        bold = name == table.headline
+        axis.plot([sizes[name]] * 2, [low, high], color=colour, linewidth=2 if bold else 1.3)
+        axis.plot(sizes[name], 100 * (share.value or 0.0), marker, color=colour, markersize=6)
+    lines = [Line2D([], [], marker=marks[name][0], color=marks[name][1]) for name in known]
+    figure.legend(lines, list(known), loc="outside upper left", ncols=min(len(known), 6))
+    axis.set(xlabel="parameters of all tasks, in encoders", ylabel="% of the experts' scores")
+    axis.set_xlim(0, 1.05 * max(sizes[name] for name in known))
+    words = [f"{name} {known[name].text} % with {sizes[name]:.2f}" for name in best]
+    return figure, f"The most that is kept, by parameters in encoders: {results.listed(words)}."
 
 
 def _marks(names: Sequence[str], headline: str) -> dict[str, tuple[str, str]]:
@@ -367,6 +402,7 @@ def pairs(comparison: Comparison) -> Drawn:
 
 RUN_PICTURES: Mapping[Callable[[Report], Drawn], str] = {
     scores: "Scores",
+    frontier: "What more parameters keep",
     heads: "Where the experts' information lies",
     owners: "Who owns what",
     costs: "What it cost",

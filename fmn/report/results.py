@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -32,9 +32,7 @@ BOUNDS: Mapping[str, str] = {
     EXPERT: "each expert alone (upper bound)",
 }
 """What a merge is compared with: the column's name, and what it is."""
-VERDICTS = ("better", "worse", "within chance")
 UNLABELED = "not scored, as its rows have no labels"
-SIGNIFICANT = 0.05  # a difference with a smaller p-value is called real
 MINUS = "\N{MINUS SIGN}"
 UNDEFINED = "undefined"
 DATA_SETS = {"hub": (HUB, "GLUE"), "embedded": ("fmn/miniature-glue", "miniature GLUE")}
@@ -166,12 +164,14 @@ class Report:
         recipes: how merged models were made, by column, if that is known.
         fisher: Fisher information by task, float64 [nodes] by site; may be empty.
         costs: run times of the stages.
+        sizes: parameters for all tasks together, in units of one encoder, by column; may be empty.
     """
 
     table: Table
     recipes: Mapping[str, Recipe]
     fisher: Mapping[str, NodeValues]
     costs: Sequence[Cost]
+    sizes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tasks(self) -> TextTable:
@@ -188,17 +188,20 @@ class Report:
 # ---- from metrics to the table ----
 
 
-def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) -> Table:
+def tabulate(
+    experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated], headline: str = ""
+) -> Table:
     """The table over the first merged model's tasks.
 
     Args:
         experts: by task.
         merged: by the name of their column.
+        headline: the column that the report is about; default: `default_headline`.
 
     Raises:
         UserError: a model was not evaluated on the same tasks and examples.
     """
-    first = headline(merged)
+    first = headline or default_headline(merged)
     entries = next(iter(merged.values())).metrics.tasks
     if MACRO in entries:
         raise UserError(f"task {MACRO}: the row of means is called so; give the task another name")
@@ -246,10 +249,9 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
     )
 
 
-def headline(names: Iterable[str]) -> str:
-    """The merged model that a report is about: `merged`, or the last that is not a bound."""
-    candidates = [name for name in names if name not in BOUNDS] or list(names)
-    return "merged" if "merged" in candidates else candidates[-1]
+def default_headline(names: Iterable[str]) -> str:
+    """The merged model that a report is about: the last that is not a bound."""
+    return ([name for name in names if name not in BOUNDS] or list(names))[-1]
 
 
 class _Column(NamedTuple):
@@ -353,30 +355,6 @@ def listed(words: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c"; "nothing"."""
     *first, last = words or ["nothing"]
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def verdict(difference: Difference) -> str:
-    """What a difference says, one of VERDICTS."""
-    if difference.difference is None or difference.p_value >= SIGNIFICANT:
-        return VERDICTS[2]
-    return VERDICTS[(difference.difference > 0) != difference.higher_is_better]
-
-
-def differences_in_words(table: Table) -> list[str]:
-    """A sentence on each other column: on which tasks the headline is better or worse."""
-    sentences = []
-    for name, by_row in table.differences.items():
-        known = {row: item for row, item in by_row.items() if item.difference is not None}
-        verdicts = {row: verdict(item) for row, item in known.items() if row != MACRO}
-        parts = []
-        if len(verdicts) > 1 and MACRO in known:
-            parts.append(f"{points(known[MACRO].difference or 0)} points in the mean")
-        for word in VERDICTS:
-            if tasks := [task for task in verdicts if verdicts[task] == word]:
-                names = listed(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks"
-                parts.append(f"{word} on {names}")
-        sentences += [f"Against {name}: {', '.join(parts)}."] if parts else []
-    return sentences
 
 
 def text_table(table: Table) -> TextTable:
