@@ -63,23 +63,21 @@ def _keeps(table: Table) -> str:
 
 def _against(tested: Mapping[str, Difference]) -> list[str]:
     """Which models it beats, which not beyond chance, and which beat it."""
-    sentences = {
-        "better": ("Better than", False),
-        "within chance": ("No better, beyond chance, than", True),
-        "worse": ("Worse than", False),
-    }
     lines = []
-    for word, (start, signed) in sentences.items():
+    for word, start in (
+        ("better", "Better than"),
+        ("within chance", "Not better, beyond chance, than"),
+        ("worse", "Worse than"),
+    ):
         parts = []
-        for name, each in tested.items():
-            value, is_percent = each.difference or 0.0, each.higher_is_better
-            if judgement(each) == word:
-                size = points(value, is_percent) if signed else shown(abs(value), is_percent)
-                parts.append(f"{name} ({size})" if signed else f"{name} by {size}")
-        if parts:
-            unit = "; in points" if signed else " points"
-            is_percent = all(each.higher_is_better for each in tested.values())
-            lines.append(f"{start} {listed(parts)}{unit * is_percent}.")
+        for name, difference in tested.items():
+            value, is_percent = difference.difference or 0.0, difference.higher_is_better
+            unit = " points" * is_percent
+            if judgement(difference) == word == "within chance":
+                parts.append(f"{name} ({points(value, is_percent)}{unit})")
+            elif judgement(difference) == word:
+                parts.append(f"{name} by {shown(abs(value), is_percent)}{unit}")
+        lines += [f"{start} {listed(parts)}."] if parts else []
     return lines
 
 
@@ -114,13 +112,13 @@ def _instead(report: Report, name: str) -> str:
     """How to have another model of the report as the run's model."""
     recipe, other = report.recipes.get(report.table.headline), report.recipes.get(name)
     if recipe and other:
-        steps = {"realign": None, "calibrate": None}
-        if recipe.model_copy(update=steps) == other.model_copy(update=steps):
-            if recipe.realign and not other.realign:
-                return "leave its heads as they are, `realign: {}`"
-            if recipe.calibrate and not other.calibrate:
-                return "leave the calibration out, `calibrate: null`"
-            return f"name {name} first under `realign`"
+        steps = {"calibrate": "`calibrate: null`", "realign": "`realign: {}`"}
+        plain = dict.fromkeys(steps)
+        if recipe.model_copy(update=plain) == other.model_copy(update=plain):
+            later = [steps[n] for n in steps if getattr(recipe, n) and not getattr(other, n)]
+            if later:
+                return f"leave out what follows it, {listed(later)}"
+            return f"put {name} first under `realign`"
     if name == AVERAGE:
         return "try `merge: {method: average}`"
     return f"try the settings of {name} under `merge`"
@@ -132,10 +130,8 @@ def _offer(report: Report, name: str) -> str:
     share = table.columns[name][table.rows[-1]].share
     keeps = f"keeps {share.with_unit}" if share else "scores more"
     before, after = sizes[table.headline], sizes[name]
-    return (
-        f"{name} {keeps} with the parameters of {after:.2f} encoders, not {before:.2f}:"
-        " name it first to have it."
-    )
+    cost = f"with the parameters of {after:.2f} encoders instead of {before:.2f}"
+    return f"{name} {keeps} {cost}; put it first under `realign` to have it."
 
 
 def _remedy(report: Report, losing: Sequence[str], *, has_offers: bool) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from fmn.errors import UserError
 from fmn.evaluate import files as evaluate_files
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
-from fmn.report import stages
+from fmn.report import results, stages
 from fmn.report.results import Evaluated
 from fmn.store import artifacts
 from fmn.store.stage import Sidecar, sidecar_path, write_record
@@ -93,9 +93,12 @@ def test_the_folder_holds_page_pictures_numbers_and_cards(run: Run, tmp_path: Pa
     assert {path.name for path in (out / "cards").iterdir()} == {f"{name}.md" for name in MERGED}
     card = (out / "cards" / "merged.md").read_text()
     assert "merged with mask-fisher" in card
+    assert all(f"- {results.escaped(line)}" in card for line in outcome.summary.verdict)
+    assert outcome.summary.verdict[0] not in (out / "cards" / "average.md").read_text()
     assert "| sst2 | accuracy | validation |" in card
     page = (out / "report.html").read_text()
-    for words in ("One model for cola and sst2", "merged with mask-fisher", "Who owns what"):
+    assert outcome.summary.headline == "merged"
+    for words in ("One model for cola and sst2", "Who owns what", *outcome.summary.verdict):
         assert words in page, words
     pictures = {path.stem for path in (out / "pictures").iterdir()}
     assert pictures == {"scores", "heads", "owners", "costs"}
