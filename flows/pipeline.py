@@ -154,7 +154,8 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     report, registered = outcomes["report", ""], outcomes["register", ""].summary
     computed = any(outcome.computed for outcome in outcomes.values())
     show_table(report.summary.header, report.summary.body)
-    say(*report.summary.verdict, *report.summary.notes)
+    say(*report.summary.verdict, wrap=True)
+    say(*report.summary.notes)
     say(f"report     {report.out / 'report.html'}")
     say(f"model      {graph.model_folder(settings, settings.model)}")
     say(f"registry   models:/{registered.name}/{registered.version} in {registered.store}")

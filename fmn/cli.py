@@ -304,7 +304,8 @@ def _show_champion(change: Any) -> None:
 
 def _show_report(summary: Any) -> None:
     show_table(summary.header, summary.body)
-    say(*summary.verdict, *summary.notes)
+    say(*summary.verdict, wrap=True)
+    say(*summary.notes)
 
 
 COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (

@@ -183,28 +183,28 @@ def frontier(report: Report) -> Drawn:
 
     table, row, sizes = report.table, report.table.rows[-1], report.sizes
     shares = {name: table.columns[name][row].share for name in sizes if row in table.columns[name]}
-    known = {name: share for name, share in shares.items() if share and share.value is not None}
-    if len({round(sizes[name], 2) for name in known}) < 2:
+    values = {n: 100 * each.value for n, each in shares.items() if each and each.value is not None}
+    if len({round(sizes[name], 2) for name in values}) < 2:
         return None
+    best: list[str] = []  # the models that keep more than every smaller one
+    for name in sorted(values, key=lambda name: (sizes[name], -values[name])):
+        if not best or values[name] > values[best[-1]]:
+            best.append(name)
     figure, axes = _figure(3.4)
     axis, marks = axes[0, 0], _marks(list(table.columns), table.headline)
-    best: list[str] = []  # the models that keep more than every smaller one
-    for name in sorted(known, key=lambda name: (sizes[name], -(known[name].value or 0.0))):
-        if not best or (known[name].value or 0.0) > (known[best[-1]].value or 0.0):
-            best.append(name)
-    x, y = ([sizes[n] for n in best], [100 * (known[n].value or 0.0) for n in best])
+    x, y = ([numbers[name] for name in best] for numbers in (sizes, values))
     axis.step(x, y, where="post", color=FAINT, zorder=0)
-    for name, share in known.items():
-        low, high = (100 * end for end in share.interval or (share.value, share.value))
+    for name, value in values.items():
         marker, colour = marks[name]
-        bold = name == table.headline
-        axis.plot([sizes[name]] * 2, [low, high], color=colour, linewidth=2 if bold else 1.3)
-        axis.plot(sizes[name], 100 * (share.value or 0.0), marker, color=colour, markersize=6)
-    lines = [Line2D([], [], marker=marks[name][0], color=marks[name][1]) for name in known]
-    figure.legend(lines, list(known), loc="outside upper left", ncols=min(len(known), 6))
+        if share := shares[name]:
+            ends = [100 * end for end in share.interval or ()]
+            axis.plot([sizes[name]] * len(ends), ends, color=colour, linewidth=1.3)
+        axis.plot(sizes[name], value, marker, color=colour, markersize=6)
+    lines = [Line2D([], [], marker=marks[name][0], color=marks[name][1]) for name in values]
+    figure.legend(lines, list(values), loc="outside upper left", ncols=min(len(values), 7))
     axis.set(xlabel="parameters of all tasks, in encoders", ylabel="% of the experts' scores")
-    axis.set_xlim(0, 1.05 * max(sizes[name] for name in known))
-    words = [f"{name} {known[name].text} % with {sizes[name]:.2f}" for name in best]
+    axis.set_xlim(0, 1.05 * max(sizes[name] for name in values))
+    words = [f"{name} {values[name]:.1f} % with {sizes[name]:.2f}" for name in best]
     return figure, f"The most that is kept, by parameters in encoders: {results.listed(words)}."
 
 

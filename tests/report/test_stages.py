@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.report.test_comparison import CELLS
 
 TASKS = ("cola", "sst2")
 MERGED = ("base", "average", "merged")
-Run = dict[str, dict[str, Path]]  # arguments of the stage
+Run = dict[str, Any]  # arguments of the stage
 
 
 def add_sidecar(out: Path, stage: str, seconds: float, also: Path | None = None) -> None:
@@ -130,6 +131,7 @@ def test_what_does_not_belong_together_is_refused(run: Run, tmp_path: Path) -> N
         ({"merged": {}}, "no metrics file of a merged model"),
         ({"merged": {"expert": merged["merged"]}}, "choose another"),
         ({"models": {"other": models["merged"]}}, "no metrics of it"),
+        ({"headline": "other"}, "--headline other: no metrics of it"),
         ({"models": {"merged": models["base"]}}, r"merged.json: not the metrics of .*base"),
         ({"fisher": {"sst2": run["fisher"]["cola"]}}, "cola.parquet: not the Fisher that merged"),
         ({"merged": {"merged": tmp_path / "nowhere.json"}, "models": {}}, "nowhere.json"),
