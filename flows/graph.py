@@ -200,7 +200,7 @@ def find_nodes(settings: Params, profile: Path, stage: str, name: str = "") -> l
     of_stage = [node for node in nodes(settings, profile) if node.stage == stage]
     chosen = [node for node in of_stage if name in ("", node.name)]
     if name and not chosen:
-        names = ", ".join(node.name for node in of_stage)
+        names = ", ".join(node.name for node in of_stage) or "none"
         raise UserError(f"stage {stage}: give one of its names: {names}")
     return chosen
 

@@ -394,7 +394,10 @@ def stage(
 
     settings = params.load(params_file)
     make_folders(settings)
-    for node in find_nodes(settings, params_file, name, of):
+    nodes = find_nodes(settings, params_file, name, of)
+    if not nodes:
+        say(f"{name}: {params_file} asks for none")
+    for node in nodes:
         if "progress" not in inspect.signature(node.function).parameters:
             outcome = node.function(**node.arguments)
         else:

@@ -148,7 +148,8 @@ def scores(report: Report) -> Drawn:
     if not rows:
         return None
     marks, step, lows = _marks(names, table.headline), len(names) + 1, [1.0]
-    figure, axes = _figure(0.75 + len(rows) * (0.16 * len(names) + 0.14))
+    height = 0.75 + len(rows) * (0.16 * len(names) + 0.14)
+    figure, axes = _figure(min(height, 12))  # with its caption it fits on a printed page
     axis = axes[0, 0]
     for y, (row, name) in enumerate(product(rows, [*names, ""])):
         if not name:

@@ -58,7 +58,11 @@ def settings(recipe: Recipe) -> str:
             "coefficients and scale by search on the training data ({} % of the experts'"
             " scores there; equal coefficients: {} %)".format(*shares)
         )
-    return ", ".join(words + ["heads re-aligned"] * (recipe.realign is not None))
+    if recipe.calibrate:
+        words.append(f"encoder calibrated on {recipe.calibrate.texts} texts of each task")
+    if recipe.realign:
+        words.append("heads re-aligned")
+    return ", ".join(words)
 
 
 def statistics(recipe: Recipe, task: str) -> str:

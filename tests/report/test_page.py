@@ -163,10 +163,11 @@ const seen = {wide, outside, tall, small};
 for (const name in seen) seen[name] = seen[name].map(text);
 document.body.textContent = JSON.stringify(seen);
 """
+STEPS = ("paper", "calibrated", "realigned", "realigned-own-1")
 PAGES: Mapping[str, Callable[[], str]] = {
     "three tasks": lambda: run_page(("cola", "mnli", "sst2"), 6, 12),
     "own tasks": lambda: run_page((*OWN, "cola"), 6, 12),
-    "nine tasks": lambda: run_page(sorted(TASKS), 24, 16, models=("merged, heads re-aligned",)),
+    "nine tasks": lambda: run_page(sorted(TASKS), 24, 16, models=STEPS, headline="realigned"),
     "a comparison": comparison_page,
     "a comparison of own tasks": lambda: comparison_page(OWN),
 }
