@@ -35,6 +35,7 @@ BOUNDS: Mapping[str, str] = {
 UNLABELED = "not scored, as its rows have no labels"
 MINUS = "\N{MINUS SIGN}"
 UNDEFINED = "undefined"
+FEW = 5  # columns whose intervals have room on a terminal
 DATA_SETS = {"hub": (HUB, "GLUE"), "embedded": ("fmn/miniature-glue", "miniature GLUE")}
 """By source of the rows: the id that a model card calls them by, and a title."""
 
@@ -358,29 +359,28 @@ def listed(words: Sequence[str]) -> str:
 
 
 def text_table(table: Table) -> TextTable:
-    """Header and rows: scores, half of their intervals, shares of the expert's score."""
-    body = [
-        [row, *(_text(name, column.get(row)) for name, column in table.columns.items())]
-        for row in table.rows
-    ]
+    """Header and rows: scores, half of their intervals if there is room, shares of the expert's."""
+
+    def text(name: str, entry: Entry | None) -> str:
+        if entry is None:
+            return ""
+        score, share = entry
+        words = score.text
+        if score.interval and len(table.columns) <= FEW:
+            low, high = score.interval
+            words += f" ±{shown((high - low) / 2, score.is_percent)}"
+        return words + (f" ({share.text})" if share and name != EXPERT else "")
+
+    columns = table.columns.items()
+    body = [[row, *(text(name, column.get(row)) for name, column in columns)] for row in table.rows]
     return ["task", *table.columns], body
-
-
-def _text(name: str, entry: Entry | None) -> str:
-    if entry is None:
-        return ""
-    score, share = entry
-    text = score.text
-    if score.interval:
-        low, high = score.interval
-        text += f" ±{shown((high - low) / 2, score.is_percent)}"
-    return text + (f" ({share.text})" if share and name != EXPERT else "")
 
 
 def notes(table: Table) -> list[str]:
     """What a reader of the text table should know, a line each: what its cells are, caveats."""
     share = " (% of the expert's score)" if EXPERT in table.columns else ""
-    return [f"score in %, ± half of its 95 % interval{share}", *remarks(table)]
+    interval = ", ± half of its 95 % interval" if len(table.columns) <= FEW else ""
+    return [f"score in %{interval}{share}", *remarks(table)]
 
 
 def remarks(table: Table) -> list[str]:

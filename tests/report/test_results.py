@@ -197,6 +197,15 @@ def test_own_tasks_have_shares_means_and_verdicts_in_their_own_direction() -> No
     assert results.results(table)["tasks"]["flat"]["merged"]["score"] is None
 
 
+def test_many_columns_have_no_room_for_intervals() -> None:
+    experts, merged = reports.run(("cola", "sst2"), 60)
+    merged |= dict.fromkeys(("a", "b"), merged["merged"])
+    table = results.tabulate(experts, merged)
+    cells = [cell for row in results.text_table(table)[1] for cell in row]
+    assert "±" not in "".join([*cells, *results.notes(table)])
+    assert sum("(" in cell for cell in cells) == 5 * 3
+
+
 def test_a_text_of_a_user_is_a_text_in_markdown_too() -> None:
     html = MarkdownIt("commonmark").enable("table").render
     for text in ("<b>|x", "*a*", "`a|b`", "_a_ b_c", "[a](b)", "a\\|b", "![x](y)", "two\nlines"):

@@ -1,6 +1,7 @@
 """The stages that write a report and a comparison: what they read, write and refuse."""
 
 import json
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_the_folder_holds_page_pictures_numbers_and_cards(run: Run, tmp_path: Pa
     assert all(f"- {results.escaped(line)}" in card for line in outcome.summary.verdict)
     assert outcome.summary.verdict[0] not in (out / "cards" / "average.md").read_text()
     assert "| sst2 | accuracy | validation |" in card
-    page = (out / "report.html").read_text()
+    page = unescape((out / "report.html").read_text())
     assert outcome.summary.headline == "merged"
     for words in ("One model for cola and sst2", "Who owns what", *outcome.summary.verdict):
         assert words in page, words
@@ -160,7 +161,7 @@ def test_a_comparison_has_tables_for_people_and_machines(tmp_path: Path) -> None
     numbers = json.loads((out / "results.json").read_text())
     assert numbers["sets"]["cola+rte"]["mine"]["rte"]["relative"] == 0.8
     assert {path.name for path in (out / "pictures").iterdir()} == {"methods.svg", "pairs.svg"}
-    page = (out / "report.html").read_text()
+    page = unescape((out / "report.html").read_text())
     assert "2 ways to merge cola, rte and sst2" in page
     assert page.count("mine") > 5
     assert not stages.comparison(cells=cells, out=out).computed
