@@ -17,7 +17,7 @@ from fmn.errors import UserError
 from fmn.experiments import grid
 from fmn.experiments.stages import ComparedSettings, CompareSettings, compare
 from fmn.fisher.stages import GramSettings, fisher, full_fisher, gram
-from fmn.merge.methods import METHODS
+from fmn.merge.methods import needs_of
 from fmn.params import Params
 from fmn.registry.stages import log_comparison
 from fmn.report.stages import comparison
@@ -81,7 +81,7 @@ class Statistic(NamedTuple):
 
 def statistics(merging: ComparedSettings, settings: Params) -> list[Statistic]:
     """What a method takes of every expert."""
-    needs, names, own = METHODS[merging.method], settings.experts.tasks, settings.fisher
+    needs, names, own = needs_of(merging.method), settings.experts.tasks, settings.fisher
     chosen = own.model_copy(update={"estimator": merging.estimator or own.estimator})
     infix = "" if chosen == own else f".{chosen.estimator}"
     grams = {name: settings.gram.get(name, GramSettings()) for name in names}

@@ -259,6 +259,14 @@ def _percent(share: float | None) -> str:
 
 
 def _show_merge(recipe: Any) -> None:
+    if recipe.auto:
+        tried = [
+            [each.method, f"{each.scale:g}", _percent(each.error)]
+            + [_percent(each.tasks[task]) for task in recipe.tasks]
+            for each in recipe.auto.candidates
+        ]
+        show_table(["method", "scale", "off the experts' outputs, %", *recipe.tasks], tried)
+        say(f"  {recipe.method} at scale {recipe.scale:g}: {recipe.auto.in_words}")
     body = [
         [task, f"{recipe.coefficients[task]:g}", expert.revision]
         for task, expert in recipe.experts.items()

@@ -18,7 +18,7 @@ from fmn.errors import UserError, hint, redacted
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.experiments.stages import SETS, CompareSettings
 from fmn.fisher.stages import FisherSettings, FullFisherSettings, GramSettings
-from fmn.merge.methods import METHODS
+from fmn.merge.methods import needs_of
 from fmn.merge.stages import CalibrateSettings, MergeSettings, RealignSettings
 from fmn.models.stages import ExpertSource, FinetuneSettings
 from fmn.registry.stages import RegistrySettings
@@ -184,8 +184,8 @@ class Params(Settings):
     @property
     def grams(self) -> dict[str, GramSettings]:
         """The tasks whose experts' Gram matrices are computed, and how."""
-        takes = [_takes_gram(merge) for merge in self.merges.values()]
-        names = self.experts.tasks if any(takes) else list(self.gram)
+        takes = any(needs_of(merge.method).gram for merge in self.merges.values())
+        names = self.experts.tasks if takes else list(self.gram)
         return {name: self.gram.get(name, GramSettings()) for name in names}
 
     @property
@@ -267,18 +267,12 @@ class Params(Settings):
     @model_validator(mode="after")
     def _check_methods(self) -> "Params":
         for merge in self.merges.values():
-            known = METHODS.get(merge.method)
-            if known and known.fisher == "parameters":
+            if needs_of(merge.method).fisher == "parameters":
                 raise ValueError(
                     f"method {merge.method} is for `fmn merge` alone; choose another method for a"
                     " pipeline"
                 )
         return self
-
-
-def _takes_gram(merge: MergeSettings) -> bool:
-    known = METHODS.get(merge.method)
-    return known is None or known.gram  # `auto`, which is no method, tries all that there are
 
 
 def load(path: Path) -> Params:

@@ -193,6 +193,16 @@ def test_experts_are_named_one_by_one_or_by_their_folder(
     assert (set(recipe["gram"]), recipe["fisher"]) == ({"sst2", "stsb"}, {})
 
 
+def test_auto_shows_what_it_tried(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ("--expert", work / "experts", "--data", work / "data", "--out", tmp_path / "merged")
+    fmn("merge", *folders, "--method", "auto", "--device", "cpu")
+    shown = capsys.readouterr().out
+    for words in ("average", "scale", "chosen by auto among 1 merges on 256 texts a task"):
+        assert words in shown, words
+
+
 def test_a_merged_model_is_realigned_scored_reported_and_asked(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

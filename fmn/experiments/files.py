@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from fmn.merge.recipe import SearchedCoefficients
+from fmn.merge.recipe import Auto, SearchedCoefficients
 from fmn.store.records import Record
 from fmn.tasks.task import Task
 
@@ -87,7 +87,11 @@ class CellTask(Record):
 
 
 class Cell(Record):
-    """A cell of a comparison: experts merged in one way, and the run time of the merge."""
+    """A cell of a comparison: experts merged in one way, and the run time of the merge.
+
+    `auto` is what the method auto tried.
+    """
 
     tasks: dict[str, CellTask]
     seconds: float
+    auto: Auto | None = None

@@ -12,8 +12,8 @@ from fmn.evaluate.metrics import relative
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.experiments.files import Cell, SearchResult, Source, TaskTrials
 from fmn.fisher.stages import Estimator
-from fmn.merge.methods import METHODS
-from fmn.merge.stages import MergeSettings, RefitSettings, statistics_files
+from fmn.merge.methods import Needs, needs_of
+from fmn.merge.stages import CalibrationSettings, MergeSettings, RefitSettings, statistics_files
 from fmn.models import checkpoints
 from fmn.models.provenance import rows_tuned_on
 from fmn.store import artifacts
@@ -31,10 +31,14 @@ from fmn.tasks import dataset
 from fmn.tasks.task import Task, load_task
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fmn.merge.inputs import Statistics
+    from fmn.merge.recipe import Auto
+    from fmn.tasks.batches import Examples
 
 SEARCH = 4
-COMPARE = 5
+COMPARE = 6
 
 SETS = ("pairs", "triples", "all")
 
@@ -50,6 +54,14 @@ class ComparedSettings(MergeSettings):
     realign: RefitSettings | None = Field(
         None, description="how to re-align heads with the merged encoder; default: they are not"
     )
+    calibrate: CalibrationSettings | None = Field(
+        None, description="how to calibrate the merged encoder before that; default: it is not"
+    )
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether unlabeled training texts are read."""
+        return self.is_auto or bool(self.realign or self.calibrate)
 
 
 class CompareSettings(EvaluateSettings):
@@ -108,6 +120,11 @@ class Merge(NamedTuple):
     fisher: Files
     gram: Files
     tasks: Mapping[str, Task]
+
+    @property
+    def needs(self) -> Needs:
+        """What the merge takes."""
+        return needs_of(self.settings.method, bool(self.fisher), bool(self.gram))
 
 
 def search(
@@ -179,6 +196,8 @@ def _tasks(experts: Files, data: Path) -> dict[str, Task]:
 
 def _check_searchable(merge: Merge, settings: SearchSettings) -> None:
     is_scale_searched = settings.scale_range is not None
+    if merge.settings.is_auto:
+        raise UserError("--method auto: coefficients are of one method; name it")
     if merge.settings.coefficient:
         raise UserError("--coefficient: the search is to find it; leave it out")
     if is_scale_searched and merge.settings.scale != "auto":
@@ -268,17 +287,17 @@ def compare(
     Arguments as of `search`, but `out` is the cell, and `progress` counts finished tasks.
     """
     merge = Merge(experts, base, merging, fisher or {}, gram or {}, _tasks(experts, data))
-    is_train, realign = settings.split == "train", merging.realign
+    is_train = settings.split == "train"
     rows = {}
     for name, task in merge.tasks.items():
         split = "train" if is_train else dataset.validation_splits(data, task)[0]
         rows[name] = split, settings.rows_of(name)
     reads = _reads(merge, data, rows)
-    for name in rows if realign else ():
+    for name in rows if merging.reads_texts else ():
         reads[f"texts {name}"] = dataset.split_files(data, merge.tasks[name], "train")
-    is_tuning_used = is_train or realign is not None
+    is_tuning_used = is_train or merging.reads_texts
     described = {
-        "merge": merging.model_dump(exclude=set() if realign else {"realign"}),
+        "merge": merging.used(),
         "tasks": merge.tasks,
         "rows": {**settings.model_dump(include={"seed", "dtype"}), "tasks": rows},
         "tuned on": [rows_tuned_on(experts[task]) for task in rows] if is_tuning_used else None,
@@ -286,7 +305,7 @@ def compare(
 
     def compute(job: Job) -> None:
         sources = _sources(job, merge, data, rows, settings.seed, settings)
-        write_record(job.path, _cell(job, merge, realign, sources, progress))
+        write_record(job.path, _cell(job, merge, merging, sources, progress))
 
     return run_stage(
         "compare", COMPARE, out, compute,
@@ -297,27 +316,65 @@ def compare(
 def _cell(
     job: Job,
     merge: Merge,
-    realign: RefitSettings | None,
+    merging: ComparedSettings,
     sources: Mapping[str, Source],
     progress: Progress,
 ) -> Cell:
     from fmn.experiments import trial
-    from fmn.merge import model as merged
 
-    statistics, started = _read_statistics(job, merge), time.monotonic()
-    encoder = merged.in_memory(merge.experts, merge.settings, merge.base, statistics)
+    started = time.monotonic()
+    encoder, choice = _merged_encoder(job, merge, merging, sources)
     seconds = time.monotonic() - started
-    tasks = {}
+    tasks, realign = {}, merging.realign
     for task, source in sources.items():
-        expert, head = trial.load_expert(source), None
+        expert, head, tried = trial.load_expert(source), None, encoder
         if realign:
-            texts = trial.texts_for_head(source, realign, job.inputs[f"texts {task}"])
+            limit = None if realign.texts == "all" else realign.texts
+            digest = job.inputs[f"texts {task}"]
+            texts = trial.texts_for_head(source, limit, realign.seed, digest)
             started = time.monotonic()
-            head = trial.realigned_head(expert, encoder, texts, realign.ridge)
+            tried = trial.without_own_parts(encoder, expert, realign)
+            head = trial.realigned_head(expert, tried, texts, realign.ridge)
             seconds += time.monotonic() - started
-        tasks[task] = trial.cell_task(expert, encoder, head)
+        tasks[task] = trial.cell_task(expert, tried, head)
         progress(len(tasks), len(sources))
-    return Cell(tasks=tasks, seconds=seconds)
+    return Cell(tasks=tasks, seconds=seconds, auto=choice)
+
+
+def _merged_encoder(
+    job: Job, merge: Merge, merging: ComparedSettings, sources: Mapping[str, Source]
+) -> "tuple[Mapping[str, Tensor], Auto | None]":
+    """The encoder, merged and calibrated in memory, and what auto tried."""
+    from fmn.experiments import trial
+    from fmn.merge import model as merged
+    from fmn.merge.auto import TEXTS, choose
+
+    def texts(count: int, seed: int) -> "dict[str, Examples]":
+        return {
+            task: trial.texts_for_head(source, count, seed, job.inputs[f"texts {task}"]).examples
+            for task, source in sources.items()
+        }
+
+    experts, base, how, choice = merge.experts, merge.base, merge.settings, None
+    statistics = _read_statistics(job, merge)
+    if how.is_auto:
+        examples = texts(TEXTS, how.seed)
+        choice = choose(experts, examples, how, base=base, statistics=statistics)
+        how = choice.applied(how)
+    encoder = merged.in_memory(experts, how, base, statistics)
+    if calibrate := merging.calibrate:
+        from fmn.merge.calibrate import calibrated_encoder
+
+        first = next(iter(sources.values()))
+        encoder, _ = calibrated_encoder(
+            {task: trial.load_expert(source).model for task, source in sources.items()},
+            encoder,
+            texts(calibrate.texts, calibrate.seed),
+            settings=calibrate,
+            device=first.device,
+            dtype=first.dtype,
+        )
+    return encoder, choice
 
 
 def _sources(
@@ -348,9 +405,8 @@ def _sources(
 
 def _reads(merge: Merge, data: Path, rows: RowsByTask) -> dict[str, Path | list[Path] | None]:
     """What a stage reads, by name: experts, base, the method's statistics, rows."""
-    method = METHODS[merge.settings.method]
     reads: dict[str, Path | list[Path] | None] = {"base": merge.base}
-    reads |= statistics_files(method, sorted(merge.experts), merge.fisher, merge.gram)
+    reads |= statistics_files(merge.needs, sorted(merge.experts), merge.fisher, merge.gram)
     for task, (split, _) in rows.items():
         reads[f"expert {task}"] = merge.experts[task]
         reads[f"data {task}"] = dataset.split_files(data, merge.tasks[task], split)
@@ -361,4 +417,4 @@ def _read_statistics(job: Job, merge: Merge) -> "Statistics":
     from fmn.merge.inputs import read_statistics
 
     digests = {task: job.inputs[f"expert {task}"] for task in sorted(merge.experts)}
-    return read_statistics(METHODS[merge.settings.method], digests, merge.fisher, merge.gram)
+    return read_statistics(merge.needs, digests, merge.fisher, merge.gram)

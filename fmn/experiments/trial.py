@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from fmn.evaluate.metrics import Answers, answers, relative, score_splits
 from fmn.experiments.files import CellTask, Source
+from fmn.fisher.architectures import own_parts
 from fmn.merge import heads
-from fmn.merge.stages import RefitSettings
 from fmn.models import labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset
@@ -67,8 +67,9 @@ def try_encoder(
 ) -> Answers:
     """The answers of the expert's head on another encoder.
 
-    `encoder` has tensors by their names in the base model, `head` those of the head to change by
-    their names in the classifier. The expert is afterwards what it was.
+    `encoder` has tensors by their names in the base model, and those that it lacks stay the
+    expert's own; `head` those of the head to change by their names in the classifier. The expert is
+    afterwards what it was.
     """
     device, dtype = expert.source.device, expert.source.dtype
     with _tensors_in(expert.model.base_model, encoder), _tensors_in(expert.model, head or {}):
@@ -98,13 +99,15 @@ def cell_task(
 
 
 @lru_cache(maxsize=16)
-def texts_for_head(source: Source, realign: RefitSettings, digest: str) -> TextsForHead:
-    """Texts to re-align a head on, none of them tried; `digest` is that of the rows."""
+def texts_for_head(source: Source, limit: int | None, seed: int, digest: str) -> TextsForHead:
+    """Texts to re-align a head on, none of them tried: `limit` at most, drawn by `seed`.
+
+    `digest` is that of the rows.
+    """
     expert = load_expert(source)
     tried = expert.rows.tolist() if source.split == "train" else ()
-    limit = None if realign.texts == "all" else realign.texts
     examples = heads.unlabeled(
-        source.checkpoint, expert.task, source.data, limit, realign.seed, source.tuned_on, tried
+        source.checkpoint, expert.task, source.data, limit, seed, source.tuned_on, tried
     )
     return TextsForHead(examples, _features(expert, examples))
 
@@ -117,6 +120,16 @@ def realigned_head(
         merged = _features(expert, texts.examples)
     weight, bias, _ = heads.refit(texts.features, merged, *heads.last_map(expert.model), ridge)
     return heads.tensors(expert.model, weight, bias)
+
+
+def without_own_parts(
+    encoder: Mapping[str, Tensor], expert: ExpertOnTask, realign: RefitSettings
+) -> dict[str, Tensor]:
+    """The tensors of a merged encoder that do not stay an expert's own, for `try_encoder`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in encoder.items()}
+    pooler, layers = realign.own_pooler, realign.own_layers
+    own = own_parts(expert.model.config, shapes, pooler=pooler, layers=layers)
+    return {name: tensor for name, tensor in encoder.items() if name not in own}
 
 
 def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:

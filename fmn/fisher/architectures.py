@@ -1,7 +1,8 @@
 """Where mask nodes sit in a Transformer, and which rows or columns of which parameters they own.
 
 An architecture is an entry of the table `ARCHITECTURES`. `mask_sites` reads from it which modules'
-inputs the mask nodes multiply, `claims` which nodes weigh each parameter of the encoder in a merge.
+inputs the mask nodes multiply, `claims` which nodes weigh each parameter of the encoder in a merge,
+and `own_parts` which parameters belong to the last layers and to what comes after them.
 A model that is not in the table is put together from the blocks of those that are.
 """
 
@@ -162,6 +163,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 
+AFTER_LAYERS = ("norm", "final_norm", "layernorm", "ln_f", "pooler")
+"""What the base models of these architectures have after their last layer, by path."""
+
 # ---------------------------------------------------------------------------------------------
 # Where the nodes of a model sit
 
@@ -202,7 +206,7 @@ def node_counts(config: "PretrainedConfig", shapes: Shapes) -> dict[Site, int]:
 
 def _sites(config: "PretrainedConfig", shapes: Shapes) -> list[MaskSite]:
     """Every block of every layer. A decoder's layers are numbered on from the encoder's."""
-    architecture = ARCHITECTURES.get(config.model_type) or _recognised(config, shapes)
+    architecture = _architecture(config, shapes)
     layers = [
         (layer, blocks)
         for path, blocks in architecture.items()
@@ -234,6 +238,42 @@ def _layer_paths(path: str, shapes: Shapes) -> list[str]:
     matches = filter(None, map(pattern.match, shapes))
     numbers = {tuple(map(int, match.groups())) for match in matches}
     return [path.format(*layer) for layer in sorted(numbers)]
+
+
+def own_parts(
+    config: "PretrainedConfig", shapes: Shapes, *, pooler: bool = True, layers: int = 0
+) -> list[str]:
+    """The parameters of an encoder that a task has for itself; tasks share all others.
+
+    Args:
+        pooler: whether a task has its own pooler, where the encoder has one.
+        layers: how many of the last layers a task has for itself. If there are any, it has all that
+            comes after them too: the final normalisation and the pooler.
+
+    Returns:
+        names in the base model, in the order of `shapes`.
+
+    Raises:
+        UserError: the encoder has not so many layers and one to share, or its layers are no chain
+            in which each has parameters of its own.
+    """
+    paths = ["pooler"] if pooler else []
+    if layers:
+        architecture = _architecture(config, shapes)
+        chain = [layer for path in architecture for layer in _layer_paths(path, shapes)]
+        kind = config.model_type
+        if config.is_encoder_decoder or len(chain) != config.num_hidden_layers:
+            why = "a decoder" if config.is_encoder_decoder else "layers that share their parameters"
+            raise UserError(f"own_layers: {kind} has {why}; only 0 is possible")
+        if layers >= len(chain):
+            problem = f"own_layers is {layers}, but this {kind} has {len(chain)} layers"
+            raise UserError(f"{problem}, and tasks must share one; give at most {len(chain) - 1}")
+        paths = [*chain[-layers:], *AFTER_LAYERS]
+    return [name for name in shapes if name.startswith(tuple(f"{path}." for path in paths))]
+
+
+def _architecture(config: "PretrainedConfig", shapes: Shapes) -> Architecture:
+    return ARCHITECTURES.get(config.model_type) or _recognised(config, shapes)
 
 
 def _recognised(config: "PretrainedConfig", shapes: Shapes) -> Architecture:

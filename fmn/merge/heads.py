@@ -125,18 +125,27 @@ def tensors(
 
 
 def realigned_head(
-    expert: Path, merged: Path, examples: Examples, ridge: float | str, device: str, dtype: str
+    expert: Path,
+    merged: Path,
+    own_parts: Collection[str],
+    examples: Examples,
+    ridge: float | str,
+    device: str,
+    dtype: str,
 ) -> tuple[dict[str, Tensor], Fit]:
     """The tensors of an expert's head re-aligned with a merged encoder, and how well they fit.
 
     Args:
         expert: the expert's folder.
         merged: the folder of its task in the merged model.
+        own_parts: the encoder's tensors, by names in the base model, that are to be the expert's.
         examples: unlabeled texts.
     """
-    model = checkpoints.load_classifier(expert)
+    model, merged_model = checkpoints.load_classifier(expert), checkpoints.load_classifier(merged)
+    parts = model.base_model.state_dict()
+    merged_model.base_model.load_state_dict({name: parts[name] for name in own_parts}, strict=False)
     own = features(model, examples, device=device, dtype=dtype)
-    read = features(checkpoints.load_classifier(merged), examples, device=device, dtype=dtype)
+    read = features(merged_model, examples, device=device, dtype=dtype)
     weight, bias, fit = refit(own, read, *last_map(model), ridge)
     return tensors(model, weight, bias), fit
 

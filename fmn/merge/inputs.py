@@ -13,7 +13,7 @@ from torch import Tensor
 from fmn.errors import UserError
 from fmn.fisher import architectures, files
 from fmn.fisher.architectures import Claim, NodeValues, Site
-from fmn.merge.methods import METHODS, Method, Tuning, tuned
+from fmn.merge.methods import METHODS, Method, Needs, Tuning, tuned
 from fmn.merge.recipe import MergeSettings, Statistic
 from fmn.merge.stream import DTYPES, TensorSpec
 from fmn.models import checkpoints
@@ -47,11 +47,16 @@ class Statistics:
     records: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
     definitions: Mapping[str, Task | None] = field(default_factory=dict)
 
+    def records_for(self, needs: Needs) -> dict[str, Mapping[str, Statistic]]:
+        """The records of the statistics that a method takes; there may be others."""
+        taken = {"fisher": bool(needs.fisher), "gram": needs.gram}
+        return {kind: of_tasks for kind, of_tasks in self.records.items() if taken[kind]}
+
 
 def read_statistics(
-    method: Method, digests: Mapping[str, str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
+    needs: Needs, digests: Mapping[str, str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
 ) -> Statistics:
-    """The statistics that a method takes.
+    """The statistics that a merge takes.
 
     Args:
         digests: of the experts, by task.
@@ -65,21 +70,21 @@ def read_statistics(
     records: dict[str, dict[str, Statistic]] = {"fisher": {}, "gram": {}}
     definitions: dict[str, Task | None] = {}
     for task, digest in digests.items():
-        if method.gram:
+        if needs.gram:
             headers, of_gram = files.read_statistic(gram[task], files.GramMetadata)
             grams[task] = StoredGrams(headers, of_gram.inputs, of_gram.transposed)
             records["gram"][task] = _record(gram[task], of_gram, task, digest)
             definitions[task] = of_gram.definition
-        if method.fisher:
-            values[task], metadata = _read_fisher(fisher[task], method)
+        if needs.fisher:
+            values[task], metadata = _read_fisher(fisher[task], needs)
             records["fisher"][task] = _record(fisher[task], metadata, task, digest)
             definitions[task] = metadata.definition
     return Statistics(values, grams, records, definitions)
 
 
-def _read_fisher(path: Path, method: Method) -> tuple[Any, files.Metadata]:
-    if method.fisher == "parameters":
-        return files.read_statistic(path, files.StatisticMetadata, method.statistic)
+def _read_fisher(path: Path, needs: Needs) -> tuple[Any, files.Metadata]:
+    if needs.fisher == "parameters":
+        return files.read_statistic(path, files.StatisticMetadata, needs.statistic)
     values, _, metadata = files.read_fisher(path)
     return values, metadata
 
@@ -103,6 +108,7 @@ class Parameter:
         base: the base's tensor, if it is needed.
         fisher: the Fisher information of each entry, if the method takes that.
         grams: Gram matrices, if the method takes them and this is the matrix of a linear map.
+        is_linear_map: whether this is the matrix of a linear map, if the method asks.
         is_transposed: such a matrix is stored [n, rows].
     """
 
@@ -111,6 +117,7 @@ class Parameter:
     base: TensorHeader | None
     fisher: tuple[TensorHeader, ...] = ()
     grams: tuple[TensorHeader, ...] = ()
+    is_linear_map: bool = False
     is_transposed: bool = False
 
 
@@ -180,17 +187,25 @@ def plan_merge(
     if needs_base and not has_base:
         what = f"method {method.name}" if method.base else "--scale"
         raise UserError(f"{what} needs the model that the experts were tuned from; give --base DIR")
-    stored = {task: _stored(experts[task]) for task in tasks}
+    stored = {task: stored_tensors(experts[task]) for task in tasks}
     encoders = {f"expert {task}": encoder for task, (encoder, _) in stored.items()}
-    based = _stored(base)[0] if base and needs_base else None
+    based = stored_tensors(base)[0] if base and needs_base else None
     parameters = matching(encoders, based)
     if method.fisher == "parameters":
         parameters = [_with_fisher(each, tasks, statistics.fisher) for each in parameters]
     if method.gram:
         parameters = [_with_grams(each, tasks, statistics.grams) for each in parameters]
     claims, nodes = {}, []
+    config = checkpoints.load_config(experts[tasks[0]])
+    if "is_linear_map" in method.arguments:
+        maps = checkpoints.linear_maps(config)
+        parameters = [
+            replace(each, is_linear_map=True, is_transposed=maps[each.spec.name])
+            if each.spec.name in maps
+            else each
+            for each in parameters
+        ]
     if method.fisher == "nodes":
-        config = checkpoints.load_config(experts[tasks[0]])
         shapes = {each.spec.name: each.spec.shape for each in parameters}
         claims = architectures.claims(config, shapes, settings.mapping)
         counts = architectures.node_counts(config, shapes)
@@ -213,7 +228,7 @@ def coefficients(tasks: Sequence[str], by_task: Mapping[str, float]) -> tuple[fl
     return lambdas
 
 
-def _stored(folder: Path) -> tuple[dict[str, TensorHeader], dict[str, TensorHeader]]:
+def stored_tensors(folder: Path) -> tuple[dict[str, TensorHeader], dict[str, TensorHeader]]:
     """Where a checkpoint's encoder lies, by names in the base model, and where its head."""
     headers = tensor_headers(folder)
     names = checkpoints.encoder_names(checkpoints.load_config(folder), headers)

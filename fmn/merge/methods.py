@@ -6,8 +6,8 @@ item for each expert:
 - ``experts``: the experts' tensors, of any floating dtype, not to be changed; ``base``: the base's.
 - ``coefficients``: ``lambda_j``, at least zero and not all zero.
 - ``fisher``: the experts' Fisher information, broadcastable against the parameter.
-- ``grams``: Gram matrices of the inputs, float64 [n, n], where the parameter is the matrix
-  [rows, n] of a linear map; else None.
+- ``is_linear_map``: whether the parameter is the matrix [rows, n] of a linear map.
+- ``grams``: Gram matrices of the inputs, float64 [n, n], of a linear map; else None.
 - ``generators``: of random numbers, the same whatever the order of the experts.
 - ``density``, ``damping``: settings.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -50,33 +50,43 @@ class Tuning(NamedTuple):
         return round(min(math.pow(effective_number, self.growth), self.most), 3)
 
 
-@dataclass(frozen=True)
-class Method:
-    """A merge method and its needs.
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a merge takes.
 
     Attributes:
-        paper: where it is from, on arXiv; None where it has no paper of its own.
+        name: of the method.
         fisher: whose Fisher information it takes: that of mask "nodes", of all "parameters", none.
         statistic: for "parameters": the kind of statistic, with a value per parameter, that it
             takes as such; a stage of `fmn.fisher.stages` computes it.
         gram, base: whether it takes Gram matrices, and the base model.
         random: whether it draws at random, and so depends on the seed.
         density: default share of a task vector's entries that stay; None where all do.
-        element_wise: whether an entry of the result depends on the same entry of its inputs alone,
-            so that parameters can be merged in pieces. NaN and Inf in an expert or the base must
-            come out as such, so that only the result need be checked.
     """
 
     name: str
-    function: Callable[..., Tensor]
-    arguments: tuple[str, ...]
-    paper: str | None = None
     fisher: Literal["nodes", "parameters"] | None = None
     statistic: str = "full-fisher"
     gram: bool = False
     base: bool = False
     random: bool = False
     density: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Needs):
+    """A merge method and its needs.
+
+    Attributes:
+        paper: where it is from, on arXiv; None where it has no paper of its own.
+        element_wise: whether an entry of the result depends on the same entry of its inputs alone,
+            so that parameters can be merged in pieces. NaN and Inf in an expert or the base must
+            come out as such, so that only the result need be checked.
+    """
+
+    function: Callable[..., Tensor]
+    arguments: tuple[str, ...]
+    paper: str | None = None
     element_wise: bool = False
     auto: Tuning = field(default_factory=Tuning)
 
@@ -88,12 +98,23 @@ class Method:
 METHODS: dict[str, Method] = {}
 """Every merge method by name."""
 
+AUTO = Needs(name="auto", fisher="nodes", gram=True, random=True)
+"""What `fmn.merge.auto`, which tries several methods, can take. It is no method of its own."""
+
+
+def needs_of(name: str, has_fisher: bool = True, has_gram: bool = True) -> Needs:
+    """What the method of this name takes; "auto" takes those statistics that there are."""
+    if name != AUTO.name:
+        return METHODS[name]
+    return replace(AUTO, fisher="nodes" if has_fisher else None, gram=has_gram)
+
 
 def method(name: str, **needs: Any) -> Callable[[_Function], _Function]:
     """Enter a function into `METHODS`; ``needs`` are attributes of `Method`."""
 
     def enter(function: _Function) -> _Function:
-        METHODS[name] = Method(name, function, tuple(signature(function).parameters), **needs)
+        arguments = tuple(signature(function).parameters)
+        METHODS[name] = Method(name=name, function=function, arguments=arguments, **needs)
         return function
 
     return enter
@@ -149,6 +170,38 @@ def fisher_regmean(
         return mask_fisher(experts, coefficients, fisher)
     moments = [damped(gram, damping) for gram in grams]
     return regress(experts, moments, row_weights(fisher, coefficients))
+
+
+@method("wudi", paper="2503.08099", base=True)
+def wudi(experts: Tensors, base: Tensor, coefficients: Coefficients, is_linear_map: bool) -> Tensor:
+    """Linear maps whose task vector disturbs each expert's least; all else is averaged.
+
+    The rows of a task vector span the inputs that it was trained on. The merged one minimises
+    ``sum_j lambda_j |(tau - tau_j) tau_j^T|^2 / |tau_j|^2``. That is RegMean with the Gram matrices
+    ``tau_j^T tau_j / |tau_j|^2``, and is solved exactly, where the paper descends a gradient.
+    """
+    from fmn.merge.rules import even
+
+    return fisher_wudi(experts, base, coefficients, even(len(experts)), is_linear_map)
+
+
+@method("fisher-wudi", paper="2503.08099", fisher="nodes", base=True, auto=Tuning("site"))
+def fisher_wudi(
+    experts: Tensors,
+    base: Tensor,
+    coefficients: Coefficients,
+    fisher: Tensors,
+    is_linear_map: bool,
+) -> Tensor:
+    """WUDI whose output rows are weighed by the Fisher information of their mask nodes."""
+    from fmn.merge.regmean import regress, row_weights, second_moment
+    from fmn.merge.rules import task_vectors
+
+    if not is_linear_map:
+        return mask_fisher(experts, coefficients, fisher)
+    vectors = task_vectors(experts, base)
+    moments = [second_moment(vector) for vector in vectors]
+    return base + regress(vectors, moments, row_weights(fisher, coefficients))
 
 
 @method("task-arithmetic", paper="2212.04089", base=True, element_wise=True)

@@ -1,14 +1,10 @@
-"""The merge itself, and the merged model's folder (`fmn.merge.recipe` describes it).
-
-A task's folder is a sharded checkpoint whose first shards are hard links to the encoder's files, so
-that the encoder's bytes are on the disk once; the last shard is the expert's own head.
-"""
+"""The merge itself, and the merged model's folder (`fmn.merge.recipe` describes it)."""
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +17,21 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from fmn.errors import UserError
 from fmn.merge import stream
-from fmn.merge.inputs import NO_STATISTICS, Parameter, Plan, Statistics, coefficients, plan_merge
+from fmn.merge.inputs import (
+    NO_STATISTICS,
+    Parameter,
+    Plan,
+    Statistics,
+    coefficients,
+    plan_merge,
+    stored_tensors,
+)
 from fmn.merge.recipe import CARD, RECIPE, MergeSettings, Recipe, card
 from fmn.merge.rules import generator
-from fmn.merge.stream import NAMES, Read, TensorSpec, row_slices
+from fmn.merge.stream import DTYPES, NAMES, Read, TensorSpec, row_slices
 from fmn.models import labels
 from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES, read_config
-from fmn.models.headers import INDEX, TensorHeader
+from fmn.models.headers import INDEX, TensorHeader, file_headers, tensor_headers
 from fmn.store.artifacts import digest_file, remember_digest, visible
 from fmn.store.stage import Progress, no_progress, write_record
 from fmn.tasks.task import Task, write_task
@@ -37,6 +41,8 @@ _FREED = 31 * 2**20  # bytes
 _HEAD_SETTINGS = {"id2label", "label2id", "num_labels", "problem_type", "finetuning_task"}
 _HEAD_SETTINGS |= {"task_specific_params"}
 _LOCAL_SETTINGS = {"_name_or_path", "auto_map", "torch_dtype"}
+
+Files = Mapping[str, Sequence[TensorSpec]]  # tensors by file name
 
 
 def write_model(
@@ -99,33 +105,93 @@ def _own_entries(plan: Plan) -> dict[str, Any]:
 
 
 def write_realigned(
-    folder: Path, model: Path, heads: Mapping[str, Mapping[str, Tensor]], recipe: Recipe
+    folder: Path,
+    model: Path,
+    heads: Mapping[str, Mapping[str, Tensor]],
+    recipe: Recipe,
+    experts: Mapping[str, Path],
+    own_parts: Collection[str],
 ) -> Recipe:
-    """Write a merged model with other values in some tensors of its heads.
+    """Write a merged model with new tensors in its heads, and with own parts of its tasks.
 
-    All other files are hard links to the model's own, or copies on another file system.
+    Files that are as in the model are hard links to it, or copies on another file system.
 
     Args:
         folder: where to write; it must be empty.
         model: the merged model's folder.
         heads: by task, the new tensors by name; they take the dtypes that are stored.
         recipe: of the new model.
+        experts: checkpoint folders by task.
+        own_parts: the encoder's tensors, by names in the base model, that each task has from its
+            expert. They take the encoder's dtypes, which are the widest of the experts', so that
+            nothing is rounded.
     """
     for name, source in visible(model, ("encoder", "tasks")).items():
-        target, digest = folder / name, digest_file(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-        remember_digest(target, digest)  # a link changed the file's status
+        if ".safetensors" not in source.name:
+            _link(source, folder / name)
+    encoder = tensor_headers(model / "encoder")
+    shared, digests = _write_split(folder / "encoder", encoder, own_parts)
     for task, tensors in heads.items():
-        last = max((folder / "tasks" / task).glob("*.safetensors"))
-        stored = load_file(last)
-        last.unlink()  # it is a link to the model's own file
+        stored = load_file(max((model / "tasks" / task).glob("*.safetensors")))
         changed = {name: tensor.to(stored[name].dtype) for name, tensor in tensors.items()}
-        save_file(stored | changed, last, {"format": "pt"})
+        of_expert = {name: stored_tensors(experts[task])[0][name] for name in own_parts}
+        with stream.reading(of_expert.values()) as read:
+            own = {
+                name: read(header, None, None).to(DTYPES[encoder[name].dtype])
+                for name, header in of_expert.items()
+            }
+        _write_task_tensors(folder / "tasks" / task, shared, {**stored, **changed, **own})
+    for path, digest in digests.items():  # after the links, which change the file's status
+        remember_digest(path, digest)
     return _write_recipe(folder, recipe)
+
+
+def _write_split(
+    folder: Path, encoder: Mapping[str, TensorHeader], own_parts: Collection[str]
+) -> tuple[Files, dict[Path, str]]:
+    """Write an encoder's weights so that its own parts, if there are any, are a last file.
+
+    Returns:
+        the tensors of the other files by file name, and the digests of all files.
+    """
+    sources = {header.file: file_headers(header.file) for header in encoder.values()}
+    parts = [
+        {name: header for name, header in source.items() if name not in own_parts}
+        for source in sources.values()
+    ]
+    rest = {name: encoder[name] for name in own_parts}
+    parts = [part for part in (*parts, rest) if part]
+    files, digests = {}, {}
+    for name, part in zip(stream.shard_names(len(parts)), parts, strict=True):
+        target, source = folder / name, next(iter(part.values())).file
+        specs = [TensorSpec(key, DTYPES[h.dtype], h.shape) for key, h in part.items()]
+        files[name] = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
+        if part == sources[source]:
+            digests[target] = digest_file(source)
+            _link(source, target)
+        else:
+            with stream.reading(part.values()) as read:
+                pieces = _pieces([part[spec.name] for spec in files[name]], read)
+                digests[target] = stream.write_file(target, files[name], pieces)
+    if len(files) > 1:
+        _write_json(folder / INDEX, stream.index(files))
+    return (dict(list(files.items())[:-1]) if rest else files), digests
+
+
+def _pieces(headers: Iterable[TensorHeader], read: Read) -> Iterator[Tensor]:
+    """Stored tensors one after another, as flat pieces."""
+    for header in headers:
+        for rows in row_slices(header.shape, WORKING_SET // 8):
+            yield read(header, rows, None).flatten()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy on another file system."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def in_memory(
@@ -260,13 +326,16 @@ def _merged_rows(
     experts = tensors[: len(plan.tasks)]
     fisher = tensors[len(plan.tasks) :][: len(parameter.fisher)]
     fisher = fisher or [_rows_of(each, rows) for each in nodes]
+    turned = base
     if parameter.is_transposed:  # to [rows, n]
         experts, fisher = [[t.mT if t.ndim else t for t in each] for each in (experts, fisher)]
+        turned = None if base is None else base.mT
     merged = method(
         experts=experts,
-        base=base,
+        base=turned,
         coefficients=plan.coefficients,
         fisher=fisher,
+        is_linear_map=parameter.is_linear_map,
         grams=[read(stored, None, None).double() for stored in parameter.grams] or None,
         generators=[generator(settings.seed, t, name) for t in plan.tasks if method.random],
         density=settings.density or method.density,
@@ -332,15 +401,14 @@ def _counted(plan: Plan, pieces: Iterator[Tensor], progress: Progress) -> Iterat
         yield piece
 
 
-Files = Mapping[str, Sequence[TensorSpec]]  # tensors by file name
-
-
 def _write_encoder_settings(encoder: Path, expert: Path, files: Files) -> None:
     config = {k: v for k, v in _config(expert, files).items() if k not in _HEAD_SETTINGS}
     architecture = MODEL_MAPPING_NAMES.get(config["model_type"])
     if isinstance(architecture, str):
         config["architectures"] = [architecture]
-    _write_settings(encoder, expert, files, config)
+    _write_settings(encoder, expert, config)
+    if len(files) > 1:
+        _write_json(encoder / INDEX, stream.index(files))
 
 
 def _write_task(
@@ -352,19 +420,25 @@ def _write_task(
 ) -> None:
     """Write a task's checkpoint: links to the encoder's files, and what is the expert's own."""
     folder.mkdir(parents=True)
-    *names, last = stream.shard_names(len(files) + 1)
-    for source, name in zip(files, names, strict=True):
-        os.link(folder.parents[1] / "encoder" / source, folder / name)
     with stream.reading(head.values()) as read:
         tensors = {name: read(stored, None, None) for name, stored in head.items()}
-    save_file(tensors, folder / last, {"format": "pt"})
-    specs = [TensorSpec(name, each.dtype, tuple(each.shape)) for name, each in tensors.items()]
+    _write_task_tensors(folder, files, tensors)
     config = _config(expert, files)
     if definition:
         write_task(folder, definition)
         config |= _head_settings(expert, definition)
-    shards = {**dict(zip(names, files.values(), strict=True)), last: specs}
-    _write_settings(folder, expert, shards, config)
+    _write_settings(folder, expert, config)
+
+
+def _write_task_tensors(folder: Path, shared: Files, own: Mapping[str, Tensor]) -> None:
+    """Write a task's weights: links to files of the encoder, and its own tensors in a last file."""
+    *names, last = stream.shard_names(len(shared) + 1)
+    for source, name in zip(shared, names, strict=True):
+        os.link(folder.parents[1] / "encoder" / source, folder / name)
+    save_file(dict(own), folder / last, {"format": "pt"})
+    specs = [TensorSpec(name, own[name].dtype, tuple(own[name].shape)) for name in sorted(own)]
+    files = {**dict(zip(names, shared.values(), strict=True)), last: specs}
+    _write_json(folder / INDEX, stream.index(files))
 
 
 def _head_settings(expert: Path, task: Task) -> dict[str, Any]:
@@ -387,16 +461,16 @@ def _config(expert: Path, files: Files) -> dict[str, Any]:
     return {**config, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def _write_settings(folder: Path, expert: Path, files: Files, config: Mapping[str, Any]) -> None:
-    """Write all of a checkpoint but its tensors."""
-    contents = {CONFIG: config}
-    if len(files) > 1:
-        contents[INDEX] = stream.index(files)
-    for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+def _write_settings(folder: Path, expert: Path, config: Mapping[str, Any]) -> None:
+    """Write a checkpoint's configuration and tokenizer."""
+    _write_json(folder / CONFIG, config)
     for name in TOKENIZER_FILES:
         with suppress(FileNotFoundError):
             shutil.copyfile(expert / name, folder / name)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _write_recipe(folder: Path, recipe: Recipe) -> Recipe:

@@ -6,6 +6,11 @@ A merged model is a folder::
     README.md      a short model card
     encoder/       loads with AutoModel.from_pretrained
     tasks/TASK/    loads with AutoModelForSequenceClassification.from_pretrained
+
+A task's folder is a sharded checkpoint whose first shards are hard links to files of the encoder,
+so that shared bytes are on the disk once. The last shard has the task's head and, where the heads
+are re-aligned, its own parts of the encoder. The merged values of these parts are in a last shard
+of the encoder, which no task links to.
 """
 
 import math
@@ -16,8 +21,9 @@ from pydantic import Field, field_validator
 
 from fmn import __version__
 from fmn.errors import UserError, hint
-from fmn.merge.methods import METHODS
+from fmn.merge.methods import AUTO, METHODS, needs_of
 from fmn.models.provenance import Lineage
+from fmn.models.stages import Device, Dtype
 from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import read_record
 from fmn.tasks.task import Task
@@ -34,8 +40,16 @@ def _known(method: str) -> str:
     return method
 
 
+def _known_or_auto(method: str) -> str:
+    return method if method == AUTO.name else _known(method)
+
+
 class MergeSettings(Settings):
-    method: str = Field("mask-fisher", description=f"one of {', '.join(METHODS)}")
+    method: str = Field(
+        "mask-fisher",
+        description=f"one of {', '.join(METHODS)}; or auto: the one that agrees best with the"
+        " experts on training texts without labels",
+    )
     mapping: NodeMapping = Field(
         "structured", description="how node weights spread over parameters; paper: its code's way"
     )
@@ -59,9 +73,18 @@ class MergeSettings(Settings):
     density: float | None = Field(
         None, gt=0, le=1, description="share of a task vector that stays; default: the method's"
     )
-    seed: int = Field(0, ge=0, description="seed of the methods that draw at random")
+    seed: int = Field(
+        0, ge=0, description="seed of the methods that draw at random, and of the texts of auto"
+    )
+    auto_heads: Literal["refitted", "own"] = Field(
+        "refitted",
+        description="which heads auto measures merges with: those that `fmn realign` would fit, or"
+        " the experts' own",
+    )
+    device: Device = Field("auto", description="where auto measures: auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("auto", description="of auto's matrix products; auto: bfloat16 if it pays")
 
-    _is_known = field_validator("method")(_known)
+    _is_known = field_validator("method")(_known_or_auto)
 
     @field_validator("coefficient")
     @classmethod
@@ -72,14 +95,20 @@ class MergeSettings(Settings):
         return coefficient
 
     @property
+    def is_auto(self) -> bool:
+        """Whether several methods are tried."""
+        return self.method == AUTO.name
+
+    @property
     def coefficients(self) -> dict[str, float]:
         """The coefficients by task; those that are left out are 1."""
         return _by_task(self.coefficient)
 
     def used(self, *without: str) -> dict[str, Any]:
         """The settings that the method depends on, but for those named."""
-        method = METHODS[self.method]
-        unused = set() if method.fisher == "nodes" else {"mapping", "normalise", "exponent"}
+        method, unused = needs_of(self.method), set(self.runtime)
+        unused |= set() if self.is_auto else {"auto_heads", "dtype"}
+        unused |= set() if method.fisher == "nodes" else {"mapping", "normalise", "exponent"}
         unused |= set() if method.gram else {"damping"}
         unused |= set() if method.density else {"density"}
         unused |= set() if method.random else {"seed"}
@@ -144,12 +173,18 @@ class Fit(Record):
 
 
 class Realigned(Record):
-    """How heads were re-aligned: digests of the model that they are from and of the texts, fits."""
+    """How heads were re-aligned: digests of the model that they are from and of the texts, fits.
+
+    Attributes:
+        own_pooler, own_layers: the parts of the encoder that each task has from its own expert.
+    """
 
     merged: str
     texts: int | Literal["all"]
     ridge: float | Literal["auto"]
     seed: int
+    own_pooler: bool = False
+    own_layers: int = 0
     dtype: str
     data: dict[str, str] = Field(default_factory=dict)
     tasks: dict[str, Fit]
@@ -173,6 +208,50 @@ class Calibrated(Record):
     errors: dict[str, tuple[float, float]]
 
 
+class Candidate(Record):
+    """A merge that `auto` tried: its error by task, and their mean (`fmn.merge.auto`)."""
+
+    method: str
+    scale: float
+    error: float
+    tasks: dict[str, float]
+
+
+class Auto(Record):
+    """How `auto` chose a merge.
+
+    Attributes:
+        heads: those that merges were measured with: "refitted", or the experts' "own".
+        texts: how many there were of each task; `data` are digests of their files.
+        candidates: in the order in which they were tried, the plain average first.
+    """
+
+    heads: str
+    seed: int
+    dtype: str
+    texts: dict[str, int]
+    data: dict[str, str] = Field(default_factory=dict)
+    candidates: Annotated[list[Candidate], Field(min_length=1)]
+
+    @property
+    def chosen(self) -> Candidate:
+        """The first candidate with the least error."""
+        return min(self.candidates, key=lambda candidate: candidate.error)
+
+    @property
+    def in_words(self) -> str:
+        """What was chosen among how many, for cards and reports."""
+        numbers = sorted({min(self.texts.values()), max(self.texts.values())})
+        texts, count = " to ".join(map(str, numbers)), len(self.candidates)
+        errors = f"error {self.chosen.error:.3g}; the average {self.candidates[0].error:.3g}"
+        return f"chosen by auto among {count} merges on {texts} texts a task ({errors})"
+
+    def applied(self, settings: MergeSettings) -> MergeSettings:
+        """The settings with the method and the scale that were chosen."""
+        chosen = {"method": self.chosen.method, "scale": self.chosen.scale}
+        return settings.model_copy(update=chosen)
+
+
 class Recipe(Record):
     """How a model was merged and from what; settings that its method does not use are None."""
 
@@ -194,6 +273,7 @@ class Recipe(Record):
     gram: dict[str, Statistic] = Field(default_factory=dict)
     definitions: dict[str, Task] = Field(default_factory=dict)
     search: Search | None = None
+    auto: Auto | None = None
     calibrate: Calibrated | None = None
     realign: Realigned | None = None
 
@@ -241,6 +321,9 @@ def card(recipe: Recipe) -> str:
     paper = METHODS[recipe.method].paper
     source = f" (arXiv {paper})" if paper else ""
     heads = "re-aligned with it" if recipe.realign else "the expert's own"
+    if recipe.realign and recipe.realign.own_layers:
+        heads += f", above the expert's own last {recipe.realign.own_layers} layers"
+    how = f" It was {recipe.auto.in_words}." if recipe.auto else ""
     return f"""---
 library_name: transformers
 tags: [fmn, model-merging]
@@ -249,7 +332,7 @@ tags: [fmn, model-merging]
 # One encoder for {", ".join(recipe.tasks)}
 
 Merged from an expert for each task with the method {recipe.method}{source}; `{RECIPE}` says from
-what. Each task's head is {heads}. A task loads with Transformers alone:
+what.{how} Each task's head is {heads}. A task loads with Transformers alone:
 
 ```python
 from transformers import AutoModelForSequenceClassification

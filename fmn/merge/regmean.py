@@ -23,6 +23,15 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     return torch.lerp(gram.diagonal().diag(), gram, damping)
 
 
+def second_moment(vector: Tensor) -> Tensor:
+    """``tau^T tau / |tau|^2`` of a task vector [rows, n]; zeros where it is zero.
+
+    It stands in for the Gram matrix of the inputs, as gradients add multiples of the inputs to the
+    rows of a linear map (WUDI-Merging, arXiv 2503.08099, proposition 1).
+    """
+    return vector.T @ vector / vector.square().sum().clamp(min=torch.finfo(vector.dtype).tiny)
+
+
 def row_weights(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """Each expert's weight of a matrix's output rows: lambda times the mean Fisher of the row.
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from fmn.errors import UserError
 from fmn.merge import recipe as records
-from fmn.merge.methods import METHODS, Method
+from fmn.merge.methods import METHODS, Needs, needs_of
 from fmn.merge.recipe import MergeSettings, Recipe, read_recipe, task_folder
 from fmn.models import checkpoints, labels, provenance
 from fmn.models.stages import Device, Dtype
@@ -17,6 +17,9 @@ from fmn.store.records import Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
 from fmn.tasks import dataset
 from fmn.tasks.task import Task, load_task, read_task
+
+if TYPE_CHECKING:
+    from fmn.merge.inputs import Statistics
 
 __all__ = [
     "CalibrateSettings",
@@ -29,9 +32,11 @@ __all__ = [
     "realign",
 ]
 
+Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
+
 MERGE = 6
 CALIBRATE = 1
-REALIGN = 4
+REALIGN = 5
 
 
 class RefitSettings(Settings):
@@ -42,6 +47,16 @@ class RefitSettings(Settings):
         "auto", description="how firmly a head is held where it was; auto: by leave-one-out"
     )
     seed: int = Field(0, ge=0, description="seed of the texts' draw")
+    own_pooler: bool = Field(
+        True,
+        description="each task has its expert's own pooler, where the encoder has one; =false: the"
+        " merged one",
+    )
+    own_layers: int = Field(
+        0,
+        ge=0,
+        description="each task has its expert's own last layers, so many, and what follows them",
+    )
 
     _at_least_one = field_validator("texts")(at_least_one)
 
@@ -92,28 +107,36 @@ def merge(
         gram: TASK=FILE for each expert, of `fmn gram`, for regmean and fisher-regmean
         base: the folder of the model that the experts were fine-tuned from
         coefficients: a file of `fmn search`, which gives coefficients and scale
-        data: the folder of the tasks' data, for method auto
+        data: the folder of the tasks' data, for auto, which measures merges on training texts
 
     Raises:
         UserError: the experts do not fit one another or their tasks, or a statistic or the
             coefficients belong to others.
     """
-    method, fisher, gram = METHODS[settings.method], dict(fisher or {}), dict(gram or {})
-    experts = dict(sorted(experts.items()))
-    reads: dict[str, Path | None] = {f"expert {task}": path for task, path in experts.items()}
-    reads |= statistics_files(method, experts, fisher, gram)
+    fisher, gram, experts = dict(fisher or {}), dict(gram or {}), dict(sorted(experts.items()))
+    needs, is_auto = needs_of(settings.method, bool(fisher), bool(gram)), settings.is_auto
+    reads: Reads = {f"expert {task}": folder for task, folder in experts.items()}
+    reads |= statistics_files(needs, experts, fisher, gram)
     reads |= {"base": base, "coefficients": coefficients}
+    described = settings.used()
+    if is_auto:
+        texts, of_texts = _texts_of_auto(experts, data, coefficients, settings)
+        reads, described = reads | texts, described | of_texts
 
     def compute(job: Job) -> None:
         from fmn.merge.inputs import read_statistics
         from fmn.merge.model import write_model
 
         digests = {task: job.inputs[f"expert {task}"] for task in experts}
-        statistics = read_statistics(method, digests, fisher, gram)
+        statistics = read_statistics(needs, digests, fisher, gram)
         tasks = {t: _definition(t, experts[t], statistics.definitions) for t in experts}
         checkpoints.check_experts(experts, tasks, base)
         chosen, search = _searched(coefficients, job, digests, settings)
-        lineage: dict[str, Any] = {**statistics.records, "search": search}
+        lineage: dict[str, Any] = {"search": search}
+        if data and is_auto:
+            lineage["auto"] = _auto(job, experts, data, settings, base, statistics, progress)
+            chosen = lineage["auto"].applied(settings)
+        lineage |= statistics.records_for(METHODS[chosen.method])
         lineage["experts"] = {task: _checkpoint(experts[task], digests[task]) for task in experts}
         lineage["base"] = _checkpoint(base, job.inputs["base"]) if base else None
         write_model(
@@ -123,7 +146,7 @@ def merge(
 
     return run_stage(
         "merge", MERGE, out, compute,
-        reads=reads, settings=settings.used(), summary=read_recipe, is_folder=True,
+        reads=reads, settings=described, summary=read_recipe, is_folder=True,
     )  # fmt: skip
 
 
@@ -133,19 +156,61 @@ def _definition(name: str, expert: Path, by_statistics: Mapping[str, Task | None
     return known or labels.expert_task(expert, name)
 
 
+def _texts_of_auto(
+    experts: Mapping[str, Path],
+    data: Path | None,
+    coefficients: Path | None,
+    settings: MergeSettings,
+) -> tuple[Reads, dict[str, Any]]:
+    """The files of the texts that auto measures merges on, and what their choice depends on."""
+    if data is None:
+        raise UserError(
+            "--data DIR is missing: method auto measures merges on training texts; give it, or"
+            " another --method"
+        )
+    if coefficients or settings.scale != "auto":
+        option = "--coefficients" if coefficients else "--scale"
+        raise UserError(f"{option}: method auto finds the scale; leave it out, or name a --method")
+    tasks = {task: load_task(data, task) for task in experts}
+    rows = {task: provenance.rows_tuned_on(folder) for task, folder in experts.items()}
+    files: Reads = {f"data {t}": dataset.split_files(data, tasks[t], "train") for t in tasks}
+    return files, {"tasks": tasks, "tuned on": rows}
+
+
+def _auto(
+    job: Job,
+    experts: Mapping[str, Path],
+    data: Path,
+    settings: MergeSettings,
+    base: Path | None,
+    statistics: "Statistics",
+    progress: Progress,
+) -> records.Auto:
+    """Try merges on unlabeled training texts."""
+    from fmn.merge.auto import TEXTS, choose
+    from fmn.merge.heads import unlabeled
+
+    examples = {}
+    for task, folder in experts.items():
+        rows = provenance.rows_tuned_on(folder)
+        examples[task] = unlabeled(folder, load_task(data, task), data, TEXTS, settings.seed, rows)
+    auto = choose(experts, examples, settings, base=base, statistics=statistics, progress=progress)
+    return auto.model_copy(update={"data": {task: job.inputs[f"data {task}"] for task in experts}})
+
+
 def statistics_files(
-    method: Method, experts: Iterable[str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
+    needs: Needs, experts: Iterable[str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
 ) -> dict[str, Path]:
     """The files that a method takes, by "fisher TASK" and "gram TASK"; UserError if one lacks."""
-    fisher_command = method.statistic if method.fisher == "parameters" else "fisher"
-    needed = [("fisher", fisher_command, fisher)] if method.fisher else []
-    needed += [("gram", "gram", gram)] if method.gram else []
+    fisher_command = needs.statistic if needs.fisher == "parameters" else "fisher"
+    needed = [("fisher", fisher_command, fisher)] if needs.fisher else []
+    needed += [("gram", "gram", gram)] if needs.gram else []
     files = {}
     for kind, command, by_task in needed:
         for task in experts:
             if task not in by_task:
                 raise UserError(
-                    f"--{kind} {task}=FILE is missing: the method {method.name} takes it;"
+                    f"--{kind} {task}=FILE is missing: the method {needs.name} takes it;"
                     f" `fmn {command}` makes it"
                 )
             files[f"{kind} {task}"] = by_task[task]
@@ -195,7 +260,8 @@ def realign(
 ) -> Outcome[Recipe]:
     """Re-align a merged model's heads with its encoder, on unlabeled training texts.
 
-    The result is a merged model of its own; its other files are hard links to the model's.
+    Each task may have its expert's own parts of the encoder: the pooler, and last layers. The
+    result is a merged model of its own; files that are as in the model are hard links to them.
 
     Args:
         model: the merged model's folder
@@ -204,7 +270,8 @@ def realign(
         out: the new model's folder
 
     Raises:
-        UserError: an expert is missing, or is not the one that was merged.
+        UserError: an expert is missing, or is not the one that was merged; or the encoder has not
+            so many layers.
     """
     stage.check_output(out, [data])
     merged = read_recipe(model)
@@ -220,13 +287,16 @@ def realign(
         from fmn.merge.heads import realigned_head, unlabeled
         from fmn.merge.model import write_realigned
 
+        own_parts = _own_parts(model / "encoder", settings)
         texts = None if settings.texts == "all" else settings.texts
         tensors, fits = {}, {}
         for task in merged.tasks:
-            expert, above = experts[task], task_folder(model, task)
+            expert, folder = experts[task], task_folder(model, task)
             examples = unlabeled(expert, definitions[task], data, texts, settings.seed, rows[task])
             options = settings.ridge, settings.device, settings.dtype
-            tensors[task], fits[task] = realigned_head(expert, above, examples, *options)
+            tensors[task], fits[task] = realigned_head(
+                expert, folder, own_parts, examples, *options
+            )
             progress(len(fits), len(merged.tasks))
         realigned = records.Realigned(
             merged=job.inputs["model"],
@@ -235,13 +305,24 @@ def realign(
             tasks=fits,
         )
         recipe = merged.model_copy(update={"realign": realigned})
-        write_realigned(job.path, model, tensors, recipe)
+        write_realigned(job.path, model, tensors, recipe, experts, own_parts)
 
     described = {"realign": settings, "tuned on": rows, "tasks": definitions}
     return run_stage(
         "realign", REALIGN, out, compute,
         reads=reads, settings=described, summary=read_recipe, is_folder=True,
     )  # fmt: skip
+
+
+def _own_parts(encoder: Path, settings: RefitSettings) -> list[str]:
+    """The tensors in an encoder's folder that each task has from its own expert."""
+    from fmn.fisher import architectures
+    from fmn.models.headers import tensor_headers
+
+    config = checkpoints.load_config(encoder)
+    shapes = {name: header.shape for name, header in tensor_headers(encoder).items()}
+    pooler, layers = settings.own_pooler, settings.own_layers
+    return architectures.own_parts(config, shapes, pooler=pooler, layers=layers)
 
 
 def calibrate(

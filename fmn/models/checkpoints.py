@@ -142,11 +142,15 @@ def quiet() -> Iterator[None]:
 
 
 class _Shapes(NamedTuple):
-    """Shapes of a classifier's tensors; its encoder's names begin with `prefix` in it."""
+    """Shapes of a classifier's tensors; its encoder's names begin with `prefix` in it.
+
+    `linear` are the matrices of the encoder's linear maps: whether each is stored [in, out].
+    """
 
     encoder: dict[str, tuple[int, ...]]
     head: dict[str, tuple[int, ...]]
     prefix: str
+    linear: dict[str, bool]
 
 
 _shapes: dict[str, _Shapes] = {}
@@ -158,8 +162,16 @@ def _described_shapes(config: "PretrainedConfig") -> _Shapes:
     key = json.dumps([sizes, config.num_labels], sort_keys=True, default=str)
     if key in _shapes:  # all experts of one shape are built once
         return _shapes[key]
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
     model = _described_model(config)
-    shapes = _Shapes({}, {}, f"{model.base_model_prefix}.")
+    linear = {
+        f"{path}.weight": isinstance(module, Conv1D)
+        for path, module in model.base_model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    }
+    shapes = _Shapes({}, {}, f"{model.base_model_prefix}.", linear)
     tied = getattr(model, "all_tied_weights_keys", None) or ()
     for name, value in model.state_dict().items():
         if name not in tied:
@@ -204,6 +216,14 @@ def encoder_names(config: "PretrainedConfig", names: Iterable[str]) -> Names:
         elif stored in shapes.head:
             split.head[stored] = stored
     return split
+
+
+def linear_maps(config: "PretrainedConfig") -> Mapping[str, bool]:
+    """The matrices of the encoder's linear maps by name in the base model.
+
+    The values are whether they are stored [in, out], as those of GPT-2 are.
+    """
+    return _described_shapes(config).linear
 
 
 def check_tensors(folder: Path, config: "PretrainedConfig", *, head: bool) -> None:

@@ -1,15 +1,17 @@
-"""The model that MLflow serves: one encoder, a head for each task. Needs no fmn.
+"""The model that MLflow serves: one encoder, and for each task its own parts. Needs no fmn.
 
 MLflow runs this file as it is ("models from code"). The artifact ``merged`` is a folder::
 
     encoder/         config, weights, tokenizer
-    tasks/TASK/      task.json (the definition), config.json, head.safetensors
+    tasks/TASK/      task.json (the definition), config.json, head.safetensors (the head, and what
+                     the task has in place of parts of the encoder)
     tokenizers.json  by task, the folder of its tokenizer: encoder, or tasks/TASK
 """
 
+import copy
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -39,30 +41,54 @@ COLUMNS = ("label", "labels", "score", "probabilities")
 # Tasks
 
 
-class SharedEncoder(torch.nn.Module):
-    """Stands in for the encoder in the models of all tasks, and computes each batch once.
+class Memory:
+    """What the modules that several models share gave for the current batch, for each thread."""
 
-    The first model that is called after `forget` computes the encoder's output; the others get the
-    same. Each thread has its own output.
-    """
-
-    def __init__(self, encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.memory = threading.local()
+    def __init__(self) -> None:
+        self.local = threading.local()
 
     def forget(self) -> None:
         """Begin a new batch."""
-        self.memory.output = None
+        self.local.outputs = {}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.memory.output is None:
-            self.memory.output = self.encoder(*args, **kwargs)
-        return self.memory.output
+    def share(self, module: torch.nn.Module) -> None:
+        """Let a module compute once what all models ask of it for a batch.
+
+        It computes again for other inputs, as it has above parts that models have for themselves.
+        """
+        forward = module.forward
+
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            values = (*args, *kwargs.values())
+            inputs = [value for value in values if isinstance(value, torch.Tensor)]
+            before, output = self.local.outputs.get(module, (None, None))
+            if before is None or not _are_equal(before, inputs):
+                output = forward(*args, **kwargs)
+                self.local.outputs[module] = inputs, output
+            return output
+
+        module.forward = remembered
+
+
+def _are_equal(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
+    pairs = zip(left, right, strict=False)
+    return len(left) == len(right) and all(a is b or torch.equal(a, b) for a, b in pairs)
+
+
+def shared_modules(
+    module: torch.nn.Module, own: Collection[str], path: str = ""
+) -> Iterator[torch.nn.Module]:
+    """The largest modules in `module`, which has this path, without a parameter named in `own`."""
+    is_list = isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict)  # is not called
+    if not is_list and all(name not in own for name, _ in module.named_parameters(path)):
+        yield module
+        return
+    for name, child in module.named_children():
+        yield from shared_modules(child, own, f"{path}.{name}".lstrip("."))
 
 
 class Task(NamedTuple):
-    """A task: its classifier, whose encoder is shared, and how its texts are read.
+    """A task: its classifier, which shares modules with others, and how its texts are read.
 
     `labels` are the names of its outputs; `tokenizer_folder` tells tokenizers apart.
     """
@@ -78,50 +104,71 @@ class Task(NamedTuple):
     labels: list[str]
 
 
-def load_tasks(folder: Path) -> tuple[dict[str, Task], SharedEncoder]:
-    """The tasks by name, and the encoder that all of them share in memory."""
-    weights: dict[str, torch.Tensor] = {}
-    for file in (folder / "encoder").glob("*.safetensors"):
-        weights |= load_file(file)
+def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
+    """The tasks by name, and the memory of the modules that they share."""
     tokenizers: dict[str, str] = json.loads((folder / "tokenizers.json").read_text())
     loaded = {name: _load_tokenizer(folder / name) for name in set(tokenizers.values())}
-    shared, tasks = None, {}
-    for path in sorted((folder / "tasks").iterdir()):
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        # Experts are evaluated in float32, whatever their files hold.
-        with torch.device("meta" if shared else "cpu"):
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        prefix = model.base_model_prefix
-        if shared is None:
-            missing = model.base_model.load_state_dict(weights, strict=False).missing_keys
-            if lost := [n for n in missing if f"{prefix}.{n}" not in model.all_tied_weights_keys]:
-                raise ValueError(f"{folder / 'encoder'}: has no {lost}")
-            shared = SharedEncoder(model.base_model)
-        setattr(model, prefix, shared)
-        head = {name: value.float() for name, value in load_file(path / "head.safetensors").items()}
-        missing, unexpected = model.load_state_dict(head, strict=False, assign=True)
-        lost = [name for name in missing if not name.startswith(f"{prefix}.")]
-        if lost or unexpected:
-            raise ValueError(f"{path}: head and configuration differ: {[*lost, *unexpected]}")
-        tokenizer = loaded[tokenizers[path.name]]
+    models, memory = load_models(folder)
+    tasks = {}
+    for name, model in models.items():
+        config, tokenizer = model.config, loaded[tokenizers[name]]
         if config.pad_token_id is None:  # tells where each text of a batch ends
             config.pad_token_id = tokenizer.pad_token_id
-        definition = json.loads((path / "task.json").read_text())
+        definition = json.loads((folder / "tasks" / name / "task.json").read_text())
         labels = [config.id2label[output] for output in range(config.num_labels)]
         kind = "regression" if len(labels) == 1 else "single_label_classification"
-        tasks[path.name] = Task(
-            name=path.name,
-            model=model.eval(),
+        tasks[name] = Task(
+            name=name,
+            model=model,
             tokenizer=tokenizer,
-            tokenizer_folder=tokenizers[path.name],
+            tokenizer_folder=tokenizers[name],
             max_length=definition["max_length"],
             text_count=2 if definition["columns"]["text_pair"] else 1,
             problem_type=definition["problem_type"] or config.problem_type or kind,
             threshold=definition["threshold"],
             labels=labels,
         )
-    assert shared is not None  # noqa: S101 - a merged model has a task
-    return tasks, shared
+    return tasks, memory
+
+
+def load_models(folder: Path) -> tuple[dict[str, PreTrainedModel], Memory]:
+    """The classifiers by task, whose encoders have all but a task's own parts in common."""
+    weights: dict[str, torch.Tensor] = {}
+    for file in (folder / "encoder").glob("*.safetensors"):
+        weights |= load_file(file)
+    paths = sorted((folder / "tasks").iterdir())
+    own = {path: load_file(path / "head.safetensors") for path in paths}
+    in_common: dict[int, Any] = {}  # modules and parameters by id, which copies of the encoder keep
+    models, memory, encoder = {}, Memory(), None
+    for path, tensors in own.items():
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        # Experts are evaluated in float32, whatever their files hold.
+        with torch.device("cpu" if encoder is None else "meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        prefix = model.base_model_prefix
+        if encoder is None:
+            encoder = model.base_model
+            missing = encoder.load_state_dict(weights, strict=False).missing_keys
+            if lost := [n for n in missing if f"{prefix}.{n}" not in model.all_tied_weights_keys]:
+                raise ValueError(f"{folder / 'encoder'}: has no {lost}")
+            names = {name for each in own.values() for name in each}
+            for module in shared_modules(encoder, names):
+                in_common[id(module)] = module
+                if any(True for _ in module.parameters()):
+                    memory.share(module)
+            shared = {n: tensor for n, tensor in encoder.named_parameters() if n not in names}
+            in_common |= {id(tensor): tensor for tensor in shared.values()}
+        setattr(model, prefix, copy.deepcopy(encoder, dict(in_common)))
+        in_encoder = encoder.state_dict().keys()
+        renamed = {n: f"{prefix}.{n}" if n in in_encoder else n for n in tensors}
+        missing, unexpected = model.load_state_dict(
+            {renamed[n]: tensor.float() for n, tensor in tensors.items()}, strict=False, assign=True
+        )
+        lost = [name for name in missing if not name.startswith(f"{prefix}.")]
+        if lost or unexpected:
+            raise ValueError(f"{path}: head and configuration differ: {[*lost, *unexpected]}")
+        models[path.name] = model.eval()
+    return models, memory
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -272,7 +319,7 @@ class MergedModel(PythonModel):
     """Answers texts for one task, for a task of each row's own, or for all tasks."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.tasks, self.encoder = load_tasks(Path(context.artifacts["merged"]))
+        self.tasks, self.memory = load_tasks(Path(context.artifacts["merged"]))
         self.lock = threading.Lock()  # a tokenizer serves one thread at a time
         self.groups: dict[tuple[str, int, int], list[Task]] = {}
         for task in self.tasks.values():  # tasks of a group read their texts alike
@@ -320,7 +367,7 @@ class MergedModel(PythonModel):
     ) -> Iterator[tuple[int, str, dict[str, Any]]]:
         """The answers of tasks that read their texts alike: row, task and answer.
 
-        The encoder computes each batch once for all of them.
+        Modules that the tasks share compute each batch once for all of them.
         """
         names = {task.name for task in tasks}
         numbers = [number for number, row in enumerate(rows) if names.intersection(row.tasks)]
@@ -337,7 +384,7 @@ class MergedModel(PythonModel):
             _refuse(f"row {index[numbers[lengths.index(0)]]}: text is empty; give one with words")
         for batch in _batches(lengths):
             inputs = _padded(tokens, batch, tasks[0].tokenizer)
-            self.encoder.forget()
+            self.memory.forget()
             for task in tasks:
                 places = [
                     n for n, place in enumerate(batch) if task.name in rows[numbers[place]].tasks

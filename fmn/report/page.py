@@ -52,6 +52,8 @@ def settings(recipe: Recipe) -> str:
     names = ("mapping", "normalise", "exponent", "damping", "scale", "density", "seed")
     values = {name: getattr(recipe, name) for name in names}
     words = [f"{name} {value}" for name, value in values.items() if value is not None]
+    if recipe.auto:
+        words.append(recipe.auto.in_words)
     if search := recipe.search:
         shares = [results.shown(share) for share in (search.score, search.uniform)]
         words.append(
@@ -60,8 +62,11 @@ def settings(recipe: Recipe) -> str:
         )
     if recipe.calibrate:
         words.append(f"encoder calibrated on {recipe.calibrate.texts} texts of each task")
-    if recipe.realign:
+    if realigned := recipe.realign:
+        layers = [f"last {realigned.own_layers} layers"] * bool(realigned.own_layers)
+        own = results.listed(["pooler"] * realigned.own_pooler + layers)
         words.append("heads re-aligned")
+        words += [f"each task with its expert's {own}"] if own != "nothing" else []
     return ", ".join(words)
 
 

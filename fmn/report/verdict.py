@@ -142,7 +142,7 @@ def _remedy(report: Report, losing: Sequence[str], *, has_offers: bool) -> list[
     tasks = listed(losing[:3])
     if not recipe.realign:
         return [f"For {tasks}, try re-aligned heads: `realign: {{realigned: {{}}}}`."]
-    layers = getattr(recipe.realign, "own_layers", 0) + 1
+    layers = recipe.realign.own_layers + 1
     last = f"last {layers} layers" if layers > 1 else "last layer"
     setting = f"`own_layers: {layers}` under `realign`"
     return [f"For {tasks}, try {setting}: each task has its expert's {last}."]

@@ -25,6 +25,7 @@ from fmn.tasks.task import Columns, write_task
 from tests.conftest import TASKS
 from tests.reports import CLASSES, NUMBERS, own_expert, own_task
 
+AVERAGE = ComparedSettings(method="average")
 SMALL = SearchSettings(trials=1, rows=8, device="cpu")
 
 
@@ -127,6 +128,7 @@ def test_an_expert_that_scores_nothing_is_named(tiny_work: Path, tmp_path: Path)
     ("how", "settings", "tasks", "message"),
     [
         ({"coefficient": ["sst2=2"]}, SMALL, TASKS, "--coefficient: the search is to find it"),
+        ({"method": "auto"}, SMALL, TASKS, "--method auto: coefficients are of one method"),
         ({"scale": 2}, SearchSettings(scale_range=(1, 2)), TASKS, "--scale: the search is to"),
         ({}, SMALL, TASKS[:1], "one expert"),
     ],
@@ -201,24 +203,32 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
     validation = CompareSettings(methods={"any": ComparedSettings(method="average")}, device="cpu")
     train = validation.model_copy(update={"split": "train", "rows": 20})
 
-    def cell(name: str, settings: CompareSettings, texts: Any = None) -> Outcome[Cell]:
-        refit = RefitSettings(texts=texts) if texts else None
+    def cell(
+        name: str,
+        settings: CompareSettings,
+        texts: Any = None,
+        layers: int = 0,
+        merging: ComparedSettings = AVERAGE,
+    ) -> Outcome[Cell]:
+        refit = RefitSettings(texts=texts, own_layers=layers) if texts else None
         return stages.compare(
             experts=experts,
             base=work / "base",
             data=work / "data",
             out=work / f"{name}.json",
-            merging=ComparedSettings(method="average", realign=refit),
+            merging=merging.model_copy(update={"realign": refit}),
             settings=settings,
         )
 
     merge(work, work / "merged", None, method="average")
-    data, how = work / "data", RealignSettings(texts=40, device="cpu")
-    merge_stages.realign(
-        work / "merged", experts=experts, data=data, out=work / "realigned", settings=how
-    )
-    for name, model, texts in (("plain", "merged", None), ("refit", "realigned", 40)):
-        tasks = cell(name, validation, texts).summary.tasks
+    data = work / "data"
+    for layers in (0, 1):
+        how = RealignSettings(texts=40, device="cpu", own_layers=layers)
+        merge_stages.realign(
+            work / "merged", experts=experts, data=data, out=work / f"own-{layers}", settings=how
+        )
+    for model, texts, layers in (("merged", None, 0), ("own-0", 40, 0), ("own-1", 40, 1)):
+        tasks = cell(model, validation, texts, layers).summary.tasks
         metrics = work / f"{model}-metrics.json"
         evaluate(work / model, data=data, out=metrics, settings=EvaluateSettings(device="cpu"))
         for task, answered in read_predictions(metrics).items():
@@ -226,6 +236,12 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
             np.testing.assert_allclose(tasks[task].predictions, expected, atol=1e-4)
             score, of_expert = tasks[task].score, tasks[task].expert
             assert tasks[task].relative == relative(answered.task, score, of_expert)
+    auto = ComparedSettings(method="auto", device="cpu", dtype="float32")
+    for name, settings in (("auto", validation), ("auto-train", train)):
+        chosen = cell(name, settings, merging=auto).summary
+        assert chosen.auto is not None
+        by_hand = ComparedSettings(**chosen.auto.applied(AVERAGE).model_dump())
+        assert cell("by-hand", settings, merging=by_hand).summary.tasks == chosen.tasks
     computed = [cell("train", train, texts).computed for texts in ("all", "all", 40)]
     assert computed == [True, False, True]
     for expert in experts.values():  # without which all rows may have been seen

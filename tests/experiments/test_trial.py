@@ -13,7 +13,7 @@ from fmn.experiments import trial
 from fmn.experiments.files import Source, TunedOn
 from fmn.merge import heads
 from fmn.merge import model as merged
-from fmn.merge.stages import MergeSettings, RefitSettings
+from fmn.merge.stages import MergeSettings
 from fmn.models import checkpoints
 from fmn.models.predict import predict
 from fmn.tasks import dataset
@@ -87,11 +87,10 @@ def test_heads_are_realigned_on_texts_that_are_not_tried(tiny_work: Path) -> Non
     tokens = dataset.tokenize(tokenizer, get_task("sst2"), table).inputs["input_ids"]
     unseen = {tuple(tokens[row]) for row in set(range(len(labels))) - {*select(labels, 200, 3)}}
     left = len(labels) - 200 - 50
-    for limit in (left, left + 30, "all"):
-        refit = RefitSettings.model_validate({"texts": limit, "seed": 1})
-        texts = trial.texts_for_head(tried, refit, "")
+    for limit in (left, left + 30, None):
+        texts = trial.texts_for_head(tried, limit, 1, "")
         ids = texts.examples.inputs["input_ids"]
-        count = len(labels) - 50 if limit == "all" else limit
+        count = limit or len(labels) - 50
         assert len(texts.features) == len(ids) == count
         assert sum(tuple(text) in unseen for text in ids) >= left
     everything = expert.rows.tolist() + list(range(len(labels)))

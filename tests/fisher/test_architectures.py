@@ -18,10 +18,11 @@ from fmn.fisher.architectures import (
     claims,
     mask_sites,
     node_counts,
+    own_parts,
     tempered,
     weights,
 )
-from tests.tiny import CONFIGS, tiny_model
+from tests.tiny import CONFIGS, tiny_examples, tiny_model
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -320,3 +321,60 @@ def test_scale_of_the_loss_is_normalised_away_and_zero_stays_zero(normalise: str
         np.testing.assert_allclose(values, scale * tempered(FISHER, normalise, 1.0)[site])
     zero = {site: np.zeros_like(values) for site, values in FISHER.items()}
     assert not any(values.any() for values in tempered(zero, normalise, 1.0).values())
+
+
+def chain_of(model: transformers.PreTrainedModel) -> list[str]:
+    return list(dict.fromkeys(site.layer for site in mask_sites(model)))
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if not n.startswith(("albert", "t5"))])
+def test_own_parts_are_what_the_last_shared_layer_does_not_depend_on(name: str) -> None:
+    model = tiny_model(name)
+    model.config.pad_token_id = model.config.pad_token_id or 0
+    base = model.base_model
+    outputs: list[torch.Tensor] = []
+    layer = model.get_submodule(chain_of(model)[0])
+    layer.register_forward_hook(
+        lambda _, __, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    examples = tiny_examples(name, 1)
+    inputs = {key: torch.tensor(np.array(value)) for key, value in examples.inputs.items()}
+    logits = model(**inputs).logits
+    named = dict(base.named_parameters())
+    own = own_parts(model.config, shapes_of(base), layers=1)
+    options: dict[str, Any] = {"allow_unused": True, "retain_graph": True}
+    reached = torch.autograd.grad(outputs[0].sum(), list(named.values()), **options)
+    assert own == [key for key, slope in zip(named, reached, strict=True) if slope is None]
+    slopes = torch.autograd.grad(logits.sum(), [named[key] for key in own], **options)
+    assert all(slope is not None for slope in slopes)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_pooler_alone_is_own_where_there_is_one_and_nothing_if_nothing_is_to_be(
+    name: str,
+) -> None:
+    model = tiny_model(name)
+    shapes = shapes_of(model.base_model)
+    poolers = {"bert": ["pooler.dense.weight", "pooler.dense.bias"]}
+    poolers |= {key: ["pooler.weight", "pooler.bias"] for key in ("albert", "albert-groups")}
+    assert own_parts(model.config, shapes) == poolers.get(name, [])
+    assert own_parts(model.config, shapes, pooler=False) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [
+        ("bert", 2, "own_layers is 2, but this bert has 2 layers, .*; give at most 1"),
+        (
+            "albert",
+            1,
+            "own_layers: albert has layers that share their parameters; only",
+        ),
+        ("albert-groups", 1, "layers that share their parameters"),
+        ("t5", 1, "t5 has a decoder; only 0 is possible"),
+    ],
+)
+def test_own_layers_that_cannot_be_are_refused(name: str, layers: int, message: str) -> None:
+    model = tiny_model(name)
+    with pytest.raises(UserError, match=message):
+        own_parts(model.config, shapes_of(model.base_model), layers=layers)

@@ -192,6 +192,54 @@ def test_sharded_experts_give_a_sharded_encoder_that_loads(tmp_path: Path) -> No
         assert all(torch.equal(merged[name], tensor) for name, tensor in tensors.items())
 
 
+def test_own_parts_load_without_our_code_and_what_is_shared_is_on_the_disk_once(
+    tmp_path: Path,
+) -> None:
+    experts = {n: checkpoints(tmp_path / n, n) for n in ("bert", "roberta", "deberta-v3", "gpt2")}
+    experts["sharded"] = experts["bert"]
+    experts["half"] = checkpoints(tmp_path / "half", dtype=torch.bfloat16)
+    experts["mixed"] = {**experts["bert"], "mrpc": experts["half"]["mrpc"]}
+    own, merged = {}, {}
+    for name, folders in experts.items():
+        size = 5_000 if name == "sharded" else stream.SHARD_BYTES
+        plain, out = tmp_path / name / "merged", tmp_path / name / "out"
+        recipe = model.write_model(plain, folders, AVERAGE, shard_bytes=size)
+        merged[name] = model.in_memory(folders, AVERAGE)
+        shapes = {key: tuple(tensor.shape) for key, tensor in merged[name].items()}
+        own[name] = architectures.own_parts(load(folders["mrpc"]).config, shapes, layers=1)
+        heads: dict[str, dict[str, Tensor]] = {task: {} for task in folders}
+        model.write_realigned(out, plain, heads, recipe, folders, own[name])
+        *shared, rest = sorted((out / "encoder").glob("*.safetensors"))
+        assert load_file(rest).keys() == set(own[name])
+        for task in folders:
+            *linked, last = sorted((out / "tasks" / task).glob("*.safetensors"))
+            assert all(a.samefile(b) for a, b in zip(linked, shared, strict=True))
+            assert set(own[name]) < load_file(last).keys()
+            assert {tensor.dtype for key, tensor in load_file(last).items() if key in shapes} == {
+                merged[name][key].dtype for key in own[name]
+            }
+        if name == "sharded":  # files without own parts are those of the model
+            before = {file.stat().st_ino for file in (plain / "encoder").glob("*.safetensors")}
+            assert len([file for file in shared if file.stat().st_ino in before]) > 1
+        assert artifacts.digest_file(rest) == artifacts.digest_bytes(rest.read_bytes())
+    outs = {name: tmp_path / name / "out" for name in experts}
+    result = loaded(outs.values(), tmp_path)
+    for name, out in outs.items():
+        lacks = ["pooler.dense.bias", "pooler.dense.weight"] if name == "roberta" else []
+        assert result[str(out)]["encoder"] == {**COMPLETE, "missing_keys": lacks}
+        encoder = AutoModel.from_pretrained(out / "encoder").state_dict()
+        assert all(torch.equal(encoder[key], tensor) for key, tensor in merged[name].items())
+        for task, folder in experts[name].items():
+            expert = load(folder).to(next(iter(encoder.values())).dtype)
+            shared_part = {k: v for k, v in merged[name].items() if k not in own[name]}
+            expert.base_model.load_state_dict(shared_part, strict=False)
+            with torch.no_grad():
+                wanted = expert(torch.tensor(TEXTS)).logits
+            logits = torch.tensor(result[str(out)][task].pop("logits"), dtype=wanted.dtype)
+            torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-6)
+            assert result[str(out)][task] == COMPLETE
+
+
 def test_half_precision_experts_give_a_model_that_loads_as_such(tmp_path: Path) -> None:
     experts, out = checkpoints(tmp_path, dtype=torch.bfloat16), tmp_path / "out"
     seen: list[tuple[int, int]] = []
@@ -295,6 +343,32 @@ def test_gpt2_whose_weights_are_transposed_is_regressed_alike(tmp_path: Path) ->
     residual = sum(second[task] @ (merged.double() - stored[task]) for task in experts)
     assert isinstance(residual, Tensor)
     assert residual.abs().max() < 1e-4 * (second["mrpc"] @ stored["mrpc"]).abs().max()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_wudi_takes_the_matrices_of_linear_maps_alone_however_they_are_stored(
+    name: str, tmp_path: Path
+) -> None:
+    experts = {
+        task: save(tiny_model(name, labels, seed), tmp_path / task)
+        for seed, (task, labels) in enumerate({"mrpc": 2, "stsb": 1}.items())
+    }
+    origin = save(tiny_model(name, 2, 9), tmp_path / "base")
+    merged = model.in_memory(experts, MergeSettings(method="wudi"), origin)
+    base, *tuned = (load(folder).base_model.state_dict() for folder in (origin, *experts.values()))
+    turned, linear, embedding = {
+        "bert": (False, "encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"),
+        "gpt2": (True, "h.1.mlp.c_proj.weight", "wte.weight"),
+    }[name]
+    mean = (tuned[0][embedding] + tuned[1][embedding]) / 2
+    torch.testing.assert_close(merged[embedding], mean)
+    vectors = [(each[linear] - base[linear]).double() for each in tuned]
+    change = (merged[linear] - base[linear]).double()
+    if turned:
+        vectors, change = [each.T for each in vectors], change.T
+    # At the optimum the gradient is zero: sum_j (tau - tau_j) tau_j^T tau_j / |tau_j|^2 = 0.
+    pulls = [(change - each) @ each.T @ each / each.square().sum() for each in vectors]
+    assert (pulls[0] + pulls[1]).abs().max() < 1e-3 * pulls[0].abs().max()
 
 
 @pytest.mark.parametrize("method", ["mask-fisher", "fisher-regmean"])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from fmn.errors import UserError
 from fmn.merge import heads
+from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe, SearchedCoefficients, read_recipe
 from fmn.merge.stages import MergeSettings, RealignSettings, merge, realign
 from fmn.models import checkpoints
+from fmn.models.provenance import rows_tuned_on
 from fmn.store import artifacts
 from fmn.store.stage import Outcome, check_intact, read_sidecar, write_record
 from fmn.tasks.dataset import read_split
@@ -174,12 +177,60 @@ def test_coefficients_of_a_search_are_taken_for_the_merge_they_are_for(work: Pat
         merged(work, coefficients=work / "searched.json")
 
 
+AUTO = MergeSettings(method="auto", device="cpu", dtype="float32")
+
+
+def test_auto_takes_the_best_of_several_merges_and_says_so(work: Path) -> None:
+    outcome = merged(work, AUTO, data=work / "data")
+    recipe = outcome.summary
+    assert recipe == read_recipe(work / "merged")
+    assert recipe.auto is not None
+    chosen, average = recipe.auto.chosen, recipe.auto.candidates[0]
+    assert (recipe.method, recipe.scale) == (chosen.method, chosen.scale)
+    assert (average.method, average.scale) == ("average", 1)
+    assert chosen.error == min(each.error for each in recipe.auto.candidates) <= average.error
+    assert set(chosen.tasks) == set(recipe.auto.data) == set(TASKS)
+    assert bool(recipe.fisher) == (METHODS[recipe.method].fisher is not None)
+    assert recipe.auto.in_words in (work / "merged" / "README.md").read_text()
+    elsewhere = AUTO.model_copy(update={"device": "auto"})
+    assert not merged(work, elsewhere, data=work / "data").computed
+    encoder = work / "merged" / "encoder" / "model.safetensors"
+    by_hand = MergeSettings(method=recipe.method, scale=recipe.scale)
+    merged(work, by_hand, out=work / "by-hand")
+    written = work / "by-hand" / "encoder" / "model.safetensors"
+    assert encoder.read_bytes() == written.read_bytes()
+
+
+def test_auto_reads_no_labels_and_depends_on_the_texts(work: Path) -> None:
+    first = merged(work, AUTO, data=work / "data", fisher={}).summary.auto
+    assert first is not None
+    for name in TASKS:
+        table = read_split(work / "data", get_task(name), "train").drop_columns(["label"])
+        pq.write_table(table, work / "data" / name / "train.parquet")
+    second = merged(work, AUTO, data=work / "data", fisher={})
+    assert second.computed
+    assert second.summary.auto is not None
+    assert second.summary.auto.candidates == first.candidates
+    assert second.summary.auto.data != first.data
+
+
+def test_auto_says_what_it_lacks(work: Path) -> None:
+    with pytest.raises(UserError, match="--data DIR is missing: method auto measures merges"):
+        merged(work, AUTO)
+    scaled = AUTO.model_copy(update={"scale": 1.2})
+    with pytest.raises(UserError, match="--scale: method auto finds the scale"):
+        merged(work, scaled, data=work / "data")
+    fisher = {name: work / "fisher" / f"{name}.parquet" for name in TASKS[1:]}
+    with pytest.raises(UserError, match="--fisher sst2=FILE is missing"):
+        merged(work, AUTO, data=work / "data", fisher=fisher)
+
+
 def test_the_last_map_of_every_head_alone_is_new_and_the_encoder_is_on_the_disk_once(
     work: Path,
 ) -> None:
     merged(work)
     before = artifacts.digest_files(work / "merged")
-    recipe = realigned(work).summary
+    recipe = realigned(work, SETTINGS.model_copy(update={"own_pooler": False})).summary
     assert artifacts.digest_files(work / "merged") == before
     check_intact(work / "realigned")
     after = artifacts.digest_files(work / "realigned")
@@ -205,6 +256,38 @@ def test_the_last_map_of_every_head_alone_is_new_and_the_encoder_is_on_the_disk_
         fit = recipe.realign.tasks[name]
         assert fit.after is not None
         assert (fit.texts, fit.ridge > 0, fit.after < fit.before) == (40, True, True)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_task_has_its_experts_own_parts_and_a_head_that_is_fitted_above_them(
+    work: Path, layers: int
+) -> None:
+    merged(work)
+    recipe = realigned(work, SETTINGS.model_copy(update={"own_layers": layers})).summary
+    check_intact(work / "realigned")
+    assert recipe.realign is not None
+    assert (recipe.realign.own_pooler, recipe.realign.own_layers) == (True, layers)
+    own = ("pooler.", "encoder.layer.1.")[: 1 + layers]
+    for name in TASKS:
+        folder = work / "realigned" / "tasks" / name
+        before, model, expert = (
+            checkpoints.load_classifier(path)
+            for path in (work / "merged" / "tasks" / name, folder, work / "experts" / name)
+        )
+        for key, tensor in model.base_model.state_dict().items():
+            origin = expert if key.startswith(own) else before
+            assert torch.equal(tensor, origin.base_model.state_dict()[key])
+        source = work / "experts" / name
+        tuned_on = rows_tuned_on(source)
+        texts = heads.unlabeled(source, get_task(name), work / "data", 40, 0, tuned_on)
+        read = [
+            heads.features(each, texts, device="cpu", dtype="float32") for each in (expert, model)
+        ]
+        weight, _, fit = heads.refit(read[0], read[1], *heads.last_map(expert))
+        np.testing.assert_allclose(heads.last_map(model)[0], weight, atol=1e-6)
+        assert recipe.realign.tasks[name].before == pytest.approx(fit.before, rel=1e-5)
+    with pytest.raises(UserError, match=r"own_layers is 2, but .* 2 layers"):
+        realigned(work, SETTINGS.model_copy(update={"own_layers": 2}))
 
 
 def test_heads_are_re_aligned_again_only_when_something_they_depend_on_changed(work: Path) -> None:

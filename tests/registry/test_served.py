@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from fmn.fisher.architectures import mask_sites, own_parts
 from fmn.registry import tracking
 from fmn.tasks.task import Columns, Task, get_task
 from tests.conftest import TASKS
@@ -42,6 +44,22 @@ def load(packed: Path) -> "MergedModel":
 
 def ask(model: "MergedModel", table: Any, task: str = "") -> pd.DataFrame:
     return model.predict(None, pd.DataFrame(table), {"task": task})  # type: ignore[arg-type]
+
+
+@contextmanager
+def passes(classifier: PreTrainedModel, layer: int = 0) -> Iterator[Callable[[], int]]:
+    """Counts how often a layer of a model computes within the block."""
+    calls: list[int] = []
+    hook = inside(classifier, layer).register_forward_hook(lambda *_: calls.append(1))
+    yield lambda: len(calls)
+    hook.remove()
+
+
+def inside(classifier: PreTrainedModel, layer: int) -> torch.nn.Module:
+    """A module inside a layer, as what is shared may be the layer itself."""
+    paths = [site.module for site in mask_sites(classifier) if site.site.node == "head"]
+    module: torch.nn.Module = classifier.get_submodule(paths[layer])
+    return module
 
 
 # ---------------------------------------------------------------------------------------------
@@ -135,12 +153,10 @@ def test_a_task_may_stand_in_each_row(model: "MergedModel") -> None:
 
 
 def test_all_tasks_that_fit_answer_each_row(model: "MergedModel") -> None:
-    passes: list[int] = []
-    hook = model.encoder.encoder.register_forward_hook(lambda *_: passes.append(1))
     table = pd.DataFrame({"text": ["dull", ["a", "b"], "bright"]}, index=[7, 3, 7])
-    answers = ask(model, table, "*")
-    hook.remove()
-    assert len(passes) == 2, "one for single texts, one for pairs"
+    with passes(model.tasks["sst2"].model) as count:
+        answers = ask(model, table, "*")
+    assert count() == 2, "one for single texts, one for pairs"
     assert answers.task.tolist() == ["sst2", "mrpc", "stsb", "sst2"]
     assert (answers.row.tolist(), answers.index.tolist()) == ([0, 1, 1, 2], [7, 3, 3, 7])
     for answer in answers.to_dict("records"):
@@ -258,28 +274,38 @@ def word_tokenizer(folder: Path, first: int = 3) -> PreTrainedTokenizerFast:
 Own = tuple["MergedModel", dict[str, PreTrainedModel], Path]
 
 
+def write_tasks(merged: Path, architecture: str, layers: int | None) -> dict[str, PreTrainedModel]:
+    """The tasks `OWN` on one encoder, as classifiers; None: without own parts of it."""
+    classifiers: dict[str, PreTrainedModel] = {}
+    encoder = tiny_model(architecture, dtype=torch.float32).base_model
+    encoder.save_pretrained(merged / "encoder")
+    word_tokenizer(merged / "encoder")
+    shapes = {name: tuple(tensor.shape) for name, tensor in encoder.named_parameters()}
+    parts = () if layers is None else own_parts(encoder.config, shapes, layers=layers)
+    shared = {name: t for name, t in encoder.state_dict().items() if name not in parts}
+    for number, (name, task) in enumerate(OWN.items()):
+        classifier = tiny_model(architecture, task.num_outputs, number, torch.float32)
+        classifier.base_model.load_state_dict(shared, strict=False)
+        prefix = f"{classifier.base_model_prefix}."
+        head = {n: t for n, t in classifier.state_dict().items() if not n.startswith(prefix)}
+        head |= {n: t for n, t in classifier.base_model.state_dict().items() if n in parts}
+        folder = merged / "tasks" / name
+        classifier.config.id2label = dict(enumerate(task.labels)) or {0: "score"}
+        classifier.config.save_pretrained(folder)
+        save_file(head, folder / "model-00002-of-00002.safetensors")
+        word_tokenizer(folder)
+        classifiers[name] = classifier
+    return classifiers
+
+
 @pytest.fixture
-def own(tmp_path: Path) -> Callable[[str], Own]:
+def own(tmp_path: Path) -> Callable[..., Own]:
     """Serves the tasks `OWN` on an encoder: the served model, plain classifiers, the folder."""
 
-    def make(architecture: str) -> Own:
-        merged, classifiers = tmp_path / "merged", {}
-        encoder = tiny_model(architecture, dtype=torch.float32).base_model
-        encoder.save_pretrained(merged / "encoder")
-        word_tokenizer(merged / "encoder")
-        for number, (name, task) in enumerate(OWN.items()):
-            classifier = tiny_model(architecture, task.num_outputs, number, torch.float32)
-            classifier.base_model.load_state_dict(encoder.state_dict())
-            prefix = f"{classifier.base_model_prefix}."
-            head = {n: t for n, t in classifier.state_dict().items() if not n.startswith(prefix)}
-            folder = merged / "tasks" / name
-            classifier.config.id2label = dict(enumerate(task.labels)) or {0: "score"}
-            classifier.config.save_pretrained(folder)
-            save_file(head, folder / "model-00002-of-00002.safetensors")
-            word_tokenizer(folder)
-            classifiers[name] = classifier
-        tracking.pack(merged, OWN, tmp_path / "packed")
-        return load(tmp_path / "packed"), classifiers, merged
+    def make(architecture: str, layers: int | None = None) -> Own:
+        classifiers = write_tasks(tmp_path / "merged", architecture, layers)
+        tracking.pack(tmp_path / "merged", OWN, tmp_path / "packed")
+        return load(tmp_path / "packed"), classifiers, tmp_path / "merged"
 
     return make
 
@@ -297,17 +323,34 @@ def plain_logits(
     return logits
 
 
-@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "vit"])
-def test_one_pass_of_the_encoder_gives_every_head_what_a_pass_of_its_own_would(
-    architecture: str, own: Callable[[str], Own]
+TEXTUAL = [name for name in CONFIGS if name != "vit"]
+CHAINS = [name for name in TEXTUAL if not name.startswith(("albert", "t5"))]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers"),
+    [
+        *((name, None) for name in TEXTUAL),
+        *((name, 0) for name in ("bert", "albert")),  # which have a pooler
+        *((name, 1) for name in CHAINS),
+    ],
+)
+def test_one_pass_of_what_is_shared_gives_every_task_what_a_pass_of_its_own_would(
+    architecture: str, layers: int | None, own: Callable[..., Own]
 ) -> None:
-    served, classifiers, merged = own(architecture)
+    served, classifiers, merged = own(architecture, layers)
     tokenizer = AutoTokenizer.from_pretrained(merged / "encoder")
-    passes: list[int] = []
-    served.encoder.encoder.register_forward_hook(lambda *_: passes.append(1))
     table = {"text": TEXTS, "text_pair": [None, None, None, "w1 w2 w3"]}
-    answers = ask(served, table, "*")
-    assert len(passes) == 3, "texts of 128 tokens, texts of 4, and pairs"
+    with passes(classifiers["price"]) as alone:
+        plain_logits(classifiers["price"], tokenizer, OWN["price"], *TEXTS[:2])
+    models = [task.model for task in served.tasks.values()]
+    with passes(models[0]) as first, passes(models[0], layer=-1) as last:
+        answers = ask(served, table, "*")
+    assert first() == 3 * alone(), "texts of 128 tokens, texts of 4, and pairs"
+    if layers:
+        assert len({id(inside(model, 0)) for model in models}) == 1
+        assert len({id(inside(model, -1)) for model in models}) == len(models)
+        assert last() == 1, "only its own task computes it"
     assert len(answers) == 3 * 3 + 1
     for answer in answers.to_dict("records"):
         name, row = answer["task"], answer["row"]
@@ -325,6 +368,24 @@ def test_one_pass_of_the_encoder_gives_every_head_what_a_pass_of_its_own_would(
         expected = [label for label, is_above in zip(LABELS, above, strict=True) if is_above]
         assert answer["labels"] == expected
         assert answer["label"] == (", ".join(expected) or "none")
+
+
+def test_a_shared_module_above_own_parts_computes_for_each() -> None:
+    from fmn.registry.served import Memory
+
+    module, memory = torch.nn.Linear(3, 2), Memory()
+    plain = torch.nn.Linear(3, 2)
+    plain.load_state_dict(module.state_dict())
+    memory.share(module)
+    memory.forget()
+    first, second = torch.randn(4, 3), torch.randn(4, 3)
+    output = module(first)
+    assert module(first.clone()) is output
+    torch.testing.assert_close(module(second), plain(second))
+    torch.testing.assert_close(module(first), plain(first))
+    output = module(first)
+    memory.forget()
+    assert module(first) is not output
 
 
 def test_each_task_has_its_own_tokenizer_unless_it_is_the_same(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -17,10 +18,11 @@ from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.experiments.files import SearchResult, Trial
 from fmn.experiments.stages import CompareSettings, SearchSettings
 from fmn.merge.stages import RealignSettings, realign
+from fmn.models.stages import predict
 from fmn.registry import stages as registry_stages
 from fmn.registry.stages import RegistrySettings
 from fmn.report.stages import ReportInfo
-from fmn.store.stage import Job, read_record, run_stage
+from fmn.store.stage import Job, check_intact, read_record, run_stage
 from fmn.store.yaml_file import read_yaml, to_yaml
 from fmn.tasks.task import Columns, Task
 from tests.conftest import TASKS
@@ -76,6 +78,27 @@ def test_a_model_is_registered_once_with_its_metrics(
     assert [run.metrics["mrpc.f1.low"], run.metrics["mrpc.f1.high"]] == mrpc["interval"]["f1"]
     assert run.metrics["score.low"] <= run.metrics["score"] <= run.metrics["score.high"]
     assert (run.params["method"], run.params["coefficient.sst2"]) == ("mask-fisher", "1.0")
+
+
+def test_a_model_with_own_parts_is_served_as_it_was_evaluated_and_as_it_predicts(
+    tiny_work: Path, merged: Merged, tmp_path: Path
+) -> None:
+    experts = {task: tiny_work / "experts" / task for task in TASKS}
+    model, metrics, data = tmp_path / "own", tmp_path / "metrics.json", tiny_work / "data"
+    how = RealignSettings(texts=40, own_layers=1, device="cpu")
+    realign(merged.model, experts=experts, data=data, out=model, settings=how)
+    evaluate(model, data=data, out=metrics, settings=EvaluateSettings(device="cpu"))
+    check_intact(Path(shutil.copytree(model, tmp_path / "copy")))
+    registered = registry_stages.register(
+        model, metrics=metrics, data=data, settings=RegistrySettings(name="own")
+    ).summary
+    served = mlflow.pyfunc.load_model(f"models:/own/{registered.version}")
+    table = pd.DataFrame({"text": ["a fine film"], "text_pair": ["the film is fine"]})
+    answers = served.predict(table, params={"task": "*"})
+    assert answers.task.tolist() == ["mrpc", "stsb"]
+    for answer in answers.to_dict("records"):
+        alone = predict(model, *table.iloc[0], task=answer["task"])
+        assert answer["score"] == pytest.approx(alone.score, abs=1e-5)
 
 
 def test_run_and_version_say_what_the_model_was_made_from(

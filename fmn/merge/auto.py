@@ -1,0 +1,176 @@
+"""Method ``auto``: several merges are tried in memory, and the best is taken.
+
+A merge is as good as heads above its encoder can answer what the experts answer to training texts,
+whose labels are not read. For each task the last map of the head is refitted on one half of its
+texts (`fmn.merge.heads.refit`), and its error is measured on the other half, in both directions:
+the mean squared difference of the logits from the expert's, over the variance of the expert's. The
+error on the texts that a head was fitted to would not rank encoders. The mean over tasks decides.
+
+The plain average is the first candidate, so no choice is worse than it by this measure.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from fmn.errors import UserError
+from fmn.merge import heads, model
+from fmn.merge.inputs import NO_STATISTICS, Statistics
+from fmn.merge.methods import METHODS, Method
+from fmn.merge.recipe import Auto, Candidate, MergeSettings
+from fmn.models import checkpoints
+from fmn.store.stage import Progress, no_progress
+from fmn.tasks.batches import Examples
+
+TEXTS = 256  # of each task
+AVERAGE = "average"
+TRIED = {AVERAGE: 1.0, "mask-fisher": 1.2, "regmean": 1.2, "fisher-regmean": 1.2, "tsv-m": 1.0}
+"""The methods, and the scale that each is tried at, if there is a base, before one is chosen."""
+SCALES = (1.0, 1.2, 1.45)  # of the chosen method, beside its own automatic one
+
+Encoder = Mapping[str, Tensor]  # tensors by names in the base model
+
+
+class Goal(NamedTuple):
+    """An expert, N texts, what the last map of its head reads of them [N, n], and that map."""
+
+    expert: Path
+    examples: Examples
+    features: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray | None
+
+
+def choose(
+    experts: Mapping[str, Path],
+    examples: Mapping[str, Examples],
+    settings: MergeSettings,
+    *,
+    base: Path | None = None,
+    statistics: Statistics = NO_STATISTICS,
+    progress: Progress = no_progress,
+) -> Auto:
+    """Try merges of experts: every method at one scale, then the best method at other scales.
+
+    Args:
+        experts: checkpoint folders by task.
+        examples: unlabeled texts of each task, at least two.
+        settings: what all merges have in common, and how to measure.
+        base: the folder of the model that the experts were tuned from; without it, no method that
+            takes it and no scale but 1 is tried.
+        statistics: mask Fisher, Gram matrices, or both; methods that take others are not tried.
+        progress: called with how many merges were measured, and how many will be at most.
+
+    Returns:
+        what was tried, without the digests of the texts.
+
+    Raises:
+        UserError: a task has too few texts, or the experts cannot be merged.
+    """
+    goals = {task: _goal(task, experts[task], examples[task], settings) for task in sorted(experts)}
+    names = [name for name in TRIED if _is_possible(METHODS[name], statistics, base)]
+    total = len(names) + (len(SCALES) + 1 if base else 0)
+    tried: list[Candidate] = []
+
+    def merged(name: str, scale: float) -> Encoder:
+        chosen = settings.model_copy(update={"method": name, "scale": scale})
+        return model.in_memory(experts, chosen, base, statistics)
+
+    def attempt(name: str, encoder: Encoder, scale: float) -> None:
+        if scale != 1:
+            encoder = {key: origin[key].lerp(tensor, scale) for key, tensor in encoder.items()}
+        errors = {task: _error(goal, encoder, settings) for task, goal in goals.items()}
+        mean = float(np.mean(list(errors.values())))
+        tried.append(Candidate(method=name, scale=scale, error=mean, tasks=errors))
+        progress(len(tried), max(total, len(tried)))
+
+    origin = merged(AVERAGE, 0.0) if base else {}
+    best: Encoder = {}
+    for name in names:
+        encoder = merged(name, 1.0)
+        attempt(name, encoder, TRIED[name] if base else 1.0)
+        best = encoder if _best(tried) is tried[-1] else best
+    if base:
+        name = _best(tried).method
+        automatic = settings.model_copy(update={"method": name})
+        scales = {*SCALES, model.scale(experts, automatic, base, statistics)}
+        for scale in sorted(scales - {TRIED[name]}):
+            attempt(name, best, scale)
+        errors = {each.scale: each.error for each in tried if each.method == name}
+        if (scale := lowest(errors)) not in errors:
+            attempt(name, best, scale)
+    return Auto(
+        heads=settings.auto_heads,
+        seed=settings.seed,
+        dtype=settings.dtype,
+        texts={task: len(goal.examples) for task, goal in goals.items()},
+        candidates=tried,
+    )
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    return min(candidates, key=lambda candidate: candidate.error)
+
+
+def _is_possible(method: Method, statistics: Statistics, base: Path | None) -> bool:
+    needs = {"fisher": method.fisher, "gram": method.gram, "base": method.base}
+    at_hand = {"fisher": statistics.fisher, "gram": statistics.grams, "base": base}
+    return all(at_hand[name] for name, is_needed in needs.items() if is_needed)
+
+
+def _goal(task: str, expert: Path, examples: Examples, settings: MergeSettings) -> Goal:
+    if len(examples) < 2:
+        raise UserError(f"{task}: method auto needs two training texts of it; add rows")
+    loaded = checkpoints.load_classifier(expert)
+    own = heads.features(loaded, examples, device=settings.device, dtype=settings.dtype)
+    return Goal(expert, examples, own, *heads.last_map(loaded))
+
+
+def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
+    """The error of a task's head on another encoder."""
+    loaded = checkpoints.load_classifier(goal.expert)
+    loaded.base_model.load_state_dict(dict(encoder), strict=False)
+    read = heads.features(loaded, goal.examples, device=settings.device, dtype=settings.dtype)
+    return error(goal.features, read, goal.weight, goal.bias, settings.auto_heads)
+
+
+def error(
+    own: np.ndarray,
+    merged: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    kind: str = "refitted",
+) -> float:
+    """How far a head on another encoder is from the expert's answers, in their variance.
+
+    Args:
+        own, merged: [N, n], what the head's last map reads in the expert and in the merged model.
+        weight, bias: [C, n] and [C], that map.
+        kind: "refitted": the map is refitted on every second text, and answers the others, and the
+            other way round; "own": it is as it is.
+    """
+    wanted = own @ weight.T  # [N, C], without the bias
+    answers = merged @ weight.T
+    is_odd = np.arange(len(own)) % 2 == 1
+    for fitted in (is_odd, ~is_odd) if kind == "refitted" else ():
+        new, new_bias, _ = heads.refit(own[fitted], merged[fitted], weight, bias)
+        shift = 0.0 if bias is None or new_bias is None else new_bias - bias
+        answers[~fitted] = merged[~fitted] @ new.T + shift
+    return float(np.square(answers - wanted).mean() / (wanted.var(0).mean() or 1.0))
+
+
+def lowest(errors: Mapping[float, float]) -> float:
+    """The scale where a parabola through the errors by scale is lowest, if it is near them.
+
+    >>> lowest({1.0: 0.5, 1.2: 0.34, 1.5: 0.25})
+    1.5
+    """
+    scales, values = np.array([*errors]), np.array([*errors.values()])
+    curvature, slope, _ = np.polyfit(scales, values, 2)
+    if curvature <= 0:
+        return float(min(errors, key=errors.__getitem__))
+    vertex = np.clip(-slope / (2 * curvature), 0.8 * scales.min(), 1.25 * scales.max())
+    return round(float(vertex), 3)
