@@ -46,7 +46,7 @@ def verdict(report: Report) -> list[str]:
         lines.append(f"{best} does better here: {_instead(report, best)}.")
     lines += [_offer(report, name) for name in offers]
     if losing := _losing(table):
-        lines += _remedy(report, losing, has_offers=bool(offers))
+        lines += _remedy(report, losing)
     return lines
 
 
@@ -134,15 +134,24 @@ def _offer(report: Report, name: str) -> str:
     return f"{name} {keeps} {cost}; put it first under `realign` to have it."
 
 
-def _remedy(report: Report, losing: Sequence[str], *, has_offers: bool) -> list[str]:
-    """What to try so that tasks keep more."""
-    recipe = report.recipes.get(report.table.headline)
-    if recipe is None or has_offers:
-        return []
-    tasks = listed(losing[:3])
-    if not recipe.realign:
-        return [f"For {tasks}, try re-aligned heads: `realign: {{realigned: {{}}}}`."]
-    layers = recipe.realign.own_layers + 1
-    last = f"last {layers} layers" if layers > 1 else "last layer"
-    setting = f"`own_layers: {layers}` under `realign`"
-    return [f"For {tasks}, try {setting}: each task has its expert's {last}."]
+def _remedy(report: Report, losing: Sequence[str]) -> list[str]:
+    """Which models keep more of these tasks, and what else to try."""
+    table, lines = report.table, []
+    for task in losing:
+        more = {
+            name: share.value or 0.0
+            for name, by_row in table.differences.items()
+            if name != EXPERT and task in by_row and judgement(by_row[task]) == "worse"
+            if (share := table.columns[name][task].share)
+        }
+        if more:
+            best = max(more, key=more.__getitem__)
+            lines.append(f"{best} keeps more of {task} ({shown(more[best])} %).")
+    recipe, tasks = report.recipes.get(table.headline), listed(losing[:3])
+    if recipe and not recipe.realign:
+        lines.append(f"For {tasks}, try re-aligned heads: `realign: {{realigned: {{}}}}`.")
+    elif recipe:
+        tried = [other.realign.own_layers for other in report.recipes.values() if other.realign]
+        method = "" if recipe.auto else "`merge: {method: auto}` or "
+        lines.append(f"For {tasks}, try {method}`own_layers: {max(tried) + 1}` under `realign`.")
+    return lines

@@ -71,8 +71,9 @@ def test_where_another_model_is_better_it_says_so_and_what_to_do(better: str, re
 def test_a_larger_model_that_keeps_more_is_an_offer_and_no_rival() -> None:
     qualities, sizes = {"realigned": 0.6, "own": 0.85}, {"realigned": 1.0, "own": 1.61}
     words = verdict(report(qualities, "realigned", **sizes))
-    assert not [line for line in words if line.startswith(("Worse", "For"))]
-    (offer,) = [line for line in words if line.startswith("own keeps ")]
+    assert not [line for line in words if line.startswith("Worse")]
+    (offer,) = [line for line in words if line.endswith("to have it.")]
+    assert offer.startswith("own keeps ")
     assert "with the parameters of 1.61 encoders instead of 1.00; put it first" in offer
 
 
@@ -85,8 +86,14 @@ def test_a_task_that_loses_much_is_named_with_a_remedy() -> None:
     assert f"Least is kept of {' and '.join(least.rsplit(', ', 1))}." in words
     assert words[-1].endswith("try re-aligned heads: `realign: {realigned: {}}`.")
     again = verdict(replace(content, recipes={"merged": reports.recipe(TASKS, realign=HEADS)}))
-    assert "try `own_layers: 1` under `realign`" in again[-1]
+    assert again[-1].endswith("try `merge: {method: auto}` or `own_layers: 1` under `realign`.")
     assert verdict(replace(content, recipes={})) == words[:-1], "a recipe tells what was tried"
+
+
+def test_a_task_that_another_model_keeps_better_is_named_with_it() -> None:
+    content = report({"other": 0.85, "merged": 0.6}, "merged")
+    share = reports.value(content.table.columns["other"]["mrpc"].share)
+    assert f"other keeps more of mrpc ({100 * share:.1f} %)." in verdict(content)
 
 
 def test_a_task_whose_expert_guesses_is_no_reason_to_change_anything() -> None:
