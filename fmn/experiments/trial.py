@@ -14,6 +14,7 @@ from fmn.evaluate.metrics import Answers, answers, relative, score_splits
 from fmn.experiments.files import CellTask, Source
 from fmn.fisher.architectures import own_parts
 from fmn.merge import heads
+from fmn.merge.stages import RefitSettings
 from fmn.models import labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset

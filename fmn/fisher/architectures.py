@@ -259,17 +259,29 @@ def own_parts(
     """
     paths = ["pooler"] if pooler else []
     if layers:
-        architecture = _architecture(config, shapes)
-        chain = [layer for path in architecture for layer in _layer_paths(path, shapes)]
-        kind = config.model_type
-        if config.is_encoder_decoder or len(chain) != config.num_hidden_layers:
-            why = "a decoder" if config.is_encoder_decoder else "layers that share their parameters"
-            raise UserError(f"own_layers: {kind} has {why}; only 0 is possible")
+        chain, kind = layer_chain(config, shapes, "own_layers"), config.model_type
         if layers >= len(chain):
             problem = f"own_layers is {layers}, but this {kind} has {len(chain)} layers"
             raise UserError(f"{problem}, and tasks must share one; give at most {len(chain) - 1}")
         paths = [*chain[-layers:], *AFTER_LAYERS]
     return [name for name in shapes if name.startswith(tuple(f"{path}." for path in paths))]
+
+
+def layer_chain(config: "PretrainedConfig", shapes: Shapes, setting: str) -> list[str]:
+    """The paths of an encoder's layers, each of which reads what the one before gives.
+
+    Args:
+        setting: what needs such layers, for the message.
+
+    Raises:
+        UserError: there are a decoder's layers too, or layers that share their parameters.
+    """
+    architecture = _architecture(config, shapes)
+    chain = [layer for path in architecture for layer in _layer_paths(path, shapes)]
+    if config.is_encoder_decoder or len(chain) != config.num_hidden_layers:
+        why = "a decoder" if config.is_encoder_decoder else "layers that share their parameters"
+        raise UserError(f"{setting}: {config.model_type} has {why}; leave it out")
+    return chain
 
 
 def _architecture(config: "PretrainedConfig", shapes: Shapes) -> Architecture:

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from fmn.errors import UserError
+from fmn.fisher.architectures import own_parts
 from fmn.merge import heads, model
 from fmn.merge.inputs import NO_STATISTICS, Statistics
 from fmn.merge.methods import METHODS, Method
@@ -27,8 +28,12 @@ from fmn.tasks.batches import Examples
 
 TEXTS = 256  # of each task
 AVERAGE = "average"
-TRIED = {AVERAGE: 1.0, "mask-fisher": 1.2, "regmean": 1.2, "fisher-regmean": 1.2, "tsv-m": 1.0}
+TRIED = {
+    **{AVERAGE: 1.0, "mask-fisher": 1.2, "regmean": 1.2, "fisher-regmean": 1.2},
+    **{"wudi": 1.0, "fisher-wudi": 1.0, "tsv-m": 1.2},
+}
 """The methods, and the scale that each is tried at, if there is a base, before one is chosen."""
+WITHOUT_GRAMS = ("wudi", "fisher-wudi")  # they stand in for Gram matrices, and do not gain on them
 SCALES = (1.0, 1.2, 1.45)  # of the chosen method, beside its own automatic one
 
 Encoder = Mapping[str, Tensor]  # tensors by names in the base model
@@ -71,7 +76,7 @@ def choose(
         UserError: a task has too few texts, or the experts cannot be merged.
     """
     goals = {task: _goal(task, experts[task], examples[task], settings) for task in sorted(experts)}
-    names = [name for name in TRIED if _is_possible(METHODS[name], statistics, base)]
+    names = [name for name in TRIED if _is_tried(METHODS[name], statistics, base)]
     total = len(names) + (len(SCALES) + 1 if base else 0)
     tried: list[Candidate] = []
 
@@ -115,7 +120,9 @@ def _best(candidates: Sequence[Candidate]) -> Candidate:
     return min(candidates, key=lambda candidate: candidate.error)
 
 
-def _is_possible(method: Method, statistics: Statistics, base: Path | None) -> bool:
+def _is_tried(method: Method, statistics: Statistics, base: Path | None) -> bool:
+    if method.name in WITHOUT_GRAMS and statistics.grams:
+        return False
     needs = {"fisher": method.fisher, "gram": method.gram, "base": method.base}
     at_hand = {"fisher": statistics.fisher, "gram": statistics.grams, "base": base}
     return all(at_hand[name] for name, is_needed in needs.items() if is_needed)
@@ -130,9 +137,13 @@ def _goal(task: str, expert: Path, examples: Examples, settings: MergeSettings) 
 
 
 def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
-    """The error of a task's head on another encoder."""
+    """The error of a head on another encoder; a refitted one has the expert's own pooler."""
     loaded = checkpoints.load_classifier(goal.expert)
-    loaded.base_model.load_state_dict(dict(encoder), strict=False)
+    tensors, is_refitted = dict(encoder), settings.auto_heads == "refitted"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in own_parts(loaded.config, shapes, pooler=is_refitted):  # as `fmn realign` has it
+        del tensors[name]
+    loaded.base_model.load_state_dict(tensors, strict=False)
     read = heads.features(loaded, goal.examples, device=settings.device, dtype=settings.dtype)
     return error(goal.features, read, goal.weight, goal.bias, settings.auto_heads)
 

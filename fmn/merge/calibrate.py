@@ -1,26 +1,30 @@
 """A merged encoder calibrated layer by layer: each linear map regressed on what the experts give.
 
-A merged layer reads other states than the expert's layers do, and answers with an average of them.
-For texts x without labels let h_j(x) be what a linear map of the merged model reads of task j, and
-y_j(x) what the expert's map gives in the expert. From the first layer to the last, and in the order
-in which a layer computes its maps, the map W is moved to
+A layer of a merged encoder reads other states than the experts' layers do, and its maps are a
+compromise. For task j and the tokens t of texts without labels, let h_t be what a linear map of the
+merged encoder reads, and y_t what the expert's map gives in the expert. From the first layer to the
+last, and in the order in which a layer computes them, each map W, b becomes the W', b of
 
-    min over W' of   sum_j d_j E_x |W' h_j(x) + b - y_j(x)|^2  +  rho |W' - W|^2
-    W' = W + (sum_j d_j E[r_j h_j^T]) (sum_j d_j E[h_j h_j^T] + rho I)^-1,   r_j = y_j - (W h_j + b)
+    min over W'   sum_j E_t g_t |W' h_t + b - y_t|^2  +  rho |W' - W|^2
+    W' = W + (sum_j E_t g_t r_t h_t^T) (sum_j E_t g_t h_t h_t^T + rho I)^-1,  r_t = y_t - W h_t - b
 
-d_j is one over the Frobenius norm of E[h_j h_j^T], so that no task counts for its large states
-alone, and rho is `ridge` times the mean diagonal entry of the sum, so that `ridge` has no unit. The
-states h_j are those of the maps that were moved before, so that a map makes up for what the maps
-below it still lack. Biases, normalisations and embeddings stay.
+- The states h_t are those above the maps that were calibrated before, so that a map makes up for
+  what is still lacking below it.
+- g_t says how much the expert's answer depends on what the map gives for the token: the squared
+  length of the gradient of v . z with respect to y_t, for the logits z and a random v ~ N(0, I),
+  over the variance of z. To first order the sum bounds the error of the logits in units of their
+  variance, so tasks count alike and no token counts that no answer depends on.
+- rho is `ridge` times the mean diagonal entry of the sum before it, so that `ridge` has no unit.
 
-With the target "weights", r_j = (W_j - W) h_j: that is RegMean++ (arXiv 2508.03121), up to d_j and
-rho.
+Biases, normalisations and embeddings stay as they are. With the target "weights", y_t = W_j h_t + b
+and g_t = 1: the regression of RegMean++ (arXiv 2508.03121), with rho.
 
-One layer's states of all texts are held at a time: 2 * 4 bytes * tokens * width.
+The states of all texts before one layer are held at a time, of the merged model and of the experts:
+8 bytes times tokens times width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -31,51 +35,56 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
-from fmn.fisher.architectures import mask_sites
+from fmn.fisher import architectures
 from fmn.merge.stages import CalibrationSettings
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.models.predict import TOKENS
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import Examples, by_length
+from fmn.tasks.batches import Batch, Examples, by_length
 
 LINEAR = (nn.Linear, Conv1D)
-TOKENS = 2048  # of a batch on a CPU; a GPU takes 16 times as many
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a layer is called with, but for the states that it changes."""
 
 
-class _Reached(Exception):  # noqa: N818 - no error: the rest of a layer is not needed
-    """Ends a layer's forward pass once the maps have been computed."""
+class _Computed(Exception):  # noqa: N818 - no error: the rest of a layer is not needed
+    """Ends the forward pass of a layer."""
 
 
 @dataclass
-class _Batch:
-    """A batch of one task's texts on its way through a model.
+class _Texts:
+    """A batch of texts on its way through a model's layers.
 
     Attributes:
         states: what the next layer reads, [B, T, width].
-        calls: what else each layer is called with.
-        is_token: [B * T], the positions that are no padding; None: all.
+        calls: by layer, its other positional and named arguments.
+        is_token: [B * T], which positions are no padding; None: all.
     """
 
     states: Tensor
-    calls: list[Call]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     is_token: Tensor | None
-    weights: Any = None
-
-
-WEIGHTS = None
-NORM = "frobenius"
-ALPHA = 1.0
 
 
 @dataclass(frozen=True)
-class _Side:
-    """A model, its layers, and the batches of each task on their way through it."""
+class _Task:
+    """A task's texts in the merged model and in its expert, batch by batch.
 
-    model: nn.Module
+    Attributes:
+        layers: of the expert.
+        weights: for each batch, g_t [N] by layer number and map; None: all are 1.
+    """
+
     layers: list[nn.Module]
-    batches: dict[str, list[_Batch]]
+    merged: list[_Texts]
+    own: list[_Texts]
+    weights: list[dict[tuple[int, str], Tensor]] | None
+
+
+@dataclass
+class _Moments:
+    """Weighted means over tokens: of h h^T, [n, n], and by map of r h^T, [rows, n]."""
+
+    reads: Tensor
+    residuals: dict[str, Tensor]
 
 
 def calibrated_encoder(
@@ -87,281 +96,296 @@ def calibrated_encoder(
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = no_progress,
-) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
-    """Calibrate a merged encoder towards the experts on unlabeled texts.
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Calibrate a merged encoder towards its experts on unlabeled texts.
 
     Args:
-        experts: by task.
+        experts: classifiers by task; their parameters are not changed.
         encoder: the merged encoder's tensors by names in the base model.
         examples: texts by task; labels are not read.
-        device, dtype: as for `fmn.models.predict.predict`; sums are float32, solved in float64.
+        device, dtype: as for `fmn.models.predict.predict`. Sums are in float32, and the systems of
+            equations are solved in float64.
         progress: called with the layers done and all of them.
 
     Returns:
-        the encoder's tensors, and by task the mean squared difference of the last layer's states
-        from the expert's over the variance of the expert's, before and after.
+        the encoder's tensors, and by task the error of the states after the last layer: the mean
+        squared difference from the expert's over the variance of the expert's.
 
     Raises:
-        UserError: the architecture's layers are not computed one after another, once each.
+        UserError: the layers are no chain in which each has parameters of its own, or a task has no
+            texts.
     """
     target = resolve_device(device)
     compute_dtype = resolve_dtype(dtype, target)
     first = next(iter(experts.values()))
-    paths = layer_paths(first)
+    shapes = {name: tuple(value.shape) for name, value in first.base_model.named_parameters()}
+    paths = architectures.layer_chain(first.config, shapes, "calibrate")
     merged = deepcopy(first.base_model)
     merged.load_state_dict(dict(encoder), strict=False)
+    merged.requires_grad_(False)  # autocast would keep casts of parameters as they were
+    layers = [merged.get_submodule(path) for path in paths]
+    generator = torch.Generator().manual_seed(settings.seed)
     with ExitStack() as stack:
-        for model in (merged, *(expert.base_model for expert in experts.values())):
-            model.eval()
-            stack.enter_context(placed(model, target, compute_dtype))
-        stack.enter_context(torch.inference_mode())
+        for model in (merged, *experts.values()):
+            stack.enter_context(placed(model.eval(), target, compute_dtype))
+            if getattr(model.config, "use_cache", False):  # of a decoder's keys and values
+                stack.callback(setattr, model.config, "use_cache", True)
+                model.config.use_cache = False
         stack.enter_context(autocast(target, compute_dtype))
-        ours = _Side(merged, _layers(merged, paths), {})
-        theirs = {}
+        tasks = {}
         for task, expert in experts.items():
-            base = expert.base_model
-            ours.batches[task] = list(_embedded(merged, ours.layers, examples[task], target))
-            layers = _layers(base, paths)
-            batches = list(_embedded(base, layers, examples[task], target))
-            theirs[task] = _Side(base, layers, {task: batches})
-            if WEIGHTS is not None:
-                for b, w in zip(
-                    batches, WEIGHTS(task, expert, layers, examples[task]), strict=True
-                ):
-                    b.weights = w
-        for number in range(len(paths)):
-            _calibrate_layer(number, ours, theirs, settings)
-            progress(number + 1, len(paths))
-        errors = {
-            task: (0.0, _error(ours.batches[task], theirs[task].batches[task])) for task in experts
-        }
+            if not len(examples[task]):
+                raise UserError(f"{task}: there are no training texts to calibrate on; add some")
+            own = [expert.base_model.get_submodule(path) for path in paths]
+            batches = [(b, _on(target, b)) for b in _batches(examples[task], target)]
+            weights = None
+            if settings.target == "outputs":
+                weights = _token_weights(expert, own, [x for _, x in batches], generator)
+            with torch.no_grad():
+                in_merged = [_before_layers(merged, layers, inputs) for _, inputs in batches]
+                in_own = [_before_layers(expert.base_model, own, inputs) for _, inputs in batches]
+            tasks[task] = _Task(own, in_merged, in_own, weights)
+        with torch.no_grad():
+            for number, layer in enumerate(layers):
+                _calibrate_layer(number, layer, list(tasks.values()), settings.ridge)
+                progress(number + 1, len(layers))
     state = merged.state_dict()
-    return {name: state[name].to(tensor.dtype).cpu() for name, tensor in encoder.items()}, errors
+    tensors = {name: state[name].to("cpu", tensor.dtype) for name, tensor in encoder.items()}
+    return tensors, {name: _error(task) for name, task in tasks.items()}
 
 
-def layer_paths(model: PreTrainedModel) -> list[str]:
-    """The paths of a model's layers below its base model, in the order of computation.
-
-    Raises:
-        UserError: layers are shared or are those of an encoder and a decoder.
-    """
-    prefix = f"{model.base_model_prefix}."
-    sites = mask_sites(model)
-    if getattr(model.config, "is_encoder_decoder", False) or model.config.model_type == "albert":
-        raise UserError(
-            f"a {model.config.model_type} cannot be calibrated: its layers are not computed one"
-            " after another, once each; leave out `calibrate`"
-        )
-    return list(dict.fromkeys(site.layer.removeprefix(prefix) for site in sites))
+def _batches(examples: Examples, device: torch.device) -> Iterator[Batch]:
+    return by_length(examples, tokens=TOKENS if device.type == "cpu" else 16 * TOKENS)
 
 
-def _layers(model: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
-    return [model.get_submodule(path) for path in paths]
+def _on(device: torch.device, batch: Batch) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.inputs.items()}
 
 
-def _embedded(
-    model: nn.Module, layers: Sequence[nn.Module], examples: Examples, device: torch.device
-) -> Iterator[_Batch]:
-    """The batches of some texts before the first layer."""
-    tokens = TOKENS if device.type == "cpu" else 16 * TOKENS
-    lengths: list[int] = []
-    for batch in by_length(examples, tokens=tokens):
-        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-        if not lengths:
-            lengths = _output_lengths(model, layers, {n: v[:1] for n, v in inputs.items()})
-        calls: list[Call] = []
-        states: list[Tensor] = []
-        with ExitStack() as restored:
-            for layer, length in zip(layers, lengths, strict=True):
-
-                def forward(
-                    *args: Any, length: int = length, **kwargs: Any
-                ) -> Tensor | tuple[Any, ...]:
-                    hidden, call = _split(args, kwargs)
-                    states.append(hidden)
-                    calls.append(call)
-                    return (hidden, *[None] * (length - 1)) if length else hidden
-
-                layer.forward = forward  # type: ignore[method-assign]
-                restored.callback(delattr, layer, "forward")
-            model(**inputs)
-        mask = inputs.get("attention_mask")
-        is_token = None if mask is None else mask.flatten().bool()
-        yield _Batch(states[0], calls, is_token)
+def _is_token(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    mask = inputs.get("attention_mask")
+    return None if mask is None else mask.flatten().bool()  # [B, T] -> [B * T]
 
 
-def _output_lengths(
+def _tokens(states: Tensor, is_token: Tensor | None) -> Tensor:
+    """The states [N, n] of an activation [B, T, n] that belong to tokens; at least float32."""
+    rows = states.flatten(0, -2)  # [B, T, n] -> [B * T, n]
+    return _wide(rows if is_token is None else rows[is_token])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _maps(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps of a layer by path below it."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, LINEAR)}
+
+
+# ---- before the first layer ----
+
+
+def _token_weights(
+    expert: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    batches: Sequence[Mapping[str, Tensor]],
+    generator: torch.Generator,
+) -> list[dict[tuple[int, str], Tensor]]:
+    """g_t of every token, by batch, layer number and map; [N], float32."""
+    logits, weights = [], []
+    for inputs in batches:
+        outputs: dict[tuple[int, str], Tensor] = {}
+        with ExitStack() as hooks:
+            for number, layer in enumerate(layers):
+                for name, module in _maps(layer).items():
+                    hook = _store(outputs, (number, name), _is_token(inputs))
+                    hooks.callback(module.register_forward_hook(hook).remove)
+            z = _wide(expert(**inputs).logits)  # [B, C]
+        v = torch.randn(z.shape, generator=generator).to(z)
+        gradients = torch.autograd.grad((v * z).sum(), list(outputs.values()))
+        squares = [_tokens(g, _is_token(inputs)).square().sum(-1) for g in gradients]
+        weights.append(dict(zip(outputs, squares, strict=True)))
+        logits.append(z.detach())
+    variance = float(torch.cat(logits).var(0, correction=0).mean()) or 1.0
+    return [{key: g / variance for key, g in batch.items()} for batch in weights]
+
+
+def _store(
+    outputs: dict[tuple[int, str], Tensor], key: tuple[int, str], is_token: Tensor | None
+) -> Callable[..., None]:
+    """A hook that keeps what a map gives for tokens; some maps read embeddings of positions."""
+
+    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        if is_token is None or output.shape[:-1].numel() == len(is_token):
+            outputs.setdefault(key, output)
+
+    return hook
+
+
+def _before_layers(
     model: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[str, Tensor]
-) -> list[int]:
-    """How many items each layer gives as a tuple; 0 where it gives the states alone."""
-    lengths: dict[nn.Module, int] = {}
+) -> _Texts:
+    """A batch before the first layer, with everything that layers are called with.
 
-    def record(layer: nn.Module, _args: Any, output: Any) -> None:
-        lengths[layer] = len(output) if isinstance(output, tuple) else 0
+    The model runs with layers that give back what they read, which shows what it calls them with.
+    """
+    items = _tuple_length(model, layers[0], {name: value[:1] for name, value in inputs.items()})
+    states: list[Tensor] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    with ExitStack() as removed:
+    def forward(*args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
+        named = dict(kwargs)
+        hidden = args[0] if args else named.pop("hidden_states")
+        states.append(hidden)
+        calls.append((args[1:], named))
+        return (hidden, *[None] * (items - 1)) if items else hidden
+
+    with ExitStack() as restored:
         for layer in layers:
-            removed.callback(layer.register_forward_hook(record).remove)
+            layer.forward = forward
+            restored.callback(delattr, layer, "forward")
         model(**inputs)
-    return [lengths[layer] for layer in layers]
+    return _Texts(states[0], calls, _is_token(inputs))
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The states that a layer is called with, and everything else."""
-    if args:
-        return args[0], (args[1:], kwargs)
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), ((), rest)
+def _tuple_length(model: nn.Module, layer: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """How many items a layer gives as a tuple; 0 where it gives the states alone."""
+    lengths = []
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        lengths.append(len(output) if isinstance(output, tuple) else 0)
+        raise _Computed
+
+    with ExitStack() as hooks, suppress(_Computed):
+        hooks.callback(layer.register_forward_hook(hook).remove)
+        model(**inputs)
+    return lengths[0]
 
 
-def _run(layer: nn.Module, number: int, batch: _Batch) -> Tensor:
-    args, kwargs = batch.calls[number]
-    output = layer(batch.states, *args, **kwargs)
+# ---- a layer ----
+
+
+def _run(layer: nn.Module, number: int, texts: _Texts) -> Tensor:
+    """What a layer gives for a batch, [B, T, width]."""
+    args, kwargs = texts.calls[number]
+    output = layer(texts.states, *args, **kwargs)
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
-def _calibrate_layer(
-    number: int, ours: _Side, theirs: Mapping[str, _Side], settings: CalibrationSettings
-) -> None:
-    """Move the maps of a layer, and all batches through it."""
-    layer = ours.layers[number]
-    groups = _groups(layer, number, next(iter(ours.batches.values()))[0])
-    for names in groups:
-        sums = {}
-        is_last = names == groups[-1]
-        for task, side in theirs.items():
-            moments = _Moments()
-            for mine, own in zip(ours.batches[task], side.batches[task], strict=True):
-                reads, gives = _passing(layer, number, mine, names)
-                expected: dict[str, Tensor] = {}
-                if settings.target == "outputs":
-                    _, expected = _passing(side.layers[number], number, own, names)
-                with torch.autocast(reads.device.type, enabled=False):
-                    w = None
-                    if own.weights is not None:
-                        w = torch.stack([own.weights[number, name] for name in names]).sum(0)[
-                            :, None
-                        ]
-                    for name in names:
-                        if settings.target == "weights":
-                            change = _weight(side.layers[number], name) - _weight(layer, name)
-                            lacking = reads @ change.T
-                        else:
-                            lacking = expected[name] - gives[name]
-                            if ALPHA != 1:
-                                change = _weight(side.layers[number], name) - _weight(layer, name)
-                                lacking = ALPHA * lacking + (1 - ALPHA) * (reads @ change.T)
-                        if w is not None:
-                            lacking = lacking * w
-                        moments.add(name, reads, lacking, w)
-            sums[task] = moments
+def _calibrate_layer(number: int, layer: nn.Module, tasks: Sequence[_Task], ridge: float) -> None:
+    """Calibrate the maps of a layer, then move all texts through it."""
+    for names in _groups(number, layer, tasks[0].merged[0]):
+        moments = [_moments(number, layer, task, names) for task in tasks]
         for name in names:
-            _move(layer.get_submodule(name), name, list(sums.values()), settings.ridge)
-        del is_last
-    for task, side in theirs.items():
-        for mine, own in zip(ours.batches[task], side.batches[task], strict=True):
-            mine.states = _run(layer, number, mine)
-            own.states = _run(side.layers[number], number, own)
+            _move(layer, name, moments, ridge)
+    for task in tasks:
+        for texts in task.merged:
+            texts.states = _run(layer, number, texts)
+        for texts in task.own:
+            texts.states = _run(task.layers[number], number, texts)
 
 
-def _groups(layer: nn.Module, number: int, batch: _Batch) -> list[list[str]]:
-    """The linear maps of a layer in the order of computation; those that read the same together."""
-    reads: dict[str, int] = {}
-    with ExitStack() as removed:
-        for name, module in layer.named_modules():
-            if isinstance(module, LINEAR):
+def _groups(number: int, layer: nn.Module, texts: _Texts) -> list[list[str]]:
+    """A layer's maps of tokens in the order of computation; groups read the same input."""
+    readers: dict[int, list[str]] = {}
+    held = []  # so that no other input gets the id of one
+    with ExitStack() as hooks:
+        for name, module in _maps(layer).items():
 
-                def record(_module: Any, args: Any, name: str = name) -> None:
-                    reads[name] = id(args[0])
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                if args[0].shape[:-1] == texts.states.shape[:-1]:
+                    held.append(args[0])
+                    readers.setdefault(id(args[0]), []).append(name)
 
-                removed.callback(module.register_forward_pre_hook(record).remove)
-        _run(layer, number, batch)
-    groups: dict[int, list[str]] = {}
-    for name, read in reads.items():
-        groups.setdefault(read, []).append(name)
-    return list(groups.values())
+            hooks.callback(module.register_forward_pre_hook(hook).remove)
+        _run(layer, number, texts)
+    return list(readers.values())
 
 
-def _passing(
-    layer: nn.Module, number: int, batch: _Batch, names: Sequence[str]
+def _moments(number: int, layer: nn.Module, task: _Task, names: Sequence[str]) -> _Moments:
+    """The moments of one task for a group of maps."""
+    of_reads: list[Tensor] = []
+    of_residuals: dict[str, list[Tensor]] = {name: [] for name in names}
+    count = 0
+    for place, (merged, own) in enumerate(zip(task.merged, task.own, strict=True)):
+        read, outputs = _computed(number, layer, merged, names)
+        weighted, count = read, count + len(read)
+        if task.weights is None:
+            pairs = {
+                name: (_matrix(task.layers[number], name), _matrix(layer, name)) for name in names
+            }
+            residuals = {name: _product(read, (w - v).T) for name, (w, v) in pairs.items()}
+        else:
+            _, targets = _computed(number, task.layers[number], own, names)
+            residuals = {name: targets[name] - outputs[name] for name in names}
+            weights = torch.stack([task.weights[place][number, name] for name in names])
+            weighted = read * weights.sum(0)[:, None]  # [N, n]
+        _add(of_reads, _product(read.T, weighted))
+        for name in names:
+            _add(of_residuals[name], _product(residuals[name].T, weighted))
+    return _Moments(
+        of_reads[0] / count, {name: total / count for name, (total,) in of_residuals.items()}
+    )
+
+
+def _add(total: list[Tensor], term: Tensor) -> None:
+    """Add to a sum, the only item of a list, which is empty before the first term."""
+    if total:
+        total[0].add_(term)
+    else:
+        total.append(term)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """A matrix product in the dtype of its factors, whatever layers compute in."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
+def _computed(
+    number: int, layer: nn.Module, texts: _Texts, names: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What maps of a layer read, [N, n], and what they give, [N, rows], of a batch's N tokens."""
+    """What a group of maps reads, [N, n], and what each gives, [N, rows], for a batch's N tokens.
+
+    The rest of the layer is not computed.
+    """
     reads: list[Tensor] = []
-    gives: dict[str, Tensor] = {}
-
-    def record(_module: Any, args: Any, output: Tensor, name: str) -> None:
-        gives[name] = _tokens(output, batch.is_token)
-        if len(gives) == len(names):
-            reads.append(_tokens(args[0], batch.is_token))
-            raise _Reached
-
-    with ExitStack() as removed:
+    outputs: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
         for name in names:
 
-            def hook(module: Any, args: Any, output: Tensor, name: str = name) -> None:
-                record(module, args, output, name)
+            def hook(
+                _m: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name
+            ) -> None:
+                outputs[name] = _tokens(out, texts.is_token)
+                if len(outputs) == len(names):
+                    reads.append(_tokens(args[0], texts.is_token))
+                    raise _Computed
 
-            removed.callback(layer.get_submodule(name).register_forward_hook(hook).remove)
-        try:
-            _run(layer, number, batch)
-        except _Reached:
-            pass
-    return reads[0], gives
-
-
-def _tokens(states: Tensor, is_token: Tensor | None) -> Tensor:
-    """The states [N, n] of tokens that are no padding; float32."""
-    rows = states.flatten(0, -2)  # [B, T, n] -> [B * T, n]
-    return (rows if is_token is None else rows[is_token]).float()
+            hooks.callback(layer.get_submodule(name).register_forward_hook(hook).remove)
+        with suppress(_Computed):
+            _run(layer, number, texts)
+    return reads[0], outputs
 
 
-class _Moments:
-    """Of one task: E[h h^T] and for each map E[r h^T]."""
-
-    def __init__(self) -> None:
-        self.reads: Tensor | None = None
-        self.lacking: dict[str, Tensor] = {}
-        self.first = ""
-
-    def add(self, name: str, reads: Tensor, lacking: Tensor, w=None) -> None:
-        self.count = getattr(self, "count", 0) + len(reads)
-        self.first = self.first or name
-        with torch.autocast(reads.device.type, enabled=False):
-            if name == self.first:
-                product = reads.T @ (reads if w is None else reads * w)
-                self.reads = product if self.reads is None else self.reads.add_(product)
-            product = lacking.T @ reads
-            self.lacking[name] = (
-                self.lacking[name].add_(product) if name in self.lacking else product
-            )
-
-
-def _weight(layer: nn.Module, name: str) -> Tensor:
-    """A map's matrix as [rows, n]."""
-    module = layer.get_submodule(name)
-    weight: Tensor = module.weight
+def _matrix(layer: nn.Module, name: str) -> Tensor:
+    """A map's matrix, [rows, n]."""
+    module, weight = layer.get_submodule(name), layer.get_parameter(f"{name}.weight")
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _move(module: nn.Module, name: str, moments: Sequence[_Moments], ridge: float) -> None:
-    norms = (
-        [float(each.reads.norm()) or 1.0 for each in moments]
-        if NORM == "frobenius"
-        else [float(m.count) for m in moments]
-    )
-    total = sum(each.reads.double() / norm for each, norm in zip(moments, norms, strict=True))
-    pull = sum(
-        each.lacking[name].double() / norm for each, norm in zip(moments, norms, strict=True)
-    )
-    rho = ridge * float(total.diagonal().mean())
-    total = total + rho * torch.eye(len(total), dtype=total.dtype, device=total.device)
-    step = torch.cholesky_solve(pull.T, torch.linalg.cholesky(total)).T  # [rows, n]
-    step = step.T if isinstance(module, Conv1D) else step
-    module.weight.add_(step.to(module.weight.dtype))
+def _move(layer: nn.Module, name: str, moments: Sequence[_Moments], ridge: float) -> None:
+    """Solve for a map, and change it in place."""
+    total = torch.stack([each.reads.double() for each in moments]).sum(0)  # [n, n]
+    pull = torch.stack([each.residuals[name].double() for each in moments]).sum(0)  # [rows, n]
+    rho = ridge * float(total.diagonal().mean()) or 1.0
+    total.diagonal().add_(rho)
+    step = torch.cholesky_solve(pull.T, torch.linalg.cholesky(total))  # [n, rows]
+    _matrix(layer, name).add_(step.T)
 
 
-def _error(ours: Sequence[_Batch], theirs: Sequence[_Batch]) -> float:
-    mine = torch.cat([_tokens(batch.states, batch.is_token) for batch in ours])
-    own = torch.cat([_tokens(batch.states, batch.is_token) for batch in theirs])
-    return float((mine - own).square().mean() / own.var(0).mean())
+def _error(task: _Task) -> float:
+    merged = torch.cat([_tokens(texts.states, texts.is_token) for texts in task.merged])
+    own = torch.cat([_tokens(texts.states, texts.is_token) for texts in task.own])
+    return float((merged - own).square().mean() / own.var(0, correction=0).mean())

@@ -104,6 +104,42 @@ def _own_entries(plan: Plan) -> dict[str, Any]:
     return used
 
 
+def read_encoder(model: Path) -> dict[str, Tensor]:
+    """The tensors of a merged model's encoder, by names in the base model."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted((model / "encoder").glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def write_calibrated(
+    folder: Path, model: Path, encoder: Mapping[str, Tensor], recipe: Recipe
+) -> Recipe:
+    """Write a merged model with other values in its encoder; heads are hard links to the model's.
+
+    Args:
+        folder: where to write; it must be empty.
+        model: the merged model's folder, without own parts.
+        encoder: all of the encoder's tensors, by names in the base model.
+        recipe: of the new model.
+    """
+    names = sorted(file.name for file in (model / "encoder").glob("*.safetensors"))
+    shards = stream.shard_names(len(names) + 1)[:-1]  # their names in a task's folder
+    for name, source in visible(model, ("encoder", "tasks")).items():
+        if source.name not in (shards if name.startswith("tasks/") else names):
+            digest = digest_file(source)
+            _link(source, folder / name)
+            remember_digest(folder / name, digest)  # a link changed the file's status
+    (folder / "encoder").mkdir(exist_ok=True)
+    for name, shard in zip(names, shards, strict=True):
+        stored = file_headers(model / "encoder" / name)
+        tensors = {key: encoder[key].to(DTYPES[stored[key].dtype]) for key in stored}
+        save_file(tensors, folder / "encoder" / name, {"format": "pt"})
+        for task in recipe.tasks:
+            os.link(folder / "encoder" / name, folder / "tasks" / task / shard)
+    return _write_recipe(folder, recipe)
+
+
 def write_realigned(
     folder: Path,
     model: Path,

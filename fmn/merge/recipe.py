@@ -195,7 +195,7 @@ class Calibrated(Record):
 
     Attributes:
         errors: by task, mean squared difference of the last layer's states from the expert's, over
-            the variance of the expert's: before and after.
+            the variance of the expert's.
     """
 
     merged: str
@@ -205,7 +205,7 @@ class Calibrated(Record):
     seed: int
     dtype: str
     data: dict[str, str] = Field(default_factory=dict)
-    errors: dict[str, tuple[float, float]]
+    errors: dict[str, float]
 
 
 class Candidate(Record):
@@ -324,6 +324,8 @@ def card(recipe: Recipe) -> str:
     if recipe.realign and recipe.realign.own_layers:
         heads += f", above the expert's own last {recipe.realign.own_layers} layers"
     how = f" It was {recipe.auto.in_words}." if recipe.auto else ""
+    if calibrated := recipe.calibrate:
+        how += f" The encoder was calibrated on {calibrated.texts} texts of each task."
     return f"""---
 library_name: transformers
 tags: [fmn, model-merging]

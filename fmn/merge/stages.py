@@ -34,7 +34,7 @@ __all__ = [
 
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
-MERGE = 6
+MERGE = 7
 CALIBRATE = 1
 REALIGN = 5
 
@@ -116,9 +116,8 @@ def merge(
     fisher, gram, experts = dict(fisher or {}), dict(gram or {}), dict(sorted(experts.items()))
     needs, is_auto = needs_of(settings.method, bool(fisher), bool(gram)), settings.is_auto
     reads: Reads = {f"expert {task}": folder for task, folder in experts.items()}
-    reads |= statistics_files(needs, experts, fisher, gram)
-    reads |= {"base": base, "coefficients": coefficients}
-    described = settings.used()
+    reads |= statistics_files(needs, experts, fisher, gram) | {"base": base}
+    reads, described = {**reads, "coefficients": coefficients}, settings.used()
     if is_auto:
         texts, of_texts = _texts_of_auto(experts, data, coefficients, settings)
         reads, described = reads | texts, described | of_texts
@@ -363,7 +362,7 @@ def calibrate(
     def compute(job: Job) -> None:
         from fmn.merge.calibrate import calibrated_encoder
         from fmn.merge.heads import unlabeled
-        from fmn.merge.model import write_calibrated
+        from fmn.merge.model import read_encoder, write_calibrated
 
         examples = {
             task: unlabeled(
@@ -371,10 +370,11 @@ def calibrate(
             )
             for task in merged.tasks
         }
-        folders = {task: experts[task] for task in merged.tasks}
         tensors, errors = calibrated_encoder(
-            model, folders, examples, settings=settings, progress=progress
-        )
+            {task: checkpoints.load_classifier(experts[task]) for task in merged.tasks},
+            read_encoder(model), examples, settings=settings, device=settings.device,
+            dtype=settings.dtype, progress=progress,
+        )  # fmt: skip
         calibrated = records.Calibrated(
             merged=job.inputs["model"],
             **settings.model_dump(exclude=settings.runtime),

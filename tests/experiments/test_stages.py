@@ -13,15 +13,19 @@ from fmn.errors import UserError
 from fmn.evaluate.files import read_predictions
 from fmn.evaluate.metrics import relative
 from fmn.evaluate.stages import EvaluateSettings, evaluate
-from fmn.experiments import stages
-from fmn.experiments.files import Cell, SearchResult
+from fmn.experiments import stages, trial
+from fmn.experiments.files import Cell, SearchResult, Source
 from fmn.experiments.stages import ComparedSettings, CompareSettings, SearchSettings
+from fmn.merge import heads
+from fmn.merge import model as merged
 from fmn.merge import stages as merge_stages
+from fmn.merge.calibrate import calibrated_encoder
 from fmn.merge.recipe import Recipe, Search
-from fmn.merge.stages import MergeSettings, RealignSettings, RefitSettings
+from fmn.merge.stages import CalibrationSettings, MergeSettings, RealignSettings, RefitSettings
+from fmn.models.provenance import rows_tuned_on
 from fmn.store import artifacts
 from fmn.store.stage import Outcome
-from fmn.tasks.task import Columns, write_task
+from fmn.tasks.task import Columns, get_task, write_task
 from tests.conftest import TASKS
 from tests.reports import CLASSES, NUMBERS, own_expert, own_task
 
@@ -248,3 +252,40 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
         (expert / artifacts.SIDECAR).unlink()
     with pytest.raises(UserError, match="no training text is left"):
         cell("none", train.model_copy(update={"rows": "all"}), 40)
+
+
+def test_an_encoder_is_calibrated_before_it_is_tried(tiny_work: Path, tmp_path: Path) -> None:
+    experts = {task: tiny_work / "experts" / task for task in ("mrpc", "sst2")}
+    data, how = tiny_work / "data", CalibrationSettings(texts=30, target="weights", ridge=1e-6)
+    cells = [
+        stages.compare(
+            experts=experts, base=tiny_work / "base", data=data, out=tmp_path / "cell.json",
+            merging=ComparedSettings(method="average", calibrate=calibrate),
+            settings=CompareSettings(methods={"any": AVERAGE}, device="cpu", dtype="float32"),
+        )
+        for calibrate in (None, how)
+    ]  # fmt: skip
+    assert cells[1].computed
+    sources = {
+        task: Source(folder, get_task(task), data, "validation", None, 0, "cpu", "float32")
+        for task, folder in experts.items()
+    }
+    loaded = {task: trial.load_expert(source) for task, source in sources.items()}
+    examples = {
+        task: heads.unlabeled(folder, get_task(task), data, 30, 0, rows_tuned_on(folder))
+        for task, folder in experts.items()
+    }
+    encoder, _ = calibrated_encoder(
+        {task: expert.model for task, expert in loaded.items()},
+        merged.in_memory(experts, AVERAGE),
+        examples,
+        settings=how,
+        device="cpu",
+        dtype="float32",
+    )
+    for task, expert in loaded.items():
+        answers = trial.try_encoder(expert, encoder)
+        assert cells[1].summary.tasks[task].predictions == answers.predicted.tolist()
+        assert not np.allclose(
+            trial.try_encoder(expert, merged.in_memory(experts, AVERAGE)).scores, answers.scores
+        )

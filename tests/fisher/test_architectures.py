@@ -368,10 +368,10 @@ def test_the_pooler_alone_is_own_where_there_is_one_and_nothing_if_nothing_is_to
         (
             "albert",
             1,
-            "own_layers: albert has layers that share their parameters; only",
+            "own_layers: albert has layers that share their parameters; leave",
         ),
         ("albert-groups", 1, "layers that share their parameters"),
-        ("t5", 1, "t5 has a decoder; only 0 is possible"),
+        ("t5", 1, "t5 has a decoder; leave it out"),
     ],
 )
 def test_own_layers_that_cannot_be_are_refused(name: str, layers: int, message: str) -> None:

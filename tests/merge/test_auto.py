@@ -117,10 +117,11 @@ def test_where_averaging_only_shrinks_what_experts_learned_a_larger_scale_is_tak
 
 
 def measured(out: Path, experts: Mapping[str, Path], examples: Mapping[str, Examples]) -> float:
-    """The error of a merged model as it was written."""
+    """The error of a merged model as it was written, under the experts' own poolers."""
     errors = []
     for task, folder in experts.items():
         expert, merged = load(folder), load(out / "tasks" / task)
+        merged.base_model.pooler.load_state_dict(expert.base_model.pooler.state_dict())
         own, read = (
             heads.features(each, examples[task], device="cpu", dtype="float32")
             for each in (expert, merged)
@@ -154,7 +155,9 @@ def test_what_is_tried_depends_on_what_there_is_and_is_what_would_be_written(
     assert {each.scale for each in weighed.candidates} == {1}
     assert methods(tried(None, Statistics(grams=gram))) == ["average", "regmean"]
     full = tried(base, Statistics(fisher, gram))
-    assert methods(full) == list(auto.TRIED)
+    weighted = ["average", "mask-fisher", "regmean", "fisher-regmean", "tsv-m"]
+    assert methods(full) == weighted
+    assert methods(tried(base, Statistics())) == ["average", "wudi", "tsv-m"]
     scales = [each.scale for each in full.candidates if each.method == full.chosen.method]
     assert len(scales) == len(set(scales)) >= len(auto.SCALES)
     statistics = Statistics(fisher, gram)

@@ -12,10 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fmn.errors import UserError
-from fmn.merge import heads
+from fmn.merge import heads, model
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe, SearchedCoefficients, read_recipe
-from fmn.merge.stages import MergeSettings, RealignSettings, merge, realign
+from fmn.merge.stages import (
+    CalibrateSettings,
+    MergeSettings,
+    RealignSettings,
+    calibrate,
+    merge,
+    realign,
+)
 from fmn.models import checkpoints
 from fmn.models.provenance import rows_tuned_on
 from fmn.store import artifacts
@@ -26,6 +33,7 @@ from tests.conftest import TASKS
 
 AVERAGE = MergeSettings(method="average")
 SETTINGS = RealignSettings(texts=40, device="cpu")
+CALIBRATE = CalibrateSettings(texts=40, device="cpu", dtype="float32")
 
 
 @pytest.fixture
@@ -223,6 +231,62 @@ def test_auto_says_what_it_lacks(work: Path) -> None:
     fisher = {name: work / "fisher" / f"{name}.parquet" for name in TASKS[1:]}
     with pytest.raises(UserError, match="--fisher sst2=FILE is missing"):
         merged(work, AUTO, data=work / "data", fisher=fisher)
+
+
+def calibrated(work: Path, settings: CalibrateSettings = CALIBRATE) -> Outcome[Recipe]:
+    return calibrate(
+        work / "merged",
+        experts=experts(work),
+        data=work / "data",
+        out=work / "calibrated",
+        settings=settings,
+    )
+
+
+def test_calibration_changes_the_maps_of_the_encoder_alone_and_labels_are_never_read(
+    work: Path,
+) -> None:
+    merged(work)
+    recipe = calibrated(work).summary
+    check_intact(work / "calibrated")
+    before, after = (model.read_encoder(work / name) for name in ("merged", "calibrated"))
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        is_map = ".layer." in name and tensor.ndim == 2
+        assert torch.equal(after[name], tensor) != is_map
+    encoder = work / "calibrated" / "encoder" / "model.safetensors"
+    assert encoder.samefile(work / "calibrated/tasks/sst2/model-00001-of-00002.safetensors")
+    for name in TASKS:
+        head = f"tasks/{name}/model-00002-of-00002.safetensors"
+        assert (work / "calibrated" / head).samefile(work / "merged" / head)
+        classifier = checkpoints.load_classifier(work / "calibrated" / "tasks" / name)
+        for key, tensor in after.items():
+            assert torch.equal(classifier.base_model.state_dict()[key], tensor)
+    assert recipe.calibrate is not None
+    assert recipe.calibrate.merged == artifacts.digest_folder(work / "merged")
+    assert recipe.calibrate.errors.keys() == set(TASKS)
+    first = artifacts.digest_files(work / "calibrated" / "encoder")
+    assert not calibrated(work).computed
+    for name in TASKS:
+        table = read_split(work / "data", get_task(name), "train").drop_columns(["label"])
+        pq.write_table(table, work / "data" / name / "train.parquet")
+    assert calibrated(work).computed
+    assert artifacts.digest_files(work / "calibrated" / "encoder") == first
+
+
+def test_a_model_is_calibrated_before_its_heads_are_re_aligned_and_once(work: Path) -> None:
+    merged(work)
+    calibrated(work)
+    arguments: dict[str, Any] = {"experts": experts(work), "data": work / "data"}
+    with pytest.raises(UserError, match="calibrated: it is calibrated already"):
+        calibrate(work / "calibrated", **arguments, out=work / "more", settings=CALIBRATE)
+    realigned(work)
+    with pytest.raises(UserError, match="re-aligned already"):
+        calibrate(work / "realigned", **arguments, out=work / "more", settings=CALIBRATE)
+    out = realign(work / "calibrated", **arguments, out=work / "both", settings=SETTINGS).summary
+    assert out.calibrate == read_recipe(work / "calibrated").calibrate
+    assert out.realign is not None
+    assert "calibrated" in (work / "both" / "README.md").read_text()
 
 
 def test_the_last_map_of_every_head_alone_is_new_and_the_encoder_is_on_the_disk_once(
