@@ -283,8 +283,8 @@ def _show_realign(recipe: Any) -> None:
 
 
 def _show_calibrate(recipe: Any) -> None:
-    body = [[task, *map(_percent, errors)] for task, errors in recipe.calibrate.errors.items()]
-    show_table(["task", "off the expert's states, %", "calibrated"], body)
+    body = [[task, _percent(error)] for task, error in recipe.calibrate.errors.items()]
+    show_table(["task", "off the expert's states, %"], body)
 
 
 def _show_metrics(metrics: Any) -> None:
