@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
 from fmn.fisher import architectures
-from fmn.merge.stages import CalibrationSettings
+from fmn.merge.recipe import CalibrationSettings
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import TOKENS
 from fmn.store.stage import Progress, no_progress
@@ -93,6 +93,7 @@ def calibrated_encoder(
     examples: Mapping[str, Examples],
     *,
     settings: CalibrationSettings,
+    last: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = no_progress,
@@ -103,6 +104,7 @@ def calibrated_encoder(
         experts: classifiers by task; their parameters are not changed.
         encoder: the merged encoder's tensors by names in the base model.
         examples: texts by task; labels are not read.
+        last: how many of the last layers are calibrated; None: all.
         device, dtype: as for `fmn.models.predict.predict`. Sums are in float32, and the systems of
             equations are solved in float64.
         progress: called with the layers done and all of them.
@@ -147,7 +149,9 @@ def calibrated_encoder(
             tasks[task] = _Task(own, in_merged, in_own, weights)
         with torch.no_grad():
             for number, layer in enumerate(layers):
-                _calibrate_layer(number, layer, list(tasks.values()), settings.ridge)
+                if last is None or number >= len(layers) - last:
+                    _calibrate_layer(number, layer, list(tasks.values()), settings.ridge)
+                _advance(number, layer, list(tasks.values()))
                 progress(number + 1, len(layers))
     state = merged.state_dict()
     tensors = {name: state[name].to("cpu", tensor.dtype) for name, tensor in encoder.items()}
@@ -274,11 +278,15 @@ def _run(layer: nn.Module, number: int, texts: _Texts) -> Tensor:
 
 
 def _calibrate_layer(number: int, layer: nn.Module, tasks: Sequence[_Task], ridge: float) -> None:
-    """Calibrate the maps of a layer, then move all texts through it."""
+    """Calibrate the maps of a layer."""
     for names in _groups(number, layer, tasks[0].merged[0]):
         moments = [_moments(number, layer, task, names) for task in tasks]
         for name in names:
             _move(layer, name, moments, ridge)
+
+
+def _advance(number: int, layer: nn.Module, tasks: Sequence[_Task]) -> None:
+    """Move all texts through a layer."""
     for task in tasks:
         for texts in task.merged:
             texts.states = _run(layer, number, texts)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fmn.merge.regmean import damped, regress, rounded
+from fmn.merge.rules import damped, regress, rounded
 
 
 def problem(
