@@ -22,7 +22,7 @@ LAYERS = (
     *(("fmn.evaluate",), ("fmn.experiments",), ("fmn.report",), ("fmn.registry",)),
     *(("fmn.params",), ("flows",), ("fmn.cli",), ("fmn.__main__",)),
 )
-PURE = ("fisher/mask_nodes", "fisher/architectures", "merge/rules", "merge/regmean")
+PURE = ("fisher/mask_nodes", "fisher/architectures", "merge/rules")
 ROOMS = sorted(path for path in (ROOT / "fmn").iterdir() if (path / "__init__.py").is_file())
 
 

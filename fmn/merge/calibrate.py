@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
 from fmn.fisher import architectures
-from fmn.merge.stages import CalibrationSettings
+from fmn.merge.recipe import CalibrationSettings
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import TOKENS
 from fmn.store.stage import Progress, no_progress

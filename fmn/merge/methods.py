@@ -164,7 +164,7 @@ def fisher_regmean(
     damping: float,
 ) -> Tensor:
     """RegMean whose output rows are weighed by the Fisher information of their mask nodes."""
-    from fmn.merge.regmean import damped, regress, row_weights
+    from fmn.merge.rules import damped, regress, row_weights
 
     if grams is None:
         return mask_fisher(experts, coefficients, fisher)
@@ -194,8 +194,7 @@ def fisher_wudi(
     is_linear_map: bool,
 ) -> Tensor:
     """WUDI whose output rows are weighed by the Fisher information of their mask nodes."""
-    from fmn.merge.regmean import regress, row_weights, second_moment
-    from fmn.merge.rules import task_vectors
+    from fmn.merge.rules import regress, row_weights, second_moment, task_vectors
 
     if not is_linear_map:
         return mask_fisher(experts, coefficients, fisher)

@@ -122,6 +122,21 @@ def _by_task(coefficient: list[str]) -> dict[str, float]:
         raise ValueError(f"coefficient: {error}") from error
 
 
+class CalibrationSettings(Settings):
+    texts: int = Field(
+        256,
+        ge=1,
+        description="unlabeled training texts; those that the expert was not tuned on first",
+    )
+    ridge: float = Field(0.1, gt=0, description="how firmly a map is held where it was")
+    target: Literal["outputs", "weights"] = Field(
+        "outputs",
+        description="what a map is to give: outputs: what the expert's map gives in the expert;"
+        " weights: what it gives in the merged model, as RegMean++ does",
+    )
+    seed: int = Field(0, ge=0, description="seed of the texts' draw")
+
+
 class Checkpoint(Lineage):
     """A checkpoint that was merged; how it was fine-tuned is empty if fmn did not do that."""
 

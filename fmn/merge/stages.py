@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from fmn.errors import UserError
 from fmn.merge import recipe as records
 from fmn.merge.methods import METHODS, Needs, needs_of
-from fmn.merge.recipe import MergeSettings, Recipe, read_recipe, task_folder
+from fmn.merge.recipe import CalibrationSettings, MergeSettings, Recipe, read_recipe, task_folder
 from fmn.models import checkpoints, labels, provenance
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts, stage
@@ -59,21 +59,6 @@ class RefitSettings(Settings):
     )
 
     _at_least_one = field_validator("texts")(at_least_one)
-
-
-class CalibrationSettings(Settings):
-    texts: int = Field(
-        256,
-        ge=1,
-        description="unlabeled training texts; those that the expert was not tuned on first",
-    )
-    ridge: float = Field(0.1, gt=0, description="how firmly a map is held where it was")
-    target: Literal["outputs", "weights"] = Field(
-        "outputs",
-        description="what a map is to give: outputs: what the expert's map gives in the expert;"
-        " weights: what it gives in the merged model, as RegMean++ does",
-    )
-    seed: int = Field(0, ge=0, description="seed of the texts' draw")
 
 
 class CalibrateSettings(CalibrationSettings):

@@ -23,7 +23,7 @@ from fmn.merge import model, stream
 from fmn.merge.inputs import Plan, Statistics, matching
 from fmn.merge.methods import METHODS, Tuning
 from fmn.merge.recipe import MergeSettings, read_recipe
-from fmn.merge.regmean import rounded
+from fmn.merge.rules import rounded
 from fmn.models.headers import file_headers
 from fmn.store import artifacts
 from fmn.tasks.task import Columns, Task, read_task
