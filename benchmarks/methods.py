@@ -78,7 +78,7 @@ def contestants(profile: Path, task: str, samples: int) -> dict[str, tuple[str, 
             suffix = {"nodes": ".parquet", "parameters": ".full.safetensors"}[method.fisher]
             paths["fisher"] = of_all("fisher", suffix)
         if method.gram:
-            paths["gram"] = of_all("fisher", ".gram.safetensors")
+            paths["gram"] = of_all("gram", ".gram.safetensors")
         merge = {"settings": {"method": name}, "options": {}, "paths": paths}
         chosen[f"merge, {name}"] = ("merge", merge)
     return chosen

@@ -106,7 +106,7 @@ def nodes(settings: Params, comparing: CompareSettings, profile: Path, title: st
     listed = [node for node in graph.nodes(settings, profile) if node.stage in EXPERT_STAGES]
 
     def path(statistic: Statistic, task: str) -> Path:
-        return work / "fisher" / f"{task}{statistic.suffix}"
+        return work / statistic.argument / f"{task}{statistic.suffix}"
 
     for statistic in {item.suffix: item for items in takes.values() for item in items}.values():
         for name in names:

@@ -5,7 +5,7 @@
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import getsourcefile
@@ -16,7 +16,7 @@ from fmn import params
 from fmn.errors import UserError, hint
 from fmn.evaluate.stages import evaluate
 from fmn.fisher.stages import fisher, gram
-from fmn.merge.stages import MergeSettings, merge, realign
+from fmn.merge.stages import calibrate, merge, realign
 from fmn.models.stages import FetchSettings, fetch, finetune
 from fmn.params import Params
 from fmn.registry.stages import register
@@ -24,14 +24,12 @@ from fmn.report.stages import report
 from fmn.store.stage import Outcome
 from fmn.tasks.stages import data
 
-Names = str | Mapping[str, str]  # a section of the settings that lists names, or names with folders
-
 
 class Each(NamedTuple):
-    """A mapping from names to paths, as an argument of a stage."""
+    """A mapping from names, as the settings list them, to paths: an argument of a stage."""
 
     path: str
-    names: tuple[Names, ...]
+    names: str
 
 
 Reads = Mapping[str, str | Each]
@@ -42,71 +40,70 @@ class Row:
     """A stage of the pipeline, and the names that it runs for.
 
     Attributes:
-        name: what ``dvc.yaml`` and `fmn stage` call it.
+        name: what `fmn stage` calls it.
         function: the stage function.
-        names: the names.
-        out: its output; ``{name}`` and ``{folder}`` stand for a name and its folder.
+        names: what of the settings (`Params`) lists the names; ONCE: it runs once, without a name.
+        out: its output; ``{name}`` stands for a name, ``{encoder}`` and ``{model}`` for the models
+            that the settings call so.
         reads: its arguments that are paths, in the same way.
-        section: the section of the settings that is its argument `settings`.
+        section: what of the settings is its argument `settings`.
         values: its other arguments that are in the settings, and where.
         is_task: whether the names are tasks that the function takes as an argument.
+        dvc: what ``dvc.yaml`` calls it, if not by its name: stages that write into one folder are
+            one stage there.
     """
 
     name: str
     function: Callable[..., Outcome]
-    names: Names
+    names: str
     out: str
     reads: Reads
     section: str = ""
     values: Mapping[str, str] = field(default_factory=dict)
     is_task: bool = False
+    dvc: str = ""
 
 
-EXPERTS, LABELLED, ONCE = "experts.tasks", "labelled", {"": ""}
-# Beside the merge that is asked for stand two bounds: nothing merged, and what everybody tries
-# first. The folder of the first is not called base, as that is where the base itself lies.
-MERGES = {"base": "base-heads", "average": "average", "merged": "merged"}
-BOUNDS = {
-    "base": MergeSettings(method="average", scale=0),
-    "average": MergeSettings(method="average"),
-}
-MODELS: tuple[Names, ...] = (MERGES, "realign")
-
-EXPERT, DATA = "experts/{name}", "data/{name}"
-FISHER, GRAM = "fisher/{name}.parquet", "fisher/{name}.gram.safetensors"
+EXPERTS, LABELLED, MODELS, ONCE = "experts.tasks", "labelled", "models", ""
+EXPERT, DATA, MODEL = "experts/{name}", "data/{name}", "models/{name}"
+FISHER, GRAM = "fisher/{name}.parquet", "gram/{name}.gram.safetensors"
 EXPERT_METRICS, METRICS = "metrics/experts/{name}.json", "metrics/{name}.json"
-ALL_EXPERTS, ALL_FISHER = Each(EXPERT, (EXPERTS,)), Each(FISHER, (EXPERTS,))
+ALL_EXPERTS, ALL_FISHER = Each(EXPERT, EXPERTS), Each(FISHER, EXPERTS)
 
 NOTHING: Reads = {}
 ROWS = {"data": DATA}
 BASE_AND_DATA = {"base": "base", "data": DATA}
 EXPERT_AND_DATA = {"checkpoint": EXPERT, "data": DATA}
 ONE_MODEL = {"model": EXPERT, "data": DATA}
-MODEL_AND_DATA = {"model": "{folder}", "data": "data"}
+MODEL_AND_DATA = {"model": MODEL, "data": "data"}
 ALL_STATISTICS: Reads = {
     "experts": ALL_EXPERTS,
     "fisher": ALL_FISHER,
-    "gram": Each(GRAM, ("gram",)),
+    "gram": Each(GRAM, "grams"),
     "base": "base",
+    "data": "data",
 }
-MERGED_AND_EXPERTS: Reads = {"model": "merged", "experts": ALL_EXPERTS, "data": "data"}
+EXPERTS_AND_DATA: Reads = {"experts": ALL_EXPERTS, "data": "data"}
+MERGED_AND_EXPERTS: Reads = {"model": "models/merged", **EXPERTS_AND_DATA}
+ENCODER_AND_EXPERTS: Reads = {"model": "models/{encoder}", **EXPERTS_AND_DATA}
 ALL_RESULTS: Reads = {
     "merged": Each(METRICS, MODELS),
-    "models": Each("{folder}", MODELS),
-    "experts": Each(EXPERT_METRICS, (LABELLED,)),
+    "models": Each(MODEL, MODELS),
+    "experts": Each(EXPERT_METRICS, LABELLED),
     "fisher": ALL_FISHER,
 }
-MERGED_AND_REPORT = {
-    "model": "merged",
-    "metrics": "metrics/merged.json",
+MODEL_AND_REPORT = {
+    "model": "models/{model}",
+    "metrics": "metrics/{model}.json",
     "data": "data",
     "report": "report",
-    "card": "report/cards/merged.md",
+    "card": "report/cards/{model}.md",
 }
 
 FROM_BASE = {"source": "base"}
 FROM_SOURCE = {"source": "sources.{name}.source"}
 DEFINITION = {"definition": "tasks.{name}"}
+HEADLINE = {"headline": "model"}
 
 PIPELINE = (
     Row("fetch-base", fetch, ONCE, "base", NOTHING, values=FROM_BASE),
@@ -114,15 +111,17 @@ PIPELINE = (
     Row("fetch", fetch, "sources", EXPERT, ROWS, "sources.{name}", FROM_SOURCE, is_task=True),
     Row("finetune", finetune, "finetune", EXPERT, BASE_AND_DATA, "finetune.{name}", is_task=True),
     Row("fisher", fisher, EXPERTS, FISHER, EXPERT_AND_DATA, "fisher", is_task=True),
-    Row("gram", gram, "gram", GRAM, EXPERT_AND_DATA, "gram.{name}", is_task=True),
-    Row("evaluate-expert", evaluate, LABELLED, EXPERT_METRICS, ONE_MODEL, "evaluate", is_task=True),
-    Row("merge", merge, MERGES, "{folder}", ALL_STATISTICS, "merge"),
-    Row("evaluate", evaluate, MERGES, METRICS, MODEL_AND_DATA, "evaluate"),
-    Row("realign", realign, "realign", "{folder}", MERGED_AND_EXPERTS, "realign.{name}"),
-    Row("evaluate-realigned", evaluate, "realign", METRICS, MODEL_AND_DATA, "evaluate"),
-    Row("report", report, ONCE, "report", ALL_RESULTS),
-    Row("register", register, ONCE, "registered.json", MERGED_AND_REPORT, "registry"),
-)
+    Row("gram", gram, "grams", GRAM, EXPERT_AND_DATA, "grams.{name}", is_task=True),
+    Row("merge", merge, "merges", MODEL, ALL_STATISTICS, "merges.{name}", dvc="models"),
+    Row("calibrate", calibrate, "calibrations", MODEL, MERGED_AND_EXPERTS, "calibrations.{name}",
+        dvc="models"),
+    Row("realign", realign, "realign", MODEL, ENCODER_AND_EXPERTS, "realign.{name}", dvc="models"),
+    Row("evaluate-expert", evaluate, LABELLED, EXPERT_METRICS, ONE_MODEL, "evaluate", is_task=True,
+        dvc="metrics"),
+    Row("evaluate", evaluate, MODELS, METRICS, MODEL_AND_DATA, "evaluate", dvc="metrics"),
+    Row("report", report, ONCE, "report", ALL_RESULTS, values=HEADLINE),
+    Row("register", register, ONCE, "registered.json", MODEL_AND_REPORT, "registry"),
+)  # fmt: skip
 SETTINGS = "settings.json"  # the settings with every default filled in, which DVC compares
 
 
@@ -153,15 +152,17 @@ def nodes(settings: Params, profile: Path) -> list[Node]:
 
 
 def _row_nodes(row: Row, settings: Params, profile: Path) -> Iterator[Node]:
-    work = Path(settings.work)
-    for name, folder in _names(row.names, settings).items():
-        arguments: dict[str, Any] = {"out": work / row.out.format(name=name, folder=folder)}
+    for name in _section(settings, row.names) if row.names else [ONCE]:
+        arguments: dict[str, Any] = {"out": _path(row.out, settings, name)}
         for argument, template in row.reads.items():
-            arguments[argument] = _paths(template, settings, name, folder)
+            if isinstance(template, Each):
+                names = _section(settings, template.names)
+                paths = {each: _path(template.path, settings, each) for each in names}
+                arguments[argument] = paths
+            else:
+                arguments[argument] = _path(template, settings, name)
         for argument, section in _sections(row, name).items():
             arguments[argument] = _section(settings, section)
-        if row.name == "merge" and name in BOUNDS:
-            arguments["settings"] = BOUNDS[name]
         if row.name == "fetch":
             arguments["settings"] = FetchSettings(labels=arguments["settings"].labels)
         if row.function is evaluate and row.is_task:
@@ -188,19 +189,18 @@ def _section(settings: Params, path: str) -> Any:
 
 
 def find_nodes(settings: Params, profile: Path, stage: str, name: str = "") -> list[Node]:
-    """A stage of a settings file for one of its names, or for all of them.
+    """A stage of a settings file for one of its names, or for all of them, which may be none.
 
     Raises:
         UserError: the pipeline has no such stage, or the stage no such name.
     """
-    listed = nodes(settings, profile)
-    of_stage = [node for node in listed if node.stage == stage]
-    if not of_stage:
-        known = list(dict.fromkeys(node.stage for node in listed))
-        raise UserError(f"stage {stage}: {profile} has {', '.join(known)}{hint(stage, known)}")
+    known = ["settings", *(row.name for row in PIPELINE)]
+    if stage not in known:
+        raise UserError(f"stage {stage}: choose one of {', '.join(known)}{hint(stage, known)}")
+    of_stage = [node for node in nodes(settings, profile) if node.stage == stage]
     chosen = [node for node in of_stage if name in ("", node.name)]
-    if not chosen:
-        names = ", ".join(node.name for node in of_stage)
+    if name and not chosen:
+        names = ", ".join(node.name for node in of_stage) or "none"
         raise UserError(f"stage {stage}: give one of its names: {names}")
     return chosen
 
@@ -228,19 +228,19 @@ def _paths_in(value: Any) -> Iterator[Path]:
             yield from _paths_in(item)
 
 
-def _names(names: Names, settings: Params) -> dict[str, str]:
-    """Names, each with its folder, as a section of the settings or a row lists them."""
-    if not isinstance(names, str):
-        return dict(names)
-    return {name: name for name in _section(settings, names)}
+def _path(template: str, settings: Params, name: str) -> Path:
+    model, encoder = settings.model, settings.encoder
+    return Path(settings.work) / template.format(name=name, model=model, encoder=encoder)
 
 
-def _paths(template: str | Each, settings: Params, name: str, folder: str) -> Any:
-    work = Path(settings.work)
-    if isinstance(template, str):
-        return work / template.format(name=name, folder=folder)
-    items = [item for names in template.names for item in _names(names, settings).items()]
-    return {key: work / template.path.format(name=key, folder=value) for key, value in items}
+def model_folder(settings: Params, name: str) -> Path:
+    """The folder of one of the run's models."""
+    return _path(MODEL, settings, name)
+
+
+def make_folders(settings: Params) -> None:
+    """Make the folder that DVC looks for where no merge takes Gram matrices; it stays empty."""
+    _path(GRAM, settings, "").parent.mkdir(parents=True, exist_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ _HEADER = """\
 # Written by `make dvc` from flows/graph.py; a test holds the two equal.
 # Commands name a stage of the settings and read them: no setting reaches a shell. Outputs persist,
 # so that a stage sees for itself that nothing changed. What a pinned source or a merge gives again
-# at once is not copied into the cache.
+# at once is not copied into the cache. Stages of which the settings ask for none compute nothing.
 """
 _PLOTS = """\
 metrics: ['${work}/report/results.json']
@@ -262,6 +262,17 @@ plots:
     y: {'${work}/report/scores.csv': scored}
     title: scores, %
 """
+
+
+FOREACH = {EXPERTS: "${item}", "sources": "${key}", "finetune": "${key}"}
+"""What params.yaml itself lists, so that DVC has a stage for each name, and the name there."""
+SECTIONS = {
+    "merges": ["merge", "baselines"],
+    "calibrations": ["calibrate"],
+    "grams": ["gram", "merge", "baselines", "experts"],
+    "model": ["calibrate", "realign"],
+}
+"""The sections that a property of the settings comes from."""
 
 
 def dvc_yaml() -> str:
@@ -277,11 +288,13 @@ def dvc_yaml() -> str:
             "outs": _dvc_outs([settings_file, f"{settings_file}.fmn.json"], is_cached=False),
         }
     }
+    groups: dict[str, list[Row]] = {}
     for row in PIPELINE:
-        stages[row.name] = _dvc_stage(row, settings_file)
+        groups.setdefault(row.dvc or row.name, []).append(row)
+    for name, rows in groups.items():
+        stages[name] = _dvc_stage(rows, settings_file)
     content = {
-        # Sections that the settings may leave out.
-        "vars": [{name: {} for name in ("sources", "finetune", "gram", "realign")}],
+        "vars": [{name: {} for name in FOREACH if name != EXPERTS}],  # sections may be left out
         "stages": stages,
     }
     text = io.StringIO()
@@ -292,48 +305,41 @@ def dvc_yaml() -> str:
     return _HEADER + text.getvalue() + _PLOTS
 
 
-def _dvc_stage(row: Row, settings_file: str) -> dict[str, Any]:
-    foreach, name, fill = _dvc_names(row)
-    source = Path(getsourcefile(row.function) or "").resolve()
-    module = source.relative_to(Path(__file__).resolve().parents[1]).as_posix()
-    sections = _outermost(_sections(row, name).values(), ".")
-    if row.names == LABELLED or any(isinstance(template, Each) for template in row.reads.values()):
-        sections.append("experts")
-    body: dict[str, Any] = {"cmd": f"fmn stage {row.name} {name}".strip()}
-    if row.name == "fetch":  # a source may float: every repro looks where it stands
+def _dvc_stage(rows: Sequence[Row], settings_file: str) -> dict[str, Any]:
+    """A stage of ``dvc.yaml``: for each name of a row, or for rows that write into one folder."""
+    first = rows[0]
+    name = FOREACH.get(first.names, "")
+    fill = partial(str.format, name=name) if name else _folder
+    sections, paths, versions = list[str](), list[str](), dict[str, list[str]]()
+    for row in rows:
+        for section in _sections(row, name).values():
+            top = section.partition(".")[0]
+            sections += SECTIONS.get(top, [section.removesuffix(".")])
+        if row.names == LABELLED or any(isinstance(path, Each) for path in row.reads.values()):
+            sections.append("experts")
+        for template in row.reads.values():
+            paths.append(_folder(template.path) if isinstance(template, Each) else fill(template))
+        source = Path(getsourcefile(row.function) or "").resolve()
+        module = source.relative_to(Path(__file__).resolve().parents[1]).as_posix()
+        versions.setdefault(module, []).append(row.function.__name__.upper())
+    commands = [f"fmn stage {row.name} {name}".strip() for row in rows]
+    body: dict[str, Any] = {"cmd": commands if len(commands) > 1 else commands[0]}
+    if first.name == "fetch":  # a source may float: every repro looks where it stands
         body["always_changed"] = True
-    paths = [
-        fill(template) if isinstance(template, str) else _folder(template.path)
-        for template in row.reads.values()
-    ]
-    if deps := [f"${{work}}/{path}" for path in _outermost(filter(None, paths), "/")]:
-        body["deps"] = deps
-    body["params"] = [{settings_file: sections}, {module: [row.function.__name__.upper()]}]
-    outs = [fill(row.out)]
-    if Path(outs[0]).suffix:
-        outs.append(f"{outs[0]}.fmn.json")
-        if row.function is evaluate:
-            outs.append(outs[0].replace(".json", ".predictions.parquet"))
-    is_cached = row.function not in (fetch, merge, realign, register)
+    out = fill(first.out) if name or first.names == ONCE else first.out.partition("/")[0]
+    if deps := _outermost([out, *paths], "/")[1:]:
+        body["deps"] = [f"${{work}}/{path}" for path in deps]
+    modules = [{module: list(dict.fromkeys(names))} for module, names in versions.items()]
+    body["params"] = [{settings_file: _outermost(sections, ".")}, *modules]
+    outs = [out, f"{out}.fmn.json"] if Path(out).suffix else [out]
+    is_cached = first.function not in (fetch, merge, register)
     body["outs"] = _dvc_outs([f"${{work}}/{path}" for path in outs], is_cached)
-    return {"foreach": foreach, "do": body} if foreach else body
-
-
-def _dvc_names(row: Row) -> tuple[Any, str, Callable[[str], str]]:
-    """What DVC repeats a stage for, what the name is there, and what fills in a path."""
-    if row.names == ONCE:
-        return None, "", str
-    if row.names == LABELLED:  # which params.yaml does not list: one stage for all names
-        return None, "", _folder
-    if isinstance(row.names, str):
-        name = "${item}" if row.names == EXPERTS else "${key}"
-        return f"${{{row.names}}}", name, partial(str.format, name=name, folder=name)
-    return dict(row.names), "${key}", partial(str.format, name="${key}", folder="${item}")
+    return {"foreach": f"${{{first.names}}}", "do": body} if name else body
 
 
 def _folder(template: str) -> str:
-    """The folder of the paths of all names; "" if it is `work`."""
-    return template.partition("{")[0].rstrip("/")
+    """A path, or the folder of the paths of all names."""
+    return template.rpartition("/")[0] if "{" in template else template
 
 
 def _outermost(paths: Iterable[str], separator: str) -> list[str]:

@@ -58,9 +58,12 @@ def progress_page(title: str) -> Iterator[Progress]:
         _publish(artifacts.update_progress_artifact, page, 100.0)
 
 
-def show_results(header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-    """Show the table of results of this flow run."""
-    text = report.markdown(header, body)
+def show_results(
+    header: Sequence[str], body: Sequence[Sequence[str]], verdict: Sequence[str] = ()
+) -> None:
+    """Show the table of results of this flow run, and what to make of it."""
+    lines = "".join(f"- {report.escaped(line)}\n" for line in verdict)
+    text = f"{report.markdown(header, body)}\n{lines}"
     _publish(artifacts.create_markdown_artifact, text, _key("results", flow_run.name))
 
 

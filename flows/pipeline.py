@@ -132,9 +132,10 @@ def pipeline(profile: str = "params.yaml") -> Outcomes:
         settings = params.load(path)
         with cluster.joined(settings):
             outcomes = run_nodes(graph.nodes(settings, path))
+        graph.make_folders(settings)
         dvc.keep_in_step(path, [outcome.out for outcome in outcomes.values()])
         report, registered = outcomes["report", ""], outcomes["register", ""]
-        pages.show_results(report.summary.header, report.summary.body)
+        pages.show_results(report.summary.header, report.summary.body, report.summary.verdict)
         version = registered.summary
         page = report.out / "report.html"
         pages.show_links(version.store, version.run, version.name, version.version, page)
@@ -147,15 +148,16 @@ def pipeline(profile: str = "params.yaml") -> Outcomes:
 def run_pipeline(profile: Path) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn run` does."""
     started = time.monotonic()
-    params.load(profile)  # a mistake there is reported before Prefect starts
+    settings = params.load(profile)  # a mistake there is reported before Prefect starts
     with server_answers():
         outcomes: Outcomes = pipeline(str(profile))
     report, registered = outcomes["report", ""], outcomes["register", ""].summary
     computed = any(outcome.computed for outcome in outcomes.values())
     show_table(report.summary.header, report.summary.body)
+    say(*report.summary.verdict, wrap=True)
     say(*report.summary.notes)
     say(f"report     {report.out / 'report.html'}")
-    say(f"model      {outcomes['merge', 'merged'].out}")
+    say(f"model      {graph.model_folder(settings, settings.model)}")
     say(f"registry   models:/{registered.name}/{registered.version} in {registered.store}")
     say(f"{registered.alias:<10} {registered.reason}")
     say(f"{time.monotonic() - started:.0f} s" + ("" if computed else ", nothing had changed"))
@@ -178,7 +180,7 @@ def rebuild(profile: Path, name: str, threads: int | None) -> tuple[Path, Path]:
 
     Args:
         profile: the settings file.
-        name: name of the merged model.
+        name: name of the model among those of the settings.
         threads: threads of each stage's process, on which the last bits depend; None: the default.
 
     Returns:
@@ -188,6 +190,4 @@ def rebuild(profile: Path, name: str, threads: int | None) -> tuple[Path, Path]:
         os.environ["FMN_THREADS"] = str(threads)
     with server_answers():
         outcomes: Outcomes = reproduce(str(profile))
-    outputs = {(outcome.stage, name): outcome.out for (_, name), outcome in outcomes.items()}
-    model = outputs.get(("realign", name)) or outputs["merge", name]
-    return model, outputs["evaluate", name]
+    return graph.model_folder(params.load(profile), name), outcomes["evaluate", name].out

@@ -24,7 +24,7 @@ from fmn.errors import UserError, system_error
 from fmn.evaluate.stages import evaluate
 from fmn.experiments.stages import SearchSettings, search
 from fmn.fisher.stages import STATISTICS, fisher
-from fmn.merge.stages import merge, realign
+from fmn.merge.stages import calibrate, merge, realign
 from fmn.models.stages import fetch, finetune, predict
 from fmn.registry.stages import (
     compare_digests,
@@ -282,6 +282,11 @@ def _show_realign(recipe: Any) -> None:
     show_table(["task", "texts", "ridge", "off the expert's outputs, %", "re-aligned"], body)
 
 
+def _show_calibrate(recipe: Any) -> None:
+    body = [[task, _percent(error)] for task, error in recipe.calibrate.errors.items()]
+    show_table(["task", "off the expert's states, %"], body)
+
+
 def _show_metrics(metrics: Any) -> None:
     from fmn.report.results import evaluate_notes, evaluate_table
 
@@ -307,6 +312,7 @@ def _show_champion(change: Any) -> None:
 
 def _show_report(summary: Any) -> None:
     show_table(summary.header, summary.body)
+    say(*summary.verdict, wrap=True)
     say(*summary.notes)
 
 
@@ -316,6 +322,7 @@ COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
     (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr")),
     *((statistic, _facts("samples", "dtype")) for statistic in STATISTICS),
     (merge, _show_merge),
+    (calibrate, _show_calibrate),
     (realign, _show_realign),
     (evaluate, _show_metrics),
     (search, _show_search),
@@ -391,9 +398,14 @@ def stage(
         name: the stage, as dvc.yaml calls it
         of: for which task or model; default: all
     """
-    from flows.graph import find_nodes
+    from flows.graph import find_nodes, make_folders
 
-    for node in find_nodes(params.load(params_file), params_file, name, of):
+    settings = params.load(params_file)
+    make_folders(settings)
+    nodes = find_nodes(settings, params_file, name, of)
+    if not nodes:
+        say(f"{name}: {params_file} asks for none")
+    for node in nodes:
         if "progress" not in inspect.signature(node.function).parameters:
             outcome = node.function(**node.arguments)
         else:

@@ -18,8 +18,8 @@ from fmn.errors import UserError, hint, redacted
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.experiments.stages import SETS, CompareSettings
 from fmn.fisher.stages import FisherSettings, FullFisherSettings, GramSettings
-from fmn.merge.methods import METHODS
-from fmn.merge.stages import MergeSettings, RealignSettings
+from fmn.merge.methods import needs_of
+from fmn.merge.stages import CalibrateSettings, MergeSettings, RealignSettings
 from fmn.models.stages import ExpertSource, FinetuneSettings
 from fmn.registry.stages import RegistrySettings
 from fmn.store import artifacts
@@ -32,6 +32,13 @@ from fmn.tasks.task import DEFINITION, TASKS, TaskSettings, task_folder, task_se
 
 SETTINGS = 2  # version of the stage
 WEBHOOK = "FMN_WEBHOOK"  # environment variable of the webhook's address
+MERGED, CALIBRATED, REALIGNED = "merged", "calibrated", "realigned"
+BOUNDS = {
+    "base": MergeSettings(method="average", scale=0),
+    "average": MergeSettings(method="average"),
+}
+"""Merges that stand beside every run: nothing merged, and what everybody tries first."""
+TAKEN = (*BOUNDS, MERGED, CALIBRATED, "expert", "mean")  # what tables have by these names
 
 
 class ExpertsSettings(Settings):
@@ -81,14 +88,23 @@ class Params(Settings):
     fisher: FisherSettings = FisherSettings()
     gram: dict[str, GramSettings] = Field(
         default_factory=dict,
-        description="TASK: how its expert's Gram matrices are computed; for regmean and"
-        " fisher-regmean",
+        description="TASK: how its expert's Gram matrices are computed, if not by the defaults;"
+        " they are computed for methods that take them, and for the tasks that stand here",
     )
-    merge: MergeSettings = MergeSettings()
+    merge: MergeSettings = Field(
+        MergeSettings(), description="the first step from the experts to the run's model"
+    )
+    calibrate: CalibrateSettings | None = Field(
+        None, description="the second step: calibration of the merged encoder; default: none"
+    )
     realign: dict[str, RealignSettings] = Field(
-        default_factory=dict,
-        description="NAME, realigned or realigned-...: another model, the merged one with its heads"
-        " re-aligned",
+        {REALIGNED: RealignSettings()},
+        description="NAME, realigned or realigned-...: the last step, heads that are re-aligned"
+        " with the encoder; the first entry is the run's model, the others are columns beside it;"
+        " {}: heads stay as they are",
+    )
+    baselines: dict[str, MergeSettings] = Field(
+        default_factory=dict, description="NAME: another merge, a column beside the run's model"
     )
     evaluate: EvaluateSettings = EvaluateSettings()
     full_fisher: FullFisherSettings = FullFisherSettings()
@@ -147,13 +163,45 @@ class Params(Settings):
             if isinstance(comparison.rows, dict)
             for name in comparison.rows
         ]
-        coefficients = self.merge.coefficients
+        coefficients = [name for merge in self.merges.values() for name in merge.coefficients]
         for name in [*self.sources, *self.finetune, *self.gram, *coefficients, *rows]:
             if name not in names:
                 raise ValueError(
                     f"{name!r} is not one of experts.tasks ({', '.join(names)}){hint(name, names)}"
                 )
         return self
+
+    @property
+    def merges(self) -> dict[str, MergeSettings]:
+        """Every merge of the run, by the name of its model: bounds, baselines, the first step."""
+        return {**BOUNDS, **self.baselines, MERGED: self.merge}
+
+    @property
+    def calibrations(self) -> dict[str, CalibrateSettings]:
+        """The calibration by the name of its model, if there is one."""
+        return {CALIBRATED: self.calibrate} if self.calibrate else {}
+
+    @property
+    def grams(self) -> dict[str, GramSettings]:
+        """The tasks whose experts' Gram matrices are computed, and how."""
+        takes = any(needs_of(merge.method).gram for merge in self.merges.values())
+        names = self.experts.tasks if takes else list(self.gram)
+        return {name: self.gram.get(name, GramSettings()) for name in names}
+
+    @property
+    def models(self) -> list[str]:
+        """The models of the run, in the order of its table."""
+        return [*self.merges, *self.calibrations, *self.realign]
+
+    @property
+    def encoder(self) -> str:
+        """The model whose encoder the run's model has: the calibrated or else the merged one."""
+        return CALIBRATED if self.calibrate else MERGED
+
+    @property
+    def model(self) -> str:
+        """The run's model, that of its last step: it is registered, and the report is about it."""
+        return next(iter(self.realign), self.encoder)
 
     @property
     def labelled(self) -> list[str]:
@@ -194,9 +242,18 @@ class Params(Settings):
                     f"compare: {name!r} must be of letters, digits, dots, dashes and spaces"
                 )
         for name in self.realign:
-            if not re.fullmatch(r"realigned(-[\w-]+)?", name):
+            if not re.fullmatch(rf"{REALIGNED}(-[\w-]+)?", name):
                 raise ValueError(f"realign: {name!r} must be realigned, or begin with realigned-")
         tasks = self.experts.tasks
+        for name in self.baselines:  # also the name of a folder, and of a column of the table
+            if not re.fullmatch(r"\w[\w-]{0,99}", name):
+                raise ValueError(
+                    f"baselines: {name!r} must be of letters, digits, underscores and dashes"
+                )
+            if name in (*TAKEN, *self.realign):
+                raise ValueError(f"baselines: {name!r} is another column's name; choose another")
+        if clash := [name for name in (*self.baselines, *self.realign) if name in tasks]:
+            raise ValueError(f"{clash[0]!r} is a task and a model; give the model another name")
         for comparison in self.compare.values():
             for members in comparison.sets:
                 unknown = [name for name in members.split("+") if name not in tasks]
@@ -208,17 +265,13 @@ class Params(Settings):
         return self
 
     @model_validator(mode="after")
-    def _check_method(self) -> "Params":
-        needs, method = METHODS[self.merge.method], self.merge.method
-        if needs.fisher == "parameters":
-            raise ValueError(
-                f"method {method} is for `fmn merge` alone; choose another method for a pipeline"
-            )
-        lacking = [name for name in self.experts.tasks if name not in self.gram]
-        if needs.gram and lacking:
-            raise ValueError(
-                f"method {method} needs Gram matrices of every expert: add {lacking[0]!r} to `gram`"
-            )
+    def _check_methods(self) -> "Params":
+        for merge in self.merges.values():
+            if needs_of(merge.method).fisher == "parameters":
+                raise ValueError(
+                    f"method {merge.method} is for `fmn merge` alone; choose another method for a"
+                    " pipeline"
+                )
         return self
 
 

@@ -50,9 +50,9 @@ def complain(message: str) -> None:
     print(f"fmn: {redacted(message)}", file=errors(), flush=True)
 
 
-def say(*lines: object) -> None:
-    """Print lines as they are, without wrapping or colouring them."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+def say(*lines: object, wrap: bool = False) -> None:
+    """Print lines as they are, without colouring them; `wrap`: sentences, at the terminal's end."""
+    console = Console(highlight=False, soft_wrap=not wrap, markup=False)
     for line in lines:
         console.print(line)
 

@@ -177,7 +177,10 @@ def checkpoint(revision: str) -> dict[str, str]:
 def report(
     tasks: Sequence[str | Task], layers: int = 3, heads: int = 4, count: int = 60, **more: Any
 ) -> Report:
-    """All that the report of a run shows; `models`: further merged models, `recipe`: of merged."""
+    """All that the report of a run shows.
+
+    `models`: further merged models, the larger the later; `recipe`: of merged; `headline`.
+    """
     names = [task if isinstance(task, str) else task.name for task in tasks]
     experts, merged = run(tasks, count)
     merged |= {name: evaluated(tasks, 0.85, 50, count) for name in more.get("models", ())}
@@ -185,7 +188,10 @@ def report(
     recipes["merged"] = recipe(names, **more.get("recipe", {}))
     costs = [Cost("fisher", name, 9.5 + 30 * place) for place, name in enumerate(names)]
     costs += [Cost("evaluate", name, 4.2) for name in (*names, *merged)]
-    return Report(tabulate(experts, merged), recipes, fisher(names, layers, heads), costs)
+    sizes = {name: 1.0 + 0.6 * place for place, name in enumerate(more.get("models", ()), 1)}
+    sizes = dict.fromkeys(merged, 1.01) | sizes | {"expert": 1.01 * len(names)}
+    table = tabulate(experts, merged, more.get("headline", "merged"))
+    return Report(table, recipes, fisher(names, layers, heads), costs, sizes)
 
 
 def cells(

@@ -227,6 +227,6 @@ def test_a_csv_file_and_two_folders_of_experts_are_merged_scored_and_followed(
     assert (scored["accuracy"], scored["examples"]) == (pytest.approx(accuracy), 30)
 
     write_rows(project / "my rows/second.csv", rows[:20])
-    ran = repro(project, "fisher", "evaluate-expert")
-    assert set(ran) == {*fetched, "data@mood", "fisher@mood", "evaluate-expert"}
+    ran = repro(project, "metrics")
+    assert set(ran) == {*fetched, "data@mood", "fisher@mood", "gram", "models", "metrics"}
     assert json.loads(scores.read_text())["tasks"]["mood"]["examples"] == 20

@@ -90,7 +90,8 @@ def check_one_expert(task: str, computed: set[tuple[str, str]]) -> None:
     of_experts = {stage for stage in computed if stage[1] in TASKS}
     assert of_experts == {("fetch", task), ("fisher", task), ("evaluate-expert", task)}
     others = computed - of_experts
-    assert {stage for stage, _ in others} == {"merge", "evaluate", "report", "register"}
+    stages = {"merge", "realign", "evaluate", "report", "register"}
+    assert {stage for stage, _ in others} == stages
     merged = {(stage, name) for stage in ("merge", "evaluate") for name in ("merged", "average")}
     assert merged < others
 

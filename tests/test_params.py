@@ -83,8 +83,16 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("realign: {realigned: {ridge: -1}}", "realign.realigned.ridge"),
         ("merge: {method: mask-fischer}", "did you mean 'mask-fisher'"),
         ("merge: {method: fisher}", "for `fmn merge` alone"),
-        ("merge: {method: regmean}", "add 'sst2' to `gram`"),
-        ("merge: {method: fisher-regmean}\ngram: {sst2: {}}", "add 'mrpc' to `gram`"),
+        ("baselines: {a: {method: fisher}}", "for `fmn merge` alone"),
+        ("baselines: {a: {coefficient: [rte=2]}}", "'rte' is not one of experts.tasks"),
+        ("baselines: {a.b: {}}", "'a.b' must be of letters, digits, underscores and dashes"),
+        *(
+            (f"baselines: {{{name}: {{}}}}", f"{name!r} is another column's name")
+            for name in ("base", "average", "merged", "calibrated", "realigned", "expert", "mean")
+        ),
+        ("baselines: {mrpc: {}}", "'mrpc' is a task and a model"),
+        ("calibrate: {texts: 0}", "calibrate.texts: Input should be greater"),
+        ("calibrate: {ridges: 1}", "calibrate.ridges: unknown setting; did you mean 'ridge'"),
         ("merge: {coefficient: [mrpc=x]}", "'x'"),
         ("merge: {coefficient: [mrpc=nan]}", "mrpc=nan: not a finite number"),
         ("merge: {coefficient: [rte=2]}", "'rte' is not one of experts.tasks"),

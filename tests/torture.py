@@ -23,7 +23,7 @@ realign: {realigned: {texts: 16}}
 """
 # Where the outputs of the stages lie below the work folder.
 OUTPUTS = (
-    "base", "data/*", "experts/*", "fisher/*", "base-heads", "average", "merged", "realigned",
+    "base", "data/*", "experts/*", "fisher/*", "gram/*", "models/*",
     "metrics/experts/*.json", "metrics/*.json", "report", "registered.json",
 )  # fmt: skip
 # Files that say when something happened, or how long it took.

@@ -13,7 +13,7 @@ from fmn.store import artifacts
 from fmn.store.records import Record
 
 # Sections of the settings that do not change the merged model; `notify` holds a secret.
-_NOT_RECORDED = {"compare", "notify", "full_fisher", "runner", "address", "storage"}
+_NOT_RECORDED = {"baselines", "compare", "notify", "full_fisher", "runner", "address", "storage"}
 
 
 class Part(Record):
@@ -62,7 +62,8 @@ def describe(model: Path, recipe: Recipe, metrics: Metrics) -> list[Part]:
             parts.append((f"{kind} {task}", origin.strip(), used.values))
     files = artifacts.digest_files(model)
     encoder = {name: digest for name, digest in files.items() if name.startswith("encoder/")}
-    parts.append(("merged encoder", recipe.method, _digest(encoder)))
+    method = f"{recipe.method}, calibrated" if recipe.calibrate else recipe.method
+    parts.append(("merged encoder", method, _digest(encoder)))
     for task in recipe.tasks:
         names = [name for name in files if name.startswith(f"tasks/{task}/")]
         # A task's folder has links to the encoder's files.

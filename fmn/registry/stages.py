@@ -267,7 +267,11 @@ def _params(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of the run: the merge's, from the recipe, and those of the stages before it."""
     fields = {"method", "mapping", "normalise", "exponent", "damping", "scale", "density", "seed"}
     params = recipe.model_dump(include=fields) | {"coefficient": recipe.coefficients}
+    steps = {"calibrate": recipe.calibrate, "realign": recipe.realign}
+    results = {"merged", "data", "tasks", "errors"}
+    params |= {name: step.model_dump(exclude=results) for name, step in steps.items() if step}
     in_tags = {"work", "base", "experts", "sources", "tasks", "merge", "registry"}
+    in_tags |= {*steps, "baselines"}
     return _flat({**params, **{key: settings[key] for key in settings.keys() - in_tags}})
 
 

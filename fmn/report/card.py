@@ -3,6 +3,7 @@
 Its body is the jinja2 template ``templates/card.md``.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fmn.evaluate.files import Metrics, TaskRows
@@ -25,14 +26,15 @@ HUB_METRICS = {"pearson": "pearsonr", "r2": "r_squared"}
 """The Hub's name of a metric, if it is another than ours."""
 
 
-def card(recipe: Recipe, metrics: Metrics) -> str:
-    """The model card of a merged model that was evaluated."""
+def card(recipe: Recipe, metrics: Metrics, verdict: Sequence[str] = ()) -> str:
+    """The model card of a merged model that was evaluated, with a report's verdict on it."""
     body = render(
         "card.md",
         recipe=recipe,
         metrics=metrics,
         scores=markdown(*evaluate_table(metrics)),
         notes=evaluate_notes(metrics),
+        verdict=verdict,
         tasks=markdown(*task_table(recipe.definitions | metrics.definitions, metrics.data)),
         paper=METHODS[recipe.method].paper,
     )

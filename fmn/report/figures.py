@@ -148,7 +148,8 @@ def scores(report: Report) -> Drawn:
     if not rows:
         return None
     marks, step, lows = _marks(names, table.headline), len(names) + 1, [1.0]
-    figure, axes = _figure(0.75 + len(rows) * (0.16 * len(names) + 0.14))
+    height = 0.75 + len(rows) * (0.16 * len(names) + 0.14)
+    figure, axes = _figure(min(height, 12))  # with its caption it fits on a printed page
     axis = axes[0, 0]
     for y, (row, name) in enumerate(product(rows, [*names, ""])):
         if not name:
@@ -165,12 +166,47 @@ def scores(report: Report) -> Drawn:
     axis.set(xlim=(min(lows) - 1, 106), ylim=(len(rows) * step - 1, -1), xlabel="score, %")
     axis.set_xticks(range(0, 101, 20))
     lines = [Line2D([], [], marker=marker, color=colour) for marker, colour in marks.values()]
-    figure.legend(lines, names, loc="outside upper left", ncols=len(names))
+    figure.legend(lines, names, loc="outside upper left", ncols=min(len(names), 7))
     last = {name: column[rows[-1]] for name, column in table.columns.items() if rows[-1] in column}
     mean = f"In the mean over {results.listed(table.averaged)}"
     place = mean if rows[-1] == MACRO else f"On {rows[-1]}"
     words = (f"{name} {entry.score.text} %" for name, entry in last.items())
     return figure, f"{place}: {', '.join(words)}."
+
+
+def frontier(report: Report) -> Drawn:
+    """What more parameters keep.
+
+    Each model's share of the experts' scores above the parameters that it stores for all tasks
+    together, in units of one encoder; the grey line is the most that is kept by so many.
+    """
+    from matplotlib.lines import Line2D
+
+    table, row, sizes = report.table, report.table.rows[-1], report.sizes
+    shares = {name: table.columns[name][row].share for name in sizes if row in table.columns[name]}
+    values = {n: 100 * each.value for n, each in shares.items() if each and each.value is not None}
+    if len({round(sizes[name], 2) for name in values}) < 2:
+        return None
+    best: list[str] = []  # the models that keep more than every smaller one
+    for name in sorted(values, key=lambda name: (sizes[name], -values[name])):
+        if not best or values[name] > values[best[-1]]:
+            best.append(name)
+    figure, axes = _figure(3.4)
+    axis, marks = axes[0, 0], _marks(list(table.columns), table.headline)
+    x, y = ([numbers[name] for name in best] for numbers in (sizes, values))
+    axis.step(x, y, where="post", color=FAINT, zorder=0)
+    for name, value in values.items():
+        marker, colour = marks[name]
+        if share := shares[name]:
+            ends = [100 * end for end in share.interval or ()]
+            axis.plot([sizes[name]] * len(ends), ends, color=colour, linewidth=1.3)
+        axis.plot(sizes[name], value, marker, color=colour, markersize=6)
+    lines = [Line2D([], [], marker=marks[name][0], color=marks[name][1]) for name in values]
+    figure.legend(lines, list(values), loc="outside upper left", ncols=min(len(values), 7))
+    axis.set(xlabel="parameters of all tasks, in encoders", ylabel="% of the experts' scores")
+    axis.set_xlim(0, 1.05 * max(sizes[name] for name in values))
+    words = [f"{name} {values[name]:.1f} % with {sizes[name]:.2f}" for name in best]
+    return figure, f"The most that is kept, by parameters in encoders: {results.listed(words)}."
 
 
 def _marks(names: Sequence[str], headline: str) -> dict[str, tuple[str, str]]:
@@ -367,6 +403,7 @@ def pairs(comparison: Comparison) -> Drawn:
 
 RUN_PICTURES: Mapping[Callable[[Report], Drawn], str] = {
     scores: "Scores",
+    frontier: "What more parameters keep",
     heads: "Where the experts' information lies",
     owners: "Who owns what",
     costs: "What it cost",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
-from fmn.report import results
+from fmn.report import results, verdict
 from fmn.report.comparison import notes
 from fmn.report.results import BOUNDS, EXPERT, Estimate
 
@@ -35,9 +35,9 @@ def _templates() -> "Environment":
         lstrip_blocks=True,
     )
     filters = (
-        *(best, notes, settings, statistics, results.difference_span, results.differences_in_words),
+        *(best, notes, settings, statistics, results.difference_span),
         *(results.escaped, results.listed, results.metric_words, results.points),
-        *(results.remarks, results.verdict),
+        *(results.remarks, verdict.judgement, verdict.verdict),
     )
     templates.filters |= {each.__name__: each for each in filters}
     templates.globals |= {"bounds": BOUNDS}
@@ -60,7 +60,14 @@ def settings(recipe: Recipe) -> str:
             "coefficients and scale by search on the training data ({} % of the experts'"
             " scores there; equal coefficients: {} %)".format(*shares)
         )
-    return ", ".join(words + ["heads re-aligned"] * (recipe.realign is not None))
+    if recipe.calibrate:
+        words.append(f"encoder calibrated on {recipe.calibrate.texts} texts of each task")
+    if realigned := recipe.realign:
+        layers = [f"last {realigned.own_layers} layers"] * bool(realigned.own_layers)
+        own = results.listed(["pooler"] * realigned.own_pooler + layers)
+        words.append("heads re-aligned")
+        words += [f"each task with its expert's {own}"] if own != "nothing" else []
+    return ", ".join(words)
 
 
 def statistics(recipe: Recipe, task: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -32,11 +32,10 @@ BOUNDS: Mapping[str, str] = {
     EXPERT: "each expert alone (upper bound)",
 }
 """What a merge is compared with: the column's name, and what it is."""
-VERDICTS = ("better", "worse", "within chance")
 UNLABELED = "not scored, as its rows have no labels"
-SIGNIFICANT = 0.05  # a difference with a smaller p-value is called real
 MINUS = "\N{MINUS SIGN}"
 UNDEFINED = "undefined"
+FEW = 5  # columns whose intervals have room on a terminal
 DATA_SETS = {"hub": (HUB, "GLUE"), "embedded": ("fmn/miniature-glue", "miniature GLUE")}
 """By source of the rows: the id that a model card calls them by, and a title."""
 
@@ -166,12 +165,14 @@ class Report:
         recipes: how merged models were made, by column, if that is known.
         fisher: Fisher information by task, float64 [nodes] by site; may be empty.
         costs: run times of the stages.
+        sizes: parameters for all tasks together, in units of one encoder, by column; may be empty.
     """
 
     table: Table
     recipes: Mapping[str, Recipe]
     fisher: Mapping[str, NodeValues]
     costs: Sequence[Cost]
+    sizes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tasks(self) -> TextTable:
@@ -188,17 +189,20 @@ class Report:
 # ---- from metrics to the table ----
 
 
-def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) -> Table:
+def tabulate(
+    experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated], headline: str = ""
+) -> Table:
     """The table over the first merged model's tasks.
 
     Args:
         experts: by task.
         merged: by the name of their column.
+        headline: the column that the report is about; default: `default_headline`.
 
     Raises:
         UserError: a model was not evaluated on the same tasks and examples.
     """
-    first = headline(merged)
+    first = headline or default_headline(merged)
     entries = next(iter(merged.values())).metrics.tasks
     if MACRO in entries:
         raise UserError(f"task {MACRO}: the row of means is called so; give the task another name")
@@ -246,10 +250,9 @@ def tabulate(experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated]) 
     )
 
 
-def headline(names: Iterable[str]) -> str:
-    """The merged model that a report is about: `merged`, or the last that is not a bound."""
-    candidates = [name for name in names if name not in BOUNDS] or list(names)
-    return "merged" if "merged" in candidates else candidates[-1]
+def default_headline(names: Iterable[str]) -> str:
+    """The merged model that a report is about: the last that is not a bound."""
+    return ([name for name in names if name not in BOUNDS] or list(names))[-1]
 
 
 class _Column(NamedTuple):
@@ -355,54 +358,29 @@ def listed(words: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def verdict(difference: Difference) -> str:
-    """What a difference says, one of VERDICTS."""
-    if difference.difference is None or difference.p_value >= SIGNIFICANT:
-        return VERDICTS[2]
-    return VERDICTS[(difference.difference > 0) != difference.higher_is_better]
-
-
-def differences_in_words(table: Table) -> list[str]:
-    """A sentence on each other column: on which tasks the headline is better or worse."""
-    sentences = []
-    for name, by_row in table.differences.items():
-        known = {row: item for row, item in by_row.items() if item.difference is not None}
-        verdicts = {row: verdict(item) for row, item in known.items() if row != MACRO}
-        parts = []
-        if len(verdicts) > 1 and MACRO in known:
-            parts.append(f"{points(known[MACRO].difference or 0)} points in the mean")
-        for word in VERDICTS:
-            if tasks := [task for task in verdicts if verdicts[task] == word]:
-                names = listed(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks"
-                parts.append(f"{word} on {names}")
-        sentences += [f"Against {name}: {', '.join(parts)}."] if parts else []
-    return sentences
-
-
 def text_table(table: Table) -> TextTable:
-    """Header and rows: scores, half of their intervals, shares of the expert's score."""
-    body = [
-        [row, *(_text(name, column.get(row)) for name, column in table.columns.items())]
-        for row in table.rows
-    ]
+    """Header and rows: scores, half of their intervals if there is room, shares of the expert's."""
+
+    def text(name: str, entry: Entry | None) -> str:
+        if entry is None:
+            return ""
+        score, share = entry
+        words = score.text
+        if score.interval and len(table.columns) <= FEW:
+            low, high = score.interval
+            words += f" ±{shown((high - low) / 2, score.is_percent)}"
+        return words + (f" ({share.text})" if share and name != EXPERT else "")
+
+    columns = table.columns.items()
+    body = [[row, *(text(name, column.get(row)) for name, column in columns)] for row in table.rows]
     return ["task", *table.columns], body
-
-
-def _text(name: str, entry: Entry | None) -> str:
-    if entry is None:
-        return ""
-    score, share = entry
-    text = score.text
-    if score.interval:
-        low, high = score.interval
-        text += f" ±{shown((high - low) / 2, score.is_percent)}"
-    return text + (f" ({share.text})" if share and name != EXPERT else "")
 
 
 def notes(table: Table) -> list[str]:
     """What a reader of the text table should know, a line each: what its cells are, caveats."""
     share = " (% of the expert's score)" if EXPERT in table.columns else ""
-    return [f"score in %, ± half of its 95 % interval{share}", *remarks(table)]
+    interval = ", ± half of its 95 % interval" if len(table.columns) <= FEW else ""
+    return [f"score in %{interval}{share}", *remarks(table)]
 
 
 def remarks(table: Table) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from fmn.errors import UserError
 from fmn.experiments.files import Cell
 from fmn.merge.recipe import Recipe, read_recipe
@@ -15,19 +17,26 @@ from fmn.store.stage import Job, Outcome, read_record
 
 if TYPE_CHECKING:
     from fmn.report.figures import Picture
+    from fmn.report.results import Table
 
-REPORT = 7
+REPORT = 8
 COMPARISON = 5
 Paths = Mapping[str, Path]
 
 
 class ReportInfo(Record):
-    """What a report says on a terminal: its table, notes below it, and the numbers."""
+    """What a report says on a terminal: its table, a verdict, notes, and the numbers.
+
+    Attributes:
+        headline: the column that it is about; empty in a comparison, which has no verdict either.
+    """
 
     header: list[str]
     body: list[list[str]]
     notes: list[str]
     results: dict[str, Any]
+    verdict: list[str] = Field(default_factory=list)
+    headline: str = ""
 
 
 def report(
@@ -37,6 +46,7 @@ def report(
     models: Mapping[str, Path] = {},
     experts: Mapping[str, Path] = {},
     fisher: Mapping[str, Path] = {},
+    headline: str = "",
 ) -> Outcome[ReportInfo]:
     """Write report.html, the page of a run: tables, pictures, and the same as files of their own.
 
@@ -46,6 +56,8 @@ def report(
         models: the folder of each merged model, by the same names: how it was merged is read there
         experts: the metrics file of each expert, by task
         fisher: the Fisher artifact of each expert, by task
+        headline: the merged model that the report is about, by its name; default: the last one
+            that is neither base nor average
     """
     if not merged:
         raise UserError("--merged NAME=FILE: no metrics file of a merged model; give one")
@@ -53,30 +65,31 @@ def report(
         raise UserError("--merged expert=FILE: the experts' column is called so; choose another")
     if unknown := [name for name in models if name not in merged]:
         raise UserError(f"--model {unknown[0]}=DIR: no metrics of it; give --merged too")
+    if headline and headline not in merged:
+        raise UserError(f"--headline {headline}: no metrics of it; give --merged too")
     files = {"merged": merged, "models": models, "experts": experts, "fisher": fisher}
     return stage.run_stage(
         "report",
         REPORT,
         out,
-        lambda job: _write_report(job, **files),
+        lambda job: _write_report(job, headline, **files),
         # Predictions lie beside their metrics file, whose sidecar holds their digest.
         reads={f"{kind} {name}": path for kind in files for name, path in files[kind].items()},
-        settings={kind: list(paths) for kind, paths in files.items()},
+        settings={"headline": headline, **{kind: list(paths) for kind, paths in files.items()}},
         summary=lambda folder: stage.read_info(folder, ReportInfo),
         is_folder=True,
     )
 
 
 def _write_report(
-    job: Job, merged: Paths, models: Paths, experts: Paths, fisher: Paths
+    job: Job, headline: str, merged: Paths, models: Paths, experts: Paths, fisher: Paths
 ) -> ReportInfo:
     from fmn.fisher.files import read_fisher
-    from fmn.report import card, figures, page, results
+    from fmn.report import card, figures, page, results, verdict
 
     evaluated = {name: results.read_evaluated(path) for name, path in merged.items()}
-    table = results.tabulate(
-        {t: results.read_evaluated(path) for t, path in experts.items()}, evaluated
-    )
+    alone = {task: results.read_evaluated(path) for task, path in experts.items()}
+    table = results.tabulate(alone, evaluated, headline)
     recipes = {}
     for name, folder in models.items():
         if evaluated[name].metrics.model != job.inputs[f"models {name}"]:
@@ -86,9 +99,10 @@ def _write_report(
         _check_fisher(job, recipe, table.headline, fisher)
     values = {task: read_fisher(path)[0] for task, path in fisher.items()}
     costs = results.read_costs(fisher, models, experts, merged)
-    content = results.Report(table, recipes, values, costs)
+    content = results.Report(table, recipes, values, costs, _sizes(table, models, recipes))
+    words = verdict.verdict(content)
 
-    numbers = results.results(table)
+    numbers = results.results(table) | {"parameters": dict(content.sizes)}
     header, body = results.text_table(table)
     (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (job.path / "table.md").write_text(results.markdown(header, body))
@@ -104,9 +118,28 @@ def _write_report(
     _write_page(job.path, html, pictures)
     (job.path / "cards").mkdir()
     for name, recipe in recipes.items():
-        text = card.card(recipe, evaluated[name].metrics)
+        of_model = words if name == table.headline else ()
+        text = card.card(recipe, evaluated[name].metrics, of_model)
         (job.path / "cards" / f"{name}.md").write_text(text)
-    return ReportInfo(header=header, body=body, notes=results.notes(table), results=numbers)
+    notes = results.notes(table)
+    return ReportInfo(
+        header=header, body=body, notes=notes, results=numbers, verdict=words,
+        headline=table.headline,
+    )  # fmt: skip
+
+
+def _sizes(table: "Table", models: Paths, recipes: Mapping[str, Recipe]) -> dict[str, float]:
+    """Parameters by column, in units of one encoder; empty where the folders do not tell."""
+    from fmn.report.frontier import size
+
+    try:
+        by_model = {name: size(folder, recipes[name].tasks) for name, folder in models.items()}
+    except UserError:  # a folder of something else than safetensors
+        return {}
+    sizes = {name: each.merged for name, each in by_model.items()}
+    if by_model and "expert" in table.columns:
+        sizes["expert"] = max(each.apart for each in by_model.values())
+    return {name: sizes[name] for name in table.columns if name in sizes}
 
 
 def _check_fisher(job: Job, recipe: Recipe, name: str, fisher: Paths) -> None:

@@ -13,6 +13,7 @@ from flows import graph
 from flows.graph import PIPELINE, Node
 from fmn import params
 from fmn.errors import UserError
+from fmn.fisher.stages import GramSettings
 from fmn.models.stages import FetchSettings
 from fmn.tasks.task import TaskSettings
 from tests.conftest import ROOT
@@ -24,7 +25,8 @@ PROFILE: dict[str, Any] = {
     "sources": {"sst2": "hf://org/sst2"},
     "finetune": {"mrpc": {"epochs": 2}},
     "gram": {"sst2": {}},
-    "realign": {"realigned": {"texts": 8}},
+    "realign": {"realigned": {"texts": 8}, "realigned-more": {"texts": 9}},
+    "baselines": {"paper": {"mapping": "paper"}},
     "registry": {"name": "demo"},
 }
 STARS = {"dataset": {"path": "reviews.csv"}, "columns": {"text": "review", "label": "stars"}}
@@ -61,16 +63,14 @@ def test_a_settings_file_becomes_nodes_in_order() -> None:
         "fisher sst2",
         "fisher mrpc",
         "gram sst2",
+        *(f"merge {name}" for name in ("base", "average", "paper", "merged")),
+        "realign realigned",
+        "realign realigned-more",
         "evaluate-expert sst2",
         "evaluate-expert mrpc",
-        "merge base",
-        "merge average",
-        "merge merged",
-        "evaluate base",
-        "evaluate average",
-        "evaluate merged",
-        "realign realigned",
-        "evaluate-realigned realigned",
+        *(f"evaluate {name}" for name in ("base", "average", "paper", "merged")),
+        "evaluate realigned",
+        "evaluate realigned-more",
         "report",
         "register",
     ]
@@ -85,6 +85,8 @@ def test_a_node_needs_those_that_write_what_it_reads() -> None:
     assert needs["fisher sst2"] == ["data sst2", "fetch sst2"]
     assert set(needs["merge merged"]) == {
         "fetch-base",
+        "data sst2",
+        "data mrpc",
         "fetch sst2",
         "finetune mrpc",
         "fisher sst2",
@@ -92,9 +94,51 @@ def test_a_node_needs_those_that_write_what_it_reads() -> None:
         "gram sst2",
     }
     assert set(needs["evaluate merged"]) == {"merge merged", "data sst2", "data mrpc"}
-    assert {"merge merged", "report", "evaluate merged"} <= set(needs["register"])
+    assert set(needs["realign realigned"]) >= {"merge merged", "finetune mrpc", "data mrpc"}
+    assert {"realign realigned", "report", "evaluate realigned"} <= set(needs["register"])
     order = titles(nodes)
     assert all(order.index(need) < order.index(title) for title in needs for need in needs[title])
+
+
+@pytest.mark.parametrize(
+    ("changes", "columns", "source", "model"),
+    [
+        ({}, ["merged", "realigned", "realigned-more"], "merged", "realigned"),
+        ({"realign": {}}, ["merged"], "", "merged"),
+        ({"realign": {}, "calibrate": {}}, ["merged", "calibrated"], "", "calibrated"),
+        ({"realign": {"realigned-x": {}}, "calibrate": {"texts": 9}},
+         ["merged", "calibrated", "realigned-x"], "calibrated", "realigned-x"),
+    ],
+)  # fmt: skip
+def test_the_last_steps_model_is_registered_and_reported(
+    changes: dict[str, Any], columns: list[str], source: str, model: str
+) -> None:
+    nodes = {node.title: node for node in listed(**changes)}
+    models = Path("runs/one/models")
+    report, register = nodes["report"].arguments, nodes["register"].arguments
+    assert list(report["merged"]) == ["base", "average", "paper", *columns]
+    assert report["headline"] == model
+    assert report["models"][model] == register["model"] == models / model
+    assert register["metrics"] == report["merged"][model]
+    assert register["card"] == Path(f"runs/one/report/cards/{model}.md")
+    aligned = [node for node in nodes.values() if node.stage == "realign"]
+    assert {node.arguments["model"] for node in aligned} <= {models / source}
+    if "calibrate" in changes:
+        assert nodes["calibrate calibrated"].arguments["model"] == models / "merged"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"merge": {"method": "regmean"}}, {"baselines": {"other": {"method": "fisher-regmean"}}}],
+)
+def test_gram_matrices_are_computed_where_a_merge_takes_them(changes: dict[str, Any]) -> None:
+    nodes = {
+        node.title: node.arguments for node in listed(gram={"mrpc": {"samples": 7}}, **changes)
+    }
+    assert nodes["gram sst2"]["settings"] == GramSettings()
+    assert nodes["gram mrpc"]["settings"].samples == 7
+    assert set(nodes["merge merged"]["gram"]) == {"sst2", "mrpc"}
+    assert not [title for title in titles(listed(gram={})) if title.startswith("gram")]
 
 
 def test_a_task_of_the_users_own_reaches_the_stages_that_need_its_definition() -> None:
@@ -136,10 +180,11 @@ def test_dvc_yaml_is_what_the_table_says() -> None:
 def test_no_setting_reaches_a_shell_but_names_that_were_checked() -> None:
     stages = YAML(typ="safe").load(graph.dvc_yaml())["stages"]
     for stage in stages.values():
-        command = stage.get("do", stage)["cmd"]
-        assert command.startswith("fmn stage ")
-        assert command.count("${") <= 1
-        assert "${work}" not in command
+        commands = stage.get("do", stage)["cmd"]
+        for command in [commands] if isinstance(commands, str) else commands:
+            assert command.startswith("fmn stage ")
+            assert command.count("${") <= 1
+            assert "${work}" not in command
 
 
 def test_a_stage_is_chosen_for_one_name_or_for_all() -> None:
@@ -149,5 +194,6 @@ def test_a_stage_is_chosen_for_one_name_or_for_all() -> None:
     assert titles(find("fisher")) == ["fisher sst2", "fisher mrpc"]
     with pytest.raises(UserError, match="did you mean 'fisher'"):
         find("fischer", "sst2")
+    assert find("calibrate") == [], "the settings ask for none"
     with pytest.raises(UserError, match="give one of its names: sst2, mrpc"):
         find("fisher", "rte")

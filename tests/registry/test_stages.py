@@ -122,6 +122,24 @@ def test_run_and_version_say_what_the_model_was_made_from(
     assert json.loads(str(inputs["sst2", "validation"].source))["tags"]["split"] == "validation"
 
 
+def test_a_version_of_a_later_step_tells_the_settings_of_every_step(
+    merged: Merged, tiny_work: Path, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    experts = {task: tiny_work / "experts" / task for task in TASKS}
+    rows, model, metrics = tiny_work / "data", tmp_path / "realigned", tmp_path / "realigned.json"
+    settings = RealignSettings(texts=16, device="cpu")
+    realign(merged.model, experts=experts, data=rows, out=model, settings=settings)
+    evaluate(model, data=rows, out=metrics, settings=EvaluateSettings(device="cpu"))
+    later = RegistrySettings(name="later")
+    registered = registry_stages.register(model, metrics=metrics, settings=later, data=rows).summary
+    run = client.get_run(registered.run).data
+    assert (run.params["method"], run.params["realign.texts"]) == ("mask-fisher", "16")
+    recipe = json.loads((model / "merge.json").read_text())
+    assert recipe["realign"]["merged"] == read_metrics(merged.metrics).model
+    origins = dict(row[:2] for row in registry_stages.read_lineage("models:/later/1").table)
+    assert origins["merged head sst2"] == "re-aligned"
+
+
 def test_report_and_card_are_kept_and_shown(
     register: Register, client: mlflow.MlflowClient, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_every_picture_says_in_words_what_it_shows(drawn: dict[str, Picture]) ->
 def test_pictures_name_what_they_show(drawn: dict[str, Picture]) -> None:
     expected = {
         "scores": (*NAMES, "base", "average", "merged", "expert", "score, %"),
+        "frontier": ("average", "merged", "expert", "parameters of all tasks, in encoders"),
         "heads": (*NAMES, "layer", "head", "mean"),
         "owners": (*NAMES, "Share of the attention heads, % of each layer"),
         "costs": ("fisher", "118 s", "seconds"),

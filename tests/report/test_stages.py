@@ -1,14 +1,16 @@
 """The stages that write a report and a comparison: what they read, write and refuse."""
 
 import json
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fmn.errors import UserError
 from fmn.evaluate import files as evaluate_files
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
-from fmn.report import stages
+from fmn.report import results, stages
 from fmn.report.results import Evaluated
 from fmn.store import artifacts
 from fmn.store.stage import Sidecar, sidecar_path, write_record
@@ -17,7 +19,7 @@ from tests.report.test_comparison import CELLS
 
 TASKS = ("cola", "sst2")
 MERGED = ("base", "average", "merged")
-Run = dict[str, dict[str, Path]]  # arguments of the stage
+Run = dict[str, Any]  # arguments of the stage
 
 
 def add_sidecar(out: Path, stage: str, seconds: float, also: Path | None = None) -> None:
@@ -93,9 +95,12 @@ def test_the_folder_holds_page_pictures_numbers_and_cards(run: Run, tmp_path: Pa
     assert {path.name for path in (out / "cards").iterdir()} == {f"{name}.md" for name in MERGED}
     card = (out / "cards" / "merged.md").read_text()
     assert "merged with mask-fisher" in card
+    assert all(f"- {results.escaped(line)}" in card for line in outcome.summary.verdict)
+    assert outcome.summary.verdict[0] not in (out / "cards" / "average.md").read_text()
     assert "| sst2 | accuracy | validation |" in card
-    page = (out / "report.html").read_text()
-    for words in ("One model for cola and sst2", "merged with mask-fisher", "Who owns what"):
+    page = unescape((out / "report.html").read_text())
+    assert outcome.summary.headline == "merged"
+    for words in ("One model for cola and sst2", "Who owns what", *outcome.summary.verdict):
         assert words in page, words
     pictures = {path.stem for path in (out / "pictures").iterdir()}
     assert pictures == {"scores", "heads", "owners", "costs"}
@@ -127,6 +132,7 @@ def test_what_does_not_belong_together_is_refused(run: Run, tmp_path: Path) -> N
         ({"merged": {}}, "no metrics file of a merged model"),
         ({"merged": {"expert": merged["merged"]}}, "choose another"),
         ({"models": {"other": models["merged"]}}, "no metrics of it"),
+        ({"headline": "other"}, "--headline other: no metrics of it"),
         ({"models": {"merged": models["base"]}}, r"merged.json: not the metrics of .*base"),
         ({"fisher": {"sst2": run["fisher"]["cola"]}}, "cola.parquet: not the Fisher that merged"),
         ({"merged": {"merged": tmp_path / "nowhere.json"}, "models": {}}, "nowhere.json"),
@@ -155,7 +161,7 @@ def test_a_comparison_has_tables_for_people_and_machines(tmp_path: Path) -> None
     numbers = json.loads((out / "results.json").read_text())
     assert numbers["sets"]["cola+rte"]["mine"]["rte"]["relative"] == 0.8
     assert {path.name for path in (out / "pictures").iterdir()} == {"methods.svg", "pairs.svg"}
-    page = (out / "report.html").read_text()
+    page = unescape((out / "report.html").read_text())
     assert "2 ways to merge cola, rte and sst2" in page
     assert page.count("mine") > 5
     assert not stages.comparison(cells=cells, out=out).computed

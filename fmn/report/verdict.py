@@ -1,0 +1,157 @@
+"""What a report says in words: how good its model is, what is better, and what to try then."""
+
+from collections.abc import Mapping, Sequence
+
+from fmn.evaluate.bootstrap import Difference
+from fmn.report.results import AVERAGE, EXPERT, MACRO, Report, Table, listed, points, shown
+
+JUDGEMENTS = ("better", "worse", "within chance")
+SIGNIFICANT = 0.05  # a difference with a smaller p-value is called real
+ENOUGH = 0.9  # a task whose model keeps less of its expert's score is named, with a remedy
+LARGER = 1.05  # a model with so many times the parameters is no rival, but an offer
+
+
+def judgement(difference: Difference) -> str:
+    """What a difference says of the first model, one of JUDGEMENTS."""
+    if difference.difference is None or difference.p_value >= SIGNIFICANT:
+        return JUDGEMENTS[2]
+    return JUDGEMENTS[(difference.difference > 0) != difference.higher_is_better]
+
+
+def verdict(report: Report) -> list[str]:
+    """The verdict on the model that a report is about, a sentence each.
+
+    What it keeps of the experts' scores; whether it beats every other model by the paired test of
+    their mean scores, which is said of `base` only where it does not; which tasks keep least; and
+    what to try where another model is better or a task keeps less than ENOUGH.
+    """
+    table, head = report.table, report.table.headline
+    row = table.rows[-1]
+    tested = {
+        name: by_row[row]
+        for name, by_row in table.differences.items()
+        if name != EXPERT and row in by_row and by_row[row].difference is not None
+    }
+    worse_than = [name for name in tested if judgement(tested[name]) == "worse"]
+    size = report.sizes.get(head)
+    offers = [name for name in worse_than if size and report.sizes.get(name, 0) > LARGER * size]
+    rivals = {
+        name: difference
+        for name, difference in tested.items()
+        if name not in offers and (name != "base" or judgement(difference) != "better")
+    }
+    lines = [_keeps(table), *_against(rivals), *_least(table)]
+    if better := [name for name in worse_than if name in rivals]:
+        best = max(better, key=lambda name: abs(tested[name].difference or 0.0))
+        lines.append(f"{best} does better here: {_instead(report, best)}.")
+    lines += [_offer(report, name) for name in offers]
+    if losing := _losing(table):
+        lines += _remedy(report, losing)
+    return lines
+
+
+def _keeps(table: Table) -> str:
+    head, row = table.headline, table.rows[-1]
+    score, share = table.columns[head][row]
+    number = share or score
+    tasks = [name for name in table.tasks if table.columns[head][name].share or not share]
+    over = f"mean of {len(tasks) if share else len(table.averaged)} tasks" if row == MACRO else row
+    interval = f", 95 % interval {number.span}" if number.span else ""
+    what = f"keeps {number.with_unit} of the experts' scores" if share else number.with_unit
+    return f"The model {head} {what if share else f'scores {what}'} ({over}{interval})."
+
+
+def _against(tested: Mapping[str, Difference]) -> list[str]:
+    """Which models it beats, which not beyond chance, and which beat it."""
+    lines = []
+    for word, start in (
+        ("better", "Better than"),
+        ("within chance", "Not better, beyond chance, than"),
+        ("worse", "Worse than"),
+    ):
+        parts = []
+        for name, difference in tested.items():
+            value, is_percent = difference.difference or 0.0, difference.higher_is_better
+            unit = " points" * is_percent
+            if judgement(difference) == word == "within chance":
+                parts.append(f"{name} ({points(value, is_percent)}{unit})")
+            elif judgement(difference) == word:
+                parts.append(f"{name} by {shown(abs(value), is_percent)}{unit}")
+        lines += [f"{start} {listed(parts)}."] if parts else []
+    return lines
+
+
+def _shares(table: Table) -> dict[str, float]:
+    """What is kept of each task; without tasks whose expert is no better than guessing."""
+    entries = {name: table.columns[table.headline][name] for name in table.tasks}
+    return {
+        name: entry.share.value
+        for name, entry in entries.items()
+        if name not in table.guessing and entry.share and entry.share.value is not None
+    }
+
+
+def _losing(table: Table) -> list[str]:
+    """The tasks that keep less than ENOUGH, the least first."""
+    shares = _shares(table)
+    return sorted((name for name in shares if shares[name] < ENOUGH), key=shares.__getitem__)
+
+
+def _least(table: Table) -> list[str]:
+    """Which tasks lose most."""
+    shares, losing = _shares(table), _losing(table)
+    if len(shares) < 2:
+        return []
+    if losing:
+        return [f"Least is kept of {listed([f'{n} ({shown(shares[n])} %)' for n in losing[:3]])}."]
+    last = min(shares, key=shares.__getitem__)
+    return [f"Every task keeps at least {shown(shares[last])} % ({last})."]
+
+
+def _instead(report: Report, name: str) -> str:
+    """How to have another model of the report as the run's model."""
+    recipe, other = report.recipes.get(report.table.headline), report.recipes.get(name)
+    if recipe and other:
+        steps = {"calibrate": "`calibrate: null`", "realign": "`realign: {}`"}
+        plain = dict.fromkeys(steps)
+        if recipe.model_copy(update=plain) == other.model_copy(update=plain):
+            later = [steps[n] for n in steps if getattr(recipe, n) and not getattr(other, n)]
+            if later:
+                return f"leave out what follows it, {listed(later)}"
+            return f"put {name} first under `realign`"
+    if name == AVERAGE:
+        return "try `merge: {method: average}`"
+    return f"try the settings of {name} under `merge`"
+
+
+def _offer(report: Report, name: str) -> str:
+    """What a larger model keeps, and what it costs."""
+    table, sizes = report.table, report.sizes
+    share = table.columns[name][table.rows[-1]].share
+    keeps = f"keeps {share.with_unit}" if share else "scores more"
+    before, after = sizes[table.headline], sizes[name]
+    cost = f"with the parameters of {after:.2f} encoders instead of {before:.2f}"
+    return f"{name} {keeps} {cost}; put it first under `realign` to have it."
+
+
+def _remedy(report: Report, losing: Sequence[str]) -> list[str]:
+    """Which models keep more of these tasks, and what else to try."""
+    table, lines = report.table, []
+    for task in losing:
+        more = {
+            name: share.value or 0.0
+            for name, by_row in table.differences.items()
+            if name != EXPERT and task in by_row and judgement(by_row[task]) == "worse"
+            if (share := table.columns[name][task].share)
+        }
+        if more:
+            best = max(more, key=more.__getitem__)
+            lines.append(f"{best} keeps more of {task} ({shown(more[best])} %).")
+    recipe, tasks = report.recipes.get(table.headline), listed(losing[:3])
+    if recipe and not recipe.realign:
+        lines.append(f"For {tasks}, try re-aligned heads: `realign: {{realigned: {{}}}}`.")
+    elif recipe:
+        tried = [other.realign.own_layers for other in report.recipes.values() if other.realign]
+        method = "" if recipe.auto else "`merge: {method: auto}` or "
+        lines.append(f"For {tasks}, try {method}`own_layers: {max(tried) + 1}` under `realign`.")
+    return lines
