@@ -28,11 +28,13 @@ from fmn.tasks.batches import Examples
 
 TEXTS = 256  # of each task
 AVERAGE = "average"
-TRIED = (AVERAGE, "mask-fisher", "regmean", "fisher-regmean", "wudi", "fisher-wudi", "tsv-m")
+TRIED = {
+    **{AVERAGE: 0.0, "mask-fisher": 0.2, "regmean": 0.2, "fisher-regmean": 0.2},
+    **{"wudi": 0.0, "fisher-wudi": 0.0, "tsv-m": 0.2},
+}
+"""The methods; each is tried at this power of the effective number of task vectors as its scale."""
+GROWTHS = (0.0, 0.2, 0.4)  # the best method is then tried at all of these powers
 WITHOUT_GRAMS = ("wudi", "fisher-wudi")  # they stand in for Gram matrices, and do not gain on them
-GROWTH = 0.25  # a method is first tried at this power of the effective number of task vectors, ...
-MORE_GROWTH = (0.0, 0.5)  # ... and the best one then at these
-
 Encoder = Mapping[str, Tensor]  # tensors by names in the base model
 
 
@@ -74,7 +76,7 @@ def choose(
     """
     goals = {task: _goal(task, experts[task], examples[task], settings) for task in sorted(experts)}
     names = [name for name in TRIED if _is_tried(METHODS[name], statistics, base)]
-    total = len(names) + (len(MORE_GROWTH) + 1 if base else 0)
+    total = len(names) + (len(GROWTHS) if base else 0)
     tried: list[Candidate] = []
 
     def merged(name: str, scale: float) -> Encoder:
@@ -94,10 +96,10 @@ def choose(
     best: Encoder = {}
     for name in names:
         encoder = merged(name, 1.0)
-        attempt(name, encoder, 1.0 if name == AVERAGE else round(number**GROWTH, 3))
+        attempt(name, encoder, round(number ** TRIED[name], 3))
         best = encoder if _best(tried) is tried[-1] else best
     name = _best(tried).method
-    for growth in (*MORE_GROWTH, GROWTH):
+    for growth in GROWTHS:
         if (scale := round(number**growth, 3)) not in _errors(tried, name):
             attempt(name, best, scale)
     if (scale := lowest(_errors(tried, name))) not in _errors(tried, name):

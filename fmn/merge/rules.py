@@ -141,13 +141,14 @@ def nearest_orthonormal(matrix: Tensor) -> Tensor:
     return u @ vh
 
 
-# ---- RegMean ----
+# ---------------------------------------------------------------------------------------------
+# Merging linear maps by regression
 #
-# RegMean (arXiv 2212.09849, eq. 2) finds the matrix whose outputs are nearest to those of every
-# expert on that expert's own inputs: W = (sum_j G_j)^-1 sum_j G_j W_j with the Gram matrices G_j of
-# the inputs. They are the *input* curvature of the experts' losses. The Fisher information of the
-# mask node that an output row belongs to stands in for the *output* curvature (the two factors of
-# K-FAC, Martens and Grosse 2015, arXiv 1503.05671), so with weights d:
+# RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) finds the matrix whose outputs are nearest to
+# those of every expert on that expert's own inputs: W = (sum_j G_j)^-1 sum_j G_j W_j with the Gram
+# matrices G_j of the inputs. They are the *input* curvature of the experts' losses. The Fisher
+# information of the mask node that an output row belongs to stands in for the *output* curvature
+# (the two factors of K-FAC, Martens and Grosse 2015, arXiv 1503.05671), so with weights d:
 # W[o] = (sum_j d_j[o] G_j)^-1 sum_j d_j[o] G_j W_j[o].
 
 

@@ -160,7 +160,7 @@ def test_what_is_tried_depends_on_what_there_is_and_is_what_would_be_written(
     assert methods(tried(base, Statistics())) == ["average", "wudi", "tsv-m"]
     scales = [each.scale for each in full.candidates if each.method == full.chosen.method]
     number = model.effective_number_of(experts, base)
-    assert set(np.round(number ** np.array([0, 0.25, 0.5]), 3)) <= set(scales)
+    assert set(np.round(number ** np.array(auto.GROWTHS), 3)) <= set(scales)
     assert len(scales) == len(set(scales))
     statistics = Statistics(fisher, gram)
     model.write_model(
