@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fmn.tasks.batches import Examples
 
 SEARCH = 4
-COMPARE = 6
+COMPARE = 7
 
 SETS = ("pairs", "triples", "all")
 
@@ -333,7 +333,7 @@ def _cell(
             digest = job.inputs[f"texts {task}"]
             texts = trial.texts_for_head(source, limit, realign.seed, digest)
             started = time.monotonic()
-            tried = trial.without_own_parts(encoder, expert, realign)
+            tried = trial.with_own_parts(encoder, expert, texts, realign)
             head = trial.realigned_head(expert, tried, texts, realign.ridge)
             seconds += time.monotonic() - started
         tasks[task] = trial.cell_task(expert, tried, head)

@@ -14,7 +14,8 @@ from fmn.evaluate.metrics import Answers, answers, relative, score_splits
 from fmn.experiments.files import CellTask, Source
 from fmn.fisher.architectures import own_parts
 from fmn.merge import heads
-from fmn.merge.stages import RefitSettings
+from fmn.merge.calibrate import own_part
+from fmn.merge.recipe import RefitSettings
 from fmn.models import labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset
@@ -123,14 +124,19 @@ def realigned_head(
     return heads.tensors(expert.model, weight, bias)
 
 
-def without_own_parts(
-    encoder: Mapping[str, Tensor], expert: ExpertOnTask, realign: RefitSettings
+def with_own_parts(
+    encoder: Mapping[str, Tensor], expert: ExpertOnTask, texts: TextsForHead, realign: RefitSettings
 ) -> dict[str, Tensor]:
-    """The tensors of a merged encoder that do not stay an expert's own, for `try_encoder`."""
+    """A merged encoder with the expert's own parts, as `fmn realign` has them."""
     shapes = {name: tuple(tensor.shape) for name, tensor in encoder.items()}
     pooler, layers = realign.own_pooler, realign.own_layers
-    own = own_parts(expert.model.config, shapes, pooler=pooler, layers=layers)
-    return {name: tensor for name, tensor in encoder.items() if name not in own}
+    names = own_parts(expert.model.config, shapes, pooler=pooler, layers=layers)
+    device, dtype = expert.source.device, expert.source.dtype
+    own = own_part(
+        expert.model, encoder, names, layers, texts.examples,
+        seed=realign.seed, device=device, dtype=dtype,
+    )  # fmt: skip
+    return {**encoder, **own}
 
 
 def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:

@@ -23,7 +23,7 @@ The states of all texts before one layer are held at a time, of the merged model
 8 bytes times tokens times width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -40,9 +40,10 @@ from fmn.merge.recipe import CalibrationSettings
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import TOKENS
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import Batch, Examples, by_length
+from fmn.tasks.batches import Batch, Examples, by_length, select
 
 LINEAR = (nn.Linear, Conv1D)
+OWN_TEXTS = 512  # that own layers are calibrated on
 
 
 class _Computed(Exception):  # noqa: N818 - no error: the rest of a layer is not needed
@@ -156,6 +157,40 @@ def calibrated_encoder(
     state = merged.state_dict()
     tensors = {name: state[name].to("cpu", tensor.dtype) for name, tensor in encoder.items()}
     return tensors, {name: _error(task) for name, task in tasks.items()}
+
+
+def own_part(
+    expert: PreTrainedModel,
+    encoder: Mapping[str, Tensor],
+    names: Collection[str],
+    layers: int,
+    examples: Examples,
+    *,
+    seed: int,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> dict[str, Tensor]:
+    """An expert's own part of a merged encoder; its own layers are calibrated to the layers below.
+
+    Args:
+        encoder: the merged encoder's tensors by names in the base model.
+        names: of the tensors that are to be the expert's own.
+        layers: how many of the last layers are among them.
+        examples: unlabeled texts; OWN_TEXTS of them are used, drawn by `seed`.
+
+    Returns:
+        the own tensors by names in the base model.
+    """
+    state = expert.base_model.state_dict()
+    own = {name: state[name].detach().clone() for name in names}
+    if layers:
+        texts = examples.take(select(examples.labels, OWN_TEXTS, seed))
+        tensors, _ = calibrated_encoder(
+            {"": expert}, {**encoder, **own}, {"": texts}, settings=CalibrationSettings(seed=seed),
+            last=layers, device=device, dtype=dtype,
+        )  # fmt: skip
+        own = {name: tensors[name] for name in names}
+    return own
 
 
 def _batches(examples: Examples, device: torch.device) -> Iterator[Batch]:

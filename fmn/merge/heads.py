@@ -17,6 +17,7 @@ Prediction").
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.merge.recipe import Fit
+from fmn.merge.calibrate import own_part
+from fmn.merge.recipe import Fit, RefitSettings
 from fmn.models import checkpoints
 from fmn.models.checkpoints import last_linear as last_linear
 from fmn.models.predict import predict
@@ -129,25 +131,34 @@ def realigned_head(
     merged: Path,
     own_parts: Collection[str],
     examples: Examples,
-    ridge: float | str,
+    settings: RefitSettings,
     device: str,
     dtype: str,
-) -> tuple[dict[str, Tensor], Fit]:
-    """The tensors of an expert's head re-aligned with a merged encoder, and how well they fit.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Fit]:
+    """A task's own parts, its head re-aligned with the merged encoder below, and how well it fits.
 
     Args:
         expert: the expert's folder.
         merged: the folder of its task in the merged model.
-        own_parts: the encoder's tensors, by names in the base model, that are to be the expert's.
+        own_parts: the encoder's tensors, by names in the base model, that are to be the task's own.
         examples: unlabeled texts.
+        settings: how to fit the head, and how many own layers there are.
+
+    Returns:
+        the changed tensors of the head by names in the classifier, the own parts by names in the
+        base model, and the fit.
     """
     model, merged_model = checkpoints.load_classifier(expert), checkpoints.load_classifier(merged)
-    parts = model.base_model.state_dict()
-    merged_model.base_model.load_state_dict({name: parts[name] for name in own_parts}, strict=False)
-    own = features(model, examples, device=device, dtype=dtype)
-    read = features(merged_model, examples, device=device, dtype=dtype)
-    weight, bias, fit = refit(own, read, *last_map(model), ridge)
-    return tensors(model, weight, bias), fit
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    encoder = merged_model.base_model.state_dict()
+    own = own_part(
+        model, encoder, own_parts, settings.own_layers, examples, seed=settings.seed, **options
+    )
+    merged_model.base_model.load_state_dict(own, strict=False)
+    wanted = features(model, examples, **options)
+    read = features(merged_model, examples, **options)
+    weight, bias, fit = refit(wanted, read, *last_map(model), settings.ridge)
+    return tensors(model, weight, bias), own, fit
 
 
 def unseen_first(

@@ -24,7 +24,6 @@ from fmn.merge.inputs import (
     Statistics,
     coefficients,
     plan_merge,
-    stored_tensors,
 )
 from fmn.merge.recipe import CARD, RECIPE, MergeSettings, Recipe, card
 from fmn.merge.rules import generator
@@ -145,8 +144,7 @@ def write_realigned(
     model: Path,
     heads: Mapping[str, Mapping[str, Tensor]],
     recipe: Recipe,
-    experts: Mapping[str, Path],
-    own_parts: Collection[str],
+    own: Mapping[str, Mapping[str, Tensor]],
 ) -> Recipe:
     """Write a merged model with new tensors in its heads, and with own parts of its tasks.
 
@@ -157,26 +155,20 @@ def write_realigned(
         model: the merged model's folder.
         heads: by task, the new tensors by name; they take the dtypes that are stored.
         recipe: of the new model.
-        experts: checkpoint folders by task.
-        own_parts: the encoder's tensors, by names in the base model, that each task has from its
-            expert. They take the encoder's dtypes, which are the widest of the experts', so that
-            nothing is rounded.
+        own: by task, the tensors of the encoder that it has for itself, by names in the base model,
+            the same for all tasks. They take the encoder's dtypes.
     """
     for name, source in visible(model, ("encoder", "tasks")).items():
         if ".safetensors" not in source.name:
             _link(source, folder / name)
     encoder = tensor_headers(model / "encoder")
+    own_parts = list(next(iter(own.values())))
     shared, digests = _write_split(folder / "encoder", encoder, own_parts)
     for task, tensors in heads.items():
         stored = load_file(max((model / "tasks" / task).glob("*.safetensors")))
         changed = {name: tensor.to(stored[name].dtype) for name, tensor in tensors.items()}
-        of_expert = {name: stored_tensors(experts[task])[0][name] for name in own_parts}
-        with stream.reading(of_expert.values()) as read:
-            own = {
-                name: read(header, None, None).to(DTYPES[encoder[name].dtype])
-                for name, header in of_expert.items()
-            }
-        _write_task_tensors(folder / "tasks" / task, shared, {**stored, **changed, **own})
+        parts = {name: part.to(DTYPES[encoder[name].dtype]) for name, part in own[task].items()}
+        _write_task_tensors(folder / "tasks" / task, shared, {**stored, **changed, **parts})
     for path, digest in digests.items():  # after the links, which change the file's status
         remember_digest(path, digest)
     return _write_recipe(folder, recipe)

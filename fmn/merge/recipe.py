@@ -24,7 +24,7 @@ from fmn.errors import UserError, hint
 from fmn.merge.methods import AUTO, METHODS, needs_of
 from fmn.models.provenance import Lineage
 from fmn.models.stages import Device, Dtype
-from fmn.store.records import Record, Settings, pairs
+from fmn.store.records import Record, Settings, at_least_one, pairs
 from fmn.store.stage import read_record
 from fmn.tasks.task import Task
 
@@ -120,6 +120,28 @@ def _by_task(coefficient: list[str]) -> dict[str, float]:
         return {name: float(x) for name, x in pairs(coefficient, "--coefficient").items()}
     except (UserError, ValueError) as error:
         raise ValueError(f"coefficient: {error}") from error
+
+
+class RefitSettings(Settings):
+    texts: int | Literal["all"] = Field(
+        256, description="unlabeled training texts; those that the expert was not tuned on first"
+    )
+    ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="how firmly a head is held where it was; auto: by leave-one-out"
+    )
+    seed: int = Field(0, ge=0, description="seed of the texts' draw")
+    own_pooler: bool = Field(
+        True,
+        description="each task has its expert's own pooler, where the encoder has one; =false: the"
+        " merged one",
+    )
+    own_layers: int = Field(
+        0,
+        ge=0,
+        description="each task has its expert's own last layers, so many, and what follows them",
+    )
+
+    _at_least_one = field_validator("texts")(at_least_one)
 
 
 class CalibrationSettings(Settings):

@@ -2,18 +2,24 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from fmn.errors import UserError
 from fmn.merge import recipe as records
 from fmn.merge.methods import METHODS, Needs, needs_of
-from fmn.merge.recipe import CalibrationSettings, MergeSettings, Recipe, read_recipe, task_folder
+from fmn.merge.recipe import (
+    CalibrationSettings,
+    MergeSettings,
+    Recipe,
+    RefitSettings,
+    read_recipe,
+    task_folder,
+)
 from fmn.models import checkpoints, labels, provenance
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts, stage
-from fmn.store.records import Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
 from fmn.tasks import dataset
 from fmn.tasks.task import Task, load_task, read_task
@@ -36,29 +42,7 @@ Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
 MERGE = 7
 CALIBRATE = 1
-REALIGN = 5
-
-
-class RefitSettings(Settings):
-    texts: int | Literal["all"] = Field(
-        256, description="unlabeled training texts; those that the expert was not tuned on first"
-    )
-    ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        "auto", description="how firmly a head is held where it was; auto: by leave-one-out"
-    )
-    seed: int = Field(0, ge=0, description="seed of the texts' draw")
-    own_pooler: bool = Field(
-        True,
-        description="each task has its expert's own pooler, where the encoder has one; =false: the"
-        " merged one",
-    )
-    own_layers: int = Field(
-        0,
-        ge=0,
-        description="each task has its expert's own last layers, so many, and what follows them",
-    )
-
-    _at_least_one = field_validator("texts")(at_least_one)
+REALIGN = 6
 
 
 class CalibrateSettings(CalibrationSettings):
@@ -273,12 +257,12 @@ def realign(
 
         own_parts = _own_parts(model / "encoder", settings)
         texts = None if settings.texts == "all" else settings.texts
-        tensors, fits = {}, {}
+        tensors, own, fits = {}, {}, {}
         for task in merged.tasks:
             expert, folder = experts[task], task_folder(model, task)
             examples = unlabeled(expert, definitions[task], data, texts, settings.seed, rows[task])
-            options = settings.ridge, settings.device, settings.dtype
-            tensors[task], fits[task] = realigned_head(
+            options = settings, settings.device, settings.dtype
+            tensors[task], own[task], fits[task] = realigned_head(
                 expert, folder, own_parts, examples, *options
             )
             progress(len(fits), len(merged.tasks))
@@ -289,7 +273,7 @@ def realign(
             tasks=fits,
         )
         recipe = merged.model_copy(update={"realign": realigned})
-        write_realigned(job.path, model, tensors, recipe, experts, own_parts)
+        write_realigned(job.path, model, tensors, recipe, own)
 
     described = {"realign": settings, "tuned on": rows, "tasks": definitions}
     return run_stage(

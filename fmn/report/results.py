@@ -324,7 +324,7 @@ def shown(value: float | None, is_percent: bool = True, digits: int = 1) -> str:
     if value is None:
         return UNDEFINED
     plain = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    text = f"{100 * value:.{digits}f}" if is_percent else plain
+    text = f"{100 * value:z.{digits}f}" if is_percent else plain
     return text.replace("-", MINUS)
 
 

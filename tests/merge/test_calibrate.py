@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
-from fmn.merge.calibrate import calibrated_encoder
-from fmn.merge.stages import CalibrationSettings
+from fmn.merge.calibrate import calibrated_encoder, own_part
+from fmn.merge.recipe import CalibrationSettings
 from fmn.tasks.batches import Examples, by_length
 from tests.tiny import tiny_examples, tiny_model
 
@@ -195,6 +195,26 @@ def test_only_matrices_of_layers_change() -> None:
     for task, expert in problem.experts.items():
         for name, value in expert.state_dict().items():
             assert torch.equal(value, copies[task][name])
+
+
+def test_an_own_layer_is_calibrated_to_the_merged_layers_below_it() -> None:
+    problem = Problem()
+    expert, examples = problem.experts["a"], problem.examples["a"]
+    state = expert.base_model.state_dict()
+    names = [name for name in state if name.startswith(("encoder.layer.1.", "pooler."))]
+    plain_own = own_part(expert, problem.encoder, names, 0, examples, seed=0, **FLOAT64)
+    own = own_part(expert, problem.encoder, names, 1, examples, seed=0, **FLOAT64)
+    errors = {}
+    for kind, part in {"plain": plain_own, "calibrated": own}.items():
+        assert list(part) == names
+        model = with_encoder(plain(tiny_model("bert")), {**problem.encoder, **part})
+        difference = Pass(model, examples).logits - Pass(expert, examples).logits
+        errors[kind] = float(difference.detach().square().mean())
+    assert errors["calibrated"] < errors["plain"]
+    for name in names:
+        assert torch.equal(plain_own[name], state[name])
+        is_map = ".layer." in name and state[name].ndim == 2
+        assert torch.equal(own[name], state[name]) != is_map
 
 
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

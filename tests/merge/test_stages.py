@@ -340,7 +340,8 @@ def test_a_task_has_its_experts_own_parts_and_a_head_that_is_fitted_above_them(
         )
         for key, tensor in model.base_model.state_dict().items():
             origin = expert if key.startswith(own) else before
-            assert torch.equal(tensor, origin.base_model.state_dict()[key])
+            is_calibrated = key.startswith("encoder.layer.1.") and tensor.ndim == 2 and layers
+            assert torch.equal(tensor, origin.base_model.state_dict()[key]) != is_calibrated
         source = work / "experts" / name
         tuned_on = rows_tuned_on(source)
         texts = heads.unlabeled(source, get_task(name), work / "data", 40, 0, tuned_on)
