@@ -92,10 +92,12 @@ class Params(Settings):
         " they are computed for methods that take them, and for the tasks that stand here",
     )
     merge: MergeSettings = Field(
-        MergeSettings(), description="the first step from the experts to the run's model"
+        MergeSettings(method="auto"),
+        description="the first step from the experts to the run's model; default: method auto",
     )
     calibrate: CalibrateSettings | None = Field(
-        None, description="the second step: calibration of the merged encoder; default: none"
+        CalibrateSettings(),
+        description="the second step: calibration of the merged encoder; null: none",
     )
     realign: dict[str, RealignSettings] = Field(
         {REALIGNED: RealignSettings()},
@@ -184,7 +186,8 @@ class Params(Settings):
     @property
     def grams(self) -> dict[str, GramSettings]:
         """The tasks whose experts' Gram matrices are computed, and how."""
-        takes = any(needs_of(merge.method).gram for merge in self.merges.values())
+        has_gram = bool(self.gram)
+        takes = any(needs_of(m.method, has_gram=has_gram).gram for m in self.merges.values())
         names = self.experts.tasks if takes else list(self.gram)
         return {name: self.gram.get(name, GramSettings()) for name in names}
 

@@ -267,11 +267,13 @@ def own_parts(
     return [name for name in shapes if name.startswith(tuple(f"{path}." for path in paths))]
 
 
-def layer_chain(config: "PretrainedConfig", shapes: Shapes, setting: str) -> list[str]:
+def layer_chain(
+    config: "PretrainedConfig", shapes: Shapes, setting: str, remedy: str = "leave it out"
+) -> list[str]:
     """The paths of an encoder's layers, each of which reads what the one before gives.
 
     Args:
-        setting: what needs such layers, for the message.
+        setting, remedy: what needs such layers, and what to do where there are none.
 
     Raises:
         UserError: there are a decoder's layers too, or layers that share their parameters.
@@ -280,7 +282,7 @@ def layer_chain(config: "PretrainedConfig", shapes: Shapes, setting: str) -> lis
     chain = [layer for path in architecture for layer in _layer_paths(path, shapes)]
     if config.is_encoder_decoder or len(chain) != config.num_hidden_layers:
         why = "a decoder" if config.is_encoder_decoder else "layers that share their parameters"
-        raise UserError(f"{setting}: {config.model_type} has {why}; leave it out")
+        raise UserError(f"{setting}: {config.model_type} has {why}; {remedy}")
     return chain
 
 

@@ -5,8 +5,9 @@ compromise. For task j and the tokens t of texts without labels, let h_t be what
 merged encoder reads, and y_t what the expert's map gives in the expert. From the first layer to the
 last, and in the order in which a layer computes them, each map W, b becomes the W', b of
 
-    min over W'   sum_j E_t g_t |W' h_t + b - y_t|^2  +  rho |W' - W|^2
-    W' = W + (sum_j E_t g_t r_t h_t^T) (sum_j E_t g_t h_t h_t^T + rho I)^-1,  r_t = y_t - W h_t - b
+    min over W'   sum_j d_j E_t g_t |W' h_t + b - y_t|^2  +  rho |W' - W|^2
+    W' = W + (sum_j d_j E_t g_t r_t h_t^T) (sum_j d_j E_t g_t h_t h_t^T + rho I)^-1
+    r_t = y_t - W h_t - b
 
 - The states h_t are those above the maps that were calibrated before, so that a map makes up for
   what is still lacking below it.
@@ -14,15 +15,21 @@ last, and in the order in which a layer computes them, each map W, b becomes the
   length of the gradient of v . z with respect to y_t, for the logits z and a random v ~ N(0, I),
   over the variance of z. To first order the sum bounds the error of the logits in units of their
   variance, so tasks count alike and no token counts that no answer depends on.
+- d_j says how much the answer depends on the rows of W' that belong to one mask node (a head of a
+  query, key or value, a neuron of an up projection), relative to the mean over the map's nodes: the
+  same gradients, squared, as a mean over tokens and rows. Each node's rows are solved for with
+  weights of their own. With g_t it stands for the curvature, as the two factors of K-FAC do (arXiv
+  1503.05671); for other maps it is 1.
 - rho is `ridge` times the mean diagonal entry of the sum before it, so that `ridge` has no unit.
 
 Biases, normalisations and embeddings stay as they are. With the target "weights", y_t = W_j h_t + b
-and g_t = 1: the regression of RegMean++ (arXiv 2508.03121), with rho.
+and d_j = g_t = 1: the regression of RegMean++ (arXiv 2508.03121), with rho.
 
 The states of all texts before one layer are held at a time, of the merged model and of the experts:
 8 bytes times tokens times width.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
@@ -42,7 +49,10 @@ from fmn.models.predict import TOKENS
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import Batch, Examples, by_length, select
 
+Key = tuple[int, str]  # number of a layer, and path of a linear map below it
+
 LINEAR = (nn.Linear, Conv1D)
+SYSTEMS = 2**24  # entries of the systems of equations that are solved at a time
 OWN_TEXTS = 512  # that own layers are calibrated on
 
 
@@ -72,12 +82,14 @@ class _Task:
     Attributes:
         layers: of the expert.
         weights: for each batch, g_t [N] by layer number and map; None: all are 1.
+        shares: d_j of each node, [nodes] by layer number and map, where it is not 1.
     """
 
     layers: list[nn.Module]
     merged: list[_Texts]
     own: list[_Texts]
-    weights: list[dict[tuple[int, str], Tensor]] | None
+    weights: list[dict[Key, Tensor]] | None
+    shares: dict[Key, Tensor]
 
 
 @dataclass
@@ -106,8 +118,8 @@ def calibrated_encoder(
         encoder: the merged encoder's tensors by names in the base model.
         examples: texts by task; labels are not read.
         last: how many of the last layers are calibrated; None: all.
-        device, dtype: as for `fmn.models.predict.predict`. Sums are in float32, and the systems of
-            equations are solved in float64.
+        device, dtype: as for `fmn.models.predict.predict`. Sums are in float32, or float64 where
+            models are.
         progress: called with the layers done and all of them.
 
     Returns:
@@ -122,11 +134,14 @@ def calibrated_encoder(
     compute_dtype = resolve_dtype(dtype, target)
     first = next(iter(experts.values()))
     shapes = {name: tuple(value.shape) for name, value in first.base_model.named_parameters()}
-    paths = architectures.layer_chain(first.config, shapes, "calibrate")
+    paths = architectures.layer_chain(
+        first.config, shapes, "calibrate", "leave it out (`calibrate: null` in the settings)"
+    )
     merged = deepcopy(first.base_model)
     merged.load_state_dict(dict(encoder), strict=False)
     merged.requires_grad_(False)  # autocast would keep casts of parameters as they were
     layers = [merged.get_submodule(path) for path in paths]
+    node_rows = _node_rows(first, paths)
     generator = torch.Generator().manual_seed(settings.seed)
     with ExitStack() as stack:
         for model in (merged, *experts.values()):
@@ -141,13 +156,14 @@ def calibrated_encoder(
                 raise UserError(f"{task}: there are no training texts to calibrate on; add some")
             own = [expert.base_model.get_submodule(path) for path in paths]
             batches = [(b, _on(target, b)) for b in _batches(examples[task], target)]
-            weights = None
+            weights, shares = None, dict[Key, Tensor]()
             if settings.target == "outputs":
-                weights = _token_weights(expert, own, [x for _, x in batches], generator)
+                inputs_of = [inputs for _, inputs in batches]
+                weights, shares = _weights(expert, own, inputs_of, node_rows, generator)
             with torch.no_grad():
                 in_merged = [_before_layers(merged, layers, inputs) for _, inputs in batches]
                 in_own = [_before_layers(expert.base_model, own, inputs) for _, inputs in batches]
-            tasks[task] = _Task(own, in_merged, in_own, weights)
+            tasks[task] = _Task(own, in_merged, in_own, weights, shares)
         with torch.no_grad():
             for number, layer in enumerate(layers):
                 if last is None or number >= len(layers) - last:
@@ -224,16 +240,29 @@ def _maps(layer: nn.Module) -> dict[str, nn.Module]:
 # ---- before the first layer ----
 
 
-def _token_weights(
+def _node_rows(model: PreTrainedModel, paths: Sequence[str]) -> dict[Key, int]:
+    """How many rows of a map belong to each of its mask nodes, for the maps that compute nodes."""
+    prefix = f"{model.base_model_prefix}."
+    return {
+        (paths.index(site.layer.removeprefix(prefix)), module): site.channels
+        for site in architectures.mask_sites(model)
+        for _, module in site.block.inputs
+    }
+
+
+def _weights(
     expert: PreTrainedModel,
     layers: Sequence[nn.Module],
     batches: Sequence[Mapping[str, Tensor]],
+    node_rows: Mapping[Key, int],
     generator: torch.Generator,
-) -> list[dict[tuple[int, str], Tensor]]:
-    """g_t of every token, by batch, layer number and map; [N], float32."""
-    logits, weights = [], []
+) -> tuple[list[dict[Key, Tensor]], dict[Key, Tensor]]:
+    """g_t of every token by batch, and d_j of every node, both by map; at least float32."""
+    logits: list[Tensor] = []
+    weights: list[dict[Key, Tensor]] = []
+    by_row: dict[Key, list[Tensor]] = defaultdict(list)
     for inputs in batches:
-        outputs: dict[tuple[int, str], Tensor] = {}
+        outputs: dict[Key, Tensor] = {}
         with ExitStack() as hooks:
             for number, layer in enumerate(layers):
                 for name, module in _maps(layer).items():
@@ -242,16 +271,22 @@ def _token_weights(
             z = _wide(expert(**inputs).logits)  # [B, C]
         v = torch.randn(z.shape, generator=generator).to(z)
         gradients = torch.autograd.grad((v * z).sum(), list(outputs.values()))
-        squares = [_tokens(g, _is_token(inputs)).square().sum(-1) for g in gradients]
-        weights.append(dict(zip(outputs, squares, strict=True)))
+        weights.append({})
+        for key, gradient in zip(outputs, gradients, strict=True):
+            squares = _tokens(gradient, _is_token(inputs)).square()  # [N, rows]
+            weights[-1][key] = squares.sum(-1)
+            if key in node_rows:
+                _add(by_row[key], squares.sum(0))
         logits.append(z.detach())
     variance = float(torch.cat(logits).var(0, correction=0).mean()) or 1.0
-    return [{key: g / variance for key, g in batch.items()} for batch in weights]
+    shares = {}
+    for key, (total,) in by_row.items():
+        nodes = total.view(-1, node_rows[key]).mean(1)  # [rows] -> [nodes]
+        shares[key] = nodes / nodes.mean()
+    return [{key: g / variance for key, g in batch.items()} for batch in weights], shares
 
 
-def _store(
-    outputs: dict[tuple[int, str], Tensor], key: tuple[int, str], is_token: Tensor | None
-) -> Callable[..., None]:
+def _store(outputs: dict[Key, Tensor], key: Key, is_token: Tensor | None) -> Callable[..., None]:
     """A hook that keeps what a map gives for tokens; some maps read embeddings of positions."""
 
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -317,7 +352,8 @@ def _calibrate_layer(number: int, layer: nn.Module, tasks: Sequence[_Task], ridg
     for names in _groups(number, layer, tasks[0].merged[0]):
         moments = [_moments(number, layer, task, names) for task in tasks]
         for name in names:
-            _move(layer, name, moments, ridge)
+            shares = [task.shares[number, name] for task in tasks if (number, name) in task.shares]
+            _move(layer, name, moments, torch.stack(shares) if shares else None, ridge)
 
 
 def _advance(number: int, layer: nn.Module, tasks: Sequence[_Task]) -> None:
@@ -418,14 +454,32 @@ def _matrix(layer: nn.Module, name: str) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _move(layer: nn.Module, name: str, moments: Sequence[_Moments], ridge: float) -> None:
-    """Solve for a map, and change it in place."""
-    total = torch.stack([each.reads.double() for each in moments]).sum(0)  # [n, n]
-    pull = torch.stack([each.residuals[name].double() for each in moments]).sum(0)  # [rows, n]
-    rho = ridge * float(total.diagonal().mean()) or 1.0
-    total.diagonal().add_(rho)
-    step = torch.cholesky_solve(pull.T, torch.linalg.cholesky(total))  # [n, rows]
-    _matrix(layer, name).add_(step.T)
+def _move(
+    layer: nn.Module, name: str, moments: Sequence[_Moments], shares: Tensor | None, ridge: float
+) -> None:
+    """Solve for a map, and change it in place.
+
+    Args:
+        shares: d_j, [tasks, nodes]; None: all are 1, and one system of equations serves all rows.
+    """
+    matrix, reads = _matrix(layer, name), torch.stack([each.reads for each in moments])  # [m, n, n]
+    if shares is None:
+        reads, shares = reads.double(), reads.new_ones(len(reads), 1, dtype=torch.float64)
+    pulls = torch.stack([each.residuals[name] for each in moments]).to(reads)
+    nodes, width = shares.shape[1], reads.shape[-1]
+    pulls = pulls.view(
+        len(pulls), nodes, -1, width
+    )  # [m, rows, n] -> [m, nodes, rows of a node, n]
+    steps = []
+    for start in range(0, nodes, count := max(1, SYSTEMS // width**2)):
+        d = shares[:, start : start + count].to(reads)
+        total = torch.einsum("mk,mij->kij", d, reads)
+        pull = torch.einsum("mk,mkri->kir", d, pulls[:, start : start + count])
+        diagonal = total.diagonal(dim1=1, dim2=2)
+        rho = ridge * diagonal.mean(1, keepdim=True)
+        diagonal += torch.where(rho > 0, rho, 1.0)
+        steps.append(torch.cholesky_solve(pull, torch.linalg.cholesky(total)).mT)
+    matrix.add_(torch.cat(steps).flatten(0, 1))  # [nodes, rows of a node, n] -> [rows, n]
 
 
 def _error(task: _Task) -> float:

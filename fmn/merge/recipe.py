@@ -124,7 +124,7 @@ def _by_task(coefficient: list[str]) -> dict[str, float]:
 
 class RefitSettings(Settings):
     texts: int | Literal["all"] = Field(
-        256, description="unlabeled training texts; those that the expert was not tuned on first"
+        1024, description="unlabeled training texts; those that the expert was not tuned on first"
     )
     ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="how firmly a head is held where it was; auto: by leave-one-out"
@@ -150,7 +150,7 @@ class CalibrationSettings(Settings):
         ge=1,
         description="unlabeled training texts; those that the expert was not tuned on first",
     )
-    ridge: float = Field(0.1, gt=0, description="how firmly a map is held where it was")
+    ridge: float = Field(2.0, gt=0, description="how firmly a map is held where it was")
     target: Literal["outputs", "weights"] = Field(
         "outputs",
         description="what a map is to give: outputs: what the expert's map gives in the expert;"

@@ -52,7 +52,7 @@ class CalibrateSettings(CalibrationSettings):
 
 class RealignSettings(RefitSettings):
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field("float32", description="of matrix products; auto: bfloat16 if it pays")
+    dtype: Dtype = Field("auto", description="of matrix products; auto: bfloat16 if it pays")
 
 
 def merge(
