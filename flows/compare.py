@@ -1,10 +1,10 @@
 """The comparison of merge methods as a Prefect flow: every cell is computed once, and kept."""
 
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from prefect import flow
 
@@ -122,7 +122,7 @@ def nodes(settings: Params, comparing: CompareSettings, profile: Path, title: st
     cells: dict[str, Path] = {}
     for chosen, members in grid.sets(names, comparing.sets).items():
         for method, merging in methods.items():
-            file = re.sub(r"[^\w.-]+", "-", method)
+            file = quote(method, safe=" ,")  # no two methods have the same file
             cell = out / "cells" / chosen / f"{file}.json"
             cells[f"{chosen}/{method}"] = cell
             arguments = {

@@ -92,12 +92,10 @@ class Params(Settings):
         " they are computed for methods that take them, and for the tasks that stand here",
     )
     merge: MergeSettings = Field(
-        MergeSettings(method="auto"),
-        description="the first step from the experts to the run's model; default: method auto",
+        MergeSettings(), description="the first step from the experts to the run's model"
     )
     calibrate: CalibrateSettings | None = Field(
-        CalibrateSettings(),
-        description="the second step: calibration of the merged encoder; null: none",
+        None, description="the second step: calibration of the merged encoder; default: none"
     )
     realign: dict[str, RealignSettings] = Field(
         {REALIGNED: RealignSettings()},

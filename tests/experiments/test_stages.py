@@ -227,7 +227,7 @@ def test_a_cell_tries_in_memory_what_the_other_stages_write(
     merge(work, work / "merged", None, method="average")
     data = work / "data"
     for layers in (0, 1):
-        how = RealignSettings(texts=40, device="cpu", own_layers=layers)
+        how = RealignSettings(texts=40, device="cpu", dtype="float32", own_layers=layers)
         merge_stages.realign(
             work / "merged", experts=experts, data=data, out=work / f"own-{layers}", settings=how
         )
