@@ -32,7 +32,7 @@ from fmn.tasks.task import get_task, load_task
 from tests.conftest import TASKS
 
 AVERAGE = MergeSettings(method="average")
-SETTINGS = RealignSettings(texts=40, device="cpu")
+SETTINGS = RealignSettings(texts=40, device="cpu", dtype="float32")
 CALIBRATE = CalibrateSettings(texts=40, device="cpu", dtype="float32")
 
 
