@@ -139,10 +139,21 @@ def _texts_of_auto(
     if coefficients or settings.scale != "auto":
         option = "--coefficients" if coefficients else "--scale"
         raise UserError(f"{option}: method auto finds the scale; leave it out, or name a --method")
-    tasks = {task: load_task(data, task) for task in experts}
-    rows = {task: provenance.rows_tuned_on(folder) for task, folder in experts.items()}
-    files: Reads = {f"data {t}": dataset.split_files(data, tasks[t], "train") for t in tasks}
+    tasks, rows, files = _texts(experts, experts, data)
     return files, {"tasks": tasks, "tuned on": rows}
+
+
+def _texts(
+    experts: Mapping[str, Path], tasks: Iterable[str], data: Path
+) -> tuple[dict[str, Task], dict[str, tuple[int | None, int]], Reads]:
+    """Of training texts by task: definitions, the rows that experts were tuned on, and files."""
+    definitions = {task: load_task(data, task) for task in tasks}
+    rows = {task: provenance.rows_tuned_on(experts[task]) for task in definitions}
+    files: Reads = {
+        f"data {name}": dataset.split_files(data, definition, "train")
+        for name, definition in definitions.items()
+    }
+    return definitions, rows, files
 
 
 def _auto(
@@ -244,12 +255,8 @@ def realign(
     stage.check_output(out, [data])
     merged = read_recipe(model)
     _check_experts(model, merged, experts)
-    rows = {task: provenance.rows_tuned_on(experts[task]) for task in merged.tasks}
-    definitions = {task: load_task(data, task) for task in merged.tasks}
-    reads: dict[str, Path | list[Path]] = {"model": model}
-    for task, definition in definitions.items():
-        reads[f"expert {task}"] = experts[task]
-        reads[f"data {task}"] = dataset.split_files(data, definition, "train")
+    definitions, rows, files = _texts(experts, merged.tasks, data)
+    reads: Reads = {"model": model, **{f"expert {t}": experts[t] for t in merged.tasks}, **files}
 
     def compute(job: Job) -> None:
         from fmn.merge.heads import realigned_head, unlabeled
@@ -321,12 +328,8 @@ def calibrate(
     if merged.calibrate:
         raise UserError(f"{model}: it is calibrated already; give the model before that")
     _check_experts(model, merged, experts)
-    rows = {task: provenance.rows_tuned_on(experts[task]) for task in merged.tasks}
-    definitions = {task: load_task(data, task) for task in merged.tasks}
-    reads: dict[str, Path | list[Path]] = {"model": model}
-    for task, definition in definitions.items():
-        reads[f"expert {task}"] = experts[task]
-        reads[f"data {task}"] = dataset.split_files(data, definition, "train")
+    definitions, rows, files = _texts(experts, merged.tasks, data)
+    reads: Reads = {"model": model, **{f"expert {t}": experts[t] for t in merged.tasks}, **files}
 
     def compute(job: Job) -> None:
         from fmn.merge.calibrate import calibrated_encoder
