@@ -17,10 +17,11 @@ from fmn.errors import UserError, hint
 from fmn.evaluate.stages import evaluate
 from fmn.fisher.stages import fisher, gram
 from fmn.merge.stages import calibrate, merge, realign
-from fmn.models.stages import FetchSettings, fetch, finetune
+from fmn.models.stages import finetune
 from fmn.params import Params
 from fmn.registry.stages import register
 from fmn.report.stages import report
+from fmn.sources.stages import FetchSettings, fetch
 from fmn.store.stage import Outcome
 from fmn.tasks.stages import data
 

@@ -25,7 +25,7 @@ from fmn.evaluate.stages import evaluate
 from fmn.experiments.stages import SearchSettings, search
 from fmn.fisher.stages import STATISTICS, fisher
 from fmn.merge.stages import calibrate, merge, realign
-from fmn.models.stages import fetch, finetune, predict
+from fmn.models.stages import finetune, predict
 from fmn.registry.stages import (
     compare_digests,
     log_search,
@@ -35,6 +35,7 @@ from fmn.registry.stages import (
     settings_again,
 )
 from fmn.report.stages import report
+from fmn.sources.stages import fetch
 from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import Outcome
 from fmn.tasks.dataset import DataInfo

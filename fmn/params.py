@@ -20,8 +20,9 @@ from fmn.experiments.stages import SETS, CompareSettings
 from fmn.fisher.stages import FisherSettings, FullFisherSettings, GramSettings
 from fmn.merge.methods import needs_of
 from fmn.merge.stages import CalibrateSettings, MergeSettings, RealignSettings
-from fmn.models.stages import ExpertSource, FinetuneSettings
+from fmn.models.stages import FinetuneSettings
 from fmn.registry.stages import RegistrySettings
+from fmn.sources.stages import ExpertSource
 from fmn.store import artifacts
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, run_stage

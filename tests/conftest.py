@@ -14,7 +14,8 @@ from hypothesis import settings
 from transformers import BertConfig, BertModel
 
 from fmn.fisher.stages import FisherSettings, fisher
-from fmn.models.stages import FinetuneSettings, fetch, finetune
+from fmn.models.stages import FinetuneSettings, finetune
+from fmn.sources.stages import fetch
 from fmn.tasks.stages import DataSettings, data
 from tests.folders import fill, tiny_bert
 

@@ -18,7 +18,14 @@ HEAVY = {
 # From the bottom to the top: a module imports its own layer and those before it.
 LAYERS = (
     ("fmn.__init__", "fmn.environment", "fmn.errors", "fmn.lazy", "fmn.terminal"),
-    *(("fmn.store",), ("fmn.tasks",), ("fmn.models",), ("fmn.fisher",), ("fmn.merge",)),
+    *(
+        ("fmn.store",),
+        ("fmn.tasks",),
+        ("fmn.models",),
+        ("fmn.sources",),
+        ("fmn.fisher",),
+        ("fmn.merge",),
+    ),
     *(("fmn.evaluate",), ("fmn.experiments",), ("fmn.report",), ("fmn.registry",)),
     *(("fmn.params",), ("flows",), ("fmn.cli",), ("fmn.__main__",)),
 )
@@ -94,6 +101,6 @@ def test_numbers_know_nothing_of_files(name: str) -> None:
 
 
 def test_stages_are_imported_without_what_only_computing_needs() -> None:
-    modules = "fmn.cli, fmn.models.sources, fmn.merge.recipe"
+    modules = "fmn.cli, fmn.sources.origin, fmn.merge.recipe"
     code = f"import sys, {modules}; assert not {HEAVY} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

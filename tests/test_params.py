@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fmn import params
 from fmn.errors import UserError
 from fmn.fisher.stages import FisherSettings
-from fmn.models.stages import ExpertSource, FinetuneSettings
+from fmn.models.stages import FinetuneSettings
+from fmn.sources.stages import ExpertSource
 from tests.conftest import ROOT
 
 PROFILES = [ROOT / "params.yaml", *sorted((ROOT / "params").glob("*.yaml"))]

@@ -18,7 +18,8 @@ from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.fisher.files import read_fisher
 from fmn.fisher.stages import Estimator, FisherSettings, fisher
 from fmn.merge.stages import merge
-from fmn.models.stages import FinetuneSettings, fetch, finetune, predict
+from fmn.models.stages import FinetuneSettings, finetune, predict
+from fmn.sources.stages import fetch
 
 EVALUATE = EvaluateSettings(device="cpu")
 LABEL_OF_OUTPUT = [2, 0, 1]  # of the permuted expert; not its own inverse

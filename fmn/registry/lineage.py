@@ -8,7 +8,7 @@ from typing import Any
 
 from fmn.evaluate.files import Metrics
 from fmn.merge.recipe import Checkpoint, Recipe
-from fmn.models.sources import SCHEMES
+from fmn.sources.origin import SCHEMES
 from fmn.store import artifacts
 from fmn.store.records import Record
 

@@ -14,7 +14,7 @@ from flows.graph import PIPELINE, Node
 from fmn import params
 from fmn.errors import UserError
 from fmn.fisher.stages import GramSettings
-from fmn.models.stages import FetchSettings
+from fmn.sources.stages import FetchSettings
 from fmn.tasks.task import TaskSettings
 from tests.conftest import ROOT
 

@@ -14,9 +14,9 @@ import torch
 
 from fmn.errors import UserError
 from fmn.models import checkpoints
-from fmn.models import stages as models_stages
 from fmn.models.provenance import CheckpointInfo
-from fmn.models.sources import pin
+from fmn.sources import stages
+from fmn.sources.origin import pin
 from fmn.store.artifacts import digest_files
 from tests.folders import edit_config, pickled, save, shards, tiny_bert, weights
 from tests.hub_server import Hub
@@ -39,7 +39,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def fetch(source: str | Path, out: Path) -> CheckpointInfo:
-    return models_stages.fetch(str(source), out=out).summary
+    return stages.fetch(str(source), out=out).summary
 
 
 def assert_refused(source: str | Path, out: Path, problem: str) -> None:
@@ -110,7 +110,7 @@ def test_a_folder_is_taken_again_if_it_changed(form: str, copy: Path, out: Path)
         pickled(copy, weights(copy))
 
     def is_fetched() -> bool:
-        return models_stages.fetch(str(copy), out=out).computed
+        return stages.fetch(str(copy), out=out).computed
 
     assert is_fetched()
     (copy / "training_args.bin").write_bytes(b"anything")
@@ -194,7 +194,7 @@ def test_the_hub_is_pinned_to_a_commit(hub: Hub, bert: Path, tmp_path: Path, out
 
     hub.add("models", "org/bert", {"config.json": b"{}"})  # main moves on; the pin does not
     hub.requests.clear()
-    assert not models_stages.fetch(info.revision, out=out).computed
+    assert not stages.fetch(info.revision, out=out).computed
     assert not hub.requests
     fetch(info.revision, tmp_path / "again")
     assert digest_files(tmp_path / "again") == digest_files(bert)
@@ -221,7 +221,7 @@ def test_transient_failures_are_retried(
     hub.add("models", "org/bert", bert)
     hub.misbehave(fault, match, times=2, status=503)
     steps: list[tuple[int, int]] = []
-    models_stages.fetch("hf://org/bert", out=out, progress=lambda *step: steps.append(step))
+    stages.fetch("hf://org/bert", out=out, progress=lambda *step: steps.append(step))
     assert digest_files(out) == digest_files(bert)
     size = (bert / "model.safetensors").stat().st_size
     assert steps[-1] == (size, size)

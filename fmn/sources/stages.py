@@ -1,0 +1,96 @@
+"""The stage that brings in checkpoints: `fetch`."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from fmn.errors import UserError
+from fmn.models import labels
+from fmn.models.provenance import CheckpointInfo
+from fmn.sources import origin
+from fmn.store import stage
+from fmn.store.records import Settings
+from fmn.store.stage import Job, Outcome, Progress, no_progress
+from fmn.tasks import dataset
+from fmn.tasks.task import load_task, read_task
+
+FETCH = 4
+
+
+class FetchSettings(Settings):
+    """How the outputs of a fetched expert are read."""
+
+    labels: list[str] = Field(
+        default_factory=list,
+        description="the labels that the outputs stand for, in the order of the outputs; default:"
+        " by their names, or by training data",
+    )
+
+
+class ExpertSource(FetchSettings):
+    """Where a published expert comes from; a plain text is its source."""
+
+    source: str = Field(..., description="hf://org/name@revision, a folder, models:/..., package:")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
+def fetch(
+    source: str,
+    *,
+    out: Path,
+    task: str = "",
+    data: Path | None = None,
+    settings: FetchSettings = FetchSettings(),  # noqa: B008 - it is frozen
+    progress: Progress = no_progress,
+) -> Outcome[CheckpointInfo]:
+    """Fetch a checkpoint, pinned and verified, into a folder.
+
+    With a task, it is an expert of that task, and the copy is aligned with it: its outputs have
+    the task's names and order, and its task.json is the task's definition.
+
+    Args:
+        source: hf://org/name@revision, a folder, models:/name@alias or package:module/path
+        out: the folder to write
+        task: the task of an expert
+        data: folder of the task's rows, whose training split decides or checks the outputs' order
+
+    Raises:
+        UserError: the source cannot be reached, was damaged, or is no checkpoint that can be used;
+            or its outputs are not the task's labels.
+    """
+    stage.check_output(out, [Path(source)])
+    if not task and (data or settings.labels):
+        raise UserError("fetch: --data and --labels are for an expert; say its task, --task TASK")
+    pinned = origin.pin(source)
+    reads: dict[str, list[Path]] = {"folder": origin.folder_files(pinned)}
+    keys: dict[str, Any] = {"source": pinned}
+    # Of an expert that fmn fine-tuned, the definition lies in its folder.
+    definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
+    if task:
+        keys |= {"task": definition or task, "fetch": settings.labels}
+    if data and definition and labels.can_check(data, definition):
+        reads["train"] = dataset.split_files(data, definition, "train")
+
+    def compute(job: Job) -> CheckpointInfo:
+        facts: dict[str, Any] = {"source": source}
+        info = origin.copy_checkpoint(pinned, job.path, progress)
+        try:
+            if task:
+                expert = definition or labels.expert_task(job.path, task)
+                facts["labels"] = labels.align(job.path, expert, data, settings.labels)
+        except UserError as error:  # the reader does not know the folder that is being written
+            raise UserError(str(error).replace(str(job.path), source)) from error
+        return info.model_copy(update=facts)
+
+    summary = partial(stage.read_info, record=CheckpointInfo)
+    # Without a time, the base that a second clone fetches again is the same to DVC.
+    return stage.run_stage(
+        "fetch", FETCH, out, compute,
+        reads=reads, settings=keys, summary=summary, is_folder=True, is_timed=False,
+    )  # fmt: skip
