@@ -3,7 +3,7 @@
 Where checkpoints come from is tested beside it.
 """
 
-import Path
+from pathlib import Path
 from typing import Any
 
 import numpy as np
