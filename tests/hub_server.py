@@ -43,7 +43,9 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         requests: what was asked, as "GET /api/models/x".
+        sent: bytes of all answers.
         gated: repositories whose terms nobody accepted.
+        has_ranges: whether it heeds range requests.
     """
 
     daemon_threads = True
@@ -54,7 +56,9 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[str] = []
+        self.sent = 0
         self.gated: set[str] = set()
+        self.has_ranges = True
         self.is_closed = False
         # By kind and name: what a branch or a commit names.
         self.repositories: dict[tuple[str, str], dict[str, Commit]] = {}
@@ -192,7 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path.endswith(LFS_SUFFIXES):
             headers["X-Linked-Etag"] = f'"{hashlib.sha256(data).hexdigest()}"'
             headers["X-Linked-Size"] = str(len(data))
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and self.server.has_ranges:
             start, end = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             status, data = 206, data[start : end + 1]
@@ -214,4 +219,5 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[: len(data) // 2]
             self.close_connection = True
         if self.command != "HEAD":
+            self.server.sent += len(data)
             self.wfile.write(data)

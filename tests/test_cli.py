@@ -15,7 +15,7 @@ from tests.conftest import TASKS
 COMMANDS = (
     *("run", "compare", "stage", "fetch", "data", "finetune", "fisher", "full-fisher", "gram"),
     *("search", "merge", "realign", "evaluate", "report", "predict"),
-    *("register", "rollback", "reproduce", "tasks"),
+    *("register", "rollback", "reproduce", "tasks", "init", "check"),
 )
 FISHER = "fisher x --task mrpc --data x --out y"
 SEARCH = "search --expert mrpc=a sst2=b --data x --out y"

@@ -181,6 +181,12 @@ def _described_shapes(config: "PretrainedConfig") -> _Shapes:
     return shapes
 
 
+def described_shapes(config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
+    """Shapes by stored name of the classifier that a configuration describes."""
+    shapes = _described_shapes(config)
+    return {f"{shapes.prefix}{name}": shape for name, shape in shapes.encoder.items()} | shapes.head
+
+
 def _described_model(config: "PretrainedConfig") -> "PreTrainedModel":
     """The classifier that a configuration describes, built without memory."""
     import torch

@@ -49,6 +49,7 @@ class Origin(NamedTuple):
     pinned: str
     names: frozenset[str]
     local: Callable[[str], Path]
+    is_linked: bool = False  # whether copies of weights are links to these files
 
 
 def pin(source: str) -> str:
@@ -69,7 +70,13 @@ def folder_files(source: str) -> list[Path]:
     if source.startswith(SCHEMES):
         return []
     origin = _origin(source)
-    return [origin.local(name) for name in (*_small_files(origin), *_weights(origin))]
+    return [origin.local(name) for name in (*_small_files(origin), *weight_files(origin))]
+
+
+def locate(source: str, scratch: Path, progress: Progress = no_progress) -> Origin:
+    """Where the files of a source are; those of a registered model are put into `scratch`."""
+    is_registered = source.startswith("models:")
+    return _registered(source, scratch) if is_registered else _origin(source, progress)
 
 
 def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress) -> CheckpointInfo:
@@ -90,29 +97,33 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
             is no checkpoint that can be used without running code.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.source.") as scratch:
-        is_registered = source.startswith("models:")
-        origin = _registered(source, Path(scratch)) if is_registered else _origin(source, progress)
-        try:
-            _copy(origin, _small_files(origin), folder)
-            checkpoints.load_config(folder)  # before weights are downloaded that cannot be used
-            weights = _weights(origin)
-            _copy(origin, weights, folder)
-            _rewrite(folder)
-            config = checkpoints.load_config(folder)
-            checkpoints.check_tensors(folder, config, head=False)
-            if any((folder / name).is_file() for name in VOCABULARY_FILES):
-                checkpoints.load_tokenizer(folder, config)
-        except UserError as error:  # the reader does not know the folder that is being written
-            raise UserError(str(error).replace(str(folder), source)) from error
+        return copy_files(locate(source, Path(scratch), progress), folder)
+
+
+def copy_files(origin: Origin, folder: Path) -> CheckpointInfo:
+    """Fill an empty folder with the checkpoint in an origin; raises as `copy_checkpoint` does."""
+    source = origin.source
+    try:
+        _copy(origin, _small_files(origin), folder)
+        checkpoints.load_config(folder)  # before weights are downloaded that cannot be used
+        weights = weight_files(origin)
+        _copy(origin, weights, folder)
+        _rewrite(folder)
+        config = checkpoints.load_config(folder)
+        checkpoints.check_tensors(folder, config, head=False)
+        if any((folder / name).is_file() for name in VOCABULARY_FILES):
+            checkpoints.load_tokenizer(folder, config)
+    except UserError as error:  # the reader does not know the folder that is being written
+        raise UserError(str(error).replace(str(folder), source)) from error
     facts = {"model_type": config.model_type, "is_converted": weights == [PICKLED]}
     return CheckpointInfo(source=source, revision=origin.pinned, **facts)
 
 
 def _copy(origin: Origin, names: Iterable[str], folder: Path) -> None:
-    """Copy files; weights become links to the Hub's cache, so that the disk has them once."""
+    """Copy files; those of the Hub's cache become links to it, so that the disk has them once."""
     for name in names:
         path = origin.local(name).resolve()
-        if origin.pinned.startswith("hf://") and name.endswith((".safetensors", ".bin")):
+        if origin.is_linked and name.endswith((".safetensors", ".bin")):
             with suppress(OSError):  # another file system, or one without links
                 os.link(path, folder / name)
                 continue
@@ -128,9 +139,9 @@ def _origin(source: str, progress: Progress = no_progress) -> Origin:
         return _package_origin(source, *match.groups())
     if (match := _HUB.fullmatch(source)) and ".." not in source:
         repo = match[1]
-        commit, names = hub.list_model(repo, match[2] or "main")
+        commit, names = hub.list_files(repo, match[2] or "main")
         local = partial(hub.download, repo, commit=commit, progress=progress)
-        return Origin(source, f"hf://{repo}@{commit}", names, local)
+        return Origin(source, f"hf://{repo}@{commit}", names, local, is_linked=True)
     if source.startswith(SCHEMES):
         raise UserError(f"{source}: not a source; write hf://org/name or package:module/path")
     return _folder_origin(Path(source).expanduser(), source, source)
@@ -176,7 +187,7 @@ def _small_files(origin: Origin) -> list[str]:
     return [name for name in (CONFIG, *TOKENIZER_FILES) if name in origin.names]
 
 
-def _weights(origin: Origin) -> list[str]:
+def weight_files(origin: Origin) -> list[str]:
     """The files of weights, and the index where they are shards; pickled only without others."""
     if WEIGHTS not in origin.names and INDEX in origin.names:
         shards = set(headers.weight_map(origin.local(INDEX)).values())
@@ -193,7 +204,7 @@ def _weights(origin: Origin) -> list[str]:
 # Weights as safetensors under runtime names
 
 
-def _runtime_name(name: str) -> str:
+def runtime_name(name: str) -> str:
     """The name of a tensor today; old BERT files say ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     return name.replace("LayerNorm.beta", "LayerNorm.bias")
@@ -206,11 +217,11 @@ def _rewrite(folder: Path) -> None:
     weights, pickled = folder / WEIGHTS, folder / PICKLED
     if pickled.is_file():
         tensors = _unpickle(pickled)
-    elif weights.is_file() and any(_runtime_name(n) != n for n in headers.file_headers(weights)):
+    elif weights.is_file() and any(runtime_name(n) != n for n in headers.file_headers(weights)):
         tensors = load_file(weights)
     else:
         return
-    renamed = {_runtime_name(name): tensor for name, tensor in tensors.items()}
+    renamed = {runtime_name(name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
         raise UserError(f"{folder}: has a LayerNorm by its old and its new name; save it again")
     for path in (weights, pickled):  # a link to the Hub's cache is replaced, and not its file
