@@ -61,7 +61,9 @@ def run_node(node: Node) -> Outcome[Any]:
     get_run_logger().info(line)
     say(line)
     notes = getattr(getattr(outcome.summary, "labels", None), "notes", ())  # of a fetched expert
-    for note in (*notes, *getattr(outcome.summary, "warnings", ())):  # of a task's rows
+    taken = getattr(outcome.summary, "published", None)  # of a statistic
+    warnings = getattr(outcome.summary, "warnings", ())  # of a task's rows
+    for note in (*notes, *warnings, *([taken] if taken else [])):
         get_run_logger().warning(note)
         say(note)
     return outcome

@@ -26,6 +26,7 @@ from fmn.experiments.stages import SearchSettings, search
 from fmn.fisher.stages import STATISTICS, fisher
 from fmn.merge.stages import calibrate, merge, realign
 from fmn.models.stages import finetune, predict
+from fmn.registry.push import push
 from fmn.registry.stages import (
     compare_digests,
     log_search,
@@ -321,14 +322,15 @@ def _show_report(summary: Any) -> None:
 COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
     (fetch, _facts("revision", "model_type")),
     (finetune, _facts("examples", "steps", "loss")),
-    (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr")),
-    *((statistic, _facts("samples", "dtype")) for statistic in STATISTICS),
+    (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr", "published")),
+    *((statistic, _facts("samples", "dtype", "published")) for statistic in STATISTICS),
     (merge, _show_merge),
     (calibrate, _show_calibrate),
     (realign, _show_realign),
     (evaluate, _show_metrics),
     (search, _show_search),
     (report, _show_report),
+    (push, _facts("url", "commit", "files", "bytes")),
     (register, _facts("name", "version", "alias", "reason", "run", "store")),
 )
 _add_stage(write_data, _show_data, "data")

@@ -37,6 +37,8 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     "bpe.codes",
 )
+FISHER, GRAM = "fmn/fisher.parquet", "fmn/gram.safetensors"
+"""Statistics that may be published beside an expert (docs/statistics.md)."""
 # The largest number that a configuration may have, by what its key ends with. Beyond that, even
 # describing the model takes all time and memory.
 _LIMITS = {"hidden_groups|group_num": 30, "layers?|blocks": 1000, "num_labels": 10**5, "": 2**31}
@@ -348,6 +350,11 @@ def last_linear(model: "PreTrainedModel") -> str:
     return str(paths[-1])
 
 
+def head_map(config: "PretrainedConfig") -> str:
+    """The path of the linear map that ends the head of the model that a configuration describes."""
+    return last_linear(_described_model(config))
+
+
 def output_entries(task: Task) -> dict[str, Any]:
     """What the configuration of an expert says of its outputs, in the task's order."""
     names = dict(enumerate(task.labels or ("score",)))
@@ -395,7 +402,7 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
 
     config, raw = load_config(folder), read_config(folder)
     if list(order) != list(range(config.num_labels)):
-        path = last_linear(_described_model(config))
+        path = head_map(config)
         headers = tensor_headers(folder)
         names = [name for name in (f"{path}.weight", f"{path}.bias") if name in headers]
         for file in {headers[name].file for name in names}:

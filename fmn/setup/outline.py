@@ -8,8 +8,7 @@ works on an outline as on the checkpoint, which is not downloaded.
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -18,7 +17,6 @@ from fmn.errors import UserError
 from fmn.models import checkpoints
 from fmn.models.headers import PICKLED, WEIGHTS, tensor_headers
 from fmn.sources import origin
-from fmn.sources.origin import Origin
 from fmn.store import hub
 
 LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
@@ -49,7 +47,7 @@ def outline(source: str, folder: Path) -> Outline:
         UserError: as `fmn.sources.origin.copy_checkpoint` does; or a file of weights is not whole.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        (Path(scratch) / "holes").mkdir()
+        (Path(scratch) / "holes" / "fmn").mkdir(parents=True)  # of statistics beside an expert
         place = origin.locate(source, Path(scratch))
         is_pickled = WEIGHTS not in place.names and origin.weight_files(place) == [PICKLED]
         sizes: dict[str, tuple[int, bool]] = {}
@@ -58,21 +56,20 @@ def outline(source: str, folder: Path) -> Outline:
             """An outline of a file of weights; any other file itself."""
             path = Path(scratch) / "holes" / name
             if is_pickled and name == WEIGHTS:
-                with _opened(place, PICKLED) as (stream, is_remote):
-                    sizes[name] = stream.seek(0, io.SEEK_END), is_remote
+                with place.open(PICKLED) as stream:
+                    sizes[name] = _size(stream)
                 shapes = checkpoints.described_shapes(checkpoints.load_config(folder))
                 _write_header(path, {each: ("F32", shape) for each, shape in shapes.items()})
             elif name.endswith(".safetensors"):
-                with _opened(place, name) as (stream, is_remote):
-                    sizes[name] = stream.seek(0, io.SEEK_END), is_remote
-                    stream.seek(0)
+                with place.open(name) as stream:
+                    sizes[name] = _size(stream)
                     _copy_header(stream, sizes[name][0], path, f"{source}: {name}")
             else:
                 return place.local(name)
             return path
 
         names = place.names - {PICKLED} | ({WEIGHTS} if is_pickled else set())
-        origin.copy_files(Origin(source, place.pinned, names, local, is_linked=True), folder)
+        origin.copy_files(place._replace(names=names, local=local, is_linked=True), folder)
     return Outline(
         pinned=place.pinned,
         download=sum(size for size, is_remote in sizes.values() if is_remote),
@@ -82,13 +79,11 @@ def outline(source: str, folder: Path) -> Outline:
     )
 
 
-@contextmanager
-def _opened(place: Origin, name: str) -> Iterator[tuple[IO[bytes], bool]]:
-    """A file of an origin, and whether it is on the Hub: then only what is read is transferred."""
-    repo, _, commit = place.pinned.removeprefix("hf://").rpartition("@")
-    is_of_hub = place.pinned.startswith("hf://")
-    with hub.open_file(repo, name, commit) if is_of_hub else place.local(name).open("rb") as stream:
-        yield stream, isinstance(stream.raw, hub.RemoteFile)
+def _size(stream: io.BufferedReader) -> tuple[int, bool]:
+    """The bytes of a file, and whether they are on the Hub alone; it is read from its beginning."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    return size, isinstance(stream.raw, hub.RemoteFile)
 
 
 def _copy_header(stream: IO[bytes], size: int, path: Path, place: str) -> None:

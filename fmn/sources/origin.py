@@ -11,14 +11,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
 from importlib import import_module, metadata, util
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fmn.errors import UserError
 from fmn.models import checkpoints, headers
-from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES, VOCABULARY_FILES
+from fmn.models.checkpoints import CONFIG, FISHER, GRAM, TOKENIZER_FILES, VOCABULARY_FILES
 from fmn.models.headers import INDEX, PICKLED, WEIGHTS, names_in
 from fmn.models.provenance import CheckpointInfo
 from fmn.store import hub
@@ -31,7 +31,7 @@ SCHEMES = ("hf://", "models:", "package:")  # how every source begins that is no
 # The only import upwards, and so by name: only the room `registry` knows MLflow. It is loaded for a
 # registered model alone.
 _REGISTRY = "fmn.registry.tracking"
-_HUB = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)(?:@([\w.+/-]+))?")
+_HUB = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)((?:/[\w.-]+)*)(?:@([\w.+/-]+))?")
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)((?:/[^/@]+)*)/?(?:@([\w.+!-]+))?")
 
 
@@ -43,13 +43,16 @@ class Origin(NamedTuple):
         pinned: the source, such that it means the same bytes tomorrow.
         names: the files at its top level.
         local: gives the path on this machine of a file, which is downloaded if need be.
+        open: opens a file to read parts of it; it is not downloaded for that.
+        is_linked: whether copies of weights are links to these files.
     """
 
     source: str
     pinned: str
     names: frozenset[str]
     local: Callable[[str], Path]
-    is_linked: bool = False  # whether copies of weights are links to these files
+    open: Callable[[str], BufferedReader]
+    is_linked: bool = False
 
 
 def pin(source: str) -> str:
@@ -60,7 +63,7 @@ def pin(source: str) -> str:
     """
     if source.startswith("models:"):
         return str(import_module(_REGISTRY).pin(source))
-    if (match := _HUB.fullmatch(source)) and hub.COMMIT.fullmatch(match[2] or ""):
+    if (match := _HUB.fullmatch(source)) and hub.COMMIT.fullmatch(match[3] or ""):
         return source
     return _origin(source).pinned
 
@@ -87,7 +90,8 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
     runtime names.
 
     Args:
-        source: ``hf://org/name@revision`` (without a revision: main), a folder,
+        source: ``hf://org/name@revision`` (without a revision: main; a folder of the repository as
+            ``hf://org/name/tasks/x``), a folder,
             ``models:/name@alias``, ``models:/name/3`` or ``package:module/path``.
         folder: where to write; an empty folder.
         progress: called with (bytes, bytes in all) of the file that comes from the Hub.
@@ -123,6 +127,7 @@ def _copy(origin: Origin, names: Iterable[str], folder: Path) -> None:
     """Copy files; those of the Hub's cache become links to it, so that the disk has them once."""
     for name in names:
         path = origin.local(name).resolve()
+        (folder / name).parent.mkdir(exist_ok=True)
         if origin.is_linked and name.endswith((".safetensors", ".bin")):
             with suppress(OSError):  # another file system, or one without links
                 os.link(path, folder / name)
@@ -138,10 +143,17 @@ def _origin(source: str, progress: Progress = no_progress) -> Origin:
     if match := _PACKAGE.fullmatch(source):
         return _package_origin(source, *match.groups())
     if (match := _HUB.fullmatch(source)) and ".." not in source:
-        repo = match[1]
-        commit, names = hub.list_files(repo, match[2] or "main")
-        local = partial(hub.download, repo, commit=commit, progress=progress)
-        return Origin(source, f"hf://{repo}@{commit}", names, local, is_linked=True)
+        repo, inside = match[1], f"{match[2]}/".removeprefix("/")
+        commit, files = hub.list_files(repo, match[3] or "main")
+        names = frozenset(each.removeprefix(inside) for each in files if each.startswith(inside))
+        return Origin(
+            source,
+            f"hf://{repo}{match[2]}@{commit}",
+            names,
+            local=lambda name: hub.download(repo, inside + name, commit, progress),
+            open=lambda name: hub.open_file(repo, inside + name, commit),
+            is_linked=True,
+        )
     if source.startswith(SCHEMES):
         raise UserError(f"{source}: not a source; write hf://org/name or package:module/path")
     return _folder_origin(Path(source).expanduser(), source, source)
@@ -150,8 +162,15 @@ def _origin(source: str, progress: Progress = no_progress) -> Origin:
 def _folder_origin(folder: Path, source: str, pinned: str) -> Origin:
     if not folder.is_dir():
         raise UserError(f"{source}: no such folder; of the Hub, write hf://org/name")
-    names = frozenset(path.name for path in folder.iterdir() if path.is_file())
-    return Origin(source, pinned, names, lambda name: folder / name)
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    names |= {name for name in (FISHER, GRAM) if (folder / name).is_file()}
+    return Origin(
+        source,
+        pinned,
+        frozenset(names),
+        local=lambda name: folder / name,
+        open=lambda name: (folder / name).open("rb"),
+    )
 
 
 def _registered(source: str, scratch: Path) -> Origin:
@@ -181,10 +200,10 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
 
 
 def _small_files(origin: Origin) -> list[str]:
-    """Every file that a checkpoint needs beside its weights."""
+    """Every file that a checkpoint needs beside its weights, and statistics published with it."""
     if CONFIG not in origin.names:
         raise UserError(f"{origin.source}: {checkpoints.no_checkpoint(origin.names)}")
-    return [name for name in (CONFIG, *TOKENIZER_FILES) if name in origin.names]
+    return [name for name in (CONFIG, *TOKENIZER_FILES, FISHER, GRAM) if name in origin.names]
 
 
 def weight_files(origin: Origin) -> list[str]:

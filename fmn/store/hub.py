@@ -5,8 +5,10 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -15,7 +17,7 @@ from fmn.store import artifacts
 from fmn.store.stage import Progress
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 T = TypeVar("T")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -32,11 +34,10 @@ _PROBLEMS = {  # by the name of huggingface_hub's exception
 
 def connect() -> "HfApi":
     """The Hub's interface, at the address in HF_ENDPOINT."""
-    # Xet would fetch from hosts of its own, plain HTTP works with every mirror. The library reads
-    # the variable when it is imported.
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from huggingface_hub import HfApi, constants
 
+    # Xet would use hosts of its own, plain HTTP works with every mirror.
+    constants.HF_HUB_DISABLE_XET = True
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/"))
 
@@ -144,6 +145,65 @@ def open_file(repo: str, name: str, commit: str, kind: str = "model") -> io.Buff
     if isinstance(cached, str):
         return Path(cached).open("rb")
     return io.BufferedReader(RemoteFile(repo, name, commit, kind), 1 << 16)
+
+
+def upload(
+    repo: str,
+    files: Mapping[str, Path],
+    *,
+    branch: str,
+    message: str,
+    private: bool,
+    is_stale: Callable[[str], bool],
+    progress: Progress,
+) -> tuple[str, str]:
+    """Put files into a model's repository in one commit; returns its address and the commit.
+
+    The repository and the branch are made if need be. Bytes that the Hub has already, under
+    whatever name, are not sent again.
+
+    Args:
+        files: by name in the repository.
+        private: whether a repository that is made is private.
+        is_stale: whether a file of the repository that is not among `files` is removed.
+        progress: called with (bytes that are there, bytes in all).
+
+    Raises:
+        UserError: the Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    source, api = f"hf://{repo}@{branch}", connect()
+    address = str(
+        _request(lambda: api.create_repo(repo, private=private or None, exist_ok=True), source)
+    )
+    if branch != "main":
+        _request(lambda: api.create_branch(repo, branch=branch, exist_ok=True), source)
+    _, names = list_files(repo, branch)
+    done, total = 0, sum(path.stat().st_size for path in files.values())
+    additions = []
+    with warnings.catch_warnings(action="ignore"):  # of the library, of its HTTP client
+        for name, path in files.items():
+            additions.append(CommitOperationAdd(name, path))
+            # One by one: of files with the same bytes only the first is sent.
+            _request(partial(_send, api, repo, additions[-1], branch), source)
+            done += path.stat().st_size
+            progress(done, total)
+        stale = [name for name in sorted(names - set(files)) if is_stale(name)]
+        operations = [*additions, *map(CommitOperationDelete, stale)]
+        commit = _request(
+            lambda: api.create_commit(repo, operations, commit_message=message, revision=branch),
+            source,
+        )
+    return address, str(commit.oid)
+
+
+def _send(api: "HfApi", repo: str, addition: "CommitOperationAdd", branch: str) -> None:
+    """Send the bytes of a file that is to be committed, if it is a large one."""
+    try:
+        api.preupload_lfs_files(repo, [addition], revision=branch)
+    except RuntimeError as error:  # it says which file; its cause is that of the request
+        raise error.__cause__ or error from None
 
 
 def _is_intact(path: Path) -> bool:
