@@ -78,11 +78,20 @@ def _rows(header: TensorHeader) -> list[bytes]:
 
 
 def rows_digest(task: Task, table: "pa.Table") -> str:
-    """sha256 of the texts and labels of rows, whatever their file and their columns' names."""
-    names = [*task.text_columns, *(["label"] if "label" in table.column_names else [])]
+    """sha256 of the texts and labels of rows.
+
+    It does not depend on the rows' file, the columns' names, or the order of the task's labels.
+    """
     digest = hashlib.sha256()
-    for name in names:
+    for name in task.text_columns:
         digest.update(repr(table[name].to_pylist()).encode())
+    if "label" in table.column_names:
+        values = table["label"].to_pylist()
+        if task.multi_label:
+            values = [sorted(task.labels[each] for each in value) for value in values]
+        elif task.labels:
+            values = [task.labels[value] for value in values]
+        digest.update(repr(values).encode())
     return digest.hexdigest()
 
 

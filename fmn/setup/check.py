@@ -243,7 +243,7 @@ def _outlines(settings: Params, scratch: Path, findings: list[Finding]) -> dict[
         (scratch / name).mkdir()
         place = "base" if name == "base" else f"sources.{name.removeprefix('expert ')}"
         with _noted(findings, place):
-            outlines[name] = outline(source, scratch / name)
+            outlines[name] = outline(source, scratch / name, statistics=name != "base")
             if outlines[name].is_pickled:
                 line = f"{place}: the weights are pickled, so that their shapes are not known yet"
                 findings.append(Finding.of(f"{line}; take safetensors if there are", False))

@@ -40,8 +40,8 @@ class Outline(NamedTuple):
     is_pickled: bool
 
 
-def outline(source: str, folder: Path) -> Outline:
-    """Fill an empty folder with the outline of the checkpoint in a source.
+def outline(source: str, folder: Path, *, statistics: bool = False) -> Outline:
+    """Fill an empty folder with the outline of the checkpoint in a source, and of its statistics.
 
     Raises:
         UserError: as `fmn.sources.origin.copy_checkpoint` does; or a file of weights is not whole.
@@ -69,7 +69,8 @@ def outline(source: str, folder: Path) -> Outline:
             return path
 
         names = place.names - {PICKLED} | ({WEIGHTS} if is_pickled else set())
-        origin.copy_files(place._replace(names=names, local=local, is_linked=True), folder)
+        outlined = place._replace(names=names, local=local, is_linked=True)
+        origin.copy_files(outlined, folder, statistics=statistics)
     return Outline(
         pinned=place.pinned,
         download=sum(size for size, is_remote in sizes.values() if is_remote),

@@ -82,7 +82,9 @@ def locate(source: str, scratch: Path, progress: Progress = no_progress) -> Orig
     return _registered(source, scratch) if is_registered else _origin(source, progress)
 
 
-def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress) -> CheckpointInfo:
+def copy_checkpoint(
+    source: str, folder: Path, progress: Progress = no_progress, *, statistics: bool = False
+) -> CheckpointInfo:
     """Fill an empty folder with a whole, verified checkpoint from a source.
 
     Takes config.json, tokenizer files and safetensors weights; pickled weights only where there
@@ -95,18 +97,21 @@ def copy_checkpoint(source: str, folder: Path, progress: Progress = no_progress)
             ``models:/name@alias``, ``models:/name/3`` or ``package:module/path``.
         folder: where to write; an empty folder.
         progress: called with (bytes, bytes in all) of the file that comes from the Hub.
+        statistics: whether statistics that are published beside the checkpoint come along.
 
     Raises:
         UserError: the source does not exist, cannot be reached, is not what its digests say, or
             is no checkpoint that can be used without running code.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.source.") as scratch:
-        return copy_files(locate(source, Path(scratch), progress), folder)
+        return copy_files(locate(source, Path(scratch), progress), folder, statistics=statistics)
 
 
-def copy_files(origin: Origin, folder: Path) -> CheckpointInfo:
+def copy_files(origin: Origin, folder: Path, *, statistics: bool) -> CheckpointInfo:
     """Fill an empty folder with the checkpoint in an origin; raises as `copy_checkpoint` does."""
     source = origin.source
+    if not statistics:
+        origin = origin._replace(names=origin.names - {FISHER, GRAM})
     try:
         _copy(origin, _small_files(origin), folder)
         checkpoints.load_config(folder)  # before weights are downloaded that cannot be used

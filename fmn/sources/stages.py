@@ -16,7 +16,7 @@ from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.task import load_task, read_task
 
-FETCH = 4
+FETCH = 5
 
 
 class FetchSettings(Settings):
@@ -52,7 +52,8 @@ def fetch(
     """Fetch a checkpoint, pinned and verified, into a folder.
 
     With a task, it is an expert of that task, and the copy is aligned with it: its outputs have
-    the task's names and order, and its task.json is the task's definition.
+    the task's names and order, and its task.json is the task's definition. Statistics that are
+    published beside an expert come along.
 
     Args:
         source: hf://org/name@revision, a folder, models:/name@alias or package:module/path
@@ -79,7 +80,7 @@ def fetch(
 
     def compute(job: Job) -> CheckpointInfo:
         facts: dict[str, Any] = {"source": source}
-        info = origin.copy_checkpoint(pinned, job.path, progress)
+        info = origin.copy_checkpoint(pinned, job.path, progress, statistics=bool(task))
         try:
             if task:
                 expert = definition or labels.expert_task(job.path, task)

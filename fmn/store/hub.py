@@ -190,7 +190,7 @@ def upload(
             done += path.stat().st_size
             progress(done, total)
         stale = [name for name in sorted(names - set(files)) if is_stale(name)]
-        operations = [*additions, *map(CommitOperationDelete, stale)]
+        operations: list[Any] = [*additions, *map(CommitOperationDelete, stale)]
         commit = _request(
             lambda: api.create_commit(repo, operations, commit_message=message, revision=branch),
             source,

@@ -11,14 +11,17 @@ import pytest
 import safetensors.torch
 
 from fmn.errors import UserError
+from fmn.fisher.files import read_fisher
+from fmn.fisher.stages import GramSettings, fisher, gram
 from fmn.merge.recipe import MergeSettings
 from fmn.merge.stages import merge
 from fmn.models.stages import predict
 from fmn.registry.push import push
 from fmn.sources.stages import fetch
-from tests.conftest import TASKS
+from tests.conftest import FISHER, TASKS
 from tests.hub_server import Hub
 
+GRAM = GramSettings(samples=8, device="cpu", dtype="float32")
 LOAD = """
 import sys, torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -136,3 +139,29 @@ def test_what_cannot_be_pushed_is_refused_in_one_line(
     with pytest.raises(UserError, match="refuses the token"):
         push(merged, "hf://org/x")
     assert ("models", "org/x") not in hub.repositories
+
+
+def test_an_expert_is_pushed_with_statistics_that_a_fetched_copy_takes(
+    tiny_work: Path, hub: Hub, tmp_path: Path
+) -> None:
+    expert, data = tiny_work / "experts" / "sst2", tiny_work / "data"
+    file, gram_file = tiny_work / "fisher" / "sst2.parquet", tmp_path / "g.gram.safetensors"
+    gram(expert, task="sst2", data=data, out=gram_file, settings=GRAM)
+    pushed = push(expert, "hf://org/sst2", fisher=file, gram=gram_file)
+    files = files_on(hub, "org/sst2")
+    assert files["fmn/fisher.parquet"] == file.read_bytes()
+    assert {"config.json", "model.safetensors", "task.json"} < set(files)
+    copy = tmp_path / "copy"
+    fetch(pushed.source, out=copy, task="sst2", data=data)
+    assert (copy / "fmn" / "gram.safetensors").read_bytes() == gram_file.read_bytes()
+    out = tmp_path / "fisher.parquet"
+    metadata = fisher(copy, task="sst2", data=data, out=out, settings=FISHER).summary
+    assert metadata.published == f"taken from {copy}/fmn/fisher.parquet"
+    before, after = (read_fisher(path)[0] for path in (file, out))
+    assert all((after[site] == value).all() for site, value in before.items())
+    assert metadata.checkpoint.revision == pushed.source
+    taken = gram(copy, task="sst2", data=data, out=tmp_path / "again.safetensors", settings=GRAM)
+    assert taken.summary.published is not None
+    base = tmp_path / "base"
+    fetch(pushed.source, out=base)
+    assert not (base / "fmn").exists(), "statistics are an expert's"
