@@ -53,6 +53,7 @@ def write_model(
     statistics: Statistics = NO_STATISTICS,
     definitions: Mapping[str, Task] | None = None,
     lineage: Mapping[str, Any] | None = None,
+    encoder_tensors: Mapping[str, Tensor] | None = None,
     progress: Progress = no_progress,
     shard_bytes: int = stream.SHARD_BYTES,
 ) -> Recipe:
@@ -66,6 +67,7 @@ def write_model(
         definitions: of the tasks. A head whose outputs name a task's labels gets the task's own
             names; any other keeps its own.
         lineage: further entries of the recipe.
+        encoder_tensors: the merged encoder by names in the base model, if it was computed before.
         progress: called with the bytes of the encoder that are done and that are to be done.
         shard_bytes: a larger encoder is written in several files.
 
@@ -78,7 +80,10 @@ def write_model(
     encoder = folder / "encoder"
     encoder.mkdir(parents=True)
     with stream.reading(plan.stored) as read:
-        pieces = _counted(plan, merged_pieces(plan, read), progress)
+        merged = merged_pieces(plan, read)
+        if encoder_tensors:
+            merged = (encoder_tensors[each.spec.name].flatten() for each in plan.parameters)
+        pieces = _counted(plan, merged, progress)
         digests = {
             name: stream.write_file(encoder / name, part, pieces) for name, part in files.items()
         }
