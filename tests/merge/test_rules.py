@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from fmn.merge.rules import damped, drop, generator, regress, rounded, shares, trim, weighted_mean
+from fmn.merge.rules import (
+    damped,
+    drop,
+    generator,
+    leading_svd,
+    regress,
+    rounded,
+    shares,
+    trim,
+    weighted_mean,
+)
 
 FLOAT32 = st.floats(-1e6, 1e6, width=32)
 FISHER = st.one_of(st.just(0.0), st.floats(0, 1e300), st.floats(0, 1e-300))
@@ -265,7 +275,7 @@ def test_the_leading_singular_vectors_are_those_of_an_svd(shape: tuple[int, int]
     random = np.random.default_rng(0)
     low_rank = random.normal(size=(shape[0], 2)) @ random.normal(size=(2, shape[1]))
     for matrix, rank in ((random.normal(size=shape), 3), (low_rank, 2), (np.zeros(shape), 0)):
-        u, s, vh = (part.numpy() for part in rules.leading_svd(torch.from_numpy(matrix), 3))
+        u, s, vh = (part.numpy() for part in leading_svd(torch.from_numpy(matrix), 3))
         left, spread, right = np.linalg.svd(matrix)
         np.testing.assert_allclose(s, spread[:rank], rtol=1e-9)
         expected = left[:, :rank] * spread[:rank] @ right[:rank]
