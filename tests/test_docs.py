@@ -17,8 +17,8 @@ from ruamel.yaml import YAML
 
 from fmn.cli import app
 from fmn.params import Params, validate
-from fmn.tasks.sources import hub_name
-from fmn.tasks.stages import data
+from fmn.rows.sources import hub_name
+from fmn.rows.stages import data
 from fmn.tasks.task import METRICS, MULTI, REGRESSION, SINGLE, TaskSettings, load_task
 from tests.conftest import ROOT
 from tests.hub_server import Hub

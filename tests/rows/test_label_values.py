@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmn.errors import UserError
-from fmn.tasks.label_values import (
+from fmn.rows.label_values import (
     encode,
     plain_values,
     problem_type,
