@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fmn.errors import UserError
 from fmn.fisher.runner import float_dtype, to_device
-from fmn.tasks.task import ProblemType
+from fmn.tasks.kinds import ProblemType
 
 ESTIMATORS = ("empirical", "expected", "sampled", "batch")
 

@@ -41,7 +41,7 @@ from fmn.fisher.runner import (
 )
 from fmn.models.devices import free_memory, resolve_device, resolve_dtype
 from fmn.tasks.batches import Batch, Examples, by_length, halved, select
-from fmn.tasks.task import ProblemType
+from fmn.tasks.kinds import ProblemType
 
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
 CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH_SIZE

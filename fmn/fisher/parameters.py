@@ -15,7 +15,7 @@ from fmn.fisher.loss import Loss
 from fmn.fisher.runner import backward_passes, float_dtype, prepared
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.tasks.batches import Examples, pad_batch, select
-from fmn.tasks.task import ProblemType
+from fmn.tasks.kinds import ProblemType
 
 ESTIMATORS = ("empirical", "expected", "sampled")
 

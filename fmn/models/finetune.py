@@ -24,7 +24,8 @@ from fmn.models.checkpoints import (
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import Examples, pad_batch
-from fmn.tasks.task import ProblemType, Task
+from fmn.tasks.kinds import ProblemType
+from fmn.tasks.task import Task
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01

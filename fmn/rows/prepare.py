@@ -17,10 +17,10 @@ from fmn.rows.label_values import (
 from fmn.rows.sources import File, choose_splits
 from fmn.tasks.batches import random_order
 from fmn.tasks.dataset import label_array
+from fmn.tasks.kinds import SINGLE
 from fmn.tasks.rows import schema
 from fmn.tasks.task import (
     DEFAULT_METRICS,
-    SINGLE,
     Columns,
     DatasetSettings,
     Task,

@@ -13,7 +13,8 @@ from fmn.rows.label_values import (
     problem_type,
     read_labels,
 )
-from fmn.tasks.task import MULTI, REGRESSION, SINGLE, TaskSettings
+from fmn.tasks.kinds import MULTI, REGRESSION, SINGLE
+from fmn.tasks.task import TaskSettings
 
 SIGNS = ("neg", "pos")
 
