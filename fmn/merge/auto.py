@@ -142,14 +142,14 @@ def _is_tried(method: Method, statistics: Statistics, base: Path | None) -> bool
 def _goal(task: str, expert: Path, examples: Examples, settings: MergeSettings) -> Goal:
     if len(examples) < 2:
         raise UserError(f"{task}: method auto needs two training texts of it; add rows")
-    loaded = checkpoints.load_classifier(expert)
+    loaded = checkpoints.load_model(expert)
     own = heads.features(loaded, examples, device=settings.device, dtype=settings.dtype)
     return Goal(expert, examples, own, *heads.last_map(loaded))
 
 
 def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
     """The error of a head on another encoder; a refitted one has the expert's own pooler."""
-    loaded = checkpoints.load_classifier(goal.expert)
+    loaded = checkpoints.load_model(goal.expert)
     tensors, is_refitted = dict(encoder), settings.auto_heads == "refitted"
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in own_parts(loaded.config, shapes, pooler=is_refitted):  # as `fmn realign` has it

@@ -348,7 +348,7 @@ def calibrate(
             for task in merged.tasks
         }
         tensors, errors = calibrated_encoder(
-            {task: checkpoints.load_classifier(experts[task]) for task in merged.tasks},
+            {task: checkpoints.load_model(experts[task]) for task in merged.tasks},
             read_encoder(model), examples, settings=settings, device=settings.device,
             dtype=settings.dtype, progress=progress,
         )  # fmt: skip

@@ -33,6 +33,8 @@ class Kind(NamedTuple):
         has_head: whether each task has a head of its own above the merged encoder; without, the
             whole model is merged.
         problem_types: what its labels can be; none where an example needs no label.
+        estimators: of its Fisher information. With very many outputs, the exact expectation would
+            take very many backward passes.
     """
 
     auto_class: str
@@ -41,9 +43,12 @@ class Kind(NamedTuple):
     optional: tuple[str, ...] = ()
     has_head: bool = True
     problem_types: tuple[ProblemType, ...] = ()
+    estimators: tuple[str, ...] = ("empirical", "expected", "sampled", "batch")
 
 
-KINDS: Mapping[str, Kind] = {
+_OF_TOKENS = ("empirical", "sampled", "batch")
+
+KINDS: Mapping[KindName, Kind] = {
     "text-classification": Kind(
         "AutoModelForSequenceClassification",
         ("ForSequenceClassification",),
@@ -56,6 +61,7 @@ KINDS: Mapping[str, Kind] = {
         ("ForTokenClassification",),
         ("tokens",),
         problem_types=(SINGLE,),
+        estimators=_OF_TOKENS,
     ),
     "image-classification": Kind(
         "AutoModelForImageClassification",
@@ -70,6 +76,7 @@ KINDS: Mapping[str, Kind] = {
         optional=("text_pair",),
         has_head=False,
         problem_types=(REGRESSION,),
+        estimators=("sampled",),
     ),
     "text-generation": Kind(
         "AutoModelForCausalLM",
@@ -77,24 +84,25 @@ KINDS: Mapping[str, Kind] = {
         ("prompt", "completion"),
         optional=("prompt",),
         has_head=False,
+        estimators=_OF_TOKENS,
     ),
     "text2text-generation": Kind(
         "AutoModelForSeq2SeqLM",
         ("ForConditionalGeneration",),
         ("prompt", "completion"),
         has_head=False,
+        estimators=_OF_TOKENS,
     ),
 }
 """Every kind. A model that several kinds can read is of the first of them."""
 
 
-def kind_of_class(name: str) -> str | None:
+def kind_of_class(name: str) -> KindName | None:
     """The kind of the checkpoints of a class of Transformers; None for a base without its use.
 
     >>> kind_of_class("BertForTokenClassification"), kind_of_class("BertForMaskedLM")
     ('token-classification', None)
     """
-    for kind, facts in KINDS.items():
-        if name.endswith(facts.endings):
-            return kind
-    return None
+    endings = {end: kind for kind, facts in KINDS.items() for end in facts.endings}
+    fitting = [end for end in endings if name.endswith(end)]
+    return endings[max(fitting, key=len)] if fitting else None  # LMHeadModel is no Model

@@ -87,7 +87,7 @@ _METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def default_metrics(kind: str, problem_type: str | None) -> tuple[str, ...]:
+def default_metrics(kind: KindName, problem_type: str | None) -> tuple[str, ...]:
     """The metrics of a task with labels that names none."""
     return _METRICS_OF_KIND.get(kind) or DEFAULT_METRICS[problem_type]
 
@@ -226,7 +226,7 @@ class ColumnSettings(Settings):
             raise ValueError(f"column {twice[0]!r} is named twice; name different ones")
         return self
 
-    def of_kind(self, kind: str) -> dict[str, str]:
+    def of_kind(self, kind: KindName) -> dict[str, str]:
         """The names of the columns of a kind's examples, by key."""
         names = {key: getattr(self, key) for key in KINDS[kind].columns}
         return {key: name for key, name in names.items() if name is not None}
