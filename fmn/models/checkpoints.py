@@ -38,6 +38,13 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     "bpe.codes",
 )
+# Those that are needed beside the configuration and the weights, by the kind of model.
+SMALL_FILES = (
+    *TOKENIZER_FILES,
+    *("chat_template.jinja", "generation_config.json", "preprocessor_config.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    "1_Pooling/config.json",
+)
 # The largest number that a configuration may have, by what its key ends with. Beyond that, even
 # describing the model takes all time and memory.
 _LIMITS = {"hidden_groups|group_num": 30, "layers?|blocks": 1000, "num_labels": 10**5, "": 2**31}
@@ -402,7 +409,9 @@ def output_entries(task: Task) -> dict[str, Any]:
     """What the configuration of an expert says of its outputs, in the task's order."""
     names = dict(enumerate(task.labels or ("score",)))
     label2id = {name: label for label, name in names.items()}
-    return {"id2label": names, "label2id": label2id, "problem_type": task.problem_type}
+    is_stated = task.task == "text-classification"  # of other kinds there is no other problem
+    problem_type = task.problem_type if is_stated else None
+    return {"id2label": names, "label2id": label2id, "problem_type": problem_type}
 
 
 def _reordered(rows: "Tensor", order: Sequence[int]) -> "Tensor":
