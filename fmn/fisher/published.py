@@ -87,12 +87,18 @@ def rows_digest(task: Task, table: "pa.Table") -> str:
         digest.update(repr(table[name].to_pylist()).encode())
     if "label" in table.column_names:
         values = table["label"].to_pylist()
-        if task.multi_label:
-            values = [sorted(task.labels[each] for each in value) for value in values]
-        elif task.labels:
-            values = [task.labels[value] for value in values]
+        if task.labels:
+            values = [_names(task, value) for value in values]
         digest.update(repr(values).encode())
     return digest.hexdigest()
+
+
+def _names(task: Task, label: Any) -> Any:
+    """The name of a label, or of each of several; what is no label stays as it is."""
+    if isinstance(label, list):
+        names = [_names(task, each) for each in label]
+        return sorted(names) if task.multi_label else names
+    return task.labels[label] if 0 <= label < len(task.labels) else label
 
 
 def misfit(path: Path, wanted: Mapping[str, Any], *, any_rows: bool, any_dtype: bool) -> str | None:
@@ -119,9 +125,9 @@ def misfit(path: Path, wanted: Mapping[str, Any], *, any_rows: bool, any_dtype: 
         return None
     if stored.rows != wanted["rows"]:
         return "of other training rows; `published: any` takes it"
-    for name in ("problem_type", "max_length"):
+    for name in ("task", "problem_type", "max_length"):
         if getattr(stored.definition, name, None) != getattr(wanted["definition"], name):
-            return f"of a task with another {name}; `published: any` takes it"
+            return f"of a task of another {name}; `published: any` takes it"
     return None
 
 

@@ -15,7 +15,8 @@ from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
 from fmn.store.records import Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
-from fmn.tasks.dataset import label_array, read_split, split_files, tokenize
+from fmn.tasks.dataset import label_array, read_split, split_files
+from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task, load_task
 
 if TYPE_CHECKING:
@@ -192,7 +193,10 @@ class _Inputs(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """Settings that only some statistics have."""
-        return self.settings.model_dump(include={"estimator", "stratified"})
+        options = self.settings.model_dump(include={"estimator", "stratified"})
+        if options.get("estimator") not in (None, *self.task.kind.estimators):
+            options["estimator"] = "sampled"  # the settings are for tasks of every kind
+        return options
 
 
 def _run(
@@ -205,7 +209,7 @@ def _run(
 ) -> Outcome[Any]:
     """Run a stage: `compute` writes a file from arguments and metadata; `read` ends in these."""
     task, estimator = inputs.task, inputs.options.get("estimator")
-    if estimator in ("empirical", "batch") and not task.has_labels:
+    if estimator in ("empirical", "batch") and not task.has_labels and task.loss != "embedding":
         raise UserError(
             f"{task.name}: its rows have no labels, which the estimator {estimator} reads; choose"
             " the estimator expected"
@@ -305,13 +309,13 @@ def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
         "seed": settings.seed,
         "dtype": sample.metadata["dtype"],
         "model": expert.model,
-        "examples": tokenize(expert.tokenizer, expert.task, sample.table, rows=sample.rows),
+        "examples": encode(expert.processor, expert.task, sample.table, rows=sample.rows),
         "samples": None if settings.samples == "all" else settings.samples,
         "device": str(resolve_device(settings.device)),
         "progress": progress,
     }
     if inputs.options:  # a loss is differentiated
-        arguments["problem_type"] = expert.task.problem_type
+        arguments["problem_type"] = expert.task.loss
     return arguments
 
 

@@ -20,14 +20,16 @@ from fmn.merge.methods import needs_of
 from fmn.merge.recipe import MergeSettings
 from fmn.models import checkpoints, labels
 from fmn.params import Params
+from fmn.rows.formats import Table
+from fmn.rows.sources import hub_name, local_files
+from fmn.rows.stages import find_source
 from fmn.setup.outline import Outline, outline
 from fmn.setup.preview import first_rows
 from fmn.store.records import Record
 from fmn.store.yaml_file import read_yaml
 from fmn.tasks.dataset import HUB
-from fmn.tasks.formats import Table
-from fmn.tasks.sources import hub_name, local_files
-from fmn.tasks.stages import find_source
+from fmn.tasks.kinds import KINDS, KindName
+from fmn.tasks.rows import INPUTS
 from fmn.tasks.task import TASKS, DatasetSettings, Task, TaskSettings, in_a_line, task_settings
 
 if TYPE_CHECKING:
@@ -213,19 +215,24 @@ def _elsewhere(
 
 def _check_columns(name: str, definition: TaskSettings, table: Table) -> int | None:
     """Check the columns and texts of first rows; returns how many labels there are, if known."""
-    columns = definition.columns.model_dump(exclude_none=True)
-    if columns.get("label") == "label" and not definition.metrics and "label" not in table.columns:
-        columns.pop("label")
+    kind, settings = KINDS[definition.kind], definition.columns
+    columns = settings.of_kind(definition.kind)
+    if kind.problem_types and settings.label:
+        columns["label"] = settings.label
+    may_lack = {*kind.optional, *([] if definition.metrics else ["label"])}
+    for use in (may_lack & columns.keys()) - settings.model_fields_set:
+        if columns[use] not in table.columns:
+            columns.pop(use)
     for use, column in columns.items():
         values = table.values(column, name)
-        is_text = use in ("text", "text_pair")
+        is_text = use not in (*INPUTS, "label")
         if is_text and (wrong := [each for each in values if not isinstance(each, str)]):
             raise UserError(
                 f"{table.place}: column {column} is {wrong[0]!r:.40} in one of the first rows, not"
                 " a text; name the column of the texts"
             )
-    if definition.problem_type == "regression":
-        return 1
+    if definition.problem_type == "regression" or not kind.has_head:
+        return 1 if kind.has_head else None
     names = definition.label_names or table.classes.get(columns.get("label", ""), ())
     return len(names) or None
 
@@ -271,7 +278,8 @@ def _check_fit(
         with _explained(findings, settings, scratch, f"sources.{name}"):
             checkpoints.check_experts({name: folder}, {}, None if first == folder else first)
         with _explained(findings, settings, scratch, f"sources.{name}"):
-            _check_head(name, folder, tasks.get(name), settings.sources[name].labels)
+            kind = (settings.tasks.get(name) or TaskSettings()).kind
+            _check_head(kind, folder, tasks.get(name), settings.sources[name].labels)
     with _explained(findings, settings, scratch, "experts"):
         if len(folders) > 1 and not findings:
             plan_merge(folders, MergeSettings(method="average"))
@@ -297,10 +305,14 @@ def _explained(
         findings.append(Finding.of(f"{place}: {message}"))
 
 
-def _check_head(name: str, folder: Path, task: Task | int | None, names: list[str]) -> None:
+def _check_head(kind: KindName, folder: Path, task: Task | int | None, names: list[str]) -> None:
     """Check that an expert has a head for its task. UserError says what does not fit."""
     config = checkpoints.load_config(folder)
-    checkpoints.check_tensors(folder, config, head=True)
+    if isinstance(task, Task):
+        checkpoints.check_kind(folder, config, task)
+    checkpoints.check_tensors(folder, config, head=True, kind=kind)
+    if not KINDS[kind].has_head:
+        return
     if isinstance(task, Task):
         labels.decide(folder, labels.complete(task, config, names), None, names=names)
     elif task and config.num_labels not in (task, 1 if task == 2 else task):

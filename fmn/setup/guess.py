@@ -15,25 +15,25 @@ from typing import Any
 from fmn.errors import UserError
 from fmn.models.checkpoints import CONFIG, no_checkpoint
 from fmn.models.headers import read_json
+from fmn.rows.sources import FORMATS
 from fmn.setup.preview import first_rows
 from fmn.sources import origin
 from fmn.sources.origin import SCHEMES, Origin
 from fmn.store.stage import read_sidecar
-from fmn.tasks.sources import FORMATS
+from fmn.tasks.kinds import KINDS, KindName, kind_of_class
 from fmn.tasks.task import DEFINITION, TASKS, DatasetSettings, Task, read_task, task_settings
 
 ADAPTER = "adapter_config.json"
 CARD = "README.md"
 MODULES = "modules.json"  # of Sentence Transformers
-# Kinds by what the class of the model is called, or the task_type of a PEFT adapter.
-KINDS: tuple[tuple[str, str], ...] = (
-    ("ForSequenceClassification|SEQ_CLS", "text-classification"),
-    ("ForTokenClassification|TOKEN_CLS", "token-classification"),
-    ("ForImageClassification", "image-classification"),
-    ("ForConditionalGeneration|SEQ_2_SEQ_LM", "text2text-generation"),
-    ("ForCausalLM|LMHeadModel|CAUSAL_LM", "text-generation"),
-    ("Model|FEATURE_EXTRACTION", "sentence-similarity"),
-)
+# Kinds by the task_type of a PEFT adapter.
+ADAPTER_KINDS: Mapping[str, KindName] = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "FEATURE_EXTRACTION": "sentence-similarity",
+}
 # What the columns of each kind are called in most data sets, the likeliest name first.
 _LABEL = ("label", "labels", "target", "class", "category")
 _TEXT = ("text", "sentence", "sentence1", "content", "question", "question1", "premise", "review")
@@ -56,7 +56,6 @@ COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
 }
 COLUMNS = {**COLUMNS, "text2text-generation": COLUMNS["text-generation"]}
-OPTIONAL = ("text_pair",)  # a column that text-classification need not have
 # Parts of a model's name that do not name its task.
 _COMMON = {
     *("bert", "roberta", "distilbert", "albert", "deberta", "electra", "mpnet", "modernbert"),
@@ -92,7 +91,7 @@ class Guess:
 
     source: str
     name: str
-    kind: str | None
+    kind: KindName | None
     base: str | None
     is_glue: bool
     task: dict[str, Any] = field(default_factory=dict)
@@ -145,12 +144,13 @@ def _card(place: Origin) -> dict[str, Any]:
     return {}
 
 
-def _kind(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
-    architectures = config.get("architectures") or [config.get("task_type") or ""]
-    words = str(architectures[0])
+def _kind(names: Iterable[str], config: Mapping[str, Any]) -> KindName | None:
+    if "task_type" in config:
+        return ADAPTER_KINDS.get(config["task_type"])
+    words = str(next(iter(config.get("architectures") or ()), ""))
     if MODULES in names and "ForSequenceClassification" not in words:
         return "sentence-similarity"
-    return next((kind for end, kind in KINDS if re.search(f"({end})$", words)), None)
+    return kind_of_class(words)
 
 
 def _outputs(config: Mapping[str, Any]) -> list[str]:
@@ -233,7 +233,7 @@ def _describe(
         task |= definition.model_dump(mode="json", include=wanted, exclude_defaults=True)
     elif task["task"] == "text-classification":
         task |= _problem(config, outputs, unknown)
-    has_head = task["task"].endswith("-classification")
+    has_head = KINDS[task["task"]].has_head
     if has_head and not definition and not any(map(_UNNAMED.fullmatch, outputs)) and outputs[1:]:
         task["labels"] = list(outputs)
     _find_rows(result, rows, definition)
@@ -253,7 +253,7 @@ def _problem(
 
 def _find_rows(result: Guess, rows: Mapping[str, Any], definition: Task | None) -> None:
     """Fill in where the rows of a task are, and their columns, as far as that can be known."""
-    task, unknown, kind = result.task, result.unknown, str(result.task["task"])
+    task, unknown, kind = result.task, result.unknown, result.task["task"]
     here = [Path("data") / result.name]
     here += [Path("data") / f"{result.name}{ending}" for ending in FORMATS]
     if path := next((path for path in here if path.exists()), None):
@@ -274,7 +274,7 @@ def _find_rows(result: Guess, rows: Mapping[str, Any], definition: Task | None) 
             column = result.name
         if column and column not in columns.values():
             columns[use] = column
-        elif use not in OPTIONAL or kind != "text-classification":
+        elif not present or use not in KINDS[kind].optional:
             columns[use] = likely[0]
             unknown["columns"] = (
                 f"the columns are {', '.join(present)}" if present else "the columns"
@@ -307,7 +307,7 @@ def settings_text(
         missing["base"] = "the model that the experts were fine-tuned from, such as hf://ORG/NAME"
     elif not base and len(bases) > 1:
         missing["base"] = f"the experts name different bases: {', '.join(bases)}"
-    is_classified = all((each.kind or "").endswith("-classification") for each in guesses)
+    kinds = [KINDS[each.kind or "text-classification"] for each in guesses]
     own = {}
     for task, each in zip(names, guesses, strict=True):
         if not each.is_glue:
@@ -318,10 +318,12 @@ def settings_text(
     if own:
         content["tasks"] = {task: each.task for task, each in own.items()}
     content["sources"] = dict(zip(names, [each.source for each in guesses], strict=True))
-    if is_classified:
+    if not all("empirical" in kind.estimators for kind in kinds):
+        content["fisher"] = {"estimator": "sampled"}
+    if all(kind.has_head for kind in kinds):
         content |= {"merge": {"method": "auto"}, "calibrate": {"texts": 256}}
     else:
-        content |= {"fisher": {"estimator": "sampled"}, "realign": {}}
+        content["realign"] = {}
     content["registry"] = {"name": name}
     for task, each in own.items():
         missing |= {f"tasks.{task}.{entry}": what for entry, what in each.unknown.items()}

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmn.errors import UserError
+from fmn.rows import sources
+from fmn.rows.formats import DAMAGED, Table, read_files
+from fmn.rows.sources import File, Splits
 from fmn.store import hub
-from fmn.tasks import sources
-from fmn.tasks.formats import DAMAGED, Table, read_files
-from fmn.tasks.sources import File, Splits
 from fmn.tasks.task import DatasetSettings
 
 ROWS = 100  # of a Parquet file

@@ -125,7 +125,7 @@ def test_other_rows_are_computed_unless_any_will_do(mine: Path, tmp_path: Path) 
     assert str(taken.published).startswith("taken from ")
     shutil.rmtree(tmp_path / "data")
     write_rows(tmp_path / "data", make_task(order, max_length=5), (TRUTH + 1) % 3)
-    assert "with another max_length" in str(fisher(tmp_path, tmp_path / "h.parquet").published)
+    assert "of another max_length" in str(fisher(tmp_path, tmp_path / "h.parquet").published)
 
 
 def test_statistics_of_other_weights_or_damaged_ones_are_not_taken(

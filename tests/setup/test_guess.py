@@ -67,6 +67,9 @@ def test_the_architecture_tells_the_kind(
     assert (result.kind, result.task["task"]) == (kind, kind)
     assert columns <= set(result.task["columns"])
     assert {"dataset", "columns"} <= set(result.unknown)
+    text, _ = settings_text([result], "base", "x")
+    settings = params.validate(YAML(typ="safe").load(text), "x")
+    assert settings.tasks[result.name].kind == kind
 
 
 def test_an_architecture_of_no_kind_and_an_adapter(tmp_path: Path) -> None:
