@@ -60,8 +60,8 @@ def run_node(node: Node) -> Outcome[Any]:
     line = f"{outcome.stage:<9} {node.name or node.stage:<12} {seconds}"
     get_run_logger().info(line)
     say(line)
-    notes = getattr(getattr(outcome.summary, "labels", None), "notes", ())  # of a fetched expert
-    for note in (*notes, *getattr(outcome.summary, "warnings", ())):  # of a task's rows
+    messages = getattr(outcome.summary, "messages", ())  # of a fetched checkpoint
+    for note in (*messages, *getattr(outcome.summary, "warnings", ())):  # of a task's rows
         get_run_logger().warning(note)
         say(note)
     return outcome
