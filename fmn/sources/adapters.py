@@ -282,14 +282,17 @@ def _model_class(
     mapping = raw.get("auto_mapping")
     mapping = mapping if isinstance(mapping, dict) else {}
     for named in (own.get("architectures"), [mapping.get("base_model_class")]):
-        if (model_class := forms.architecture(named)) is not None:
-            candidates.append(model_class)
+        model_class = forms.architecture(named)
+        candidates += [model_class] if model_class else []
     if auto := _AUTO_CLASSES.get(str(raw.get("task_type"))):
         with suppress(KeyError):
             model_class = getattr(modeling_auto, auto)[type(config)]
             candidates.append(model_class[0] if isinstance(model_class, tuple) else model_class)
     candidates += [*names.classes(config.model_type)] if not candidates else []
-    modules = {re.split(r"\.lora_|\.base_layer", name.removeprefix(_MODEL))[0] for name in tensors}
+    modules = {
+        re.split(r"\.lora_|\.base_layer|\.token_adapter", name.removeprefix(_MODEL))[0]
+        for name in tensors
+    }
     for model_class in candidates:
         shapes = names.layout(config, model_class).shapes
         known = {*shapes, *(name.rpartition(".")[0] for name in shapes)}

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
     Attributes:
         shapes: of its parameters and buffers, by name.
         base: the names of those in the base model, as they are there.
-        prefix: what the base model's names begin with in the class; "" or such as "bert.".
+        prefix: what the base model's names begin with where there is a head, such as "bert.".
         ties: tied parameters, each with the name under which it is stored.
         renamings: Transformers' own table of names in older files.
     """
@@ -75,7 +76,7 @@ def layout(config: "PretrainedConfig", model_class: "type[PreTrainedModel] | Non
     with checkpoints.quiet(), torch.device("meta"):
         model = model_class(config) if model_class else AutoModel.from_config(config)
         base = set(model.base_model.state_dict())
-        prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+        prefix = f"{model.base_model_prefix}."
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         table = get_model_conversion_mapping(model)
     renamings = [each for each in table if isinstance(each, WeightRenaming)]
@@ -108,7 +109,7 @@ def runtime_names(stored: Iterable[str], model: Layout, notes: list[str]) -> dic
     if wrappers or prefixes:
         parts = ", ".join([*wrappers, *prefixes])
         notes.append(f"names of tensors without what a wrapper left in them: {parts}")
-    known = {*model.shapes, *model.base}
+    known = {*model.shapes, *model.base, *(model.prefix + name for name in model.base)}
     for name, new in names.items():
         prefix = next((each for each in prefixes if new.startswith(f"{each}.")), None)
         new = new.removeprefix(f"{prefix}.") if prefix else new
@@ -196,7 +197,8 @@ def _refuse_placeholders(headers: Mapping[str, TensorHeader], model: Layout) -> 
 
 def _shape(name: str, model: Layout, default: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a tensor that has its name in the model or in the base model."""
-    return model.shapes.get(name) or model.shapes.get(model.prefix + name) or default
+    names = (name, model.prefix + name, name.removeprefix(model.prefix))
+    return next((model.shapes[each] for each in names if each in model.shapes), default)
 
 
 def _untie(
@@ -209,26 +211,35 @@ def _untie(
 ) -> None:
     """Leave tied weights under one name each, which is the one that the model has for them."""
     olds = {name: old for old, name in names.items() if name}
-    for tied, name in model.ties.items():
-        tied, name = (_own_name(each, headers, model) for each in (tied, name))
-        if tied not in headers:
-            continue
-        if name not in headers:
+    pairs = [[_own_name(each, headers, model) for each in pair] for pair in model.ties.items()]
+    for tied, name in pairs:
+        if tied in headers and name not in headers:
             headers[name] = headers.pop(tied)
             names[olds[tied]], olds[name] = name, olds[tied]
             notes.append(f"{tied} is stored as {name}, to which it is tied")
-        elif _is_equal(headers[tied], olds[tied], headers[name], olds[name]):
-            names[olds[tied]] = None
-            del headers[tied]
-            notes.append(f"{tied} is stored once, as {name}, to which it is tied")
-        elif getattr(config, "tie_word_embeddings", False) and "embed" in f"{name}{tied}":
-            config_changes["tie_word_embeddings"] = False
-            notes.append(
-                f"{tied} and {name} differ though config.json says that they are tied; both stay,"
-                " and config.json says tie_word_embeddings: false"
-            )
-        else:
+    pairs = [pair for pair in pairs if pair[0] in headers]
+    for tied, name in pairs:
+        if _is_equal(headers[tied], olds[tied], headers[name], olds[name]):
+            continue
+        if len(pairs) < len(model.ties) or not _can_untie(config):
             raise UserError(f"tensors {tied} and {name} are tied, but differ; save it again")
+        config_changes["tie_word_embeddings"] = False
+        notes.append(
+            f"{tied} and {name} differ though config.json says that they are tied; both stay, and"
+            " config.json says tie_word_embeddings: false"
+        )
+        return
+    for tied, name in pairs:
+        names[olds[tied]] = None
+        del headers[tied]
+        notes.append(f"{tied} is stored once, as {name}, to which it is tied")
+
+
+def _can_untie(config: "PretrainedConfig") -> bool:
+    """Whether all of a model's parameters are its own if its configuration says so."""
+    changed = deepcopy(config)
+    changed.tie_word_embeddings = False
+    return not layout(changed, forms.architecture(config.architectures)).ties
 
 
 def _own_name(name: str, headers: Mapping[str, TensorHeader], model: Layout) -> str:
@@ -390,8 +401,6 @@ def head_outputs(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> int | None:
     """The number of outputs of a stored head: rows of what grows with the number of labels."""
-    from copy import deepcopy
-
     described = []
     for count in (7, 11):
         changed = deepcopy(config)
