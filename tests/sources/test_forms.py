@@ -160,7 +160,7 @@ def test_places_that_hold_no_checkpoint_are_named(copy: Path, tmp_path: Path) ->
     outside = tmp_path / "outside"
     shutil.copytree(copy, outside / "0_Transformer")
     with pytest.raises(
-        UserError, match=r"no config\.json, but 0_Transformer has; give that folder"
+        UserError, match="but 0_Transformer has; give that folder"
     ):
         fetch(outside, tmp_path / "out")
     (outside / "merge.json").write_text("{}")
