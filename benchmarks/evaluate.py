@@ -30,6 +30,7 @@ from fmn.report.results import markdown
 from fmn.store.records import pairs
 from fmn.tasks import dataset as data
 from fmn.tasks.batches import Examples
+from fmn.tasks.encoding import encode
 from fmn.tasks.task import load_task
 
 
@@ -95,7 +96,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     model.to(device)
     table = data.read_split(options.data, task, task.validation[0])
     rows = np.random.default_rng(0).permutation(table.num_rows)[: options.examples]
-    examples = data.tokenize(tokenizer, task, table.take(rows))
+    examples = encode(tokenizer, task, table.take(rows))
     clock = time.process_time if options.cpu_time else time.perf_counter
     with tempfile.TemporaryDirectory() as scratch:
         settings = TrainingArguments(

@@ -44,7 +44,7 @@ from fmn.fisher.mask_nodes import BATCH_SIZE, estimate
 from fmn.fisher.runner import hooked
 from fmn.report.results import markdown
 from fmn.tasks.batches import Batch, Examples, by_length, pad_batch
-from fmn.tasks.task import SINGLE
+from fmn.tasks.kinds import SINGLE
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -21,9 +21,9 @@ from fmn.models.stages import finetune
 from fmn.params import Params
 from fmn.registry.stages import register
 from fmn.report.stages import report
+from fmn.rows.stages import data
 from fmn.sources.stages import FetchSettings, fetch
 from fmn.store.stage import Outcome
-from fmn.tasks.stages import data
 
 
 class Each(NamedTuple):

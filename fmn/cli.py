@@ -35,12 +35,12 @@ from fmn.registry.stages import (
     settings_again,
 )
 from fmn.report.stages import report
+from fmn.rows.stages import DataSettings, TaskOptions, data, definition_of
+from fmn.rows.view import describe, known_tasks
 from fmn.sources.stages import fetch
 from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import Outcome
 from fmn.tasks.dataset import DataInfo
-from fmn.tasks.stages import DataSettings, TaskOptions, data, definition_of
-from fmn.tasks.view import describe, known_tasks
 from fmn.terminal import complain, errors, only_ours, progress_bar, say, show_table
 
 Profile = Annotated[Path, Parameter(name="--params", help="the settings file")]

@@ -22,13 +22,13 @@ from fmn.merge.methods import needs_of
 from fmn.merge.stages import CalibrateSettings, MergeSettings, RealignSettings
 from fmn.models.stages import FinetuneSettings
 from fmn.registry.stages import RegistrySettings
+from fmn.rows.sources import local_files
+from fmn.rows.stages import DataSettings
 from fmn.sources.stages import ExpertSource
 from fmn.store import artifacts
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, run_stage
 from fmn.store.yaml_file import read_yaml
-from fmn.tasks.sources import local_files
-from fmn.tasks.stages import DataSettings
 from fmn.tasks.task import DEFINITION, TASKS, TaskSettings, task_folder, task_settings
 
 SETTINGS = 2  # version of the stage

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertModel
 
 from fmn.fisher.stages import FisherSettings, fisher
 from fmn.models.stages import FinetuneSettings, finetune
+from fmn.rows.stages import DataSettings, data
 from fmn.sources.stages import fetch
-from fmn.tasks.stages import DataSettings, data
 from tests.folders import fill, tiny_bert
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,8 @@ from fmn.report.results import Cost, Estimate, Evaluated, Report, tabulate
 from fmn.store import artifacts
 from fmn.store.records import parse_record
 from fmn.tasks import dataset
-from fmn.tasks.task import Columns, ProblemType, Task, get_task, write_task
+from fmn.tasks.kinds import ProblemType
+from fmn.tasks.task import Columns, Task, get_task, write_task
 
 SEVEN = ("cola", "mnli", "mrpc", "qnli", "rte", "sst2", "stsb")
 COMMIT = "0123456789abcdef" * 2 + "01234567"

@@ -17,9 +17,10 @@ from ruamel.yaml import YAML
 
 from fmn.cli import app
 from fmn.params import Params, validate
-from fmn.tasks.sources import hub_name
-from fmn.tasks.stages import data
-from fmn.tasks.task import METRICS, MULTI, REGRESSION, SINGLE, TaskSettings, load_task
+from fmn.rows.sources import hub_name
+from fmn.rows.stages import data
+from fmn.tasks.kinds import MULTI, REGRESSION, SINGLE
+from fmn.tasks.task import METRICS, TaskSettings, load_task
 from tests.conftest import ROOT
 from tests.hub_server import Hub
 from tests.projects import FMN, environment, fine_tune_elsewhere

@@ -18,9 +18,9 @@ from fmn.merge.stages import MergeSettings, RealignSettings, merge, realign
 from fmn.models.stages import finetune
 from fmn.registry.stages import RegistrySettings, register
 from fmn.report.stages import report
+from fmn.rows.stages import DataSettings, data
 from fmn.store import artifacts
 from fmn.store.stage import Outcome
-from fmn.tasks.stages import DataSettings, data
 from tests.conftest import FISHER, TASKS, TUNING
 from tests.folders import fill
 from tests.projects import OWN_PROFILE, flow, make_own_project, read_rows, repro, write_rows

@@ -66,8 +66,8 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
 
 
 def higher_is_better(task: Task) -> bool:
-    """Whether more is better in a task's score; all its metrics agree."""
-    return all(METRICS[name].higher_is_better for name in task.metrics)
+    """Whether more is better in a task's score."""
+    return METRICS[task.metrics[0]].higher_is_better
 
 
 def averaged(scores: Mapping[str, float | None], tasks: Mapping[str, Task]) -> list[str]:
@@ -121,7 +121,8 @@ def scores(
         values = np.concatenate(chunks, axis=1)  # [metrics, R]
         suffix = task.suffix(split)
         named |= {name + suffix: row for name, row in zip(task.metrics, values, strict=True)}
-        means.append(values.mean(axis=0))
+        in_score = [name in task.score_metrics for name in task.metrics]
+        means.append(values[in_score].mean(axis=0))
     return {**named, "score": np.mean(means, axis=0)}
 
 

@@ -18,6 +18,7 @@ from fmn.models.stages import Device, Dtype
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage, write_record
 from fmn.tasks import dataset
+from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task, load_task, read_task
 
 EVALUATE = 6
@@ -131,10 +132,10 @@ def _predict(
     """A checkpoint's answers on the validation splits of a task."""
     from fmn.models.predict import predict
 
-    model, tokenizer, task, *_ = expert
+    model, processor, task, *_ = expert
     predictions = {}
     for split in dataset.validation_splits(data, task):
-        examples = dataset.tokenize(tokenizer, task, dataset.read_split(data, task, split))
+        examples = encode(processor, task, dataset.read_split(data, task, split), scored=True)
         logits = predict(model, examples, progress=progress, **settings.model_dump())
         predictions[split] = answers(task, logits, examples.labels)
     return predictions

@@ -356,12 +356,13 @@ def _merged_encoder(
         }
 
     experts, base, how, choice = merge.experts, merge.base, merge.settings, None
+    encoder: Mapping[str, Tensor]
     statistics = _read_statistics(job, merge)
     if how.is_auto:
         examples = texts(TEXTS, how.seed)
-        choice = choose(experts, examples, how, base=base, statistics=statistics)
-        how = choice.applied(how)
-    encoder = merged.in_memory(experts, how, base, statistics)
+        choice, encoder = choose(experts, examples, how, base=base, statistics=statistics)
+    else:
+        encoder = merged.in_memory(experts, how, base, statistics)
     if calibrate := merging.calibrate:
         from fmn.merge.calibrate import calibrated_encoder
 

@@ -20,6 +20,7 @@ from fmn.models import labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset
 from fmn.tasks.batches import Examples
+from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task
 
 
@@ -51,14 +52,14 @@ def score(task: Task, answers: Answers) -> float | None:
 @lru_cache(maxsize=16)  # the cells of a comparison share experts
 def load_expert(source: Source) -> ExpertOnTask:
     """Load an expert and its rows, and let it answer."""
-    model, tokenizer, task, *_ = labels.load_expert(
+    model, processor, task, *_ = labels.load_expert(
         source.checkpoint, source.task, source.data, source.device
     )
     table = dataset.read_split(source.data, task, source.split)
     tuned_on = source.tuned_on if source.split == "train" else None
     unseen, seen = heads.unseen_first(table.num_rows, source.seed, tuned_on)
     rows = np.sort((unseen if len(unseen) else seen)[: source.rows])
-    examples = dataset.tokenize(tokenizer, task, table.take(rows))
+    examples = encode(processor, task, table.take(rows), scored=True)
     logits = predict(model, examples, device=source.device, dtype=source.dtype)
     own = answers(task, logits, examples.labels)
     return ExpertOnTask(source, task, model, rows, examples, own, score(task, own))

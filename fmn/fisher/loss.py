@@ -11,10 +11,13 @@ An estimator of the Fisher information is the mean over examples of
 - single-label classification: the cross entropy, and the softmax of the logits;
 - multi-label classification: the sum over labels of binary cross entropies, and an independent
   Bernoulli variable for each label;
-- regression: the squared error, and a Gaussian of unit variance around the output.
+- regression: the squared error, and a Gaussian of unit variance around the output;
+- "tokens" (tags, generated text): the sum over an example's labelled tokens of cross entropies, and
+  an independent softmax for each;
+- "embedding": a Gaussian of unit variance around each component, drawn at random; no labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +26,17 @@ from torch import Tensor
 
 from fmn.errors import UserError
 from fmn.fisher.runner import float_dtype, to_device
-from fmn.tasks.task import ProblemType
+from fmn.tasks.batches import IGNORED
+from fmn.tasks.task import LossName
 
 ESTIMATORS = ("empirical", "expected", "sampled", "batch")
+
+
+# Of tokens and embeddings, which have very many outputs.
+_OFFERED: Mapping[str, tuple[str, ...]] = {
+    "tokens": ("empirical", "sampled", "batch"),
+    "embedding": ("sampled",),
+}
 
 
 @dataclass(frozen=True)
@@ -33,20 +44,25 @@ class Loss:
     """The loss of an estimator's labels; `seed` draws those of "sampled"."""
 
     estimator: str
-    problem_type: ProblemType
+    problem_type: LossName
     seed: int
 
     def directions(self, logits: Tensor, labels: Tensor, rows: np.ndarray) -> Sequence[Tensor]:
         """Vectors v [B, C]: the estimator sums the squared gradients of v . logits over them.
 
         Args:
-            logits: [B, C], the model's outputs.
+            logits: [B, C], the model's outputs; of tokens [B, T, C].
             labels: [B], class ids or values; or [B, C], zeros and ones. "expected" and "sampled"
-                do not read them.
+                do not read them. Of tokens [B, T], ids, or IGNORED where a token has no label;
+                "sampled" reads where it is so.
             rows: [B], the examples' rows.
         """
         logits = logits.detach().to(float_dtype(logits.dtype))
         labels = to_device(labels, logits.device, None)
+        if self.problem_type == "tokens":
+            return self._of_tokens(logits, labels, rows)
+        if self.problem_type == "embedding":
+            return [torch.special.ndtri(self._uniform(logits, rows, logits.shape[1]))]
         if self.problem_type == "multi_label_classification":
             return self._of_many_labels(logits, labels, rows)
         if self.problem_type == "regression":
@@ -61,6 +77,15 @@ class Loss:
             uniform = self._uniform(logits, rows, 1)
             labels = (p.cumsum(1) < uniform).sum(1).clamp(max=p.shape[1] - 1)
         return [p.scatter_add(1, labels.long()[:, None], -torch.ones_like(p[:, :1]))]
+
+    def _of_tokens(self, logits: Tensor, labels: Tensor, rows: np.ndarray) -> Sequence[Tensor]:
+        p = logits.log_softmax(-1).exp()  # [B, T, C]
+        is_labelled = (labels != IGNORED)[..., None]
+        if self.estimator == "sampled":
+            uniform = self._uniform(logits, rows, labels.shape[1])[..., None]  # [B, T, 1]
+            labels = (p.cumsum(-1) < uniform).sum(-1).clamp(max=p.shape[-1] - 1)
+        ids = torch.where(is_labelled, labels[..., None], 0)  # [B, T, 1]
+        return [is_labelled * p.scatter_add(-1, ids, -torch.ones_like(p[..., :1]))]
 
     def _of_many_labels(self, logits: Tensor, labels: Tensor, rows: np.ndarray) -> Sequence[Tensor]:
         p, rest = logits.sigmoid(), (-logits).sigmoid()  # rest: 1 - p, to its last digits
@@ -86,7 +111,7 @@ class Loss:
 
         Args:
             labels: of all examples, [N] or [N, C].
-            outputs: C, the width of the model's head.
+            outputs: C, the width of the model's head; 0: it is not checked.
 
         Raises:
             UserError: the estimator is unknown, there are no examples, or head or labels do not
@@ -97,6 +122,17 @@ class Loss:
             raise UserError(f"estimator {self.estimator!r} is unknown: choose one of {choice}")
         if not len(labels):
             raise UserError("there are no examples to estimate the Fisher information from")
+        if self.problem_type in _OFFERED and self.estimator not in _OFFERED[self.problem_type]:
+            choice = ", ".join(_OFFERED[self.problem_type])
+            raise UserError(
+                f"estimator {self.estimator} would take a backward pass for each of very many"
+                f" outputs, or reads labels that there are none of; choose from {choice}"
+            )
+        if self.problem_type == "embedding":
+            return
+        if self.problem_type == "tokens":
+            self._check_tokens(labels, outputs)
+            return
         is_regression = self.problem_type == "regression"
         is_multi_label = self.problem_type == "multi_label_classification"
         if not is_multi_label and is_regression != (outputs == 1):
@@ -115,6 +151,16 @@ class Loss:
                 f"labels of shape {list(labels.shape)}, from {labels.min()} to {labels.max()}, do"
                 f" not fit: {self.problem_type} takes the shape {list(shape)} and {valid}; give"
                 " labelled examples, or choose the estimator expected, which reads no labels"
+            )
+
+    def _check_tokens(self, labels: np.ndarray, outputs: int) -> None:
+        if labels.ndim != 2 or not (labels != IGNORED).any():
+            raise UserError("no token has a label; give rows with labels")
+        largest, least = labels.max(), labels[labels != IGNORED].min()
+        if least < 0 or (outputs and largest >= outputs):
+            raise UserError(
+                f"labels of tokens from {least} to {largest} do not fit a head of {outputs}"
+                " outputs; give an expert of this task"
             )
 
 

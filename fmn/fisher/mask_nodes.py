@@ -36,12 +36,13 @@ from fmn.fisher.runner import (
     float_dtype,
     hooked,
     max_batch_tokens,
+    outputs_of,
     prepared,
     to_device,
 )
 from fmn.models.devices import free_memory, resolve_device, resolve_dtype
 from fmn.tasks.batches import Batch, Examples, by_length, halved, select
-from fmn.tasks.task import ProblemType
+from fmn.tasks.task import LossName
 
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
 CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH_SIZE
@@ -138,7 +139,7 @@ def estimate(
     examples: Examples,
     *,
     estimator: str,
-    problem_type: ProblemType,
+    problem_type: LossName,
     samples: int | None = None,
     stratified: bool = False,
     seed: int = 0,
@@ -170,7 +171,7 @@ def estimate(
             that does not suffice for one example.
     """
     loss = Loss(estimator, problem_type, seed)
-    loss.check(examples.labels, model.config.num_labels)
+    loss.check(examples.labels, outputs_of(model))
     rows = select(examples.labels, samples, seed, stratified)
     target = resolve_device(device)
     run = _Run(mask_sites(model), loss, rows, target, resolve_dtype(dtype, target))

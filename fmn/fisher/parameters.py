@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from fmn.errors import UserError
 from fmn.fisher.loss import Loss
-from fmn.fisher.runner import backward_passes, float_dtype, prepared
+from fmn.fisher.runner import backward_passes, float_dtype, outputs_of, prepared
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.tasks.batches import Examples, pad_batch, select
-from fmn.tasks.task import ProblemType
+from fmn.tasks.task import LossName
 
 ESTIMATORS = ("empirical", "expected", "sampled")
 
@@ -25,7 +25,7 @@ def estimate(
     examples: Examples,
     *,
     estimator: str,
-    problem_type: ProblemType,
+    problem_type: LossName,
     samples: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -44,7 +44,7 @@ def estimate(
         choice = ", ".join(ESTIMATORS)
         raise UserError(f"estimator {estimator!r} is unknown here: choose one of {choice}")
     loss = Loss(estimator, problem_type, seed)
-    loss.check(examples.labels, model.config.num_labels)
+    loss.check(examples.labels, outputs_of(model))
     target = resolve_device(device)
     rows = select(examples.labels, samples, seed)
     lengths = examples.lengths

@@ -67,6 +67,12 @@ def backward_passes(
         )
 
 
+def outputs_of(model: PreTrainedModel) -> int:
+    """The width of a model's outputs."""
+    config = model.config
+    return int(config.vocab_size if model.can_generate() else config.num_labels)
+
+
 @contextmanager
 def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Call a hook before every forward pass of a module."""

@@ -15,7 +15,8 @@ from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
 from fmn.store.records import Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
-from fmn.tasks.dataset import label_array, read_split, split_files, tokenize
+from fmn.tasks.dataset import label_array, read_split, split_files
+from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task, load_task
 
 if TYPE_CHECKING:
@@ -181,7 +182,10 @@ class _Inputs(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """Settings that only some statistics have."""
-        return self.settings.model_dump(include={"estimator", "stratified"})
+        options = self.settings.model_dump(include={"estimator", "stratified"})
+        if options.get("estimator") not in (None, *self.task.kind.estimators):
+            options["estimator"] = "sampled"  # the settings are for tasks of every kind
+        return options
 
 
 def _run(
@@ -194,7 +198,7 @@ def _run(
 ) -> Outcome[Any]:
     """Run a stage: `compute` writes a file with what `_load` gives; `read` ends in its metadata."""
     task, estimator = inputs.task, inputs.options.get("estimator")
-    if estimator in ("empirical", "batch") and not task.has_labels:
+    if estimator in ("empirical", "batch") and not task.has_labels and task.loss != "embedding":
         raise UserError(
             f"{task.name}: its rows have no labels, which the estimator {estimator} reads; choose"
             " the estimator expected"
@@ -246,13 +250,13 @@ def _load(job: Job, inputs: _Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
     arguments = {
         **both,
         "model": expert.model,
-        "examples": tokenize(expert.tokenizer, expert.task, table, rows=rows),
+        "examples": encode(expert.processor, expert.task, table, rows=rows),
         "samples": samples,
         "device": str(device),
         "progress": progress,
     }
     if inputs.options:  # a loss is differentiated
-        arguments["problem_type"] = expert.task.problem_type
+        arguments["problem_type"] = expert.task.loss
     return arguments, metadata
 
 

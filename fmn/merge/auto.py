@@ -38,6 +38,13 @@ WITHOUT_GRAMS = ("wudi", "fisher-wudi")  # they stand in for Gram matrices, and 
 Encoder = Mapping[str, Tensor]  # tensors by names in the base model
 
 
+class Choice(NamedTuple):
+    """What was tried, without the digests of the texts; and the best merge's encoder."""
+
+    auto: Auto
+    encoder: Encoder
+
+
 class Goal(NamedTuple):
     """An expert, N texts, what the last map of its head reads of them [N, n], and that map."""
 
@@ -56,7 +63,7 @@ def choose(
     base: Path | None = None,
     statistics: Statistics = NO_STATISTICS,
     progress: Progress = no_progress,
-) -> Auto:
+) -> Choice:
     """Try merges of experts: every method at one scale, then the best method at other scales.
 
     Args:
@@ -67,9 +74,6 @@ def choose(
             takes it and no scale but 1 is tried.
         statistics: mask Fisher, Gram matrices, or both; methods that take others are not tried.
         progress: called with how many merges were measured, and how many will be at most.
-
-    Returns:
-        what was tried, without the digests of the texts.
 
     Raises:
         UserError: a task has too few texts, or the experts cannot be merged.
@@ -83,10 +87,14 @@ def choose(
         chosen = settings.model_copy(update={"method": name, "scale": scale})
         return model.in_memory(experts, chosen, base, statistics)
 
+    def scaled(encoder: Encoder, scale: float) -> Encoder:
+        if scale == 1:
+            return encoder
+        return {key: origin[key].lerp(tensor, scale) for key, tensor in encoder.items()}
+
     def attempt(name: str, encoder: Encoder, scale: float) -> None:
-        if scale != 1:
-            encoder = {key: origin[key].lerp(tensor, scale) for key, tensor in encoder.items()}
-        errors = {task: _error(goal, encoder, settings) for task, goal in goals.items()}
+        tensors = scaled(encoder, scale)
+        errors = {task: _error(goal, tensors, settings) for task, goal in goals.items()}
         mean = float(np.mean(list(errors.values())))
         tried.append(Candidate(method=name, scale=scale, error=mean, tasks=errors))
         progress(len(tried), max(total, len(tried)))
@@ -104,13 +112,14 @@ def choose(
             attempt(name, best, scale)
     if (scale := lowest(_errors(tried, name))) not in _errors(tried, name):
         attempt(name, best, scale)
-    return Auto(
+    auto = Auto(
         heads=settings.auto_heads,
         seed=settings.seed,
         dtype=settings.dtype,
         texts={task: len(goal.examples) for task, goal in goals.items()},
         candidates=tried,
     )
+    return Choice(auto, scaled(best, auto.chosen.scale))
 
 
 def _best(candidates: Sequence[Candidate]) -> Candidate:
@@ -133,14 +142,14 @@ def _is_tried(method: Method, statistics: Statistics, base: Path | None) -> bool
 def _goal(task: str, expert: Path, examples: Examples, settings: MergeSettings) -> Goal:
     if len(examples) < 2:
         raise UserError(f"{task}: method auto needs two training texts of it; add rows")
-    loaded = checkpoints.load_classifier(expert)
+    loaded = checkpoints.load_model(expert)
     own = heads.features(loaded, examples, device=settings.device, dtype=settings.dtype)
     return Goal(expert, examples, own, *heads.last_map(loaded))
 
 
 def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
     """The error of a head on another encoder; a refitted one has the expert's own pooler."""
-    loaded = checkpoints.load_classifier(goal.expert)
+    loaded = checkpoints.load_model(goal.expert)
     tensors, is_refitted = dict(encoder), settings.auto_heads == "refitted"
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in own_parts(loaded.config, shapes, pooler=is_refitted):  # as `fmn realign` has it

@@ -32,6 +32,7 @@ from fmn.models.checkpoints import last_linear as last_linear
 from fmn.models.predict import predict
 from fmn.tasks import dataset
 from fmn.tasks.batches import Examples, random_order, select
+from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task
 
 RIDGES = tuple(10 ** (half / 2) for half in range(-12, 9))
@@ -59,7 +60,7 @@ def features(
     # So the model gives, of every token's features, those that it answers from.
     model.set_submodule(path, nn.Identity())
     try:
-        return predict(model, examples, device=device, dtype=dtype, width=linear.in_features)
+        return predict(model, examples, device=device, dtype=dtype)
     finally:
         model.set_submodule(path, linear)
 
@@ -148,7 +149,7 @@ def realigned_head(
         the changed tensors of the head by names in the classifier, the own parts by names in the
         base model, and the fit.
     """
-    model, merged_model = checkpoints.load_classifier(expert), checkpoints.load_classifier(merged)
+    model, merged_model = checkpoints.load_model(expert), checkpoints.load_model(merged)
     options: dict[str, Any] = {"device": device, "dtype": dtype}
     encoder = merged_model.base_model.state_dict()
     own = own_part(
@@ -201,4 +202,4 @@ def unlabeled(
         raise UserError(
             f"{task.name}: no training text is left to re-align its head on; score fewer rows"
         )
-    return dataset.tokenize(checkpoints.load_tokenizer(checkpoint), task, table.take(np.sort(rows)))
+    return encode(checkpoints.load_processor(checkpoint), task, table.take(np.sort(rows)))

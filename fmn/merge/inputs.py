@@ -105,6 +105,8 @@ class Parameter:
     """A parameter to merge, and where its inputs lie; tuples have an item for each expert.
 
     Attributes:
+        places: which of the plan's tasks have it, by number. Only a pooler may be missing in some:
+            taggers and embedding models have none.
         base: the base's tensor, if it is needed.
         fisher: the Fisher information of each entry, if the method takes that.
         grams: Gram matrices, if the method takes them and this is the matrix of a linear map.
@@ -113,6 +115,7 @@ class Parameter:
     """
 
     spec: TensorSpec
+    places: tuple[int, ...]
     experts: tuple[TensorHeader, ...]
     base: TensorHeader | None
     fisher: tuple[TensorHeader, ...] = ()
@@ -155,10 +158,20 @@ class Plan:
         groups = ((*p.experts, *p.fisher, *p.grams, p.base) for p in self.parameters)
         return {header for group in groups for header in group if header}
 
-    def fisher(self, name: str) -> list[Tensor]:
+    def fisher(self, parameter: Parameter) -> list[Tensor]:
         """The mask nodes' Fisher information for a parameter, broadcastable against it."""
-        claim = self.claims[name]
-        return [torch.from_numpy(architectures.weights(claim, nodes)) for nodes in self.nodes]
+        claim = self.claims[parameter.spec.name]
+        nodes = [self.nodes[place] for place in parameter.places]
+        return [torch.from_numpy(architectures.weights(claim, each)) for each in nodes]
+
+    def coefficients_of(self, parameter: Parameter) -> list[float]:
+        """``lambda_j`` of the experts that have a parameter; ones, if all of them are zero."""
+        lambdas = [self.coefficients[place] for place in parameter.places]
+        return lambdas if any(lambdas) else [1.0] * len(lambdas)
+
+    def tasks_of(self, parameter: Parameter) -> list[str]:
+        """The tasks whose experts have a parameter."""
+        return [self.tasks[place] for place in parameter.places]
 
 
 NO_STATISTICS = Statistics()
@@ -192,9 +205,9 @@ def plan_merge(
     based = stored_tensors(base)[0] if base and needs_base else None
     parameters = matching(encoders, based)
     if method.fisher == "parameters":
-        parameters = [_with_fisher(each, tasks, statistics.fisher) for each in parameters]
+        parameters = [_with_fisher(p, _has(p, tasks), statistics.fisher) for p in parameters]
     if method.gram:
-        parameters = [_with_grams(each, tasks, statistics.grams) for each in parameters]
+        parameters = [_with_grams(p, _has(p, tasks), statistics.grams) for p in parameters]
     claims, nodes = {}, []
     config = checkpoints.load_config(experts[tasks[0]])
     if "is_linear_map" in method.arguments:
@@ -216,6 +229,10 @@ def plan_merge(
     lambdas = coefficients(tasks, settings.coefficients)
     heads = {task: head for task, (_, head) in stored.items()}
     return Plan(settings, tuning, tasks, lambdas, scale, parameters, heads, claims, nodes)
+
+
+def _has(parameter: Parameter, tasks: Sequence[str]) -> list[str]:
+    return [tasks[place] for place in parameter.places]
 
 
 def coefficients(tasks: Sequence[str], by_task: Mapping[str, float]) -> tuple[float, ...]:
@@ -242,7 +259,9 @@ def stored_tensors(folder: Path) -> tuple[dict[str, TensorHeader], dict[str, Ten
 def matching(
     experts: Mapping[str, Mapping[str, TensorHeader]], base: Mapping[str, TensorHeader] | None
 ) -> list[Parameter]:
-    """The parameters to merge, in the order of the output file; all experts must have the same.
+    """The parameters to merge, in the order of the output file.
+
+    All experts must have the same, but for a pooler, which some may lack.
 
     The output's dtype is the widest of the experts' (float16 with bfloat16 gives float32).
     Parameters are ordered as safetensors does, by falling size of their dtype, then by name.
@@ -257,6 +276,9 @@ def matching(
     parameters = []
     for name in sorted({name for tensors in experts.values() for name in tensors}):
         headers = {source: tensors.get(name) for source, tensors in experts.items()}
+        places = [place for place, header in enumerate(headers.values()) if header]
+        if name.startswith("pooler."):
+            headers = {source: header for source, header in headers.items() if header}
         stored = tuple(header for header in headers.values() if header)
         if base is not None:
             headers["base"] = base.get(name)
@@ -270,7 +292,7 @@ def matching(
                 )
         dtype = reduce(torch.promote_types, (DTYPES[header.dtype] for header in stored))
         spec = TensorSpec(name, dtype, shape)
-        parameters.append(Parameter(spec, stored, headers.get("base")))
+        parameters.append(Parameter(spec, tuple(places), stored, headers.get("base")))
     return sorted(parameters, key=lambda each: (-each.spec.dtype.itemsize, each.spec.name))
 
 

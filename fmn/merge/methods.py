@@ -244,12 +244,12 @@ def tsv_m(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
     """
     import torch
 
-    from fmn.merge.rules import nearest_orthonormal, strengths, svd, task_vectors
+    from fmn.merge.rules import leading_svd, nearest_orthonormal, strengths, task_vectors
 
     rank = min(base.shape, default=0) // len(experts)
     if base.ndim != 2 or rank == 0:
         return average(experts, coefficients)
-    parts = [svd(vector, rank) for vector in task_vectors(experts, base)]
+    parts = [leading_svd(vector, rank) for vector in task_vectors(experts, base)]
     left = nearest_orthonormal(torch.cat([u for u, _, _ in parts], 1))
     right = nearest_orthonormal(torch.cat([vh for _, _, vh in parts]))
     scaled = [weight * s for weight, (_, s, _) in zip(strengths(coefficients), parts, strict=True)]

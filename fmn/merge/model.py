@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from fmn.merge.inputs import (
 from fmn.merge.recipe import CARD, RECIPE, MergeSettings, Recipe, card
 from fmn.merge.rules import generator
 from fmn.merge.stream import DTYPES, NAMES, Read, TensorSpec, row_slices
-from fmn.models import labels
-from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES, read_config
+from fmn.models import checkpoints, labels
+from fmn.models.checkpoints import CONFIG, SMALL_FILES, read_config
 from fmn.models.headers import INDEX, TensorHeader, file_headers, tensor_headers
 from fmn.store.artifacts import digest_file, remember_digest, visible
 from fmn.store.stage import Progress, no_progress, write_record
+from fmn.tasks.kinds import KINDS
 from fmn.tasks.task import Task, write_task
 
 WORKING_SET = 12 * 2**20  # bytes, in float64, of all that is held of one piece of a parameter
@@ -53,6 +54,7 @@ def write_model(
     statistics: Statistics = NO_STATISTICS,
     definitions: Mapping[str, Task] | None = None,
     lineage: Mapping[str, Any] | None = None,
+    encoder_tensors: Mapping[str, Tensor] | None = None,
     progress: Progress = no_progress,
     shard_bytes: int = stream.SHARD_BYTES,
 ) -> Recipe:
@@ -66,6 +68,7 @@ def write_model(
         definitions: of the tasks. A head whose outputs name a task's labels gets the task's own
             names; any other keeps its own.
         lineage: further entries of the recipe.
+        encoder_tensors: the merged encoder by names in the base model, if it was computed before.
         progress: called with the bytes of the encoder that are done and that are to be done.
         shard_bytes: a larger encoder is written in several files.
 
@@ -78,7 +81,10 @@ def write_model(
     encoder = folder / "encoder"
     encoder.mkdir(parents=True)
     with stream.reading(plan.stored) as read:
-        pieces = _counted(plan, merged_pieces(plan, read), progress)
+        merged = merged_pieces(plan, read)
+        if encoder_tensors:
+            merged = (encoder_tensors[each.spec.name].flatten() for each in plan.parameters)
+        pieces = _counted(plan, merged, progress)
         digests = {
             name: stream.write_file(encoder / name, part, pieces) for name, part in files.items()
         }
@@ -295,9 +301,11 @@ def effective_number(parameters: Sequence[Parameter], read: Read) -> float:
     vectors are orthogonal and equally long, 1 where they are the same.
     """
     single = together = 0.0
-    count = len(parameters[0].experts)
+    count = max(len(parameter.experts) for parameter in parameters)
     with _one_thread():
         for parameter in parameters:
+            if len(parameter.experts) < count:
+                continue
             for rows in row_slices(parameter.spec.shape, WORKING_SET // 8 // (count + 3)):
                 *vectors, base = _read_all((*parameter.experts, parameter.base), rows, read)
                 base = base.float().flatten()
@@ -335,10 +343,10 @@ def merged_pieces(plan: Plan, read: Read) -> Iterator[Tensor]:
     is_cut = plan.method.element_wise
     with _one_thread() if is_cut else nullcontext():
         for parameter in plan.parameters:
-            name, _, shape = parameter.spec
+            shape = parameter.spec.shape
             count = len(parameter.experts) + len(parameter.fisher) + 2
             limit = WORKING_SET // 8 // count if is_cut else math.prod(shape)
-            nodes = plan.fisher(name) if plan.nodes else []
+            nodes = plan.fisher(parameter) if plan.nodes else []
             for rows in row_slices(shape, limit):
                 yield _merged_rows(plan, parameter, nodes, rows, read).flatten()
 
@@ -348,9 +356,10 @@ def _merged_rows(
 ) -> Tensor:
     """Some rows of a merged parameter, in its dtype."""
     settings, method, name = plan.settings, plan.method, parameter.spec.name
-    sources = {f"expert {task}": s for task, s in zip(plan.tasks, parameter.experts, strict=True)}
+    tasks = plan.tasks_of(parameter)
+    sources = {f"expert {task}": s for task, s in zip(tasks, parameter.experts, strict=True)}
     if parameter.fisher:
-        pairs = zip(plan.tasks, parameter.fisher, strict=True)
+        pairs = zip(tasks, parameter.fisher, strict=True)
         sources |= {f"the full Fisher of {task}": stored for task, stored in pairs}
     if parameter.base:
         sources["base"] = parameter.base
@@ -358,8 +367,8 @@ def _merged_rows(
     if parameter.fisher or not method.element_wise:
         _refuse_not_finite(inputs, name)
     base, tensors = inputs.get("base"), list(inputs.values())
-    experts = tensors[: len(plan.tasks)]
-    fisher = tensors[len(plan.tasks) :][: len(parameter.fisher)]
+    experts = tensors[: len(tasks)]
+    fisher = tensors[len(tasks) :][: len(parameter.fisher)]
     fisher = fisher or [_rows_of(each, rows) for each in nodes]
     turned = base
     if parameter.is_transposed:  # to [rows, n]
@@ -368,11 +377,11 @@ def _merged_rows(
     merged = method(
         experts=experts,
         base=turned,
-        coefficients=plan.coefficients,
+        coefficients=plan.coefficients_of(parameter),
         fisher=fisher,
         is_linear_map=parameter.is_linear_map,
         grams=[read(stored, None, None).double() for stored in parameter.grams] or None,
-        generators=[generator(settings.seed, t, name) for t in plan.tasks if method.random],
+        generators=[generator(settings.seed, t, name) for t in tasks if method.random],
         density=settings.density or method.density,
         damping=settings.damping,
     )
@@ -438,8 +447,9 @@ def _counted(plan: Plan, pieces: Iterator[Tensor], progress: Progress) -> Iterat
 
 def _write_encoder_settings(encoder: Path, expert: Path, files: Files) -> None:
     config = {k: v for k, v in _config(expert, files).items() if k not in _HEAD_SETTINGS}
+    kind = checkpoints.kind_of(checkpoints.load_config(expert))
     architecture = MODEL_MAPPING_NAMES.get(config["model_type"])
-    if isinstance(architecture, str):
+    if isinstance(architecture, str) and (KINDS[kind].has_head or kind == "sentence-similarity"):
         config["architectures"] = [architecture]
     _write_settings(encoder, expert, config)
     if len(files) > 1:
@@ -468,8 +478,14 @@ def _write_task(
 def _write_task_tensors(folder: Path, shared: Files, own: Mapping[str, Tensor]) -> None:
     """Write a task's weights: links to files of the encoder, and its own tensors in a last file."""
     *names, last = stream.shard_names(len(shared) + 1)
+    if not own:  # the whole model is merged
+        names = stream.shard_names(len(shared))
     for source, name in zip(shared, names, strict=True):
         os.link(folder.parents[1] / "encoder" / source, folder / name)
+    if not own:
+        if len(shared) > 1:
+            _write_json(folder / INDEX, stream.index(shared))
+        return
     save_file(dict(own), folder / last, {"format": "pt"})
     specs = [TensorSpec(name, own[name].dtype, tuple(own[name].shape)) for name in sorted(own)]
     files = {**dict(zip(names, shared.values(), strict=True)), last: specs}
@@ -481,7 +497,8 @@ def _head_settings(expert: Path, task: Task) -> dict[str, Any]:
     own = labels.output_names(expert)
     if len(own) not in (0, task.num_outputs):
         return {}  # a single logit of two classes, which Transformers has no words for
-    settings: dict[str, Any] = {"problem_type": task.problem_type} if task.problem_type else {}
+    is_stated = task.problem_type and task.task == "text-classification"
+    settings: dict[str, Any] = {"problem_type": task.problem_type} if is_stated else {}
     if aligned := labels.by_names(task, own):
         names = dict(enumerate(labels.names_by_output(task, aligned)))
         settings["id2label"] = {str(output): name for output, name in names.items()}
@@ -497,10 +514,11 @@ def _config(expert: Path, files: Files) -> dict[str, Any]:
 
 
 def _write_settings(folder: Path, expert: Path, config: Mapping[str, Any]) -> None:
-    """Write a checkpoint's configuration and tokenizer."""
+    """Write a checkpoint's configuration, and the other files that are small."""
     _write_json(folder / CONFIG, config)
-    for name in TOKENIZER_FILES:
-        with suppress(FileNotFoundError):
+    for name in SMALL_FILES:
+        if (expert / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(expert / name, folder / name)
 
 

@@ -125,14 +125,31 @@ def drop(vector: Tensor, density: float, generator: Generator) -> Tensor:
     return torch.where(stays, vector / density, 0.0)
 
 
-def svd(matrix: Tensor, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [m, r], S [r] and V^T [r, n], without directions that hold nothing but rounding errors.
 
-    r is the matrix's rank, as `torch.linalg.matrix_rank` counts it, or ``most`` if that is less.
+    r is the matrix's rank, as `torch.linalg.matrix_rank` counts it.
     """
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    rank = int((s > s[:1] * max(matrix.shape) * torch.finfo(s.dtype).eps)[:most].sum())
+    rank = int((s > s[:1] * max(matrix.shape) * torch.finfo(s.dtype).eps).sum())
     return u[:, :rank], s[:rank], vh[:rank]
+
+
+def leading_svd(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [m, r], S [r] and V^T [r, n] of the ``most`` largest singular values, or of fewer.
+
+    They come from the eigenvectors of the smaller Gram matrix, three times as fast as an SVD. That
+    squares singular values, so those below 1e-7 of the largest, the precision of weights in
+    float32, are left out.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        u, s, vh = leading_svd(matrix.mT, most)
+        return vh.mT, s, u.mT
+    values, v = torch.linalg.eigh(matrix.mT @ matrix)  # ascending
+    s = values.flip(0).clamp(min=0).sqrt()
+    rank = int((s > s[:1] * 1e-7)[:most].sum())
+    v = v.flip(1)[:, :rank]
+    return matrix @ v / s[:rank], s[:rank], v.mT
 
 
 def nearest_orthonormal(matrix: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from fmn.tasks import dataset
 from fmn.tasks.task import Task, load_task, read_task
 
 if TYPE_CHECKING:
+    from fmn.merge.auto import Choice
     from fmn.merge.inputs import Statistics
 
 __all__ = [
@@ -40,7 +41,7 @@ __all__ = [
 
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
-MERGE = 7
+MERGE = 8
 CALIBRATE = 1
 REALIGN = 6
 
@@ -101,15 +102,16 @@ def merge(
         checkpoints.check_experts(experts, tasks, base)
         chosen, search = _searched(coefficients, job, digests, settings)
         lineage: dict[str, Any] = {"search": search}
+        encoder = None
         if data and is_auto:
-            lineage["auto"] = _auto(job, experts, data, settings, base, statistics, progress)
-            chosen = lineage["auto"].applied(settings)
+            auto, encoder = _auto(job, experts, data, settings, base, statistics, progress)
+            lineage["auto"], chosen = auto, auto.applied(settings)
         lineage |= statistics.records_for(METHODS[chosen.method])
         lineage["experts"] = {task: _checkpoint(experts[task], digests[task]) for task in experts}
         lineage["base"] = _checkpoint(base, job.inputs["base"]) if base else None
         write_model(
             job.path, experts, chosen, base=base, statistics=statistics, definitions=tasks,
-            lineage=lineage, progress=progress,
+            lineage=lineage, encoder_tensors=encoder, progress=progress,
         )  # fmt: skip
 
     return run_stage(
@@ -164,7 +166,7 @@ def _auto(
     base: Path | None,
     statistics: "Statistics",
     progress: Progress,
-) -> records.Auto:
+) -> "Choice":
     """Try merges on unlabeled training texts."""
     from fmn.merge.auto import TEXTS, choose
     from fmn.merge.heads import unlabeled
@@ -173,8 +175,11 @@ def _auto(
     for task, folder in experts.items():
         rows = provenance.rows_tuned_on(folder)
         examples[task] = unlabeled(folder, load_task(data, task), data, TEXTS, settings.seed, rows)
-    auto = choose(experts, examples, settings, base=base, statistics=statistics, progress=progress)
-    return auto.model_copy(update={"data": {task: job.inputs[f"data {task}"] for task in experts}})
+    choice = choose(
+        experts, examples, settings, base=base, statistics=statistics, progress=progress
+    )
+    digests = {task: job.inputs[f"data {task}"] for task in experts}
+    return choice._replace(auto=choice.auto.model_copy(update={"data": digests}))
 
 
 def statistics_files(
@@ -343,7 +348,7 @@ def calibrate(
             for task in merged.tasks
         }
         tensors, errors = calibrated_encoder(
-            {task: checkpoints.load_classifier(experts[task]) for task in merged.tasks},
+            {task: checkpoints.load_model(experts[task]) for task in merged.tasks},
             read_encoder(model), examples, settings=settings, device=settings.device,
             dtype=settings.dtype, progress=progress,
         )  # fmt: skip

@@ -20,6 +20,7 @@ from fmn.models.headers import (
     read_json,
     tensor_headers,
 )
+from fmn.tasks.kinds import KINDS, KindName, kind_of_class
 from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     "bpe.codes",
+)
+# Those that are needed beside the configuration and the weights, by the kind of model.
+SMALL_FILES = (
+    *TOKENIZER_FILES,
+    *("chat_template.jinja", "generation_config.json", "preprocessor_config.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    "1_Pooling/config.json",
 )
 # The largest number that a configuration may have, by what its key ends with. Beyond that, even
 # describing the model takes all time and memory.
@@ -141,8 +149,28 @@ def quiet() -> Iterator[None]:
 # Names and shapes of tensors
 
 
+def kind_of(config: "PretrainedConfig") -> KindName:
+    """The kind of a checkpoint, by its model's class; of a base, the first that can be made of it.
+
+    Raises:
+        UserError: no kind of model can be made of this architecture.
+    """
+    import transformers
+
+    for name in config.architectures or ():
+        if kind := kind_of_class(name):
+            return kind
+    for kind, facts in KINDS.items():
+        if type(config) in getattr(transformers, facts.auto_class)._model_mapping:
+            return kind
+    problem = f"no model of a known kind can be made of a {config.model_type}"
+    raise UserError(f"{config.name_or_path}: {problem}; give another checkpoint")
+
+
 class _Shapes(NamedTuple):
-    """Shapes of a classifier's tensors; its encoder's names begin with `prefix` in it.
+    """Shapes of a model's tensors; its encoder's names begin with `prefix` in it.
+
+    What has no head of its own is all encoder.
 
     `linear` are the matrices of the encoder's linear maps: whether each is stored [in, out].
     """
@@ -156,16 +184,17 @@ class _Shapes(NamedTuple):
 _shapes: dict[str, _Shapes] = {}
 
 
-def _described_shapes(config: "PretrainedConfig") -> _Shapes:
-    """Shapes of the classifier that a configuration describes."""
+def _described_shapes(config: "PretrainedConfig", kind: KindName | None = None) -> _Shapes:
+    """Shapes of the model that a configuration describes; `kind` as for `described_model`."""
+    kind = kind or kind_of(config)
     sizes = {key: value for key, value in config.to_dict().items() if key not in _NAMING}
-    key = json.dumps([sizes, config.num_labels], sort_keys=True, default=str)
+    key = json.dumps([sizes, config.num_labels, kind], sort_keys=True, default=str)
     if key in _shapes:  # all experts of one shape are built once
         return _shapes[key]
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    model = _described_model(config)
+    model = described_model(config, kind)
     linear = {
         f"{path}.weight": isinstance(module, Conv1D)
         for path, module in model.base_model.named_modules()
@@ -175,26 +204,37 @@ def _described_shapes(config: "PretrainedConfig") -> _Shapes:
     tied = getattr(model, "all_tied_weights_keys", None) or ()
     for name, value in model.state_dict().items():
         if name not in tied:
-            part = shapes.encoder if name.startswith(shapes.prefix) else shapes.head
+            is_encoder = name.startswith(shapes.prefix) or not KINDS[kind].has_head
+            part = shapes.encoder if is_encoder else shapes.head
             part[name.removeprefix(shapes.prefix)] = tuple(value.shape)
     _shapes[key] = shapes
     return shapes
 
 
-def _described_model(config: "PretrainedConfig") -> "PreTrainedModel":
-    """The classifier that a configuration describes, built without memory."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
+def described_model(config: "PretrainedConfig", kind: KindName | None = None) -> "PreTrainedModel":
+    """The model that a configuration describes, built without memory.
 
+    Args:
+        kind: the kind to make of it; default: what the configuration says.
+    """
+    import torch
+    import transformers
+
+    kind = kind or kind_of(config)
+    auto = getattr(transformers, KINDS[kind].auto_class)
     try:
         with quiet(), torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+            return model
     except Exception as error:  # each architecture refuses sizes in its own way
-        problem = f"{CONFIG} describes no text classifier that can be built: {first_words(error)}"
+        words = "text classifier" if kind == "text-classification" else f"model for {kind}"
+        problem = f"{CONFIG} describes no {words} that can be built: {first_words(error)}"
         raise UserError(f"{config.name_or_path}: {problem}") from error
 
 
-def encoder_names(config: "PretrainedConfig", names: Iterable[str]) -> Names:
+def encoder_names(
+    config: "PretrainedConfig", names: Iterable[str], kind: KindName | None = None
+) -> Names:
     """Split stored names into encoder and head, with or without the base model's prefix.
 
     Buffers and the heads of pretraining (``cls.*``, ``lm_head.*``) are in neither, nor is a pooler
@@ -203,7 +243,7 @@ def encoder_names(config: "PretrainedConfig", names: Iterable[str]) -> Names:
     Raises:
         UserError: a tensor is there with and without the prefix.
     """
-    shapes = _described_shapes(config)
+    shapes = _described_shapes(config, kind)
     split = Names({}, {})
     for stored in names:
         name = stored.removeprefix(shapes.prefix)
@@ -226,21 +266,26 @@ def linear_maps(config: "PretrainedConfig") -> Mapping[str, bool]:
     return _described_shapes(config).linear
 
 
-def check_tensors(folder: Path, config: "PretrainedConfig", *, head: bool) -> None:
+def check_tensors(
+    folder: Path, config: "PretrainedConfig", *, head: bool, kind: KindName | None = None
+) -> None:
     """Compare a folder's tensors with the model that its configuration describes.
 
-    With `head`, it must have a classification head. Raises `UserError` that names the first tensor
-    that is missing or of another shape; others are ignored, as Transformers does.
+    With `head`, it must have the head of its kind, where the kind has heads. Raises `UserError`
+    that names the first tensor that is missing or of another shape; others are ignored, as
+    Transformers does.
     """
     headers = tensor_headers(folder)
-    shapes, names = _described_shapes(config), encoder_names(config, headers)
+    kind = kind or kind_of(config)
+    shapes, names = _described_shapes(config, kind), encoder_names(config, headers, kind)
+    is_pooled = head and KINDS[kind].has_head
     stored_names = names.encoder | names.head
     for name, shape in (shapes.encoder | (shapes.head if head else {})).items():
         stored = stored_names.get(name)
         if stored is None and name in shapes.head:
             raise UserError(f"{folder}: has no classification head ({name}); `fmn finetune` it")
         # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
-        if stored is None and not head and name.startswith("pooler."):
+        if stored is None and not is_pooled and name.startswith("pooler."):
             continue
         actual = headers[stored].shape if stored else "missing"
         if actual != shape:
@@ -284,21 +329,39 @@ def check_experts(
 def _traits(folder: Path, task: Task | None) -> dict[str, Any]:
     """What must be equal among checkpoints that are merged, by what messages call it."""
     config = load_config(folder)
-    check_tensors(folder, config, head=task is not None)
+    if task is not None:
+        check_kind(folder, config, task)
+    kind = task.task if task else kind_of(config)
+    check_tensors(folder, config, head=task is not None, kind=kind)
     if task is not None and not is_single_logit(config, task):
         check_head(folder, config, task)
+    sizes = {name: getattr(config, name, None) for name in _TRAITS}
+    tensors = _described_shapes(config, kind).encoder
+    shapes = {name: shape for name, shape in tensors.items() if not name.startswith("pooler.")}
+    if kind == "image-classification":
+        return sizes | shapes
     vocabulary = load_tokenizer(folder, config).get_vocab()
     if (largest := max(vocabulary.values(), default=-1)) >= config.vocab_size:
         problem = f"the tokenizer has ids up to {largest}, the model {config.vocab_size} embeddings"
         raise UserError(f"{folder}: {problem}; take the tokenizer files of the model's checkpoint")
     ids = {f"the id of token {token!r:.40}": vocabulary[token] for token in sorted(vocabulary)}
-    sizes = {name: getattr(config, name, None) for name in _TRAITS}
-    return sizes | _described_shapes(config).encoder | ids
+    return sizes | shapes | ids
+
+
+def check_kind(folder: Path, config: "PretrainedConfig", task: Task) -> None:
+    """Refuse a model with the head of another kind of task, with a `UserError`."""
+    for name in config.architectures or ():
+        kind = kind_of_class(name)
+        if kind and KINDS[kind].has_head and kind != task.task:
+            raise UserError(
+                f"{folder}: is a {name}, for {kind}, but {task.name} is {task.task}; give an expert"
+                " of this task, or correct `task`"
+            )
 
 
 def check_head(folder: Path, config: "PretrainedConfig", task: Task) -> None:
     """Refuse a head that has not one output for each label of the task, with a `UserError`."""
-    if config.num_labels == task.num_outputs:
+    if config.num_labels == task.num_outputs or not task.kind.has_head:
         return
     problem = f"has a head of {config.num_labels} outputs, {task.name} needs {task.num_outputs}"
     remedy = "give an expert of this task"
@@ -346,7 +409,9 @@ def output_entries(task: Task) -> dict[str, Any]:
     """What the configuration of an expert says of its outputs, in the task's order."""
     names = dict(enumerate(task.labels or ("score",)))
     label2id = {name: label for label, name in names.items()}
-    return {"id2label": names, "label2id": label2id, "problem_type": task.problem_type}
+    is_stated = task.task == "text-classification"  # of other kinds there is no other problem
+    problem_type = task.problem_type if is_stated else None
+    return {"id2label": names, "label2id": label2id, "problem_type": problem_type}
 
 
 def _reordered(rows: "Tensor", order: Sequence[int]) -> "Tensor":
@@ -389,7 +454,7 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
 
     config, raw = load_config(folder), read_config(folder)
     if list(order) != list(range(config.num_labels)):
-        path = last_linear(_described_model(config))
+        path = last_linear(described_model(config))
         headers = tensor_headers(folder)
         names = [name for name in (f"{path}.weight", f"{path}.bias") if name in headers]
         for file in {headers[name].file for name in names}:
@@ -432,28 +497,61 @@ def load_tokenizer(folder: Path, config: Any = None) -> "PreTrainedTokenizerBase
     return tokenizer
 
 
-def load_classifier(folder: Path) -> "PreTrainedModel":
-    """The classifier in a checkpoint folder, in float32 and evaluation mode.
+def load_processor(folder: Path, kind: KindName | None = None) -> Any:
+    """What makes inputs of a checkpoint's texts or images: its tokenizer, or image processor.
+
+    Raises:
+        UserError: there is none, or none that can be used.
+    """
+    config = load_config(folder)
+    if (kind or kind_of(config)) != "image-classification":
+        return load_tokenizer(folder, config)
+    from transformers import AutoImageProcessor
+
+    try:
+        with quiet():
+            return AutoImageProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # the libraries below raise what they like on a broken file
+        problem = f"its preprocessor_config.json cannot be used: {first_words(error)}"
+        raise UserError(f"{folder}: {problem}; copy that of its base model into it") from error
+
+
+def load_model(folder: Path, kind: KindName | None = None) -> "PreTrainedModel":
+    """The model in a checkpoint folder, in float32 and evaluation mode.
+
+    An embedding model is a `fmn.models.embedding.SentenceEncoder`, whose "logits" are embeddings.
 
     Raises:
         UserError: the folder lacks a weight that the model needs, or cannot be loaded.
     """
     config = load_config(folder)
-    check_tensors(folder, config, head=True)
-    return load_weights(folder, config)
+    kind = kind or kind_of(config)
+    check_tensors(folder, config, head=True, kind=kind)
+    model = load_weights(folder, config, kind)
+    if kind == "sentence-similarity":
+        from fmn.models.embedding import sentence_encoder
+
+        return sentence_encoder(model, folder)
+    return model
 
 
-def load_weights(folder: Path, config: "PretrainedConfig", **options: Any) -> "PreTrainedModel":
-    """The classifier that a configuration describes, with the folder's weights; unchecked."""
+def load_weights(
+    folder: Path, config: "PretrainedConfig", kind: KindName, **options: Any
+) -> "PreTrainedModel":
+    """The model of a kind that a configuration describes, with the folder's weights; unchecked."""
     import torch
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
-    if config.pad_token_id is None:  # needed to find where each text of a batch ends
+    auto = getattr(transformers, KINDS[kind].auto_class)
+    # It tells where each text of a batch ends.
+    if kind != "image-classification" and config.pad_token_id is None:
         config.pad_token_id = load_tokenizer(folder, config).pad_token_id
     options |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     try:
         with quiet():
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            model: PreTrainedModel = auto.from_pretrained(
                 folder, config=config, dtype=torch.float32, **options
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:

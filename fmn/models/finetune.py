@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fmn.errors import UserError
 from fmn.models.checkpoints import (
@@ -24,7 +25,8 @@ from fmn.models.checkpoints import (
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import Examples, pad_batch
-from fmn.tasks.task import ProblemType, Task
+from fmn.tasks.kinds import ProblemType
+from fmn.tasks.task import Task
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01
@@ -45,16 +47,17 @@ def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
 
     The head depends on the seed alone; a head that the base has is left behind.
     """
-    config = load_config(base)
-    check_tensors(base, config, head=False)
+    config, kind = load_config(base), task.task
+    check_tensors(base, config, head=False, kind=kind)
     config.num_labels = task.num_outputs
     for name, value in output_entries(task).items():
         setattr(config, name, value)
     with quiet():
         torch.manual_seed(seed)
-        fresh = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        auto = getattr(transformers, task.kind.auto_class)
+        fresh = auto.from_config(config, dtype=torch.float32)
         torch.manual_seed(seed)  # a pooler is drawn too, where the base has none
-        model = load_weights(base, config, ignore_mismatched_sizes=True)
+        model = load_weights(base, config, kind, ignore_mismatched_sizes=True)
     with torch.no_grad():
         drawn = dict(fresh.named_parameters())
         for name, parameter in _head(model):

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -21,10 +21,11 @@ from fmn.models.checkpoints import is_single_logit, listed
 from fmn.models.evidence import weigh
 from fmn.store.records import Record
 from fmn.tasks import dataset
-from fmn.tasks.task import DEFINITION, TASKS, Columns, Task, read_task, write_task
+from fmn.tasks.encoding import encode
+from fmn.tasks.task import DEFINITION, TASKS, Columns, ColumnSettings, Task, read_task, write_task
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ROWS, SEED = 512, 0  # at most so many rows of the training data are read, drawn by this seed
 # Other names of labels, in small letters and digits alone.
@@ -109,8 +110,9 @@ def names_by_output(task: Task, labels: Labels) -> list[str]:
 
 
 def as_they_stand(task: Task) -> Labels:
-    """The task's own order, for want of names and data."""
-    return Labels(order=list(range(task.num_outputs)), origin="identity")
+    """The task's own order, for want of names and data; without a head there is none."""
+    outputs = task.num_outputs if task.kind.has_head else 0
+    return Labels(order=list(range(outputs)), origin="identity")
 
 
 def _plain(name: str) -> str:
@@ -198,10 +200,13 @@ def by_data(
 
 
 class Expert(NamedTuple):
-    """An expert in memory, whose logits [N, C] are in the order of the task's labels."""
+    """An expert in memory, whose logits [N, C] are in the order of the task's labels.
+
+    `processor` is the tokenizer, or the image processor.
+    """
 
     model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
+    processor: Any
     task: Task
     labels: Labels
 
@@ -215,11 +220,16 @@ def load_expert(checkpoint: Path, task: Task, data: Path | None, device: str = "
         data: the folder of these rows, whose training split decides or checks the labels.
         device: where the model runs for that.
     """
-    task = complete(task, checkpoints.load_config(checkpoint))
+    config = checkpoints.load_config(checkpoint)
+    checkpoints.check_kind(checkpoint, config, task)
+    task, processor = complete(task, config), checkpoints.load_processor(checkpoint, task.task)
+    if not task.kind.has_head:
+        model = checkpoints.load_model(checkpoint, task.task)
+        return Expert(model, processor, task, as_they_stand(task))
     labels = decide(checkpoint, task, data, device=device)
-    model = checkpoints.load_classifier(checkpoint)
+    model = checkpoints.load_model(checkpoint, task.task)
     checkpoints.align_model(model, task, labels.order)
-    return Expert(model, checkpoints.load_tokenizer(checkpoint), task, labels)
+    return Expert(model, processor, task, labels)
 
 
 def align(folder: Path, task: Task, data: Path | None, names: Sequence[str] = ()) -> Labels:
@@ -231,8 +241,12 @@ def align(folder: Path, task: Task, data: Path | None, names: Sequence[str] = ()
         names: what the outputs stand for, as the user says.
     """
     config = checkpoints.load_config(folder)
-    checkpoints.check_tensors(folder, config, head=True)
+    checkpoints.check_kind(folder, config, task)
+    checkpoints.check_tensors(folder, config, head=True, kind=task.task)
     task = complete(task, config, names)
+    if not task.kind.has_head:
+        write_task(folder, task)
+        return as_they_stand(task)
     labels = decide(folder, task, data, names=names)
     checkpoints.align_folder(folder, task, labels.order)
     write_task(folder, task)
@@ -304,8 +318,8 @@ def _answers(
 
     table = dataset.read_split(data, task, "train")
     table = table.take(batches.select(np.zeros(table.num_rows), ROWS, SEED))
-    examples = dataset.tokenize(checkpoints.load_tokenizer(checkpoint), task, table)
-    model = checkpoints.load_classifier(checkpoint)
+    examples = encode(checkpoints.load_processor(checkpoint), task, table)
+    model = checkpoints.load_model(checkpoint)
     logits = predict(model, examples, device=device, dtype="float32")
     if logits.shape[1] < task.num_outputs:  # a single logit
         logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
@@ -347,7 +361,7 @@ def complete(task: Task, config: "PretrainedConfig", names: Sequence[str] = ()) 
     Args:
         names: what the outputs stand for, as the user says.
     """
-    if task.has_labels:
+    if task.has_labels or not task.kind.has_head:
         return task
     labels = task.labels or tuple(names)
     kind = task.problem_type or config.problem_type
@@ -367,5 +381,7 @@ def expert_task(checkpoint: Path, name: str) -> Task:
     """
     if task := read_task(checkpoint) or TASKS.get(name):
         return task
-    task = Task(name=name, problem_type=None, columns=Columns(text="text", label=None), metrics=())
-    return complete(task, checkpoints.load_config(checkpoint))
+    config = checkpoints.load_config(checkpoint)
+    kind = checkpoints.kind_of(config)
+    columns = Columns(**ColumnSettings().of_kind(kind), label=None)
+    return complete(Task(name=name, task=kind, problem_type=None, columns=columns), config)

@@ -13,6 +13,7 @@ from fmn.store import stage
 from fmn.store.records import Record, Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
+from fmn.tasks.encoding import encode
 from fmn.tasks.task import load_task, write_task
 
 FINETUNE = 3
@@ -80,17 +81,17 @@ def finetune(
         from fmn.models import finetune
         from fmn.tasks import batches
 
-        tokenizer = checkpoints.load_tokenizer(base)
+        processor = checkpoints.load_processor(base, definition.task)
         table = dataset.read_split(data, definition, "train")
         limit = None if settings.examples == "all" else settings.examples
         rows = batches.select(np.zeros(table.num_rows), limit, settings.seed)
-        examples = dataset.tokenize(tokenizer, definition, table.take(rows))
+        examples = encode(processor, definition, table.take(rows))
         model = finetune.new_expert(base, definition, settings.seed)
         options = settings.model_dump(exclude={"examples"}) | {"progress": progress}
         losses = finetune.finetune(model, examples, problem_type=problem_type, **options)
         with checkpoints.quiet():
             model.cpu().save_pretrained(job.path)
-            tokenizer.save_pretrained(job.path)
+            processor.save_pretrained(job.path)
         write_task(job.path, definition)
         facts: dict[str, Any] = {"examples": len(rows), "seed": settings.seed}
         facts |= {"steps": len(losses), "threads": torch.get_num_threads()}

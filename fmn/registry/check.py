@@ -12,6 +12,7 @@ from fmn.evaluate.metrics import Answers, answers
 from fmn.models import labels
 from fmn.store import artifacts, stage
 from fmn.tasks import dataset
+from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -116,9 +117,7 @@ def _sentences(task: Task, model: Path) -> Sample:
     )
     texts = [SENTENCES, (*SENTENCES[1:], SENTENCES[0])][: len(task.text_columns)]
     table = pa.table(dict(zip(task.text_columns, texts, strict=True)))
-    logits = predict(
-        classifier, dataset.tokenize(tokenizer, task, table), device="cpu", dtype="float32"
-    )
+    logits = predict(classifier, encode(tokenizer, task, table), device="cpu", dtype="float32")
     rows = [f"the text {text!r}" for text in SENTENCES]
     return Sample(complete, rows, texts, answers(complete, logits, np.zeros(len(rows), np.int64)))
 

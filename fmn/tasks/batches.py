@@ -12,6 +12,7 @@ from fmn.errors import UserError, system_error
 if TYPE_CHECKING:
     import torch
 
+IGNORED = -100  # as Transformers has it
 MULTIPLE = 8  # tokens; widths of batches are rounded up to it, so that few shapes occur
 
 
@@ -25,7 +26,9 @@ class Examples:
     """
 
     inputs: Mapping[str, Sequence[Any]]
-    labels: np.ndarray  # int64 class ids [N]; float32 values [N], or zeros and ones [N, C]
+    # Class ids, int64 [N]; values, float32 [N]; zeros and ones, float32 [N, C]; or the id that each
+    # position is to answer, int64 [N, T], IGNORED where it is to answer none.
+    labels: np.ndarray
     pad: Mapping[str, int]
 
     def __len__(self) -> int:
@@ -39,6 +42,11 @@ class Examples:
                 return np.fromiter(map(len, values), dtype=np.int64, count=len(self))
         return np.ones(len(self), dtype=np.int64)
 
+    @property
+    def has_token_labels(self) -> bool:
+        """Whether there is a label per token."""
+        return self.labels.ndim == 2 and self.labels.dtype == np.int64
+
     def take(self, rows: np.ndarray) -> "Examples":
         """The examples at `rows`, in that order."""
         inputs = {name: [values[row] for row in rows] for name, values in self.inputs.items()}
@@ -51,7 +59,7 @@ class Batch:
 
     rows: np.ndarray  # int64 [B], their positions in the examples that they came from
     inputs: "dict[str, torch.Tensor]"  # [B, T] int64, with `attention_mask`; or [B, ...]
-    labels: "torch.Tensor"  # [B] or [B, C]
+    labels: "torch.Tensor"  # [B], [B, C], or of tokens [B, T]
 
 
 def select(
@@ -103,7 +111,10 @@ def pad_batch(examples: Examples, rows: np.ndarray, width: int | None = None) ->
         tokens[is_token] = np.fromiter(chain.from_iterable(chosen), np.int64, int(lengths.sum()))
         inputs[name] = torch.from_numpy(tokens)
         inputs["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))
-    return Batch(np.asarray(rows, dtype=np.int64), inputs, torch.as_tensor(examples.labels[rows]))
+    labels = examples.labels[rows]
+    if examples.has_token_labels:
+        labels = labels[:, :width]
+    return Batch(np.asarray(rows, dtype=np.int64), inputs, torch.as_tensor(labels))
 
 
 def by_length(examples: Examples, tokens: int | None = None, start: int = 0) -> Iterator[Batch]:

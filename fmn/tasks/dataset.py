@@ -6,7 +6,7 @@ folder for each of several tasks. Functions that read rows take either as `data`
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
@@ -19,7 +19,6 @@ from fmn.tasks.task import Task, task_folder, write_task
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from fmn.tasks.batches import Examples
 
 HUB = "nyu-mll/glue"
 
@@ -96,7 +95,7 @@ def write_rows(folder: Path, task: Task, tables: "Mapping[str, pa.Table]") -> No
         # One row group and no schema of Arrow's own: the same rows make the same bytes.
         pq.write_table(table, path, compression="zstd", row_group_size=1 << 20, store_schema=False)
     # Checked rows hold their label in the column `label`, whatever its name was before.
-    label = "label" if task.has_labels else None
+    label = "label" if task.columns.label else None
     columns = task.columns.model_copy(update={"label": label})
     write_task(folder, task.model_copy(update={"columns": columns}))
 
@@ -105,9 +104,9 @@ def label_array(task: Task, table: "pa.Table") -> np.ndarray:
     """The labels of a table of `read_split`, one row each.
 
     Class ids, int64 [N]; values, float32 [N]; zeros and ones of several labels, float32 [N, C]; or
-    zeros, int64 [N], if the table has none.
+    zeros, int64 [N], if the table has none, or labels of tokens.
     """
-    if "label" not in table.column_names:
+    if "label" not in table.column_names or task.loss == "tokens":
         return np.zeros(table.num_rows, np.int64)
     if not task.multi_label:
         labels: np.ndarray = table["label"].to_numpy()
@@ -116,33 +115,6 @@ def label_array(task: Task, table: "pa.Table") -> np.ndarray:
     for row, ids in enumerate(table["label"].to_pylist()):
         labels[row, ids] = 1
     return labels
-
-
-def tokenize(
-    tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None = None
-) -> "Examples":
-    """The texts of a table of `read_split` as tokens, with its labels; zeros if it has none.
-
-    An example of more than `task.max_length` tokens loses the end of its longer text. With `rows`,
-    only these rows are tokenised, and the others have no tokens.
-    """
-    from fmn.tasks.batches import Examples
-
-    wanted = list(range(table.num_rows)) if rows is None else rows.tolist()
-    encoded: Mapping[str, list[list[int]]] = tokenizer(
-        *(table[name].take(wanted).to_pylist() for name in task.text_columns),
-        truncation="longest_first",
-        max_length=task.max_length,
-        padding=False,
-        return_attention_mask=False,
-    )
-    inputs = {}
-    for name, sequences in encoded.items():
-        by_row = dict(zip(wanted, sequences, strict=True))
-        inputs[name] = [by_row.get(row, []) for row in range(table.num_rows)]
-    # Without a padding token any will do: the attention mask covers it.
-    pad = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
-    return Examples(inputs, label_array(task, table), {name: pad[name] for name in inputs})
 
 
 def _files(data: Path, task: Task, split: str) -> list[Path]:

@@ -5,24 +5,38 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fmn.errors import UserError
+from fmn.tasks.kinds import REGRESSION
 from fmn.tasks.task import Task
+
+INPUTS = {"tokens": pa.list_(pa.string()), "image": pa.binary()}
+"""The types of the columns that hold no text, by key."""
+
+
+_INPUT_TYPES = {"tokens": ("list", "lists of words"), "image": ("binary", "the bytes of images")}
 
 
 def schema(task: Task) -> pa.Schema:
-    """The columns of checked rows: the texts, `label`, and `idx`, the number of the row."""
-    kind = pa.list_(pa.int64()) if task.multi_label else pa.int64()
-    label = [("label", pa.float32() if task.regression else kind)] if task.has_labels else []
-    texts = [(name, pa.string()) for name in task.text_columns]
-    return pa.schema([*texts, *label, ("idx", pa.int32())])
+    """The columns of checked rows: the inputs, `label`, and `idx`, the number of the row."""
+    inputs = [(name, INPUTS.get(key, pa.string())) for key, name in task.input_columns.items()]
+    label = [("label", label_type(task))] if task.columns.label else []
+    return pa.schema([*inputs, *label, ("idx", pa.int32())])
+
+
+def label_type(task: Task) -> pa.DataType:
+    """The type of the label of checked rows."""
+    if task.problem_type == REGRESSION:
+        return pa.float32()
+    has_several = task.multi_label or task.task == "token-classification"
+    return pa.list_(pa.int64()) if has_several else pa.int64()
 
 
 def check_rows(table: pa.Table, task: Task, place: str, labelled: bool = True) -> pa.Table:
-    """The rows of a file in the schema of their task, or without `labelled` their texts alone.
+    """The rows of a file in the schema of their task, or without `labelled` their inputs alone.
 
     Raises:
         UserError: a column is missing, or holds something that it must not; begins with `place`.
     """
-    sources = {name: name for name in task.text_columns}
+    sources = {name: name for name in task.input_columns.values()}
     if labelled and task.columns.label:
         sources["label"] = task.columns.label
     if missing := [name for name in sources.values() if name not in table.column_names]:
@@ -32,8 +46,10 @@ def check_rows(table: pa.Table, task: Task, place: str, labelled: bool = True) -
         )
     if not table.num_rows:
         raise UserError(f"{place}: there are no rows; write it again")
+    keys = {name: key for key, name in task.input_columns.items()}
     for name, source in sources.items():
-        if problem := _problem(table[source], task, is_text=name in task.text_columns):
+        key = keys.get(name, "label")
+        if problem := _problem(table[source], task, key):
             raise UserError(f"{place}: column {source} {problem}")
     columns = {name: table[source] for name, source in sources.items()}
     if labelled:
@@ -48,32 +64,33 @@ def check_rows(table: pa.Table, task: Task, place: str, labelled: bool = True) -
     return rows.combine_chunks()
 
 
-def _problem(column: pa.ChunkedArray, task: Task, is_text: bool) -> str:
-    """What is wrong with a column of texts or labels; "" if nothing is."""
+def _problem(column: pa.ChunkedArray, task: Task, key: str) -> str:
+    """What is wrong with a column of inputs or labels; "" if nothing is."""
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
         return f"has no value in row {row}; fill it or drop the row"
-    if is_text:  # string, large_string, dictionary<values=string, ...>
-        is_string = "string" in str(column.type)
-        return "" if is_string else f"is of type {column.type}; it must hold text"
+    if key != "label":
+        word, what = _INPUT_TYPES.get(key, ("string", "text"))  # string, large_string, ...
+        return "" if word in str(column.type) else f"is of type {column.type}; it must hold {what}"
     ids = ", ".join(f"{label} ({name})" for label, name in enumerate(task.labels))
-    meaning = "finite numbers" if task.regression else f"the ids {ids}"
-    kind = column.type
-    if task.multi_label:
+    is_number = task.problem_type == REGRESSION
+    meaning = "finite numbers" if is_number else f"the ids {ids}"
+    kind, is_list = column.type, pa.types.is_list(label_type(task))
+    if is_list:
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
             return f"is of type {kind}; it must hold lists of {meaning}"
         ends = np.cumsum(pc.list_value_length(column).to_numpy())
         column = pc.list_flatten(column)
         kind = kind.value_type
-    is_float = pa.types.is_floating(kind) and task.regression
+    is_float = pa.types.is_floating(kind) and is_number
     if not (pa.types.is_integer(kind) or is_float or (pa.types.is_null(kind) and not len(column))):
         return f"is of type {column.type}; it must hold {meaning}"
     values = column.to_numpy()
-    if not task.regression and len(values) and (values == -1).all():
+    if not is_number and len(values) and (values == -1).all():
         return "is -1 in every row, as in GLUE's test splits; use a split that has labels"
-    is_valid = np.isfinite(values) if task.regression else np.isin(values, range(len(task.labels)))
+    is_valid = np.isfinite(values) if is_number else np.isin(values, range(len(task.labels)))
     if is_valid.all():
         return ""
     item = int(np.argmin(is_valid))
-    row = int(np.searchsorted(ends, item, side="right")) if task.multi_label else item
+    row = int(np.searchsorted(ends, item, side="right")) if is_list else item
     return f"is {values[item]} in row {row}; the labels of {task.name} are {meaning}"

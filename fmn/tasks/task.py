@@ -7,7 +7,7 @@ files; GLUE's nine tasks are built in (`glue.yaml`).
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import (
     ConfigDict,
@@ -21,34 +21,35 @@ from fmn.errors import UserError, hint
 from fmn.store.records import Record, Settings
 from fmn.store.stage import read_record, write_record
 from fmn.store.yaml_file import read_yaml
+from fmn.tasks.kinds import KINDS, MULTI, REGRESSION, SINGLE, Kind, KindName, ProblemType
 
 MAX_LENGTH = 128  # tokens of an example, unless its task says otherwise
 DEFINITION = "task.json"
-# Transformers' words.
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-SINGLE, MULTI, REGRESSION = (
-    "single_label_classification",
-    "multi_label_classification",
-    "regression",
-)
+# What `fmn.fisher.loss` differentiates: of a task's one answer, of an answer per token, or of a
+# text's embedding.
+LossName = ProblemType | Literal["tokens", "embedding"]
+_CLASSIFIERS = ("text-classification", "image-classification")
+_GENERATORS = ("text-generation", "text2text-generation")
 
 
 class MetricFacts(NamedTuple):
     """What a metric is for.
 
     Attributes:
-        problem_types: the tasks that it scores.
+        problem_types: the tasks that it scores; none: those without labels.
         higher_is_better: its direction.
         is_binary: whether it is the score of class 1 of two classes.
+        kinds: the kinds of those tasks.
     """
 
     problem_types: tuple[str, ...]
     higher_is_better: bool = True
     is_binary: bool = False
+    kinds: tuple[str, ...] = _CLASSIFIERS
 
 
 METRICS: Mapping[str, MetricFacts] = {
-    "accuracy": MetricFacts((SINGLE, MULTI)),
+    "accuracy": MetricFacts((SINGLE, MULTI), kinds=(*_CLASSIFIERS, "token-classification")),
     "balanced_accuracy": MetricFacts((SINGLE,)),
     "f1": MetricFacts((SINGLE,), is_binary=True),
     "f1_micro": MetricFacts((SINGLE, MULTI)),
@@ -63,8 +64,14 @@ METRICS: Mapping[str, MetricFacts] = {
     "r2": MetricFacts((REGRESSION,)),
     "pearson": MetricFacts((REGRESSION,)),
     "spearmanr": MetricFacts((REGRESSION,)),
+    "seqeval_f1": MetricFacts((SINGLE,), kinds=("token-classification",)),
+    "pearson_cosine": MetricFacts((REGRESSION,), kinds=("sentence-similarity",)),
+    "spearmanr_cosine": MetricFacts((REGRESSION,), kinds=("sentence-similarity",)),
+    "perplexity": MetricFacts((), higher_is_better=False, kinds=_GENERATORS),
+    "exact_match": MetricFacts((), kinds=_GENERATORS),
 }
-"""Every metric, in the words of scikit-learn and SciPy; `fmn.evaluate.metrics` computes them."""
+"""Every metric, in the words of scikit-learn, SciPy and seqeval; `fmn.evaluate.metrics` computes
+them."""
 
 DEFAULT_METRICS: Mapping[str | None, tuple[str, ...]] = {
     SINGLE: ("accuracy",),
@@ -72,6 +79,17 @@ DEFAULT_METRICS: Mapping[str | None, tuple[str, ...]] = {
     REGRESSION: ("pearson", "spearmanr"),
     None: (),
 }
+_METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
+    "token-classification": ("seqeval_f1",),
+    "sentence-similarity": ("spearmanr_cosine",),
+    "text-generation": ("perplexity",),
+    "text2text-generation": ("perplexity",),
+}
+
+
+def default_metrics(kind: KindName, problem_type: str | None) -> tuple[str, ...]:
+    """The metrics of a task with labels that names none."""
+    return _METRICS_OF_KIND.get(kind) or DEFAULT_METRICS[problem_type]
 
 
 def check_labels(names: Sequence[str]) -> None:
@@ -82,13 +100,19 @@ def check_labels(names: Sequence[str]) -> None:
         raise ValueError(f"label {twice[0]!r} is listed twice")
 
 
-def check_metrics(metrics: Sequence[str], problem_type: str | None, labels: int) -> None:
+def check_metrics(
+    metrics: Sequence[str],
+    problem_type: str | None,
+    labels: int,
+    kind: str = "text-classification",
+) -> None:
     """Refuse metrics that are unknown, do not fit a task, or differ in direction.
 
     Args:
         metrics: their names.
         problem_type: the task's; None: it is not known yet.
         labels: how many labels the task has; 0: it is not known yet.
+        kind: the task's.
 
     Raises:
         ValueError: names the metric and what fits.
@@ -96,16 +120,21 @@ def check_metrics(metrics: Sequence[str], problem_type: str | None, labels: int)
     for name in metrics:
         if name not in METRICS:
             raise ValueError(
-                f"unknown metric {name!r}{hint(name, METRICS)}; {_known(problem_type)}"
+                f"unknown metric {name!r}{hint(name, METRICS)}; {_known(problem_type, kind)}"
             )
+        if kind not in METRICS[name].kinds:
+            raise ValueError(f"metric {name} is not for {kind}; {_known(problem_type, kind)}")
         if problem_type and problem_type not in METRICS[name].problem_types:
-            raise ValueError(f"metric {name} is not for {problem_type}; {_known(problem_type)}")
+            raise ValueError(
+                f"metric {name} is not for {problem_type}; {_known(problem_type, kind)}"
+            )
         if METRICS[name].is_binary and labels > 2:
             raise ValueError(
                 f"metric {name} is of class 1 of two classes, and here are {labels}; say"
                 f" {'f1_macro' if name == 'f1' else 'f1_macro or balanced_accuracy'}"
             )
-    if len({METRICS[name].higher_is_better for name in metrics}) > 1:
+    directions = {METRICS[name].higher_is_better for name in metrics}
+    if len(directions) > 1 and kind not in _GENERATORS:  # of those, the first decides
         less = [name for name in metrics if not METRICS[name].higher_is_better]
         raise ValueError(
             f"less is better of {', '.join(less)}, and more of the other metrics, so that their"
@@ -115,9 +144,11 @@ def check_metrics(metrics: Sequence[str], problem_type: str | None, labels: int)
         raise ValueError(f"metrics {', '.join(metrics)}: one is listed twice")
 
 
-def _known(problem_type: str | None) -> str:
+def _known(problem_type: str | None, kind: str) -> str:
     fitting = [
-        name for name, facts in METRICS.items() if problem_type in (None, *facts.problem_types)
+        name
+        for name, facts in METRICS.items()
+        if kind in facts.kinds and problem_type in (None, *facts.problem_types)
     ]
     return f"choose from {', '.join(fitting)}"
 
@@ -174,18 +205,39 @@ class DatasetSettings(Settings):
 
 
 class ColumnSettings(Settings):
+    """The columns of an example, by what they are; each kind of task has its own."""
+
     text: str = Field("text", description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
+    tokens: str = Field("tokens", description="the column of the words, for token-classification")
+    image: str = Field("image", description="the column of the image")
+    prompt: str | None = Field(
+        "prompt", description="the column of what a generated text goes on from; null: nothing"
+    )
+    completion: str = Field("completion", description="the column of the text to generate")
     label: str | None = Field(
         "label", description="the column of the label; null: there is none; label: if there is one"
     )
 
     @model_validator(mode="after")
     def _check_columns(self) -> "ColumnSettings":
-        names = [name for name in (self.text, self.text_pair, self.label) if name is not None]
+        names = [name for name in self.model_dump(exclude_unset=True).values() if name is not None]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"column {twice[0]!r} is named twice; name different ones")
         return self
+
+    def of_kind(self, kind: KindName) -> dict[str, str]:
+        """The names of the columns of a kind's examples, by key."""
+        names = {key: getattr(self, key) for key in KINDS[kind].columns}
+        return {key: name for key, name in names.items() if name is not None}
+
+
+_KIND_BY_COLUMN: Mapping[str, KindName] = {
+    "tokens": "token-classification",
+    "image": "image-classification",
+    "prompt": "text-generation",
+    "completion": "text-generation",
+}
 
 
 class ScoringSettings(Settings):
@@ -203,7 +255,9 @@ class ScoringSettings(Settings):
 class TaskSettings(ScoringSettings):
     """A task as its user describes it; what is left out, data and expert tell."""
 
-    task: Literal["text-classification"] | None = Field(None, description="the Hub's task name")
+    task: KindName | None = Field(
+        None, description="the Hub's name of the kind of task; default: as the columns say"
+    )
     dataset: DatasetSettings | None = Field(
         None, description="where the rows come from; default: as the section `data` says"
     )
@@ -227,9 +281,26 @@ class TaskSettings(ScoringSettings):
     def _check(self) -> "TaskSettings":
         if self.metrics and self.columns.label is None:
             raise ValueError("metrics need labels, and columns.label says that there are none")
+        kind, own = self.kind, KINDS[self.kind].columns
+        if foreign := sorted(self.columns.model_fields_set - {*own, "label"}):
+            raise ValueError(
+                f"columns.{foreign[0]} is not of {kind}, which has {', '.join(own)}; correct task"
+            )
+        if self.problem_type and self.problem_type not in KINDS[kind].problem_types:
+            raise ValueError(f"problem_type {self.problem_type} is not of {kind}; leave it out")
         check_labels(self.labels if isinstance(self.labels, list) else self.label_names)
-        check_metrics(self.metrics, self.problem_type, len(self.label_names))
+        check_metrics(self.metrics, self.problem_type, len(self.label_names), kind)
         return self
+
+    @property
+    def kind(self) -> KindName:
+        """The kind of task: as stated, or as the named columns say."""
+        if self.task:
+            return self.task
+        for key, kind in _KIND_BY_COLUMN.items():
+            if key in self.columns.model_fields_set:
+                return kind
+        return "text-classification"
 
     @property
     def label_names(self) -> list[str]:
@@ -261,12 +332,16 @@ def in_a_line(names: Sequence[str], most: int = 12) -> str:
 
 
 class Columns(Record):
-    """The columns of a task's one or two texts, and of its label; None: the rows have no label."""
+    """The columns of a task's examples, and of its label; None: the rows have no such column."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    text: str
+    text: str | None = None
     text_pair: str | None = None
+    tokens: str | None = None
+    image: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
     label: str | None = "label"
 
 
@@ -278,9 +353,9 @@ class Task(Record):
 
     Attributes:
         name: what the task is called in settings, folders and metrics.
-        task: the Hub's name for this kind of task.
+        task: the kind of task, by the Hub's name (`fmn.tasks.kinds`).
         problem_type: the loss of the head; None: the rows have no labels, so that the expert tells.
-        columns: where the texts and the labels are.
+        columns: where the examples and the labels are.
         labels: the name of each class id, in order; none for regression, or if the expert tells.
         metrics: the score of the task is their mean (GLUE's rule).
         validation: the splits on which the task is scored.
@@ -291,14 +366,18 @@ class Task(Record):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # also of folders and files
-    task: Literal["text-classification"] = "text-classification"
-    problem_type: ProblemType | None = "single_label_classification"
+    task: KindName = "text-classification"
+    problem_type: ProblemType | None = Field(
+        default_factory=lambda fields: next(iter(KINDS[fields["task"]].problem_types), None)
+    )
     columns: Columns
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = Field(
-        default_factory=lambda fields: DEFAULT_METRICS[
-            fields["problem_type"] if fields["columns"].label else None
-        ]
+        default_factory=lambda fields: (
+            default_metrics(fields["task"], fields["problem_type"])
+            if fields["columns"].label or fields["task"] in _GENERATORS
+            else ()
+        )
     )
     validation: tuple[Annotated[str, Field(pattern=r"^[\w. -]+$")], ...] = ("validation",)
     max_length: Annotated[int, Field(ge=1)] = MAX_LENGTH
@@ -306,23 +385,50 @@ class Task(Record):
 
     @model_validator(mode="after")
     def _check(self) -> "Task":
-        if self.regression and self.labels:
+        required = {*self.kind.columns} - {*self.kind.optional}
+        named = {key for key, name in self.columns.model_dump().items() if name} - {"label"}
+        if not required <= named <= {*self.kind.columns}:
+            raise ValueError(f"{self.task} has the columns {', '.join(self.kind.columns)}")
+        if self.problem_type not in (None, *self.kind.problem_types):
+            raise ValueError(f"{self.task} is no {self.problem_type}")
+        has_number = self.problem_type == REGRESSION
+        if has_number and self.labels:
             raise ValueError("a regression task has no labels")
-        least = 0 if self.regression or not self.has_labels else 1 if self.multi_label else 2
+        least = 0 if has_number or not self.columns.label else 1 if self.multi_label else 2
         if len(self.labels) < least:
             raise ValueError("a classification task needs two or more labels")
-        if self.has_labels and not self.problem_type:
+        if self.columns.label and not self.problem_type:
             raise ValueError("a task with labels needs a problem type")
         if bool(self.metrics) != self.has_labels:
             raise ValueError("a task has metrics if it has labels, and only then")
         check_labels(self.labels)
-        check_metrics(self.metrics, self.problem_type, len(self.labels))
+        check_metrics(self.metrics, self.problem_type, len(self.labels), self.task)
         return self
 
     @property
+    def kind(self) -> Kind:
+        """What all tasks of its kind have in common."""
+        return KINDS[self.task]
+
+    @property
+    def loss(self) -> LossName:
+        """The loss whose gradients its Fisher information squares (`fmn.fisher.loss`)."""
+        if self.task == "sentence-similarity":
+            return "embedding"
+        if self.task in ("token-classification", *_GENERATORS):
+            return "tokens"
+        return cast("ProblemType", self.problem_type)
+
+    @property
+    def score_metrics(self) -> tuple[str, ...]:
+        """The metrics whose mean is the score: those that agree with the first in direction."""
+        better = METRICS[self.metrics[0]].higher_is_better
+        return tuple(name for name in self.metrics if METRICS[name].higher_is_better == better)
+
+    @property
     def regression(self) -> bool:
-        """Whether the task predicts a number instead of a class."""
-        return self.problem_type == "regression"
+        """Whether a head predicts a number instead of a class."""
+        return self.problem_type == REGRESSION and self.kind.has_head
 
     @property
     def multi_label(self) -> bool:
@@ -331,13 +437,22 @@ class Task(Record):
 
     @property
     def has_labels(self) -> bool:
-        """Whether the task's rows have labels; without, it can be merged, but not scored."""
-        return self.columns.label is not None
+        """Whether the task's rows have labels; without, it can be merged, but not scored.
+
+        The label of a text to generate is the text itself.
+        """
+        return self.columns.label is not None or self.task in _GENERATORS
+
+    @property
+    def input_columns(self) -> dict[str, str]:
+        """The columns of an example by key, such as "text"; but for that of the label."""
+        names = {key: getattr(self.columns, key) for key in self.kind.columns}
+        return {key: name for key, name in names.items() if name is not None}
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns of the one or two texts of an example."""
-        return tuple(name for name in (self.columns.text, self.columns.text_pair) if name)
+        """The names of the columns of an example."""
+        return tuple(self.input_columns.values())
 
     @property
     def num_outputs(self) -> int:
@@ -427,7 +542,7 @@ _GLUE = {
 TASKS: Mapping[str, Task] = {
     name: make_task(
         name,
-        columns=Columns(**settings.columns.model_dump()),
+        columns=Columns(**settings.columns.of_kind(settings.kind), label=settings.columns.label),
         validation=settings.dataset.splits.validations,
         **settings.model_dump(exclude_defaults=True, include={"problem_type", "labels", "metrics"}),
     )

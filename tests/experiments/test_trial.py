@@ -18,6 +18,7 @@ from fmn.models import checkpoints
 from fmn.models.predict import predict
 from fmn.tasks import dataset
 from fmn.tasks.batches import select
+from fmn.tasks.encoding import encode
 from fmn.tasks.task import get_task
 
 
@@ -46,7 +47,7 @@ def test_the_experts_head_answers_on_another_encoder(tiny_work: Path, tmp_path: 
     assert len(tried.predicted) == len(expert.rows) == 20
 
     merged.write_model(tmp_path / "merged", experts, average)
-    written = checkpoints.load_classifier(tmp_path / "merged" / "tasks" / "sst2")
+    written = checkpoints.load_model(tmp_path / "merged" / "tasks" / "sst2")
     logits = predict(written, expert.examples, device="cpu", dtype="float32")
     expected = answers(get_task("sst2"), logits, expert.examples.labels)
     np.testing.assert_array_equal(tried.predicted, expected.predicted)
@@ -84,7 +85,7 @@ def test_heads_are_realigned_on_texts_that_are_not_tried(tiny_work: Path) -> Non
     tried = source(tiny_work, "sst2", "train", 50, (200, 3))
     expert = trial.load_expert(tried)
     tokenizer = checkpoints.load_tokenizer(tried.checkpoint)
-    tokens = dataset.tokenize(tokenizer, get_task("sst2"), table).inputs["input_ids"]
+    tokens = encode(tokenizer, get_task("sst2"), table).inputs["input_ids"]
     unseen = {tuple(tokens[row]) for row in set(range(len(labels))) - {*select(labels, 200, 3)}}
     left = len(labels) - 200 - 50
     for limit in (left, left + 30, None):

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fmn.tasks.batches import Examples
-from fmn.tasks.task import ProblemType
+from fmn.tasks.kinds import ProblemType
 from tests.tiny import tiny_examples
 
 ONE_LABEL: ProblemType = "single_label_classification"

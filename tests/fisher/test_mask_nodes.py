@@ -18,7 +18,7 @@ from fmn.fisher.loss import ESTIMATORS
 from fmn.fisher.mask_nodes import BATCH_SIZE, Estimate, PartialSums, estimate
 from fmn.fisher.runner import hooked
 from fmn.tasks.batches import Examples, select
-from fmn.tasks.task import ProblemType
+from fmn.tasks.kinds import ProblemType
 from tests.fisher.problems import (
     MANY_LABELS,
     ONE_LABEL,

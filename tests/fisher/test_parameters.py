@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fmn.errors import UserError
 from fmn.fisher import parameters
 from fmn.tasks.batches import Examples, select
-from fmn.tasks.task import ProblemType
+from fmn.tasks.kinds import ProblemType
 from tests.fisher.problems import (
     MANY_LABELS,
     ONE_LABEL,

@@ -83,7 +83,7 @@ def test_where_experts_are_equal_the_average_is_taken(tmp_path: Path) -> None:
     experts = dict.fromkeys(LABELS, expert)
     examples = {task: tiny_examples("bert", 40, 2, seed) for seed, task in enumerate(LABELS)}
     statistics = Statistics(node_fisher(experts))
-    choice = auto.choose(experts, examples, SETTINGS, base=base, statistics=statistics)
+    choice = auto.choose(experts, examples, SETTINGS, base=base, statistics=statistics).auto
     assert (choice.chosen.method, choice.chosen.scale) == ("average", 1)
     assert choice.chosen is choice.candidates[0]
     assert choice.chosen.error < 1e-9
@@ -107,7 +107,7 @@ def test_where_averaging_only_shrinks_what_experts_learned_a_larger_scale_is_tak
         ids = [rng.integers(own.start, own.stop, 6).tolist() for _ in range(60)]
         examples[task] = Examples({"input_ids": ids}, np.zeros(60, np.int64), {"input_ids": 0})
     settings = SETTINGS.model_copy(update={"auto_heads": kind})
-    choice = auto.choose(experts, examples, settings, base=base)
+    choice = auto.choose(experts, examples, settings, base=base).auto
     assert choice.chosen.scale > 1.4
     assert choice.chosen.error < 0.5 * choice.candidates[0].error
     assert set(choice.chosen.tasks) == set(experts)
@@ -138,10 +138,13 @@ def test_what_is_tried_depends_on_what_there_is_and_is_what_would_be_written(
 
     def tried(base: Path | None, statistics: Statistics) -> Auto:
         done: list[tuple[int, int]] = []
-        choice = auto.choose(
+        choice, encoder = auto.choose(
             experts, examples, SETTINGS, base=base, statistics=statistics,
             progress=lambda number, total: done.append((number, total)),
         )  # fmt: skip
+        settings = choice.applied(SETTINGS)
+        for name, tensor in model.in_memory(experts, settings, base, statistics).items():
+            torch.testing.assert_close(encoder[name], tensor, rtol=1e-5, atol=1e-6)
         assert [number for number, _ in done] == list(range(1, len(choice.candidates) + 1))
         assert choice.chosen.error == min(each.error for each in choice.candidates)
         return choice

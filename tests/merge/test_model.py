@@ -472,7 +472,7 @@ def test_fisher_by_row_column_and_leading_axis(
         name: [torch.rand(shapes.get(name, ()), dtype=torch.float64) for _ in "ab"]
         for name in SHAPES
     }
-    monkeypatch.setattr(Plan, "fisher", lambda plan, name: fisher[name])
+    monkeypatch.setattr(Plan, "fisher", lambda plan, parameter: fisher[parameter.spec.name])
     object.__setattr__(plan, "nodes", [{}])
     for name, tensor in merge(plan).items():
         f, (a, b) = fisher[name], (each[name].double() for each in values)

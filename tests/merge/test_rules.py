@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from fmn.merge.rules import damped, drop, generator, regress, rounded, shares, trim, weighted_mean
+from fmn.merge.rules import (
+    damped,
+    drop,
+    generator,
+    leading_svd,
+    regress,
+    rounded,
+    shares,
+    trim,
+    weighted_mean,
+)
 
 FLOAT32 = st.floats(-1e6, 1e6, width=32)
 FISHER = st.one_of(st.just(0.0), st.floats(0, 1e300), st.floats(0, 1e-300))
@@ -258,3 +268,16 @@ def test_rounded_weights_are_near_and_relative_to_the_largest(values: list[float
 
 def test_weights_that_are_all_zero_count_alike() -> None:
     assert rounded(torch.zeros(3, 2)).tolist() == [[1, 1]] * 3
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9), (6, 6)])
+def test_the_leading_singular_vectors_are_those_of_an_svd(shape: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    low_rank = random.normal(size=(shape[0], 2)) @ random.normal(size=(2, shape[1]))
+    for matrix, rank in ((random.normal(size=shape), 3), (low_rank, 2), (np.zeros(shape), 0)):
+        u, s, vh = (part.numpy() for part in leading_svd(torch.from_numpy(matrix), 3))
+        left, spread, right = np.linalg.svd(matrix)
+        np.testing.assert_allclose(s, spread[:rank], rtol=1e-9)
+        expected = left[:, :rank] * spread[:rank] @ right[:rank]
+        np.testing.assert_allclose(u * s @ vh, expected, atol=1e-9)
+        np.testing.assert_allclose(u.T @ u, np.eye(rank), atol=1e-9)

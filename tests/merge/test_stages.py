@@ -259,7 +259,7 @@ def test_calibration_changes_the_maps_of_the_encoder_alone_and_labels_are_never_
     for name in TASKS:
         head = f"tasks/{name}/model-00002-of-00002.safetensors"
         assert (work / "calibrated" / head).samefile(work / "merged" / head)
-        classifier = checkpoints.load_classifier(work / "calibrated" / "tasks" / name)
+        classifier = checkpoints.load_model(work / "calibrated" / "tasks" / name)
         for key, tensor in after.items():
             assert torch.equal(classifier.base_model.state_dict()[key], tensor)
     assert recipe.calibrate is not None
@@ -309,7 +309,7 @@ def test_the_last_map_of_every_head_alone_is_new_and_the_encoder_is_on_the_disk_
     assert "re-aligned" in (work / "realigned" / "README.md").read_text()
     for name in TASKS:
         old, model = (
-            checkpoints.load_classifier(work / folder / "tasks" / name)
+            checkpoints.load_model(work / folder / "tasks" / name)
             for folder in ("merged", "realigned")
         )
         tensors, path = model.state_dict(), heads.last_linear(old)
@@ -335,7 +335,7 @@ def test_a_task_has_its_experts_own_parts_and_a_head_that_is_fitted_above_them(
     for name in TASKS:
         folder = work / "realigned" / "tasks" / name
         before, model, expert = (
-            checkpoints.load_classifier(path)
+            checkpoints.load_model(path)
             for path in (work / "merged" / "tasks" / name, folder, work / "experts" / name)
         )
         for key, tensor in model.base_model.state_dict().items():

@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fmn.tasks.task import Columns, ProblemType, Task, write_task
+from fmn.tasks.kinds import ProblemType
+from fmn.tasks.task import Columns, Task, write_task
 from tests.tiny import WORDS, tiny_model
 
 TEXTS = [

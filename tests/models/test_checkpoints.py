@@ -116,7 +116,7 @@ def test_a_classifier_is_loaded_whole_quietly_and_in_float32(
 ) -> None:
     state = weights(copy)
     save(copy, {name: value.half() for name, value in state.items()})
-    model = checkpoints.load_classifier(copy)
+    model = checkpoints.load_model(copy)
     tokenizer = checkpoints.load_tokenizer(copy)
     assert capfd.readouterr() == ("", "")
     assert not model.training
@@ -125,7 +125,7 @@ def test_a_classifier_is_loaded_whole_quietly_and_in_float32(
     del state["bert.encoder.layer.1.output.dense.bias"]
     save(copy, state)
     with pytest.raises(UserError, match=r"encoder\.layer\.1\.output\.dense\.bias is missing"):
-        checkpoints.load_classifier(copy)
+        checkpoints.load_model(copy)
     (copy / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match="its tokenizer files cannot be used"):
         checkpoints.load_tokenizer(copy)
@@ -145,7 +145,7 @@ def test_a_model_without_padding_token_pads_with_its_end_of_text(tmp_path: Path)
     model.config.save_pretrained(tmp_path)
     save(tmp_path, model.float().state_dict())
 
-    tokenizer, model = checkpoints.load_tokenizer(tmp_path), checkpoints.load_classifier(tmp_path)
+    tokenizer, model = checkpoints.load_tokenizer(tmp_path), checkpoints.load_model(tmp_path)
     assert tokenizer.pad_token_id == model.config.pad_token_id == 0
     batch = tokenizer(["fine film", "film"], padding=True, return_tensors="pt")
     single = tokenizer("film", return_tensors="pt")

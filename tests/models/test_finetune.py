@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.models.checkpoints import load_classifier
+from fmn.models.checkpoints import load_model
 from fmn.models.finetune import finetune, new_expert
 from fmn.models.predict import predict
 from fmn.tasks.batches import Examples, pad_batch
@@ -159,7 +159,7 @@ def test_a_new_expert_names_its_labels_and_loads_without_fmn(
     (tmp_path / "tokenizer.json").write_bytes((tiny_base / "tokenizer.json").read_bytes())
     np.testing.assert_array_equal(
         predict(model, examples, device="cpu", dtype="float32"),
-        predict(load_classifier(tmp_path), examples, device="cpu", dtype="float32"),
+        predict(load_model(tmp_path), examples, device="cpu", dtype="float32"),
     )
 
 

@@ -13,6 +13,7 @@ from fmn.models import checkpoints, labels
 from fmn.models.labels import Labels
 from fmn.models.predict import predict
 from fmn.tasks import dataset
+from fmn.tasks.encoding import encode
 from fmn.tasks.task import TASKS, Columns, Task, get_task
 from tests.folders import edit_config
 from tests.models.experts import answers, expert, make_task, write_rows
@@ -190,7 +191,7 @@ def test_a_single_logit_becomes_two_outputs(
         return
     model, tokenizer, task, decided = labels.load_expert(folder, TWO, data, "cpu")
     assert decided.order == ([0, 1] if z_means else [1, 0])
-    examples = dataset.tokenize(tokenizer, task, dataset.read_split(data, task, "train"))
+    examples = encode(tokenizer, task, dataset.read_split(data, task, "train"))
     logits = predict(model, examples, device="cpu", dtype="float32")
     expected = np.stack([0 * z, z] if z_means else [z, 0 * z], axis=1)
     np.testing.assert_allclose(logits, expected, atol=1e-5)

@@ -291,7 +291,7 @@ def test_pickled_weights_are_converted(zipped: bool, copy: Path, out: Path) -> N
     converted = weights(out)
     assert set(converted) == set(stored)
     assert all(torch.equal(converted[name], value) for name, value in stored.items())
-    checkpoints.load_classifier(out)
+    checkpoints.load_model(out)
 
 
 class _Bomb:

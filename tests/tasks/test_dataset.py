@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fmn.errors import UserError
 from fmn.tasks import dataset
 from fmn.tasks.batches import pad_batch
+from fmn.tasks.encoding import encode
 from fmn.tasks.rows import check_rows
 from fmn.tasks.task import Columns, Task, get_task
 from tests.tasks.rows import mrpc_columns, write_split
@@ -59,31 +60,29 @@ def test_one_of_mnlis_validation_splits_suffices(tmp_path: Path) -> None:
 
 def test_tokens_are_those_of_the_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = check_rows(pa.table(mrpc_columns(sentence1=["a dog barks", "it"])), MRPC, "here")
-    examples = dataset.tokenize(tokenizer, MRPC, rows)
+    examples = encode(tokenizer, MRPC, rows)
     expected = tokenizer(["a dog barks", "it"], ["c", "d"], padding=True, return_tensors="pt")
     batch = pad_batch(examples, np.arange(2))
     assert batch.inputs.keys() == expected.keys()
     assert all((batch.inputs[name] == expected[name]).all() for name in expected)
     assert examples.labels.tolist() == [0, 1]
-    second = dataset.tokenize(tokenizer, MRPC, rows, rows=np.array([1]))
+    second = encode(tokenizer, MRPC, rows, rows=np.array([1]))
     assert list(second.inputs["input_ids"]) == [[], examples.inputs["input_ids"][1]]
-    unlabelled = dataset.tokenize(tokenizer, MRPC, rows.drop_columns(["label"]))
+    unlabelled = encode(tokenizer, MRPC, rows.drop_columns(["label"]))
     assert unlabelled.labels.tolist() == [0, 0]
 
 
 def test_long_pairs_lose_the_end_of_the_longer_text(tokenizer: PreTrainedTokenizerBase) -> None:
     columns = mrpc_columns(sentence1=["dog " * 300, "dog"], sentence2=["cat " * 20, "cat"])
-    examples = dataset.tokenize(tokenizer, MRPC, pa.table(columns))
+    examples = encode(tokenizer, MRPC, pa.table(columns))
     assert examples.lengths.tolist() == [128, 5]
     cat = tokenizer("cat", add_special_tokens=False)["input_ids"][0]
     assert examples.inputs["input_ids"][0].count(cat) == 20
-    short = dataset.tokenize(
-        tokenizer, MRPC.model_copy(update={"max_length": 16}), pa.table(columns)
-    )
+    short = encode(tokenizer, MRPC.model_copy(update={"max_length": 16}), pa.table(columns))
     assert short.lengths.tolist() == [16, 5]
     texts = ["", "word " * 200_000, "\0\u202e\U0001f600"]  # empty, enormous and odd
     rows = check_rows(pa.table({"sentence": texts, "label": [0, 1, 0]}), SST2, "here")
-    assert dataset.tokenize(tokenizer, SST2, rows).lengths.tolist()[:2] == [2, 128]
+    assert encode(tokenizer, SST2, rows).lengths.tolist()[:2] == [2, 128]
 
 
 def test_several_labels_are_zeros_and_ones_and_no_labels_are_zeros(
@@ -96,9 +95,9 @@ def test_several_labels_are_zeros_and_ones_and_no_labels_are_zeros(
         labels=("x", "y", "z"),
     )
     rows = check_rows(pa.table({"text": ["a", "b"], "label": [[0, 2], []]}), task, "here")
-    labels = dataset.tokenize(tokenizer, task, rows).labels
+    labels = encode(tokenizer, task, rows).labels
     assert (labels.dtype, labels.tolist()) == (np.dtype(np.float32), [[1, 0, 1], [0, 0, 0]])
-    assert pad_batch(dataset.tokenize(tokenizer, task, rows), np.arange(2)).labels.shape == (2, 3)
+    assert pad_batch(encode(tokenizer, task, rows), np.arange(2)).labels.shape == (2, 3)
     plain = Task(name="plain", columns=Columns(text="text", label=None))
-    examples = dataset.tokenize(tokenizer, plain, check_rows(rows, plain, "here"))
+    examples = encode(tokenizer, plain, check_rows(rows, plain, "here"))
     assert (examples.labels.dtype, examples.labels.tolist()) == (np.dtype(np.int64), [0, 0])

@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmn.errors import UserError
-from fmn.tasks.label_values import (
+from fmn.rows.label_values import (
     encode,
     plain_values,
     problem_type,
     read_labels,
 )
-from fmn.tasks.task import MULTI, REGRESSION, SINGLE, TaskSettings
+from fmn.tasks.kinds import MULTI, REGRESSION, SINGLE
+from fmn.tasks.task import TaskSettings
 
 SIGNS = ("neg", "pos")
 

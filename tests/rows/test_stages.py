@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 import fmn
 from fmn.errors import UserError
+from fmn.rows.stages import DataSettings, TaskOptions, data, definition_of
 from fmn.store.stage import read_sidecar
 from fmn.tasks import dataset
 from fmn.tasks.rows import schema
-from fmn.tasks.stages import DataSettings, TaskOptions, data, definition_of
 from fmn.tasks.task import TASKS, TaskSettings, get_task, load_task
 from tests.conftest import ROOT
 from tests.hub_server import Hub

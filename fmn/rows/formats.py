@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmn.errors import UserError, hint
-from fmn.tasks.sources import File, class_names, reachable
+from fmn.rows.sources import File, class_names, reachable
 
 DAMAGED = (
     *(pa.ArrowException, OSError, EOFError, ValueError, RecursionError, zlib.error),

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from fmn.errors import UserError
-from fmn.tasks.stages import DataSettings, data
+from fmn.rows.stages import DataSettings, data
+from fmn.rows.view import describe, known_tasks
 from fmn.tasks.task import TASKS, TaskSettings, get_task
-from fmn.tasks.view import describe, known_tasks
 
 
 def settings_of(path: Path, *rows: dict[str, Any], **fields: Any) -> TaskSettings:

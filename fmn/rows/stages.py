@@ -11,10 +11,11 @@ from pydantic import Field, field_validator
 
 import fmn
 from fmn.errors import UserError, hint, redacted
+from fmn.rows import sources
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, read_info, run_stage
 from fmn.store.yaml_file import read_yaml
-from fmn.tasks import dataset, sources
+from fmn.tasks import dataset
 from fmn.tasks.dataset import DataInfo
 from fmn.tasks.task import (
     ColumnSettings,
@@ -32,7 +33,7 @@ from fmn.tasks.task import (
 )
 
 if TYPE_CHECKING:
-    from fmn.tasks.prepare import Prepared
+    from fmn.rows.prepare import Prepared
 
 DATA = 4
 
@@ -230,7 +231,7 @@ def find_source(task: str, settings: DataSettings, definition: TaskSettings | No
 
 def _read_checked(folder: Path, task: Task, splits: Sequence[str]) -> "Prepared":
     """Rows that are in their task's schema already: GLUE's, or those that fmn wrote."""
-    from fmn.tasks.prepare import Prepared, odd_rows
+    from fmn.rows.prepare import Prepared, odd_rows
 
     tables = {split: dataset.read_split(folder, task, split) for split in splits}
     return Prepared(task, tables, [], odd_rows(task, tables))
@@ -246,7 +247,7 @@ def _own_source(task: str, definition: TaskSettings, rows: DatasetSettings) -> S
     about = json.loads(redacted(definition.model_dump_json()))  # no password of a URL
 
     def read() -> "Prepared":
-        from fmn.tasks.prepare import prepare
+        from fmn.rows.prepare import prepare
 
         each = files
         if hub and commit:

@@ -7,20 +7,20 @@ import numpy as np
 import pyarrow as pa
 
 from fmn.errors import UserError
-from fmn.tasks.batches import random_order
-from fmn.tasks.dataset import label_array
-from fmn.tasks.formats import Table, read_files
-from fmn.tasks.label_values import (
+from fmn.rows.formats import Table, read_files
+from fmn.rows.label_values import (
     Labels,
     encode,
     plain_values,
     read_labels,
 )
+from fmn.rows.sources import File, choose_splits
+from fmn.tasks.batches import random_order
+from fmn.tasks.dataset import label_array
+from fmn.tasks.kinds import SINGLE
 from fmn.tasks.rows import schema
-from fmn.tasks.sources import File, choose_splits
 from fmn.tasks.task import (
     DEFAULT_METRICS,
-    SINGLE,
     Columns,
     DatasetSettings,
     Task,

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from fmn.errors import UserError
-from fmn.tasks.sources import choose_splits, find_files, hub_name, local_files
+from fmn.rows.sources import choose_splits, find_files, hub_name, local_files
 from fmn.tasks.task import DatasetSettings, SplitSettings, TaskSettings
 from tests.conftest import ROOT
 from tests.hub_server import Hub
@@ -204,7 +204,8 @@ dataset_info:
 ---
 """
 CODE = """
-import json, sys; from fmn.errors import UserError; from fmn.tasks import sources, task
+import json, sys; from fmn.errors import UserError
+from fmn.rows import sources; from fmn.tasks import task
 rows = task.DatasetSettings(**json.loads(sys.argv[1]))
 try:
     commit = sources.pin(rows, "org/name")

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmn.errors import UserError
-from fmn.tasks.formats import Table, read_files
-from fmn.tasks.sources import find_files
+from fmn.rows.formats import Table, read_files
+from fmn.rows.sources import find_files
 from fmn.tasks.task import DatasetSettings
 
 ODD = [

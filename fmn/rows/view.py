@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import Field
 
 from fmn.errors import UserError
+from fmn.rows.stages import MINIATURE, DataSettings, find_source
 from fmn.store.records import Record
 from fmn.tasks import dataset
-from fmn.tasks.stages import MINIATURE, DataSettings, find_source
 from fmn.tasks.task import (
     DEFAULT_METRICS,
     TASKS,

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmn.errors import UserError
-from fmn.tasks.prepare import Prepared, prepare
+from fmn.rows.prepare import Prepared, prepare
+from fmn.rows.sources import find_files
 from fmn.tasks.rows import check_rows
-from fmn.tasks.sources import find_files
 from fmn.tasks.task import TaskSettings
 
 ROW = {"text": "a", "label": "x"}

@@ -10,7 +10,8 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from fmn.errors import UserError, hint
-from fmn.tasks.task import METRICS, MULTI, REGRESSION, SINGLE, TaskSettings, in_a_line, plain_text
+from fmn.tasks.kinds import MULTI, REGRESSION, SINGLE
+from fmn.tasks.task import METRICS, TaskSettings, in_a_line, plain_text
 
 _NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _TRUTH = {"true": True, "false": False}
