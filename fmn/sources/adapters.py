@@ -6,6 +6,7 @@ passed over: each of its tensors is used, or it is refused.
 """
 
 import re
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmn.errors import UserError
 from fmn.models import checkpoints
-from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES, VOCABULARY_FILES
+from fmn.models.checkpoints import CONFIG, SMALL_FILES, TOKENIZER_FILES, VOCABULARY_FILES
 from fmn.models.headers import TensorHeader, file_headers, first_words, read_json, tensor_headers
 from fmn.sources import forms, names, weights
 from fmn.sources.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -334,8 +335,6 @@ def _save(
     merged: "PreTrainedModel", adapter: Path, base: Path, out: Path, notes: list[str]
 ) -> None:
     """Write the merged model in its base's dtype, with the adapter's tokenizer or the base's."""
-    import shutil
-
     import torch
 
     config: Any = merged.config
@@ -347,10 +346,11 @@ def _save(
         merged.all_tied_weights_keys = {}
         notes.append(f"the adapter changes {apart[0]} apart from what it was tied to; both stay")
     has_tokenizer = any((adapter / name).is_file() for name in VOCABULARY_FILES)
-    source = adapter if has_tokenizer else base
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    for name in SMALL_FILES:  # the files of one tokenizer belong together
+        own = has_tokenizer if name in TOKENIZER_FILES else (adapter / name).is_file()
+        if (source := (adapter if own else base) / name).is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, out / name)
     if config.pad_token_id is None and any((out / name).is_file() for name in VOCABULARY_FILES):
         config.pad_token_id = checkpoints.load_tokenizer(out, config).pad_token_id
     dtypes = {header.dtype for header in tensor_headers(base).values()}
@@ -359,4 +359,3 @@ def _save(
         merged = merged.to(dtype)
     with checkpoints.quiet():
         merged.save_pretrained(out)
-    (out / "generation_config.json").unlink(missing_ok=True)

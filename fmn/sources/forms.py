@@ -6,19 +6,23 @@ What can be used is brought into the one form that the rest of the package reads
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from fmn.errors import UserError
+from fmn.models import checkpoints
+from fmn.models.checkpoints import CONFIG
+from fmn.models.headers import PICKLED, WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_CONFIGS = (f"/{CONFIG}", f"/{ADAPTER_CONFIG}")
 _HUB_HOSTS = {"huggingface.co", "www.huggingface.co", "hf.co"}
 _HUB_PATH = re.compile(
     r"(?!datasets/|spaces/)([\w.-]+(?:/[\w.-]+)??)(?:/(tree|blob|resolve)/([^/]+)(/.+)?)?"
@@ -124,26 +128,24 @@ def names_below(folder: Path) -> frozenset[str]:
 # What cannot be used
 
 
-def no_checkpoint(names: Iterable[str], config: str = "config.json") -> str:
+def no_checkpoint(names: Set[str]) -> str:
     """The end of a message about a place with these files that has no configuration."""
-    names = sorted(names)
     if "merge.json" in names:
-        return "is a merged model; give one of its folders: encoder, or tasks/TASK"
-    ends = (f"/{config}", f"/{ADAPTER_CONFIG}")
-    inner = list(dict.fromkeys(name.rpartition("/")[0] for name in names if name.endswith(ends)))
+        return checkpoints.no_checkpoint(names)
+    folders = {name.partition("/")[0] for name in names if name.endswith(_CONFIGS)}
+    inner = [name for name in folders if not re.fullmatch(r"\d+_(Pooling|Dense|Normalize)", name)]
     inner.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split("-")])
     if len(inner) > 1 and all(name.startswith("checkpoint-") for name in inner):
         return f"holds the checkpoints of a training run: {', '.join(inner)}; give one of them"
     if inner:
-        return f"has no {config}, but {', '.join(inner[:12])} has; give that folder"
-    end = _unusable(names) if ADAPTER_CONFIG not in names else None
-    return end or f"has no {config}; give the folder or repository of a Transformers checkpoint"
+        return f"has no {CONFIG}, but {', '.join(inner[:12])} has; give that folder"
+    return _unusable(names) or checkpoints.no_checkpoint(names)
 
 
 def no_weights(names: Iterable[str]) -> str:
     """The end of a message about a place with these files that has no weights to read."""
-    remedy = "save it with `save_pretrained`"
-    return _unusable(names) or f"has neither model.safetensors nor pytorch_model.bin; {remedy}"
+    neither = f"has neither {WEIGHTS} nor {PICKLED}; save it with `save_pretrained`"
+    return _unusable(names) or neither
 
 
 def _unusable(names: Iterable[str]) -> str | None:

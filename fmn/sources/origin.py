@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from fmn.errors import UserError
 from fmn.models import checkpoints, headers
-from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES, VOCABULARY_FILES
+from fmn.models.checkpoints import CONFIG, SMALL_FILES, VOCABULARY_FILES
 from fmn.models.headers import INDEX, WEIGHTS, names_in
 from fmn.models.provenance import CheckpointInfo, lineage
 from fmn.sources import adapters, forms, names, weights
@@ -201,11 +201,13 @@ def _copy(origin: Origin, files: Iterable[str], folder: Path) -> None:
                 raise UserError(
                     f"{path}: is a pointer of Git LFS, not the file; run `git lfs pull`"
                 )
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
         if origin.pinned.startswith("hf://") and name.endswith((".safetensors", ".bin")):
             with suppress(OSError):  # another file system, or one without links
-                os.link(path, folder / name)
+                os.link(path, target)
                 continue
-        shutil.copyfile(path, folder / name)
+        shutil.copyfile(path, target)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ def _small_files(origin: Origin) -> list[str]:
     """Every file that a checkpoint or an adapter needs beside its weights."""
     if CONFIG not in origin.names and not origin.is_adapter:
         raise UserError(f"{origin.source}: {forms.no_checkpoint(origin.names)}")
-    small = (ADAPTER_CONFIG, CONFIG, *TOKENIZER_FILES)
+    small = (ADAPTER_CONFIG, CONFIG, *SMALL_FILES)
     return [name for name in small if name in origin.names]
 
 

@@ -375,7 +375,7 @@ def test_labels_beside_the_adapter_are_the_experts(
     config = checkpoints.load_config(tmp_path / "out")
     assert config.id2label == {0: "no", 1: "maybe", 2: "yes"}
     assert (tmp_path / "out" / "task.json").is_file()
-    checkpoints.load_classifier(tmp_path / "out")
+    checkpoints.load_model(tmp_path / "out")
 
 
 def test_tokens_that_the_adapter_adds_come_with_it(

@@ -159,9 +159,7 @@ def test_places_that_hold_no_checkpoint_are_named(copy: Path, tmp_path: Path) ->
         fetch(copy / "config.json", tmp_path / "out")
     outside = tmp_path / "outside"
     shutil.copytree(copy, outside / "0_Transformer")
-    with pytest.raises(
-        UserError, match="but 0_Transformer has; give that folder"
-    ):
+    with pytest.raises(UserError, match="but 0_Transformer has; give that folder"):
         fetch(outside, tmp_path / "out")
     (outside / "merge.json").write_text("{}")
     with pytest.raises(UserError, match="is a merged model; give one of its folders"):
@@ -195,12 +193,12 @@ def test_places_that_hold_no_checkpoint_are_named(copy: Path, tmp_path: Path) ->
 def test_entries_that_stand_for_nothing_are_left_out(
     changes: dict[str, Any], notes: list[str], copy: Path, tmp_path: Path
 ) -> None:
-    expected = checkpoints.load_classifier(copy).state_dict()
+    expected = checkpoints.load_model(copy).state_dict()
     edit_config(copy, **changes)
     info = fetch(copy, tmp_path / "out")
     assert len(info.notes) == len(notes)
     assert all(part in note for part, note in zip(notes, info.notes, strict=True))
-    loaded = checkpoints.load_classifier(tmp_path / "out").state_dict()
+    loaded = checkpoints.load_model(tmp_path / "out").state_dict()
     assert all((loaded[name] == value).all() for name, value in expected.items())
     config = checkpoints.load_config(tmp_path / "out")
     assert config.architectures == ["BertForSequenceClassification"]

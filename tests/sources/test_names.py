@@ -77,7 +77,7 @@ def test_a_wrappers_part_within_names_is_taken_off(part: str, copy: Path, tmp_pa
     for file in (tmp_path / "out").glob("*.safetensors"):
         loaded |= safetensors.torch.load_file(file)
     assert_same(loaded, state)
-    checkpoints.load_classifier(tmp_path / "out")
+    checkpoints.load_model(tmp_path / "out")
 
 
 @given(

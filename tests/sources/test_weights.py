@@ -54,7 +54,7 @@ def test_weights_in_every_form_are_the_same_model(form: str, copy: Path, tmp_pat
     assert info.is_converted == ("pickle" in form)
     assert info.notes == []
     assert tensor_headers(tmp_path / "out").keys() == state.keys()
-    loaded = checkpoints.load_classifier(tmp_path / "out").state_dict()
+    loaded = checkpoints.load_model(tmp_path / "out").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
     assert not list((tmp_path / "out").glob("*.bin*"))
 
