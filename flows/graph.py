@@ -72,7 +72,6 @@ EXPERT_METRICS, METRICS = "metrics/experts/{name}.json", "metrics/{name}.json"
 ALL_EXPERTS, ALL_FISHER = Each(EXPERT, EXPERTS), Each(FISHER, EXPERTS)
 
 NOTHING: Reads = {}
-ROWS = {"data": DATA}
 BASE_AND_DATA = {"base": "base", "data": DATA}
 EXPERT_AND_DATA = {"checkpoint": EXPERT, "data": DATA}
 ONE_MODEL = {"model": EXPERT, "data": DATA}
@@ -109,7 +108,8 @@ HEADLINE = {"headline": "model"}
 PIPELINE = (
     Row("fetch-base", fetch, ONCE, "base", NOTHING, values=FROM_BASE),
     Row("data", data, EXPERTS, DATA, NOTHING, "data", DEFINITION, is_task=True),
-    Row("fetch", fetch, "sources", EXPERT, ROWS, "sources.{name}", FROM_SOURCE, is_task=True),
+    Row("fetch", fetch, "sources", EXPERT, BASE_AND_DATA, "sources.{name}", FROM_SOURCE,
+        is_task=True),
     Row("finetune", finetune, "finetune", EXPERT, BASE_AND_DATA, "finetune.{name}", is_task=True),
     Row("fisher", fisher, EXPERTS, FISHER, EXPERT_AND_DATA, "fisher", is_task=True),
     Row("gram", gram, "grams", GRAM, EXPERT_AND_DATA, "grams.{name}", is_task=True),

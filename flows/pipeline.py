@@ -60,10 +60,10 @@ def run_node(node: Node) -> Outcome[Any]:
     line = f"{outcome.stage:<9} {node.name or node.stage:<12} {seconds}"
     get_run_logger().info(line)
     say(line)
-    notes = getattr(getattr(outcome.summary, "labels", None), "notes", ())  # of a fetched expert
+    messages = getattr(outcome.summary, "messages", ())  # of a fetched checkpoint
     taken = getattr(outcome.summary, "published", None)  # of a statistic
     warnings = getattr(outcome.summary, "warnings", ())  # of a task's rows
-    for note in (*notes, *warnings, *([taken] if taken else [])):
+    for note in (*messages, *warnings, *([taken] if taken else [])):
         get_run_logger().warning(note)
         say(note)
     return outcome

@@ -127,7 +127,7 @@ def _print_outcome(outcome: Outcome[Any] | Record, as_json: bool, show: Show) ->
         time = f"{outcome.seconds:.1f} s" if outcome.computed else "already there"
         say(f"{outcome.stage}: {outcome.out} ({time})")
     show(summary)
-    say(*getattr(getattr(summary, "labels", None), "notes", ()))
+    say(*getattr(summary, "messages", ()))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from fmn.errors import UserError
 from fmn.models.headers import (
     first_words,
     names_in,
-    no_weights,
     read_file,
     read_json,
     tensor_headers,
@@ -93,7 +92,7 @@ def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if (folder / "adapter_config.json").exists():  # Transformers would apply it to the weights
-        return "holds a PEFT adapter beside a model; keep one of them"
+        return "holds a PEFT adapter beside a model; keep one of them, or `fmn fetch` the adapter"
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         if "auto_map" in raw:
@@ -126,7 +125,7 @@ def _entries(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def no_checkpoint(names: Set[str]) -> str:
     """The end of a message about a folder of these names that has no config.json."""
     if "adapter_config.json" in names:
-        return no_weights(names)
+        return "holds a PEFT adapter; `fmn fetch` makes a full model of it"
     if "merge.json" in names:
         return "is a merged model; give one of its folders: encoder, or tasks/TASK"
     return f"has no {CONFIG}; give the folder or repository of a Transformers checkpoint"

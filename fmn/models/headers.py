@@ -7,7 +7,6 @@ JSON header of that length, then the tensors' bytes without gaps).
 
 import json
 import re
-from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +70,8 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     if WEIGHTS in names:
         return file_headers(folder / WEIGHTS)
     if INDEX not in names:
-        raise UserError(f"{folder}: {no_weights(names)}")
+        remedy = "`fmn fetch` makes it of adapters and of other forms of weights"
+        raise UserError(f"{folder}: has no {WEIGHTS}; {remedy}")
     shard_of = weight_map(folder / INDEX)
     shards = [file_headers(folder / shard) for shard in sorted(set(shard_of.values()))]
     tensors = {name: header for shard in shards for name, header in shard.items()}
@@ -115,15 +115,6 @@ def names_in(folder: Path) -> set[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     return {path.name for path in folder.iterdir()}
-
-
-def no_weights(names: Set[str]) -> str:
-    """The end of a message about a folder of these names that has no weights."""
-    if "adapter_config.json" in names:
-        return "holds a PEFT adapter alone; merge it into its base (`merge_and_unload`) and save"
-    if PICKLED in names:
-        return "has no safetensors weights; `fmn fetch` converts them"
-    return f"has neither {WEIGHTS} nor {PICKLED}; save it with `save_pretrained`"
 
 
 def first_words(error: BaseException) -> str:

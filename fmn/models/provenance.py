@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from fmn.models.labels import Labels
 from fmn.store import artifacts
 from fmn.store.records import Record, parse_record
@@ -22,11 +24,18 @@ class CheckpointInfo(Lineage):
     Attributes:
         is_converted: whether the weights were pickled.
         labels: how the outputs stood for the labels of a task, before they were put into its order.
+        notes: what was changed in the checkpoint that Transformers would not change by itself.
     """
 
     model_type: str
     is_converted: bool = False
     labels: Labels | None = None
+    notes: list[str] = Field(default_factory=list)
+
+    @property
+    def messages(self) -> list[str]:
+        """What the user should know of the checkpoint."""
+        return [*self.notes, *(self.labels.notes if self.labels else ())]
 
 
 class TrainingInfo(Record):

@@ -7,7 +7,7 @@ data only the first rows are read. All problems are listed, not the first one al
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from fmn.rows.sources import hub_name, local_files
 from fmn.rows.stages import find_source
 from fmn.setup.outline import Outline, outline
 from fmn.setup.preview import first_rows
+from fmn.sources.origin import pin
 from fmn.store.records import Record
 from fmn.store.yaml_file import read_yaml
 from fmn.tasks.dataset import HUB
@@ -250,11 +251,26 @@ def _outlines(settings: Params, scratch: Path, findings: list[Finding]) -> dict[
         (scratch / name).mkdir()
         place = "base" if name == "base" else f"sources.{name.removeprefix('expert ')}"
         with _noted(findings, place):
-            outlines[name] = outline(source, scratch / name, statistics=name != "base")
-            if outlines[name].is_pickled:
-                line = f"{place}: the weights are pickled, so that their shapes are not known yet"
-                findings.append(Finding.of(f"{line}; take safetensors if there are", False))
+            facts = outlines[name] = outline(source, scratch / name, statistics=name != "base")
+            lines = _warnings(facts, outlines.get("base"))
+            findings += [Finding.of(f"{place}: {line}", is_error=False) for line in lines]
     return outlines
+
+
+def _warnings(facts: Outline, base: Outline | None) -> list[str]:
+    """What cannot be known of a checkpoint before it is downloaded."""
+    if facts.is_pickled:
+        problem = "the weights are pickled, so that their shapes are not known yet"
+        return [f"{problem}; take safetensors if there are"]
+    if facts.adapter_base is None:
+        return []
+    problem = "is an adapter, which is checked when it becomes a full model"
+    if facts.adapter_base and base:
+        with suppress(UserError):  # the base that it names is somewhere else
+            if pin(facts.adapter_base) == base.pinned:
+                return []
+        problem += f"; it names the base {facts.adapter_base}, which must be the run's by content"
+    return [problem]
 
 
 def _check_fit(
@@ -271,7 +287,7 @@ def _check_fit(
     folders = {
         name: scratch / f"expert {name}"
         for name in settings.sources
-        if f"expert {name}" in outlines
+        if f"expert {name}" in outlines and outlines[f"expert {name}"].adapter_base is None
     }
     for name, folder in folders.items():
         first: Path = base or next(iter(folders.values()))
@@ -360,7 +376,8 @@ def _need(settings: Params, scratch: Path, outlines: Mapping[str, Outline], rows
 
 
 def _any_config(scratch: Path, outlines: Mapping[str, Outline]) -> "PretrainedConfig | None":
-    return next((checkpoints.load_config(scratch / name) for name in outlines), None)
+    whole = [name for name, facts in outlines.items() if facts.adapter_base is None]
+    return checkpoints.load_config(scratch / whole[0]) if whole else None
 
 
 def _layers(scratch: Path, outlines: Mapping[str, Outline]) -> int:
@@ -370,8 +387,7 @@ def _layers(scratch: Path, outlines: Mapping[str, Outline]) -> int:
 
 def _gram_bytes(scratch: Path, outlines: Mapping[str, Outline]) -> int:
     """Bytes of the Gram matrices of one expert, at most: one for each linear map, in float32."""
-    for name in outlines:
-        folder = scratch / name
+    for folder in [scratch / name for name, x in outlines.items() if x.adapter_base is None]:
         shapes = _encoder_shapes(folder)
         maps = checkpoints.linear_maps(checkpoints.load_config(folder))
         inputs = [

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from fmn.errors import UserError
-from fmn.models.checkpoints import CONFIG, no_checkpoint
+from fmn.models.checkpoints import CONFIG
 from fmn.models.headers import read_json
 from fmn.rows.sources import FORMATS
 from fmn.setup.preview import first_rows
-from fmn.sources import origin
+from fmn.sources import forms, origin
+from fmn.sources.forms import ADAPTER_CONFIG
 from fmn.sources.origin import SCHEMES, Origin
 from fmn.store.stage import read_sidecar
 from fmn.tasks.kinds import KINDS, KindName, kind_of_class
 from fmn.tasks.task import DEFINITION, TASKS, DatasetSettings, Task, read_task, task_settings
 
-ADAPTER = "adapter_config.json"
 CARD = "README.md"
 MODULES = "modules.json"  # of Sentence Transformers
 # Kinds by the task_type of a PEFT adapter.
@@ -111,10 +111,10 @@ def guess(source: str) -> Guess:
     """
     with tempfile.TemporaryDirectory() as scratch:
         place = origin.locate(source, Path(scratch))
-        is_adapter = CONFIG not in place.names and ADAPTER in place.names
+        is_adapter = CONFIG not in place.names and ADAPTER_CONFIG in place.names
         if not is_adapter and CONFIG not in place.names:
-            raise UserError(f"{source}: {no_checkpoint(place.names)}")
-        config = read_json(place.local(ADAPTER if is_adapter else CONFIG))
+            raise UserError(f"{source}: {forms.no_checkpoint(place.names)}")
+        config = read_json(place.local(ADAPTER_CONFIG if is_adapter else CONFIG))
         card = _card(place)
         folder = place.local(CONFIG).parent
         definition = read_task(folder) if DEFINITION in place.names else None

@@ -7,6 +7,7 @@ works on an outline as on the checkpoint, which is not downloaded.
 
 import io
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from math import prod
@@ -15,8 +16,11 @@ from typing import IO, Any, NamedTuple
 
 from fmn.errors import UserError
 from fmn.models import checkpoints
-from fmn.models.headers import PICKLED, WEIGHTS, tensor_headers
-from fmn.sources import origin
+from fmn.models.checkpoints import FISHER, GRAM
+from fmn.models.headers import WEIGHTS, tensor_headers
+from fmn.sources import adapters, origin
+from fmn.sources.forms import ADAPTER_CONFIG
+from fmn.sources.origin import Origin
 from fmn.store import hub
 
 LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
@@ -31,13 +35,16 @@ class Outline(NamedTuple):
         weights: bytes of the weights.
         parameters: how many numbers they are.
         is_pickled: whether the shapes are what config.json says, for want of headers.
+        adapter_base: of an adapter, whose tensors are not outlined: the source of its base; ""
+            where it names none.
     """
 
     pinned: str
     download: int
     weights: int
-    parameters: int
-    is_pickled: bool
+    parameters: int = 0
+    is_pickled: bool = False
+    adapter_base: str | None = None
 
 
 def outline(source: str, folder: Path, *, statistics: bool = False) -> Outline:
@@ -47,44 +54,58 @@ def outline(source: str, folder: Path, *, statistics: bool = False) -> Outline:
         UserError: as `fmn.sources.origin.copy_checkpoint` does; or a file of weights is not whole.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        (Path(scratch) / "holes" / "fmn").mkdir(parents=True)  # of statistics beside an expert
         place = origin.locate(source, Path(scratch))
-        is_pickled = WEIGHTS not in place.names and origin.weight_files(place) == [PICKLED]
-        sizes: dict[str, tuple[int, bool]] = {}
+        files = origin.weight_files(place)
+        beside = sorted(place.names & {FISHER, GRAM}) if statistics else []
+        parts = [*(name for name in files if not name.endswith(".json")), *beside]
+        sizes = {name: _size(place, name) for name in parts}
+        if place.is_adapter:
+            shutil.copyfile(place.local(ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
+            base = adapters.base_source(folder)
+            return Outline(place.pinned, _remote(sizes), _all(sizes), adapter_base=base)
+        is_pickled = any(name.endswith(".bin") for name in files)
+        names = place.names - (set() if statistics else {FISHER, GRAM})
+        if is_pickled:
+            names = frozenset(name for name in names if ".bin" not in name) | {WEIGHTS}
 
         def local(name: str) -> Path:
-            """An outline of a file of weights; any other file itself."""
-            path = Path(scratch) / "holes" / name
+            """An outline of a file of tensors; any other file itself."""
+            path = Path(scratch) / name
+            path.parent.mkdir(exist_ok=True)
             if is_pickled and name == WEIGHTS:
-                with place.open(PICKLED) as stream:
-                    sizes[name] = _size(stream)
                 shapes = checkpoints.described_shapes(checkpoints.load_config(folder))
-                _write_header(path, {each: ("F32", shape) for each, shape in shapes.items()})
+                _write_header(path, shapes)
             elif name.endswith(".safetensors"):
                 with place.open(name) as stream:
-                    sizes[name] = _size(stream)
-                    _copy_header(stream, sizes[name][0], path, f"{source}: {name}")
+                    _copy_header(stream, _size(place, name)[0], path, f"{source}: {name}")
             else:
                 return place.local(name)
             return path
 
-        names = place.names - {PICKLED} | ({WEIGHTS} if is_pickled else set())
         outlined = place._replace(names=names, local=local, is_linked=True)
-        origin.copy_files(outlined, folder, statistics=statistics)
-    return Outline(
-        pinned=place.pinned,
-        download=sum(size for size, is_remote in sizes.values() if is_remote),
-        weights=sum(size for size, _ in sizes.values()),
-        parameters=sum(prod(header.shape) for header in tensor_headers(folder).values()),
-        is_pickled=is_pickled,
-    )
+        origin.copy_origin(outlined, folder, Path(scratch))
+    parameters = sum(prod(header.shape) for header in tensor_headers(folder).values())
+    return Outline(place.pinned, _remote(sizes), _all(sizes), parameters, is_pickled)
 
 
-def _size(stream: io.BufferedReader) -> tuple[int, bool]:
-    """The bytes of a file, and whether they are on the Hub alone; it is read from its beginning."""
-    size = stream.seek(0, io.SEEK_END)
-    stream.seek(0)
-    return size, isinstance(stream.raw, hub.RemoteFile)
+def _size(place: Origin, name: str) -> tuple[int, bool]:
+    """The bytes of a file, and whether they are on the Hub alone."""
+    with place.open(name) as stream:
+        return stream.seek(0, io.SEEK_END), isinstance(stream.raw, hub.RemoteFile)
+
+
+def _remote(sizes: Mapping[str, tuple[int, bool]]) -> int:
+    return sum(size for size, is_remote in sizes.values() if is_remote)
+
+
+def _all(sizes: Mapping[str, tuple[int, bool]]) -> int:
+    return sum(size for size, _ in sizes.values())
+
+
+def _runtime_name(name: str) -> str:
+    """Today's name of a tensor of BERT, so that no file is written anew for it."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _copy_header(stream: IO[bytes], size: int, path: Path, place: str) -> None:
@@ -103,18 +124,18 @@ def _copy_header(stream: IO[bytes], size: int, path: Path, place: str) -> None:
     if 8 + length + end != size:
         problem = f"is {size} bytes, and its header tells of {8 + length + end}"
         raise UserError(f"{place}: {problem}; get it again")
-    renamed = {origin.runtime_name(name): entry for name, entry in header.items()}
-    if len(renamed) < len(header):
-        raise UserError(f"{place}: has a LayerNorm by its old and its new name; save it again")
+    renamed = {_runtime_name(name): entry for name, entry in header.items()}
+    if len(renamed) < len(header):  # the names are refused where all names are
+        renamed = header
     _write(path, renamed, end)
 
 
-def _write_header(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def _write_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Write a safetensors file of float32 tensors that is a hole below its header."""
     header, end = dict[str, Any](), 0
-    for name, (dtype, shape) in tensors.items():
+    for name, shape in shapes.items():
         start, end = end, end + 4 * prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     _write(path, header, end)
 
 

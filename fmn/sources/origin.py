@@ -4,28 +4,27 @@ Sources are pinned and verified. Nothing that comes with one is ever executed: a
 by ``torch.load(weights_only=True)`` alone.
 """
 
+import json
 import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module, metadata, util
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from fmn.errors import UserError
 from fmn.models import checkpoints, headers
-from fmn.models.checkpoints import CONFIG, FISHER, GRAM, TOKENIZER_FILES, VOCABULARY_FILES
-from fmn.models.headers import INDEX, PICKLED, WEIGHTS, names_in
-from fmn.models.provenance import CheckpointInfo
+from fmn.models.checkpoints import CONFIG, FISHER, GRAM, SMALL_FILES, VOCABULARY_FILES
+from fmn.models.headers import INDEX, WEIGHTS, names_in
+from fmn.models.provenance import CheckpointInfo, lineage
+from fmn.sources import adapters, forms, names, weights
+from fmn.sources.forms import ADAPTER_CONFIG
 from fmn.store import hub
 from fmn.store.stage import Progress, no_progress
-
-if TYPE_CHECKING:
-    import torch
 
 SCHEMES = ("hf://", "models:", "package:")  # how every source begins that is not a folder
 # The only import upwards, and so by name: only the room `registry` knows MLflow. It is loaded for a
@@ -36,12 +35,12 @@ _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)((?:/[^/@]+)*)/?(?:@([\w.+!-]+))?"
 
 
 class Origin(NamedTuple):
-    """Where the files of a checkpoint are.
+    """Where the files of a checkpoint or of an adapter are.
 
     Attributes:
         source: what the user calls it.
         pinned: the source, such that it means the same bytes tomorrow.
-        names: the files at its top level.
+        names: the files in it, by their paths.
         local: gives the path on this machine of a file, which is downloaded if need be.
         open: opens a file to read parts of it; it is not downloaded for that.
         is_linked: whether copies of weights are links to these files.
@@ -54,6 +53,11 @@ class Origin(NamedTuple):
     open: Callable[[str], BufferedReader]
     is_linked: bool = False
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter of PEFT, which needs its base."""
+        return ADAPTER_CONFIG in self.names
+
 
 def pin(source: str) -> str:
     """A source such that the same string means the same bytes; raises as `copy_checkpoint` does.
@@ -61,6 +65,7 @@ def pin(source: str) -> str:
     ``hf://org/name@<40 hex>``, ``models:/name/3``, ``package:module/path@<version>``; a folder
     stands for itself. A source that is pinned to a commit needs no network.
     """
+    source = forms.address(source)
     if source.startswith("models:"):
         return str(import_module(_REGISTRY).pin(source))
     if (match := _HUB.fullmatch(source)) and hub.COMMIT.fullmatch(match[3] or ""):
@@ -78,25 +83,33 @@ def folder_files(source: str) -> list[Path]:
 
 def locate(source: str, scratch: Path, progress: Progress = no_progress) -> Origin:
     """Where the files of a source are; those of a registered model are put into `scratch`."""
+    source = forms.address(source)
     is_registered = source.startswith("models:")
     return _registered(source, scratch) if is_registered else _origin(source, progress)
 
 
 def copy_checkpoint(
-    source: str, folder: Path, progress: Progress = no_progress, *, statistics: bool = False
+    source: str,
+    folder: Path,
+    progress: Progress = no_progress,
+    base: Path | None = None,
+    *,
+    statistics: bool = False,
 ) -> CheckpointInfo:
     """Fill an empty folder with a whole, verified checkpoint from a source.
 
     Takes config.json, tokenizer files and safetensors weights; pickled weights only where there
-    are no others, and then converts them. Names of old BERT files (``LayerNorm.gamma``) become
-    runtime names.
+    are no others, and then converts them. Tensors get the names of today. An adapter becomes the
+    whole model that it makes of its base.
 
     Args:
-        source: ``hf://org/name@revision`` (without a revision: main; a folder of the repository as
-            ``hf://org/name/tasks/x``), a folder,
-            ``models:/name@alias``, ``models:/name/3`` or ``package:module/path``.
+        source: ``hf://org/name@revision`` (without a revision: main), also with a folder in it,
+            ``hf://org/name/folder@revision``; a folder, ``models:/name@alias``,
+            ``models:/name/3`` or ``package:module/path``.
         folder: where to write; an empty folder.
         progress: called with (bytes, bytes in all) of the file that comes from the Hub.
+        base: the folder of the model that an adapter was trained on; without it, the model that
+            the adapter names. Other sources need none.
         statistics: whether statistics that are published beside the checkpoint come along.
 
     Raises:
@@ -104,40 +117,126 @@ def copy_checkpoint(
             is no checkpoint that can be used without running code.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.source.") as scratch:
-        return copy_files(locate(source, Path(scratch), progress), folder, statistics=statistics)
+        origin = locate(source, Path(scratch), progress)
+        if not statistics:
+            origin = origin._replace(names=origin.names - {FISHER, GRAM})
+        return copy_origin(origin, folder, Path(scratch), base)
 
 
-def copy_files(origin: Origin, folder: Path, *, statistics: bool) -> CheckpointInfo:
-    """Fill an empty folder with the checkpoint in an origin; raises as `copy_checkpoint` does."""
-    source = origin.source
-    if not statistics:
-        origin = origin._replace(names=origin.names - {FISHER, GRAM})
+def copy_origin(
+    origin: Origin, folder: Path, scratch: Path, base: Path | None = None
+) -> CheckpointInfo:
+    """Fill an empty folder with the checkpoint in an origin; raises as `copy_checkpoint` does.
+
+    `scratch` is a folder for what is needed meanwhile.
+    """
+    notes: list[str] = []
     try:
-        _copy(origin, _small_files(origin), folder)
-        checkpoints.load_config(folder)  # before weights are downloaded that cannot be used
-        weights = weight_files(origin)
-        _copy(origin, weights, folder)
-        _rewrite(folder)
+        files = weight_files(origin)
+        if origin.is_adapter:
+            _merge_adapter(origin, folder, scratch, base, notes)
+        else:
+            _copy_files(origin, files, folder, notes)
+        names.normalise(folder, notes)
         config = checkpoints.load_config(folder)
         checkpoints.check_tensors(folder, config, head=False)
         if any((folder / name).is_file() for name in VOCABULARY_FILES):
             checkpoints.load_tokenizer(folder, config)
     except UserError as error:  # the reader does not know the folder that is being written
-        raise UserError(str(error).replace(str(folder), source)) from error
-    facts = {"model_type": config.model_type, "is_converted": weights == [PICKLED]}
-    return CheckpointInfo(source=source, revision=origin.pinned, **facts)
+        raise UserError(_readable(str(error), origin.source, folder, scratch)) from error
+    return CheckpointInfo(
+        source=origin.source,
+        revision=origin.pinned,
+        model_type=config.model_type,
+        is_converted=any(name.endswith(".bin") for name in files),
+        notes=notes,
+    )
 
 
-def _copy(origin: Origin, names: Iterable[str], folder: Path) -> None:
+def _readable(message: str, source: str, folder: Path, scratch: Path) -> str:
+    """A message with the source in place of the folders that are gone when it is read."""
+    for path in (f"{scratch}/adapter", str(folder)):
+        message = message.replace(path, source)
+    return message
+
+
+def _copy_files(origin: Origin, files: list[str], folder: Path, notes: list[str]) -> None:
+    """Copy a checkpoint, and make safetensors of its weights; config.json is tidied."""
+    _copy(origin, _small_files(origin), folder)
+    raw, changes = forms.tidy(checkpoints.read_config(folder))
+    notes += [*changes, *weights.left_over(origin.names)]
+    if raw != checkpoints.read_config(folder):
+        (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+    checkpoints.load_config(folder)  # before weights are downloaded that cannot be used
+    _copy(origin, files, folder)
+    weights.unpickle_files(folder)
+
+
+def _merge_adapter(
+    origin: Origin, folder: Path, scratch: Path, base: Path | None, notes: list[str]
+) -> None:
+    """Write the model that an adapter makes of its base, which must be that of the run."""
+    adapter, stated = scratch / "adapter", scratch / "stated"
+    adapter.mkdir()
+    stated.mkdir()
+    _copy(origin, [*_small_files(origin), *weight_files(origin)], adapter)
+    source = adapters.base_source(adapter)
+    if base is None:
+        if not source:
+            raise UserError(f"{adapter}: does not name the model that it is for; give it, --base")
+        info = copy_checkpoint(source, stated)
+        notes += [f"the adapter's base is {info.revision}, as the adapter says", *info.notes]
+        adapters.merge(adapter, stated, folder, notes)
+        return
+    notes += _check_base(source, base, stated)
+    adapters.merge(adapter, base, folder, notes)
+
+
+def _check_base(source: str, base: Path, stated: Path) -> list[str]:
+    """Notes about the base that an adapter names; it must be the run's by content.
+
+    Raises:
+        UserError: it is another model.
+    """
+    own = lineage(base)
+    try:
+        if not source:
+            raise UserError("it names none")
+        if own.revision.startswith("hf://") and pin(source) == own.revision:
+            return []
+        copy_checkpoint(source, stated)
+    except UserError as error:
+        same = own.source.partition("@")[0] == source.partition("@")[0]
+        return [
+            f"the base that the adapter names ({source or 'none'}) could not be compared with"
+            f" {base}, which is {own.source}: {error}; only "
+            + ("the name, " if same else "")
+            + "names and shapes of tensors and the vocabulary were checked"
+        ]
+    if difference := adapters.difference(base, stated):
+        raise UserError(
+            f"{source}, on which the adapter was trained, is not the base {base}: {difference};"
+            " set `base` in the settings, or --base, to the adapter's base"
+        )
+    return []
+
+
+def _copy(origin: Origin, files: Iterable[str], folder: Path) -> None:
     """Copy files; those of the Hub's cache become links to it, so that the disk has them once."""
-    for name in names:
+    for name in files:
         path = origin.local(name).resolve()
-        (folder / name).parent.mkdir(exist_ok=True)
+        with path.open("rb") as file:
+            if file.read(24) == b"version https://git-lfs.":
+                raise UserError(
+                    f"{path}: is a pointer of Git LFS, not the file; run `git lfs pull`"
+                )
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
         if origin.is_linked and name.endswith((".safetensors", ".bin")):
             with suppress(OSError):  # another file system, or one without links
-                os.link(path, folder / name)
+                os.link(path, target)
                 continue
-        shutil.copyfile(path, folder / name)
+        shutil.copyfile(path, target)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -148,15 +247,17 @@ def _origin(source: str, progress: Progress = no_progress) -> Origin:
     if match := _PACKAGE.fullmatch(source):
         return _package_origin(source, *match.groups())
     if (match := _HUB.fullmatch(source)) and ".." not in source:
-        repo, inside = match[1], f"{match[2]}/".removeprefix("/")
-        commit, files = hub.list_files(repo, match[3] or "main")
-        names = frozenset(each.removeprefix(inside) for each in files if each.startswith(inside))
+        repo, inside, revision = match.groups()
+        commit, files = hub.list_files(repo, revision or "main")
+        begin = f"{inside}/".removeprefix("/")
+        files = frozenset(name.removeprefix(begin) for name in files if name.startswith(begin))
+
         return Origin(
             source,
-            f"hf://{repo}{match[2]}@{commit}",
-            names,
-            local=lambda name: hub.download(repo, inside + name, commit, progress),
-            open=lambda name: hub.open_file(repo, inside + name, commit),
+            f"hf://{repo}{inside}@{commit}",
+            files,
+            local=lambda name: hub.download(repo, begin + name, commit, progress),
+            open=lambda name: hub.open_file(repo, begin + name, commit),
             is_linked=True,
         )
     if source.startswith(SCHEMES):
@@ -165,14 +266,11 @@ def _origin(source: str, progress: Progress = no_progress) -> Origin:
 
 
 def _folder_origin(folder: Path, source: str, pinned: str) -> Origin:
-    if not folder.is_dir():
-        raise UserError(f"{source}: no such folder; of the Hub, write hf://org/name")
-    names = {path.name for path in folder.iterdir() if path.is_file()}
-    names |= {name for name in (FISHER, GRAM) if (folder / name).is_file()}
+    folder = forms.checkpoint_folder(folder)
     return Origin(
         source,
         pinned,
-        frozenset(names),
+        forms.names_below(folder),
         local=lambda name: folder / name,
         open=lambda name: (folder / name).open("rb"),
     )
@@ -181,12 +279,18 @@ def _folder_origin(folder: Path, source: str, pinned: str) -> Origin:
 def _registered(source: str, scratch: Path) -> Origin:
     """The one checkpoint in a registered model: of a model that fmn registered, the encoder."""
     pinned = str(import_module(_REGISTRY).download(source, scratch))
-    configs = sorted(scratch.rglob(CONFIG))
-    folders = [file.parent for file in configs if {WEIGHTS, INDEX, PICKLED} & names_in(file.parent)]
+    folders = [file.parent for file in sorted(scratch.rglob(CONFIG)) if _has_weights(file.parent)]
     if len(folders) != 1:
-        names = ", ".join(str(path.relative_to(scratch)) for path in folders) or "none"
-        raise UserError(f"{source}: not one checkpoint is in it but {names}; give a folder instead")
+        listed = ", ".join(str(path.relative_to(scratch)) for path in folders) or "none"
+        problem = f"not one checkpoint is in it but {listed}"
+        raise UserError(f"{source}: {problem}; give a folder instead")
     return _folder_origin(folders[0], source, pinned)
+
+
+def _has_weights(folder: Path) -> bool:
+    with suppress(UserError):
+        return INDEX in names_in(folder) or bool(weights.choose(frozenset(names_in(folder))))
+    return False
 
 
 def _package_origin(source: str, module: str, path: str, version: str | None) -> Origin:
@@ -205,65 +309,24 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
 
 
 def _small_files(origin: Origin) -> list[str]:
-    """Every file that a checkpoint needs beside its weights, and statistics published with it."""
-    if CONFIG not in origin.names:
-        raise UserError(f"{origin.source}: {checkpoints.no_checkpoint(origin.names)}")
-    return [name for name in (CONFIG, *TOKENIZER_FILES, FISHER, GRAM) if name in origin.names]
+    """What a checkpoint or an adapter needs beside its weights, and statistics beside them."""
+    if CONFIG not in origin.names and not origin.is_adapter:
+        raise UserError(f"{origin.source}: {forms.no_checkpoint(origin.names)}")
+    small = (ADAPTER_CONFIG, CONFIG, *SMALL_FILES, FISHER, GRAM)
+    return [name for name in small if name in origin.names]
 
 
 def weight_files(origin: Origin) -> list[str]:
     """The files of weights, and the index where they are shards; pickled only without others."""
-    if WEIGHTS not in origin.names and INDEX in origin.names:
+    _small_files(origin)
+    if not origin.is_adapter and WEIGHTS not in origin.names and INDEX in origin.names:
         shards = set(headers.weight_map(origin.local(INDEX)).values())
-        if missing := shards - origin.names:
-            raise UserError(f"{origin.source}: {INDEX} names {min(missing)}, which is not there")
+        if missing := ", ".join(sorted(shards - origin.names)[:5]):
+            problem = f"{INDEX} names {missing}, which is not there; get it too"
+            raise UserError(f"{origin.source}: {problem}")
         return [INDEX, *sorted(shards)]
-    for name in (WEIGHTS, PICKLED):
-        if name in origin.names:
-            return [name]
-    raise UserError(f"{origin.source}: {headers.no_weights(origin.names)}")
-
-
-# ---------------------------------------------------------------------------------------------
-# Weights as safetensors under runtime names
-
-
-def runtime_name(name: str) -> str:
-    """The name of a tensor today; old BERT files say ``LayerNorm.gamma`` and ``LayerNorm.beta``."""
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-    return name.replace("LayerNorm.beta", "LayerNorm.bias")
-
-
-def _rewrite(folder: Path) -> None:
-    """Make safetensors of pickled weights, and runtime names of old names."""
-    from safetensors.torch import load_file, save_file
-
-    weights, pickled = folder / WEIGHTS, folder / PICKLED
-    if pickled.is_file():
-        tensors = _unpickle(pickled)
-    elif weights.is_file() and any(runtime_name(n) != n for n in headers.file_headers(weights)):
-        tensors = load_file(weights)
-    else:
-        return
-    renamed = {runtime_name(name): tensor for name, tensor in tensors.items()}
-    if len(renamed) < len(tensors):
-        raise UserError(f"{folder}: has a LayerNorm by its old and its new name; save it again")
-    for path in (weights, pickled):  # a link to the Hub's cache is replaced, and not its file
-        path.unlink(missing_ok=True)
-    save_file(renamed, weights, metadata={"format": "pt"})
-
-
-def _unpickle(path: Path) -> "dict[str, torch.Tensor]":
-    """The tensors of a pickled state dict, contiguous and sharing no memory."""
-    import torch
-
+    choose = adapters.choose if origin.is_adapter else weights.choose
     try:
-        with warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not state or any(value.nbytes > path.stat().st_size for value in state.values()):
-            raise ValueError("it is empty, or larger than the file")
-        # Tied weights are written once for each name: which to drop is the model's business.
-        return {str(name): value.detach().contiguous().clone() for name, value in state.items()}
-    except Exception as error:  # a hostile pickle can raise anything
-        problem = "is damaged, or holds more than tensors; ask its author for safetensors"
-        raise UserError(f"{path}: {problem}") from error
+        return choose(origin.names)
+    except UserError as error:
+        raise UserError(f"{origin.source}: {error}") from error

@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 from fmn.errors import UserError
 from fmn.models import labels
 from fmn.models.provenance import CheckpointInfo
-from fmn.sources import origin
+from fmn.sources import forms, origin
 from fmn.store import stage
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.task import load_task, read_task
 
-FETCH = 5
+FETCH = 6
 
 
 class FetchSettings(Settings):
@@ -46,30 +46,36 @@ def fetch(
     out: Path,
     task: str = "",
     data: Path | None = None,
+    base: Path | None = None,
     settings: FetchSettings = FetchSettings(),  # noqa: B008 - it is frozen
     progress: Progress = no_progress,
 ) -> Outcome[CheckpointInfo]:
     """Fetch a checkpoint, pinned and verified, into a folder.
 
     With a task, it is an expert of that task, and the copy is aligned with it: its outputs have
-    the task's names and order, and its task.json is the task's definition. Statistics that are
-    published beside an expert come along.
+    the task's names and order, and its task.json is the task's definition. A LoRA adapter becomes
+    the full model that it makes of its base. Statistics that are published beside an expert come
+    along.
 
     Args:
         source: hf://org/name@revision, a folder, models:/name@alias or package:module/path
         out: the folder to write
         task: the task of an expert
         data: folder of the task's rows, whose training split decides or checks the outputs' order
+        base: the model that a LoRA adapter was trained on; default: the one that it names
 
     Raises:
         UserError: the source cannot be reached, was damaged, or is no checkpoint that can be used;
             or its outputs are not the task's labels.
     """
-    stage.check_output(out, [Path(source)])
+    stage.check_output(out, [Path(forms.address(source))])
     if not task and (data or settings.labels):
         raise UserError("fetch: --data and --labels are for an expert; say its task, --task TASK")
     pinned = origin.pin(source)
-    reads: dict[str, list[Path]] = {"folder": origin.folder_files(pinned)}
+    reads: dict[str, list[Path] | Path | None] = {
+        "folder": origin.folder_files(pinned),
+        "base": base,
+    }
     keys: dict[str, Any] = {"source": pinned}
     # Of an expert that fmn fine-tuned, the definition lies in its folder.
     definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
@@ -80,7 +86,7 @@ def fetch(
 
     def compute(job: Job) -> CheckpointInfo:
         facts: dict[str, Any] = {"source": source}
-        info = origin.copy_checkpoint(pinned, job.path, progress, statistics=bool(task))
+        info = origin.copy_checkpoint(pinned, job.path, progress, base, statistics=bool(task))
         try:
             if task:
                 expert = definition or labels.expert_task(job.path, task)

@@ -80,7 +80,7 @@ def test_a_node_needs_those_that_write_what_it_reads() -> None:
     nodes = listed()
     needs = {node.title: titles(graph.needs(node, nodes)) for node in nodes}
     assert needs["fetch-base"] == []
-    assert needs["fetch sst2"] == ["data sst2"]
+    assert needs["fetch sst2"] == ["fetch-base", "data sst2"]
     assert needs["finetune mrpc"] == ["fetch-base", "data mrpc"]
     assert needs["fisher sst2"] == ["data sst2", "fetch sst2"]
     assert set(needs["merge merged"]) == {

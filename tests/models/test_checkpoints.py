@@ -103,7 +103,7 @@ def test_experts_without_parts_are_named(bert: Path, copy: Path, tmp_path: Path)
     (copy / "adapter_config.json").write_text("{}")
     refused("adapter beside a model", {"mrpc": bert}, copy)
     (copy / "config.json").unlink()
-    refused(r"rte: .*PEFT adapter alone", {"mrpc": bert, "rte": copy})
+    refused(r"rte: .*PEFT adapter; `fmn fetch`", {"mrpc": bert, "rte": copy})
     refused(r"rte: .*no such folder", {"mrpc": bert, "rte": tmp_path / "none"})
     refused("no experts", {})
 

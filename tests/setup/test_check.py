@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from fmn.cli import main
@@ -157,3 +158,30 @@ def test_memory_is_compared_with_what_is_free(project: dict[str, Any]) -> None:
     assert 0 < need.free_memory <= psutil.virtual_memory().total
     tuned = {**project, "sources": {"one": "hf://org/one"}, "finetune": {"two": {}}}
     assert check(written(tuned)).need.memory > need.memory
+
+
+def adapter(folder: Path, base: str) -> Path:
+    folder.mkdir()
+    facts = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(facts))
+    save(folder, {"x.lora_A.weight": torch.zeros(2, 8)}, "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("base", ["org/base", "org/one"])
+def test_of_an_adapter_its_base_is_compared(base: str, project: dict[str, Any], hub: Hub) -> None:
+    hub.add("models", "org/two", adapter(Path("adapter"), base))
+    checked = check(written(project))
+    lines = [finding.message for finding in checked.findings]
+    assert checked.is_ok
+    assert any("which must be the run's by content" in line for line in lines) == (
+        base == "org/one"
+    )
+
+
+def test_a_statistic_beside_an_expert_is_downloaded_too(project: dict[str, Any], hub: Hub) -> None:
+    before = check(written(project)).need.download
+    Path("source/two/fmn").mkdir()
+    Path("source/two/fmn/fisher.parquet").write_bytes(bytes(1000))
+    hub.add("models", "org/two", Path("source/two"))
+    assert check(written(project)).need.download == before + 1000

@@ -113,12 +113,10 @@ def test_a_folder_is_taken_again_if_it_changed(form: str, copy: Path, out: Path)
 
 
 def test_what_is_no_checkpoint_is_named(copy: Path, out: Path) -> None:
-    (copy / "model.safetensors").rename(copy / "tf_model.h5")
+    (copy / "model.safetensors").unlink()
     assert_refused(copy, out, r"has neither model.safetensors nor pytorch_model.bin")
     (copy / "config.json").unlink()
     assert_refused(copy, out, r"has no config.json")
-    (copy / "adapter_config.json").write_text("{}")
-    assert_refused(copy, out, "PEFT adapter alone")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +336,7 @@ def test_old_names_become_runtime_names_and_links_stay_untouched(
         assert set(renamed) == set(state)
         assert all(torch.equal(renamed[name], value) for name, value in state.items())
     save(copy, old | state)
-    assert_refused(copy, out, "by its old and its new name")
+    assert_refused(copy, out, r"LayerNorm.beta and .*LayerNorm.bias would both be")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,361 @@
+"""A LoRA adapter becomes the full model that it makes of its base.
+
+PEFT computes it (Hu et al., 2022, https://arxiv.org/abs/2106.09685): ``W + scale * B A`` for every
+adapted matrix, trained biases and whole modules in place of the base's. Nothing of an adapter is
+passed over: each of its tensors is used, or it is refused.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmn.errors import UserError
+from fmn.models import checkpoints
+from fmn.models.checkpoints import CONFIG, SMALL_FILES, TOKENIZER_FILES, VOCABULARY_FILES
+from fmn.models.headers import TensorHeader, file_headers, first_words, read_json, tensor_headers
+from fmn.sources import forms, names, weights
+from fmn.sources.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# The Auto class for what PEFT calls the type of task.
+_AUTO_CLASSES: Mapping[str, str] = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "FEATURE_EXTRACTION": "MODEL_MAPPING",
+}
+# Settings of LoRA under which the adapter is not a change of its base's weights alone.
+_UNSUPPORTED: Mapping[str, str] = {
+    "alora_invocation_tokens": "is active for a part of a text only",
+    "layer_replication": "repeats layers of its base",
+    "use_qalora": "belongs to quantized weights",
+    "megatron_config": "belongs to a model of Megatron",
+    "arrow_config": "chooses among adapters for each token",
+}
+# These begin from changed weights of the base, which an adapter alone does not tell; those of PiSSA
+# and OLoRA follow from the base.
+_CHANGED_BASES = ("loftq", "corda", "lora_ga", "pissa_niter")
+_MODEL = "base_model.model."  # how PEFT's names of an adapter's tensors begin
+
+
+def choose(files: frozenset[str]) -> list[str]:
+    """The file of an adapter's weights; pickled only without another.
+
+    Raises:
+        UserError: there is none, or a full model lies beside the adapter.
+    """
+    try:
+        beside: list[str] = weights.choose(files)
+    except UserError:
+        beside = []
+    if beside or "model.safetensors.index.json" in files:
+        raise UserError(
+            f"holds a PEFT adapter beside a full model; move {ADAPTER_CONFIG} and"
+            " adapter_model.safetensors into a folder of their own, and give the one that you mean"
+        )
+    for name in ADAPTER_WEIGHTS:
+        if name in files:
+            return [name]
+    raise UserError(f"has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS[0]}; get that too")
+
+
+def base_source(adapter: Path) -> str:
+    """The source of the model that an adapter says it was trained on; "" if it does not say."""
+    config = read_json(adapter / ADAPTER_CONFIG)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not name or not isinstance(name, str):
+        return ""
+    if (Path(name) / CONFIG).is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return name
+    return f"hf://{name}" + (f"@{revision}" if revision else "")
+
+
+def difference(base: Path, other: Path) -> str | None:
+    """What differs first between the encoders of two checkpoints; None if nothing does.
+
+    Values in two dtypes are the same if they round to the same in the narrower one.
+    """
+    import torch
+
+    stored = [_encoder(folder) for folder in (base, other)]
+    for name, (header, old) in stored[0].items():
+        header_2, old_2 = stored[1].get(name, (None, ""))
+        if header_2 is None:
+            if "pooler" in name:
+                continue
+            return f"{name} is missing in one"
+        if header.shape != header_2.shape:
+            return f"{name} has shape {list(header.shape)}, there {list(header_2.shape)}"
+        values = [names.tensor(header, old), names.tensor(header_2, old_2)]
+        dtype = min((value.dtype for value in values), key=lambda dtype: dtype.itemsize)
+        if not torch.equal(*(value.to(dtype) for value in values)):
+            return f"{name} has other values"
+    return None
+
+
+def _encoder(folder: Path) -> dict[str, tuple[TensorHeader, str]]:
+    """The tensors of a checkpoint's base model by their names there, with the stored names."""
+    config = checkpoints.load_config(folder)
+    model = names.layout(config, forms.architecture(config.architectures))
+    tensors = {}
+    for stored, header in tensor_headers(folder).items():
+        name = stored.removeprefix(model.prefix)
+        if name in model.base:
+            tensors[name] = (header, stored)
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------
+# The merge
+
+
+def merge(adapter: Path, base: Path, out: Path, notes: list[str]) -> None:
+    """Write the full model that an adapter makes of its base; adds notes.
+
+    Args:
+        adapter: a folder with the adapter's configuration and weights, and, where it has them, a
+            tokenizer and the configuration of the model.
+        base: the folder of the base model.
+        out: an empty folder.
+
+    Raises:
+        UserError: PEFT is not installed; the adapter is of a kind that no weights stand for, does
+            not fit the base, or lacks a part of the model, such as its head.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(f"{adapter}: is a LoRA adapter; `pip install 'fmn[lora]'`") from error
+    raw = read_json(adapter / ADAPTER_CONFIG)
+    if problem := _problem(raw):
+        raise UserError(f"{adapter}: {problem}")
+    tensors = _tensors(adapter)
+    _check_tokenizer(adapter, base)
+    try:
+        with checkpoints.quiet():
+            settings = peft.PeftConfig.from_pretrained(str(adapter))
+            model = _base_model(adapter, raw, base, tensors)
+            merged = _merged(model, settings, tensors)
+    except UserError as error:
+        raise UserError(f"{adapter}: {error}") from error
+    except Exception as error:  # PEFT refuses what does not fit in its own ways
+        problem = f"does not fit the base {base}: {first_words(error)}"
+        raise UserError(f"{adapter}: {problem}; give the base that it was trained on") from error
+    _save(merged, adapter, base, out, notes)
+
+
+def _problem(raw: Mapping[str, Any]) -> str | None:
+    """Why no full model can be made of an adapter of this configuration; None if one can."""
+    import dataclasses
+
+    import peft
+
+    kind = str(raw.get("peft_type"))
+    if kind != "LORA":
+        return f"is an adapter of the kind {kind:.40}; only LoRA adapters become full models"
+    for name, meaning in _UNSUPPORTED.items():
+        if raw.get(name):
+            return f"the adapter {meaning} ({name}); it does not become a full model"
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
+        return (
+            f"the adapter starts from changed weights of its base (init_lora_weights {start});"
+            " convert it to a plain LoRA adapter (`path_initial_model_for_weight_conversion` of"
+            " `save_pretrained`)"
+        )
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    unknown = sorted(name for name in raw.keys() - known if raw[name])
+    if unknown:
+        return f"{ADAPTER_CONFIG} has {unknown[0]!r:.60}, which this PEFT does not know; upgrade it"
+    return None
+
+
+def _tensors(adapter: Path) -> "dict[str, torch.Tensor]":
+    """An adapter's tensors by the names that PEFT reads, without what wrappers left in them."""
+    from safetensors.torch import load_file
+
+    file = next(adapter / name for name in ADAPTER_WEIGHTS if (adapter / name).is_file())
+    if file.suffix == ".bin":
+        stored = weights.unpickle(file)
+    else:
+        file_headers(file)  # says in one line what is wrong with a file
+        stored = load_file(file)
+    if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
+        problem = "has empty tensors, as DeepSpeed ZeRO-3 leaves them; save the adapter again"
+        raise UserError(f"{file}: {problem}")
+    tensors = {}
+    for name, clean in names.without_wrappers(stored).items():
+        clean = clean.removeprefix("module.")
+        clean = re.sub(r"\.(lora_\w+|modules_to_save)\.default(?=\.|$)", r".\1", clean)
+        clean = clean.replace(".modules_to_save.", ".")
+        if re.search(r"\.original_module\.", clean):
+            continue  # the base's own values, which the module to save replaces
+        tensors[clean] = stored[name]
+    return tensors
+
+
+def _check_tokenizer(adapter: Path, base: Path) -> None:
+    """Refuse an adapter whose tokenizer gives tokens other ids than that of the base."""
+    has = [any((each / name).is_file() for name in VOCABULARY_FILES) for each in (adapter, base)]
+    if not all(has):
+        return
+    config = checkpoints.load_config(base)
+    own, other = (
+        checkpoints.load_tokenizer(folder, config).get_vocab() for folder in (adapter, base)
+    )
+    for token in sorted(own.keys() & other.keys()):
+        if own[token] != other[token]:
+            raise UserError(
+                f"{adapter}: its tokenizer has the token {token!r:.40} at {own[token]}, that of the"
+                f" base {base} at {other[token]}; give the base that it was trained on"
+            )
+
+
+def _base_model(
+    adapter: Path, raw: Mapping[str, Any], base: Path, tensors: "dict[str, torch.Tensor]"
+) -> "PreTrainedModel":
+    """The base in the class that an adapter is for, in float32, with room for its vocabulary."""
+    import torch
+
+    config = deepcopy(checkpoints.load_config(base))
+    if (adapter / CONFIG).is_file():
+        own, _ = forms.tidy(read_json(adapter / CONFIG))
+        for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
+            if own.get(name) is not None:
+                value = own[name]
+                is_ids = name == "id2label"
+                setattr(config, name, {int(k): v for k, v in value.items()} if is_ids else value)
+    model_class = _model_class(raw, adapter, config, tensors)
+    shapes = {name.removeprefix(_MODEL): tuple(value.shape) for name, value in tensors.items()}
+    outputs = names.head_outputs(config, model_class, shapes)
+    if outputs is not None and outputs != config.num_labels:
+        config.num_labels = outputs
+    if isinstance(getattr(config, "architectures", None), list):
+        config.architectures = [model_class.__name__]
+    loaded: Any = model_class.from_pretrained(
+        base, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
+        output_loading_info=True,
+    )  # fmt: skip
+    model: PreTrainedModel = loaded[0]
+    for name in sorted(loaded[1]["missing_keys"]):
+        if _MODEL + name not in tensors:
+            raise UserError(
+                f"neither the adapter nor the base {base} has {name} of a {model_class.__name__};"
+                " train the adapter again with it in modules_to_save"
+            )
+    _resize(model, tensors)
+    return model
+
+
+def _resize(model: "PreTrainedModel", tensors: "Mapping[str, torch.Tensor]") -> None:
+    """Give a model as many embeddings as the adapter was saved with."""
+    embeddings = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is embeddings)
+    endings = {".weight": 0, ".base_layer.weight": 0, ".lora_embedding_A": 1}
+    for ending, dimension in endings.items():
+        tensor = tensors.get(f"{_MODEL}{path}{ending}")
+        if tensor is not None and tensor.shape[dimension] != embeddings.weight.shape[0]:
+            model.resize_token_embeddings(tensor.shape[dimension], mean_resizing=False)
+            return
+
+
+def _model_class(
+    raw: Mapping[str, Any],
+    adapter: Path,
+    config: "PretrainedConfig",
+    tensors: "Mapping[str, torch.Tensor]",
+) -> "type[PreTrainedModel]":
+    """The class of Transformers that an adapter was trained on."""
+    from transformers.models.auto import modeling_auto
+
+    candidates: list[type[PreTrainedModel]] = []
+    own = read_json(adapter / CONFIG) if (adapter / CONFIG).is_file() else {}
+    mapping = raw.get("auto_mapping")
+    mapping = mapping if isinstance(mapping, dict) else {}
+    for named in (own.get("architectures"), [mapping.get("base_model_class")]):
+        model_class = forms.architecture(named)
+        candidates += [model_class] if model_class else []
+    if auto := _AUTO_CLASSES.get(str(raw.get("task_type"))):
+        with suppress(KeyError):
+            model_class = getattr(modeling_auto, auto)[type(config)]
+            candidates.append(model_class[0] if isinstance(model_class, tuple) else model_class)
+    candidates += [*names.classes(config.model_type)] if not candidates else []
+    modules = {
+        re.split(r"\.lora_|\.base_layer|\.token_adapter", name.removeprefix(_MODEL))[0]
+        for name in tensors
+    }
+    for model_class in candidates:
+        shapes = names.layout(config, model_class).shapes
+        known = {*shapes, *(name.rpartition(".")[0] for name in shapes)}
+        if modules <= known:
+            return model_class
+    if not candidates:
+        raise UserError("does not say for which class of models it is (task_type); set it")
+    unknown = sorted(modules - known)[0]
+    raise UserError(
+        f"adapts {unknown}, which a {candidates[-1].__name__} has not; give the base that it was"
+        " trained on"
+    )
+
+
+def _merged(
+    model: "PreTrainedModel", settings: "PeftConfig", tensors: "dict[str, torch.Tensor]"
+) -> "PreTrainedModel":
+    import peft
+
+    settings.inference_mode = True
+    adapted = peft.PeftModel(model, settings, autocast_adapter_dtype=False)
+    try:
+        result: Any = peft.set_peft_model_state_dict(adapted, dict(tensors))
+    except KeyError as error:
+        raise UserError(
+            f"lacks {error.args[0]}, a module to save; get the whole adapter"
+        ) from error
+    if result.unexpected_keys:
+        unexpected = sorted(result.unexpected_keys)[0]
+        raise UserError(f"its tensor {unexpected} has no place in the base; give its own base")
+    own = [name for name in result.missing_keys if re.search(r"\.(lora_|modules_to_save\.)", name)]
+    if own:
+        raise UserError(f"lacks {sorted(own)[0]}, which its configuration asks for; get it again")
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    return merged.eval()
+
+
+def _save(
+    merged: "PreTrainedModel", adapter: Path, base: Path, out: Path, notes: list[str]
+) -> None:
+    """Write the merged model in its base's dtype, with the adapter's tokenizer or the base's."""
+    import torch
+
+    config: Any = merged.config
+    tied = getattr(merged, "all_tied_weights_keys", None) or {}
+    state = merged.state_dict()
+    apart = [t for t, s in tied.items() if not torch.equal(state[t], state[s])]
+    if apart:
+        config.tie_word_embeddings = False
+        merged.all_tied_weights_keys = {}
+        notes.append(f"the adapter changes {apart[0]} apart from what it was tied to; both stay")
+    has_tokenizer = any((adapter / name).is_file() for name in VOCABULARY_FILES)
+    for name in SMALL_FILES:  # the files of one tokenizer belong together
+        own = has_tokenizer if name in TOKENIZER_FILES else (adapter / name).is_file()
+        if (source := (adapter if own else base) / name).is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, out / name)
+    if config.pad_token_id is None and any((out / name).is_file() for name in VOCABULARY_FILES):
+        config.pad_token_id = checkpoints.load_tokenizer(out, config).pad_token_id
+    dtypes = {header.dtype for header in tensor_headers(base).values()}
+    narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
+    if len(dtypes) == 1 and (dtype := narrow.get(next(iter(dtypes)))):
+        merged = merged.to(dtype)
+    with checkpoints.quiet():
+        merged.save_pretrained(out)
