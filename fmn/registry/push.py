@@ -33,6 +33,7 @@ def push(
     fisher: Path | None = None,
     gram: Path | None = None,
     private: bool = False,
+    revision: str = "",
     message: str = "",
     progress: Progress = no_progress,
 ) -> Pushed:
@@ -43,11 +44,12 @@ def push(
 
     Args:
         model: folder of the merged model, or of an expert
-        to: hf://ORG/NAME, or hf://ORG/NAME@BRANCH; made if it does not exist
+        to: hf://ORG/NAME; made if it does not exist
         card: model card, made by `fmn report`; default: the folder's README.md
         fisher: of an expert: its Fisher information, made by `fmn fisher`
         gram: of an expert: its Gram matrices, made by `fmn gram`
         private: whether a new repository is private
+        revision: branch, made if it does not exist; default: main, or that of hf://ORG/NAME@BRANCH
         message: of the commit
 
     Raises:
@@ -59,7 +61,7 @@ def push(
         raise UserError(
             f"{to}: not a place on the Hub; write hf://ORG/NAME or hf://ORG/NAME@BRANCH"
         )
-    repo, branch = match[1], match[2] or "main"
+    repo, branch = match[1], revision or match[2] or "main"
     statistics = {FISHER: fisher, GRAM: gram}
     files = {name: path for name, path in statistics.items() if path}
     if is_merged(model):

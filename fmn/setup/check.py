@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import psutil
 from pydantic import Field, ValidationError
 
 from fmn import params
 from fmn.errors import UserError
-from fmn.merge.inputs import plan_merge
+from fmn.fisher import architectures
+from fmn.merge.inputs import plan_merge, stored_tensors
 from fmn.merge.methods import needs_of
 from fmn.merge.recipe import MergeSettings
 from fmn.models import checkpoints, labels
@@ -31,10 +32,15 @@ from fmn.store.yaml_file import read_yaml
 from fmn.tasks.dataset import HUB
 from fmn.tasks.kinds import KINDS, KindName
 from fmn.tasks.rows import INPUTS
-from fmn.tasks.task import TASKS, DatasetSettings, Task, TaskSettings, in_a_line, task_settings
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from fmn.tasks.task import (
+    TASKS,
+    ColumnSettings,
+    DatasetSettings,
+    Task,
+    TaskSettings,
+    in_a_line,
+    task_settings,
+)
 
 WHOLE = 1 << 26  # bytes of local rows up to which all of them are read
 # Bytes a parameter, in float32: the weights; with gradients and Adam's two moments.
@@ -190,7 +196,9 @@ def _check_data(
                 continue
             tables, count = first_rows(rows)
             download += count
-            columns = definition or task_settings(name) or TaskSettings()
+            columns = definition or TaskSettings()
+            if columns.columns == ColumnSettings() and not columns.dataset:
+                columns = task_settings(name) or columns
             for table in tables.values():
                 labels_of = _check_columns(name, columns, table)
                 tasks[name] = tasks[name] or labels_of
@@ -281,8 +289,6 @@ def _check_fit(
     findings: list[Finding],
 ) -> None:
     """Check each expert beside the base and the others, and its head beside its task."""
-    from fmn.fisher import architectures
-
     base = scratch / "base" if "base" in outlines else None
     folders = {
         name: scratch / f"expert {name}"
@@ -339,8 +345,6 @@ def _check_head(kind: KindName, folder: Path, task: Task | int | None, names: li
 
 
 def _encoder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    from fmn.merge.inputs import stored_tensors
-
     return {name: header.shape for name, header in stored_tensors(folder)[0].items()}
 
 
@@ -350,8 +354,6 @@ def _encoder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _need(settings: Params, scratch: Path, outlines: Mapping[str, Outline], rows: int) -> Need:
     """What a run needs, about; a checkpoint that is not known counts as the largest that is."""
-    import psutil
-
     largest = max((each.weights for each in outlines.values()), default=0)
     parameters = max((each.parameters for each in outlines.values()), default=0)
     download = rows + sum(each.download for each in outlines.values())
@@ -375,19 +377,20 @@ def _need(settings: Params, scratch: Path, outlines: Mapping[str, Outline], rows
     )
 
 
-def _any_config(scratch: Path, outlines: Mapping[str, Outline]) -> "PretrainedConfig | None":
-    whole = [name for name, facts in outlines.items() if facts.adapter_base is None]
-    return checkpoints.load_config(scratch / whole[0]) if whole else None
-
-
 def _layers(scratch: Path, outlines: Mapping[str, Outline]) -> int:
-    config = _any_config(scratch, outlines)
-    return int(getattr(config, "num_hidden_layers", 0) or 1)
+    for folder in _whole(scratch, outlines):
+        return int(getattr(checkpoints.load_config(folder), "num_hidden_layers", 0) or 1)
+    return 1
+
+
+def _whole(scratch: Path, outlines: Mapping[str, Outline]) -> list[Path]:
+    """The folders of outlines that are no adapters."""
+    return [scratch / name for name, facts in outlines.items() if facts.adapter_base is None]
 
 
 def _gram_bytes(scratch: Path, outlines: Mapping[str, Outline]) -> int:
     """Bytes of the Gram matrices of one expert, at most: one for each linear map, in float32."""
-    for folder in [scratch / name for name, x in outlines.items() if x.adapter_base is None]:
+    for folder in _whole(scratch, outlines):
         shapes = _encoder_shapes(folder)
         maps = checkpoints.linear_maps(checkpoints.load_config(folder))
         inputs = [

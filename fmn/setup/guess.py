@@ -103,8 +103,11 @@ class Guess:
         return f"{self.kind or 'unknown'}{f' (GLUE, {self.name})' if self.is_glue else ''}"
 
 
-def guess(source: str) -> Guess:
+def guess(source: str, base: str | None = None) -> Guess:
     """What the small files of a source tell of an expert.
+
+    Args:
+        base: the source of the base, if it is known; its words are not taken for the task's name.
 
     Raises:
         UserError: the source cannot be reached, or is neither a checkpoint nor an adapter.
@@ -118,7 +121,7 @@ def guess(source: str) -> Guess:
         card = _card(place)
         folder = place.local(CONFIG).parent
         definition = read_task(folder) if DEFINITION in place.names else None
-        base = _base(place, config, card)
+        base = base or _base(place, config, card)
     rows = _rows_of_card(card)
     name = definition.name if definition else _task_name(source, base, rows)
     kind = definition.task if definition else _kind(place.names, config)
@@ -274,7 +277,7 @@ def _find_rows(result: Guess, rows: Mapping[str, Any], definition: Task | None) 
             column = result.name
         if column and column not in columns.values():
             columns[use] = column
-        elif not present or use not in KINDS[kind].optional:
+        elif use not in KINDS[kind].optional or not (present or kind == "text-classification"):
             columns[use] = likely[0]
             unknown["columns"] = (
                 f"the columns are {', '.join(present)}" if present else "the columns"

@@ -77,7 +77,7 @@ def outline(source: str, folder: Path, *, statistics: bool = False) -> Outline:
                 _write_header(path, shapes)
             elif name.endswith(".safetensors"):
                 with place.open(name) as stream:
-                    _copy_header(stream, _size(place, name)[0], path, f"{source}: {name}")
+                    _copy_header(stream, sizes[name][0], path, f"{source}: {name}")
             else:
                 return place.local(name)
             return path

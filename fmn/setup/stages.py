@@ -46,7 +46,7 @@ def init(
 
     if out.exists() and not force:
         raise UserError(f"{out}: is there already; name another --out, or replace it with --force")
-    guesses = [guess(source) for source in sources]
+    guesses = [guess(source, base) for source in sources]
     name = "fmn" if out.stem == "params" else out.stem
     text, unknown = settings_text(guesses, base, name)
     with artifacts.atomic_file(out) as path:

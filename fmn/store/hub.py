@@ -172,7 +172,9 @@ def upload(
         UserError: the Hub cannot be reached, or refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    disable_progress_bars()
     source, api = f"hf://{repo}@{branch}", connect()
     address = str(
         _request(lambda: api.create_repo(repo, private=private or None, exist_ok=True), source)

@@ -98,8 +98,10 @@ def test_a_second_push_sends_what_is_new_and_removes_old_tasks(
     card = tmp_path / "card.md"
     card.write_text("---\ntags: [x]\n---\nScores\n")
     push(merged, "hf://org/mine@next", card=card)
+    push(merged, "hf://org/mine", card=card, revision="third")
     assert len(hub.uploads) == sent
-    assert files_on(hub, "org/mine", "next")["README.md"] == card.read_bytes()
+    for branch in ("next", "third"):
+        assert files_on(hub, "org/mine", branch)["README.md"] == card.read_bytes()
     assert files_on(hub, "org/mine")["README.md"] == (merged / "README.md").read_bytes()
 
 
@@ -160,8 +162,8 @@ def test_an_expert_is_pushed_with_statistics_that_a_fetched_copy_takes(
     before, after = (read_fisher(path)[0] for path in (file, out))
     assert all((after[site] == value).all() for site, value in before.items())
     assert metadata.checkpoint.revision == pushed.source
-    taken = gram(copy, task="sst2", data=data, out=tmp_path / "again.safetensors", settings=GRAM)
-    assert taken.summary.published is not None
+    again = gram(copy, task="sst2", data=data, out=tmp_path / "again.safetensors", settings=GRAM)
+    assert again.summary.published is not None
     base = tmp_path / "base"
     fetch(pushed.source, out=base)
     assert not (base / "fmn").exists(), "statistics are an expert's"

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -185,3 +187,24 @@ def test_a_statistic_beside_an_expert_is_downloaded_too(project: dict[str, Any],
     Path("source/two/fmn/fisher.parquet").write_bytes(bytes(1000))
     hub.add("models", "org/two", Path("source/two"))
     assert check(written(project)).need.download == before + 1000
+
+
+@pytest.mark.parametrize("definition", [None, {"max_length": 64}])
+def test_rows_of_glue_are_checked_on_the_hub(
+    definition: dict[str, Any] | None, project: dict[str, Any], hub: Hub
+) -> None:
+    for split in ("train", "validation"):
+        path = Path(f"glue/sst2/{split}-0.parquet")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"sentence": ["a"], "label": [1], "idx": [0]}), path)
+    hub.add("datasets", "nyu-mll/glue", Path("glue"))
+    edit_config(Path("source/two"), id2label={0: "negative", 1: "positive"})
+    hub.add("models", "org/two", Path("source/two"))
+    project["experts"]["tasks"] = ["one", "sst2"]
+    project["tasks"] = {"one": project["tasks"]["one"]}
+    project["tasks"] |= {"sst2": definition} if definition else {}
+    project["sources"] = {"one": "hf://org/one", "sst2": "hf://org/two"}
+    assert problems(project) == []
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), "glue/sst2/train-0.parquet")
+    hub.add("datasets", "nyu-mll/glue", Path("glue"))
+    assert any("no column sentence for sst2" in line for line in problems(project))

@@ -57,7 +57,12 @@ def read(path: Path) -> Any:
         ("GPT2LMHeadModel", {}, "text-generation", {"prompt", "completion"}),
         ("T5ForConditionalGeneration", {}, "text2text-generation", {"prompt", "completion"}),
         ("MPNetModel", {}, "sentence-similarity", {"text", "text_pair", "label"}),
-        ("Qwen3ForCausalLM", {"modules__json": b"[]"}, "sentence-similarity", {"text", "label"}),
+        (
+            "Qwen3ForCausalLM",
+            {"modules__json": b"[]"},
+            "sentence-similarity",
+            {"text", "text_pair", "label"},
+        ),
     ],
 )
 def test_the_architecture_tells_the_kind(
@@ -65,7 +70,7 @@ def test_the_architecture_tells_the_kind(
 ) -> None:
     result = guess(folder(tmp_path / "expert-of-things", config(architecture), **files))
     assert (result.kind, result.task["task"]) == (kind, kind)
-    assert columns <= set(result.task["columns"])
+    assert set(result.task["columns"]) == columns
     assert {"dataset", "columns"} <= set(result.unknown)
     text, _ = settings_text([result], "base", "x")
     settings = params.validate(YAML(typ="safe").load(text), "x")
@@ -81,6 +86,8 @@ def test_an_architecture_of_no_kind_and_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(adapter))
     result = guess(str(tmp_path / "lora"))
     assert (result.kind, result.base) == ("text-classification", "hf://org/base")
+    named = guess(folder(tmp_path / "mini-lm-mood", config("MPNetModel")), "hf://org/mini-lm")
+    assert (named.name, named.base) == ("mood", "hf://org/mini-lm")
     with pytest.raises(UserError, match=r"has no config\.json"):
         guess(str(tmp_path))
 
