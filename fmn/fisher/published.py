@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 
 NAMES: Mapping[str, str] = {"fisher": FISHER, "gram": GRAM}
 """Where the statistic of a stage lies beside an expert."""
+_FILES = (*VOCABULARY_FILES, "preprocessor_config.json", "1_Pooling/config.json")
 _CHUNK = 1 << 24
 
 
 def identity(checkpoint: Path) -> str:
     """sha256 of what a checkpoint's statistics depend on.
 
-    That are the tensors by their names in the base model, whichever files they are in, and the
-    vocabulary. The outputs have no order in it: `fmn fetch` changes that, and the one logit of a
-    binary task becomes two outputs.
+    It covers the tensors by their names in the base model, whichever files they are in, and the
+    files of vocabulary, image processing and pooling. The outputs have no order in it: `fmn fetch`
+    changes that, and the one logit of a binary task becomes two outputs.
 
     Raises:
         UserError: it is no checkpoint that can be used.
@@ -55,7 +56,7 @@ def identity(checkpoint: Path) -> str:
             outputs = [a + b for a, b in zip(outputs, rows, strict=True)] if outputs else rows
     for row in sorted(filter(any, outputs)):  # one of zeros stands for "not the other"
         digest.update(row)
-    for file in VOCABULARY_FILES:
+    for file in _FILES:
         if (checkpoint / file).is_file():
             digest.update(artifacts.digest_file(checkpoint / file).encode())
     return digest.hexdigest()

@@ -15,12 +15,13 @@ from typing import Any
 from fmn.errors import UserError
 from fmn.models.checkpoints import CONFIG
 from fmn.models.headers import read_json
+from fmn.models.labels import output_names
+from fmn.models.provenance import training_metadata
 from fmn.rows.sources import FORMATS
 from fmn.setup.preview import first_rows
 from fmn.sources import forms, origin
 from fmn.sources.forms import ADAPTER_CONFIG
 from fmn.sources.origin import SCHEMES, Origin
-from fmn.store.stage import read_sidecar
 from fmn.tasks.kinds import KINDS, KindName, kind_of_class
 from fmn.tasks.task import DEFINITION, TASKS, DatasetSettings, Task, read_task, task_settings
 
@@ -57,23 +58,11 @@ COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
 }
 COLUMNS = {**COLUMNS, "text2text-generation": COLUMNS["text-generation"]}
 # Parts of a model's name that do not name its task.
-_COMMON = {
-    *("bert", "roberta", "distilbert", "albert", "deberta", "electra", "mpnet", "modernbert"),
-    *("vit", "gpt2", "t5", "llama", "qwen", "mistral", "minilm", "base", "large", "small", "tiny"),
-    *(
-        "uncased",
-        "cased",
-        "finetuned",
-        "fine",
-        "tuned",
-        "tuning",
-        "finetune",
-        "ft",
-        "lora",
-        "model",
-    ),
-    *("adapter", "english", "en", "checkpoint", "best", "final", "v1", "v2", "v3", "for", "on"),
-}
+_COMMON = re.compile(
+    "(distil|ro|al|de|modern)?bert(a)?|electra|mpnet|vit|gpt2|t5|llama|qwen|mistral|minilm|base"
+    "|large|small|tiny|(un)?cased|fine|finetuned?|tun(ed|ing)|ft|lora|model|adapter|english|en"
+    "|checkpoint|best|final|v[1-3]|for|on"
+)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _UNNAMED = re.compile(r"(?i)label_?\d+|\d+|\s*")
 
@@ -122,10 +111,10 @@ def guess(source: str, base: str | None = None) -> Guess:
         folder = place.local(CONFIG).parent
         definition = read_task(folder) if DEFINITION in place.names else None
         base = base or _base(place, config, card)
+        outputs = _outputs(folder, config)
     rows = _rows_of_card(card)
     name = definition.name if definition else _task_name(source, base, rows)
     kind = definition.task if definition else _kind(place.names, config)
-    outputs = _outputs(config)
     is_glue = (
         kind == "text-classification"
         and name in TASKS
@@ -156,19 +145,18 @@ def _kind(names: Iterable[str], config: Mapping[str, Any]) -> KindName | None:
     return kind_of_class(words)
 
 
-def _outputs(config: Mapping[str, Any]) -> list[str]:
-    """The names of a head's outputs, as far as config.json has them."""
-    names = config.get("id2label")
-    if isinstance(names, dict) and names:
-        return [str(names[key]) for key in sorted(names, key=lambda key: int(key))]
-    return [f"LABEL_{output}" for output in range(int(config.get("num_labels") or 2))]
+def _outputs(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The names of a head's outputs; where config.json has none, there are two as a rule."""
+    count = config.get("num_labels")
+    unnamed = range(count if isinstance(count, int) and 0 < count < 1000 else 2)
+    return output_names(folder) or [f"LABEL_{output}" for output in unnamed]
 
 
 def _base(place: Origin, config: Mapping[str, Any], card: Mapping[str, Any]) -> str | None:
     """The source of the model that an expert was fine-tuned from."""
-    sidecar = read_sidecar(Path(place.source)) if not place.source.startswith(SCHEMES) else None
-    if sidecar and sidecar.stage == "finetune":
-        return str(sidecar.info["base"]["revision"])
+    training = training_metadata(Path(place.source))  # of an expert that fmn fine-tuned
+    if training and training.base.revision.startswith(SCHEMES):
+        return training.base.revision
     of_card = card.get("base_model")
     names = [config.get("base_model_name_or_path")]
     names += of_card if isinstance(of_card, list) else [of_card]
@@ -212,9 +200,10 @@ def _task_name(source: str, base: str | None, rows: Mapping[str, Any]) -> str:
         parts.pop()
     words = re.findall(r"[^\W_]+", parts[-1] if parts else "task")
     of_base = set(re.findall(r"[^\W_]+", (base or "").lower()))
-    rest = [word for word in words if word.lower() not in _COMMON | of_base] or words
+    lower = [word.lower() for word in words]
+    rest = [word for word in lower if not _COMMON.fullmatch(word) and word not in of_base] or lower
     glue = {re.sub(r"\W", "", name): name for name in TASKS}
-    name = "_".join(rest).lower()
+    name = "_".join(rest)
     return glue.get(name.replace("_", ""), name)[:60]
 
 
@@ -236,8 +225,8 @@ def _describe(
         task |= definition.model_dump(mode="json", include=wanted, exclude_defaults=True)
     elif task["task"] == "text-classification":
         task |= _problem(config, outputs, unknown)
-    has_head = KINDS[task["task"]].has_head
-    if has_head and not definition and not any(map(_UNNAMED.fullmatch, outputs)) and outputs[1:]:
+    is_named = len({*outputs}) == len(outputs) > 1 and not any(map(_UNNAMED.fullmatch, outputs))
+    if KINDS[task["task"]].has_head and is_named and not definition:
         task["labels"] = list(outputs)
     _find_rows(result, rows, definition)
 

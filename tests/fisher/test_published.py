@@ -140,6 +140,12 @@ def test_statistics_of_other_weights_or_damaged_ones_are_not_taken(
         tensors[name].view(-1)[0] += 0.1
         save(other, tensors)
         assert identity(other) != identity(source), name
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    (copy / "README.md").write_text("another card")
+    assert identity(copy) == identity(source)
+    vocabulary = copy / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text().replace("w7", "x7"))
+    assert identity(copy) != identity(source)
     work = tmp_path / "work"
     fetch(str(tmp_path / "other0"), out=work / "expert", task="own", data=mine / "data")
     shutil.copytree(mine / "data", work / "data")

@@ -97,6 +97,8 @@ def test_an_architecture_of_no_kind_and_an_adapter(tmp_path: Path) -> None:
     [
         (("spam", "ham"), {}, {"labels": ["spam", "ham"]}),
         (("LABEL_0", "LABEL_1"), {}, {}),
+        (("a", "a"), {}, {}),
+        ((), {"id2label": {"x": "a"}, "num_labels": 10**12}, {}),
         (("LABEL_0",), {}, {"problem_type": "regression"}),
         (("a", "b"), {"problem_type": "multi_label_classification"},
          {"problem_type": "multi_label_classification", "labels": ["a", "b"]}),
