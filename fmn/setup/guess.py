@@ -101,6 +101,7 @@ def guess(source: str, base: str | None = None) -> Guess:
     Raises:
         UserError: the source cannot be reached, or is neither a checkpoint nor an adapter.
     """
+    source = forms.address(source)
     with tempfile.TemporaryDirectory() as scratch:
         place = origin.locate(source, Path(scratch))
         is_adapter = CONFIG not in place.names and ADAPTER_CONFIG in place.names

@@ -129,6 +129,8 @@ def test_of_the_hub_only_small_files_are_read_and_the_card_names_the_rows(hub: H
     assert result.task["columns"] == {"text": "text", "label": "label"}
     assert result.task["dataset"] == {"path": "org/emotion", "name": "en"}
     assert not result.unknown
+    again = guess("https://huggingface.co/me/bert-base-uncased-finetuned-emotion")
+    assert (again.name, again.source) == (result.name, result.source)
     assert not [request for request in hub.requests if "model.safetensors" in request]
     assert hub.sent < len(rows)
 
