@@ -2,39 +2,66 @@
 
 MLflow runs this file as it is ("models from code"). The artifact ``merged`` is a folder::
 
-    encoder/         config, weights, tokenizer
-    tasks/TASK/      task.json (the definition), config.json, head.safetensors (the head, and what
-                     the task has in place of parts of the encoder)
-    tokenizers.json  by task, the folder of its tokenizer: encoder, or tasks/TASK
+    encoder/         config, weights, tokenizer or image processor
+    tasks/TASK/      task.json (the definition, with the kind of the task), config.json, perhaps
+                     head.safetensors (the head, and what the task has in place of parts of the
+                     encoder), and small files of its kind, such as 1_Pooling/config.json
+    processors.json  by task, the folder of its tokenizer or image processor: encoder, or tasks/TASK
 """
 
+import base64
 import copy
+import io
 import json
+import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 import mlflow
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-ALL = "*"  # in place of a task: every task that takes as many texts as the row has
+ALL = "*"  # in place of a task: every task that takes what the row holds
 TOKENS = 2048  # of a batch, padding included
-COLUMNS = ("label", "labels", "score", "probabilities")
+IMAGES = 16  # of a batch
+PIXELS = 50_000_000  # of an image; beyond that, a small file may take all memory
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+AUTO_CLASSES = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "sentence-similarity": "AutoModel",
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+}
+GENERATORS = ("text-generation", "text2text-generation")
+_OF_CLASSES = ("label", "labels", "score", "probabilities")
+COLUMNS = {
+    "text-classification": _OF_CLASSES,
+    "token-classification": ("labels", "spans"),
+    "image-classification": _OF_CLASSES,
+    "sentence-similarity": ("score", "embedding"),
+    **dict.fromkeys(GENERATORS, ("text",)),
+}
+"""The columns of answers, by kind of task."""
+FORMS = {
+    "text": "one text",
+    "pair": "pairs",
+    "words": "a text, or its words in the column words",
+    "image": "an image in the column image",
+}
+"""What a row can hold, in words."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -51,6 +78,10 @@ class Memory:
         """Begin a new batch."""
         self.local.outputs = {}
 
+    def pause(self) -> None:
+        """Remember nothing until the next batch: to generate, modules keep states of their own."""
+        self.local.outputs = None
+
     def share(self, module: torch.nn.Module) -> None:
         """Let a module compute once what all models ask of it for a batch.
 
@@ -59,12 +90,15 @@ class Memory:
         forward = module.forward
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
+            outputs = getattr(self.local, "outputs", None)
+            if outputs is None:
+                return forward(*args, **kwargs)
             values = (*args, *kwargs.values())
             inputs = [value for value in values if isinstance(value, torch.Tensor)]
-            before, output = self.local.outputs.get(module, (None, None))
+            before, output = outputs.get(module, (None, None))
             if before is None or not _are_equal(before, inputs):
                 output = forward(*args, **kwargs)
-                self.local.outputs[module] = inputs, output
+                outputs[module] = inputs, output
             return output
 
         module.forward = remembered
@@ -88,17 +122,19 @@ def shared_modules(
 
 
 class Task(NamedTuple):
-    """A task: its classifier, which shares modules with others, and how its texts are read.
+    """A task: its model, which shares modules with others, and how its inputs are read.
 
-    `labels` are the names of its outputs; `tokenizer_folder` tells tokenizers apart.
+    `forms` are those of `FORMS` that it takes. `labels` are the names of its outputs;
+    `processor_folder` tells tokenizers and image processors apart.
     """
 
     name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_folder: str
+    kind: str
+    model: Any
+    processor: Any
+    processor_folder: str
+    forms: tuple[str, ...]
     max_length: int
-    text_count: int
     problem_type: str
     threshold: float
     labels: list[str]
@@ -106,77 +142,196 @@ class Task(NamedTuple):
 
 def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
     """The tasks by name, and the memory of the modules that they share."""
-    tokenizers: dict[str, str] = json.loads((folder / "tokenizers.json").read_text())
-    loaded = {name: _load_tokenizer(folder / name) for name in set(tokenizers.values())}
-    models, memory = load_models(folder)
+    processors: dict[str, str] = json.loads((folder / "processors.json").read_text())
+    paths = sorted((folder / "tasks").iterdir())
+    definitions = {path.name: json.loads((path / "task.json").read_text()) for path in paths}
+    kinds = {name: definition["task"] for name, definition in definitions.items()}
+    loaded: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        if (place := processors[name]) not in loaded:
+            loaded[place] = _load_processor(folder / place, kind)
+    models, memory = load_models(folder, kinds)
     tasks = {}
     for name, model in models.items():
-        config, tokenizer = model.config, loaded[tokenizers[name]]
-        if config.pad_token_id is None:  # tells where each text of a batch ends
-            config.pad_token_id = tokenizer.pad_token_id
-        definition = json.loads((folder / "tasks" / name / "task.json").read_text())
+        config, definition, kind = model.config, definitions[name], kinds[name]
+        processor = loaded[processors[name]]
+        if kind != "image-classification" and config.pad_token_id is None:
+            config.pad_token_id = processor.pad_token_id  # tells where each text of a batch ends
         labels = [config.id2label[output] for output in range(config.num_labels)]
-        kind = "regression" if len(labels) == 1 else "single_label_classification"
+        problem = "regression" if len(labels) == 1 else "single_label_classification"
         tasks[name] = Task(
             name=name,
+            kind=kind,
             model=model,
-            tokenizer=tokenizer,
-            tokenizer_folder=tokenizers[name],
+            processor=processor,
+            processor_folder=processors[name],
+            forms=_forms(definition),
             max_length=definition["max_length"],
-            text_count=2 if definition["columns"]["text_pair"] else 1,
-            problem_type=definition["problem_type"] or config.problem_type or kind,
+            problem_type=definition["problem_type"] or config.problem_type or problem,
             threshold=definition["threshold"],
             labels=labels,
         )
     return tasks, memory
 
 
-def load_models(folder: Path) -> tuple[dict[str, PreTrainedModel], Memory]:
-    """The classifiers by task, whose encoders have all but a task's own parts in common."""
+def _forms(definition: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a task takes, of `FORMS`."""
+    kind = definition["task"]
+    if kind == "text-classification":
+        return ("pair",) if definition["columns"]["text_pair"] else ("text",)
+    others = {
+        "token-classification": ("words", "text"),
+        "image-classification": ("image",),
+        "sentence-similarity": ("text", "pair"),
+    }
+    return others.get(kind, ("text",))
+
+
+class Embedder(torch.nn.Module):
+    """An encoder whose output `logits` is the embedding of each text, of length one, [B, D]."""
+
+    def __init__(self, encoder: PreTrainedModel, folder: Path) -> None:
+        super().__init__()
+        self.encoder, self.config = encoder, encoder.config
+        file = folder / "1_Pooling" / "config.json"
+        pooling = json.loads(file.read_text()) if file.is_file() else {}
+        flags = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value]
+        names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+        modes = [names.get(flag, flag) for flag in flags] or [pooling.get("pooling_mode", "mean")]
+        if modes not in (["cls"], ["mean"]):
+            raise ValueError(f"{file}: pooling {', '.join(modes)} is not known here")
+        self.mode = modes[0]
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: torch.Tensor
+    ) -> Any:
+        # In the order in which classifiers pass them on, so that the encoder is asked once.
+        states = self.encoder(input_ids, attention_mask=attention_mask, **others).last_hidden_state
+        weights = attention_mask[..., None].to(states.dtype)  # [B, T, 1]
+        mean = (states * weights).sum(1) / weights.sum(1)
+        pooled = states[:, 0] if self.mode == "cls" else mean
+        return SimpleNamespace(logits=torch.nn.functional.normalize(pooled, dim=-1))
+
+
+def load_models(folder: Path, kinds: Mapping[str, str]) -> tuple[dict[str, Any], Memory]:
+    """The models by task, whose encoders have all but a task's own parts in common.
+
+    Models of one class of encoder share its modules; those of others, such as a T5 that generates
+    beside one that classifies, share its weights alone.
+    """
     weights: dict[str, torch.Tensor] = {}
     for file in (folder / "encoder").glob("*.safetensors"):
-        weights |= load_file(file)
-    paths = sorted((folder / "tasks").iterdir())
-    own = {path: load_file(path / "head.safetensors") for path in paths}
-    in_common: dict[int, Any] = {}  # modules and parameters by id, which copies of the encoder keep
-    models, memory, encoder = {}, Memory(), None
-    for path, tensors in own.items():
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
         # Experts are evaluated in float32, whatever their files hold.
-        with torch.device("cpu" if encoder is None else "meta"):
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        prefix = model.base_model_prefix
-        if encoder is None:
-            encoder = model.base_model
-            missing = encoder.load_state_dict(weights, strict=False).missing_keys
-            if lost := [n for n in missing if f"{prefix}.{n}" not in model.all_tied_weights_keys]:
-                raise ValueError(f"{folder / 'encoder'}: has no {lost}")
-            names = {name for each in own.values() for name in each}
-            for module in shared_modules(encoder, names):
-                in_common[id(module)] = module
-                if any(True for _ in module.parameters()):
-                    memory.share(module)
-            shared = {n: tensor for n, tensor in encoder.named_parameters() if n not in names}
-            in_common |= {id(tensor): tensor for tensor in shared.values()}
-        setattr(model, prefix, copy.deepcopy(encoder, dict(in_common)))
-        in_encoder = encoder.state_dict().keys()
-        renamed = {n: f"{prefix}.{n}" if n in in_encoder else n for n in tensors}
-        missing, unexpected = model.load_state_dict(
-            {renamed[n]: tensor.float() for n, tensor in tensors.items()}, strict=False, assign=True
-        )
-        lost = [name for name in missing if not name.startswith(f"{prefix}.")]
-        if lost or unexpected:
-            raise ValueError(f"{path}: head and configuration differ: {[*lost, *unexpected]}")
-        models[path.name] = model.eval()
-    return models, memory
+        weights |= {name: tensor.float() for name, tensor in load_file(file).items()}
+    files = {name: folder / "tasks" / name / "head.safetensors" for name in kinds}
+    own = {name: load_file(file) if file.is_file() else {} for name, file in files.items()}
+    own_names = {name for tensors in own.values() for name in tensors}
+    described = {name: _describe(folder / "tasks" / name, kind) for name, kind in kinds.items()}
+    encoders: dict[type, tuple[PreTrainedModel, dict[int, Any]]] = {}
+    models, memory = {}, Memory()
+    # First those with a pooler, which taggers have none of.
+    for name in sorted(kinds, key=lambda name: -len(described[name].base_model.state_dict())):
+        model, path = described[name], folder / "tasks" / name
+        kind = type(model.base_model)
+        if kind not in encoders:
+            encoder = _load_encoder(path, kinds[name], weights, _needs_pooler(described, kinds, kind))
+            encoders[kind] = encoder, _share(encoder, own_names, memory)
+        encoder, in_common = encoders[kind]
+        part = copy.deepcopy(encoder, dict(in_common))
+        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        if prefix:
+            setattr(model, model.base_model_prefix, part)
+        model = model if prefix else part
+        _load_own(model, prefix, encoder, own[name], weights, path)
+        embeds = kinds[name] == "sentence-similarity"
+        models[name] = (Embedder(model, path) if embeds else model).eval()
+    return {name: models[name] for name in kinds}, memory
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True
+def _describe(path: Path, kind: str, device: str = "meta") -> PreTrainedModel:
+    """The model of a folder's configuration; without memory, but for what generates.
+
+    That has buffers above its encoder.
+    """
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    with torch.device("cpu" if kind in GENERATORS else device):
+        auto = getattr(transformers, AUTO_CLASSES[kind])
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    return model
+
+
+def _needs_pooler(
+    described: Mapping[str, PreTrainedModel], kinds: Mapping[str, str], encoder: type
+) -> bool:
+    """Whether a task with this class of encoder reads its pooler; embeddings do not."""
+    return any(
+        isinstance(model.base_model, encoder) and getattr(model.base_model, "pooler", None)
+        for name, model in described.items()
+        if kinds[name] != "sentence-similarity"
     )
+
+
+def _load_encoder(
+    path: Path, kind: str, weights: Mapping[str, torch.Tensor], needs_pooler: bool
+) -> PreTrainedModel:
+    """The encoder of a task's model with these weights, which it does not copy."""
+    model = _describe(path, kind, "cpu")
+    encoder: PreTrainedModel = model.base_model
+    if not needs_pooler and "pooler.dense.weight" not in weights and hasattr(encoder, "pooler"):
+        encoder.pooler = None
+    missing = encoder.load_state_dict(weights, strict=False, assign=True).missing_keys
+    encoder.tie_weights()
+    encoder.requires_grad_(False)
+    prefix = "" if encoder is model else f"{model.base_model_prefix}."
+    if lost := [name for name in missing if prefix + name not in model.all_tied_weights_keys]:
+        raise ValueError(f"{path.parents[1] / 'encoder'}: has no {lost}")
+    return encoder
+
+
+def _share(encoder: PreTrainedModel, own: Collection[str], memory: Memory) -> dict[int, Any]:
+    """The modules and parameters by id that copies of the encoder keep, as no task has its own."""
+    in_common: dict[int, Any] = {}
+    for module in shared_modules(encoder, own):
+        in_common[id(module)] = module
+        if any(True for _ in module.parameters()):
+            memory.share(module)
+    shared = (tensor for name, tensor in encoder.named_parameters() if name not in own)
+    return in_common | {id(tensor): tensor for tensor in shared}
+
+
+def _load_own(
+    model: PreTrainedModel,
+    prefix: str,
+    encoder: PreTrainedModel,
+    own: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    path: Path,
+) -> None:
+    """Load what a model has above its encoder, and in place of parts of it."""
+    in_encoder = encoder.state_dict().keys()
+    above = {name for name in model.state_dict() if not name.startswith(prefix)} if prefix else {}
+    tensors = {name: weights[name] for name in weights.keys() & above}
+    tensors |= {prefix + n if n in in_encoder else n: tensor.float() for n, tensor in own.items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    tied = model.all_tied_weights_keys
+    lost = [name for name in missing if not name.startswith(prefix) and name not in tied]
+    if lost or unexpected:
+        raise ValueError(f"{path}: head and configuration differ: {[*lost, *unexpected]}")
+    if not {*missing}.isdisjoint(tied):
+        model.tie_weights()
+
+
+def _load_processor(folder: Path, kind: str) -> Any:
+    """The tokenizer or image processor in a folder."""
+    if kind == "image-classification":
+        return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers
 
 
 def answers(task: Task, logits: torch.Tensor) -> list[dict[str, Any]]:
@@ -198,19 +353,81 @@ def answers(task: Task, logits: torch.Tensor) -> list[dict[str, Any]]:
     return rows
 
 
+def tag_answer(task: Task, words: "Words", shares: torch.Tensor, places: Sequence[int]) -> Any:
+    """A label for each word, and the spans that they make, from probabilities [T, C].
+
+    Args:
+        task: the task.
+        words: the words.
+        shares: the probabilities of each token.
+        places: the first token of each word, -1 for a word that has none or is cut off.
+    """
+    best = shares.max(-1)
+    labels = [None if place < 0 else task.labels[int(best.indices[place])] for place in places]
+    scores = [0.0 if place < 0 else float(best.values[place]) for place in places]
+    spans = []
+    for group in _groups(labels, "O" in task.labels):
+        start, end = words.spots[group[0]][0], words.spots[group[-1]][1]
+        entity = _split(labels[group[0]])[1]
+        score = sum(scores[word] for word in group) / len(group)
+        text = words.text[start:end]
+        spans.append({"entity": entity, "text": text, "start": start, "end": end, "score": score})
+    return {"labels": labels, "spans": spans}
+
+
+def _groups(labels: Sequence[str | None], has_outside: bool) -> list[list[int]]:
+    """The words of each span, as seqeval and CoNLL's own script count them.
+
+    Labels are those of BIO and its kin, or plain ones: of these a run of one label is a span, but
+    where there is no O (parts of speech) each word is one.
+    """
+    groups: list[list[int]] = []
+    before, before_entity = "O", ""
+    for word, label in enumerate(labels):
+        mark, entity = _split(label)
+        if mark != "O":
+            is_new = mark in "BSU" or before in "OESLU" or entity != before_entity
+            if is_new if mark or has_outside else True:
+                groups.append([])
+            groups[-1].append(word)
+        before, before_entity = mark, entity
+    return groups
+
+
+def _split(label: str | None) -> tuple[str, str]:
+    """The mark of a label, such as "B", "O" or none, and what it is a label of."""
+    if label in (None, "O"):
+        return "O", ""
+    mark, dash, entity = label.partition("-")
+    return (mark, entity) if dash and mark in tuple("BIESLU") else ("", label)
+
+
 # ---------------------------------------------------------------------------------------------
 # Rows
 
 
-class Row(NamedTuple):
-    """One or two texts, and the names of the tasks that answer them."""
+class Words(NamedTuple):
+    """A text, and where each of its words begins and ends."""
 
-    texts: tuple[str, ...]
+    text: str
+    spots: Sequence[tuple[int, int]]
+
+    @property
+    def words(self) -> list[str]:
+        """The words."""
+        return [self.text[start:end] for start, end in self.spots]
+
+
+class Row(NamedTuple):
+    """What a row holds: texts, words, or the bytes of an image; and the tasks that answer it."""
+
+    form: str
+    content: tuple[Any, ...]
     tasks: tuple[str, ...]
 
 
 def read_rows(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> list[Row]:
-    """The rows of a table with columns ``text`` and perhaps ``text_pair`` and ``task``.
+    """The rows of a table with the columns that `MergedModel.predict` describes.
 
     Args:
         table: a text is a string, or a list with the one or two texts of its row.
@@ -220,28 +437,40 @@ def read_rows(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> l
     Raises:
         MlflowException: INVALID_PARAMETER_VALUE (HTTP 400), naming the row and the remedy.
     """
-    if "text" not in table and len(table):
-        _refuse(f"there is no column text, but {', '.join(map(str, table))}; add it")
+    forms = {form for task in tasks.values() for form in task.forms}
+    takes = [
+        *["text"] * bool(forms & {"text", "pair"}),
+        *(name for name in ("words", "image") if name in forms),
+    ]
+    if len(table) and not {*takes} & {*table}:
+        wanted = " or ".join(takes)
+        _refuse(f"there is no column {wanted}, but {', '.join(map(str, table))}; add it")
     rows = []
     for label, row in zip(table.index, table.to_dict("records"), strict=True):
-        texts = _texts(label, row)
+        form, content = _content(label, row, takes)
         name = row.get("task")
-        names = _names(label, default if _is_missing(name) else name, len(texts), tasks)
-        rows.append(Row(texts, names))
+        names = _names(label, default if _is_missing(name) else name, form, tasks)
+        rows.append(Row(form, content, names))
     return rows
 
 
 def unfolded(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> pd.DataFrame:
     """A row for each text again, where MLflow made one row of ``{"text": ["a", "b"]}``.
 
-    It does so with a dictionary of lists of strings. Two texts for a task of pairs are a pair.
+    It does so with a dictionary of lists. Two texts for a task of pairs are a pair, and a list of
+    words is one row's.
     """
-    if len(table) != 1 or "text" not in table or not isinstance(table["text"].iloc[0], list):
+    if len(table) != 1:
         return table
     row: dict[Any, Any] = table.to_dict("records")[0]
+    lists = [name for name, value in row.items() if name != "words" and isinstance(value, list)]
+    words = row.get("words")
+    if isinstance(words, list) and any(isinstance(each, list) for each in words):
+        lists.append("words")
+    if not {"text", "words", "image"} & {*lists}:
+        return table
     name = default if _is_missing(row.get("task")) else row["task"]
-    takes_pairs = any(task.text_count == 2 and name in (ALL, task.name) for task in tasks.values())
-    lists = [column for column, value in row.items() if isinstance(value, list)]
+    takes_pairs = any("pair" in task.forms and name in (ALL, task.name) for task in tasks.values())
     if lists == ["text"] and (len(row["text"]) < 2 or (len(row["text"]) == 2 and takes_pairs)):
         return table
     counts = {len(row[column]) for column in lists}
@@ -251,6 +480,26 @@ def unfolded(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> pd
         column: value if column in lists else [value] * max(counts) for column, value in row.items()
     }
     return pd.DataFrame(columns, dtype=object)
+
+
+def _content(
+    label: Any, row: Mapping[Any, Any], takes: Sequence[str]
+) -> tuple[str, tuple[Any, ...]]:
+    """The form and content of the row with this label in the table's index."""
+    columns = [name for name in takes if not _is_missing(row.get(name))] or takes[:1]
+    if len(columns) > 1:
+        _refuse(f"row {label}: holds {' and '.join(columns)}; give one of them")
+    value = _plain(row.get(columns[0]))
+    if columns == ["image"]:
+        return "image", (_image(label, value),)
+    if columns == ["words"]:
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            _refuse(f"row {label}: words is no list of words; give one, or the column text")
+        ends = np.cumsum([len(word) + 1 for word in value], dtype=int) - 1
+        spots = [(int(end) - len(word), int(end)) for word, end in zip(value, ends, strict=True)]
+        return "words", (Words(" ".join(value), spots),)
+    texts = _texts(label, row)
+    return ("text", "pair")[len(texts) - 1], texts
 
 
 def _texts(label: Any, row: Mapping[Any, Any]) -> tuple[str, ...]:
@@ -268,19 +517,57 @@ def _texts(label: Any, row: Mapping[Any, Any]) -> tuple[str, ...]:
     return tuple(value for _, value in places)
 
 
-def _names(label: Any, name: Any, count: int, tasks: Mapping[str, Task]) -> tuple[str, ...]:
-    """The tasks that a row with so many texts asks for."""
+def _image(label: Any, value: Any) -> Any:
+    """The image in a row, from the bytes of its file, as base64 text or in a data: URL.
+
+    Paths and addresses are never read: whoever calls a server must not see its files.
+    """
+    from PIL import Image
+
+    place = f"row {label}: image"
+    if isinstance(value, str):
+        head, _, data = value.partition(",") if value.startswith("data:") else ("", "", value)
+        try:
+            value = base64.b64decode("".join(data.split()), validate=True)
+        except ValueError:
+            value = None
+        if value is None or (head and not head.endswith(";base64")):
+            problem = "is neither base64 text nor a data: URL in base64"
+            _refuse(f"{place} {problem}; paths and addresses are not read, give the file's content")
+    if not isinstance(value, bytes):
+        _refuse(f"{place} is {_kind(value)}; give the file's content as base64 text")
+    try:
+        image = Image.open(io.BytesIO(value), formats=FORMATS)
+        if image.width * image.height > PIXELS:
+            size = f"{image.width} x {image.height}"
+            _refuse(f"{place} has {size} pixels, more than {PIXELS}; give a smaller one")
+        return image.convert("RGB")
+    except MlflowException:
+        raise
+    except Exception as error:  # Pillow raises what it likes on a broken file
+        _refuse(f"{place} is no {', '.join(FORMATS)} that can be read ({type(error).__name__})")
+
+
+def _words_of(text: str) -> Words:
+    """The words of a text: letters and digits in a row, and every other sign by itself."""
+    return Words(text, [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)])
+
+
+def _names(label: Any, name: Any, form: str, tasks: Mapping[str, Task]) -> tuple[str, ...]:
+    """The tasks that a row of this form asks for."""
     if name == ALL:
-        if names := tuple(task.name for task in tasks.values() if task.text_count == count):
+        if names := tuple(task.name for task in tasks.values() if form in task.forms):
             return names
-        _refuse(
-            f"row {label}: no task takes {('one text', 'pairs')[count - 1]}; see the model card"
-        )
+        _refuse(f"row {label}: no task takes {FORMS[form]}; see the model card")
     _check_known(name, tasks)
-    if tasks[name].text_count > count:
-        _refuse(f"row {label}: task {name} takes pairs: every row needs text and text_pair")
-    if tasks[name].text_count < count:
-        _refuse(f"row {label}: task {name} takes one text: leave out text_pair")
+    forms = tasks[name].forms
+    if form not in forms:
+        remedy = f"{FORMS[forms[0]]}; give that"
+        if form == "text" and forms == ("pair",):
+            remedy = "pairs: every row needs text and text_pair"
+        elif form == "pair" and "text" in forms:
+            remedy = "one text: leave out text_pair"
+        _refuse(f"row {label}: task {name} takes {remedy}")
     return (name,)
 
 
@@ -315,16 +602,20 @@ def _refuse(message: str) -> NoReturn:
 # The model
 
 
+class Example(NamedTuple):
+    """What a model reads at once: of which row, which part of it, and the content."""
+
+    row: int
+    part: int
+    content: tuple[Any, ...]
+
+
 class MergedModel(PythonModel):
-    """Answers texts for one task, for a task of each row's own, or for all tasks."""
+    """Answers rows for one task, for a task of each row's own, or for all tasks that fit."""
 
     def load_context(self, context: PythonModelContext) -> None:
         self.tasks, self.memory = load_tasks(Path(context.artifacts["merged"]))
         self.lock = threading.Lock()  # a tokenizer serves one thread at a time
-        self.groups: dict[tuple[str, int, int], list[Task]] = {}
-        for task in self.tasks.values():  # tasks of a group read their texts alike
-            key = (task.tokenizer_folder, task.max_length, task.text_count)
-            self.groups.setdefault(key, []).append(task)
 
     def predict(
         self,
@@ -334,66 +625,228 @@ class MergedModel(PythonModel):
     ) -> pd.DataFrame:
         """An answer for each row, with the caller's index and in the caller's order.
 
-        Columns: ``label``, ``labels`` (a list), ``score`` (the probability of the most probable
-        label, or the value of a regression task) and ``probabilities`` by label. In multi-label
-        classification ``labels`` are those at or above the task's threshold, and ``label`` is these
-        joined by ", ", or "none". If rows name their tasks there is a column ``task`` too, and for
-        "*" an answer for each row and task, with ``row``, the position of the row.
+        Columns, by kind of task:
+
+        - text and image classification: ``label``, ``labels`` (a list), ``score`` (the probability
+          of the most probable label, or the value of a regression task) and ``probabilities`` by
+          label. In multi-label classification ``labels`` are those at or above the task's
+          threshold, and ``label`` is these joined by ", ", or "none".
+        - token classification: ``labels``, one for each word (null for a word beyond the task's
+          `max_length`), and ``spans``, a list of objects: ``entity``, ``text``, ``start`` and
+          ``end`` in the text, ``score`` (the mean probability of its words' labels).
+        - sentence similarity: ``embedding``, a list of numbers of length one; for two texts
+          ``score``, their cosine, instead.
+        - text generation: ``text``, the completion, which takes the most probable token each time.
+
+        If rows name their tasks there is a column ``task`` too, and for "*" an answer for each row
+        and task, with ``row``, the position of the row. What a task does not answer is null.
 
         Args:
             context: not used.
-            model_input: columns ``text`` (a string, or the texts in a list) and, if need be,
-                ``text_pair`` and ``task``.
-            params: ``task``, for rows that name none; "*" stands for all tasks that take as many
-                texts as the row has.
+            model_input: columns ``text`` (a string, or the texts in a list; for generation, the
+                prompt) and, if need be, ``text_pair`` and ``task``. For token classification the
+                words of a text may stand in ``words`` (a list) instead: their positions are those
+                in the words joined by blanks. A text itself is divided into runs of letters and
+                digits, and other signs. For images ``image``: the file's content as base64 text, a
+                data: URL, or bytes.
+            params: ``task``, for rows that name none; "*" stands for all tasks that take what the
+                row holds. ``max_new_tokens``: how much is generated at most; the tokens of the
+                task's `max_length` (of a causal model, with those of the prompt) are the limit.
         """
-        default = str((params or {}).get("task") or "")
+        settings = params or {}
+        default = str(settings.get("task") or "")
+        limit = int(settings.get("max_new_tokens") or 0)
+        if limit < 0:
+            _refuse(f"max_new_tokens is {limit}; give a number of tokens")
         table = unfolded(model_input, default, self.tasks)
         rows = read_rows(table, default, self.tasks)
-        by_row: list[dict[str, dict[str, Any]]] = [{} for _ in rows]
-        for tasks in self.groups.values():
-            for number, task, answer in self._answers(tasks, rows, table.index):
-                by_row[number][task] = answer
+        parts: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        for tasks, examples in self._grouped(rows):
+            for number, task, answer in self._answers(tasks, rows, examples, table.index, limit):
+                parts.setdefault((number, task), []).append(answer)
         pairs = [(number, task) for number, row in enumerate(rows) for task in row.tasks]
-        lines = [{"row": number, "task": task, **by_row[number][task]} for number, task in pairs]
+        lines = [{"row": n, "task": task, **_together(parts[n, task])} for n, task in pairs]
         for_all = default == ALL or ("task" in table and bool((table["task"] == ALL).any()))
         named = for_all or "task" in table
-        columns = ["row"] * for_all + ["task"] * named + list(COLUMNS)
+        columns = ["row"] * for_all + ["task"] * named + self._columns(default, pairs)
         index = table.index.take(np.array([number for number, _ in pairs], dtype=int))
-        return pd.DataFrame(lines, columns=columns, index=index)
+        answers = pd.DataFrame(lines, columns=columns, index=index)
+        for column in columns:
+            if answers[column].isna().any():
+                filled = answers[column].astype(object)
+                answers[column] = filled.where(filled.notna(), None)
+        return answers
+
+    def _columns(self, default: str, pairs: Sequence[tuple[int, str]]) -> list[str]:
+        """The columns of the kinds of tasks that are asked."""
+        names = {task for _, task in pairs} or {default} & {*self.tasks}
+        kinds = {self.tasks[name].kind for name in names} or {"text-classification"}
+        return list(dict.fromkeys(c for kind in COLUMNS if kind in kinds for c in COLUMNS[kind]))
+
+    def _grouped(self, rows: Sequence[Row]) -> Iterator[tuple[list[Task], list[Example]]]:
+        """Tasks that read their rows alike, and what they read."""
+        groups: dict[tuple[str, str, int], tuple[list[Task], dict[tuple[int, int], Example]]] = {}
+        for number, row in enumerate(rows):
+            for task in (self.tasks[name] for name in row.tasks):
+                reading, parts = _reading(task, row)
+                key = (reading, task.processor_folder, task.max_length)
+                tasks, examples = groups.setdefault(key, ([], {}))
+                if task not in tasks:
+                    tasks.append(task)
+                for part, content in enumerate(parts):
+                    examples[number, part] = Example(number, part, content)
+        for tasks, examples in groups.values():
+            yield tasks, list(examples.values())
 
     def _answers(
-        self, tasks: Sequence[Task], rows: Sequence[Row], index: "pd.Index[Any]"
+        self,
+        tasks: Sequence[Task],
+        rows: Sequence[Row],
+        examples: Sequence[Example],
+        index: "pd.Index[Any]",
+        limit: int,
     ) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """The answers of tasks that read their texts alike: row, task and answer.
+        """The answers of tasks that read their rows alike: row, task and answer.
 
         Modules that the tasks share compute each batch once for all of them.
         """
-        names = {task.name for task in tasks}
-        numbers = [number for number, row in enumerate(rows) if names.intersection(row.tasks)]
-        if not numbers:
+        if tasks[0].kind in GENERATORS:
+            self.memory.pause()
+            for example in examples:
+                for task in (task for task in tasks if task.name in rows[example.row].tasks):
+                    place = f"row {index[example.row]}"
+                    text = self._complete(task, example.content[0], limit, place)
+                    yield example.row, task.name, {"text": text}
             return
-        with self.lock:
-            tokens: Mapping[str, list[list[int]]] = tasks[0].tokenizer(
-                *map(list, zip(*(rows[number].texts for number in numbers), strict=True)),
-                truncation="longest_first",
-                max_length=tasks[0].max_length,
-            )
-        lengths = [len(each) for each in tokens["input_ids"]]
-        if 0 in lengths:
-            _refuse(f"row {index[numbers[lengths.index(0)]]}: text is empty; give one with words")
-        for batch in _batches(lengths):
-            inputs = _padded(tokens, batch, tasks[0].tokenizer)
+        for batch, inputs, places in self._batches(tasks[0], examples, index):
             self.memory.forget()
             for task in tasks:
-                places = [
-                    n for n, place in enumerate(batch) if task.name in rows[numbers[place]].tasks
-                ]
-                if places:
-                    with torch.inference_mode():
-                        logits = task.model(**inputs).logits[places].float()  # [B, C]
-                    for place, answer in zip(places, answers(task, logits), strict=True):
-                        yield numbers[batch[place]], task.name, answer
+                asked = [n for n, each in enumerate(batch) if task.name in rows[each.row].tasks]
+                if not asked:
+                    continue
+                with torch.inference_mode():
+                    logits = task.model(**inputs).logits[asked].float()  # [B, ...]
+                for n, answer in zip(
+                    asked, _in_words(task, logits, batch, asked, places), strict=True
+                ):
+                    yield batch[n].row, task.name, answer
+
+    def _batches(
+        self, task: Task, examples: Sequence[Example], index: "pd.Index[Any]"
+    ) -> Iterator[tuple[list[Example], dict[str, torch.Tensor], list[list[int]]]]:
+        """Batches of examples, a model's inputs, and of words the first tokens."""
+        if task.kind == "image-classification":
+            for start in range(0, len(examples), IMAGES):
+                batch = list(examples[start : start + IMAGES])
+                images = [example.content[0] for example in batch]
+                with self.lock:
+                    yield batch, dict(task.processor(images=images, return_tensors="pt")), []
+            return
+        contents = [example.content for example in examples]
+        is_tagged = task.kind == "token-classification"
+        if is_tagged:
+            contents = [(words.words,) for (words,) in contents]
+        with self.lock:
+            tokens = task.processor(
+                *map(list, zip(*contents, strict=True)),
+                truncation=True if is_tagged else "longest_first",
+                max_length=task.max_length,
+                is_split_into_words=is_tagged,
+            )
+        lengths = [len(each) for each in tokens["input_ids"]]
+        is_empty = [
+            not length or (is_tagged and not content[0])
+            for length, content in zip(lengths, contents, strict=True)
+        ]
+        if any(is_empty):
+            row = examples[is_empty.index(True)].row
+            _refuse(f"row {index[row]}: text is empty; give one with words")
+        for places in _batches(lengths):
+            batch = [examples[place] for place in places]
+            firsts = [
+                _first_tokens(tokens.word_ids(place), len(contents[place][0]))
+                for place in places
+                if is_tagged
+            ]
+            yield batch, _padded(tokens, places, task.processor), firsts
+
+    def _complete(self, task: Task, prompt: str, limit: int, place: str) -> str:
+        """What a model generates after a prompt, always with the most probable token."""
+        tokenizer, is_causal = task.processor, task.kind == "text-generation"
+        with self.lock:
+            cut = {} if is_causal else {"truncation": True, "max_length": task.max_length}
+            ids = tokenizer(prompt, **cut)["input_ids"]
+        if is_causal and ids[-1:] == [tokenizer.eos_token_id]:
+            ids = ids[:-1]  # which some tokenizers add
+        if not ids:
+            _refuse(f"{place}: text is empty; give one with words")
+        room = task.max_length - (len(ids) if is_causal else 0)
+        if room < 1:
+            problem = f"the prompt has {len(ids)} tokens, task {task.name} takes {task.max_length}"
+            _refuse(f"{place}: {problem} with the completion; shorten it")
+        tokens = torch.tensor([ids])  # [1, T]
+        own = task.model.generation_config
+        config = GenerationConfig(
+            max_new_tokens=min(limit or room, room),
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=own.eos_token_id or tokenizer.eos_token_id,
+            bos_token_id=own.bos_token_id,
+            decoder_start_token_id=own.decoder_start_token_id,
+        )
+        with torch.inference_mode():
+            output = task.model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), generation_config=config
+            )[0]
+        text: str = tokenizer.decode(output[len(ids) * is_causal :], skip_special_tokens=True)
+        return text
+
+
+def _reading(task: Task, row: Row) -> tuple[str, list[tuple[Any, ...]]]:
+    """How a task reads a row, and the row's content in as many parts as it reads."""
+    if task.kind == "token-classification":
+        content = row.content[0]
+        return "words", [(_words_of(content) if row.form == "text" else content,)]
+    if task.kind in GENERATORS:
+        return task.kind, [row.content]
+    if task.kind == "sentence-similarity":
+        return "text", [(text,) for text in row.content]
+    return row.form, [row.content]
+
+
+def _in_words(
+    task: Task,
+    logits: torch.Tensor,
+    batch: Sequence[Example],
+    asked: Sequence[int],
+    firsts: Sequence[Sequence[int]],
+) -> list[dict[str, Any]]:
+    """The answers to those examples of a batch that are asked, from their logits."""
+    if task.kind == "sentence-similarity":
+        return [{"embedding": embedding} for embedding in logits.tolist()]
+    if task.kind == "token-classification":
+        return [
+            tag_answer(task, batch[n].content[0], shares, firsts[n])
+            for n, shares in zip(asked, logits.softmax(-1), strict=True)
+        ]
+    return answers(task, logits)
+
+
+def _together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The answer to a row from the answers to its parts: of two embeddings, their cosine."""
+    if len(parts) == 1:
+        return parts[0]
+    left, right = (np.array(part["embedding"]) for part in parts)
+    return {"score": float(left @ right)}
+
+
+def _first_tokens(word_ids: Sequence[int | None], count: int) -> list[int]:
+    """The place of the first token of each of so many words; -1 where there is none."""
+    places = [-1] * count
+    for place, word in enumerate(word_ids):
+        if word is not None and places[word] < 0:
+            places[word] = place
+    return places
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -407,7 +860,7 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _padded(
-    tokens: Mapping[str, list[list[int]]], batch: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    tokens: Mapping[str, list[list[int]]], batch: Sequence[int], tokenizer: Any
 ) -> dict[str, torch.Tensor]:
     """The inputs of a batch [B, T], padded on the right, as in evaluation."""
     pad = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}

@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fmn.errors import UserError, causes, redacted, system_errors_explained
-from fmn.models.checkpoints import CONFIG, TOKENIZER_FILES
+from fmn.models.checkpoints import CONFIG, SMALL_FILES, TOKENIZER_FILES
 from fmn.registry import promotion
-from fmn.registry.check import Serve
+from fmn.registry.check import Serve, as_base64, generated_images
 from fmn.registry.promotion import CHALLENGER, CHAMPION, Decision, Standing
 from fmn.store import artifacts
+from fmn.tasks.kinds import GENERATORS
 from fmn.tasks.task import Task, write_task
 
 # MLflow reads these when it is imported. It retries a request that fails: here for half a minute
@@ -40,9 +42,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import AnyType, Array, Map
+from mlflow.types.schema import AnyType, Array, Map, Object, Property
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 for name in ("mlflow", "alembic"):
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -57,14 +62,27 @@ HISTORY = "champion.history"  # tag of a registered model
 # would make the text "None" of a null, and refuse a list of two texts.
 _ANY = AnyType()  # type: ignore[no-untyped-call]
 INPUTS = ("text", "text_pair", "task")
+INPUTS_OF_KIND = {"token-classification": "words", "image-classification": "image"}
+_SPAN = {"entity": "string", "text": "string", "start": "long", "end": "long", "score": "double"}
 OUTPUTS: dict[str, str | Array | Map] = {
     "label": "string",
     "labels": Array("string"),
     "score": "double",
     "probabilities": Map("double"),
 }
+OUTPUTS_OF_KIND: dict[str, dict[str, str | Array | Map]] = {
+    "token-classification": {
+        "labels": Array("string"),
+        "spans": Array(Object([Property(name, kind) for name, kind in _SPAN.items()])),
+    },
+    "sentence-similarity": {"score": "double", "embedding": Array("double")},
+    "text-generation": {"text": "string"},
+    "text2text-generation": {"text": "string"},
+}
+"""Of the kinds that have others than `OUTPUTS`."""
 IF_ASKED = {"task": "string", "row": "long"}
 EXAMPLE = ("A warm and funny film.", "The film is funny.")
+PROCESSOR_FILES = (*TOKENIZER_FILES, "preprocessor_config.json")
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "numpy")
 
 
@@ -186,27 +204,53 @@ def download(source: str, out: Path) -> str:
 
 def log_served_model(model: Path, definitions: Mapping[str, Task]) -> ModelInfo:
     """Log a merged model, as `served.py` answers for it, with the current run."""
-    import pandas as pd
-
-    inputs = [ColSpec(_ANY, name, required=name == "text") for name in INPUTS]
-    outputs = [ColSpec(kind, name) for name, kind in OUTPUTS.items()]
-    outputs += [ColSpec(kind, name, required=False) for name, kind in IF_ASKED.items()]
-    parameters = ParamSchema([ParamSpec("task", "string", "")])
     name, task = next(iter(definitions.items()))
-    example = pd.DataFrame([dict(zip(INPUTS, EXAMPLE[: len(task.text_columns)], strict=False))])
+    requirements = [*REQUIREMENTS]
+    if any(task.task == "image-classification" for task in definitions.values()):
+        requirements.append("pillow")
     # Without local labels (``+cpu``), which no index has.
-    versions = {package: installed_version(package).split("+")[0] for package in REQUIREMENTS}
+    versions = {package: installed_version(package).split("+")[0] for package in requirements}
     with tempfile.TemporaryDirectory() as scratch:
         pack(model, definitions, Path(scratch) / "merged")
         logged: ModelInfo = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={"merged": f"{scratch}/merged"},
-            signature=ModelSignature(Schema([*inputs]), Schema([*outputs]), parameters),
-            input_example=(example, {"task": name}),
+            signature=signature(definitions),
+            input_example=(_example(task), {"task": name}),
             pip_requirements=[f"{package}=={number}" for package, number in versions.items()],
         )
     return logged
+
+
+def signature(definitions: Mapping[str, Task]) -> ModelSignature:
+    """What a served model of these tasks takes and answers."""
+    kinds = {task.task for task in definitions.values()}
+    columns = [*INPUTS, *(column for kind, column in INPUTS_OF_KIND.items() if kind in kinds)]
+    needs_text = columns == [*INPUTS]
+    inputs = [ColSpec(_ANY, name, required=needs_text and name == "text") for name in columns]
+    known = [OUTPUTS_OF_KIND.get(kind, OUTPUTS) for kind in sorted(kinds)]
+    in_all = [name for name in known[0] if all(name in outputs for outputs in known)]
+    types = {name: kind for outputs in known for name, kind in outputs.items()}
+    outputs = [
+        ColSpec(kind, name, required=name in in_all and known[0] is OUTPUTS)
+        for name, kind in types.items()
+    ]
+    outputs += [ColSpec(kind, name, required=False) for name, kind in IF_ASKED.items()]
+    parameters = [ParamSpec("task", "string", "")]
+    if not kinds.isdisjoint(GENERATORS):
+        parameters.append(ParamSpec("max_new_tokens", "long", 0))
+    return ModelSignature(Schema([*inputs]), Schema([*outputs]), ParamSchema(parameters))
+
+
+def _example(task: Task) -> "pd.DataFrame":
+    """An input of a task."""
+    import pandas as pd
+
+    if task.task == "image-classification":
+        return pd.DataFrame({"image": [as_base64(generated_images()[0])]})
+    columns = ["text"] + ["text_pair"] * bool(task.columns.text_pair)
+    return pd.DataFrame([dict(zip(columns, EXAMPLE, strict=False))])
 
 
 def load_served_model(uri: str) -> Serve:
@@ -218,31 +262,37 @@ def load_served_model(uri: str) -> Serve:
 def pack(model: Path, definitions: Mapping[str, Task], out: Path) -> None:
     """Copy what `served.py` needs of a merged model into a folder; the same bytes only once."""
     shutil.copytree(model / "encoder", out / "encoder")
-    folders = {_tokenizer(out / "encoder"): "encoder"}  # by digest of the tokenizer
-    tokenizers = {}
+    folders = {_processor(out / "encoder"): "encoder"}  # by digest of tokenizer or image processor
+    weights = {artifacts.digest_file(file) for file in (model / "encoder").glob("*.safetensors")}
+    processors = {}
     for name, definition in definitions.items():
         task, folder = model / "tasks" / name, out / "tasks" / name
         folder.mkdir(parents=True)
         write_task(folder, definition)
-        shutil.copyfile(task / CONFIG, folder / CONFIG)
-        # The last shard; those before it are the encoder's.
-        shutil.copyfile(max(task.glob("*.safetensors")), folder / "head.safetensors")
-        digest = _tokenizer(task)
+        for file in [CONFIG, *SMALL_FILES]:
+            if (task / file).is_file() and file not in PROCESSOR_FILES:
+                (folder / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(task / file, folder / file)
+        # The last shard; those before it are the encoder's, and all are where there is no head.
+        last = max(task.glob("*.safetensors"))
+        if artifacts.digest_file(last) not in weights:
+            shutil.copyfile(last, folder / "head.safetensors")
+        digest = _processor(task)
         if digest not in folders:
             folders[digest] = f"tasks/{name}"
-            for file in _tokenizer_files(task):
-                shutil.copyfile(file, folder / file.name)
-        tokenizers[name] = folders[digest]
-    (out / "tokenizers.json").write_text(json.dumps(tokenizers))
+            for path in _processor_files(task):
+                shutil.copyfile(path, folder / path.name)
+        processors[name] = folders[digest]
+    (out / "processors.json").write_text(json.dumps(processors))
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+def _processor_files(folder: Path) -> list[Path]:
+    return [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
 
 
-def _tokenizer(folder: Path) -> str:
-    """The digest of the tokenizer files in a folder."""
-    digests = {file.name: artifacts.digest_file(file) for file in _tokenizer_files(folder)}
+def _processor(folder: Path) -> str:
+    """The digest of the files of the tokenizer or image processor in a folder."""
+    digests = {file.name: artifacts.digest_file(file) for file in _processor_files(folder)}
     return artifacts.digest_bytes(artifacts.canonical(digests))
 
 

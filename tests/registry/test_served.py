@@ -83,7 +83,7 @@ def test_all_tasks_share_one_encoder_and_one_tokenizer(packed: Path, model: "Mer
     assert len(list(packed.rglob("model.safetensors"))) == 1
     assert len(list(packed.rglob("tokenizer.json"))) == 1
     assert sorted(model.tasks) == sorted(TASKS)
-    assert len({id(task.tokenizer) for task in model.tasks.values()}) == 1
+    assert len({id(task.processor) for task in model.tasks.values()}) == 1
     weights = [weight for task in model.tasks.values() for weight in task.model.parameters()]
     assert not any(weight.is_meta for weight in weights)
     assert len({id(weight) for weight in weights}) < len(weights)
@@ -395,7 +395,7 @@ def test_each_task_has_its_own_tokenizer_unless_it_is_the_same(
     other = word_tokenizer(merged / "tasks" / "short", first=11)
     word_tokenizer(merged / "tasks" / "tags", first=11)
     tracking.pack(merged, OWN, tmp_path / "again")
-    folders = json.loads((tmp_path / "again" / "tokenizers.json").read_text())
+    folders = json.loads((tmp_path / "again" / "processors.json").read_text())
     same_as = folders["tags"]
     assert folders == {
         "colours": "encoder", "tags": same_as, "short": same_as, "price": "encoder",
