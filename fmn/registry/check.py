@@ -1,6 +1,8 @@
 """Whether a served model answers as the merged model did when it was evaluated. Knows no MLflow."""
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +43,24 @@ class Sample(NamedTuple):
     rows: Sequence[str]  # what messages call them
     texts: Sequence[Sequence[str]]
     answers: Answers
+
+
+def generated_images() -> list[bytes]:
+    """As many small PNG images as there are sentences, each in other colours."""
+    from PIL import Image
+
+    files = []
+    for number in range(len(SENTENCES)):
+        pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        file = BytesIO()
+        Image.fromarray(pixels).resize((32, 32)).save(file, format="PNG")
+        files.append(file.getvalue())
+    return files
+
+
+def as_base64(image: bytes) -> str:
+    """The content of an image's file as JSON can hold it."""
+    return base64.b64encode(image).decode()
 
 
 def check_served(

@@ -21,6 +21,7 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 SINGLE: ProblemType = "single_label_classification"
 MULTI: ProblemType = "multi_label_classification"
 REGRESSION: ProblemType = "regression"
+GENERATORS: tuple[KindName, ...] = ("text-generation", "text2text-generation")
 
 
 class Kind(NamedTuple):

@@ -21,7 +21,7 @@ from fmn.errors import UserError, hint
 from fmn.store.records import Record, Settings
 from fmn.store.stage import read_record, write_record
 from fmn.store.yaml_file import read_yaml
-from fmn.tasks.kinds import KINDS, MULTI, REGRESSION, SINGLE, Kind, KindName, ProblemType
+from fmn.tasks.kinds import GENERATORS, KINDS, MULTI, REGRESSION, SINGLE, Kind, KindName, ProblemType
 
 MAX_LENGTH = 128  # tokens of an example, unless its task says otherwise
 DEFINITION = "task.json"
@@ -29,7 +29,6 @@ DEFINITION = "task.json"
 # text's embedding.
 LossName = ProblemType | Literal["tokens", "embedding"]
 _CLASSIFIERS = ("text-classification", "image-classification")
-_GENERATORS = ("text-generation", "text2text-generation")
 
 
 class MetricFacts(NamedTuple):
@@ -67,8 +66,8 @@ METRICS: Mapping[str, MetricFacts] = {
     "seqeval_f1": MetricFacts((SINGLE,), kinds=("token-classification",)),
     "pearson_cosine": MetricFacts((REGRESSION,), kinds=("sentence-similarity",)),
     "spearmanr_cosine": MetricFacts((REGRESSION,), kinds=("sentence-similarity",)),
-    "perplexity": MetricFacts((), higher_is_better=False, kinds=_GENERATORS),
-    "exact_match": MetricFacts((), kinds=_GENERATORS),
+    "perplexity": MetricFacts((), higher_is_better=False, kinds=GENERATORS),
+    "exact_match": MetricFacts((), kinds=GENERATORS),
 }
 """Every metric, in the words of scikit-learn, SciPy and seqeval; `fmn.evaluate.metrics` computes
 them."""
@@ -134,7 +133,7 @@ def check_metrics(
                 f" {'f1_macro' if name == 'f1' else 'f1_macro or balanced_accuracy'}"
             )
     directions = {METRICS[name].higher_is_better for name in metrics}
-    if len(directions) > 1 and kind not in _GENERATORS:  # of those, the first decides
+    if len(directions) > 1 and kind not in GENERATORS:  # of those, the first decides
         less = [name for name in metrics if not METRICS[name].higher_is_better]
         raise ValueError(
             f"less is better of {', '.join(less)}, and more of the other metrics, so that their"
@@ -375,7 +374,7 @@ class Task(Record):
     metrics: tuple[str, ...] = Field(
         default_factory=lambda fields: (
             default_metrics(fields["task"], fields["problem_type"])
-            if fields["columns"].label or fields["task"] in _GENERATORS
+            if fields["columns"].label or fields["task"] in GENERATORS
             else ()
         )
     )
@@ -415,7 +414,7 @@ class Task(Record):
         """The loss whose gradients its Fisher information squares (`fmn.fisher.loss`)."""
         if self.task == "sentence-similarity":
             return "embedding"
-        if self.task in ("token-classification", *_GENERATORS):
+        if self.task in ("token-classification", *GENERATORS):
             return "tokens"
         return cast("ProblemType", self.problem_type)
 
@@ -441,7 +440,7 @@ class Task(Record):
 
         The label of a text to generate is the text itself.
         """
-        return self.columns.label is not None or self.task in _GENERATORS
+        return self.columns.label is not None or self.task in GENERATORS
 
     @property
     def input_columns(self) -> dict[str, str]:
