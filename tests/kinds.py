@@ -3,15 +3,17 @@
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fmn.merge.model import write_model
+from fmn.merge.recipe import MergeSettings
+from fmn.sources import names
 from fmn.tasks.kinds import KINDS, KindName
 from fmn.tasks.task import Columns, Task, write_task
 from tests.tiny import CONFIGS
@@ -56,6 +58,7 @@ def piece_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     pieces = {piece: number for number, piece in enumerate(PIECES)}
     tokenizer = Tokenizer(models.WordPiece(pieces, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
@@ -79,7 +82,7 @@ def images(count: int = 3, side: int = 20) -> list[bytes]:
 
 
 def tiny_expert(folder: Path, task: Task, seed: int = 0) -> PreTrainedModel:
-    """Write an expert for a task of any kind; its encoder is the same for one seed."""
+    """Write an expert for a task of any kind; another seed gives other weights."""
     name = ARCHITECTURES.get(task.task, "bert")
     config = CONFIGS[name]()
     if task.labels:
@@ -88,9 +91,8 @@ def tiny_expert(folder: Path, task: Task, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, KINDS[task.task].auto_class).from_config(config)
     with torch.no_grad():
-        for number, parameter in enumerate(model.base_model.parameters()):
-            noise = torch.Generator().manual_seed(100 * seed + number)
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     model.eval().save_pretrained(folder)
     if task.task == "image-classification":
         transformers.ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
@@ -99,26 +101,25 @@ def tiny_expert(folder: Path, task: Task, seed: int = 0) -> PreTrainedModel:
     if task.task == "sentence-similarity":
         _write_modules(folder)
     write_task(folder, task)
+    names.normalise(folder, [])  # as `fmn fetch` does
     return model
 
 
 def _write_modules(folder: Path) -> None:
     """Make a folder of Sentence Transformers of an encoder's: mean pooling, then length one."""
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    encoder = models.Transformer(str(folder))
-    pooling = models.Pooling(encoder.get_embedding_dimension())
-    SentenceTransformer(modules=[encoder, pooling, models.Normalize()]).save(str(folder))
+    encoder = Transformer(str(folder))
+    pooling = Pooling(encoder.get_embedding_dimension())
+    SentenceTransformer(modules=[encoder, pooling, Normalize()], device="cpu").save(str(folder))
+    piece_tokenizer(folder)  # the same as that of the other kinds
 
 
-def merged_model(folder: Path, tasks: Mapping[str, Task], **settings: Any) -> Path:
-    """Two experts of unlike encoders for each two tasks, and what they are merged to."""
-    from fmn.merge.model import write_model
-    from fmn.merge.recipe import MergeSettings
-
+def merged_model(folder: Path, tasks: Mapping[str, Task], seed: int = 0) -> Path:
+    """Experts for tasks of one architecture, and what they are merged to, `folder`/merged."""
     experts = {name: folder / "experts" / name for name in tasks}
-    for seed, (name, task) in enumerate(tasks.items()):
-        tiny_expert(experts[name], task, seed)
-    method = MergeSettings(method="average", **settings)
-    write_model(folder / "merged", experts, method, definitions=tasks)
+    for number, (name, task) in enumerate(tasks.items(), seed):
+        tiny_expert(experts[name], task, number)
+    write_model(folder / "merged", experts, MergeSettings(method="average"), definitions=tasks)
     return folder / "merged"

@@ -234,7 +234,9 @@ def load_models(folder: Path, kinds: Mapping[str, str]) -> tuple[dict[str, Any],
         model, path = described[name], folder / "tasks" / name
         kind = type(model.base_model)
         if kind not in encoders:
-            encoder = _load_encoder(path, kinds[name], weights, _needs_pooler(described, kinds, kind))
+            encoder = _load_encoder(
+                path, kinds[name], weights, _needs_pooler(described, kinds, kind)
+            )
             encoders[kind] = encoder, _share(encoder, own_names, memory)
         encoder, in_common = encoders[kind]
         part = copy.deepcopy(encoder, dict(in_common))
@@ -279,12 +281,11 @@ def _load_encoder(
     encoder: PreTrainedModel = model.base_model
     if not needs_pooler and "pooler.dense.weight" not in weights and hasattr(encoder, "pooler"):
         encoder.pooler = None
-    missing = encoder.load_state_dict(weights, strict=False, assign=True).missing_keys
-    encoder.tie_weights()
+    missing = {*encoder.load_state_dict(weights, strict=False, assign=True).missing_keys}
+    encoder.tie_weights(missing_keys=missing, recompute_mapping=False)  # takes those from `missing`
+    if missing:
+        raise ValueError(f"{path.parents[1] / 'encoder'}: has no {sorted(missing)}")
     encoder.requires_grad_(False)
-    prefix = "" if encoder is model else f"{model.base_model_prefix}."
-    if lost := [name for name in missing if prefix + name not in model.all_tied_weights_keys]:
-        raise ValueError(f"{path.parents[1] / 'encoder'}: has no {lost}")
     return encoder
 
 
@@ -313,12 +314,10 @@ def _load_own(
     tensors = {name: weights[name] for name in weights.keys() & above}
     tensors |= {prefix + n if n in in_encoder else n: tensor.float() for n, tensor in own.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    tied = model.all_tied_weights_keys
-    lost = [name for name in missing if not name.startswith(prefix) and name not in tied]
+    lost = {name for name in missing if not name.startswith(prefix)} if prefix else set()
+    model.tie_weights(missing_keys=lost, recompute_mapping=False)  # takes those from `lost`
     if lost or unexpected:
         raise ValueError(f"{path}: head and configuration differ: {[*lost, *unexpected]}")
-    if not {*missing}.isdisjoint(tied):
-        model.tie_weights()
 
 
 def _load_processor(folder: Path, kind: str) -> Any:
@@ -386,8 +385,8 @@ def _groups(labels: Sequence[str | None], has_outside: bool) -> list[list[int]]:
     for word, label in enumerate(labels):
         mark, entity = _split(label)
         if mark != "O":
-            is_new = mark in "BSU" or before in "OESLU" or entity != before_entity
-            if is_new if mark or has_outside else True:
+            is_new = mark in {*"BSU"} or before in {*"OESLU"} or entity != before_entity
+            if is_new or not (mark or has_outside):
                 groups.append([])
             groups[-1].append(word)
         before, before_entity = mark, entity
@@ -399,7 +398,7 @@ def _split(label: str | None) -> tuple[str, str]:
     if label in (None, "O"):
         return "O", ""
     mark, dash, entity = label.partition("-")
-    return (mark, entity) if dash and mark in tuple("BIESLU") else ("", label)
+    return (mark, entity) if dash and mark in {*"BIESLU"} else ("", label)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -21,7 +21,16 @@ from fmn.errors import UserError, hint
 from fmn.store.records import Record, Settings
 from fmn.store.stage import read_record, write_record
 from fmn.store.yaml_file import read_yaml
-from fmn.tasks.kinds import GENERATORS, KINDS, MULTI, REGRESSION, SINGLE, Kind, KindName, ProblemType
+from fmn.tasks.kinds import (
+    GENERATORS,
+    KINDS,
+    MULTI,
+    REGRESSION,
+    SINGLE,
+    Kind,
+    KindName,
+    ProblemType,
+)
 
 MAX_LENGTH = 128  # tokens of an example, unless its task says otherwise
 DEFINITION = "task.json"

@@ -1,5 +1,7 @@
 """The served model's own file: one encoder for all tasks, each with its tokenizer and settings."""
 
+import base64
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +18,25 @@ import torch
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from fmn.fisher.architectures import mask_sites, own_parts
 from fmn.registry import tracking
 from fmn.tasks.task import Columns, Task, get_task
 from tests.conftest import TASKS
 from tests.registry.conftest import Merged
+from tests.kinds import TASKS as OF_KINDS
+from tests.kinds import TEXTS as PIECES
+from tests.kinds import images, merged_model
 from tests.tiny import CONFIGS, WORDS, tiny_model
 
 if TYPE_CHECKING:
@@ -434,3 +448,223 @@ def test_a_text_without_tokens_is_refused(own: Callable[[str], Own], tmp_path: P
     tracking.pack(merged, OWN, tmp_path / "bare")
     with pytest.raises(MlflowException, match="row 1: text is empty; give one with words"):
         ask(load(tmp_path / "bare"), {"text": ["w1", ""]}, "colours")
+
+
+# ---------------------------------------------------------------------------------------------
+# Other kinds of tasks
+
+
+Kinds = tuple["MergedModel", Path]
+
+
+def serve_kinds(folder: Path, *names: str, seed: int = 0) -> Kinds:
+    """The tasks of `tests.kinds` with these names, merged: the served model, and the folder."""
+    tasks = {name: OF_KINDS[name] for name in names}
+    if len(tasks) == 1:
+        tasks["other"] = OF_KINDS[names[0]].model_copy(update={"name": "other"})
+    merged = merged_model(folder, tasks, seed)
+    tracking.pack(merged, tasks, folder / "packed")
+    return load(folder / "packed"), merged
+
+
+@pytest.fixture(scope="module")
+def berts(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
+    """A classifier, a tagger and an embedding model of one encoder."""
+    return serve_kinds(tmp_path_factory.mktemp("berts"), "mood", "ner", "similar")
+
+
+@pytest.fixture(scope="module")
+def flowers(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
+    return serve_kinds(tmp_path_factory.mktemp("flowers"), "flowers")
+
+
+def test_three_kinds_share_one_encoder(berts: Kinds) -> None:
+    served, _ = berts
+    models = [task.model for task in served.tasks.values()]
+    encoders = {
+        id(layer) for model in models for layer in model.modules() if "Layer" in repr(layer)
+    }
+    assert len({id(inside(model, 0)) for model in models[:2]}) == 1, encoders
+    weights = {id(weight): weight for model in models for weight in model.parameters()}
+    total = sum(weight.numel() for weight in weights.values())
+    alone = sum(weight.numel() for weight in models[0].parameters())
+    assert total < 1.1 * alone
+    with passes(models[0]) as count:
+        answers = ask(served, {"text": PIECES}, "*")
+    assert count() == 2, "one of texts, and one of texts in words"
+    assert answers.task.tolist() == ["mood", "ner", "similar"] * len(PIECES)
+    for name in served.tasks:
+        alone_asked = ask(served, {"text": PIECES}, name)
+        together = answers[answers.task == name][alone_asked.columns]
+        for left, right in zip(alone_asked.values, together.values, strict=True):
+            assert list(left) == pytest.approx(list(right), abs=1e-5) or repr(left) == repr(right)
+
+
+def test_words_get_labels_and_labels_make_spans(berts: Kinds) -> None:
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    served, merged = berts
+    tokenizer = AutoTokenizer.from_pretrained(merged / "tasks" / "ner")
+    tagger = AutoModelForTokenClassification.from_pretrained(merged / "tasks" / "ner").eval()
+    words = [text.split() for text in PIECES]
+    answers = ask(served, {"words": words}, "ner")
+    by_text = ask(served, {"text": [text.replace(" ", "  ") for text in PIECES]}, "ner")
+    for row, text in enumerate(words):
+        inputs = tokenizer(
+            text, is_split_into_words=True, truncation=True, max_length=12, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            shares = tagger(**inputs).logits[0].softmax(-1)
+        first = {word: n for n, word in reversed(list(enumerate(inputs.word_ids())))}
+        ids = {word: int(shares[n].argmax()) for word, n in first.items() if word is not None}
+        labels = [tagger.config.id2label[ids[n]] if n in ids else None for n in range(len(text))]
+        assert answers["labels"][row] == labels == by_text["labels"][row]
+        spans = answers["spans"][row]
+        expected = get_entities([label or "O" for label in labels])
+        assert [span["entity"] for span in spans] == [entity for entity, _, _ in expected]
+        for span, doubled, (_, start, end) in zip(
+            spans, by_text["spans"][row], expected, strict=True
+        ):
+            joined = " ".join(text)
+            assert span["text"] == joined[span["start"] : span["end"]]
+            assert span["text"] == " ".join(text[start : end + 1])
+            assert doubled["text"] == "  ".join(text[start : end + 1])
+            means = [float(shares[first[n]].max()) for n in range(start, end + 1)]
+            assert span["score"] == pytest.approx(np.mean(means), abs=1e-5)
+    assert None in answers["labels"][2], "a word beyond max_length has none"
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["O", "B-A", "I-A", "B-A", "I-B", "O", "I-B"], [[1, 2], [3], [4], [6]]),
+        (["B-A", "I-A", "E-A", "S-A", "O", "S-B"], [[0, 1, 2], [3], [5]]),
+        (["B-A", "L-A", "U-A", "B-A", None, "I-A"], [[0, 1], [2], [3], [5]]),
+        (["A", "A", "O", "A", "B"], [[0, 1], [3], [4]]),
+    ],
+)
+def test_spans_are_those_of_every_scheme_of_labels(
+    labels: list[str | None], expected: list[list[int]]
+) -> None:
+    from fmn.registry.served import _groups
+
+    assert _groups(labels, has_outside=True) == expected
+
+
+def test_where_every_word_has_a_label_each_is_a_span() -> None:
+    from fmn.registry.served import _groups
+
+    assert _groups(["NOUN", "NOUN", "VERB"], has_outside=False) == [[0], [1], [2]]
+
+
+def test_embeddings_are_those_of_sentence_transformers(berts: Kinds) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    served, merged = berts
+    plain = SentenceTransformer(str(merged / "tasks" / "similar"), device="cpu")
+    expected = plain.encode(PIECES)
+    np.testing.assert_allclose(
+        ask(served, {"text": PIECES}, "similar")["embedding"].tolist(), expected, atol=1e-5
+    )
+    pairs = ask(served, {"text": PIECES, "text_pair": PIECES[::-1]}, "similar")
+    assert pairs["score"].tolist() == pytest.approx((expected * expected[::-1]).sum(1), abs=1e-5)
+    assert pairs["embedding"].tolist() == [None] * len(PIECES)
+
+
+def as_text(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+def test_images_are_answered_as_by_plain_transformers(flowers: Kinds) -> None:
+    from PIL import Image
+
+    served, merged = flowers
+    files = images()
+    forms = [as_text(files[0]), f"data:image/png;base64,{as_text(files[1])}", files[2]]
+    for name in served.tasks:
+        folder = merged / "tasks" / name
+        plain = AutoModelForImageClassification.from_pretrained(folder).eval()
+        pictures = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+        inputs = AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")
+        with torch.inference_mode():
+            shares = plain(**inputs).logits.softmax(-1).numpy()
+        answers = ask(served, {"image": forms}, name)
+        given = [list(row.values()) for row in answers["probabilities"]]
+        np.testing.assert_allclose(given, shares, atol=1e-5)
+    assert ask(served, {"image": forms}, "*").task.tolist() == ["flowers", "other"] * 3
+
+
+def bomb() -> bytes:
+    """A PNG of a kilobyte or two that says it has 2,500 million pixels."""
+    import zlib
+
+    data = images(1)[0]
+    header = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + data[24:29]
+    return data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
+
+
+@pytest.mark.parametrize(
+    ("image", "problem"),
+    [
+        ("/etc/passwd", "image is neither base64 text nor a data: URL"),
+        ("https://example.org/a.png", "image is neither base64 text nor a data: URL"),
+        ("data:image/png,abcd", "image is neither base64 text nor a data: URL"),
+        (as_text(b"%PDF-1.7"), "image is no PNG, .* that can be read"),
+        (as_text(images()[0][:200]), "image is no PNG, .* that can be read"),
+        (as_text(bomb()), "image (has 50000 x 50000 pixels|is no PNG)"),
+        (3, "image is a number; give the file's content"),
+        (None, "image is null"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_its_row(flowers: Kinds, image: Any, problem: str) -> None:
+    table = pd.DataFrame({"image": [as_text(images()[0]), image]}, dtype=object)
+    with pytest.raises(MlflowException, match=f"^row 1: {problem}") as refusal:
+        ask(flowers[0], table, "flowers")
+    assert refusal.value.error_code == "INVALID_PARAMETER_VALUE", "HTTP 400"
+
+
+@pytest.mark.parametrize(
+    ("name", "auto"), [("chat", AutoModelForCausalLM), ("sums", AutoModelForSeq2SeqLM)]
+)
+def test_texts_are_generated_as_by_plain_transformers(name: str, auto: Any, tmp_path: Path) -> None:
+    served, merged = serve_kinds(tmp_path, name, seed=36)  # which generates texts
+    models = [task.model for task in served.tasks.values()]
+    assert {p.data_ptr() for p in models[0].parameters()} == {
+        p.data_ptr() for p in models[1].parameters()
+    }
+    tokenizer = AutoTokenizer.from_pretrained(merged / "tasks" / name)
+    plain = auto.from_pretrained(merged / "tasks" / name).eval()
+    answers = ask(served, {"text": PIECES}, name)
+    for text, answer in zip(PIECES, answers["text"], strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = ids[:, :-1] if name == "chat" else ids  # without </s>
+        room = 24 - (ids.shape[1] if name == "chat" else 0)
+        with torch.inference_mode():
+            output = plain.generate(ids, max_new_tokens=room, do_sample=False)[0]
+        output = output[ids.shape[1] :] if name == "chat" else output
+        assert answer == tokenizer.decode(output, skip_special_tokens=True)
+    assert any(answers["text"])
+    table = pd.DataFrame({"text": PIECES})
+    params = {"task": name, "max_new_tokens": 2}
+    short = served.predict(None, table, params)["text"]  # type: ignore[arg-type]
+    assert [len(tokenizer(each)["input_ids"]) <= 4 for each in short] == [True] * len(PIECES)
+
+
+@pytest.mark.parametrize(
+    ("table", "task", "problem"),
+    [
+        ({"words": [["w1"]]}, "mood", "row 0: task mood takes one text"),
+        ({"words": ["w1 w2"]}, "ner", "row 0: words is no list of words"),
+        ({"words": [[]]}, "ner", "row 0: text is empty; give one with words"),
+        ({"text": ["  "]}, "ner", "row 0: text is empty; give one with words"),
+        ({"text": ["a"], "text_pair": ["b"]}, "ner", "row 0: task ner takes one text: leave out"),
+        ({"text": ["a"], "words": [["a"]]}, "ner", "row 0: holds text and words; give one"),
+        ({"image": ["a"]}, "ner", "there is no column text or words, but image; add it"),
+    ],
+)
+def test_what_a_kind_does_not_take_is_refused(
+    berts: Kinds, table: Any, task: str, problem: str
+) -> None:
+    with pytest.raises(MlflowException, match=problem) as refusal:
+        ask(berts[0], table, task)
+    assert refusal.value.error_code == "INVALID_PARAMETER_VALUE", "HTTP 400"
