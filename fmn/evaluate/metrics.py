@@ -21,7 +21,8 @@ class Answers(NamedTuple):
     Attributes:
         predicted: class ids [N]; or 0 and 1 for each of several labels [N, C]; or values [N].
         labels: the right answers, in the same form.
-        scores: probabilities [N, C]; of a regression task, the values [N, 1].
+        scores: probabilities [N, C]; of a regression task, the values [N, 1]; of embeddings, the
+            cosines [N, 1].
     """
 
     predicted: np.ndarray
@@ -46,7 +47,8 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
     Args:
         task: the task.
         logits: outputs in the task's order, [N, C]; C is 1 for regression.
-        labels: class ids or values [N], or zeros and ones [N, C].
+        labels: class ids or values [N], or zeros and ones [N, C]. Of embeddings, the 2N texts and
+            labels of `fmn.tasks.encoding.encode`.
 
     Raises:
         UserError: there are no examples, or an output is not finite.
@@ -57,6 +59,10 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
         raise UserError(f"{task.name}: there are no examples to score; give a split with rows")
     if not np.isfinite(logits).all():
         raise UserError(f"{task.name}: the model's outputs are not finite; give another model")
+    if task.loss == "embedding":  # of all texts, then of all pairs
+        texts, pairs = np.split(logits, 2)
+        cosine = np.einsum("nd,nd->n", texts, pairs)
+        return Answers(cosine, labels[: len(cosine)], cosine[:, None])
     if task.regression:
         return Answers(logits[:, 0], labels, logits)
     if task.multi_label:
@@ -312,5 +318,7 @@ COMPUTE: Mapping[str, Compute] = {
     "r2": _r2,
     "pearson": _pearson,
     "spearmanr": _spearman,
+    "pearson_cosine": _pearson,
+    "spearmanr_cosine": _spearman,
 }
 """What computes each of `fmn.tasks.task.METRICS`."""

@@ -149,12 +149,19 @@ def realigned_head(
         the changed tensors of the head by names in the classifier, the own parts by names in the
         base model, and the fit.
     """
-    model, merged_model = checkpoints.load_model(expert), checkpoints.load_model(merged)
+    model = checkpoints.load_model(expert)
     options: dict[str, Any] = {"device": device, "dtype": dtype}
-    encoder = merged_model.base_model.state_dict()
     own = own_part(
-        model, encoder, own_parts, settings.own_layers, examples, seed=settings.seed, **options
+        model,
+        merged_model.base_model.state_dict(),
+        own_parts,
+        settings.own_layers,
+        examples,
+        seed=settings.seed,
+        **options,
     )
+    if not has_head:
+        return {}, own, None
     merged_model.base_model.load_state_dict(own, strict=False)
     wanted = features(model, examples, **options)
     read = features(merged_model, examples, **options)

@@ -44,7 +44,7 @@ SMALL_FILES = (
     *TOKENIZER_FILES,
     *("chat_template.jinja", "generation_config.json", "preprocessor_config.json"),
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
-    "1_Pooling/config.json",
+    *("1_Pooling/config.json", "2_Normalize/config.json"),
 )
 # The largest number that a configuration may have, by what its key ends with. Beyond that, even
 # describing the model takes all time and memory.
@@ -158,9 +158,12 @@ def kind_of(config: "PretrainedConfig") -> KindName:
     """
     import transformers
 
-    for name in config.architectures or ():
-        if kind := kind_of_class(name):
-            return kind
+    kinds = [kind for name in config.architectures or () if (kind := kind_of_class(name))]
+    is_embedding = (Path(config.name_or_path) / "modules.json").is_file()  # some say ForMaskedLM
+    if is_embedding and not any(KINDS[kind].has_head for kind in kinds):
+        return "sentence-similarity"
+    if kinds:
+        return kinds[0]
     for kind, facts in KINDS.items():
         if type(config) in getattr(transformers, facts.auto_class)._model_mapping:
             return kind
@@ -331,6 +334,11 @@ def check_experts(
                     f"{name}: {folder} and {next(iter(folders.values()))} were not fine-tuned from"
                     f" one base: {trait} is {value}, not {other}; choose experts of the same base"
                 )
+    embedding = {name: experts[name] for name in experts if tasks[name].loss == "embedding"}
+    if embedding:
+        from fmn.models.embedding import check_agreement
+
+        check_agreement(embedding)
 
 
 def _traits(folder: Path, task: Task | None) -> dict[str, Any]:
@@ -516,7 +524,14 @@ def load_processor(folder: Path, kind: KindName | None = None) -> Any:
         UserError: there is none, or none that can be used.
     """
     config = load_config(folder)
-    if (kind or kind_of(config)) != "image-classification":
+    kind = kind or kind_of(config)
+    if kind == "sentence-similarity":
+        from fmn.models.embedding import set_up_tokenizer
+
+        tokenizer = load_tokenizer(folder, config)
+        set_up_tokenizer(tokenizer, folder, config)
+        return tokenizer
+    if kind != "image-classification":
         return load_tokenizer(folder, config)
     from transformers import AutoImageProcessor
 

@@ -10,6 +10,7 @@ from fmn.errors import UserError
 from fmn.rows.stages import MINIATURE, DataSettings, find_source
 from fmn.store.records import Record
 from fmn.tasks import dataset
+from fmn.tasks.kinds import REGRESSION
 from fmn.tasks.task import (
     DEFAULT_METRICS,
     TASKS,
@@ -118,4 +119,4 @@ def _example(task: Task, table: Any) -> dict[str, Any]:
     label = row["label"]
     if task.multi_label:
         return {**example, "label": [task.labels[each] for each in label]}
-    return {**example, "label": label if task.regression else task.labels[label]}
+    return {**example, "label": label if task.problem_type == REGRESSION else task.labels[label]}

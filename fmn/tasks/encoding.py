@@ -49,6 +49,35 @@ def _of_texts(
     return Examples(inputs, label_array(task, table), {name: pad[name] for name in inputs})
 
 
+def _of_sentences(
+    tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, scored: bool
+) -> Examples:
+    """One text of each row: the second text of every second row; or all texts, then all pairs.
+
+    `tokenizer` is that of `load_processor`, which knows where the model cuts texts.
+    """
+    wanted, count = _wanted(table, rows), table.num_rows
+    columns = [table[name].take(wanted).to_pylist() for name in task.text_columns]
+    texts = list(columns[0])
+    for place, row in enumerate(wanted):
+        texts[place] = columns[row % len(columns)][place]
+    labels = label_array(task, table)
+    if scored:
+        texts = [text for column in columns for text in column]
+        wanted = [row + count * number for number in range(len(columns)) for row in wanted]
+        labels = np.tile(labels, len(columns))
+    encoded: Mapping[str, list[list[int]]] = tokenizer(
+        [tokenizer.prompt + text for text in texts],
+        truncation=True,
+        max_length=min(task.max_length, tokenizer.model_max_length),
+        padding=False,
+        return_attention_mask=False,
+    )
+    inputs = {name: _at(wanted, values, len(labels)) for name, values in encoded.items()}
+    pad = padding(tokenizer)
+    return Examples(inputs, labels, {name: pad[name] for name in inputs})
+
+
 def _wanted(table: "pa.Table", rows: np.ndarray | None) -> list[int]:
     return list(range(table.num_rows)) if rows is None else [int(row) for row in rows]
 
@@ -67,4 +96,7 @@ def padding(tokenizer: Any) -> dict[str, int]:
     }
 
 
-_ENCODE: Mapping[str, Callable[..., Examples]] = {"text-classification": _of_texts}
+_ENCODE: Mapping[str, Callable[..., Examples]] = {
+    "text-classification": _of_texts,
+    "sentence-similarity": _of_sentences,
+}
