@@ -128,9 +128,7 @@ def tiny_texts(name: str, count: int, seed: int = 0) -> Examples:
     if is_pair:
         inputs = {"input_ids": prompts, "decoder_input_ids": [[0, *text] for text in texts]}
     else:
-        inputs = {
-            "input_ids": [[*p, *text, 2] for p, text in zip(prompts, texts, strict=True)]
-        }
+        inputs = {"input_ids": [[*p, *text, 2] for p, text in zip(prompts, texts, strict=True)]}
     return Examples(inputs, labels, dict.fromkeys(inputs, 0))
 
 

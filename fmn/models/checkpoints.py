@@ -287,9 +287,7 @@ def encoder_names(
     return split
 
 
-def stored_names(
-    folder: Path, config: "PretrainedConfig", kind: KindName | None = None
-) -> Names:
+def stored_names(folder: Path, config: "PretrainedConfig", kind: KindName | None = None) -> Names:
     """The names of the tensors in a folder, split as `encoder_names` does."""
     headers = tensor_headers(folder)
     return encoder_names(
@@ -360,9 +358,9 @@ def check_tensors(
     kind = kind or kind_of(config)
     shapes, names = _described_shapes(config, kind), stored_names(folder, config, kind)
     is_pooled = head and KINDS[kind].has_head
-    stored_names = names.encoder | names.head
+    by_name = names.encoder | names.head
     for name, shape in (shapes.encoder | (shapes.head if head else {})).items():
-        stored = stored_names.get(name)
+        stored = by_name.get(name)
         if stored is None and name in shapes.head:
             raise UserError(f"{folder}: has no classification head ({name}); `fmn finetune` it")
         # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.

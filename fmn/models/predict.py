@@ -61,7 +61,6 @@ def tokens_at_once(model: PreTrainedModel, device: torch.device) -> int:
     return max(1, min(tokens, limit))
 
 
-
 def predict(
     model: PreTrainedModel,
     examples: Examples,

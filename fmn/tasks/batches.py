@@ -50,7 +50,7 @@ class Examples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, a decoder's included, int64 [N]; 1 for examples without tokens."""
+        """Tokens of each example, a decoder's too, int64 [N]; 1 for examples without tokens."""
         lengths = list(self.sequences.values()) or [np.ones(len(self), dtype=np.int64)]
         total: np.ndarray = np.sum(lengths, axis=0)
         return total

@@ -118,9 +118,9 @@ def _of_translations(
     """
     start = tokenizer.decoder_start_token_id  # set by `fmn.models.checkpoints.load_processor`
     wanted = _wanted(table, rows)
-    encoded = tokenizer(
-        _prompts(task, table, wanted), truncation=True, max_length=task.max_length
-    )["input_ids"]
+    encoded = tokenizer(_prompts(task, table, wanted), truncation=True, max_length=task.max_length)[
+        "input_ids"
+    ]
     targets = tokenizer(text_target=_completions(task, table, wanted))["input_ids"]
     targets = [target[: task.max_length] for target in targets]
     labels = np.full((len(wanted), max(map(len, targets), default=0)), IGNORED)
