@@ -469,7 +469,7 @@ def _write_encoder_settings(encoder: Path, expert: Path, files: Files) -> None:
     config = {k: v for k, v in _config(expert, files).items() if k not in _HEAD_SETTINGS}
     kind = KINDS[checkpoints.kind_in(expert)]
     auto = getattr(transformers, "AutoModel" if kind.has_head else kind.auto_class)
-    architecture = auto._model_mapping.get(type(checkpoints.load_config(expert)))
+    architecture = auto._model_mapping.get(type(checkpoints.load_config(expert)), None)
     if isinstance(architecture, type):
         config["architectures"] = [architecture.__name__]
     _write_settings(encoder, expert, config)
