@@ -20,12 +20,14 @@ from fmn.models.checkpoints import (
     load_config,
     load_model,
     load_weights,
+    names_in_base,
     output_entries,
     quiet,
 )
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.models.predict import answered_only
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import Examples, pad_batch
+from fmn.tasks.batches import IGNORED, Examples, pad_batch
 from fmn.tasks.task import LossName, Task
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
@@ -46,22 +48,34 @@ def _cosine_loss(embeddings: Tensor, scores: Tensor) -> Tensor:
     return functional.mse_loss((texts * pairs).sum(-1), scores[: len(texts)])
 
 
+def _of_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy of a batch's labelled tokens; labels [B, T].
+
+    The logits are of all tokens, [B, T, C], or of those with labels, [M, C].
+    """
+    is_labelled = labels != IGNORED
+    logits = logits if logits.ndim == 2 else logits[is_labelled]
+    return functional.cross_entropy(logits, labels[is_labelled])
+
+
 _LOSSES: Mapping[LossName, Callable[[Tensor, Tensor], Tensor]] = {
     "single_label_classification": functional.cross_entropy,
     "multi_label_classification": functional.binary_cross_entropy_with_logits,
     "regression": lambda logits, values: functional.mse_loss(logits.squeeze(-1), values),
     "embedding": _cosine_loss,
+    "tokens": _of_tokens,
 }
 
 
 def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
     """A base model with a fresh head for a task, in float32; its config names the labels.
 
-    The head depends on the seed alone; a head that the base has is left behind.
+    The head depends on the seed alone; a head that the base has is left behind. For a kind without
+    heads, the model is the base as it stands.
     """
     config, kind = load_config(base), task.task
     check_tensors(base, config, head=False, kind=kind)
-    if task.loss == "embedding":
+    if not task.kind.has_head:
         return load_model(base, kind)
     config.num_labels = task.num_outputs
     for name, value in output_entries(task).items():
@@ -129,7 +143,7 @@ def finetune(
                 group["lr"] = group["factor"] * learning_rate * _schedule(step, steps)
             rows = np.concatenate([rows, rows + len(lengths)]) if is_pairs else rows
             batch = pad_batch(examples, rows)
-            with autocast(target, compute_dtype):
+            with autocast(target, compute_dtype), answered_only(model, batch.labels):
                 inputs = {name: value.to(target) for name, value in batch.inputs.items()}
                 logits = model(**inputs).logits
             loss = _LOSSES[problem_type](logits.float(), batch.labels.to(target))
@@ -188,8 +202,9 @@ def _rescale(head: nn.Module, shift: float, scale: float) -> None:
 
 def _head(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
     """The parameters outside the encoder, by name."""
-    prefix = f"{model.base_model_prefix}."
-    return [item for item in model.named_parameters() if not item[0].startswith(prefix)]
+    parameters = dict(model.named_parameters())
+    encoder = names_in_base(model, parameters)
+    return [item for item in parameters.items() if item[0] not in encoder]
 
 
 def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:
