@@ -126,7 +126,13 @@ class SentenceEncoder(nn.Module):
 
 
 def sentence_encoder(encoder: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The embedding model in a folder, of which the encoder was loaded. Raises as `read_modules`"""
+    """The embedding model in a folder, of which the encoder was loaded.
+
+    Raises:
+        UserError: it has a decoder, or as `read_modules` does.
+    """
+    if encoder.config.is_encoder_decoder:
+        raise _refused(folder / "config.json", "the model has a decoder", "give another model")
     # It has what is needed here of a model of Transformers.
     return cast("PreTrainedModel", SentenceEncoder(encoder, read_modules(folder), folder).eval())
 
@@ -205,7 +211,7 @@ def set_up_tokenizer(tokenizer: Any, folder: Path, config: Any) -> None:
     Raises:
         UserError: texts are to be in small letters, and the tokenizer does not see to that.
     """
-    settings = _read(folder, TEXT_SETTINGS)
+    settings = _read(folder, TEXT_SETTINGS) if (folder / MODULES).is_file() else {}
     limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or -1]
     longest = settings.get("max_seq_length") or min(each for each in limits if each > 0)
     tokenizer.model_max_length = int(longest)
