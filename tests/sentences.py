@@ -51,5 +51,3 @@ def encoded(folder: Path, texts: Sequence[str]) -> np.ndarray:
     model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     embeddings: np.ndarray = model.encode(list(texts), convert_to_numpy=True)
     return embeddings
-
-

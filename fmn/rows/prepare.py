@@ -56,6 +56,8 @@ def prepare(
     Raises:
         UserError: a file, a column, a text or a label is not as it should be; says where.
     """
+    if len(problem_types := KINDS[definition.kind].problem_types) == 1:  # whatever labels look like
+        definition = definition.model_copy(update={"problem_type": problem_types[0]})
     dataset = definition.dataset or DatasetSettings(path=place)
     train, used = used_splits(dataset, files, place)
     validation = [split for split in used if split != train]
@@ -147,8 +149,8 @@ def _task(
         labels=labels.names if labels else tuple(definition.label_names),
         metrics=tuple(definition.metrics) or defaults,
         validation=tuple(validation),
-        max_length=definition.max_length,
         threshold=definition.threshold,
+        **definition.model_dump(include={"max_length"}, exclude_unset=True),
     )
 
 

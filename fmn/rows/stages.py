@@ -19,6 +19,7 @@ from fmn.tasks import dataset
 from fmn.tasks.dataset import DataInfo
 from fmn.tasks.kinds import KindName
 from fmn.tasks.task import (
+    TASKS,
     ColumnSettings,
     DatasetSettings,
     ScoringSettings,
@@ -217,8 +218,11 @@ def find_source(task: str, settings: DataSettings, definition: TaskSettings | No
         return _own_source(task, definition, definition.dataset)
     folder, revision = _source_folder(task, settings, is_defined=definition is not None)
     here = task_folder(folder, task)
-    is_checked = read_task(here) is not None or task_settings(task) is not None
-    if definition and (definition.columns != ColumnSettings() or not is_checked):
+    checked = read_task(here) or TASKS.get(task)
+    is_described = definition and (
+        definition.columns != ColumnSettings() or not checked or definition.kind != checked.task
+    )
+    if definition and is_described:
         rows = DatasetSettings(path=str(here))
         return _own_source(task, definition.model_copy(update={"dataset": rows}), rows)
     full = load_task(folder, task)
