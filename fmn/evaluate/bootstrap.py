@@ -21,6 +21,7 @@ from fmn.evaluate.metrics import (
     score_splits,
     scores,
 )
+from fmn.tasks.kinds import REGRESSION
 from fmn.tasks.task import Task
 
 RESAMPLES = 1000
@@ -154,7 +155,7 @@ def at_chance(task: Task, splits: Splits) -> bool:
         if (score := score_splits(task, constant)["score"]) is not None
     ]
     if not constants:
-        return True
+        return not task.generates
     _, best = max(constants, key=lambda pair: pair[0])
     own, other = (resampled(task, each)["score"] for each in (splits, best))
     gains = sign * (own - other)
@@ -163,10 +164,12 @@ def at_chance(task: Task, splits: Splits) -> bool:
 
 
 def _constant_answers(task: Task, splits: Splits) -> Iterator[Splits]:
+    if task.generates:  # the probabilities of a constant answer are not known
+        return
     labels = np.concatenate([answers.labels for answers in splits.values()])
     classes, counts = np.unique(labels, return_counts=True)
     constants = classes[np.argsort(-counts, kind="stable")][:2]  # no rarer class scores more
-    if task.regression:
+    if task.problem_type == REGRESSION:
         constants = np.array([labels.mean(dtype=np.float64), np.median(labels)])
     elif task.multi_label:
         rank = np.argsort(np.argsort(-labels.mean(axis=0), kind="stable"))  # by frequency

@@ -18,15 +18,17 @@ from fmn.models.checkpoints import (
     check_tensors,
     last_linear,
     load_config,
+    load_model,
     load_weights,
+    names_in_base,
     output_entries,
     quiet,
 )
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.models.predict import answered_only
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import Examples, pad_batch
-from fmn.tasks.kinds import ProblemType
-from fmn.tasks.task import Task
+from fmn.tasks.batches import IGNORED, Examples, pad_batch
+from fmn.tasks.task import LossName, Task
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01
@@ -35,20 +37,46 @@ POOL = 16  # batches whose examples are sorted by length together
 # The head starts from noise, the encoder from a good model. With a slow head it is the encoder that
 # moves to suit the noise, and the further experts move, the worse they merge.
 HEAD_RATE = 30.0
-_LOSSES: Mapping[ProblemType, Callable[[Tensor, Tensor], Tensor]] = {
+
+
+def _cosine_loss(embeddings: Tensor, scores: Tensor) -> Tensor:
+    """Squared error of the cosine of two texts: embeddings of B texts, then of their B pairs.
+
+    CosineSimilarityLoss of Sentence Transformers (arXiv 1908.10084, section 3).
+    """
+    texts, pairs = embeddings.chunk(2)
+    return functional.mse_loss((texts * pairs).sum(-1), scores[: len(texts)])
+
+
+def _of_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy of a batch's labelled tokens; labels [B, T].
+
+    The logits are of all tokens, [B, T, C], or of those with labels, [M, C].
+    """
+    is_labelled = labels != IGNORED
+    logits = logits if logits.ndim == 2 else logits[is_labelled]
+    return functional.cross_entropy(logits, labels[is_labelled])
+
+
+_LOSSES: Mapping[LossName, Callable[[Tensor, Tensor], Tensor]] = {
     "single_label_classification": functional.cross_entropy,
     "multi_label_classification": functional.binary_cross_entropy_with_logits,
     "regression": lambda logits, values: functional.mse_loss(logits.squeeze(-1), values),
+    "embedding": _cosine_loss,
+    "tokens": _of_tokens,
 }
 
 
 def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
     """A base model with a fresh head for a task, in float32; its config names the labels.
 
-    The head depends on the seed alone; a head that the base has is left behind.
+    The head depends on the seed alone; a head that the base has is left behind. For a kind without
+    heads, the model is the base as it stands.
     """
     config, kind = load_config(base), task.task
     check_tensors(base, config, head=False, kind=kind)
+    if not task.kind.has_head:
+        return load_model(base, kind)
     config.num_labels = task.num_outputs
     for name, value in output_entries(task).items():
         setattr(config, name, value)
@@ -69,7 +97,7 @@ def finetune(
     model: PreTrainedModel,
     examples: Examples,
     *,
-    problem_type: ProblemType,
+    problem_type: LossName,
     epochs: float,
     learning_rate: float,
     batch_size: int,
@@ -82,7 +110,8 @@ def finetune(
 
     AdamW, with a learning rate that rises linearly over the first tenth of the steps to its peak
     and falls linearly to zero, `HEAD_RATE` times as high for the head. The loss is Transformers';
-    for regression on values of mean 0 and variance 1, so that one rate suits every scale. The same
+    for regression on values of mean 0 and variance 1, so that one rate suits every scale; for pairs
+    of texts on scores from 0 to 1 (see `_unit_scores`). The same
     arguments, threads and hardware repeat it exactly. `epochs` may be a fraction; `progress` gets
     (steps done, all steps).
 
@@ -94,11 +123,15 @@ def finetune(
     target, random = resolve_device(device), np.random.default_rng(seed)
     compute_dtype = resolve_dtype(dtype, target)
     torch.manual_seed(seed)
-    lengths, head = examples.lengths, model.get_submodule(last_linear(model))
-    shift, scale = 0.0, 1.0
-    if problem_type == "regression":
+    lengths, shift, scale = examples.lengths, 0.0, 1.0
+    is_pairs, is_regression = problem_type == "embedding", problem_type == "regression"
+    if is_pairs:
+        lengths = lengths.reshape(2, -1).max(0)  # [2 N] -> [N]
+        examples = replace(examples, labels=_unit_scores(examples.labels))
+    if is_regression:
+        head = model.get_submodule(last_linear(model))
         examples, shift, scale = _standardized(examples, head)
-    steps = max(1, round(epochs * math.ceil(len(examples) / batch_size)))
+    steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
     losses: list[float] = []
     batches: list[np.ndarray] = []
     with placed(model, target, compute_dtype):
@@ -108,8 +141,9 @@ def finetune(
             rows = (batches := batches or _batches(lengths, batch_size, random)).pop()
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate * _schedule(step, steps)
-            batch = pad_batch(examples, rows, int(lengths[rows].max()))
-            with autocast(target, compute_dtype):
+            rows = np.concatenate([rows, rows + len(lengths)]) if is_pairs else rows
+            batch = pad_batch(examples, rows)
+            with autocast(target, compute_dtype), answered_only(model, batch.labels):
                 inputs = {name: value.to(target) for name, value in batch.inputs.items()}
                 logits = model(**inputs).logits
             loss = _LOSSES[problem_type](logits.float(), batch.labels.to(target))
@@ -122,7 +156,8 @@ def finetune(
                 remedy = f"take a learning_rate below {learning_rate}"
                 raise UserError(f"fine-tuning: the loss diverged in step {step + 1}; {remedy}")
             progress(step + 1, steps)
-        _rescale(head, shift, scale)
+        if is_regression:
+            _rescale(head, shift, scale)
         model.eval()
     return losses
 
@@ -131,6 +166,19 @@ def _schedule(step: int, steps: int) -> float:
     """The share of the peak learning rate that a step has."""
     warmup = max(1, round(WARMUP * steps))
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
+
+
+def _unit_scores(scores: np.ndarray) -> np.ndarray:
+    """Scores as cosines: as they are between -1 and 1; else from 0, or the least below, to 1.
+
+    >>> _unit_scores(np.array([0.0, 2.5, 5.0], np.float32)).tolist()
+    [0.0, 0.5, 1.0]
+    """
+    if np.abs(scores).max() <= 1:
+        return scores
+    least = min(0.0, float(scores.min()))
+    scaled: np.ndarray = (scores - least) / (scores.max() - least)
+    return scaled.astype(np.float32)
 
 
 def _standardized(examples: Examples, head: nn.Module) -> tuple[Examples, float, float]:
@@ -154,8 +202,9 @@ def _rescale(head: nn.Module, shift: float, scale: float) -> None:
 
 def _head(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
     """The parameters outside the encoder, by name."""
-    prefix = f"{model.base_model_prefix}."
-    return [item for item in model.named_parameters() if not item[0].startswith(prefix)]
+    parameters = dict(model.named_parameters())
+    encoder = names_in_base(model, parameters)
+    return [item for item in parameters.items() if item[0] not in encoder]
 
 
 def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:

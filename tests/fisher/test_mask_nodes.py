@@ -1,12 +1,13 @@
 """The estimators against brute force, and what they promise about batches, breaks and the model."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -14,11 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from fmn.errors import UserError
 from fmn.fisher import mask_nodes
 from fmn.fisher.architectures import mask_sites
-from fmn.fisher.loss import ESTIMATORS
+from fmn.fisher.loss import ESTIMATORS, uniform_draws
 from fmn.fisher.mask_nodes import BATCH_SIZE, Estimate, PartialSums, estimate
 from fmn.fisher.runner import hooked
-from fmn.tasks.batches import Examples, select
+from fmn.models.embedding import Modules, SentenceEncoder
+from fmn.tasks.batches import IGNORED, Examples, select
 from fmn.tasks.kinds import ProblemType
+from fmn.tasks.task import LossName
 from tests.fisher.problems import (
     MANY_LABELS,
     ONE_LABEL,
@@ -30,7 +33,7 @@ from tests.fisher.problems import (
     losses,
     squares,
 )
-from tests.tiny import CONFIGS, tiny_examples, tiny_model
+from tests.tiny import CONFIGS, GENERATORS, tiny_examples, tiny_generator, tiny_model, tiny_texts
 
 # Others compute normalisations or rotations in float32 whatever their weights are.
 DOUBLE_THROUGHOUT = {
@@ -43,7 +46,7 @@ def run(
     model: PreTrainedModel,
     examples: Examples,
     estimator: str = "expected",
-    problem_type: ProblemType = ONE_LABEL,
+    problem_type: LossName = ONE_LABEL,
     **options: Any,
 ) -> Estimate:
     """An estimate on the CPU, in float64 unless said otherwise."""
@@ -60,8 +63,8 @@ def errors(result: Estimate) -> np.ndarray:
     return np.concatenate(list(result.stderr.values()))
 
 
-def masked(model: PreTrainedModel, examples: Examples, row: int) -> tuple[list[Tensor], Tensor]:
-    """Masks that were put into the model, and the logits [C] of one example."""
+def mask_hooks(model: PreTrainedModel) -> tuple[list[Tensor], list[Any]]:
+    """Masks of ones, and the hooks that put them into a model."""
     sites = mask_sites(model)
     masks = [torch.ones(site.nodes, dtype=torch.float64, requires_grad=True) for site in sites]
     hooks = [
@@ -74,6 +77,12 @@ def masked(model: PreTrainedModel, examples: Examples, row: int) -> tuple[list[T
         )
         for site, mask in zip(sites, masks, strict=True)
     ]
+    return masks, hooks
+
+
+def masked(model: PreTrainedModel, examples: Examples, row: int) -> tuple[list[Tensor], Tensor]:
+    """Masks that were put into the model, and the logits [C] of one example."""
+    masks, hooks = mask_hooks(model)
     with hooked(hooks):
         return masks, logits_of(model, examples, row)
 
@@ -87,6 +96,81 @@ def by_brute_force(
         masks, logits = masked(model, examples, row)
         terms.append(torch.cat(squares(losses(problem_type, logits, label, estimator), masks)))
     return torch.stack(terms).numpy()
+
+
+def completion_losses(
+    model: PreTrainedModel, examples: Examples, row: int, draws: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Masks that were put into the model, and the loss of an example's labelled tokens.
+
+    With `draws` [T], labels are those of the model's distribution with these quantiles.
+    """
+    one = examples.take(np.array([row]))
+    inputs = {name: torch.tensor(values) for name, values in one.inputs.items()}  # no padding
+    total, labels = torch.zeros((), dtype=torch.float64), torch.tensor(one.labels[0])
+    masks, hooks = mask_hooks(model)
+    with hooked(hooks):
+        logits = model(**inputs).logits[0]  # [T, C], of all tokens
+    for place, token in enumerate(labels.tolist()):
+        if token == IGNORED:
+            continue
+        p = logits[place].softmax(0)
+        if draws is not None:
+            token = int((p.detach().cumsum(0) < draws[place]).sum())
+        total = total - p[token].log()
+    return masks, total
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generated_text_agrees_with_masks_put_into_the_model(name: str) -> None:
+    model, examples = tiny_generator(name), tiny_texts(name, 5)
+    draws = torch.from_numpy(uniform_draws(7, np.arange(5), 16))
+    rtol = 1e-7 if name in ("gpt2", "bart", "mbart", "pegasus", "marian") else 1e-3
+    terms: dict[str, list[Tensor]] = {"empirical": [], "sampled": [], "batch": []}
+    for row in range(5):
+        for estimator in ("empirical", "sampled"):
+            own = draws[row] if estimator == "sampled" else None
+            masks, loss_of_row = completion_losses(model, examples, row, own)
+            gradient = torch.cat(torch.autograd.grad(loss_of_row, masks))
+            terms[estimator].append(gradient.square())
+            if estimator == "empirical":
+                terms["batch"].append(gradient / 5)
+    wanted = {
+        "empirical": torch.stack(terms["empirical"]).mean(0),
+        "sampled": torch.stack(terms["sampled"]).mean(0),
+        "batch": torch.stack(terms["batch"]).sum(0).square(),
+    }
+    for estimator, values in wanted.items():
+        result = run(model, examples, estimator, "tokens", seed=7)
+        assert flat(result) == pytest.approx(values.numpy(), rel=rtol, abs=1e-9), estimator
+        assert np.count_nonzero(flat(result))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("bert", "mean"), ("mpnet", "cls"), ("gpt2", "lasttoken"), ("albert", "max")]
+)
+def test_embeddings_agree_with_masks_put_into_the_model(name: str, mode: str) -> None:
+    encoder, examples = tiny_model(name).base_model, tiny_examples(name, 6)
+    model = cast("PreTrainedModel", SentenceEncoder(encoder, Modules((mode,), True), Path()))
+    probes = norm.ppf(uniform_draws(7, np.arange(6), 24))  # [N, D]
+    terms = []
+    for row, tokens in enumerate(examples.inputs["input_ids"]):
+        masks, hooks = mask_hooks(model)
+        with hooked(hooks):
+            states = encoder(torch.tensor([tokens])).last_hidden_state[0]  # [T, D], no padding
+        pooled = {
+            "mean": states.mean(0),
+            "cls": states[0],
+            "lasttoken": states[-1],
+            "max": states.max(0).values,
+        }
+        embedding = pooled[mode] / pooled[mode].square().sum().sqrt()
+        gradients = torch.autograd.grad(torch.from_numpy(probes[row]) @ embedding, masks)
+        terms.append(torch.cat(gradients).square().numpy())
+    result = run(model, examples, "sampled", "embedding", seed=7)
+    np.testing.assert_allclose(flat(result), np.mean(terms, 0), rtol=1e-8, atol=1e-13)
+    with pytest.raises(UserError, match="choose from sampled"):
+        run(model, examples, "expected", "embedding")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
