@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fmn.errors import UserError
 from fmn.tasks.batches import IGNORED, Examples
 from fmn.tasks.dataset import label_array
 from fmn.tasks.task import Task
@@ -27,7 +28,8 @@ def encode(
         processor: the tokenizer, or the image processor.
         rows: only these rows are encoded, and the others are empty; default: all.
         scored: the examples are to be scored (`fmn.evaluate.metrics.answers`), which may take more
-            of them than there are rows.
+            of them than there are rows. The labels of words are then [N, W, 2]: of each of at most
+            W words its tag, IGNORED behind the last one, and the position that answers it, or -1.
     """
     return _ENCODE[task.task](processor, task, table, rows, scored)
 
@@ -76,6 +78,76 @@ def _of_sentences(
     inputs = {name: _at(wanted, values, len(labels)) for name, values in encoded.items()}
     pad = padding(tokenizer)
     return Examples(inputs, labels, {name: pad[name] for name in inputs})
+
+
+def _of_words(
+    tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, scored: bool
+) -> Examples:
+    """Words, of which the first token of each is to answer the word's tag.
+
+    Examples of too many tokens lose their last words, each of them whole. No token answers those,
+    nor words of which a tokenizer leaves nothing, such as a control character; they are scored as
+    if they had been tagged "O", or with the first label where there is no "O".
+
+    Raises:
+        UserError: the tokenizer cannot say which token is of which word.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{task.name}: the tokenizer, {type(tokenizer).__name__}, does not say which token is"
+            " of which word; give a checkpoint with a tokenizer.json"
+        )
+    wanted = _wanted(table, rows)
+    words = table[task.input_columns["tokens"]].take(wanted).to_pylist()
+    encoded = [_words_within(tokenizer, each, task.max_length) for each in words]
+    tags: list[Any] = [[0] * len(each) for each in words]
+    if "label" in table.column_names:
+        tags = table["label"].take(wanted).to_pylist()
+    starts = [
+        _first_tokens(each.word_ids(), len(own)) for each, own in zip(encoded, words, strict=True)
+    ]
+    width = max(map(len, tags if scored else [each["input_ids"] for each in encoded]), default=0)
+    shape = (table.num_rows, width, 2) if scored else (table.num_rows, width)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    for row, own, first in zip(wanted, tags, starts, strict=True):
+        if scored:
+            labels[row, : len(own)] = np.stack([own, first], axis=1) if own else 0  # [W, 2]
+        else:
+            labels[row, first[first >= 0]] = np.array(own, dtype=np.int64)[first >= 0]
+    pad = padding(tokenizer)
+    inputs = {
+        name: _at(wanted, [each[name] for each in encoded], table.num_rows)
+        for name in pad
+        if name in tokenizer.model_input_names
+    }
+    return Examples(inputs, labels, {name: pad[name] for name in inputs})
+
+
+def _words_within(tokenizer: Any, words: list[str], most: int) -> Any:
+    """The encoding of as many words as fit into so many tokens, special ones included."""
+
+    def encoding(words: list[str]) -> Any:
+        return tokenizer(
+            words, is_split_into_words=True, return_attention_mask=False, verbose=False
+        )
+
+    whole = encoding(words)
+    word_ids = whole.word_ids()
+    if len(word_ids) <= most:
+        return whole
+    ends = np.flatnonzero([word is not None for word in word_ids])
+    room = most - (len(word_ids) - len(ends))  # beside the special tokens
+    # The word that the first token without room belongs to is the first that is cut off.
+    return encoding(words[: word_ids[ends[max(room, 0)]]])
+
+
+def _first_tokens(word_ids: list[int | None], words: int) -> np.ndarray:
+    """The place of the first token of each word, int64 [words]; -1 for a word without tokens."""
+    first = np.full(words, -1, dtype=np.int64)
+    for place in reversed(range(len(word_ids))):
+        if (word := word_ids[place]) is not None:
+            first[word] = place
+    return first
 
 
 def _wanted(table: "pa.Table", rows: np.ndarray | None) -> list[int]:
@@ -189,6 +261,7 @@ def _labels_at(rows: list[int], labels: np.ndarray, count: int) -> np.ndarray:
 
 _ENCODE: Mapping[str, Callable[..., Examples]] = {
     "text-classification": _of_texts,
+    "token-classification": _of_words,
     "sentence-similarity": _of_sentences,
     "text-generation": _of_continuations,
     "text2text-generation": _of_translations,

@@ -33,10 +33,10 @@ from fmn.fisher.architectures import mask_sites, own_parts
 from fmn.registry import tracking
 from fmn.tasks.task import Columns, Task, get_task
 from tests.conftest import TASKS
-from tests.registry.conftest import Merged
 from tests.kinds import TASKS as OF_KINDS
 from tests.kinds import TEXTS as PIECES
 from tests.kinds import images, merged_model
+from tests.registry.conftest import Merged
 from tests.tiny import CONFIGS, WORDS, tiny_model
 
 if TYPE_CHECKING:
