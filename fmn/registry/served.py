@@ -124,8 +124,8 @@ def shared_modules(
 class Task(NamedTuple):
     """A task: its model, which shares modules with others, and how its inputs are read.
 
-    `forms` are those of `FORMS` that it takes. `labels` are the names of its outputs;
-    `processor_folder` tells tokenizers and image processors apart.
+    `forms` are those of `FORMS` that it takes, `labels` the names of its outputs, `prompt` what it
+    lets every text begin with; `processor_folder` tells tokenizers and image processors apart.
     """
 
     name: str
@@ -135,6 +135,7 @@ class Task(NamedTuple):
     processor_folder: str
     forms: tuple[str, ...]
     max_length: int
+    prompt: str
     problem_type: str
     threshold: float
     labels: list[str]
@@ -158,6 +159,10 @@ def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
         if kind != "image-classification" and config.pad_token_id is None:
             config.pad_token_id = processor.pad_token_id  # tells where each text of a batch ends
         labels = [config.id2label[output] for output in range(config.num_labels)]
+        longest, prompt = definition["max_length"], ""
+        if kind == "sentence-similarity":
+            limit, prompt = _text_settings(folder / "tasks" / name, processor, config)
+            longest = min(longest, limit)
         problem = "regression" if len(labels) == 1 else "single_label_classification"
         tasks[name] = Task(
             name=name,
@@ -166,7 +171,8 @@ def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
             processor=processor,
             processor_folder=processors[name],
             forms=_forms(definition),
-            max_length=definition["max_length"],
+            max_length=longest,
+            prompt=prompt,
             problem_type=definition["problem_type"] or config.problem_type or problem,
             threshold=definition["threshold"],
             labels=labels,
@@ -188,29 +194,59 @@ def _forms(definition: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class Embedder(torch.nn.Module):
-    """An encoder whose output `logits` is the embedding of each text, of length one, [B, D]."""
+    """An encoder whose output `logits` is what SentenceTransformer gives for each text, [B, D]."""
 
     def __init__(self, encoder: PreTrainedModel, folder: Path) -> None:
         super().__init__()
         self.encoder, self.config = encoder, encoder.config
-        file = folder / "1_Pooling" / "config.json"
-        pooling = json.loads(file.read_text()) if file.is_file() else {}
+        pooling = _content_of(folder / "1_Pooling" / "config.json")
         flags = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value]
-        names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-        modes = [names.get(flag, flag) for flag in flags] or [pooling.get("pooling_mode", "mean")]
-        if modes not in (["cls"], ["mean"]):
-            raise ValueError(f"{file}: pooling {', '.join(modes)} is not known here")
-        self.mode = modes[0]
+        modes = pooling.get("pooling_mode") or [
+            flag.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+            for flag in flags
+        ]
+        self.modes = [modes] if isinstance(modes, str) else modes or ["mean"]
+        self.normalises = "2_Normalize" in [
+            each["path"] for each in _content_of(folder / "modules.json", [])
+        ]
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: torch.Tensor
     ) -> Any:
         # In the order in which classifiers pass them on, so that the encoder is asked once.
         states = self.encoder(input_ids, attention_mask=attention_mask, **others).last_hidden_state
-        weights = attention_mask[..., None].to(states.dtype)  # [B, T, 1]
-        mean = (states * weights).sum(1) / weights.sum(1)
-        pooled = states[:, 0] if self.mode == "cls" else mean
-        return SimpleNamespace(logits=torch.nn.functional.normalize(pooled, dim=-1))
+        mask = attention_mask[..., None].to(states.dtype)  # [B, T, 1]
+        embedding = torch.cat([_pooled(states, mask, mode) for mode in self.modes], -1)
+        if self.normalises:
+            embedding = torch.nn.functional.normalize(embedding, dim=-1)
+        return SimpleNamespace(logits=embedding)
+
+
+def _pooled(states: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
+    """The embeddings [B, D] of states [B, T, D] of tokens, by Sentence Transformers' pooling."""
+    if mode == "cls":
+        return states[:, 0]
+    if mode == "max":
+        return states.masked_fill(mask == 0, float("-inf")).amax(1)
+    if mode == "lasttoken":
+        return states[torch.arange(len(states)), mask[..., 0].sum(1).long() - 1]
+    if mode == "weightedmean":
+        mask = mask * torch.arange(1, mask.shape[1] + 1)[:, None]
+    power = {"mean": 1.0, "weightedmean": 1.0}.get(mode, 0.5)  # mean_sqrt_len
+    return (states * mask).sum(1) / mask.sum(1) ** power
+
+
+def _content_of(file: Path, default: Any = {}) -> Any:  # noqa: B006 - it is not changed
+    return json.loads(file.read_text()) if file.is_file() else default
+
+
+def _text_settings(folder: Path, tokenizer: Any, config: Any) -> tuple[int, str]:
+    """The most tokens that an embedding model reads, and what it lets every text begin with."""
+    settings = _content_of(folder / "config_sentence_transformers.json")
+    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name") or "", "")
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or -1]
+    longest = _content_of(folder / "sentence_bert_config.json").get("max_seq_length")
+    return int(longest or min(limit for limit in limits if limit > 0)), prompt
 
 
 def load_models(folder: Path, kinds: Mapping[str, str]) -> tuple[dict[str, Any], Memory]:
@@ -246,6 +282,8 @@ def load_models(folder: Path, kinds: Mapping[str, str]) -> tuple[dict[str, Any],
         model = model if prefix else part
         _load_own(model, prefix, encoder, own[name], weights, path)
         embeds = kinds[name] == "sentence-similarity"
+        if (path / "generation_config.json").is_file() and kinds[name] in GENERATORS:
+            model.generation_config = GenerationConfig.from_pretrained(path)
         models[name] = (Embedder(model, path) if embeds else model).eval()
     return {name: models[name] for name in kinds}, memory
 
@@ -633,8 +671,8 @@ class MergedModel(PythonModel):
         - token classification: ``labels``, one for each word (null for a word beyond the task's
           `max_length`), and ``spans``, a list of objects: ``entity``, ``text``, ``start`` and
           ``end`` in the text, ``score`` (the mean probability of its words' labels).
-        - sentence similarity: ``embedding``, a list of numbers of length one; for two texts
-          ``score``, their cosine, instead.
+        - sentence similarity: ``embedding``, a list of numbers as SentenceTransformer gives; for
+          two texts ``score``, their cosine, instead.
         - text generation: ``text``, the completion, which takes the most probable token each time.
 
         If rows name their tasks there is a column ``task`` too, and for "*" an answer for each row
@@ -684,11 +722,11 @@ class MergedModel(PythonModel):
 
     def _grouped(self, rows: Sequence[Row]) -> Iterator[tuple[list[Task], list[Example]]]:
         """Tasks that read their rows alike, and what they read."""
-        groups: dict[tuple[str, str, int], tuple[list[Task], dict[tuple[int, int], Example]]] = {}
+        groups: dict[Any, tuple[list[Task], dict[tuple[int, int], Example]]] = {}
         for number, row in enumerate(rows):
             for task in (self.tasks[name] for name in row.tasks):
                 reading, parts = _reading(task, row)
-                key = (reading, task.processor_folder, task.max_length)
+                key = (reading, task.processor_folder, task.max_length, task.prompt)
                 tasks, examples = groups.setdefault(key, ([], {}))
                 if task not in tasks:
                     tasks.append(task)
@@ -741,33 +779,25 @@ class MergedModel(PythonModel):
                 with self.lock:
                     yield batch, dict(task.processor(images=images, return_tensors="pt")), []
             return
-        contents = [example.content for example in examples]
-        is_tagged = task.kind == "token-classification"
-        if is_tagged:
-            contents = [(words.words,) for (words,) in contents]
         with self.lock:
-            tokens = task.processor(
-                *map(list, zip(*contents, strict=True)),
-                truncation=True if is_tagged else "longest_first",
-                max_length=task.max_length,
-                is_split_into_words=is_tagged,
-            )
+            if task.kind == "token-classification":
+                tokens, firsts = _of_words(task, [example.content[0].words for example in examples])
+            else:
+                columns = zip(*(example.content for example in examples), strict=True)
+                tokens, firsts = (
+                    task.processor(
+                        *map(list, columns), truncation="longest_first", max_length=task.max_length
+                    ),
+                    [],
+                )
         lengths = [len(each) for each in tokens["input_ids"]]
-        is_empty = [
-            not length or (is_tagged and not content[0])
-            for length, content in zip(lengths, contents, strict=True)
-        ]
-        if any(is_empty):
-            row = examples[is_empty.index(True)].row
-            _refuse(f"row {index[row]}: text is empty; give one with words")
+        for place, example in enumerate(examples):
+            if not lengths[place] or (firsts and not firsts[place]):
+                _refuse(f"row {index[example.row]}: text is empty; give one with words")
         for places in _batches(lengths):
             batch = [examples[place] for place in places]
-            firsts = [
-                _first_tokens(tokens.word_ids(place), len(contents[place][0]))
-                for place in places
-                if is_tagged
-            ]
-            yield batch, _padded(tokens, places, task.processor), firsts
+            own = [firsts[place] for place in places if firsts]
+            yield batch, _padded(tokens, places, task.processor), own
 
     def _complete(self, task: Task, prompt: str, limit: int, place: str) -> str:
         """What a model generates after a prompt, always with the most probable token."""
@@ -809,7 +839,7 @@ def _reading(task: Task, row: Row) -> tuple[str, list[tuple[Any, ...]]]:
     if task.kind in GENERATORS:
         return task.kind, [row.content]
     if task.kind == "sentence-similarity":
-        return "text", [(text,) for text in row.content]
+        return "text", [(task.prompt + text,) for text in row.content]
     return row.form, [row.content]
 
 
@@ -836,16 +866,35 @@ def _together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(parts) == 1:
         return parts[0]
     left, right = (np.array(part["embedding"]) for part in parts)
-    return {"score": float(left @ right)}
+    return {"score": float(left @ right / np.linalg.norm(left) / np.linalg.norm(right))}
 
 
-def _first_tokens(word_ids: Sequence[int | None], count: int) -> list[int]:
-    """The place of the first token of each of so many words; -1 where there is none."""
-    places = [-1] * count
-    for place, word in enumerate(word_ids):
-        if word is not None and places[word] < 0:
-            places[word] = place
-    return places
+def _of_words(
+    task: Task, texts: Sequence[list[str]]
+) -> tuple[dict[str, list[list[int]]], list[list[int]]]:
+    """Inputs of texts in words, and the place of each word's first token; -1 where there is none.
+
+    As in evaluation, a text of too many tokens loses whole words.
+    """
+    inputs: dict[str, list[list[int]]] = {}
+    firsts = []
+    for words in texts:
+        encoding = task.processor(words, is_split_into_words=True, verbose=False)
+        word_ids = encoding.word_ids()
+        if len(word_ids) > task.max_length:
+            ends = [place for place, word in enumerate(word_ids) if word is not None]
+            room = max(0, task.max_length - (len(word_ids) - len(ends)))
+            words_left = words[: word_ids[ends[room]]]
+            encoding = task.processor(words_left, is_split_into_words=True, verbose=False)
+            word_ids = encoding.word_ids()
+        places = [-1] * len(words)
+        for place, word in reversed(list(enumerate(word_ids))):
+            if word is not None:
+                places[word] = place
+        firsts.append(places)
+        for name, values in encoding.items():
+            inputs.setdefault(name, []).append(values)
+    return inputs, firsts
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -457,7 +457,7 @@ class Task(Record):
     @property
     def generates(self) -> bool:
         """Whether its answers are texts that a model generates."""
-        return self.task in _GENERATORS
+        return self.task in GENERATORS
 
     @property
     def has_labels(self) -> bool:
