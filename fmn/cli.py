@@ -25,7 +25,7 @@ from fmn.evaluate.stages import evaluate
 from fmn.experiments.stages import SearchSettings, search
 from fmn.fisher.stages import STATISTICS, fisher
 from fmn.merge.stages import calibrate, merge, realign
-from fmn.models.stages import finetune, predict
+from fmn.models.stages import Completion, Prediction, Similarity, Tags, finetune, predict
 from fmn.registry.push import push
 from fmn.registry.stages import (
     compare_digests,
@@ -319,6 +319,20 @@ def _show_report(summary: Any) -> None:
     say(*summary.notes)
 
 
+def _show_answer(answer: Any) -> None:
+    """What `predict` gives, by kind of task."""
+    if isinstance(answer, Prediction):
+        say(f"{answer.label} ({answer.score:.3f})")
+    elif isinstance(answer, Tags):
+        say(*(f"{each.text}: {each.entity} ({each.score:.3f})" for each in answer.spans))
+    elif isinstance(answer, Completion):
+        say(answer.text)
+    elif isinstance(answer, Similarity):
+        say(f"{answer.score:.3f}")
+    else:
+        say(" ".join(f"{value:g}" for value in answer.embedding))
+
+
 COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
     (fetch, _facts("revision", "model_type")),
     (finetune, _facts("examples", "steps", "loss")),
@@ -336,7 +350,7 @@ COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
 _add_stage(write_data, _show_data, "data")
 for _stage, _show in COMMANDS:
     _add_stage(_stage, _show)
-_add_stage(predict, lambda answer: say(f"{answer.label} ({answer.score:.3f})"))
+_add_stage(predict, _show_answer)
 _add_stage(roll_back, _show_champion, "rollback")
 
 

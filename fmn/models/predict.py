@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from fmn.errors import UserError
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import IGNORED, Batch, Examples, by_length
+from fmn.tasks.task import Task
 
 # Tokens of a batch on a CPU, where larger ones leave the caches; a GPU takes 16 times as many.
 TOKENS = 2048
@@ -100,3 +102,41 @@ def predict(
             done += len(batch.rows)
             progress(done, len(examples))
     return np.zeros((0, model.config.num_labels), np.float32) if logits is None else logits
+
+
+def complete(
+    model: PreTrainedModel, tokenizer: Any, task: Task, prompt: str, limit: int | None = None
+) -> str:
+    """What a generative model writes after a prompt, with the most probable token each time.
+
+    Args:
+        limit: the most tokens that it writes; by default the task's `max_length`, of which a causal
+            model's prompt takes its part.
+
+    Raises:
+        UserError: the prompt has no tokens, or leaves no room.
+    """
+    is_causal = task.task == "text-generation"
+    cut = {} if is_causal else {"truncation": True, "max_length": task.max_length}
+    ids = tokenizer(prompt, **cut)["input_ids"]
+    if is_causal and ids[-1:] == [tokenizer.eos_token_id]:
+        ids = ids[:-1]  # which some tokenizers add
+    room = task.max_length - len(ids) * is_causal
+    if not ids or room < 1:
+        problem = f"the prompt has {len(ids)} tokens of the {task.max_length} that it takes"
+        raise UserError(f"task {task.name}: {problem}; give a {'shorter' if ids else 'longer'} one")
+    own, tokens = model.generation_config, torch.tensor([ids], device=model.device)  # [1, T]
+    config = GenerationConfig(
+        max_new_tokens=min(limit or room, room),
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=own.eos_token_id or tokenizer.eos_token_id,
+        bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+    )
+    with torch.inference_mode():
+        output: Any = model.generate(  # type: ignore[operator]
+            tokens, attention_mask=torch.ones_like(tokens), generation_config=config
+        )
+    text: str = tokenizer.decode(output[0][len(ids) * is_causal :], skip_special_tokens=True)
+    return text

@@ -1,8 +1,9 @@
 """The stage that fine-tunes an expert; and `predict`."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -14,7 +15,11 @@ from fmn.store.records import Record, Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.encoding import encode
-from fmn.tasks.task import load_task, write_task
+from fmn.tasks.spans import Span, find_spans, words_of
+from fmn.tasks.task import Task, load_task, write_task
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FINETUNE = 3
 
@@ -46,6 +51,35 @@ class Prediction(Record):
     score: float
     probabilities: dict[str, float] = Field(default_factory=dict)
     labels: list[str] = Field(default_factory=list)
+
+
+class Tags(Record):
+    """A tagger's answer: the label of each word, None for words beyond the task's `max_length`."""
+
+    labels: list[str | None]
+    spans: list[Span]
+
+
+class Embedding(Record):
+    """The embedding of a text, as SentenceTransformer gives it."""
+
+    embedding: list[float]
+
+
+class Similarity(Record):
+    """The cosine of two texts' embeddings."""
+
+    score: float
+
+
+class Completion(Record):
+    """A generated text."""
+
+    text: str
+
+
+Answer = Prediction | Tags | Embedding | Similarity | Completion
+"""What `predict` gives, by kind of task."""
 
 
 def finetune(
@@ -108,41 +142,137 @@ def finetune(
     )  # fmt: skip
 
 
-def predict(model: Path, text: str, text_pair: str | None = None, *, task: str) -> Prediction:
-    """Answer one text, or a pair of texts, with a merged model.
+def predict(
+    model: Path,
+    text: str | None = None,
+    text_pair: str | None = None,
+    *,
+    task: str,
+    image: Path | None = None,
+) -> Answer:
+    """Answer one text, a pair of texts or an image with a merged model.
 
     Args:
         model: folder of the merged model
-        text: the text
+        text: the text; for a task that generates texts, the prompt
         text_pair: the second text, for a task of pairs
         task: the task
+        image: the file of an image, for a task of images
 
     Raises:
-        UserError: the model does not have the task, or was changed, or the task takes other texts.
+        UserError: the model does not have the task, or was changed, or the task takes something
+            else.
     """
-    import torch
-
     folder = model / "tasks" / task
     if not folder.is_dir():
         raise UserError(f"{model}: not a merged model of task {task}; give one, and its task")
     definition = labels.expert_task(folder, task)
-    columns = definition.text_columns
-    if (len(columns) == 2) != (text_pair is not None):
-        raise UserError(f"task {task}: it takes {len(columns)} texts; give {', '.join(columns)}")
+    texts = _check_inputs(definition, text, text_pair, image)
     stage.check_intact(model)
-    classifier, tokenizer, definition, _ = labels.load_expert(folder, definition, None)
-    inputs = tokenizer(
-        text, text_pair, truncation=True, max_length=definition.max_length, return_tensors="pt"
+    expert = labels.load_expert(folder, definition, None, "cpu")
+    if definition.task == "token-classification":
+        return _tags(expert, texts[0])
+    if definition.task == "sentence-similarity":
+        return _embedding(expert, texts)
+    if definition.generates:
+        from fmn.models.predict import complete
+
+        return Completion(text=complete(expert.model, expert.processor, expert.task, texts[0]))
+    return _classes(expert, [image.read_bytes()] if image else texts)
+
+
+def _check_inputs(
+    task: Task, text: str | None, text_pair: str | None, image: Path | None
+) -> list[str]:
+    """The texts for a task. UserError if it takes others, an image, or none."""
+    texts = [each for each in (text, text_pair) if each is not None]
+    if task.task == "image-classification":
+        if texts or not image:
+            raise UserError(f"task {task.name}: it takes an image and no text; give --image FILE")
+        if not image.is_file():
+            raise UserError(f"{image}: no such file; give --image the file of an image")
+        return []
+    if image:
+        raise UserError(f"task {task.name}: it takes text and no image; leave out --image")
+    columns = task.text_columns[:1] if task.generates else task.text_columns
+    least = 1 if task.task == "sentence-similarity" else len(columns)
+    most = 2 if task.task == "sentence-similarity" else len(columns)
+    if not least <= len(texts) <= most:
+        number = f"{most} texts" if least > 1 else f"1 text or {most}" if most > 1 else "1 text"
+        raise UserError(f"task {task.name}: it takes {number}; give {', '.join(columns)}")
+    return texts
+
+
+def _logits(expert: labels.Expert, columns: Sequence[Any], scored: bool = False) -> "np.ndarray":
+    """The outputs for one example that has these values in the columns of its task."""
+    import pyarrow as pa
+
+    from fmn.models.predict import predict
+
+    table = pa.table(
+        {name: [value] for name, value in zip(expert.task.text_columns, columns, strict=True)}
     )
-    with torch.inference_mode():
-        logits = classifier(**inputs).logits[0].float()  # [C]
-    if definition.regression:
-        return Prediction(label="score", score=logits.item())
-    shares = logits.sigmoid() if definition.multi_label else logits.softmax(-1)
-    probabilities = dict(zip(definition.labels, shares.tolist(), strict=True))
+    examples = encode(expert.processor, expert.task, table, scored=scored)
+    return predict(expert.model, examples, device="cpu", dtype="float32")
+
+
+def _classes(expert: labels.Expert, columns: Sequence[Any]) -> Prediction:
+    """The classes, or the value, of an example."""
+    from scipy import special
+
+    task, logits = expert.task, _logits(expert, columns)[0]  # [C]
+    if task.regression:
+        return Prediction(label="score", score=float(logits[0]))
+    shares = special.expit(logits) if task.multi_label else special.softmax(logits)
+    probabilities = dict(zip(task.labels, shares.tolist(), strict=True))
     best = max(probabilities, key=probabilities.__getitem__)
     answer = Prediction(label=best, score=probabilities[best], probabilities=probabilities)
-    if not definition.multi_label:
+    if not task.multi_label:
         return answer
-    above = [name for name, share in probabilities.items() if share >= definition.threshold]
+    above = [name for name, share in probabilities.items() if share >= task.threshold]
     return answer.model_copy(update={"labels": above, "label": ", ".join(above) or "none"})
+
+
+def _tags(expert: labels.Expert, text: str) -> Tags:
+    """The labels of a text's words, and the spans that they make."""
+    import pyarrow as pa
+    from scipy import special
+
+    from fmn.models.predict import predict
+
+    task, words = expert.task, words_of(text)
+    if not words:
+        raise UserError(f"task {task.name}: the text is empty; give one with words")
+    table = pa.table({task.text_columns[0]: [[text[start:end] for start, end in words]]})
+    examples = encode(expert.processor, task, table, scored=True)
+    places = examples.labels[0, :, 1]  # the token that answers each word, or -1
+    logits = predict(expert.model, examples, device="cpu", dtype="float32")[0]  # [T, C]
+    shares = special.softmax(logits, axis=-1)[places]  # [W, C]
+    best = shares.argmax(-1)
+    names = [
+        task.labels[label] if place >= 0 else None
+        for label, place in zip(best, places, strict=True)
+    ]
+    spans = find_spans(text, words, names, shares.max(-1).tolist(), "O" in task.labels)
+    return Tags(labels=names, spans=spans)
+
+
+def _embedding(expert: labels.Expert, texts: Sequence[str]) -> Embedding | Similarity:
+    """The embedding of a text, or the cosine of two texts' embeddings."""
+    import torch
+
+    tokenizer, task = expert.processor, expert.task
+    vectors = []
+    for text in texts:
+        inputs = tokenizer(
+            tokenizer.prompt + text,
+            truncation=True,
+            max_length=min(task.max_length, tokenizer.model_max_length),
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            output: Any = expert.model(**inputs)
+        vectors.append(output.sentence_embedding[0] if len(texts) == 1 else output.logits[0])
+    if len(vectors) == 1:
+        return Embedding(embedding=vectors[0].tolist())
+    return Similarity(score=float(vectors[0] @ vectors[1]))

@@ -14,11 +14,13 @@ from fmn.evaluate.metrics import Answers, answers
 from fmn.models import labels
 from fmn.store import artifacts, stage
 from fmn.tasks import dataset
+from fmn.tasks.batches import IGNORED
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 ROWS, SEED = 32, 0  # so many rows of each task are compared, drawn by this seed
 TOLERANCE = 1e-4  # of a probability; of a value, relative to it where it is above one
@@ -32,17 +34,21 @@ SENTENCES = (
     "no",
 )
 
-Serve = Callable[["pd.DataFrame", str], "pd.DataFrame"]
-"""The served model: answers (label, labels, score, probabilities) of a table for a task."""
+GENERATED = 4  # so many texts are generated, of at most so many tokens:
+GENERATED_TOKENS = 16
+SERVED = {"tokens": "words", "prompt": "text"}  # columns that are called otherwise when served
+
+Serve = Callable[..., "pd.DataFrame"]
+"""The served model: answers of a table for a task, with further parameters by name."""
 
 
 class Sample(NamedTuple):
-    """Texts of a task, a column for each of an example's texts, and the merged model's answers."""
+    """Examples of a task as a served model takes them, and the merged model's answers in words."""
 
     task: Task
     rows: Sequence[str]  # what messages call them
-    texts: Sequence[Sequence[str]]
-    answers: Answers
+    table: "pd.DataFrame"
+    answers: Sequence[Mapping[str, Any]]
 
 
 def generated_images() -> list[bytes]:
@@ -85,23 +91,22 @@ def check_served(
     Raises:
         UserError: names the first task and row with another answer; or `data` are other rows.
     """
-    import pandas as pd
-
     sidecar = stage.read_sidecar(file)
     dtype = sidecar.settings.get("evaluate", {}).get("dtype") if sidecar else None
     predictions = read_predictions(file) if data else {}
     for task in tasks.values():
-        tolerance = TOLERANCE
-        if data and task.name in predictions:
+        tolerance, options = TOLERANCE, {}
+        if task.generates:
+            sample = _generated(task, model, data)
+            options = {"max_new_tokens": GENERATED_TOKENS}
+        elif data and task.name in predictions:
             split, evaluated = next(iter(predictions[task.name].splits.items()))
             sample = _evaluated(task, split, evaluated, metrics, data)
             tolerance = COARSE if dtype in ("bfloat16", "auto") else TOLERANCE
         else:
-            sample = _sentences(task, model)
-        columns = zip(("text", "text_pair"), sample.texts, strict=False)
-        served = serve(pd.DataFrame(dict(columns)), task.name).to_dict("records")
-        expected = in_words(sample.task, sample.answers)
-        for row, answer, wanted in zip(sample.rows, served, expected, strict=True):
+            sample = _built_in(task, model)
+        served = serve(sample.table, task.name, **options).to_dict("records")
+        for row, answer, wanted in zip(sample.rows, served, sample.answers, strict=True):
             if not same(sample.task, answer, wanted, tolerance):
                 raise UserError(
                     f"{model}: task {task.name}, {row}: the served model answers"
@@ -121,29 +126,89 @@ def _evaluated(task: Task, split: str, expected: Answers, metrics: Metrics, data
         raise UserError(f"{files[0]}: {problem}; give the --data of `fmn evaluate`")
     table = dataset.read_split(data, task, split)
     rows = np.sort(batches.select(np.zeros(table.num_rows), ROWS, SEED))
-    texts = [table[column].take(rows).to_pylist() for column in task.text_columns]
-    sample = Answers(*(part[rows] for part in expected))
-    return Sample(task, [f"{split} row {row}" for row in rows], texts, sample)
+    expected = Answers(*(part[rows] for part in expected))
+    names = [f"{split} row {row}" for row in rows]
+    return Sample(task, names, _served_table(task, table.take(rows)), in_words(task, expected))
 
 
-def _sentences(task: Task, model: Path) -> Sample:
-    """The built-in sentences, as the merged model answers them now."""
-    import pyarrow as pa
-
+def _built_in(task: Task, model: Path) -> Sample:
+    """The built-in sentences or images, as the merged model answers them now."""
     from fmn.models.predict import predict
 
-    classifier, tokenizer, complete, _ = labels.load_expert(
-        model / "tasks" / task.name, task, None, "cpu"
-    )
-    texts = [SENTENCES, (*SENTENCES[1:], SENTENCES[0])][: len(task.text_columns)]
-    table = pa.table(dict(zip(task.text_columns, texts, strict=True)))
-    logits = predict(classifier, encode(tokenizer, task, table), device="cpu", dtype="float32")
-    rows = [f"the text {text!r}" for text in SENTENCES]
-    return Sample(complete, rows, texts, answers(complete, logits, np.zeros(len(rows), np.int64)))
+    expert = labels.load_expert(model / "tasks" / task.name, task, None, "cpu")
+    complete, table = _examples(expert.task)
+    examples = encode(expert.processor, complete, table, scored=True)
+    logits = predict(expert.model, examples, device="cpu", dtype="float32")
+    expected = in_words(complete, answers(complete, logits, examples.labels))
+    names = [f"the text {text!r}" for text in SENTENCES]
+    if task.task == "image-classification":
+        names = [f"generated image {number}" for number in range(len(SENTENCES))]
+    return Sample(complete, names, _served_table(complete, table), expected)
+
+
+def _examples(task: Task) -> tuple[Task, "pa.Table"]:
+    """A row of a task for each built-in sentence, without labels; and the task of these rows."""
+    import pyarrow as pa
+
+    if task.task == "sentence-similarity" and not task.columns.text_pair:
+        columns = task.columns.model_copy(update={"text_pair": f"{task.columns.text}_pair"})
+        task = task.model_copy(update={"columns": columns})
+    contents: dict[str, Sequence[Any]] = {
+        "text_pair": (*SENTENCES[1:], SENTENCES[0]),
+        "tokens": [sentence.split() for sentence in SENTENCES],
+        "image": generated_images(),
+    }
+    return task, pa.table({n: contents.get(k, SENTENCES) for k, n in task.input_columns.items()})
+
+
+def _generated(task: Task, model: Path, data: Path | None) -> Sample:
+    """What the merged model writes now after prompts of the rows, or after built-in sentences.
+
+    The metrics are of texts that are given, and do not tell what it writes.
+    """
+    import pandas as pd
+
+    from fmn.models.predict import complete
+
+    prompts: list[str] = list(SENTENCES)
+    if data and task.columns.prompt:
+        table = dataset.read_split(data, task, dataset.validation_splits(data, task)[0])
+        prompts = table[task.columns.prompt].slice(0, GENERATED).to_pylist()
+    expert = labels.load_expert(model / "tasks" / task.name, task, None, "cpu")
+    texts = [
+        complete(expert.model, expert.processor, task, prompt, GENERATED_TOKENS)
+        for prompt in prompts[:GENERATED]
+    ]
+    names = [f"the prompt {prompt[:60]!r}" for prompt in prompts[:GENERATED]]
+    frame = pd.DataFrame({"text": prompts[:GENERATED]})
+    return Sample(task, names, frame, [{"text": text} for text in texts])
+
+
+def _served_table(task: Task, table: "pa.Table") -> "pd.DataFrame":
+    """Rows of a task as a served model takes them."""
+    import pandas as pd
+
+    columns = {}
+    for key, name in task.input_columns.items():
+        values = table[name].to_pylist()
+        columns[SERVED.get(key, key)] = (
+            [as_base64(value) for value in values] if key == "image" else values
+        )
+    return pd.DataFrame(columns)
 
 
 def in_words(task: Task, answers: Answers) -> list[dict[str, Any]]:
-    """Answers as the served model gives them: labels, score, probabilities by label."""
+    """Answers as the served model gives them, by kind of task.
+
+    They are labels of words, a cosine, or labels, score, and probabilities by label.
+    """
+    if task.task == "token-classification":
+        return [
+            {"labels": [task.labels[label] for label in row if label != IGNORED]}
+            for row in answers.predicted
+        ]
+    if task.task == "sentence-similarity":
+        return [{"score": float(cosine)} for cosine in answers.predicted]
     rows = []
     for predicted, scores in zip(answers.predicted, answers.scores, strict=True):
         chosen = np.flatnonzero(predicted) if task.multi_label else [int(predicted)]
@@ -158,23 +223,36 @@ def same(
 ) -> bool:
     """Whether the served model's answer is the expected one, both as `in_words` gives them.
 
-    Scores may differ by `tolerance`, and labels where that decides between them.
+    Scores may differ by `tolerance`, and labels where that decides between them. With a coarse
+    tolerance one of ten words may have another label.
     """
+    if task.generates:
+        return bool(served["text"] == expected["text"])
+    if task.task == "token-classification":
+        # Words that no token stands for are scored so.
+        none = "O" if "O" in task.labels else task.labels[0]
+        pairs = list(zip(served["labels"], expected["labels"], strict=True))
+        differing = sum((label or none) != wanted for label, wanted in pairs)
+        return differing <= (max(1, len(pairs) // 10) if tolerance >= COARSE else 0)
     if abs(served["score"] - expected["score"]) > tolerance * max(1.0, abs(expected["score"])):
         return False
+    if "probabilities" not in expected:
+        return True
     shares, wanted = served["probabilities"], expected["probabilities"]
     if shares.keys() != wanted.keys():
         return False
     if any(abs(shares[name] - wanted[name]) > tolerance for name in wanted):
         return False
-    differing = [shares[name] for name in {*served["labels"]} ^ {*expected["labels"]}]
+    other = [shares[name] for name in {*served["labels"]} ^ {*expected["labels"]}]
     if task.multi_label:
-        return all(abs(share - task.threshold) <= tolerance for share in differing)
-    return not differing or bool(max(differing) - min(differing) <= tolerance)
+        return all(abs(share - task.threshold) <= tolerance for share in other)
+    return not other or bool(max(other) - min(other) <= tolerance)
 
 
 def _shown(answer: Mapping[Any, Any]) -> str:
     """An answer, for a message."""
-    if not answer["probabilities"]:
-        return f"{answer['score']:.6g}"
+    if "text" in answer:
+        return repr(answer["text"][:80])
+    if not answer.get("probabilities"):
+        return f"{answer['score']:.6g}" if "score" in answer else f"{answer['labels']}"
     return f"{', '.join(answer['labels']) or 'none'} ({answer['score']:.4f})"

@@ -255,14 +255,17 @@ def load_models(folder: Path, kinds: Mapping[str, str]) -> tuple[dict[str, Any],
     Models of one class of encoder share its modules; those of others, such as a T5 that generates
     beside one that classifies, share its weights alone.
     """
-    weights: dict[str, torch.Tensor] = {}
-    for file in (folder / "encoder").glob("*.safetensors"):
-        # Experts are evaluated in float32, whatever their files hold.
-        weights |= {name: tensor.float() for name, tensor in load_file(file).items()}
     files = {name: folder / "tasks" / name / "head.safetensors" for name in kinds}
     own = {name: load_file(file) if file.is_file() else {} for name, file in files.items()}
     own_names = {name for tensors in own.values() for name in tensors}
     described = {name: _describe(folder / "tasks" / name, kind) for name, kind in kinds.items()}
+    prefixes = {_prefix(model) for model in described.values()}
+    weights: dict[str, torch.Tensor] = {}
+    for file in (folder / "encoder").glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            prefix = next((each for each in prefixes if each and name.startswith(each)), "")
+            # Experts are evaluated in float32, whatever their files hold.
+            weights[name.removeprefix(prefix)] = tensor.float()
     encoders: dict[type, tuple[PreTrainedModel, dict[int, Any]]] = {}
     models, memory = {}, Memory()
     # First those with a pooler, which taggers have none of.
@@ -276,7 +279,7 @@ def load_models(folder: Path, kinds: Mapping[str, str]) -> tuple[dict[str, Any],
             encoders[kind] = encoder, _share(encoder, own_names, memory)
         encoder, in_common = encoders[kind]
         part = copy.deepcopy(encoder, dict(in_common))
-        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        prefix = _prefix(model)
         if prefix:
             setattr(model, model.base_model_prefix, part)
         model = model if prefix else part
@@ -286,6 +289,11 @@ def load_models(folder: Path, kinds: Mapping[str, str]) -> tuple[dict[str, Any],
             model.generation_config = GenerationConfig.from_pretrained(path)
         models[name] = (Embedder(model, path) if embeds else model).eval()
     return {name: models[name] for name in kinds}, memory
+
+
+def _prefix(model: PreTrainedModel) -> str:
+    """What begins the names of a model's tensors that are its encoder's; "" if all are."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def _describe(path: Path, kind: str, device: str = "meta") -> PreTrainedModel:

@@ -256,7 +256,7 @@ def _example(task: Task) -> "pd.DataFrame":
 def load_served_model(uri: str) -> Serve:
     """A logged model, as MLflow serves it."""
     served = mlflow.pyfunc.load_model(uri)
-    return lambda table, task: served.predict(table, params={"task": task})
+    return lambda table, task, **params: served.predict(table, params={"task": task, **params})
 
 
 def pack(model: Path, definitions: Mapping[str, Task], out: Path) -> None:

@@ -1,0 +1,75 @@
+"""The words of a text, and the spans that labels of words make."""
+
+import re
+from collections.abc import Sequence
+
+from fmn.store.records import Record
+
+
+class Span(Record):
+    """What words with labels of one entity stand for.
+
+    `start` and `end` are positions in the text, `score` is the mean probability of the labels.
+    """
+
+    entity: str
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+def words_of(text: str) -> list[tuple[int, int]]:
+    """Where the words of a text begin and end: letters and digits in a row, and every other sign.
+
+    >>> words_of("In Bonn.")
+    [(0, 2), (3, 7), (7, 8)]
+    """
+    return [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)]
+
+
+def groups(labels: Sequence[str | None], has_outside: bool) -> list[list[int]]:
+    """The words of each span, as seqeval and CoNLL's own script count them.
+
+    Labels are those of BIO and its kin, or plain ones: of these a run of one label is a span, but
+    where there is no O (parts of speech) each word is one. A word without a label is in no span.
+
+    >>> groups(["B-PER", "I-PER", "O", "B-PER", "I-LOC"], has_outside=True)
+    [[0, 1], [3], [4]]
+    """
+    spans: list[list[int]] = []
+    before, before_entity = "O", ""
+    for word, label in enumerate(labels):
+        mark, entity = split_label(label)
+        if mark != "O":
+            is_new = mark in {*"BSU"} or before in {*"OESLU"} or entity != before_entity
+            if is_new or not (mark or has_outside):
+                spans.append([])
+            spans[-1].append(word)
+        before, before_entity = mark, entity
+    return spans
+
+
+def split_label(label: str | None) -> tuple[str, str]:
+    """The mark of a label, such as "B", "O" or none, and what it is a label of."""
+    if label in (None, "O"):
+        return "O", ""
+    mark, dash, entity = label.partition("-")
+    return (mark, entity) if dash and mark in {*"BIESLU"} else ("", label)
+
+
+def find_spans(
+    text: str,
+    words: Sequence[tuple[int, int]],
+    labels: Sequence[str | None],
+    scores: Sequence[float],
+    has_outside: bool,
+) -> list[Span]:
+    """The spans that the labels of a text's words make, with the labels' probabilities."""
+    spans = []
+    for group in groups(labels, has_outside):
+        start, end = words[group[0]][0], words[group[-1]][1]
+        entity = split_label(labels[group[0]])[1]
+        score = sum(scores[word] for word in group) / len(group)
+        spans.append(Span(entity=entity, text=text[start:end], start=start, end=end, score=score))
+    return spans
