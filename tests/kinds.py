@@ -22,7 +22,9 @@ PIECES = ("<pad>", "<s>", "</s>", "<unk>", "w", "v", ".", *(f"##{digit}" for dig
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 TEXTS = ["w12 v3 w9", "v1", "w4 w5 v60 v7 w8 w9 .", "v22 v22 w0"]
 TASKS: Mapping[str, Task] = {
-    "mood": Task(name="mood", columns=Columns(text="text"), labels=("sad", "glad", "odd"), max_length=24),
+    "mood": Task(
+        name="mood", columns=Columns(text="text"), labels=("sad", "glad", "odd"), max_length=24
+    ),
     "ner": Task(
         name="ner", task="token-classification", columns=Columns(tokens="tokens"), labels=TAGS,
         metrics=("seqeval_f1",), max_length=12,

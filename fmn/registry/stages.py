@@ -39,6 +39,14 @@ LINEAGE = "lineage/lineage.json"  # file of a run
 SETTINGS = "params.yaml"
 
 
+ANSWERS = {  # by kind, where they are not labels
+    "token-classification": "`labels` of words, and `spans`: {}",
+    "sentence-similarity": "`embedding`; for two texts `score`, their cosine",
+    "text-generation": "`text` that follows",
+    "text2text-generation": "`text`",
+}
+
+
 class RegistrySettings(Settings):
     name: str = Field(
         ..., pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="name of the registered model"
@@ -245,21 +253,23 @@ def _version_tags(scores: Metrics, definitions: Mapping[str, Task]) -> dict[str,
 
 def _usage(model: Path, definitions: Mapping[str, Task], version: "ModelVersion") -> str:
     """How to call a version, in Markdown: what each task takes and answers."""
+    from fmn.registry.tracking import takes
     from fmn.report.results import short_list
 
     rows = []
     for name, task in definitions.items():
         names = short_list(output_names(model / "tasks" / name), most=20)
-        answer = "a number" if task.regression else names
-        rows.append(f"| {name} | {len(task.text_columns)} | {answer} | {task.max_length} |")
+        answer = ANSWERS.get(task.task, "{}").format("a number" if task.regression else names)
+        tokens = "" if task.task == "image-classification" else task.max_length
+        rows.append(f"| {name} | {' and '.join(takes(task))} | {answer} | {tokens} |")
     uri = f"models:/{version.name}/{version.version}"
     params = f'{{"task": "{next(iter(definitions))}"}}'
     call = f'mlflow.pyfunc.load_model("{uri}").predict(table, params={params})'
     return "\n".join([
-        "A table with `text` and, for a second text, `text_pair` is answered for the task in"
-        ' `params` or in a column `task`; `"*"` stands for all tasks:',
+        "A table is answered for the task in `params` or in a column `task`; `\"*\"` stands for"
+        " all tasks:",
         "", "```python", call, "```", "",
-        "| task | texts | labels | tokens |", "|---|---|---|---|", *rows,
+        "| task | columns | answers | tokens |", "|---|---|---|---|", *rows,
     ])  # fmt: skip
 
 

@@ -247,10 +247,18 @@ def _example(task: Task) -> "pd.DataFrame":
     """An input of a task."""
     import pandas as pd
 
-    if task.task == "image-classification":
+    columns = takes(task)
+    if columns == ["image"]:
         return pd.DataFrame({"image": [as_base64(generated_images()[0])]})
-    columns = ["text"] + ["text_pair"] * bool(task.columns.text_pair)
-    return pd.DataFrame([dict(zip(columns, EXAMPLE, strict=False))])
+    return pd.DataFrame([dict(zip(["text", *columns[1:]], EXAMPLE, strict=False))])
+
+
+def takes(task: Task) -> list[str]:
+    """The columns of a table for a task."""
+    others = {"token-classification": ["words"], "image-classification": ["image"]}
+    if task.task in others:
+        return others[task.task]
+    return ["text"] + ["text_pair"] * bool(task.columns.text_pair)
 
 
 def load_served_model(uri: str) -> Serve:

@@ -154,7 +154,8 @@ def test_report_and_card_are_kept_and_shown(
     description = str(client.get_model_version("reported", "1").description)
     assert description.startswith("Registered as champion: the first version\n\nA table with")
     assert 'pyfunc.load_model("models:/reported/1").predict(table, params={"task":' in description
-    assert "\n| sst2 | 1 | negative, positive | 128 |\n| stsb | 2 | a number |" in description
+    assert "\n| sst2 | text | negative, positive | 128 |" in description
+    assert "\n| stsb | text and text_pair | a number | 128 |" in description
     assert "\n\n# Three tasks\n\n| a&emsp;| b" in description
 
 
