@@ -7,6 +7,7 @@ import numpy as np
 
 from fmn.tasks.batches import IGNORED, Examples
 from fmn.tasks.dataset import label_array
+from fmn.tasks.images import ImageReader, Pixels
 from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -76,6 +77,17 @@ def _of_sentences(
     inputs = {name: _at(wanted, values, len(labels)) for name, values in encoded.items()}
     pad = padding(tokenizer)
     return Examples(inputs, labels, {name: pad[name] for name in inputs})
+
+
+def _of_images(
+    reader: ImageReader, task: Task, table: "pa.Table", rows: np.ndarray | None, _scored: bool
+) -> Examples:
+    """The pixels of images, which are decoded when they are read."""
+    wanted = _wanted(table, rows)
+    contents = table[task.input_columns["image"]].take(wanted).to_pylist()
+    everything = _at(wanted, contents, table.num_rows)
+    pixels = Pixels(reader, everything, range(table.num_rows), task.name)
+    return Examples({"pixel_values": pixels}, label_array(task, table), {}, reader.tokens)
 
 
 def _wanted(table: "pa.Table", rows: np.ndarray | None) -> list[int]:
@@ -189,6 +201,7 @@ def _labels_at(rows: list[int], labels: np.ndarray, count: int) -> np.ndarray:
 
 _ENCODE: Mapping[str, Callable[..., Examples]] = {
     "text-classification": _of_texts,
+    "image-classification": _of_images,
     "sentence-similarity": _of_sentences,
     "text-generation": _of_continuations,
     "text2text-generation": _of_translations,
