@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from fmn.tasks.images import ImageReader
+
 CONFIG = "config.json"
 # Files that hold a vocabulary; the others only describe how to use it.
 VOCABULARY_FILES = (
@@ -615,16 +617,37 @@ def load_processor(folder: Path, kind: KindName | None = None) -> Any:
 
             set_up_tokenizer(tokenizer, folder, config)
         return tokenizer
+    return _image_reader(folder, config)
+
+
+def _image_reader(folder: Path, config: "PretrainedConfig") -> "ImageReader":
+    """The image processor of a checkpoint, which must make images of the model's size."""
+    from PIL import Image
     from transformers import AutoImageProcessor
 
+    from fmn.tasks.images import ImageReader
+
+    size, patch = (
+        (value, value) if isinstance(value, int) else tuple(value)
+        for value in (config.image_size, config.patch_size)
+    )
+    tokens = 1 + (size[0] // patch[0]) * (size[1] // patch[1])
     try:
         with quiet():
-            return AutoImageProcessor.from_pretrained(
+            processor = AutoImageProcessor.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
+            reader = ImageReader(processor, tokens)
+            shape = reader(Image.new("RGB", (size[1] + 1, size[0] + 2))).shape
     except Exception as error:  # the libraries below raise what they like on a broken file
         problem = f"its preprocessor_config.json cannot be used: {first_words(error)}"
         raise UserError(f"{folder}: {problem}; copy that of its base model into it") from error
+    if shape != (config.num_channels, *size):
+        problem = f"images of {list(shape)}, but the model reads {[config.num_channels, *size]}"
+        raise UserError(
+            f"{folder}: its preprocessor_config.json makes {problem}; copy that of its base model"
+        )
+    return reader
 
 
 def _decoder_start(folder: Path, config: "PretrainedConfig") -> int:

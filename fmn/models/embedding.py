@@ -116,9 +116,9 @@ class SentenceEncoder(nn.Module):
         embedding = unit if self.modules_read.normalise else own
         return SimpleNamespace(logits=unit, sentence_embedding=embedding)
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, **options: Any) -> None:
         """Write the model as Transformers does, with the files that make it an embedding model."""
-        self.encoder.save_pretrained(folder)
+        self.encoder.save_pretrained(folder, **options)
         for name in FILES:
             if (self.folder / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -138,7 +138,8 @@ def sentence_encoder(encoder: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def notes(folder: Path) -> list[str]:
-    """What the user should know of an embedding model."""
+    """What the user should know of an embedding model. Raises as `read_modules`."""
+    read_modules(folder)
     if (folder / MODULES).is_file():
         return []
     return [f"it has no {MODULES}: its embedding is the plain mean over the tokens"]

@@ -124,7 +124,8 @@ def finetune(
         options = settings.model_dump(exclude={"examples"}) | {"progress": progress}
         losses = finetune.finetune(model, examples, problem_type=definition.loss, **options)
         with checkpoints.quiet():
-            model.cpu().save_pretrained(job.path)
+            # Under today's names, also where files of old have others (ViT).
+            model.cpu().save_pretrained(job.path, save_original_format=False)
             processor.save_pretrained(job.path)
         write_task(job.path, definition)
         facts: dict[str, Any] = {"examples": len(rows), "seed": settings.seed}

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmn.errors import UserError, hint
+from fmn.rows import images
 from fmn.rows.sources import File, class_names, reachable
 
 DAMAGED = (
@@ -237,7 +238,13 @@ def _fields(line: str, separator: str) -> list[str]:
     return line.split("\t") if separator == "\t" else re.split("[ \t]+", line.strip(" \t"))
 
 
+def _images(folder: File) -> Columns:
+    with reachable(folder.name):
+        columns = images.read_folder(folder.system, folder.path, folder.name)
+    return columns.items(), {}
+
+
 READERS = {
     **{"csv": _csv, "tsv": _csv, "json": _json, "parquet": _parquet},
-    **{"conll": _conll, "saved": _saved},
+    **{"conll": _conll, "saved": _saved, "images": _images},
 }

@@ -80,6 +80,7 @@ class TaskOptions(ScoringSettings):
     )
     text: str | None = Field(None, description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
+    image: str | None = Field(None, description="the column of the image")
     prompt: str | None = Field(None, description="the column of what a text goes on from")
     completion: str | None = Field(None, description="the column of the text to generate")
     label: str | None = Field(None, description="the column of the label")
@@ -91,7 +92,7 @@ class TaskOptions(ScoringSettings):
     )
 
 
-COLUMNS = ("text", "text_pair", "prompt", "completion", "label")  # options that name one
+COLUMNS = ("text", "text_pair", "image", "prompt", "completion", "label")  # options that name one
 
 
 def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> TaskSettings | None:

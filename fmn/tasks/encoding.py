@@ -8,6 +8,7 @@ import numpy as np
 from fmn.errors import UserError
 from fmn.tasks.batches import IGNORED, Examples
 from fmn.tasks.dataset import label_array
+from fmn.tasks.images import ImageReader, Pixels
 from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -150,6 +151,17 @@ def _first_tokens(word_ids: list[int | None], words: int) -> np.ndarray:
     return first
 
 
+def _of_images(
+    reader: ImageReader, task: Task, table: "pa.Table", rows: np.ndarray | None, _scored: bool
+) -> Examples:
+    """The pixels of images, which are decoded when they are read."""
+    wanted = _wanted(table, rows)
+    contents = table[task.input_columns["image"]].take(wanted).to_pylist()
+    everything = _at(wanted, contents, table.num_rows)
+    pixels = Pixels(reader, everything, range(table.num_rows), task.name)
+    return Examples({"pixel_values": pixels}, label_array(task, table), {}, reader.tokens)
+
+
 def _wanted(table: "pa.Table", rows: np.ndarray | None) -> list[int]:
     return list(range(table.num_rows)) if rows is None else [int(row) for row in rows]
 
@@ -262,6 +274,7 @@ def _labels_at(rows: list[int], labels: np.ndarray, count: int) -> np.ndarray:
 _ENCODE: Mapping[str, Callable[..., Examples]] = {
     "text-classification": _of_texts,
     "token-classification": _of_words,
+    "image-classification": _of_images,
     "sentence-similarity": _of_sentences,
     "text-generation": _of_continuations,
     "text2text-generation": _of_translations,
