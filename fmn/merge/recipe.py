@@ -14,6 +14,7 @@ of the encoder, which no task links to.
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from fmn.models.provenance import Lineage
 from fmn.models.stages import Device, Dtype
 from fmn.store.records import Record, Settings, at_least_one, pairs
 from fmn.store.stage import read_record
+from fmn.tasks.kinds import KINDS
 from fmn.tasks.task import Task
 
 RECIPE = "merge.json"
@@ -363,21 +365,39 @@ def card(recipe: Recipe) -> str:
     how = f" It was {recipe.auto.in_words}." if recipe.auto else ""
     if calibrated := recipe.calibrate:
         how += f" The encoder was calibrated on {calibrated.texts} texts of each task."
+    tasks = {name: recipe.definitions.get(name) for name in recipe.tasks}
+    has_heads = any(task is None or task.kind.has_head for task in tasks.values())
+    what = f" Each task's head is {heads}." if has_heads else ""
     return f"""---
-library_name: transformers
+library_name: {library(tasks.values())}
 tags: [fmn, model-merging]
 ---
 
 # One encoder for {", ".join(recipe.tasks)}
 
 Merged from an expert for each task with the method {recipe.method}{source}; `{RECIPE}` says from
-what.{how} Each task's head is {heads}. A task loads with Transformers alone:
+what.{how}{what} A task loads without fmn:
 
 ```python
-from transformers import AutoModelForSequenceClassification
-
-model = AutoModelForSequenceClassification.from_pretrained("tasks/{recipe.tasks[0]}")
+{loading(recipe.tasks[0], tasks[recipe.tasks[0]])}
 ```
 
 `fmn report` writes the model card with scores.
 """
+
+
+def library(tasks: Iterable[Task | None]) -> str:
+    """The library that loads all of these tasks, as the Hub calls it."""
+    are_embeddings = {task is not None and task.loss == "embedding" for task in tasks}
+    return "sentence-transformers" if are_embeddings == {True} else "transformers"
+
+
+def loading(name: str, task: Task | None) -> str:
+    """Python that loads a task's part of a merged model; without a definition it is of texts."""
+    kind = task.task if task else "text-classification"
+    if kind == "sentence-similarity":
+        imported, call = "sentence_transformers import SentenceTransformer", "SentenceTransformer"
+    else:
+        auto = KINDS[kind].auto_class
+        imported, call = f"transformers import {auto}", f"{auto}.from_pretrained"
+    return f'from {imported}\n\nmodel = {call}("tasks/{name}")'

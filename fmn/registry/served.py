@@ -35,8 +35,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 ALL = "*"  # in place of a task: every task that takes what the row holds
 TOKENS = 2048  # of a batch, padding included
 IMAGES = 16  # of a batch
-PIXELS = 50_000_000  # of an image; beyond that, a small file may take all memory
+PIXELS = 89_478_485  # of an image, as Pillow's limit; a small file may hold very many
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+DEEP_MODES = ("I", "F")  # begin the modes of more than 8 bits a channel, which would be clipped
 AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
@@ -567,7 +568,7 @@ def _image(label: Any, value: Any) -> Any:
 
     Paths and addresses are never read: whoever calls a server must not see its files.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     place = f"row {label}: image"
     if isinstance(value, str):
@@ -586,7 +587,9 @@ def _image(label: Any, value: Any) -> Any:
         if image.width * image.height > PIXELS:
             size = f"{image.width} x {image.height}"
             _refuse(f"{place} has {size} pixels, more than {PIXELS}; give a smaller one")
-        return image.convert("RGB")
+        if image.mode.startswith(DEEP_MODES):
+            _refuse(f"{place} has the mode {image.mode}; give one of 8 bits a channel")
+        return ImageOps.exif_transpose(image).convert("RGB")
     except MlflowException:
         raise
     except Exception as error:  # Pillow raises what it likes on a broken file

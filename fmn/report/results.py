@@ -21,7 +21,7 @@ from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
 from fmn.store.stage import read_sidecar
 from fmn.tasks.dataset import HUB
-from fmn.tasks.task import Task
+from fmn.tasks.task import METRICS, Task
 
 MACRO = "mean"
 EXPERT = "expert"
@@ -410,8 +410,8 @@ def score_remarks(
 
 def metric_words(task: Task) -> str:
     """The metrics that a task's score is the mean of."""
-    names = " + ".join(metric.replace("_", " ") for metric in task.metrics)
-    return names if higher_is_better(task) else f"{names} (less is better)"
+    names = " + ".join(metric.replace("_", " ") for metric in task.score_metrics)
+    return names if not task.metrics or higher_is_better(task) else f"{names} (less is better)"
 
 
 def measured(
@@ -431,8 +431,8 @@ def evaluate_table(metrics: Metrics) -> TextTable:
     body = []
     for name, scores in metrics.tasks.items():
         task = metrics.definitions[name]
-        is_percent = higher_is_better(task)
         for split, metric, value, examples, interval in measured(task, scores):
+            is_percent = METRICS[metric].higher_is_better
             numbers = [shown(value, is_percent, 2), span(interval, is_percent), str(examples)]
             body.append([name, metric + " (less is better)" * (not is_percent), split, *numbers])
     mean = [shown(metrics.score, digits=2), span(metrics.interval), ""]

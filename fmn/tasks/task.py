@@ -441,8 +441,8 @@ class Task(Record):
     @property
     def score_metrics(self) -> tuple[str, ...]:
         """The metrics whose mean is the score: those that agree with the first in direction."""
-        better = METRICS[self.metrics[0]].higher_is_better
-        return tuple(name for name in self.metrics if METRICS[name].higher_is_better == better)
+        better = [METRICS[name].higher_is_better for name in self.metrics]
+        return tuple(n for n, is_so in zip(self.metrics, better, strict=True) if is_so == better[0])
 
     @property
     def regression(self) -> bool:

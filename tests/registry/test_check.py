@@ -1,11 +1,13 @@
 """A model is served only if it answers as it was evaluated."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +17,11 @@ from fmn.evaluate.files import predictions_path, read_metrics
 from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.registry import tracking
 from fmn.registry.check import Serve, check_served, same
-from fmn.tasks.task import Columns, Task, get_task
+from fmn.tasks.rows import schema
+from fmn.tasks.task import Columns, Task, get_task, write_task
 from tests.conftest import TASKS
+from tests.kinds import TASKS as KINDS
+from tests.kinds import TEXTS, images, merged_model
 from tests.registry.conftest import Merged, merge_and_evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
@@ -71,15 +76,15 @@ def test_a_value_may_differ_by_rounding(value: float, expected: float, is_same: 
     assert same(PRICE, served, wanted) == is_same
 
 
-def serve(model: Path, folder: Path) -> Serve:
+def serve(model: Path, folder: Path, tasks: Mapping[str, Task] = DEFINITIONS) -> Serve:
     """A merged model as it is served, without MLflow's store."""
     from fmn.registry.served import MergedModel
 
-    tracking.pack(model, DEFINITIONS, folder)
+    tracking.pack(model, tasks, folder)
     loaded = MergedModel()
     context: Any = SimpleNamespace(artifacts={"merged": str(folder)})
     loaded.load_context(context)
-    return lambda table, task: loaded.predict(context, table, {"task": task})
+    return lambda table, task, **more: loaded.predict(context, table, {"task": task, **more})
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +151,68 @@ def test_other_rows_than_the_metrics_are_of_are_refused(
     pq.write_table(pq.read_table(file).slice(1), file)
     with pytest.raises(UserError, match=f"{file}: not the rows of mrpc that the metrics are of"):
         check(own, merged, data)
+
+
+# ---------------------------------------------------------------------------------------------
+# Other kinds of tasks
+
+
+Kind = tuple[Path, dict[str, Task], Serve]
+
+
+def kind(folder: Path, *names: str, seed: int = 0) -> Kind:
+    """Merged tasks of `tests.kinds`: the folder, their definitions, and the model as served."""
+    tasks = {name: KINDS[name] for name in names}
+    if len(tasks) == 1:
+        tasks["other"] = KINDS[names[0]].model_copy(update={"name": "other"})
+    model = merged_model(folder, tasks, seed)
+    return model, tasks, serve(model, folder / "packed", tasks)
+
+
+@pytest.mark.parametrize("names", [["mood", "ner", "similar"], ["flowers"], ["chat"], ["sums"]])
+def test_every_kind_is_served_as_the_merged_model_answers_and_another_model_is_refused(
+    names: list[str], tmp_path: Path
+) -> None:
+    model, tasks, own = kind(tmp_path / "own", *names, seed=36)
+    _, _, other = kind(tmp_path / "other", *names, seed=32)
+    no_metrics: Any = None
+    check_served(own, model, tmp_path / "none.json", no_metrics, tasks, None)
+    for name, task in tasks.items():
+        with pytest.raises(UserError, match=f"task {name}, .*: the served model answers"):
+            check_served(other, model, tmp_path / "none.json", no_metrics, {name: task}, None)
+
+
+@pytest.mark.parametrize(
+    ("served", "expected", "tolerance", "is_same"),
+    [
+        (["O", "B-PER"], ["O", "B-PER"], 1e-4, True),
+        ([None, "B-PER"], ["O", "B-PER"], 1e-4, True),
+        (["O", "B-LOC"], ["O", "B-PER"], 1e-4, False),
+        (["O", "B-LOC"], ["O", "B-PER"], 0.05, True),
+        (["B-LOC", "B-LOC"], ["O", "B-PER"], 0.05, False),
+    ],
+)
+def test_labels_of_words_are_the_same_but_for_rounding_in_half_precision(
+    served: list[str], expected: list[str], tolerance: float, is_same: bool
+) -> None:
+    assert same(KINDS["ner"], {"labels": served}, {"labels": expected}, tolerance) == is_same
+
+
+def test_cosines_and_images_that_were_evaluated_are_those_that_are_served(tmp_path: Path) -> None:
+    words = {"text": TEXTS, "text_pair": TEXTS[::-1], "label": [0.1, 0.9, 0.4, 0.7]}
+    pictures = {"image": images(3), "label": [0, 1, 2]}
+    for name, columns in (("similar", words), ("flowers", pictures)):
+        model, tasks, own = kind(tmp_path / name, name)
+        for task in tasks.values():
+            folder = tmp_path / name / "data" / task.name
+            folder.mkdir(parents=True)
+            write_task(folder, task)
+            rows = pa.table({**columns, "idx": range(len(columns["label"]))}).cast(schema(task))
+            pq.write_table(rows, folder / "validation.parquet")
+        metrics = tmp_path / name / "metrics.json"
+        data, cpu = tmp_path / name / "data", EvaluateSettings(device="cpu")
+        evaluate(model, data=data, out=metrics, settings=cpu)
+        check_served(own, model, metrics, read_metrics(metrics), tasks, data)
+        _, _, other = kind(tmp_path / f"{name} too", name, seed=5)
+        with pytest.raises(UserError, match="validation row 0: the served model answers"):
+            check_served(other, model, metrics, read_metrics(metrics), tasks, data)

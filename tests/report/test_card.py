@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from fmn.report.card import card
 from fmn.tasks.task import get_task
 from tests import reports
+from tests.kinds import TASKS as KINDS
 from tests.reports import CLASSES, COMMIT, NUMBERS, own_task
 
 ENTRIES: dict[str, Any] = {
@@ -129,3 +131,50 @@ def test_own_tasks_are_told_in_the_hubs_words_and_names_are_text() -> None:
         "- bare: not scored, as its rows have no labels",
     ):
         assert words in shown, words
+
+
+def of_kinds(*names: str) -> str:
+    """The card of tasks of these kinds, each with the score 0.5 in all its metrics."""
+    tasks = {name: KINDS[name] for name in names}
+    entries = {
+        name: dict.fromkeys(task.metrics, 0.5) | {"score": 0.5, "examples": 9, "interval": {}}
+        for name, task in tasks.items()
+    }
+    definitions = {name: task.model_dump(mode="json") for name, task in tasks.items()}
+    recipe = reports.recipe([*names], definitions=definitions)
+    return card(recipe, reports.metrics(entries, [*tasks.values()], data={}))
+
+
+@pytest.mark.parametrize(
+    ("names", "tag", "library", "usage"),
+    [
+        (["ner"], "token-classification", "transformers", 'n("token-classification", "tasks/ner")'),
+        (["flowers"], "image-classification", "transformers", '"tasks/flowers")'),
+        (["similar"], "sentence-similarity", "sentence-transformers", "import SentenceTransformer"),
+        (["chat"], "text-generation", "transformers", 'AutoModelForCausalLM.from_pretrained("tas'),
+        (["sums"], "text2text-generation", "transformers", "import AutoModelForSeq2SeqLM"),
+        (["mood", "ner", "similar"], None, "transformers", 'SentenceTransformer("tasks/similar")'),
+    ],
+)
+def test_every_kind_is_tagged_and_loaded_as_its_library_does(
+    names: list[str], tag: str | None, library: str, usage: str
+) -> None:
+    shown = of_kinds(*names)
+    _, content = front_matter(shown)
+    assert content.get("pipeline_tag") == tag
+    assert content["library_name"] == library
+    assert usage in shown
+    block = shown.split("```python")[1].split("```")[0]
+    compile(block, "usage", "exec")
+    assert ("a head for each task" in shown) == any(KINDS[name].kind.has_head for name in names)
+    assert {"token-classification", "text-classification"} <= {*content["tags"]} or len(names) == 1
+
+
+def test_perplexity_is_no_percentage_beside_an_exact_match_that_is_one() -> None:
+    task = KINDS["chat"].model_copy(update={"metrics": ("perplexity", "exact_match")})
+    entry = {"perplexity": 5.25, "exact_match": 0.5, "score": 5.25, "examples": 9, "interval": {}}
+    recipe = reports.recipe(["chat"], definitions={"chat": task.model_dump(mode="json")})
+    shown = card(recipe, reports.metrics({"chat": entry}, [task], data={}))
+    assert "| chat | perplexity (less is better) | validation | 5.25 |" in shown
+    assert "| chat | exact_match | validation | 50.00 |" in shown
+    assert "chat: perplexity (less is better); a plain number, no percentage" in shown
