@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -170,18 +171,24 @@ def _generated(task: Task, model: Path, data: Path | None) -> Sample:
 
     from fmn.models.predict import complete
 
-    prompts: list[str] = list(SENTENCES)
+    prompts: list[str] = [*SENTENCES]
     if data and task.columns.prompt:
         table = dataset.read_split(data, task, dataset.validation_splits(data, task)[0])
-        prompts = table[task.columns.prompt].slice(0, GENERATED).to_pylist()
+        prompts = table[task.columns.prompt].slice(0, ROWS).to_pylist() + prompts
     expert = labels.load_expert(model / "tasks" / task.name, task, None, "cpu")
-    texts = [
-        complete(expert.model, expert.processor, task, prompt, GENERATED_TOKENS)
-        for prompt in prompts[:GENERATED]
-    ]
-    names = [f"the prompt {prompt[:60]!r}" for prompt in prompts[:GENERATED]]
-    frame = pd.DataFrame({"text": prompts[:GENERATED]})
-    return Sample(task, names, frame, [{"text": text} for text in texts])
+    texts: dict[str, str] = {}
+    for prompt in prompts:
+        with suppress(UserError):  # it is too long, or empty, which the served model refuses too
+            text = complete(expert.model, expert.processor, task, prompt, GENERATED_TOKENS)
+            texts[prompt] = text
+        if len(texts) == GENERATED:
+            break
+    if not texts:
+        problem = f"task {task.name}: no prompt leaves room for a text in {task.max_length} tokens"
+        raise UserError(f"{model}: {problem}; give the task a larger max_length")
+    names = [f"the prompt {prompt[:60]!r}" for prompt in texts]
+    answers = [{"text": text} for text in texts.values()]
+    return Sample(task, names, pd.DataFrame({"text": [*texts]}), answers)
 
 
 def _served_table(task: Task, table: "pa.Table") -> "pd.DataFrame":

@@ -148,7 +148,7 @@ def of_kinds(*names: str) -> str:
 @pytest.mark.parametrize(
     ("names", "tag", "library", "usage"),
     [
-        (["ner"], "token-classification", "transformers", 'n("token-classification", "tasks/ner")'),
+        (["ner"], "token-classification", "transformers", 'e("token-classification", "tasks/ner")'),
         (["flowers"], "image-classification", "transformers", '"tasks/flowers")'),
         (["similar"], "sentence-similarity", "sentence-transformers", "import SentenceTransformer"),
         (["chat"], "text-generation", "transformers", 'AutoModelForCausalLM.from_pretrained("tas'),
