@@ -41,7 +41,7 @@ __all__ = [
 
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
-MERGE = 8
+MERGE = 9
 CALIBRATE = 1
 REALIGN = 6
 
