@@ -61,7 +61,9 @@ def run_node(node: Node) -> Outcome[Any]:
     get_run_logger().info(line)
     say(line)
     messages = getattr(outcome.summary, "messages", ())  # of a fetched checkpoint
-    for note in (*messages, *getattr(outcome.summary, "warnings", ())):  # of a task's rows
+    published = getattr(outcome.summary, "published", None)  # of a statistic
+    warnings = getattr(outcome.summary, "warnings", ())  # of a task's rows
+    for note in (*messages, *warnings, *([published] if published else [])):
         get_run_logger().warning(note)
         say(note)
     return outcome

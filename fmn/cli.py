@@ -26,6 +26,7 @@ from fmn.experiments.stages import SearchSettings, search
 from fmn.fisher.stages import STATISTICS, fisher
 from fmn.merge.stages import calibrate, merge, realign
 from fmn.models.stages import finetune, predict
+from fmn.registry.push import push
 from fmn.registry.stages import (
     compare_digests,
     log_search,
@@ -37,6 +38,7 @@ from fmn.registry.stages import (
 from fmn.report.stages import report
 from fmn.rows.stages import DataSettings, TaskOptions, data, definition_of
 from fmn.rows.view import describe, known_tasks
+from fmn.setup import stages as setup
 from fmn.sources.stages import fetch
 from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import Outcome
@@ -320,14 +322,15 @@ def _show_report(summary: Any) -> None:
 COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
     (fetch, _facts("revision", "model_type")),
     (finetune, _facts("examples", "steps", "loss")),
-    (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr")),
-    *((statistic, _facts("samples", "dtype")) for statistic in STATISTICS),
+    (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr", "published")),
+    *((statistic, _facts("samples", "dtype", "published")) for statistic in STATISTICS),
     (merge, _show_merge),
     (calibrate, _show_calibrate),
     (realign, _show_realign),
     (evaluate, _show_metrics),
     (search, _show_search),
     (report, _show_report),
+    (push, _facts("url", "commit", "files", "bytes")),
     (register, _facts("name", "version", "alias", "reason", "run", "store")),
 )
 _add_stage(write_data, _show_data, "data")
@@ -347,6 +350,52 @@ def _flow(work: str | Path, verbose: bool, as_json: bool) -> Iterator[None]:
     quiet = nullcontext() if verbose else only_ours(Path(work) / "run.log")
     with quiet, redirect_stdout(errors()) if as_json else nullcontext():
         yield
+
+
+@app.command
+def init(
+    experts: list[str],
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="the file to write")] = Path("params.yaml"),
+    base: Annotated[str | None, Parameter(help="their base; default: as their files say")] = None,
+    force: Annotated[bool, Parameter(help="replace a file that is there")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a settings file for experts; what their files do not tell is marked "fill in".
+
+    Args:
+        experts: hf://org/name@revision, folders, models:/name@alias, package:module/path
+    """
+    info = setup.init(experts, out=out, base=base, force=force)
+    if as_json:
+        _print_json({"out": str(out), **info.model_dump()})
+        return
+    say(f"init: {out}")
+    show_table(["task", "kind"], [list(row) for row in info.tasks.items()])
+    say(f"  base: {info.base}", *(f"  fill in {key}: {why}" for key, why in info.unknown.items()))
+    say(*([f"  {info.problem}"] if info.problem else []))
+    say(f"  {'then' if info.unknown else 'next'}: fmn check --params {out}")
+
+
+@app.command
+def check(*, params_file: Profile = Path("params.yaml"), as_json: Json = False) -> None:
+    """Say what can be known of a run before anything large is downloaded; exit status 0 or 1.
+
+    It reads small files, headers of weights and first rows: whether sources and data exist and fit
+    one another, and whether disk and memory suffice.
+    """
+    checked = setup.check(params_file)
+    if as_json:
+        _print_json({"ok": checked.is_ok, **checked.model_dump()})
+    else:
+        say(*(f"{'' if each.is_error else 'warning: '}{each.message}" for each in checked.findings))
+        show_table(["source", "pinned"], [list(row) for row in checked.sources.items()], words=2)
+        say(*(f"data {name}: {line}" for name, line in checked.data.items()))
+        say(*(f"{what}: about {amount}" for what, amount in checked.need.in_words.items()))
+        say("the run can start" if checked.is_ok else "the run would fail")
+    if not checked.is_ok:
+        raise SystemExit(1)
 
 
 @app.command

@@ -338,20 +338,29 @@ def validate(content: Any, place: str) -> Params:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem that a validation met, in one line.
+    """The first problem that a validation met, in one line."""
+    return problems(error, model)[0]
+
+
+def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Every problem that a validation met, a line each.
 
     An unknown setting comes first, as it may be the reason that another is missing.
     """
-    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    path, known = _walk(model, [str(part) for part in first["loc"]])
+    ordered = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    return list(dict.fromkeys(_problem(each, model) for each in ordered))
+
+
+def _problem(problem: Any, model: type[BaseModel]) -> str:
+    path, known = _walk(model, [str(part) for part in problem["loc"]])
     setting = ".".join(path)
-    if first["type"] == "extra_forbidden":
+    if problem["type"] == "extra_forbidden":
         return f"{setting}: unknown setting{hint(path[-1], known)}"
-    if first["type"] == "missing":
+    if problem["type"] == "missing":
         return f"{setting}: missing"
-    if first["type"] == "model_type":
+    if problem["type"] == "model_type":
         return f"{setting}: must be a section of settings, NAME: VALUE".removeprefix(": ")
-    message = first["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ")
     return f"{setting}: {message}" if setting else message
 
 

@@ -18,6 +18,7 @@ from fmn.models.stages import FinetuneSettings, finetune
 from fmn.rows.stages import DataSettings, data
 from fmn.sources.stages import fetch
 from tests.folders import fill, tiny_bert
+from tests.hub_server import Hub
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("sst2", "mrpc", "stsb")
@@ -68,6 +69,15 @@ def tiny_work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a random BERT classifier of ten words; not to be changed by a test."""
     return tiny_bert(tmp_path_factory.mktemp("checkpoints") / "bert")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty Hub on loopback, with an empty cache on this side."""
+    with Hub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A small Hub on loopback, with what huggingface_hub needs to download, and ways to misbehave.
+"""A small Hub on loopback: what huggingface_hub needs to download and upload; it can misbehave.
 
     with Hub() as hub:
         commit = hub.add("models", "org/name", {"config.json": b"{}"})
@@ -9,6 +9,7 @@ Repositories live in memory: a commit maps paths to bytes (or to files on disk),
 commit.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ Commit = tuple[str, dict[str, Content]]  # its sha, and its files
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".model", ".h5", ".pt")
 API = re.compile(r"/api/(models|datasets)/(.+?)/(revision|tree)/([^/]+)")
+WRITE = re.compile(r"/api/models/(.+?)/(preupload|commit|branch)/([^/]+)")
+LFS = re.compile(r"/(.+?)\.git/info/lfs/objects/batch")
 RESOLVE = re.compile(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)")
 
 
@@ -43,7 +46,12 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         requests: what was asked, as "GET /api/models/x".
+        sent: bytes of all answers.
         gated: repositories whose terms nobody accepted.
+        private: repositories that were made as private ones.
+        has_ranges: whether it heeds range requests.
+        token: what a client that writes must send; None: nobody may write.
+        uploads: the sha256 of every large file (LFS) that was sent, in order.
     """
 
     daemon_threads = True
@@ -54,7 +62,13 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[str] = []
+        self.sent = 0
         self.gated: set[str] = set()
+        self.private: set[str] = set()
+        self.has_ranges = True
+        self.token: str | None = None
+        self.objects: dict[str, bytes] = {}  # large files that were sent, by sha256
+        self.uploads: list[str] = []
         self.is_closed = False
         # By kind and name: what a branch or a commit names.
         self.repositories: dict[tuple[str, str], dict[str, Commit]] = {}
@@ -156,6 +170,108 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET = answer  # noqa: N815
 
+    def write(self) -> None:
+        """Answer what puts files into a model's repository."""
+        path, body = urlsplit(self.path).path, self.body()
+        trouble = self.server.trouble(f"{self.command} {unquote(path)}")
+        is_allowed = self.headers.get("Authorization") == f"Bearer {self.server.token}"
+        if trouble is not None and trouble.fault == "status":
+            self.send(trouble.status, b"", {})
+        elif path.startswith("/lfs/"):  # with an address that was given to who may
+            oid = hashlib.sha256(body).hexdigest()
+            self.server.objects[oid] = body
+            self.server.uploads.append(oid)
+            self.send(200 if path == f"/lfs/{oid}" else 400, b"", {})
+        elif not is_allowed:
+            self.error(401 if "Authorization" not in self.headers else 403, "")
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self.json({"warnings": [], "errors": []})
+        elif match := LFS.fullmatch(path):
+            self.json({"transfer": "basic", "objects": self.batch(json.loads(body)["objects"])})
+        elif match := WRITE.fullmatch(path):
+            repo_id, what, branch = match[1], match[2], unquote(match[3])
+            repository = self.server.repositories.get(("models", repo_id))
+            if repository is None:
+                self.error(404, "RepoNotFound")
+            elif what == "branch":
+                is_there = branch in repository
+                repository.setdefault(branch, repository["main"])
+                self.send(409 if is_there else 201, b"{}", {})
+            elif branch not in repository:
+                self.error(404, "RevisionNotFound")
+            elif what == "preupload":
+                files = [
+                    {
+                        "path": file["path"],
+                        "shouldIgnore": False,
+                        "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
+                    }
+                    for file in json.loads(body)["files"]
+                ]
+                self.json({"files": files})
+            else:
+                self.add(repo_id, branch, body)
+        else:
+            self.send(404, b"", {})
+
+    do_POST = do_PUT = write  # noqa: N815
+
+    def body(self) -> bytes:
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        content = b""
+        while size := int(self.rfile.readline(), 16):  # in chunks
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
+
+    def create(self, wanted: Mapping[str, Any]) -> None:
+        repo_id = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
+        is_there = ("models", repo_id) in self.server.repositories
+        if not is_there:
+            self.server.add("models", repo_id, {".gitattributes": b""})
+            if wanted.get("private") or wanted.get("visibility") == "private":
+                self.server.private.add(repo_id)
+        answer = json.dumps({"url": f"{self.server.url}/{repo_id}"}).encode()
+        self.send(409 if is_there else 200, answer, {})
+
+    def batch(self, objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What to do with each large file: nothing if its bytes are here."""
+        return [
+            {
+                "oid": each["oid"],
+                "size": each["size"],
+                **(
+                    {}
+                    if each["oid"] in self.server.objects
+                    else {"actions": {"upload": {"href": f"{self.server.url}/lfs/{each['oid']}"}}}
+                ),
+            }
+            for each in objects
+        ]
+
+    def add(self, repo_id: str, branch: str, body: bytes) -> None:
+        """Make the commit that lines of JSON describe."""
+        repository = self.server.repositories["models", repo_id]
+        files = dict(repository[branch][1])
+        for line in body.splitlines():
+            operation, value = (each for _, each in sorted(json.loads(line).items()))
+            if operation == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif operation == "lfsFile":
+                files[value["path"]] = self.server.objects[value["oid"]]
+            elif operation == "deletedFile":
+                del files[value["path"]]
+        commit = self.server.add("models", repo_id, files, branch)
+        answer = {"commitUrl": f"{self.server.url}/{repo_id}/commit/{commit}", "commitOid": commit}
+        self.json(answer)
+
+    def json(self, answer: Any) -> None:
+        self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
     def commit(self, kind: str, repo_id: str, revision: str) -> Commit | None:
         """The commit that a revision names; where there is none, the Hub's error is sent."""
         repository = self.server.repositories.get((kind, repo_id))
@@ -178,7 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": name, "oid": _blob(data), "size": len(data)}
                 for name, data in read.items()
             ]
-        self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+        self.json(answer)
 
     def file(
         self, commit: str, files: dict[str, Content], path: str, trouble: _Trouble | None
@@ -192,7 +308,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path.endswith(LFS_SUFFIXES):
             headers["X-Linked-Etag"] = f'"{hashlib.sha256(data).hexdigest()}"'
             headers["X-Linked-Size"] = str(len(data))
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and self.server.has_ranges:
             start, end = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             status, data = 206, data[start : end + 1]
@@ -214,4 +331,5 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[: len(data) // 2]
             self.close_connection = True
         if self.command != "HEAD":
+            self.server.sent += len(data)
             self.wfile.write(data)

@@ -15,7 +15,7 @@ from tests.conftest import TASKS
 COMMANDS = (
     *("run", "compare", "stage", "fetch", "data", "finetune", "fisher", "full-fisher", "gram"),
     *("search", "merge", "realign", "evaluate", "report", "predict"),
-    *("register", "rollback", "reproduce", "tasks"),
+    *("register", "rollback", "reproduce", "tasks", "init", "check", "push"),
 )
 FISHER = "fisher x --task mrpc --data x --out y"
 SEARCH = "search --expert mrpc=a sst2=b --data x --out y"
@@ -282,6 +282,9 @@ def test_a_stage_of_the_pipeline_runs_alone(
         (f"{SEARCH} --rows 0", "--rows: at least one example is needed"),
         ("evaluate nowhere --data x --out y", "nowhere"),
         ("register nowhere --metrics x --name demo", "nowhere"),
+        ("push nowhere org/name", "write hf://ORG/NAME"),
+        ("push nowhere hf://org/name", "is no merged model"),
+        ("init nowhere", "nowhere: no such folder"),
         ("register nowhere --metrics x --name ../demo", "name"),
         ("reproduce demo", "write models:/NAME/VERSION"),
         ("predict nowhere text --task sst2", "nowhere"),

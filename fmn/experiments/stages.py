@@ -418,4 +418,4 @@ def _read_statistics(job: Job, merge: Merge) -> "Statistics":
     from fmn.merge.inputs import read_statistics
 
     digests = {task: job.inputs[f"expert {task}"] for task in sorted(merge.experts)}
-    return read_statistics(merge.needs, digests, merge.fisher, merge.gram)
+    return read_statistics(merge.needs, merge.experts, digests, merge.fisher, merge.gram)

@@ -27,28 +27,42 @@ METADATA = "fmn"  # key in the metadata of Parquet and safetensors
 
 
 class CheckpointOrigin(Record):
-    """Which checkpoint a statistic is of: its source, pinned to a revision, and its digest."""
+    """Which checkpoint a statistic is of: its source, pinned to a revision, and its digest.
+
+    `identity`: of what the statistic depends on (`fmn.fisher.published`); a copy of the checkpoint
+    that was aligned with a task has another digest, and the same identity.
+    """
 
     source: str = ""
     revision: str = ""
     digest: str
+    identity: str = ""
 
 
 class Metadata(Record):
-    """What a statistic was computed from. `key`: its content key; `threads`: those of the CPU;
-    `definition`: of the task."""
+    """What a statistic was computed from.
+
+    Attributes:
+        key: its content key.
+        data_digest: of the files of the training split; `rows`: of the texts and labels in them.
+        definition: of the task.
+        threads: those of the CPU.
+        published: that it was published beside the expert, or why the one there was not taken.
+    """
 
     key: str = ""
     task: str
     model_type: str = ""
     checkpoint: CheckpointOrigin
     data_digest: str = ""
+    rows: str = ""
     definition: Task | None = None
     samples: int
     seed: int = 0
     dtype: str = ""
     device: str = ""
     threads: int = 1
+    published: str | None = None
     fmn: str = __version__
 
 

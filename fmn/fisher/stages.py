@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from fmn.errors import UserError
-from fmn.fisher import files
+from fmn.fisher import files, published
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, GramMetadata, StatisticMetadata
-from fmn.models import labels, provenance
+from fmn.models import checkpoints, labels, provenance
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
 from fmn.store.records import Settings, at_least_one
@@ -20,14 +20,17 @@ from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task, load_task
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
     from fmn.fisher.mask_nodes import PartialSums
 
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 
 # DVC reads these: it does not see chained assignments.
-FISHER = 4
-FULL_FISHER = 4
-GRAM = 4
+FISHER = 5
+FULL_FISHER = 5
+GRAM = 5
 SAVE_SECONDS = 5.0  # from one save of partial sums to the next
 
 
@@ -44,7 +47,15 @@ class SampleSettings(Settings):
     _at_least_one = field_validator("samples")(at_least_one)
 
 
-class FisherSettings(SampleSettings):
+class PublishedSettings(SampleSettings):
+    published: Literal["same", "any", "none"] = Field(
+        "same",
+        description="a statistic that was published beside the expert is taken if it is of these"
+        " settings and of the same rows; any: of whichever rows; none: it is never taken",
+    )
+
+
+class FisherSettings(PublishedSettings):
     estimator: Estimator = Field(
         "empirical",
         description="whose labels: the data's (empirical), the model's in exact expectation"
@@ -61,7 +72,7 @@ class FullFisherSettings(SampleSettings):
     samples: int | Literal["all"] = Field(256, description="examples, drawn without replacement")
 
 
-class GramSettings(SampleSettings):
+class GramSettings(PublishedSettings):
     pass
 
 
@@ -196,7 +207,7 @@ def _run(
     compute: Callable[[Path, dict[str, Any], dict[str, Any]], None],
     read: Callable[[Path], tuple[Any, ...]],
 ) -> Outcome[Any]:
-    """Run a stage: `compute` writes a file with what `_load` gives; `read` ends in its metadata."""
+    """Run a stage: `compute` writes a file from arguments and metadata; `read` ends in these."""
     task, estimator = inputs.task, inputs.options.get("estimator")
     if estimator in ("empirical", "batch") and not task.has_labels and task.loss != "embedding":
         raise UserError(
@@ -204,60 +215,108 @@ def _run(
             " the estimator expected"
         )
     train = split_files(inputs.data, task, "train")
+
+    def write(job: Job) -> None:
+        sample = _sample(job, inputs)
+        path = inputs.checkpoint / published.NAMES.get(name, "")
+        if not (path.is_file() and _take(path, job, inputs, sample)):
+            compute(job.path, _arguments(inputs, sample), sample.metadata)
+
     return run_stage(
         name,
         version,
         out,
-        lambda job: compute(job.path, *_load(job, inputs)),
+        write,
         reads={"checkpoint": inputs.checkpoint, "train": train},
         settings={"task": task, "settings": inputs.settings},
         summary=lambda path: read(path)[-1],
     )
 
 
-def _load(job: Job, inputs: _Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the functions that estimate a statistic take, and what its metadata say.
+class _Sample(NamedTuple):
+    """The rows of a statistic: the whole split, the number of those that are drawn, and what the
+    statistic's metadata say."""
 
-    The model's outputs are in the task's order; only the sampled rows have tokens.
-    """
+    table: "pa.Table"
+    rows: "np.ndarray"
+    metadata: dict[str, Any]
+
+
+def _sample(job: Job, inputs: _Inputs) -> _Sample:
     import torch
 
     from fmn.models.devices import resolve_device, resolve_dtype
     from fmn.tasks.batches import select
 
-    checkpoint, task, data, settings, progress = inputs
-    expert = labels.load_expert(checkpoint, task, data, settings.device)
+    checkpoint, task, data, settings, _ = inputs
     table = read_split(data, task, "train", labelled=not isinstance(settings, GramSettings))
     samples = None if settings.samples == "all" else settings.samples
     is_stratified = inputs.options.get("stratified", False)
     rows = select(label_array(task, table), samples, settings.seed, is_stratified)
     device = resolve_device(settings.device)
-    dtype = str(resolve_dtype(settings.dtype, device)).removeprefix("torch.")
+    config = checkpoints.load_config(checkpoint)
     origin = provenance.lineage(checkpoint).model_dump()
-    both = {**inputs.options, "seed": settings.seed, "dtype": dtype}
+    origin |= {"digest": job.inputs["checkpoint"], "identity": published.identity(checkpoint)}
     metadata = {
-        **both,
+        **inputs.options,
+        "seed": settings.seed,
+        "dtype": str(resolve_dtype(settings.dtype, device)).removeprefix("torch."),
         "key": job.key,
         "task": task.name,
-        "model_type": expert.model.config.model_type,
-        "checkpoint": CheckpointOrigin(**origin, digest=job.inputs["checkpoint"]),
+        "model_type": config.model_type,
+        "checkpoint": CheckpointOrigin(**origin),
         "data_digest": job.inputs["train"],
-        "definition": expert.task,
+        "rows": published.rows_digest(task, table),
+        "definition": labels.complete(task, config),
         "samples": len(rows),
         "device": device.type,
         "threads": torch.get_num_threads(),
     }
+    return _Sample(table, rows, metadata)
+
+
+def _take(path: Path, job: Job, inputs: _Inputs, sample: _Sample) -> bool:
+    """Take a published statistic if it is the one that is asked for; the metadata say why not."""
+    settings, metadata = inputs.settings, sample.metadata
+    if not isinstance(settings, PublishedSettings) or settings.published == "none":
+        return False
+    problem = published.misfit(
+        path,
+        metadata,
+        any_rows=settings.published == "any",
+        any_dtype=settings.dtype == "auto",
+    )
+    if problem:
+        metadata["published"] = f"not taken, but computed: {path} is {problem}"
+        return False
+    here = ("key", "task", "checkpoint", "definition")
+    changes = {name: metadata[name] for name in here} | {"published": f"taken from {path}"}
+    published.take(path, job.path, changes)
+    return True
+
+
+def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
+    """What the functions that estimate a statistic take.
+
+    The model's outputs are in the task's order; only the sampled rows have tokens.
+    """
+    from fmn.models.devices import resolve_device
+
+    checkpoint, task, data, settings, progress = inputs
+    expert = labels.load_expert(checkpoint, task, data, settings.device)
     arguments = {
-        **both,
+        **inputs.options,
+        "seed": settings.seed,
+        "dtype": sample.metadata["dtype"],
         "model": expert.model,
-        "examples": encode(expert.processor, expert.task, table, rows=rows),
-        "samples": samples,
-        "device": str(device),
+        "examples": encode(expert.processor, expert.task, sample.table, rows=sample.rows),
+        "samples": None if settings.samples == "all" else settings.samples,
+        "device": str(resolve_device(settings.device)),
         "progress": progress,
     }
     if inputs.options:  # a loss is differentiated
         arguments["problem_type"] = expert.task.loss
-    return arguments, metadata
+    return arguments
 
 
 def _write_sums(path: Path, key: str, sums: "PartialSums") -> None:

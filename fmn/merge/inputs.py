@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fmn.errors import UserError
-from fmn.fisher import architectures, files
+from fmn.fisher import architectures, files, published
 from fmn.fisher.architectures import Claim, NodeValues, Site
 from fmn.merge.methods import METHODS, Method, Needs, Tuning, tuned
 from fmn.merge.recipe import MergeSettings, Statistic
@@ -55,12 +55,16 @@ class Statistics:
 
 
 def read_statistics(
-    needs: Needs, digests: Mapping[str, str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
+    needs: Needs,
+    experts: Mapping[str, Path],
+    digests: Mapping[str, str],
+    fisher: Mapping[str, Path],
+    gram: Mapping[str, Path],
 ) -> Statistics:
     """The statistics that a merge takes.
 
     Args:
-        digests: of the experts, by task.
+        experts, digests: the experts' folders and their digests, by task.
         fisher, gram: files by task.
 
     Raises:
@@ -74,11 +78,11 @@ def read_statistics(
         if needs.gram:
             headers, of_gram = files.read_statistic(gram[task], files.GramMetadata)
             grams[task] = StoredGrams(headers, of_gram.inputs, of_gram.transposed)
-            records["gram"][task] = _record(gram[task], of_gram, task, digest)
+            records["gram"][task] = _record(gram[task], of_gram, task, experts[task], digest)
             definitions[task] = of_gram.definition
         if needs.fisher:
             values[task], metadata = _read_fisher(fisher[task], needs)
-            records["fisher"][task] = _record(fisher[task], metadata, task, digest)
+            records["fisher"][task] = _record(fisher[task], metadata, task, experts[task], digest)
             definitions[task] = metadata.definition
     return Statistics(values, grams, records, definitions)
 
@@ -90,11 +94,14 @@ def _read_fisher(path: Path, needs: Needs) -> tuple[Any, files.Metadata]:
     return values, metadata
 
 
-def _record(path: Path, metadata: files.Metadata, task: str, digest: str) -> Statistic:
+def _record(
+    path: Path, metadata: files.Metadata, task: str, expert: Path, digest: str
+) -> Statistic:
     """A statistic for the recipe; it must be of this task and expert."""
     if metadata.task != task:
         raise UserError(f"{path}: of task {metadata.task}, not {task}; give that of {task}")
-    if metadata.checkpoint.digest != digest:
+    checkpoint = metadata.checkpoint
+    if digest != checkpoint.digest and published.identity(expert) != checkpoint.identity:
         raise UserError(f"{path}: of another checkpoint than the expert of {task}; make it again")
     entries = metadata.model_dump(include=set(Statistic.model_fields))
     entries |= {"digest": artifacts.digest_file(path), "values": files.digest_values(path)}

@@ -97,7 +97,7 @@ def merge(
         from fmn.merge.model import write_model
 
         digests = {task: job.inputs[f"expert {task}"] for task in experts}
-        statistics = read_statistics(needs, digests, fisher, gram)
+        statistics = read_statistics(needs, experts, digests, fisher, gram)
         tasks = {t: _definition(t, experts[t], statistics.definitions) for t in experts}
         notes = checkpoints.check_experts(experts, tasks, base)
         chosen, search = _searched(coefficients, job, digests, settings)

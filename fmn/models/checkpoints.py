@@ -40,6 +40,8 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     "bpe.codes",
 )
+FISHER, GRAM = "fmn/fisher.parquet", "fmn/gram.safetensors"
+"""Statistics that may be published beside an expert (docs/statistics.md)."""
 # Those that are needed beside the configuration and the weights, by the kind of model.
 SMALL_FILES = (
     *TOKENIZER_FILES,
@@ -211,6 +213,12 @@ def _described_shapes(config: "PretrainedConfig", kind: KindName | None = None) 
             part[name.removeprefix(shapes.prefix)] = tuple(value.shape)
     _shapes[key] = shapes
     return shapes
+
+
+def described_shapes(config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
+    """Shapes by stored name of the classifier that a configuration describes."""
+    shapes = _described_shapes(config)
+    return {f"{shapes.prefix}{name}": shape for name, shape in shapes.encoder.items()} | shapes.head
 
 
 def described_model(config: "PretrainedConfig", kind: KindName | None = None) -> "PreTrainedModel":
@@ -487,6 +495,11 @@ def last_linear(model: "PreTrainedModel") -> str:
     return str(paths[-1])
 
 
+def head_map(config: "PretrainedConfig") -> str:
+    """The path of the linear map that ends the head of the model that a configuration describes."""
+    return last_linear(described_model(config))
+
+
 def output_entries(task: Task) -> dict[str, Any]:
     """What the configuration of an expert says of its outputs, in the task's order."""
     names = dict(enumerate(task.labels or ("score",)))
@@ -536,7 +549,7 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
 
     config, raw = load_config(folder), read_config(folder)
     if list(order) != list(range(config.num_labels)):
-        path = last_linear(described_model(config))
+        path = head_map(config)
         headers = tensor_headers(folder)
         names = [name for name in (f"{path}.weight", f"{path}.bias") if name in headers]
         for file in {headers[name].file for name in names}:

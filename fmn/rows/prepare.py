@@ -14,7 +14,7 @@ from fmn.rows.label_values import (
     plain_values,
     read_labels,
 )
-from fmn.rows.sources import File, choose_splits
+from fmn.rows.sources import File, used_splits
 from fmn.tasks.batches import random_order
 from fmn.tasks.dataset import label_array
 from fmn.tasks.kinds import SINGLE
@@ -57,12 +57,9 @@ def prepare(
         UserError: a file, a column, a text or a label is not as it should be; says where.
     """
     dataset = definition.dataset or DatasetSettings(path=place)
-    if dataset.splits.train is None and list(files) == ["train"]:  # a single file
-        files = {"validation": files["train"]}
-    train, validation = choose_splits(dataset, list(files), place)
-    splits = {split: read_files(files[split]) for split in validation}
-    if train:
-        splits = {"train": read_files(files[train]), **splits}
+    train, used = used_splits(dataset, files, place)
+    validation = [split for split in used if split != train]
+    splits = {"train" if split == train else split: read_files(used[split]) for split in used}
     if not splits:
         raise UserError(f"{place}: neither training nor validation rows; name a split in `splits`")
     first = next(iter(splits.values()))

@@ -6,7 +6,7 @@ Nothing that comes with a data set is executed, and nothing is cached but what t
 import glob
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -193,6 +193,11 @@ def _open(url: str) -> "tuple[AbstractFileSystem, str]":
     return system, str(path).rstrip("/")
 
 
+def local_system() -> "AbstractFileSystem":
+    """The file system of this machine."""
+    return _open("/")[0]
+
+
 def _file(name: str, path: str, system: "AbstractFileSystem") -> File:
     match = _ROWS.fullmatch(path.split("?")[0] if "://" in name else path)
     if match is None:
@@ -262,6 +267,16 @@ def choose_splits(
     return train, wanted
 
 
+def used_splits(
+    dataset: DatasetSettings, files: Splits, place: str
+) -> tuple[str | None, dict[str, Sequence[File]]]:
+    """The split to train on, if any, and the files of every split that is used; raises as above."""
+    if dataset.splits.train is None and list(files) == ["train"]:  # a single file
+        files = {"validation": files["train"]}
+    train, validation = choose_splits(dataset, list(files), place)
+    return train, {split: files[split] for split in [train, *validation] if split is not None}
+
+
 def guess(splits: Sequence[str], words: Sequence[str]) -> list[str]:
     """The splits that are called by the first of the words that any of them has in its name.
 
@@ -282,7 +297,7 @@ def guess(splits: Sequence[str], words: Sequence[str]) -> list[str]:
 
 def pin(dataset: DatasetSettings, name: str) -> str:
     """The commit that a data set's revision names. UserError as `download` says."""
-    return _snapshot(name, dataset.revision, ["README.md"]).name
+    return download_card(name, dataset.revision).name
 
 
 def download(dataset: DatasetSettings, name: str, revision: str) -> Path:
@@ -291,8 +306,20 @@ def download(dataset: DatasetSettings, name: str, revision: str) -> Path:
     Raises:
         UserError: the Hub cannot be reached, or has no such data set, revision or configuration.
     """
-    folder = _snapshot(name, revision, ["README.md"])
+    folder = download_card(name, revision)
     return _snapshot(name, folder.name, ["README.md", *_patterns(dataset, folder)])
+
+
+def download_card(name: str, revision: str) -> Path:
+    """The folder of a data set's card alone; UserError as `download` says."""
+    return _snapshot(name, revision, ["README.md"])
+
+
+def matching_names(dataset: DatasetSettings, snapshot: Path, names: Iterable[str]) -> list[str]:
+    """Those of a data set's files that `download` takes; `snapshot` has its card."""
+    from huggingface_hub.utils._paths import filter_repo_objects
+
+    return list(filter_repo_objects(names, allow_patterns=_patterns(dataset, snapshot)))
 
 
 def _patterns(dataset: DatasetSettings, snapshot: Path) -> list[str]:

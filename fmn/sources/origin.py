@@ -12,12 +12,13 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module, metadata, util
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
 from fmn.errors import UserError
 from fmn.models import checkpoints, headers
-from fmn.models.checkpoints import CONFIG, SMALL_FILES, VOCABULARY_FILES
+from fmn.models.checkpoints import CONFIG, FISHER, GRAM, SMALL_FILES, VOCABULARY_FILES
 from fmn.models.headers import INDEX, WEIGHTS, names_in
 from fmn.models.provenance import CheckpointInfo, lineage
 from fmn.sources import adapters, forms, names, weights
@@ -41,12 +42,16 @@ class Origin(NamedTuple):
         pinned: the source, such that it means the same bytes tomorrow.
         names: the files in it, by their paths.
         local: gives the path on this machine of a file, which is downloaded if need be.
+        open: opens a file to read parts of it; it is not downloaded for that.
+        is_linked: whether copies of weights are links to these files.
     """
 
     source: str
     pinned: str
     names: frozenset[str]
     local: Callable[[str], Path]
+    open: Callable[[str], BufferedReader]
+    is_linked: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -73,11 +78,23 @@ def folder_files(source: str) -> list[Path]:
     if source.startswith(SCHEMES):
         return []
     origin = _origin(source)
-    return [origin.local(name) for name in (*_small_files(origin), *_weights(origin))]
+    return [origin.local(name) for name in (*_small_files(origin), *weight_files(origin))]
+
+
+def locate(source: str, scratch: Path, progress: Progress = no_progress) -> Origin:
+    """Where the files of a source are; those of a registered model are put into `scratch`."""
+    source = forms.address(source)
+    is_registered = source.startswith("models:")
+    return _registered(source, scratch) if is_registered else _origin(source, progress)
 
 
 def copy_checkpoint(
-    source: str, folder: Path, progress: Progress = no_progress, base: Path | None = None
+    source: str,
+    folder: Path,
+    progress: Progress = no_progress,
+    base: Path | None = None,
+    *,
+    statistics: bool = False,
 ) -> CheckpointInfo:
     """Fill an empty folder with a whole, verified checkpoint from a source.
 
@@ -93,30 +110,42 @@ def copy_checkpoint(
         progress: called with (bytes, bytes in all) of the file that comes from the Hub.
         base: the folder of the model that an adapter was trained on; without it, the model that
             the adapter names. Other sources need none.
+        statistics: whether statistics that are published beside the checkpoint come along.
 
     Raises:
         UserError: the source does not exist, cannot be reached, is not what its digests say, or
             is no checkpoint that can be used without running code.
     """
-    source, notes = forms.address(source), list[str]()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.source.") as scratch:
-        is_registered = source.startswith("models:")
-        origin = _registered(source, Path(scratch)) if is_registered else _origin(source, progress)
-        try:
-            files = _weights(origin)
-            if origin.is_adapter:
-                _merge_adapter(origin, folder, Path(scratch), base, notes)
-            else:
-                _copy_files(origin, files, folder, notes)
-            names.normalise(folder, notes)
-            config = checkpoints.load_config(folder)
-            checkpoints.check_tensors(folder, config, head=False)
-            if any((folder / name).is_file() for name in VOCABULARY_FILES):
-                checkpoints.load_tokenizer(folder, config)
-        except UserError as error:  # the reader does not know the folder that is being written
-            raise UserError(_readable(str(error), source, folder, scratch)) from error
+        origin = locate(source, Path(scratch), progress)
+        if not statistics:
+            origin = origin._replace(names=origin.names - {FISHER, GRAM})
+        return copy_origin(origin, folder, Path(scratch), base)
+
+
+def copy_origin(
+    origin: Origin, folder: Path, scratch: Path, base: Path | None = None
+) -> CheckpointInfo:
+    """Fill an empty folder with the checkpoint in an origin; raises as `copy_checkpoint` does.
+
+    `scratch` is a folder for what is needed meanwhile.
+    """
+    notes: list[str] = []
+    try:
+        files = weight_files(origin)
+        if origin.is_adapter:
+            _merge_adapter(origin, folder, scratch, base, notes)
+        else:
+            _copy_files(origin, files, folder, notes)
+        names.normalise(folder, notes)
+        config = checkpoints.load_config(folder)
+        checkpoints.check_tensors(folder, config, head=False)
+        if any((folder / name).is_file() for name in VOCABULARY_FILES):
+            checkpoints.load_tokenizer(folder, config)
+    except UserError as error:  # the reader does not know the folder that is being written
+        raise UserError(_readable(str(error), origin.source, folder, scratch)) from error
     return CheckpointInfo(
-        source=source,
+        source=origin.source,
         revision=origin.pinned,
         model_type=config.model_type,
         is_converted=any(name.endswith(".bin") for name in files),
@@ -124,7 +153,7 @@ def copy_checkpoint(
     )
 
 
-def _readable(message: str, source: str, folder: Path, scratch: str) -> str:
+def _readable(message: str, source: str, folder: Path, scratch: Path) -> str:
     """A message with the source in place of the folders that are gone when it is read."""
     for path in (f"{scratch}/adapter", str(folder)):
         message = message.replace(path, source)
@@ -150,7 +179,7 @@ def _merge_adapter(
     adapter, stated = scratch / "adapter", scratch / "stated"
     adapter.mkdir()
     stated.mkdir()
-    _copy(origin, [*_small_files(origin), *_weights(origin)], adapter)
+    _copy(origin, [*_small_files(origin), *weight_files(origin)], adapter)
     source = adapters.base_source(adapter)
     if base is None:
         if not source:
@@ -193,7 +222,7 @@ def _check_base(source: str, base: Path, stated: Path) -> list[str]:
 
 
 def _copy(origin: Origin, files: Iterable[str], folder: Path) -> None:
-    """Copy files; weights become links to the Hub's cache, so that the disk has them once."""
+    """Copy files; those of the Hub's cache become links to it, so that the disk has them once."""
     for name in files:
         path = origin.local(name).resolve()
         with path.open("rb") as file:
@@ -203,7 +232,7 @@ def _copy(origin: Origin, files: Iterable[str], folder: Path) -> None:
                 )
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        if origin.pinned.startswith("hf://") and name.endswith((".safetensors", ".bin")):
+        if origin.is_linked and name.endswith((".safetensors", ".bin")):
             with suppress(OSError):  # another file system, or one without links
                 os.link(path, target)
                 continue
@@ -219,14 +248,18 @@ def _origin(source: str, progress: Progress = no_progress) -> Origin:
         return _package_origin(source, *match.groups())
     if (match := _HUB.fullmatch(source)) and ".." not in source:
         repo, inside, revision = match.groups()
-        commit, files = hub.list_model(repo, revision or "main")
+        commit, files = hub.list_files(repo, revision or "main")
         begin = f"{inside}/".removeprefix("/")
         files = frozenset(name.removeprefix(begin) for name in files if name.startswith(begin))
 
-        def local(name: str) -> Path:
-            return hub.download(repo, begin + name, commit, progress)
-
-        return Origin(source, f"hf://{repo}{inside}@{commit}", files, local)
+        return Origin(
+            source,
+            f"hf://{repo}{inside}@{commit}",
+            files,
+            local=lambda name: hub.download(repo, begin + name, commit, progress),
+            open=lambda name: hub.open_file(repo, begin + name, commit),
+            is_linked=True,
+        )
     if source.startswith(SCHEMES):
         raise UserError(f"{source}: not a source; write hf://org/name or package:module/path")
     return _folder_origin(Path(source).expanduser(), source, source)
@@ -234,7 +267,13 @@ def _origin(source: str, progress: Progress = no_progress) -> Origin:
 
 def _folder_origin(folder: Path, source: str, pinned: str) -> Origin:
     folder = forms.checkpoint_folder(folder)
-    return Origin(source, pinned, forms.names_below(folder), lambda name: folder / name)
+    return Origin(
+        source,
+        pinned,
+        forms.names_below(folder),
+        local=lambda name: folder / name,
+        open=lambda name: (folder / name).open("rb"),
+    )
 
 
 def _registered(source: str, scratch: Path) -> Origin:
@@ -270,14 +309,14 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
 
 
 def _small_files(origin: Origin) -> list[str]:
-    """Every file that a checkpoint or an adapter needs beside its weights."""
+    """What a checkpoint or an adapter needs beside its weights, and statistics beside them."""
     if CONFIG not in origin.names and not origin.is_adapter:
         raise UserError(f"{origin.source}: {forms.no_checkpoint(origin.names)}")
-    small = (ADAPTER_CONFIG, CONFIG, *SMALL_FILES)
+    small = (ADAPTER_CONFIG, CONFIG, *SMALL_FILES, FISHER, GRAM)
     return [name for name in small if name in origin.names]
 
 
-def _weights(origin: Origin) -> list[str]:
+def weight_files(origin: Origin) -> list[str]:
     """The files of weights, and the index where they are shards; pickled only without others."""
     _small_files(origin)
     if not origin.is_adapter and WEIGHTS not in origin.names and INDEX in origin.names:

@@ -16,7 +16,7 @@ from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.task import load_task, read_task
 
-FETCH = 5
+FETCH = 6
 
 
 class FetchSettings(Settings):
@@ -54,7 +54,8 @@ def fetch(
 
     With a task, it is an expert of that task, and the copy is aligned with it: its outputs have
     the task's names and order, and its task.json is the task's definition. A LoRA adapter becomes
-    the full model that it makes of its base.
+    the full model that it makes of its base. Statistics that are published beside an expert come
+    along.
 
     Args:
         source: hf://org/name@revision, a folder, models:/name@alias or package:module/path
@@ -85,7 +86,7 @@ def fetch(
 
     def compute(job: Job) -> CheckpointInfo:
         facts: dict[str, Any] = {"source": source}
-        info = origin.copy_checkpoint(pinned, job.path, progress, base)
+        info = origin.copy_checkpoint(pinned, job.path, progress, base, statistics=bool(task))
         try:
             if task:
                 expert = definition or labels.expert_task(job.path, task)

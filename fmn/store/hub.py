@@ -1,20 +1,23 @@
 """Requests to the Hugging Face Hub: retried, verified, and explained when they fail."""
 
+import io
 import logging
 import os
 import re
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fmn.errors import UserError
 from fmn.store import artifacts
 from fmn.store.stage import Progress
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 T = TypeVar("T")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -31,28 +34,30 @@ _PROBLEMS = {  # by the name of huggingface_hub's exception
 
 def connect() -> "HfApi":
     """The Hub's interface, at the address in HF_ENDPOINT."""
-    # Xet would fetch from hosts of its own, plain HTTP works with every mirror. The library reads
-    # the variable when it is imported.
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from huggingface_hub import HfApi, constants
 
+    # Xet would use hosts of its own, plain HTTP works with every mirror.
+    constants.HF_HUB_DISABLE_XET = True
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/"))
 
 
-def list_model(repo: str, revision: str) -> tuple[str, frozenset[str]]:
-    """The commit of a model's revision, and the names of its files; offline, those in the cache.
+def list_files(
+    repo: str, revision: str, kind: Literal["model", "dataset"] = "model"
+) -> tuple[str, frozenset[str]]:
+    """The commit of a revision, and the names of its files; offline, those in the cache.
 
     Raises:
         UserError: the Hub does not have it, or cannot be reached.
     """
     source, api = f"hf://{repo}@{revision}", connect()
+    options: dict[str, Any] = {"revision": revision, "repo_type": kind}
     if not _is_offline():
-        info = _request(lambda: api.model_info(repo, revision=revision, timeout=10), source)
+        info: Any = _request(lambda: api.repo_info(repo, timeout=10, **options), source)
         return str(info.sha), frozenset(file.rfilename for file in info.siblings or ())
-    options: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    options["local_files_only"] = True
     snapshot = Path(_request(lambda: api.snapshot_download(repo, **options), source))
-    return snapshot.name, frozenset(path.name for path in snapshot.iterdir())
+    return snapshot.name, frozenset(artifacts.visible(snapshot))
 
 
 def download(repo: str, name: str, commit: str, progress: Progress) -> Path:
@@ -72,6 +77,135 @@ def download(repo: str, name: str, commit: str, progress: Progress) -> Path:
         problem = f"{name} is not what its digest says (damaged in the download or in the cache)"
         raise UserError(f"{source}: {problem}; run again to download it once more")
     return path
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on the Hub, of which only what is read is transferred (HTTP range requests).
+
+    Attributes:
+        size: bytes of the whole file.
+
+    Raises:
+        UserError: the Hub does not have it, or cannot be reached.
+    """
+
+    def __init__(self, repo: str, name: str, commit: str, kind: str = "model") -> None:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        endpoint, self.source = connect().endpoint, f"hf://{repo}@{commit}"
+        self._url = hf_hub_url(repo, name, repo_type=kind, revision=commit, endpoint=endpoint)
+        self.name, self._position = name, 0
+        facts = _request(lambda: get_hf_file_metadata(self._url, timeout=10), self.source)
+        self.size = int(facts.size or 0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        start, end = self._position, min(self._position + len(buffer), self.size)
+        if start >= end:
+            return 0
+        content = _request(lambda: self._bytes(start, end), self.source)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def _bytes(self, start: int, end: int) -> bytes:
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+        content = b""
+        with get_session().stream("GET", self._url, headers=headers, timeout=10) as response:
+            hf_raise_for_status(response)
+            skipped = 0 if response.status_code == 206 else start  # a server without ranges
+            for part in response.iter_bytes():
+                content += part
+                if len(content) >= skipped + end - start:
+                    break
+        return content[skipped : skipped + end - start]
+
+
+def open_file(repo: str, name: str, commit: str, kind: str = "model") -> io.BufferedReader:
+    """A file on the Hub, to read parts of it: that in the cache, or else a `RemoteFile`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, name, revision=commit, repo_type=kind)
+    if isinstance(cached, str):
+        return Path(cached).open("rb")
+    return io.BufferedReader(RemoteFile(repo, name, commit, kind), 1 << 16)
+
+
+def upload(
+    repo: str,
+    files: Mapping[str, Path],
+    *,
+    branch: str,
+    message: str,
+    private: bool,
+    is_stale: Callable[[str], bool],
+    progress: Progress,
+) -> tuple[str, str]:
+    """Put files into a model's repository in one commit; returns its address and the commit.
+
+    The repository and the branch are made if need be. Bytes that the Hub has already, under
+    whatever name, are not sent again.
+
+    Args:
+        files: by name in the repository.
+        private: whether a repository that is made is private.
+        is_stale: whether a file of the repository that is not among `files` is removed.
+        progress: called with (bytes that are there, bytes in all).
+
+    Raises:
+        UserError: the Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    source, api = f"hf://{repo}@{branch}", connect()
+    address = str(
+        _request(lambda: api.create_repo(repo, private=private or None, exist_ok=True), source)
+    )
+    if branch != "main":
+        _request(lambda: api.create_branch(repo, branch=branch, exist_ok=True), source)
+    _, names = list_files(repo, branch)
+    done, total = 0, sum(path.stat().st_size for path in files.values())
+    additions = []
+    with warnings.catch_warnings(action="ignore"):  # of the library, of its HTTP client
+        for name, path in files.items():
+            additions.append(CommitOperationAdd(name, path))
+            # One by one: of files with the same bytes only the first is sent.
+            _request(partial(_send, api, repo, additions[-1], branch), source)
+            done += path.stat().st_size
+            progress(done, total)
+        stale = [name for name in sorted(names - set(files)) if is_stale(name)]
+        operations: list[Any] = [*additions, *map(CommitOperationDelete, stale)]
+        commit = _request(
+            lambda: api.create_commit(repo, operations, commit_message=message, revision=branch),
+            source,
+        )
+    return address, str(commit.oid)
+
+
+def _send(api: "HfApi", repo: str, addition: "CommitOperationAdd", branch: str) -> None:
+    """Send the bytes of a file that is to be committed, if it is a large one."""
+    try:
+        api.preupload_lfs_files(repo, [addition], revision=branch)
+    except RuntimeError as error:  # it says which file; its cause is that of the request
+        raise error.__cause__ or error from None
 
 
 def _is_intact(path: Path) -> bool:

@@ -1,0 +1,110 @@
+"""A merged model, or an expert with its statistics, on the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+from fmn.errors import UserError
+from fmn.fisher import published
+from fmn.merge.recipe import CARD, is_merged, read_recipe
+from fmn.models import checkpoints
+from fmn.models.checkpoints import FISHER, GRAM
+from fmn.store import artifacts, hub, stage
+from fmn.store.records import Record
+from fmn.store.stage import Progress, no_progress
+
+_TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.+/-]+))?")
+
+
+class Pushed(Record):
+    """What was put on the Hub: the address of the repository, the commit, and the pinned source."""
+
+    url: str
+    commit: str
+    source: str
+    files: int
+    bytes: int
+
+
+def push(
+    model: Path,
+    to: str,
+    *,
+    card: Path | None = None,
+    fisher: Path | None = None,
+    gram: Path | None = None,
+    private: bool = False,
+    revision: str = "",
+    message: str = "",
+    progress: Progress = no_progress,
+) -> Pushed:
+    """Put a merged model with its card, or an expert with its statistics, on the Hub.
+
+    It is one commit: the repository has all of it or nothing. `hf auth login` or HF_TOKEN says who
+    you are.
+
+    Args:
+        model: folder of the merged model, or of an expert
+        to: hf://ORG/NAME; made if it does not exist
+        card: model card, made by `fmn report`; default: the folder's README.md
+        fisher: of an expert: its Fisher information, made by `fmn fisher`
+        gram: of an expert: its Gram matrices, made by `fmn gram`
+        private: whether a new repository is private
+        revision: branch, made if it does not exist; default: main, or that of hf://ORG/NAME@BRANCH
+        message: of the commit
+
+    Raises:
+        UserError: the folder is neither, it was changed, the statistics are of another checkpoint,
+            or the Hub refuses.
+    """
+    match = _TARGET.fullmatch(to)
+    if not match or ".." in to:
+        raise UserError(
+            f"{to}: not a place on the Hub; write hf://ORG/NAME or hf://ORG/NAME@BRANCH"
+        )
+    repo, branch = match[1], revision or match[2] or "main"
+    statistics = {FISHER: fisher, GRAM: gram}
+    files = {name: path for name, path in statistics.items() if path}
+    if is_merged(model):
+        if files:
+            raise UserError(f"{model}: is a merged model; --fisher and --gram are for an expert")
+        files = _merged_files(model)
+        title = f"{', '.join(read_recipe(model).tasks)} in one model"
+    else:
+        published.check(model, fisher, gram)
+        files |= _expert_files(model)
+        title = "An expert and its statistics"
+    if card:
+        if not card.is_file():
+            raise UserError(f"{card}: no such file; `fmn report` writes model cards")
+        files[CARD] = card
+    is_stale = re.compile("(encoder|tasks)/.*").fullmatch if is_merged(model) else None
+    address, commit = hub.upload(
+        repo,
+        files,
+        branch=branch,
+        message=message or title,
+        private=private,
+        is_stale=lambda name: bool(is_stale and is_stale(name)),
+        progress=progress,
+    )
+    size = sum(path.stat().st_size for path in files.values())
+    source = f"hf://{repo}@{commit}"
+    return Pushed(url=address, commit=commit, source=source, files=len(files), bytes=size)
+
+
+def _merged_files(model: Path) -> dict[str, Path]:
+    """The files of a merged model, which must be as they were written."""
+    recipe = read_recipe(model)
+    stage.check_intact(model)
+    for folder in (model / "encoder", *(model / "tasks" / task for task in recipe.tasks)):
+        checkpoints.check_tensors(
+            folder, checkpoints.load_config(folder), head=folder.name != "encoder"
+        )
+    files = artifacts.visible(model)
+    return {name: path for name, path in files.items() if path.name != artifacts.SIDECAR}
+
+
+def _expert_files(model: Path) -> dict[str, Path]:
+    files = artifacts.visible(model)
+    own = (artifacts.SIDECAR, FISHER, GRAM)
+    return {name: path for name, path in files.items() if name not in own}

@@ -1,0 +1,146 @@
+"""The outline of a checkpoint: its small files, and its weights as holes below real headers.
+
+A file of weights in an outline has the header and the size of the real one, and its bytes are a
+hole of the file system, which takes no room. So every check that reads headers and small files
+works on an outline as on the checkpoint, which is not downloaded.
+"""
+
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from fmn.errors import UserError
+from fmn.models import checkpoints
+from fmn.models.checkpoints import FISHER, GRAM
+from fmn.models.headers import WEIGHTS, tensor_headers
+from fmn.sources import adapters, origin
+from fmn.sources.forms import ADAPTER_CONFIG
+from fmn.sources.origin import Origin
+from fmn.store import hub
+
+LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
+
+
+class Outline(NamedTuple):
+    """What is known of a checkpoint.
+
+    Attributes:
+        pinned: its source, such that it means the same bytes tomorrow.
+        download: bytes of weights that the Hub has and this machine has not.
+        weights: bytes of the weights.
+        parameters: how many numbers they are.
+        is_pickled: whether the shapes are what config.json says, for want of headers.
+        adapter_base: of an adapter, whose tensors are not outlined: the source of its base; ""
+            where it names none.
+    """
+
+    pinned: str
+    download: int
+    weights: int
+    parameters: int = 0
+    is_pickled: bool = False
+    adapter_base: str | None = None
+
+
+def outline(source: str, folder: Path, *, statistics: bool = False) -> Outline:
+    """Fill an empty folder with the outline of the checkpoint in a source, and of its statistics.
+
+    Raises:
+        UserError: as `fmn.sources.origin.copy_checkpoint` does; or a file of weights is not whole.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        place = origin.locate(source, Path(scratch))
+        files = origin.weight_files(place)
+        beside = sorted(place.names & {FISHER, GRAM}) if statistics else []
+        parts = [*(name for name in files if not name.endswith(".json")), *beside]
+        sizes = {name: _size(place, name) for name in parts}
+        if place.is_adapter:
+            shutil.copyfile(place.local(ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
+            base = adapters.base_source(folder)
+            return Outline(place.pinned, _remote(sizes), _all(sizes), adapter_base=base)
+        is_pickled = any(name.endswith(".bin") for name in files)
+        names = place.names - (set() if statistics else {FISHER, GRAM})
+        if is_pickled:
+            names = frozenset(name for name in names if ".bin" not in name) | {WEIGHTS}
+
+        def local(name: str) -> Path:
+            """An outline of a file of tensors; any other file itself."""
+            path = Path(scratch) / name
+            path.parent.mkdir(exist_ok=True)
+            if is_pickled and name == WEIGHTS:
+                shapes = checkpoints.described_shapes(checkpoints.load_config(folder))
+                _write_header(path, shapes)
+            elif name.endswith(".safetensors"):
+                with place.open(name) as stream:
+                    _copy_header(stream, sizes[name][0], path, f"{source}: {name}")
+            else:
+                return place.local(name)
+            return path
+
+        outlined = place._replace(names=names, local=local, is_linked=True)
+        origin.copy_origin(outlined, folder, Path(scratch))
+    parameters = sum(prod(header.shape) for header in tensor_headers(folder).values())
+    return Outline(place.pinned, _remote(sizes), _all(sizes), parameters, is_pickled)
+
+
+def _size(place: Origin, name: str) -> tuple[int, bool]:
+    """The bytes of a file, and whether they are on the Hub alone."""
+    with place.open(name) as stream:
+        return stream.seek(0, io.SEEK_END), isinstance(stream.raw, hub.RemoteFile)
+
+
+def _remote(sizes: Mapping[str, tuple[int, bool]]) -> int:
+    return sum(size for size, is_remote in sizes.values() if is_remote)
+
+
+def _all(sizes: Mapping[str, tuple[int, bool]]) -> int:
+    return sum(size for size, _ in sizes.values())
+
+
+def _runtime_name(name: str) -> str:
+    """Today's name of a tensor of BERT, so that no file is written anew for it."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _copy_header(stream: IO[bytes], size: int, path: Path, place: str) -> None:
+    """Write the header of a safetensors file, with tensors under runtime names, and a hole."""
+    length = int.from_bytes(stream.read(8), "little")
+    if not 0 < length <= min(LONGEST_HEADER, size - 8):
+        raise UserError(f"{place}: not a safetensors file; get it again")
+    content = b""
+    while part := stream.read(length - len(content)):
+        content += part
+    try:
+        header = json.loads(content)
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"))
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise UserError(f"{place}: not a safetensors file; get it again") from error
+    if 8 + length + end != size:
+        problem = f"is {size} bytes, and its header tells of {8 + length + end}"
+        raise UserError(f"{place}: {problem}; get it again")
+    renamed = {_runtime_name(name): entry for name, entry in header.items()}
+    if len(renamed) < len(header):  # the names are refused where all names are
+        renamed = header
+    _write(path, renamed, end)
+
+
+def _write_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Write a safetensors file of float32 tensors that is a hole below its header."""
+    header, end = dict[str, Any](), 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    _write(path, header, end)
+
+
+def _write(path: Path, header: Mapping[str, Any], size: int) -> None:
+    content = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + size)
