@@ -120,6 +120,7 @@ class Parameter:
         grams: Gram matrices, if the method takes them and this is the matrix of a linear map.
         first_row: of rows that not all experts have tokens for, where they begin in the parameter;
             they are the average of those that have them.
+        is_part: whether these are some rows of a parameter alone.
         is_linear_map: whether this is the matrix of a linear map, if the method asks.
         is_transposed: such a matrix is stored [n, rows].
     """
@@ -131,6 +132,7 @@ class Parameter:
     fisher: tuple[TensorHeader, ...] = ()
     grams: tuple[TensorHeader, ...] = ()
     first_row: int = 0
+    is_part: bool = False
     is_linear_map: bool = False
     is_transposed: bool = False
 
@@ -232,24 +234,16 @@ def plan_merge(
     encoders = {f"expert {task}": encoder for task, (encoder, _) in stored.items()}
     based = stored_tensors(base)[0] if base and needs_base else None
     tokens = {f"expert {task}": _tokens(experts[task]) for task in tasks}
-    if base and needs_base:
-        tokens["base"] = _tokens(base)
-    by_token = set[str]()
-    if len(set(tokens.values())) > 1:
-        by_token = checkpoints.token_parameters(checkpoints.load_config(experts[tasks[0]]))
+    tokens |= {"base": _tokens(base)} if base and needs_base else {}
+    config = checkpoints.load_config(experts[tasks[0]])
+    is_same = len(set(tokens.values())) == 1
+    by_token = set[str]() if is_same else checkpoints.token_parameters(config)
     parameters = matching(encoders, based, tokens, by_token)
     if method.fisher == "parameters":
-        in_parts = {each.spec.name for each in parameters if each.first_row}
-        parameters = [
-            p
-            if p.first_row
-            else _with_fisher(p, _has(p, tasks), statistics.fisher, p.spec.name in in_parts)
-            for p in parameters
-        ]
+        parameters = [_with_fisher(p, _has(p, tasks), statistics.fisher) for p in parameters]
     if method.gram:
         parameters = [_with_grams(p, _has(p, tasks), statistics.grams) for p in parameters]
     claims, nodes = {}, []
-    config = checkpoints.load_config(experts[tasks[0]])
     if "is_linear_map" in method.arguments:
         maps = checkpoints.linear_maps(config)
         parameters = [
@@ -343,7 +337,8 @@ def matching(
         if base is not None:
             headers["base"] = base.get(name)
         dtype = reduce(torch.promote_types, (DTYPES[header.dtype] for header in stored))
-        for first_row, part in _parts(headers, tokens) if name in by_token else [(0, headers)]:
+        parts = _parts(headers, tokens) if name in by_token else [(0, headers)]
+        for first_row, part in parts:
             shape = next(header.shape for header in part.values() if header)
             for source, header in part.items():
                 if header is None or header.shape != shape:
@@ -356,7 +351,8 @@ def matching(
             own = tuple(header for source in experts if (header := part.get(source)))
             spec = TensorSpec(name, dtype, shape)
             based = None if first_row else part.get("base")
-            parameters.append(Parameter(spec, places, own, based, first_row=first_row))
+            parameter = Parameter(spec, places, own, based, first_row=first_row)
+            parameters.append(replace(parameter, is_part=len(parts) > 1))
     order = [(-each.spec.dtype.itemsize, each.spec.name, each.first_row) for each in parameters]
     return [parameters[number] for number in sorted(range(len(order)), key=order.__getitem__)]
 
@@ -393,15 +389,14 @@ def _rows(header: TensorHeader, start: int, stop: int) -> TensorHeader:
 
 
 def _with_fisher(
-    parameter: Parameter,
-    tasks: Sequence[str],
-    fisher: Mapping[str, Mapping[str, TensorHeader]],
-    is_part: bool,
+    parameter: Parameter, tasks: Sequence[str], fisher: Mapping[str, Mapping[str, TensorHeader]]
 ) -> Parameter:
     """The parameter with every expert's Fisher information of each entry."""
     name, _, shape = parameter.spec
+    if parameter.first_row:
+        return parameter
     headers = {task: fisher[task].get(name) for task in tasks}
-    if is_part:
+    if parameter.is_part:
         headers = {task: _rows(each, 0, shape[0]) for task, each in headers.items() if each}
     return replace(parameter, fisher=_of_shape(headers, shape, f"full Fisher of {name}"))
 
