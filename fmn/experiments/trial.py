@@ -147,8 +147,16 @@ def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:
 
 @contextmanager
 def _tensors_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give parameters and buffers of a model other values within the block."""
+    """Give parameters and buffers of a model other values within the block.
+
+    Embeddings of tokens that the model does not have are left out.
+    """
     state = model.state_dict()
+    size = getattr(model.config, "vocab_size", None)
+    tensors = {
+        name: tensor[:size] if tensor.ndim and len(state[name]) == size else tensor
+        for name, tensor in tensors.items()
+    }
     before = {name: state[name].clone() for name in tensors}
     model.load_state_dict(dict(tensors), strict=False)
     try:

@@ -154,6 +154,7 @@ def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in own_parts(loaded.config, shapes, pooler=is_refitted):  # as `fmn realign` has it
         del tensors[name]
+    checkpoints.fit_vocabulary(loaded.base_model, tensors)
     loaded.base_model.load_state_dict(tensors, strict=False)
     read = heads.features(loaded, goal.examples, device=settings.device, dtype=settings.dtype)
     return error(goal.features, read, goal.weight, goal.bias, settings.auto_heads)

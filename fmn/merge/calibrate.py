@@ -44,6 +44,7 @@ from transformers.pytorch_utils import Conv1D
 from fmn.errors import UserError
 from fmn.fisher import architectures
 from fmn.merge.recipe import CalibrationSettings
+from fmn.models import checkpoints
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import TOKENS
 from fmn.store.stage import Progress, no_progress
@@ -138,6 +139,7 @@ def calibrated_encoder(
         first.config, shapes, "calibrate", "leave it out (`calibrate: null` in the settings)"
     )
     merged = deepcopy(first.base_model)
+    checkpoints.fit_vocabulary(merged, encoder)
     merged.load_state_dict(dict(encoder), strict=False)
     merged.requires_grad_(False)  # autocast would keep casts of parameters as they were
     layers = [merged.get_submodule(path) for path in paths]

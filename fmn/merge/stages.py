@@ -41,7 +41,7 @@ __all__ = [
 
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
-MERGE = 8
+MERGE = 9
 CALIBRATE = 1
 REALIGN = 6
 
@@ -99,9 +99,9 @@ def merge(
         digests = {task: job.inputs[f"expert {task}"] for task in experts}
         statistics = read_statistics(needs, experts, digests, fisher, gram)
         tasks = {t: _definition(t, experts[t], statistics.definitions) for t in experts}
-        checkpoints.check_experts(experts, tasks, base)
+        notes = checkpoints.check_experts(experts, tasks, base)
         chosen, search = _searched(coefficients, job, digests, settings)
-        lineage: dict[str, Any] = {"search": search}
+        lineage: dict[str, Any] = {"search": search, "notes": notes}
         encoder = None
         if data and is_auto:
             auto, encoder = _auto(job, experts, data, settings, base, statistics, progress)
