@@ -93,7 +93,7 @@ def write_tasks(work: Path, kind: str) -> None:
     for task, rule in RULES.items():
         numbers = rng.integers(0, 7, (96, 3))
         lines = [
-            {"ask": " ".join(NUMBERS[n] for n in row) + " ", "answer": rule(row[0])}
+            {"ask": " ".join(NUMBERS[n] for n in row) + " ", "answer": rule(row[0])}  # type: ignore[no-untyped-call]
             for row in numbers
         ]
         path = work / f"{task}.jsonl"

@@ -322,7 +322,7 @@ def names_in_base(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, s
 
 
 def in_model(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """Tensors of an encoder, by names in the base model, by their names in a model; if it has them."""
+    """Those of an encoder's tensors, by names in the base model, that a model has; by its names."""
     names = {short: name for name, short in names_in_base(model, model.state_dict()).items()}
     return {names[short]: tensor for short, tensor in tensors.items() if short in names}
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fmn.tasks.batches import IGNORED, by_length, pad_batch
 from fmn.tasks.encoding import encode
+from fmn.tasks.kinds import KindName
 from fmn.tasks.task import Columns, Task
 
 LETTERS = {letter: number for number, letter in enumerate(["<pad>", "<s>", "</s>", *"abcdefgh"])}
@@ -33,7 +34,9 @@ def ids(text: str) -> list[int]:
     ]
 
 
-def task(kind: str = "text-generation", prompt: str | None = "prompt", length: int = 128) -> Task:
+def task(
+    kind: KindName = "text-generation", prompt: str | None = "prompt", length: int = 128
+) -> Task:
     columns = Columns(prompt=prompt, completion="completion", label=None)
     return Task(name="own", task=kind, columns=columns, max_length=length)
 
