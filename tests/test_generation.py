@@ -64,7 +64,7 @@ BASES: Mapping[str, Callable[[], Any]] = {
         )
     ),
 }
-RULES = {  # what is asked of the first number, by task
+RULES: Mapping[str, Callable[[int], str]] = {  # what is asked of the first number, by task
     "next": lambda n: f"{NUMBERS[(n + 1) % 7]}s",
     "twice": lambda n: f"{NUMBERS[n]} then {NUMBERS[n]}",
 }
@@ -93,7 +93,7 @@ def write_tasks(work: Path, kind: str) -> None:
     for task, rule in RULES.items():
         numbers = rng.integers(0, 7, (96, 3))
         lines = [
-            {"ask": " ".join(NUMBERS[n] for n in row) + " ", "answer": rule(row[0])}  # type: ignore[no-untyped-call]
+            {"ask": " ".join(NUMBERS[n] for n in row) + " ", "answer": rule(row[0])}
             for row in numbers
         ]
         path = work / f"{task}.jsonl"

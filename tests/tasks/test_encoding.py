@@ -35,10 +35,10 @@ def ids(text: str) -> list[int]:
 
 
 def task(
-    kind: KindName = "text-generation", prompt: str | None = "prompt", length: int = 128
+    kind: KindName = "text-generation", prompt: str | None = "prompt", size: int = 128
 ) -> Task:
     columns = Columns(prompt=prompt, completion="completion", label=None)
-    return Task(name="own", task=kind, columns=columns, max_length=length)
+    return Task(name="own", task=kind, columns=columns, max_length=size)
 
 
 def encoded(
@@ -46,7 +46,7 @@ def encoded(
 ) -> tuple[list[int], list[int]]:
     """The tokens of an example, and what its positions answer."""
     table = pa.table({"prompt": [prompt], "completion": [completion]})
-    examples = encode(letters(single), task(length=length), table)
+    examples = encode(letters(single), task(size=length), table)
     return examples.inputs["input_ids"][0], examples.labels[0].tolist()
 
 
