@@ -16,7 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from fmn.errors import UserError
 from fmn.evaluate.files import read_metrics, read_predictions
 from fmn.evaluate.stages import EvaluateSettings, evaluate
+from fmn.experiments.stages import ComparedSettings, CompareSettings, compare
+from fmn.fisher.files import read_fisher
 from fmn.fisher.stages import FisherSettings, GramSettings, fisher, gram
+from fmn.merge.model import write_model
 from fmn.merge.stages import (
     CalibrateSettings,
     MergeSettings,
@@ -284,3 +287,39 @@ def test_an_output_map_that_is_stored_beside_the_embeddings_is_merged_if_it_diff
     tied = {**experts, "next": inputs(work)["experts"]["next"]}
     with pytest.raises(UserError, match=r"lm_head.weight"):
         merge(experts=tied, out=tmp_path / "no", settings=MergeSettings(method="average"))
+
+
+def test_a_sharded_merge_and_half_precision_statistics(work: Path, tmp_path: Path) -> None:
+    experts = inputs(work)["experts"]
+    write_model(tmp_path / "cut", experts, MergeSettings(method="average"), shard_bytes=4000)
+    write_model(tmp_path / "whole", experts, MergeSettings(method="average"))
+    assert len(list((tmp_path / "cut/encoder").glob("*.safetensors"))) > 2
+    whole = state(tmp_path / "whole/encoder")
+    for folder in ("encoder", "tasks/next"):
+        for name, tensor in state(tmp_path / "cut" / folder).items():
+            assert torch.equal(tensor, whole[name]), name
+    values = []
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.parquet"
+        settings = FisherSettings(samples=32, device="cpu", dtype=dtype)
+        fisher(experts["next"], task="next", data=work / "data", out=out, settings=settings)
+        values.append(np.concatenate(list(read_fisher(out)[0].values())))
+    assert np.corrcoef(*np.log(np.maximum(values, 1e-12)))[0, 1] > 0.9
+
+
+def test_a_cell_of_a_comparison_has_the_scores_of_the_written_merge(work: Path) -> None:
+    merging = ComparedSettings(method="mask-fisher")
+    sources = inputs(work) | {"data": work / "data"}
+    cell = compare(
+        **sources, out=work / "cell.json", merging=merging,
+        settings=CompareSettings(methods={"own": merging}, **CPU),
+    ).summary  # fmt: skip
+    merge(**inputs(work), out=work / "compared", settings=MergeSettings(method="mask-fisher"))
+    evaluate(
+        work / "compared", data=work / "data", out=work / "compared.json",
+        settings=EvaluateSettings(**CPU),
+    )  # fmt: skip
+    written = read_metrics(work / "compared.json").tasks
+    for task, of_task in cell.tasks.items():
+        assert of_task.score == pytest.approx(written[task].score, rel=1e-4)
+        assert of_task.relative == pytest.approx(of_task.expert / of_task.score)
