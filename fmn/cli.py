@@ -521,12 +521,14 @@ def _tokens(task: Any, example: Mapping[str, Any], settings: params.Params | Non
         return "not shown, as no tokenizer is at hand; --params names settings whose base is here"
     if not example:
         return []
-    from fmn.models.checkpoints import load_tokenizer
+    import pyarrow as pa
 
-    tokenizer = load_tokenizer(folder)
-    texts = [example[name] for name in task.text_columns]
-    encoded = tokenizer(*texts, truncation="longest_first", max_length=task.max_length)
-    return tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    from fmn.models.checkpoints import load_processor
+    from fmn.tasks.encoding import encode
+
+    tokenizer = load_processor(folder, task.task)
+    table = pa.table({name: [example[name]] for name in task.text_columns})
+    return tokenizer.convert_ids_to_tokens(encode(tokenizer, task, table).inputs["input_ids"][0])
 
 
 def _local_base(settings: params.Params) -> Path | None:

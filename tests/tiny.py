@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from fmn.tasks.batches import Examples
+from fmn.tasks.batches import IGNORED, Examples
 
 WORDS = 30
 _COMMON: dict[str, Any] = {
@@ -73,6 +73,63 @@ CONFIGS: Mapping[str, Callable[..., Any]] = {
     "t5-gated": partial(transformers.T5Config, **_T5, feed_forward_proj="gated-gelu"),
     "vit": _config(transformers.ViTConfig, image_size=8, patch_size=4),
 }
+
+
+_BART: dict[str, Any] = {
+    **{"d_model": 24, "encoder_layers": 2, "decoder_layers": 1, "vocab_size": WORDS},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 2, "max_position_embeddings": 40},
+    **{"encoder_ffn_dim": 20, "decoder_ffn_dim": 28, "init_std": 0.3, "pad_token_id": 0},
+    **{"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2},
+    **{"forced_eos_token_id": None},
+}
+GENERATORS: Mapping[str, Callable[..., Any]] = {
+    **{name: CONFIGS[name] for name in ("gpt2", "llama", "mistral", "qwen2", "qwen3")},
+    **{name: CONFIGS[name] for name in ("t5", "t5-gated")},
+    "mt5": partial(transformers.MT5Config, **_T5),
+    "umt5": partial(transformers.UMT5Config, **_T5),
+    "bart": partial(transformers.BartConfig, **_BART),
+    "mbart": partial(transformers.MBartConfig, **_BART),
+    "pegasus": partial(transformers.PegasusConfig, **_BART),
+    "marian": partial(transformers.MarianConfig, **_BART, decoder_vocab_size=WORDS),
+    "m2m_100": partial(transformers.M2M100Config, **_BART),
+    "blenderbot": partial(transformers.BlenderbotConfig, **_BART),
+}
+
+
+def tiny_generator(
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **settings: Any
+) -> PreTrainedModel:
+    """A model that generates text, with random biases too."""
+    torch.manual_seed(seed)
+    config = GENERATORS[name](**settings)
+    is_pair = config.is_encoder_decoder
+    kind = transformers.AutoModelForSeq2SeqLM if is_pair else transformers.AutoModelForCausalLM
+    model = kind.from_config(config)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 1 or name == "final_logits_bias":
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    return model.to(dtype).eval()
+
+
+def tiny_texts(name: str, count: int, seed: int = 0) -> Examples:
+    """Random prompts and completions as such a model reads them."""
+    rng = np.random.default_rng(seed)
+    is_pair = GENERATORS[name]().is_encoder_decoder
+    prompts, texts = (
+        [rng.integers(3, WORDS, length).tolist() for length in rng.integers(1, 9, count)]
+        for _ in range(2)
+    )
+    labels = np.full((count, 16), IGNORED)
+    for row, prompt, text in zip(labels, prompts, texts, strict=True):
+        answers = [*text, 2]
+        start = 0 if is_pair else len(prompt) - 1
+        row[start : start + len(answers)] = answers
+    if is_pair:
+        inputs = {"input_ids": prompts, "decoder_input_ids": [[0, *text] for text in texts]}
+    else:
+        inputs = {"input_ids": [[*p, *text, 2] for p, text in zip(prompts, texts, strict=True)]}
+    return Examples(inputs, labels, dict.fromkeys(inputs, 0))
 
 
 def tiny_model(

@@ -154,7 +154,7 @@ def at_chance(task: Task, splits: Splits) -> bool:
         if (score := score_splits(task, constant)["score"]) is not None
     ]
     if not constants:
-        return True
+        return not task.generates
     _, best = max(constants, key=lambda pair: pair[0])
     own, other = (resampled(task, each)["score"] for each in (splits, best))
     gains = sign * (own - other)
@@ -163,6 +163,8 @@ def at_chance(task: Task, splits: Splits) -> bool:
 
 
 def _constant_answers(task: Task, splits: Splits) -> Iterator[Splits]:
+    if task.generates:  # the probabilities of a constant answer are not known
+        return
     labels = np.concatenate([answers.labels for answers in splits.values()])
     classes, counts = np.unique(labels, return_counts=True)
     constants = classes[np.argsort(-counts, kind="stable")][:2]  # no rarer class scores more

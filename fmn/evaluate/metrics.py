@@ -19,9 +19,11 @@ class Answers(NamedTuple):
     """A model's answers to N examples, and the right ones.
 
     Attributes:
-        predicted: class ids [N]; or 0 and 1 for each of several labels [N, C]; or values [N].
-        labels: the right answers, in the same form.
-        scores: probabilities [N, C]; of a regression task, the values [N, 1].
+        predicted: class ids [N]; or 0 and 1 for each of several labels [N, C]; or values [N]. Of
+            generated texts, how many tokens are the model's first choice [N].
+        labels: the right answers, in the same form; of generated texts, all of their tokens.
+        scores: probabilities [N, C]; of a regression task, the values [N, 1]; of generated texts,
+            the sum of the tokens' cross entropies [N, 1].
     """
 
     predicted: np.ndarray
@@ -45,7 +47,8 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
 
     Args:
         task: the task.
-        logits: outputs in the task's order, [N, C]; C is 1 for regression.
+        logits: outputs in the task's order, [N, C]; C is 1 for regression. Of generated texts
+            what `fmn.models.predict.token_scores` gives, [N, 3].
         labels: class ids or values [N], or zeros and ones [N, C].
 
     Raises:
@@ -59,6 +62,9 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
         raise UserError(f"{task.name}: the model's outputs are not finite; give another model")
     if task.regression:
         return Answers(logits[:, 0], labels, logits)
+    if task.generates:
+        losses, tokens, right = logits.astype(np.float64).T
+        return Answers(right.astype(np.int64), tokens.astype(np.int64), losses[:, None])
     if task.multi_label:
         scores = special.expit(logits)
         return Answers((scores >= task.threshold).astype(np.int64), labels.astype(np.int64), scores)
@@ -293,6 +299,17 @@ def _correlation(weights: np.ndarray, predicted: np.ndarray, labels: np.ndarray)
     return np.where(of_right > 0, correlation, np.nan)
 
 
+# ---- generated texts ----
+
+
+def _perplexity(weights: np.ndarray, answers: Answers) -> np.ndarray:
+    """The exponential of the mean cross entropy of all tokens."""
+    mean = _ratio(weights @ answers.scores[:, 0], weights @ answers.labels)
+    with np.errstate(over="ignore"):
+        perplexity: np.ndarray = np.exp(mean)
+    return perplexity
+
+
 Compute = Callable[[np.ndarray, Answers], np.ndarray]
 """From weights [R, N], whose rows sum to N, and answers to a metric's values [R]."""
 
@@ -312,5 +329,7 @@ COMPUTE: Mapping[str, Compute] = {
     "r2": _r2,
     "pearson": _pearson,
     "spearmanr": _spearman,
+    "perplexity": _perplexity,
+    "exact_match": _accuracy,
 }
 """What computes each of `fmn.tasks.task.METRICS`."""

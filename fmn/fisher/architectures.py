@@ -117,8 +117,23 @@ _T5_HEADS = _heads(
 _T5_CROSS_HEADS = _cross_heads(
     "layer.1.EncDecAttention.o", "layer.1.EncDecAttention: q=q k=k v=v", "layer.1.layer_norm"
 )
+_BART_HEADS = _heads("self_attn.out_proj", _QKV, "self_attn_layer_norm")
+_BART_CROSS_HEADS = _cross_heads(
+    "encoder_attn.out_proj", "encoder_attn: q=q_proj k=k_proj v=v_proj", "encoder_attn_layer_norm"
+)
+_BART_NEURONS = _neurons("fc2", "u=fc1", "final_layer_norm")
+_BART = {
+    **_layers("encoder.layers.{}", _BART_HEADS, _BART_NEURONS),
+    **_layers("decoder.layers.{}", _BART_HEADS, _BART_CROSS_HEADS, _BART_NEURONS),
+}
+_T5 = {
+    **_layers("encoder.block.{}", _T5_HEADS, _t5_neurons("layer.1")),
+    **_layers("decoder.block.{}", _T5_HEADS, _T5_CROSS_HEADS, _t5_neurons("layer.2")),
+}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
+    **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"), _BART),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
     **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA),
@@ -152,10 +167,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _heads("attn.c_proj", "attn: qkv=c_attn", "ln_1", transposed=True),
         _neurons("mlp.c_proj", "mlp: u=c_fc", "ln_2", transposed=True),
     ),
-    "t5": {
-        **_layers("encoder.block.{}", _T5_HEADS, _t5_neurons("layer.1")),
-        **_layers("decoder.block.{}", _T5_HEADS, _T5_CROSS_HEADS, _t5_neurons("layer.2")),
-    },
     "vit": _layers(
         "layers.{}",
         _heads("attention.o_proj", "attention: q=q_proj k=k_proj v=v_proj", "layernorm_before"),
@@ -222,7 +233,10 @@ def _sites(config: "PretrainedConfig", shapes: Shapes) -> list[MaskSite]:
                     "complete checkpoint"
                 )
             width = shape[1]
-            nodes = width if block.node == "neuron" else int(config.num_attention_heads)
+            heads = config.num_attention_heads  # of the encoder
+            if layer.startswith("decoder."):
+                heads = getattr(config, "decoder_attention_heads", heads)
+            nodes = width if block.node == "neuron" else int(heads)
             sites.append(MaskSite(Site(number, block.node), layer, block, nodes, width // nodes))
     if not sites:
         raise UserError(

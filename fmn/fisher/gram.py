@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
 from fmn.fisher.runner import LINEAR, Runner, hooked, max_batch_tokens, prepared
+from fmn.models.checkpoints import names_in_base
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.tasks.batches import Batch, Examples, by_length, select
 
@@ -54,11 +55,11 @@ def estimate(
     sample = examples.take(select(examples.labels, samples, seed))
     if not len(sample):
         raise UserError("there are no examples to compute Gram matrices from")
-    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
     linear = {
-        name.removeprefix(prefix): module
-        for name, module in model.named_modules()
-        if name.startswith(prefix) and isinstance(module, LINEAR)
+        name: modules[path]
+        for path, name in names_in_base(model, modules).items()
+        if isinstance(modules[path], LINEAR)
     }
     inputs: dict[str, str] = {}
     sums: dict[str, Tensor] = {}
@@ -72,7 +73,7 @@ def estimate(
                 inputs = {name: first.setdefault(id(x[0]), name) for name, x in reads.items()}
             for name in set(inputs.values()):
                 for read in reads[name]:
-                    rows = _without_padding(read, batch.inputs.get("attention_mask"))  # [N, n]
+                    rows = _without_padding(read, batch)  # [N, n]
                     zeros = rows.new_zeros(rows.shape[1], rows.shape[1])
                     sums.setdefault(name, zeros).addmm_(rows.T, rows)
                     tokens[name] += len(rows)
@@ -97,9 +98,10 @@ def _reads(
     return reads
 
 
-def _without_padding(read: Tensor, mask: Tensor | None) -> Tensor:
-    """The vectors [N, n] of an activation [..., n] that belong to tokens; `mask`: [B, T]."""
+def _without_padding(read: Tensor, batch: Batch) -> Tensor:
+    """The vectors [N, n] of an activation [..., n] that belong to tokens."""
     rows = read.flatten(0, -2)  # [B, T, n] -> [B * T, n]
-    if mask is not None and read.shape[:-1] == mask.shape:
-        rows = rows[mask.bool().flatten().to(read.device)]
+    for name, mask in batch.inputs.items():  # of the encoder or the decoder, which differ in T
+        if name.endswith("attention_mask") and read.shape[:-1] == mask.shape:
+            rows = rows[mask.bool().flatten().to(read.device)]
     return rows.to(torch.promote_types(rows.dtype, torch.float32))

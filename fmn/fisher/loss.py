@@ -51,7 +51,8 @@ class Loss:
         """Vectors v [B, C]: the estimator sums the squared gradients of v . logits over them.
 
         Args:
-            logits: [B, C], the model's outputs; of tokens [B, T, C].
+            logits: [B, C], the model's outputs; of tokens [B, T, C], or [M, C] of the M that have a
+                label alone.
             labels: [B], class ids or values; or [B, C], zeros and ones. "expected" and "sampled"
                 do not read them. Of tokens [B, T], ids, or IGNORED where a token has no label;
                 "sampled" reads where it is so.
@@ -79,13 +80,17 @@ class Loss:
         return [p.scatter_add(1, labels.long()[:, None], -torch.ones_like(p[:, :1]))]
 
     def _of_tokens(self, logits: Tensor, labels: Tensor, rows: np.ndarray) -> Sequence[Tensor]:
-        p = logits.log_softmax(-1).exp()  # [B, T, C]
-        is_labelled = (labels != IGNORED)[..., None]
+        is_labelled = labels != IGNORED  # [B, T]
+        is_sparse = logits.ndim == 2
+        p = (logits if is_sparse else logits[is_labelled]).softmax(-1)  # [M, C]
+        ids = labels[is_labelled]
         if self.estimator == "sampled":
-            uniform = self._uniform(logits, rows, labels.shape[1])[..., None]  # [B, T, 1]
-            labels = (p.cumsum(-1) < uniform).sum(-1).clamp(max=p.shape[-1] - 1)
-        ids = torch.where(is_labelled, labels[..., None], 0)  # [B, T, 1]
-        return [is_labelled * p.scatter_add(-1, ids, -torch.ones_like(p[..., :1]))]
+            uniform = self._uniform(logits, rows, labels.shape[1])[is_labelled][:, None]  # [M, 1]
+            ids = (p.cumsum(-1) < uniform).sum(-1).clamp(max=p.shape[-1] - 1)
+        direction = p.scatter_add_(-1, ids[:, None], -torch.ones_like(p[:, :1]))
+        if is_sparse:
+            return [direction]
+        return [torch.zeros_like(logits).index_put_((is_labelled,), direction)]
 
     def _of_many_labels(self, logits: Tensor, labels: Tensor, rows: np.ndarray) -> Sequence[Tensor]:
         p, rest = logits.sigmoid(), (-logits).sigmoid()  # rest: 1 - p, to its last digits

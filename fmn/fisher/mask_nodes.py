@@ -41,7 +41,7 @@ from fmn.fisher.runner import (
     to_device,
 )
 from fmn.models.devices import free_memory, resolve_device, resolve_dtype
-from fmn.tasks.batches import Batch, Examples, by_length, halved, select
+from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, halved, select
 from fmn.tasks.task import LossName
 
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
@@ -128,6 +128,7 @@ class _Run:
     rows: np.ndarray
     device: torch.device
     dtype: torch.dtype
+    logits: int = 0  # of each labelled token, where texts are generated
 
     @property
     def nodes(self) -> int:
@@ -174,7 +175,8 @@ def estimate(
     loss.check(examples.labels, outputs_of(model))
     rows = select(examples.labels, samples, seed, stratified)
     target = resolve_device(device)
-    run = _Run(mask_sites(model), loss, rows, target, resolve_dtype(dtype, target))
+    logits = outputs_of(model) if model.can_generate() else 0
+    run = _Run(mask_sites(model), loss, rows, target, resolve_dtype(dtype, target), logits)
     sums = resume.copy_to(target) if resume else _no_sums(run, examples)
     saved = time.monotonic()
     with prepared(model, examples, run.device, run.dtype) as runner:
@@ -268,17 +270,21 @@ def _mask_gradients(
 def _no_sums(run: _Run, examples: Examples) -> PartialSums:
     batches = CHUNK // BATCH_SIZE if run.loss.estimator == "batch" else 0
     zeros = partial(torch.zeros, dtype=torch.float64, device=run.device)
-    tokens = _tokens_that_fit(run, int(examples.lengths[run.rows].max()))
+    tokens = _tokens_that_fit(run, examples)
     return PartialSums(zeros(run.nodes), zeros(run.nodes), zeros(batches, run.nodes), 0, tokens)
 
 
-def _tokens_that_fit(run: _Run, longest: int) -> int:
+def _tokens_that_fit(run: _Run, examples: Examples) -> int:
     """Tokens of a batch that surely fit the free memory: a power of two, so that it seldom changes.
 
     For each token an attention keeps up to 8 values a channel and 2 a head and position, a
-    feed-forward block 3 a neuron.
+    feed-forward block 3 a neuron; the loss of generated text 3 a logit.
     """
-    values = 0
+    lengths = examples.lengths[run.rows]
+    longest, values = int(lengths.max()), 0.0
+    if run.logits:
+        labelled = (examples.labels[run.rows] != IGNORED).sum(1)
+        values += 3 * run.logits * float((labelled / np.maximum(lengths, 1)).max())
     for site in run.sites:
         is_neuron = site.site.node == "neuron"
         values += site.nodes * (3 if is_neuron else 8 * site.channels + 2 * longest)

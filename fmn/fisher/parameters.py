@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fmn.errors import UserError
 from fmn.fisher.loss import Loss
 from fmn.fisher.runner import backward_passes, float_dtype, outputs_of, prepared
+from fmn.models.checkpoints import names_in_base
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.tasks.batches import Examples, pad_batch, select
 from fmn.tasks.task import LossName
@@ -47,15 +48,13 @@ def estimate(
     loss.check(examples.labels, outputs_of(model))
     target = resolve_device(device)
     rows = select(examples.labels, samples, seed)
-    lengths = examples.lengths
-    prefix = f"{model.base_model_prefix}."
     with prepared(model, examples, target, resolve_dtype(dtype, target)) as runner:
-        names = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+        names = names_in_base(model, [name for name, _ in model.named_parameters()])
         leaves = [runner.tensors[name].requires_grad_() for name in names]
         # Leaves may be bfloat16; the sums are not.
         sums = [torch.zeros_like(leaf, dtype=float_dtype(leaf.dtype)) for leaf in leaves]
-        for done, row in enumerate(rows, 1):
-            batch = pad_batch(examples, rows[done - 1 : done], int(lengths[row]))
+        for done in range(1, len(rows) + 1):
+            batch = pad_batch(examples, rows[done - 1 : done])
             with torch.enable_grad():
                 logits = runner.logits(batch)
             directions = loss.directions(logits, batch.labels, rows[done - 1 : done])
@@ -66,6 +65,6 @@ def estimate(
             if progress:
                 progress(done, len(rows))
         return {
-            name.removeprefix(prefix): total.div_(len(rows)).cpu()
-            for name, total in zip(names, sums, strict=True)
+            name: total.div_(len(rows)).cpu()
+            for name, total in zip(names.values(), sums, strict=True)
         }

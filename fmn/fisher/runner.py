@@ -12,7 +12,9 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fmn.models.checkpoints import names_in_base
 from fmn.models.devices import autocast
+from fmn.models.predict import answered_only
 from fmn.tasks.batches import Batch, Examples
 
 LINEAR = (nn.Linear, Conv1D)
@@ -45,13 +47,14 @@ class Runner:
     dtype: torch.dtype
 
     def logits(self, batch: Batch) -> Tensor:
-        """The model's outputs, [B, C]."""
+        """The model's outputs, [B, C]; of generated text, [M, C] (`answered_only`)."""
         floats = float_dtype(self.dtype)
         inputs = {
             name: to_device(tensor, self.device, floats if tensor.is_floating_point() else None)
             for name, tensor in batch.inputs.items()
         }
-        with autocast(self.device, self.dtype):
+        computing = autocast(self.device, self.dtype)
+        with computing, answered_only(self.model, batch.labels):
             logits: Tensor = functional_call(self.model, dict(self.tensors), (), inputs).logits
         return logits
 
@@ -93,7 +96,8 @@ def prepared(
     models.
     """
     linear = {path: module for path, module in model.named_modules() if isinstance(module, LINEAR)}
-    encoder = {path for path in linear if path.startswith(f"{model.base_model_prefix}.")}
+    head = model.get_output_embeddings() if model.can_generate() else None
+    encoder = {path for path in names_in_base(model, linear) if linear[path] is not head}
     tensors = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         is_narrow = dtype == torch.bfloat16 and name.rpartition(".")[0] in encoder
@@ -108,8 +112,11 @@ def prepared(
         if device.type == "cpu" and config._attn_implementation == "sdpa":
             restored.callback(model.set_attn_implementation, "sdpa")
             model.set_attn_implementation("eager")
-        if getattr(config, "use_cache", False):
-            _set(restored, config, "use_cache", False)
+        # A decoder within the model may have a configuration of its own.
+        configs = {id(own): own for m in model.modules() if (own := getattr(m, "config", None))}
+        for own in configs.values():
+            if getattr(own, "use_cache", False):
+                _set(restored, own, "use_cache", False)
         # Decoders look for the last token that is no padding.
         if getattr(config, "pad_token_id", 0) is None:
             _set(restored, config, "pad_token_id", examples.pad.get("input_ids"))

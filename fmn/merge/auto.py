@@ -6,6 +6,9 @@ texts (`fmn.merge.heads.refit`), and its error is measured on the other half, in
 the mean squared difference of the logits from the expert's, over the variance of the expert's. The
 error on the texts that a head was fitted to would not rank encoders. The mean over tasks decides.
 
+A task without a head has nothing to refit: the error is that of its outputs
+(`fmn.merge.heads.outputs`).
+
 The plain average is the first candidate, so no choice is worse than it by this measure.
 """
 
@@ -25,6 +28,7 @@ from fmn.merge.recipe import Auto, Candidate, MergeSettings
 from fmn.models import checkpoints
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import Examples
+from fmn.tasks.kinds import KINDS
 
 TEXTS = 256  # of each task
 AVERAGE = "average"
@@ -46,13 +50,16 @@ class Choice(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """An expert, N texts, what the last map of its head reads of them [N, n], and that map."""
+    """An expert, N texts, what the last map of its head reads of them [N, n], and that map.
+
+    Without a head: what the model answers, [N, n], and no map.
+    """
 
     expert: Path
     examples: Examples
     features: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray | None
+    weight: np.ndarray | None = None
+    bias: np.ndarray | None = None
 
 
 def choose(
@@ -143,8 +150,10 @@ def _goal(task: str, expert: Path, examples: Examples, settings: MergeSettings) 
     if len(examples) < 2:
         raise UserError(f"{task}: method auto needs two training texts of it; add rows")
     loaded = checkpoints.load_model(expert)
-    own = heads.features(loaded, examples, device=settings.device, dtype=settings.dtype)
-    return Goal(expert, examples, own, *heads.last_map(loaded))
+    has_head = KINDS[checkpoints.kind_in(expert)].has_head
+    read = heads.features if has_head else heads.outputs
+    own = read(loaded, examples, device=settings.device, dtype=settings.dtype)
+    return Goal(expert, examples, own, *(heads.last_map(loaded) if has_head else ()))
 
 
 def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
@@ -155,15 +164,16 @@ def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
     for name in own_parts(loaded.config, shapes, pooler=is_refitted):  # as `fmn realign` has it
         del tensors[name]
     checkpoints.fit_vocabulary(loaded.base_model, tensors)
-    loaded.base_model.load_state_dict(tensors, strict=False)
-    read = heads.features(loaded, goal.examples, device=settings.device, dtype=settings.dtype)
-    return error(goal.features, read, goal.weight, goal.bias, settings.auto_heads)
+    checkpoints.load_encoder(loaded, tensors)
+    read = heads.outputs if goal.weight is None else heads.features
+    answers = read(loaded, goal.examples, device=settings.device, dtype=settings.dtype)
+    return error(goal.features, answers, goal.weight, goal.bias, settings.auto_heads)
 
 
 def error(
     own: np.ndarray,
     merged: np.ndarray,
-    weight: np.ndarray,
+    weight: np.ndarray | None,
     bias: np.ndarray | None,
     kind: str = "refitted",
 ) -> float:
@@ -171,10 +181,12 @@ def error(
 
     Args:
         own, merged: [N, n], what the head's last map reads in the expert and in the merged model.
-        weight, bias: [C, n] and [C], that map.
+        weight, bias: [C, n] and [C], that map; without one, `own` and `merged` are the answers.
         kind: "refitted": the map is refitted on every second text, and answers the others, and the
             other way round; "own": it is as it is.
     """
+    if weight is None:
+        return float(np.square(merged - own).mean() / (own.var(0).mean() or 1.0))
     wanted = own @ weight.T  # [N, C], without the bias
     answers = merged @ weight.T
     is_odd = np.arange(len(own)) % 2 == 1

@@ -30,7 +30,7 @@ The states of all texts before one layer are held at a time, of the merged model
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ from fmn.fisher import architectures
 from fmn.merge.recipe import CalibrationSettings
 from fmn.models import checkpoints
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
-from fmn.models.predict import TOKENS
+from fmn.models.predict import answered_only, tokens_at_once
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import Batch, Examples, by_length, select
 
@@ -157,11 +157,11 @@ def calibrated_encoder(
             if not len(examples[task]):
                 raise UserError(f"{task}: there are no training texts to calibrate on; add some")
             own = [expert.base_model.get_submodule(path) for path in paths]
-            batches = [(b, _on(target, b)) for b in _batches(examples[task], target)]
+            tokens = tokens_at_once(expert, target)
+            batches = [(b, _on(target, b)) for b in by_length(examples[task], tokens=tokens)]
             weights, shares = None, dict[Key, Tensor]()
             if settings.target == "outputs":
-                inputs_of = [inputs for _, inputs in batches]
-                weights, shares = _weights(expert, own, inputs_of, node_rows, generator)
+                weights, shares = _weights(expert, own, batches, node_rows, generator)
             with torch.no_grad():
                 in_merged = [_before_layers(merged, layers, inputs) for _, inputs in batches]
                 in_own = [_before_layers(expert.base_model, own, inputs) for _, inputs in batches]
@@ -173,7 +173,9 @@ def calibrated_encoder(
                 _advance(number, layer, list(tasks.values()))
                 progress(number + 1, len(layers))
     state = merged.state_dict()
-    tensors = {name: state[name].to("cpu", tensor.dtype) for name, tensor in encoder.items()}
+    tensors = {  # what is outside the base model, as the map to the vocabulary, stays
+        name: state.get(name, tensor).to("cpu", tensor.dtype) for name, tensor in encoder.items()
+    }
     return tensors, {name: _error(task) for name, task in tasks.items()}
 
 
@@ -209,10 +211,6 @@ def own_part(
         )  # fmt: skip
         own = {name: tensors[name] for name in names}
     return own
-
-
-def _batches(examples: Examples, device: torch.device) -> Iterator[Batch]:
-    return by_length(examples, tokens=TOKENS if device.type == "cpu" else 16 * TOKENS)
 
 
 def _on(device: torch.device, batch: Batch) -> dict[str, Tensor]:
@@ -255,22 +253,24 @@ def _node_rows(model: PreTrainedModel, paths: Sequence[str]) -> dict[Key, int]:
 def _weights(
     expert: PreTrainedModel,
     layers: Sequence[nn.Module],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[tuple[Batch, Mapping[str, Tensor]]],
     node_rows: Mapping[Key, int],
     generator: torch.Generator,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Tensor]]:
     """g_t of every token by batch, and d_j of every node, both by map; at least float32."""
-    logits: list[Tensor] = []
+    of_logits: list[Tensor] = []
+    of_squares: list[Tensor] = []
+    count = 0
     weights: list[dict[Key, Tensor]] = []
     by_row: dict[Key, list[Tensor]] = defaultdict(list)
-    for inputs in batches:
+    for batch, inputs in batches:
         outputs: dict[Key, Tensor] = {}
-        with ExitStack() as hooks:
+        with ExitStack() as hooks, answered_only(expert, batch.labels):
             for number, layer in enumerate(layers):
                 for name, module in _maps(layer).items():
                     hook = _store(outputs, (number, name), _is_token(inputs))
                     hooks.callback(module.register_forward_hook(hook).remove)
-            z = _wide(expert(**inputs).logits)  # [B, C]
+            z = _wide(expert(**inputs).logits)  # [B, C]; of generated text [M, C]
         v = torch.randn(z.shape, generator=generator).to(z)
         gradients = torch.autograd.grad((v * z).sum(), list(outputs.values()))
         weights.append({})
@@ -279,8 +279,11 @@ def _weights(
             weights[-1][key] = squares.sum(-1)
             if key in node_rows:
                 _add(by_row[key], squares.sum(0))
-        logits.append(z.detach())
-    variance = float(torch.cat(logits).var(0, correction=0).mean()) or 1.0
+        z, count = z.detach().double(), count + len(z)
+        _add(of_logits, z.sum(0))
+        _add(of_squares, z.square().sum(0))
+    variance = float((of_squares[0] / count - (of_logits[0] / count).square()).mean())
+    variance = variance if variance > 0 else 1.0
     shares = {}
     for key, (total,) in by_row.items():
         nodes = total.view(-1, node_rows[key]).mean(1)  # [rows] -> [nodes]

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
+from fmn.fisher.loss import uniform_draws
 from fmn.merge.calibrate import own_part
 from fmn.merge.recipe import Fit, RefitSettings
 from fmn.models import checkpoints
 from fmn.models.checkpoints import last_linear as last_linear
 from fmn.models.predict import predict
 from fmn.tasks import dataset
-from fmn.tasks.batches import Examples, random_order, select
+from fmn.tasks.batches import IGNORED, Batch, Examples, random_order, select
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task
 
@@ -63,6 +64,27 @@ def features(
         return predict(model, examples, device=device, dtype=dtype)
     finally:
         model.set_submodule(path, linear)
+
+
+def outputs(
+    model: PreTrainedModel, examples: Examples, *, device: str = "auto", dtype: str = "auto"
+) -> np.ndarray:
+    """What a model without a head of its own answers, float32 [N, D], in the examples' order.
+
+    Of an embedding model the embeddings. Of a generative one the logits, less their mean, of one
+    token of each completion, always the same. Arguments as for `features`.
+    """
+    reduce = _logits_of_a_token if model.can_generate() else None
+    return predict(model, examples, device=device, dtype=dtype, reduce=reduce)
+
+
+def _logits_of_a_token(logits: Tensor, batch: Batch) -> Tensor:
+    """From the logits of all labelled tokens, [M, C], those of one of each example, [B, C]."""
+    counts = (batch.labels != IGNORED).sum(1)  # [B]
+    places = (torch.from_numpy(uniform_draws(0, batch.rows)[:, 0]) * counts).long()
+    places = (counts.cumsum(0) - counts + places).clamp(max=len(logits) - 1)
+    chosen = logits[places.to(logits.device)].float()
+    return chosen - chosen.mean(1, keepdim=True)
 
 
 def refit(

@@ -20,6 +20,7 @@ from fmn.merge.stream import DTYPES, TensorSpec
 from fmn.models import checkpoints
 from fmn.models.headers import TensorHeader, tensor_headers
 from fmn.store import artifacts
+from fmn.tasks.kinds import KindName
 from fmn.tasks.task import Task
 
 
@@ -232,12 +233,13 @@ def plan_merge(
         raise UserError(f"{what} needs the model that the experts were tuned from; give --base DIR")
     stored = {task: stored_tensors(experts[task]) for task in tasks}
     encoders = {f"expert {task}": encoder for task, (encoder, _) in stored.items()}
-    based = stored_tensors(base)[0] if base and needs_base else None
+    config = checkpoints.load_config(experts[tasks[0]])
+    kind = checkpoints.kind_in(experts[tasks[0]], config)
+    based = stored_tensors(base, kind)[0] if base and needs_base else None
     tokens = {f"expert {task}": _tokens(experts[task]) for task in tasks}
     tokens |= {"base": _tokens(base)} if base and needs_base else {}
-    config = checkpoints.load_config(experts[tasks[0]])
     is_same = len(set(tokens.values())) == 1
-    by_token = set[str]() if is_same else checkpoints.token_parameters(config)
+    by_token = set[str]() if is_same else checkpoints.token_parameters(config, kind)
     parameters = matching(encoders, based, tokens, by_token)
     if method.fisher == "parameters":
         parameters = [_with_fisher(p, _has(p, tasks), statistics.fisher) for p in parameters]
@@ -245,7 +247,7 @@ def plan_merge(
         parameters = [_with_grams(p, _has(p, tasks), statistics.grams) for p in parameters]
     claims, nodes = {}, []
     if "is_linear_map" in method.arguments:
-        maps = checkpoints.linear_maps(config)
+        maps = checkpoints.linear_maps(config, kind)
         parameters = [
             replace(each, is_linear_map=True, is_transposed=maps[each.spec.name])
             if each.spec.name in maps
@@ -294,10 +296,16 @@ def coefficients(tasks: Sequence[str], by_task: Mapping[str, float]) -> tuple[fl
     return lambdas
 
 
-def stored_tensors(folder: Path) -> tuple[dict[str, TensorHeader], dict[str, TensorHeader]]:
-    """Where a checkpoint's encoder lies, by names in the base model, and where its head."""
-    headers = tensor_headers(folder)
-    names = checkpoints.encoder_names(checkpoints.load_config(folder), headers)
+def stored_tensors(
+    folder: Path, kind: KindName | None = None
+) -> tuple[dict[str, TensorHeader], dict[str, TensorHeader]]:
+    """Where a checkpoint's encoder lies, by names in the base model, and where its head.
+
+    Args:
+        kind: what the checkpoint is read as; default: its own kind.
+    """
+    headers, config = tensor_headers(folder), checkpoints.load_config(folder)
+    names = checkpoints.stored_names(folder, config, kind or checkpoints.kind_in(folder, config))
     for stored in (*names.encoder.values(), *names.head.values()):
         if (dtype := headers[stored].dtype) not in DTYPES:
             raise UserError(f"{folder}: tensor {stored} has dtype {dtype}; convert it to float32")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from fmn.errors import UserError
 from fmn.merge import stream
@@ -77,7 +77,10 @@ def write_model(
         UserError: the experts cannot be merged so.
     """
     plan = _with_scale(plan_merge(experts, settings, base, statistics))
-    parts = stream.shards(plan.specs, shard_bytes)
+    first = experts[plan.tasks[0]]
+    names = checkpoints.names_in_model(checkpoints.load_config(first), checkpoints.kind_in(first))
+    specs = [spec._replace(name=names.get(spec.name, spec.name)) for spec in plan.specs]
+    parts = stream.shards(specs, shard_bytes)
     files = dict(zip(stream.shard_names(len(parts)), parts, strict=True))
     encoder = folder / "encoder"
     encoder.mkdir(parents=True)
@@ -114,9 +117,17 @@ def _own_entries(plan: Plan) -> dict[str, Any]:
 def read_encoder(model: Path) -> dict[str, Tensor]:
     """The tensors of a merged model's encoder, by names in the base model."""
     tensors: dict[str, Tensor] = {}
+    names = _names_in_base(model / "encoder")
     for file in sorted((model / "encoder").glob("*.safetensors")):
-        tensors |= load_file(file)
+        tensors |= {names.get(name, name): tensor for name, tensor in load_file(file).items()}
     return tensors
+
+
+def _names_in_base(encoder: Path) -> dict[str, str]:
+    """The names in the base model of an encoder's stored tensors, where they are others."""
+    config = checkpoints.load_config(encoder)
+    names = checkpoints.names_in_model(config, checkpoints.kind_of(config))
+    return {stored: name for name, stored in names.items()}
 
 
 def write_calibrated(
@@ -133,17 +144,23 @@ def write_calibrated(
     names = sorted(file.name for file in (model / "encoder").glob("*.safetensors"))
     shards = stream.shard_names(len(names) + 1)[:-1]  # their names in a task's folder
     for name, source in visible(model, ("encoder", "tasks")).items():
-        if source.name not in (shards if name.startswith("tasks/") else names):
+        if source.name not in (*names, *shards):
             digest = digest_file(source)
             _link(source, folder / name)
             remember_digest(folder / name, digest)  # a link changed the file's status
     (folder / "encoder").mkdir(exist_ok=True)
+    in_base = _names_in_base(model / "encoder")
     for name, shard in zip(names, shards, strict=True):
         stored = file_headers(model / "encoder" / name)
-        tensors = {key: encoder[key].to(DTYPES[stored[key].dtype]) for key in stored}
+        tensors = {
+            key: encoder[in_base.get(key, key)].to(DTYPES[header.dtype])
+            for key, header in stored.items()
+        }
         save_file(tensors, folder / "encoder" / name, {"format": "pt"})
-        for task in recipe.tasks:
-            os.link(folder / "encoder" / name, folder / "tasks" / task / shard)
+        for task in recipe.tasks:  # without a head, a task has the encoder's files alone
+            is_headed = (model / "tasks" / task / shard).exists()
+            own_name = shard if is_headed else name
+            os.link(folder / "encoder" / name, folder / "tasks" / task / own_name)
     return _write_recipe(folder, recipe)
 
 
@@ -167,7 +184,9 @@ def write_realigned(
             the same for all tasks. They take the encoder's dtypes.
     """
     for name, source in visible(model, ("encoder", "tasks")).items():
-        if ".safetensors" not in source.name:
+        _, place, *_ = [*Path(name).parts, ""]
+        is_headless = name.startswith("tasks/") and place not in heads
+        if is_headless or ".safetensors" not in source.name:
             _link(source, folder / name)
     encoder = tensor_headers(model / "encoder")
     own_parts = list(next(iter(own.values())))
@@ -450,10 +469,11 @@ def _counted(plan: Plan, pieces: Iterator[Tensor], progress: Progress) -> Iterat
 
 def _write_encoder_settings(encoder: Path, expert: Path, files: Files, tokens: int | None) -> None:
     config = {k: v for k, v in _config(expert, files, tokens).items() if k not in _HEAD_SETTINGS}
-    kind = checkpoints.kind_of(checkpoints.load_config(expert))
-    architecture = MODEL_MAPPING_NAMES.get(config["model_type"])
-    if isinstance(architecture, str) and (KINDS[kind].has_head or kind == "sentence-similarity"):
-        config["architectures"] = [architecture]
+    kind = KINDS[checkpoints.kind_in(expert)]
+    auto = getattr(transformers, "AutoModel" if kind.has_head else kind.auto_class)
+    architecture = auto._model_mapping.get(type(checkpoints.load_config(expert)), None)
+    if isinstance(architecture, type):
+        config["architectures"] = [architecture.__name__]
     _write_settings(encoder, expert, config)
     if len(files) > 1:
         _write_json(encoder / INDEX, stream.index(files))

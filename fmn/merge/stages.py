@@ -42,7 +42,7 @@ __all__ = [
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
 MERGE = 9
-CALIBRATE = 1
+CALIBRATE = 2
 REALIGN = 6
 
 
@@ -244,7 +244,8 @@ def realign(
 ) -> Outcome[Recipe]:
     """Re-align a merged model's heads with its encoder, on unlabeled training texts.
 
-    Each task may have its expert's own parts of the encoder: the pooler, and last layers. The
+    Each task may have its expert's own parts of the encoder: the pooler, and last layers. Tasks
+    without a head stay as they are. The
     result is a merged model of its own; files that are as in the model are hard links to them.
 
     Args:
@@ -261,6 +262,9 @@ def realign(
     merged = read_recipe(model)
     _check_experts(model, merged, experts)
     definitions, rows, files = _texts(experts, merged.tasks, data)
+    headed = [task for task in merged.tasks if definitions[task].kind.has_head]
+    if not headed:
+        raise UserError(f"{model}: none of its tasks has a head to re-align; leave realign out")
     reads: Reads = {"model": model, **{f"expert {t}": experts[t] for t in merged.tasks}, **files}
 
     def compute(job: Job) -> None:
@@ -270,18 +274,18 @@ def realign(
         own_parts = _own_parts(model / "encoder", settings)
         texts = None if settings.texts == "all" else settings.texts
         tensors, own, fits = {}, {}, {}
-        for task in merged.tasks:
+        for task in headed:
             expert, folder = experts[task], task_folder(model, task)
             examples = unlabeled(expert, definitions[task], data, texts, settings.seed, rows[task])
             options = settings, settings.device, settings.dtype
             tensors[task], own[task], fits[task] = realigned_head(
                 expert, folder, own_parts, examples, *options
             )
-            progress(len(fits), len(merged.tasks))
+            progress(len(fits), len(headed))
         realigned = records.Realigned(
             merged=job.inputs["model"],
             **settings.model_dump(exclude=settings.runtime),
-            data={task: job.inputs[f"data {task}"] for task in merged.tasks},
+            data={task: job.inputs[f"data {task}"] for task in headed},
             tasks=fits,
         )
         recipe = merged.model_copy(update={"realign": realigned})

@@ -6,7 +6,7 @@ Nothing in it is ever executed: ``trust_remote_code`` is never true.
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError
 from fmn.models.headers import (
+    TensorHeader,
     first_words,
     names_in,
     read_file,
@@ -23,7 +24,7 @@ from fmn.models.headers import (
 )
 from fmn.store.artifacts import digest_file
 from fmn.tasks.kinds import KINDS, KindName, kind_of_class
-from fmn.tasks.task import Task
+from fmn.tasks.task import Task, read_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,7 @@ _TRAITS = (
     *("num_key_value_heads", "head_dim", "intermediate_size"),
     *("max_position_embeddings", "type_vocab_size", "hidden_act"),
 )
+CHUNK = 2**24  # bytes of tensors that are compared at a time
 # What a configuration says that changes no tensor's name or shape.
 _NAMING = ("id2label", "label2id", "_name_or_path")
 
@@ -171,18 +173,28 @@ def kind_of(config: "PretrainedConfig") -> KindName:
     raise UserError(f"{config.name_or_path}: {problem}; give another checkpoint")
 
 
+def kind_in(folder: Path, config: "PretrainedConfig | None" = None) -> KindName:
+    """The kind of the checkpoint in a folder: as its task says, else as `kind_of` does."""
+    task = read_task(folder)
+    return task.task if task else kind_of(config or load_config(folder))
+
+
 class _Shapes(NamedTuple):
     """Shapes of a model's tensors; its encoder's names begin with `prefix` in it.
 
     What has no head of its own is all encoder.
 
-    `linear` are the matrices of the encoder's linear maps: whether each is stored [in, out].
+    `linear` are the matrices of the encoder's linear maps: whether each is stored [in, out];
+    `tied` are further names of tensors, each with the name of the tensor that it stands for;
+    `in_model` are the names in the model of all that is in `encoder` and `tied`.
     """
 
     encoder: dict[str, tuple[int, ...]]
     head: dict[str, tuple[int, ...]]
     prefix: str
     linear: dict[str, bool]
+    tied: dict[str, str]
+    in_model: dict[str, str]
 
 
 _shapes: dict[str, _Shapes] = {}
@@ -199,18 +211,23 @@ def _described_shapes(config: "PretrainedConfig", kind: KindName | None = None) 
     from transformers.pytorch_utils import Conv1D
 
     model = described_model(config, kind)
+    modules = dict(model.named_modules())
     linear = {
-        f"{path}.weight": isinstance(module, Conv1D)
-        for path, module in model.base_model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
+        f"{name}.weight": isinstance(modules[path], Conv1D)
+        for path, name in names_in_base(model, modules).items()
+        if isinstance(modules[path], (torch.nn.Linear, Conv1D))
     }
-    shapes = _Shapes({}, {}, f"{model.base_model_prefix}.", linear)
-    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    shapes = _Shapes({}, {}, f"{model.base_model_prefix}.", linear, {}, {})
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, value in model.state_dict().items():
-        if name not in tied:
-            is_encoder = name.startswith(shapes.prefix) or not KINDS[kind].has_head
-            part = shapes.encoder if is_encoder else shapes.head
-            part[name.removeprefix(shapes.prefix)] = tuple(value.shape)
+        short = name.removeprefix(shapes.prefix)
+        is_encoder = name.startswith(shapes.prefix) or not KINDS[kind].has_head
+        if is_encoder:
+            shapes.in_model[short] = name
+        if name in tied:
+            shapes.tied[short] = tied[name].removeprefix(shapes.prefix)
+        else:
+            (shapes.encoder if is_encoder else shapes.head)[short] = tuple(value.shape)
     _shapes[key] = shapes
     return shapes
 
@@ -243,37 +260,103 @@ def described_model(config: "PretrainedConfig", kind: KindName | None = None) ->
 
 
 def encoder_names(
-    config: "PretrainedConfig", names: Iterable[str], kind: KindName | None = None
+    config: "PretrainedConfig",
+    names: Iterable[str],
+    kind: KindName | None = None,
+    untied: Callable[[str, str], bool] = lambda name, same: False,
 ) -> Names:
     """Split stored names into encoder and head, with or without the base model's prefix.
 
     Buffers and the heads of pretraining (``cls.*``, ``lm_head.*``) are in neither, nor is a pooler
-    that the classifier does not use.
+    that the classifier does not use. Of tied tensors one is in the encoder, whichever is stored.
+
+    Args:
+        untied: whether two stored tensors, which the configuration ties, differ. Transformers does
+            not tie them then, as in every T5 v1.1, and both are the encoder's.
 
     Raises:
         UserError: a tensor is there with and without the prefix.
     """
     shapes = _described_shapes(config, kind)
-    split = Names({}, {})
+    split, tied = Names({}, {}), dict[str, str]()
     for stored in names:
         name = stored.removeprefix(shapes.prefix)
-        name = name if name in shapes.encoder else stored
+        name = name if name in shapes.encoder or name in shapes.tied else stored
         if name in split.encoder:
             twice = f"{split.encoder[name]} and {stored} are the same tensor"
             raise UserError(f"{config.name_or_path}: {twice}; save the checkpoint again")
         if name in shapes.encoder:
             split.encoder[name] = stored
+        elif name in shapes.tied:
+            tied[name] = stored
         elif stored in shapes.head:
             split.head[stored] = stored
+    for name, stored in tied.items():
+        if untied(stored, split.encoder.setdefault(shapes.tied[name], stored)):
+            split.encoder[name] = stored
     return split
 
 
-def linear_maps(config: "PretrainedConfig") -> Mapping[str, bool]:
+def stored_names(folder: Path, config: "PretrainedConfig", kind: KindName | None = None) -> Names:
+    """The names of the tensors in a folder, split as `encoder_names` does."""
+    headers = tensor_headers(folder)
+    return encoder_names(
+        config, headers, kind, lambda name, same: not _equal(headers[name], headers[same])
+    )
+
+
+def _equal(first: TensorHeader, second: TensorHeader) -> bool:
+    """Whether two stored tensors hold the same values."""
+    if first == second:
+        return True
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with first.file.open("rb") as left, second.file.open("rb") as right:
+        left.seek(first.start)
+        right.seek(second.start)
+        sizes = (min(CHUNK, first.end - at) for at in range(first.start, first.end, CHUNK))
+        return all(left.read(size) == right.read(size) for size in sizes)
+
+
+def names_in_base(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
+    """Those parameters or modules of a model that are merged, with their names in its base model.
+
+    That is the base model, and all of a generative model; what is outside its base model, if it has
+    one within (T5 has none), has the same name there.
+    """
+    prefix = f"{model.base_model_prefix}."
+    is_whole = model.base_model is model or model.can_generate()
+    return {
+        name: name.removeprefix(prefix) for name in names if is_whole or name.startswith(prefix)
+    }
+
+
+def in_model(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Those of an encoder's tensors, by names in the base model, that a model has; by its names."""
+    names = {short: name for name, short in names_in_base(model, model.state_dict()).items()}
+    return {names[short]: tensor for short, tensor in tensors.items() if short in names}
+
+
+def load_encoder(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> None:
+    """Give a model other tensors of its encoder, by names in the base model; others stay."""
+    model.load_state_dict(in_model(model, tensors), strict=False)
+
+
+def names_in_model(config: "PretrainedConfig", kind: KindName) -> Mapping[str, str]:
+    """The names under which an encoder is stored, where they are not those in the base model.
+
+    A generative model has the names that Transformers gives them, which other programs look for.
+    """
+    is_whole = KINDS[kind].auto_class != "AutoModel" and not KINDS[kind].has_head
+    return _described_shapes(config, kind).in_model if is_whole else {}
+
+
+def linear_maps(config: "PretrainedConfig", kind: KindName | None = None) -> Mapping[str, bool]:
     """The matrices of the encoder's linear maps by name in the base model.
 
     The values are whether they are stored [in, out], as those of GPT-2 are.
     """
-    return _described_shapes(config).linear
+    return _described_shapes(config, kind).linear
 
 
 def check_tensors(
@@ -287,11 +370,11 @@ def check_tensors(
     """
     headers = tensor_headers(folder)
     kind = kind or kind_of(config)
-    shapes, names = _described_shapes(config, kind), encoder_names(config, headers, kind)
+    shapes, names = _described_shapes(config, kind), stored_names(folder, config, kind)
     is_pooled = head and KINDS[kind].has_head
-    stored_names = names.encoder | names.head
+    by_name = names.encoder | names.head
     for name, shape in (shapes.encoder | (shapes.head if head else {})).items():
-        stored = stored_names.get(name)
+        stored = by_name.get(name)
         if stored is None and name in shapes.head:
             raise UserError(f"{folder}: has no classification head ({name}); `fmn finetune` it")
         # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
@@ -324,9 +407,11 @@ def check_experts(
     folders = {"the base": base} if base is not None else {}
     folders |= experts
     expected: dict[str, Any] = {}
+    kinds = {name: task.task for name, task in tasks.items()}
     for name, folder in folders.items():
         try:
-            traits = _traits(folder, tasks.get(name))
+            kind = kinds.get(name) or next(iter(kinds.values()), None)  # the base has the experts'
+            traits = _traits(folder, tasks.get(name), kind)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         expected = expected or traits
@@ -348,9 +433,8 @@ def _shapes_of_vocabulary(config: "PretrainedConfig", kind: KindName) -> dict[st
     return _described_shapes(changed, kind).encoder
 
 
-def token_parameters(config: "PretrainedConfig") -> set[str]:
+def token_parameters(config: "PretrainedConfig", kind: KindName) -> set[str]:
     """The encoder's parameters that have a row for each token."""
-    kind = kind_of(config)
     own, other = _described_shapes(config, kind).encoder, _shapes_of_vocabulary(config, kind)
     return {name for name, shape in own.items() if shape != other[name]}
 
@@ -422,17 +506,16 @@ def fit_vocabulary(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) ->
         model.resize_token_embeddings(len(stored), mean_resizing=False)
 
 
-def _traits(folder: Path, task: Task | None) -> dict[str, Any]:
+def _traits(folder: Path, task: Task | None, kind: KindName | None) -> dict[str, Any]:
     """What must be equal among checkpoints that are merged, by what messages call it."""
     config = load_config(folder)
     if task is not None:
         check_kind(folder, config, task)
-    kind = task.task if task else kind_of(config)
+    kind = kind or kind_of(config)
     check_tensors(folder, config, head=task is not None, kind=kind)
     if task is not None and not is_single_logit(config, task):
         check_head(folder, config, task)
     sizes = {name: getattr(config, name, None) for name in _TRAITS}
-    tensors = _described_shapes(config, kind).encoder
     tensors = _shapes_of_vocabulary(config, kind)  # vocabularies may differ (`check_vocabularies`)
     shapes = {name: shape for name, shape in tensors.items() if not name.startswith("pooler.")}
     return sizes | shapes
@@ -599,8 +682,12 @@ def load_processor(folder: Path, kind: KindName | None = None) -> Any:
         UserError: there is none, or none that can be used.
     """
     config = load_config(folder)
-    if (kind or kind_of(config)) != "image-classification":
-        return load_tokenizer(folder, config)
+    kind = kind or kind_in(folder, config)
+    if kind != "image-classification":
+        tokenizer: Any = load_tokenizer(folder, config)
+        if kind == "text2text-generation":
+            tokenizer.decoder_start_token_id = _decoder_start(folder, config)
+        return tokenizer
     from transformers import AutoImageProcessor
 
     try:
@@ -613,6 +700,17 @@ def load_processor(folder: Path, kind: KindName | None = None) -> Any:
         raise UserError(f"{folder}: {problem}; copy that of its base model into it") from error
 
 
+def _decoder_start(folder: Path, config: "PretrainedConfig") -> int:
+    """The token that a decoder begins with."""
+    stated = getattr(config, "decoder_start_token_id", None)
+    if stated is None and (folder / "generation_config.json").is_file():
+        stated = read_json(folder / "generation_config.json").get("decoder_start_token_id")
+    if not isinstance(stated, int):
+        problem = f"{CONFIG} has no decoder_start_token_id, which a decoder begins with"
+        raise UserError(f"{folder}: {problem}; set it (T5: the id of its padding token)")
+    return stated
+
+
 def load_model(folder: Path, kind: KindName | None = None) -> "PreTrainedModel":
     """The model in a checkpoint folder, in float32 and evaluation mode.
 
@@ -622,7 +720,7 @@ def load_model(folder: Path, kind: KindName | None = None) -> "PreTrainedModel":
         UserError: the folder lacks a weight that the model needs, or cannot be loaded.
     """
     config = load_config(folder)
-    kind = kind or kind_of(config)
+    kind = kind or kind_in(folder, config)
     check_tensors(folder, config, head=True, kind=kind)
     model = load_weights(folder, config, kind)
     if kind == "sentence-similarity":

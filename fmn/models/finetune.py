@@ -18,15 +18,17 @@ from fmn.models.checkpoints import (
     check_tensors,
     last_linear,
     load_config,
+    load_model,
     load_weights,
+    names_in_base,
     output_entries,
     quiet,
 )
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.models.predict import answered_only
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import Examples, pad_batch
-from fmn.tasks.kinds import ProblemType
-from fmn.tasks.task import Task
+from fmn.tasks.batches import IGNORED, Examples, pad_batch
+from fmn.tasks.task import LossName, Task
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01
@@ -35,20 +37,36 @@ POOL = 16  # batches whose examples are sorted by length together
 # The head starts from noise, the encoder from a good model. With a slow head it is the encoder that
 # moves to suit the noise, and the further experts move, the worse they merge.
 HEAD_RATE = 30.0
-_LOSSES: Mapping[ProblemType, Callable[[Tensor, Tensor], Tensor]] = {
+
+
+def _of_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy of a batch's labelled tokens; labels [B, T].
+
+    The logits are of all tokens, [B, T, C], or of those with labels, [M, C].
+    """
+    is_labelled = labels != IGNORED
+    logits = logits if logits.ndim == 2 else logits[is_labelled]
+    return functional.cross_entropy(logits, labels[is_labelled])
+
+
+_LOSSES: Mapping[LossName, Callable[[Tensor, Tensor], Tensor]] = {
     "single_label_classification": functional.cross_entropy,
     "multi_label_classification": functional.binary_cross_entropy_with_logits,
     "regression": lambda logits, values: functional.mse_loss(logits.squeeze(-1), values),
+    "tokens": _of_tokens,
 }
 
 
 def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
     """A base model with a fresh head for a task, in float32; its config names the labels.
 
-    The head depends on the seed alone; a head that the base has is left behind.
+    The head depends on the seed alone; a head that the base has is left behind. For a kind without
+    heads, the model is the base as it stands.
     """
     config, kind = load_config(base), task.task
     check_tensors(base, config, head=False, kind=kind)
+    if not task.kind.has_head:
+        return load_model(base, kind)
     config.num_labels = task.num_outputs
     for name, value in output_entries(task).items():
         setattr(config, name, value)
@@ -69,7 +87,7 @@ def finetune(
     model: PreTrainedModel,
     examples: Examples,
     *,
-    problem_type: ProblemType,
+    problem_type: LossName,
     epochs: float,
     learning_rate: float,
     batch_size: int,
@@ -94,9 +112,9 @@ def finetune(
     target, random = resolve_device(device), np.random.default_rng(seed)
     compute_dtype = resolve_dtype(dtype, target)
     torch.manual_seed(seed)
-    lengths, head = examples.lengths, model.get_submodule(last_linear(model))
-    shift, scale = 0.0, 1.0
+    lengths, shift, scale = examples.lengths, 0.0, 1.0
     if problem_type == "regression":
+        head = model.get_submodule(last_linear(model))
         examples, shift, scale = _standardized(examples, head)
     steps = max(1, round(epochs * math.ceil(len(examples) / batch_size)))
     losses: list[float] = []
@@ -108,8 +126,8 @@ def finetune(
             rows = (batches := batches or _batches(lengths, batch_size, random)).pop()
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate * _schedule(step, steps)
-            batch = pad_batch(examples, rows, int(lengths[rows].max()))
-            with autocast(target, compute_dtype):
+            batch = pad_batch(examples, rows)
+            with autocast(target, compute_dtype), answered_only(model, batch.labels):
                 inputs = {name: value.to(target) for name, value in batch.inputs.items()}
                 logits = model(**inputs).logits
             loss = _LOSSES[problem_type](logits.float(), batch.labels.to(target))
@@ -122,7 +140,8 @@ def finetune(
                 remedy = f"take a learning_rate below {learning_rate}"
                 raise UserError(f"fine-tuning: the loss diverged in step {step + 1}; {remedy}")
             progress(step + 1, steps)
-        _rescale(head, shift, scale)
+        if problem_type == "regression":
+            _rescale(head, shift, scale)
         model.eval()
     return losses
 
@@ -154,8 +173,9 @@ def _rescale(head: nn.Module, shift: float, scale: float) -> None:
 
 def _head(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
     """The parameters outside the encoder, by name."""
-    prefix = f"{model.base_model_prefix}."
-    return [item for item in model.named_parameters() if not item[0].startswith(prefix)]
+    parameters = dict(model.named_parameters())
+    encoder = names_in_base(model, parameters)
+    return [item for item in parameters.items() if item[0] not in encoder]
 
 
 def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:

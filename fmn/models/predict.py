@@ -1,19 +1,65 @@
 """A model's predictions on a task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import Batch, Examples, by_length
+from fmn.tasks.batches import IGNORED, Batch, Examples, by_length
 
 # Tokens of a batch on a CPU, where larger ones leave the caches; a GPU takes 16 times as many.
 TOKENS = 2048
+LOGITS = 2**28  # of a batch of generated text at a time: a gigabyte
 Reduce = Callable[[Tensor, Batch], Tensor]
+
+
+@contextmanager
+def answered_only(model: PreTrainedModel, labels: Tensor) -> Iterator[None]:
+    """Within it a generative model gives logits only where there is a label, [M, C].
+
+    Those of all tokens of a batch would take gigabytes. Other models are left alone.
+
+    Args:
+        labels: of the batch, [B, T]; M of them are not IGNORED. The rows are in their order.
+    """
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][is_answered.to(args[0].device)],)  # [B, T, n] -> [M, n]
+
+    is_answered = labels != IGNORED
+    outputs: Any = model.get_output_embeddings() if model.can_generate() else None
+    # Before other hooks, which see what the map then reads.
+    registered = outputs and outputs.register_forward_pre_hook(hook, prepend=True)
+    try:
+        yield
+    finally:
+        if registered:
+            registered.remove()
+
+
+def token_scores(logits: Tensor, batch: Batch) -> Tensor:
+    """Of each generated text the sum of its tokens' cross entropies, their number, and how many of
+    them are the model's first choice, [B, 3]; all of them are, if it generates the text greedily.
+    """
+    rows, columns = (batch.labels != IGNORED).nonzero(as_tuple=True)  # [M]
+    labels = batch.labels[rows, columns].to(logits.device)
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    terms = torch.stack([losses, torch.ones_like(losses), logits.argmax(-1) == labels], 1)  # [M, 3]
+    sums = torch.zeros(len(batch.rows), 3, dtype=torch.float64, device=terms.device)
+    return sums.index_add_(0, rows.to(terms.device), terms.double())
+
+
+def tokens_at_once(model: PreTrainedModel, device: torch.device) -> int:
+    """Tokens of a batch; fewer where each has very many logits."""
+    tokens = TOKENS if device.type == "cpu" else 16 * TOKENS
+    limit = LOGITS // model.config.vocab_size if model.can_generate() else tokens
+    return max(1, min(tokens, limit))
 
 
 def predict(
@@ -22,14 +68,15 @@ def predict(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    reduce: Reduce = lambda logits, _: logits,
+    reduce: Reduce | None = None,
     progress: Progress = no_progress,
 ) -> np.ndarray:
     """Logits, float32 [N, C], in the examples' order; of tokens [N, T, C], zeros behind the last.
 
     The model is moved to `device` and put in evaluation mode; it computes in `dtype` (see
     `devices.resolve_dtype`). `reduce` gets the logits [B, ...] of each batch, and what it gives,
-    [B, ...], stands in for them. `progress` is called with (examples done, all examples).
+    [B, ...], stands in for them; of generated text it gets those of `answered_only`, and is
+    `token_scores` by default. `progress` is called with (examples done, all examples).
 
     Raises:
         UserError: this machine has no such device, or there is no such dtype.
@@ -39,12 +86,15 @@ def predict(
     model.eval()
     logits: np.ndarray | None = None
     done = 0
-    tokens = TOKENS if target.type == "cpu" else 16 * TOKENS
+    tokens = tokens_at_once(model, target)
+    if reduce is None:
+        reduce = token_scores if model.can_generate() else lambda logits, _: logits
     computing = autocast(target, compute_dtype)
     with placed(model, target, compute_dtype), torch.inference_mode(), computing:
         for batch in by_length(examples, tokens=tokens):
             inputs = {name: value.to(target) for name, value in batch.inputs.items()}
-            output = reduce(model(**inputs).logits, batch).float().cpu().numpy()
+            with answered_only(model, batch.labels):
+                output = reduce(model(**inputs).logits, batch).float().cpu().numpy()
             if logits is None:  # the first batch has the longest example
                 logits = np.zeros((len(examples), *output.shape[1:]), dtype=np.float32)
             logits[batch.rows, : output.shape[1]] = output

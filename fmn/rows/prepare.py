@@ -17,14 +17,14 @@ from fmn.rows.label_values import (
 from fmn.rows.sources import File, used_splits
 from fmn.tasks.batches import random_order
 from fmn.tasks.dataset import label_array
-from fmn.tasks.kinds import SINGLE
+from fmn.tasks.kinds import KINDS, SINGLE
 from fmn.tasks.rows import schema
 from fmn.tasks.task import (
-    DEFAULT_METRICS,
     Columns,
     DatasetSettings,
     Task,
     TaskSettings,
+    default_metrics,
     in_a_line,
     make_task,
 )
@@ -63,7 +63,11 @@ def prepare(
     if not splits:
         raise UserError(f"{place}: neither training nor validation rows; name a split in `splits`")
     first = next(iter(splits.values()))
-    label, notes = _label_column(definition, first)
+    if definition.kind in ("text-generation", "text2text-generation"):
+        label, columns, notes = None, *_generation_columns(definition, first)
+    else:
+        label, notes = _label_column(definition, first)
+        columns = definition.columns.of_kind(definition.kind)
     labels, values = None, dict[str, list[Any]]()
     if label:
         for split, table in splits.items():
@@ -71,16 +75,16 @@ def prepare(
             values[split] = plain_values(table.values(label, name), classes)
         known = values["train"] if train else [x for each in values.values() for x in each]
         labels = read_labels(known, first.classes.get(label, ()), definition, first.place)
-    task = _task(name, definition, labels, validation)
+    task = _task(name, definition, columns, labels, validation)
     tables = {}
     for split, table in splits.items():
-        content = _texts(task, definition, table)
+        content = _texts(task, columns, table)
         if labels:
             content["label"] = encode(values[split], labels, table.place, f"column {label}")
         content["idx"] = range(table.num_rows)
         tables[split] = pa.table(content, schema=schema(task))
     origins = {split: f"of {table.place}" for split, table in splits.items()}
-    size = dataset.validation_size or (SHARE if label and not validation else None)
+    size = dataset.validation_size or (SHARE if task.has_labels and not validation else None)
     if train and size:
         validation = _split_off(task, tables, size, dataset.seed, place)
         origins["validation"] = f"split off {first.place} by seed {dataset.seed}"
@@ -102,32 +106,61 @@ def _label_column(definition: TaskSettings, first: Table) -> tuple[str | None, l
     return None, [f"no labels: there is no column {label} in {first.place}, but {listed}"]
 
 
+def _generation_columns(definition: TaskSettings, first: Table) -> tuple[dict[str, str], list[str]]:
+    """The columns of prompts and completions, and what to tell the user of a missing prompt."""
+    columns = definition.columns.of_kind(definition.kind)
+    if columns["completion"] not in first.columns and "messages" in first.columns:
+        raise UserError(
+            f"{first.place}: has lists of messages, which are not read; write the texts that your"
+            " chat template makes of them into two columns, prompt and completion"
+        )
+    is_optional = "prompt" in KINDS[definition.kind].optional
+    is_named = "prompt" in definition.columns.model_fields_set
+    if not is_optional or is_named or "prompt" in first.columns:
+        return columns, []
+    del columns["prompt"]
+    return columns, [f"no prompts: there is no column prompt in {first.place}; texts have none"]
+
+
 def _task(
-    name: str, definition: TaskSettings, labels: Labels | None, validation: Sequence[str]
+    name: str,
+    definition: TaskSettings,
+    columns: Mapping[str, str],
+    labels: Labels | None,
+    validation: Sequence[str],
 ) -> Task:
-    """The whole definition, with what the data tell. UserError if metrics do not fit it."""
-    columns = definition.columns
-    text, pair = columns.text, columns.text_pair
-    if {text, pair} & {"label", "idx"}:  # of the rows' own columns
-        text, pair = "text", "text_pair" if pair else None
+    """The whole definition, with what the data tell. UserError if metrics do not fit it.
+
+    Args:
+        columns: the names of the columns in the data, by key.
+    """
+    if {*columns.values()} & {"label", "idx"}:  # of the rows' own columns
+        columns = {key: key for key in columns}
     kind = labels.problem_type if labels else definition.problem_type
+    has_labels = labels or definition.kind in ("text-generation", "text2text-generation")
+    defaults = default_metrics(definition.kind, kind) if has_labels else ()
     return make_task(
         name,
-        problem_type=kind,
-        columns=Columns(text=text, text_pair=pair, label="label" if labels else None),
+        task=definition.kind,
+        **({"problem_type": kind} if KINDS[definition.kind].problem_types else {}),
+        columns=Columns(**columns, label="label" if labels else None),
         labels=labels.names if labels else tuple(definition.label_names),
-        metrics=tuple(definition.metrics) or DEFAULT_METRICS[kind if labels else None],
+        metrics=tuple(definition.metrics) or defaults,
         validation=tuple(validation),
         max_length=definition.max_length,
         threshold=definition.threshold,
     )
 
 
-def _texts(task: Task, definition: TaskSettings, table: Table) -> dict[str, Any]:
-    """The texts by the task's columns. UserError names the first that is none, and counts them."""
-    sources = [name for name in (definition.columns.text, definition.columns.text_pair) if name]
+def _texts(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, Any]:
+    """The texts by the task's columns. UserError names the first that is none, and counts them.
+
+    Args:
+        columns: the names of the columns in the data, by key.
+    """
     content = {}
-    for name, source in zip(task.text_columns, sources, strict=True):
+    for key, name in task.input_columns.items():
+        source = columns[key]
         values = content[name] = table.values(source, task.name)
         if wrong := [row for row, value in enumerate(values) if not _is_text(value)]:
             raise UserError(
@@ -152,10 +185,10 @@ def _split_off(
     rows = tables["train"]
     if rows.num_rows == 1:
         return []
-    labels = label_array(task, rows)
-    order = random_order(labels, seed, stratified=task.has_labels and not task.regression)
+    labels, is_labelled = label_array(task, rows), task.columns.label is not None
+    order = random_order(labels, seed, stratified=is_labelled and not task.regression)
     count = int(size) if size >= 1 else max(1, round(size * len(order)))
-    if task.has_labels and not (task.regression or task.multi_label):
+    if is_labelled and not (task.regression or task.multi_label):
         # The last row of each class in this order stays in training, as far as that is possible.
         _, last = np.unique(labels[order][::-1], return_index=True)
         last = len(order) - 1 - last
@@ -181,11 +214,12 @@ def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
     }
     trained = set(texts.get("train", ()))
     for split, rows in tables.items():
-        if blank := sum(not all(map(str.strip, row)) for row in texts[split]):
+        needed = [row[-1:] if task.generates else row for row in texts[split]]  # not a prompt
+        if blank := sum(not all(map(str.strip, row)) for row in needed):
             lines.append(f"{split}: {blank} of {len(rows)} rows have an empty text")
         if len(rows) == 1:
             lines.append(f"{split}: there is one row alone")
-        if task.has_labels and len(rows) > 1:
+        if task.columns.label and len(rows) > 1:
             lines += _label_warnings(task, split, label_array(task, rows))
         if split != "train" and (same := sum(row in trained for row in texts[split])):
             lines.append(f"{split}: {same} of {len(rows)} texts are also in training")

@@ -17,6 +17,7 @@ from fmn.store.stage import Job, Outcome, read_info, run_stage
 from fmn.store.yaml_file import read_yaml
 from fmn.tasks import dataset
 from fmn.tasks.dataset import DataInfo
+from fmn.tasks.kinds import KindName
 from fmn.tasks.task import (
     ColumnSettings,
     DatasetSettings,
@@ -73,8 +74,13 @@ class TaskOptions(ScoringSettings):
     )
     seed: int = Field(0, ge=0, description="seed of that split")
     name: str | None = Field(None, description="configuration of a data set on the Hub")
+    kind: KindName | None = Field(
+        None, description="the Hub's name of the kind of task; default: as the columns say"
+    )
     text: str | None = Field(None, description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
+    prompt: str | None = Field(None, description="the column of what a text goes on from")
+    completion: str | None = Field(None, description="the column of the text to generate")
     label: str | None = Field(None, description="the column of the label")
     labels: list[str] = Field(
         default_factory=list, description="names in the order of ids, or VALUE=NAME ..."
@@ -82,6 +88,9 @@ class TaskOptions(ScoringSettings):
     metric: list[str] = Field(
         default_factory=list, description="the score of the task is their mean"
     )
+
+
+COLUMNS = ("text", "text_pair", "prompt", "completion", "label")  # options that name one
 
 
 def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> TaskSettings | None:
@@ -99,7 +108,7 @@ def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> Ta
         return None
     if "dataset" in values and "source" in settings.model_fields_set:
         raise UserError("--dataset and --source contradict each other; give one")
-    columns = {name: values.pop(name) for name in ("text", "text_pair", "label") if name in values}
+    columns = {name: values.pop(name) for name in COLUMNS if name in values}
     rows: dict[str, Any] = {
         name: values.pop(name) for name in ("validation_size", "seed", "name") if name in values
     }
@@ -109,7 +118,7 @@ def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> Ta
         if validation:  # files of their own, wherever they are
             rows |= {"path": path and ".", "data_files": {"train": path, "validation": validation}}
         values["dataset"] = rows
-    values["metrics"] = values.pop("metric", [])
+    values |= {"metrics": values.pop("metric", []), "task": values.pop("kind", None)}
     pairs = [item.partition("=") for item in options.labels]
     if pairs and all(value and name for value, _, name in pairs):
         values["labels"] = {value: name for value, _, name in pairs}

@@ -11,10 +11,10 @@ from fmn.rows.stages import MINIATURE, DataSettings, find_source
 from fmn.store.records import Record
 from fmn.tasks import dataset
 from fmn.tasks.task import (
-    DEFAULT_METRICS,
     TASKS,
     Task,
     TaskSettings,
+    default_metrics,
     in_a_line,
     load_task,
     read_task,
@@ -58,13 +58,14 @@ def known_tasks(own: Mapping[str, TaskSettings]) -> list[KnownTask]:
 def _known(name: str, settings: TaskSettings) -> KnownTask:
     is_glue = settings == task_settings(name)
     kind: str | None = TASKS[name].problem_type if is_glue else settings.problem_type
+    generates = settings.kind in ("text-generation", "text2text-generation")
     labels = in_a_line(settings.label_names, 6)
     unnamed = "a number" if kind == "regression" else "from the data"
     return KnownTask(
         name=name,
-        kind=(kind or "from the data").replace("_", " "),
-        labels="none" if settings.columns.label is None else labels or unnamed,
-        metrics=", ".join(settings.metrics or DEFAULT_METRICS[kind]) or "by kind",
+        kind=(kind or (settings.kind if generates else "from the data")).replace("_", " "),
+        labels="none" if generates or settings.columns.label is None else labels or unnamed,
+        metrics=", ".join(settings.metrics or default_metrics(settings.kind, kind)) or "by kind",
         source=settings.dataset.path if settings.dataset else "section data",
     )
 
@@ -113,7 +114,7 @@ def _example(task: Task, table: Any) -> dict[str, Any]:
     """The texts of a table's first row, and its label by name."""
     row: dict[str, Any] = table.slice(0, 1).to_pylist()[0]
     example = {name: row[name] for name in task.text_columns}
-    if not task.has_labels:
+    if not task.columns.label:
         return example
     label = row["label"]
     if task.multi_label:

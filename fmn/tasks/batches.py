@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # as Transformers has it
+DECODER = "decoder_"  # begins the names of a decoder's inputs
 MULTIPLE = 8  # tokens; widths of batches are rounded up to it, so that few shapes occur
 
 
@@ -22,7 +23,8 @@ class Examples:
 
     `inputs` holds N values for each input of the model. Inputs named in `pad` are sequences of
     integers, one for each token, and are padded on the right with that value; others, such as
-    `pixel_values`, have one shape for all examples.
+    `pixel_values`, have one shape for all examples. Those that begin with `decoder_` are the
+    sequence of a decoder, which has a length of its own and the labels of tokens.
     """
 
     inputs: Mapping[str, Sequence[Any]]
@@ -35,12 +37,23 @@ class Examples:
         return len(self.labels)
 
     @property
+    def sequences(self) -> dict[str, np.ndarray]:
+        """Tokens of each example, int64 [N], by what the names of a sequence's inputs begin with.
+
+        That is "", and for a decoder's "decoder_"; examples without tokens have no sequence.
+        """
+        lengths: dict[str, np.ndarray] = {}
+        for name in self.pad.keys() & self.inputs.keys():
+            counts = map(len, self.inputs[name])
+            lengths[_sequence(name)] = np.fromiter(counts, dtype=np.int64, count=len(self))
+        return lengths
+
+    @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64 [N]; 1 for examples without tokens."""
-        for name, values in self.inputs.items():
-            if name in self.pad:
-                return np.fromiter(map(len, values), dtype=np.int64, count=len(self))
-        return np.ones(len(self), dtype=np.int64)
+        """Tokens of each example, a decoder's too, int64 [N]; 1 for examples without tokens."""
+        lengths = list(self.sequences.values()) or [np.ones(len(self), dtype=np.int64)]
+        total: np.ndarray = np.sum(lengths, axis=0)
+        return total
 
     @property
     def has_token_labels(self) -> bool:
@@ -82,7 +95,8 @@ def select(
 def random_order(labels: np.ndarray, seed: int, stratified: bool = False) -> np.ndarray:
     """All rows in the order in which `select` draws them, int64 [N]."""
     order = np.random.default_rng(seed).permutation(len(labels)).astype(np.int64)
-    if stratified and len(labels):
+    is_of_tokens = labels.ndim == 2 and labels.dtype == np.int64  # hardly two are the same
+    if stratified and len(labels) and not is_of_tokens:
         _, group = np.unique(labels[order], axis=0, return_inverse=True)
         sizes, members = np.bincount(group), np.argsort(group, kind="stable")
         # The place of each member among those of its group, from 0 to 1.
@@ -93,28 +107,43 @@ def random_order(labels: np.ndarray, seed: int, stratified: bool = False) -> np.
     return order
 
 
-def pad_batch(examples: Examples, rows: np.ndarray, width: int | None = None) -> Batch:
-    """The examples at `rows`, padded on the right to `width` tokens, or to the longest of them."""
+def pad_batch(examples: Examples, rows: np.ndarray, multiple: int = 1) -> Batch:
+    """The examples at `rows`, padded on the right to the longest of them.
+
+    Widths are rounded up to a `multiple`, but not beyond the longest of all examples. Those of an
+    encoder and its decoder differ, so that the shape of an activation tells whose it is.
+    """
     import torch  # sampling needs none of it
 
-    if width is None:
-        width = int(examples.lengths[rows].max())
+    sequences = examples.sequences
+    widths = {
+        name: min(-(-int(lengths[rows].max()) // multiple) * multiple, int(lengths.max()))
+        for name, lengths in sequences.items()
+    }
+    if len(widths) > 1 and widths[""] == widths[DECODER]:
+        widths[""] += 1
     inputs: dict[str, torch.Tensor] = {}
     for name, values in examples.inputs.items():
         chosen = [values[row] for row in rows]
         if name not in examples.pad:
             inputs[name] = torch.as_tensor(np.stack(chosen))
             continue
-        lengths = np.fromiter(map(len, chosen), dtype=np.int64, count=len(rows))
-        is_token = np.arange(width) < lengths[:, None]  # [B, T]
-        tokens = np.full((len(rows), width), examples.pad[name], dtype=np.int64)
+        sequence = _sequence(name)
+        lengths = sequences[sequence][rows]
+        is_token = np.arange(widths[sequence]) < lengths[:, None]  # [B, T]
+        tokens = np.full(is_token.shape, examples.pad[name], dtype=np.int64)
         tokens[is_token] = np.fromiter(chain.from_iterable(chosen), np.int64, int(lengths.sum()))
         inputs[name] = torch.from_numpy(tokens)
-        inputs["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))
+        inputs[f"{sequence}attention_mask"] = torch.from_numpy(is_token.astype(np.int64))
     labels = examples.labels[rows]
     if examples.has_token_labels:
-        labels = labels[:, :width]
+        labels = labels[:, : widths.get(DECODER, widths.get(""))]
     return Batch(np.asarray(rows, dtype=np.int64), inputs, torch.as_tensor(labels))
+
+
+def _sequence(name: str) -> str:
+    """The sequence that an input belongs to (see `Examples.sequences`)."""
+    return DECODER if name.startswith(DECODER) else ""
 
 
 def by_length(examples: Examples, tokens: int | None = None, start: int = 0) -> Iterator[Batch]:
@@ -123,13 +152,21 @@ def by_length(examples: Examples, tokens: int | None = None, start: int = 0) -> 
     A batch holds at most `tokens` tokens, padding included, but at least one example. The `start`
     examples of the first batches of an earlier call are left out.
     """
-    lengths = examples.lengths
-    order = np.argsort(-lengths, kind="stable")
-    longest = int(lengths.max(initial=0))
+    order = np.argsort(-examples.lengths, kind="stable")
+    sequences = list(examples.sequences.values())
     while start < len(order):
-        width = min(-(-int(lengths[order[start]]) // MULTIPLE) * MULTIPLE, longest)
-        count = len(order) if tokens is None else max(1, tokens // max(width, 1))
-        yield pad_batch(examples, order[start : start + count], width)
+        rest = order[start:]
+        count = len(rest)
+        if tokens is not None:
+            widest = [np.maximum.accumulate(lengths[rest]) for lengths in sequences]
+            limits = [int(lengths.max()) for lengths in sequences]
+            width = sum(
+                np.minimum(-(-longest // MULTIPLE) * MULTIPLE, limit)  # of the first 1, 2, ...
+                for longest, limit in zip(widest, limits, strict=True)
+            )
+            sizes = np.arange(1, count + 1) * np.maximum(width, 1)
+            count = max(1, int(np.searchsorted(sizes, tokens, side="right")))
+        yield pad_batch(examples, rest[:count], MULTIPLE)
         start += count
 
 
@@ -146,5 +183,5 @@ def halved(batch: Batch, error: Exception) -> int:
         raise UserError(
             "memory does not suffice for one example; use a larger device or shorter texts"
         ) from error
-    width = next(iter(batch.inputs.values())).shape[1]
-    return len(batch.rows) // 2 * width
+    masks = [mask for name, mask in batch.inputs.items() if name.endswith("attention_mask")]
+    return len(batch.rows) // 2 * (sum(mask.shape[1] for mask in masks) or 1)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmn.tasks.batches import Examples
+from fmn.tasks.batches import IGNORED, Examples
 from fmn.tasks.dataset import label_array
 from fmn.tasks.task import Task
 
@@ -67,4 +67,99 @@ def padding(tokenizer: Any) -> dict[str, int]:
     }
 
 
-_ENCODE: Mapping[str, Callable[..., Examples]] = {"text-classification": _of_texts}
+# ---- generated text ----
+
+
+def _of_continuations(
+    tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, _scored: bool
+) -> Examples:
+    """Prompt, completion and the end of text as one sequence, of which the prompt has no labels.
+
+    Of too many tokens the prompt loses its first ones. A completion that is too long by itself
+    loses its last ones, and its end.
+    """
+    wanted = _wanted(table, rows)
+    prompts, completions = _prompts(task, table, wanted), _completions(task, table, wanted)
+    together = [prompt + text for prompt, text in zip(prompts, completions, strict=True)]
+    wholes = tokenizer(together, return_attention_mask=False)["input_ids"]
+    alone = tokenizer(prompts, return_attention_mask=False)["input_ids"]
+    apart = tokenizer(completions, add_special_tokens=False, return_attention_mask=False)
+    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
+    sequences, answers = [], []
+    for whole, prompt, completion in zip(wholes, alone, apart["input_ids"], strict=True):
+        prompt = _without(prompt, end)
+        if whole[: len(prompt)] == prompt:
+            completion = _without(whole[len(prompt) :], end)
+        # Otherwise a token reaches over the border: the completion is tokenised by itself.
+        if end is not None:
+            completion = [*completion, end]
+        completion = completion[: max(1, task.max_length - min(1, len(prompt)))]
+        room = task.max_length - len(completion)
+        if len(prompt) > room:
+            first = prompt[:1] if prompt[0] == begin and room else []
+            prompt = first + prompt[len(prompt) - room + len(first) :]
+        sequences.append(prompt + completion)
+        answers.append(len(completion) if prompt else len(completion) - 1)
+    labels = np.full((len(wanted), max(map(len, sequences), default=0)), IGNORED)
+    for row, sequence, count in zip(labels, sequences, answers, strict=True):
+        if count:  # what a position answers is the token after it
+            row[len(sequence) - 1 - count : len(sequence) - 1] = sequence[len(sequence) - count :]
+    inputs = {"input_ids": _at(wanted, sequences, table.num_rows)}
+    pad = {"input_ids": padding(tokenizer)["input_ids"]}
+    return Examples(inputs, _labels_at(wanted, labels, table.num_rows), pad)
+
+
+def _of_translations(
+    tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, _scored: bool
+) -> Examples:
+    """The prompt for the encoder, and for the decoder the completion, shifted right by a start.
+
+    A prompt of too many tokens loses its last ones, a completion too, and its end.
+    """
+    start = tokenizer.decoder_start_token_id  # set by `fmn.models.checkpoints.load_processor`
+    wanted = _wanted(table, rows)
+    encoded = tokenizer(_prompts(task, table, wanted), truncation=True, max_length=task.max_length)[
+        "input_ids"
+    ]
+    targets = tokenizer(text_target=_completions(task, table, wanted))["input_ids"]
+    targets = [target[: task.max_length] for target in targets]
+    labels = np.full((len(wanted), max(map(len, targets), default=0)), IGNORED)
+    for row, target in zip(labels, targets, strict=True):
+        row[: len(target)] = target
+    shifted = [[start, *target[:-1]] for target in targets]
+    inputs = {
+        "input_ids": _at(wanted, encoded, table.num_rows),
+        "decoder_input_ids": _at(wanted, shifted, table.num_rows),
+    }
+    pad = dict.fromkeys(inputs, padding(tokenizer)["input_ids"])
+    return Examples(inputs, _labels_at(wanted, labels, table.num_rows), pad)
+
+
+def _prompts(task: Task, table: "pa.Table", rows: list[int]) -> list[str]:
+    name = task.columns.prompt
+    prompts: list[str] = table[name].take(rows).to_pylist() if name else [""] * len(rows)
+    return prompts
+
+
+def _completions(task: Task, table: "pa.Table", rows: list[int]) -> list[str]:
+    completions: list[str] = table[task.input_columns["completion"]].take(rows).to_pylist()
+    return completions
+
+
+def _without(tokens: list[int], end: int | None) -> list[int]:
+    """Tokens without the end of text that some tokenizers add."""
+    return tokens[:-1] if tokens and tokens[-1] == end else tokens
+
+
+def _labels_at(rows: list[int], labels: np.ndarray, count: int) -> np.ndarray:
+    """Labels of tokens at these rows of `count` rows, [count, T]; the others have none."""
+    placed = np.full((count, labels.shape[1]), IGNORED)
+    placed[rows] = labels
+    return placed
+
+
+_ENCODE: Mapping[str, Callable[..., Examples]] = {
+    "text-classification": _of_texts,
+    "text-generation": _of_continuations,
+    "text2text-generation": _of_translations,
+}

@@ -436,6 +436,11 @@ class Task(Record):
         return self.problem_type == "multi_label_classification"
 
     @property
+    def generates(self) -> bool:
+        """Whether its answers are texts that a model generates."""
+        return self.task in _GENERATORS
+
+    @property
     def has_labels(self) -> bool:
         """Whether the task's rows have labels; without, it can be merged, but not scored.
 

@@ -22,7 +22,7 @@ from fmn.fisher.architectures import (
     tempered,
     weights,
 )
-from tests.tiny import CONFIGS, tiny_examples, tiny_model
+from tests.tiny import CONFIGS, GENERATORS, tiny_examples, tiny_model
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -48,7 +48,9 @@ def spread(
 
 
 def test_every_architecture_has_a_tiny_model() -> None:
-    assert {config().model_type for config in CONFIGS.values()} == set(ARCHITECTURES)
+    assert {config().model_type for config in [*CONFIGS.values(), *GENERATORS.values()]} == set(
+        ARCHITECTURES
+    )
 
 
 @pytest.mark.parametrize("mapping", ["structured", "paper"])

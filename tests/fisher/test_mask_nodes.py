@@ -14,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from fmn.errors import UserError
 from fmn.fisher import mask_nodes
 from fmn.fisher.architectures import mask_sites
-from fmn.fisher.loss import ESTIMATORS
+from fmn.fisher.loss import ESTIMATORS, uniform_draws
 from fmn.fisher.mask_nodes import BATCH_SIZE, Estimate, PartialSums, estimate
 from fmn.fisher.runner import hooked
-from fmn.tasks.batches import Examples, select
+from fmn.tasks.batches import IGNORED, Examples, select
 from fmn.tasks.kinds import ProblemType
+from fmn.tasks.task import LossName
 from tests.fisher.problems import (
     MANY_LABELS,
     ONE_LABEL,
@@ -30,7 +31,7 @@ from tests.fisher.problems import (
     losses,
     squares,
 )
-from tests.tiny import CONFIGS, tiny_examples, tiny_model
+from tests.tiny import CONFIGS, GENERATORS, tiny_examples, tiny_generator, tiny_model, tiny_texts
 
 # Others compute normalisations or rotations in float32 whatever their weights are.
 DOUBLE_THROUGHOUT = {
@@ -43,7 +44,7 @@ def run(
     model: PreTrainedModel,
     examples: Examples,
     estimator: str = "expected",
-    problem_type: ProblemType = ONE_LABEL,
+    problem_type: LossName = ONE_LABEL,
     **options: Any,
 ) -> Estimate:
     """An estimate on the CPU, in float64 unless said otherwise."""
@@ -60,8 +61,8 @@ def errors(result: Estimate) -> np.ndarray:
     return np.concatenate(list(result.stderr.values()))
 
 
-def masked(model: PreTrainedModel, examples: Examples, row: int) -> tuple[list[Tensor], Tensor]:
-    """Masks that were put into the model, and the logits [C] of one example."""
+def mask_hooks(model: PreTrainedModel) -> tuple[list[Tensor], list[Any]]:
+    """Masks of ones, and the hooks that put them into a model."""
     sites = mask_sites(model)
     masks = [torch.ones(site.nodes, dtype=torch.float64, requires_grad=True) for site in sites]
     hooks = [
@@ -74,6 +75,12 @@ def masked(model: PreTrainedModel, examples: Examples, row: int) -> tuple[list[T
         )
         for site, mask in zip(sites, masks, strict=True)
     ]
+    return masks, hooks
+
+
+def masked(model: PreTrainedModel, examples: Examples, row: int) -> tuple[list[Tensor], Tensor]:
+    """Masks that were put into the model, and the logits [C] of one example."""
+    masks, hooks = mask_hooks(model)
     with hooked(hooks):
         return masks, logits_of(model, examples, row)
 
@@ -87,6 +94,54 @@ def by_brute_force(
         masks, logits = masked(model, examples, row)
         terms.append(torch.cat(squares(losses(problem_type, logits, label, estimator), masks)))
     return torch.stack(terms).numpy()
+
+
+def completion_losses(
+    model: PreTrainedModel, examples: Examples, row: int, draws: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Masks that were put into the model, and the loss of an example's labelled tokens.
+
+    With `draws` [T], labels are those of the model's distribution with these quantiles.
+    """
+    one = examples.take(np.array([row]))
+    inputs = {name: torch.tensor(values) for name, values in one.inputs.items()}  # no padding
+    total, labels = torch.zeros((), dtype=torch.float64), torch.tensor(one.labels[0])
+    masks, hooks = mask_hooks(model)
+    with hooked(hooks):
+        logits = model(**inputs).logits[0]  # [T, C], of all tokens
+    for place, token in enumerate(labels.tolist()):
+        if token == IGNORED:
+            continue
+        p = logits[place].softmax(0)
+        if draws is not None:
+            token = int((p.detach().cumsum(0) < draws[place]).sum())
+        total = total - p[token].log()
+    return masks, total
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generated_text_agrees_with_masks_put_into_the_model(name: str) -> None:
+    model, examples = tiny_generator(name), tiny_texts(name, 5)
+    draws = torch.from_numpy(uniform_draws(7, np.arange(5), 16))
+    rtol = 1e-7 if name in ("gpt2", "bart", "mbart", "pegasus", "marian") else 1e-3
+    terms: dict[str, list[Tensor]] = {"empirical": [], "sampled": [], "batch": []}
+    for row in range(5):
+        for estimator in ("empirical", "sampled"):
+            own = draws[row] if estimator == "sampled" else None
+            masks, loss_of_row = completion_losses(model, examples, row, own)
+            gradient = torch.cat(torch.autograd.grad(loss_of_row, masks))
+            terms[estimator].append(gradient.square())
+            if estimator == "empirical":
+                terms["batch"].append(gradient / 5)
+    wanted = {
+        "empirical": torch.stack(terms["empirical"]).mean(0),
+        "sampled": torch.stack(terms["sampled"]).mean(0),
+        "batch": torch.stack(terms["batch"]).sum(0).square(),
+    }
+    for estimator, values in wanted.items():
+        result = run(model, examples, estimator, "tokens", seed=7)
+        assert flat(result) == pytest.approx(values.numpy(), rel=rtol, abs=1e-9), estimator
+        assert np.count_nonzero(flat(result))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
