@@ -209,8 +209,8 @@ def test_stages_after_the_merge(work: Path) -> None:
     assert "re-aligned heads" not in page
     options = RealignSettings(device="cpu", dtype="float32")
     realign(out, experts=experts, data=rows, out=work / "as before", settings=options)
-    before, after = (state(folder / "tasks/next") for folder in (out, work / "as before"))
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    same = state(work / "as before" / "tasks/next")
+    assert all(torch.equal(same[name], own) for name, own in state(out / "tasks/next").items())
     refit = CalibrateSettings(texts=32, **CPU)
     if not json.loads((work / "base/config.json").read_text()).get("is_encoder_decoder"):
         calibrate(out, experts=experts, data=rows, out=work / "calibrated", settings=refit)
