@@ -204,8 +204,13 @@ def test_stages_after_the_merge(work: Path) -> None:
         out=work / "report",
     )  # fmt: skip
     assert written.computed
-    with pytest.raises(UserError, match="none of its tasks has a head"):
-        realign(out, experts=experts, data=rows, out=work / "no", settings=RealignSettings())
+    page = (work / "report/report.html").read_text()
+    assert "perplexity (less is better)" in page
+    assert "re-aligned heads" not in page
+    options = RealignSettings(device="cpu", dtype="float32")
+    realign(out, experts=experts, data=rows, out=work / "as before", settings=options)
+    same = state(work / "as before" / "tasks/next")
+    assert all(torch.equal(same[name], own) for name, own in state(out / "tasks/next").items())
     refit = CalibrateSettings(texts=32, **CPU)
     if not json.loads((work / "base/config.json").read_text()).get("is_encoder_decoder"):
         calibrate(out, experts=experts, data=rows, out=work / "calibrated", settings=refit)
@@ -322,4 +327,6 @@ def test_a_cell_of_a_comparison_has_the_scores_of_the_written_merge(work: Path) 
     written = read_metrics(work / "compared.json").tasks
     for task, of_task in cell.tasks.items():
         assert of_task.score == pytest.approx(written[task].score, rel=1e-4)
+        assert of_task.score
+        assert of_task.expert
         assert of_task.relative == pytest.approx(of_task.expert / of_task.score)
