@@ -519,7 +519,7 @@ def _tokens(task: Any, example: Mapping[str, Any], settings: params.Params | Non
     folder = _local_base(settings) if settings else None
     if folder is None:
         return "not shown, as no tokenizer is at hand; --params names settings whose base is here"
-    if not example:
+    if not example or task.columns.image:
         return []
     import pyarrow as pa
 

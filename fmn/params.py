@@ -7,7 +7,7 @@ fields are the options of that stage's command. Here they come together.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -29,6 +29,7 @@ from fmn.store import artifacts
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, run_stage
 from fmn.store.yaml_file import read_yaml
+from fmn.tasks.kinds import KINDS
 from fmn.tasks.task import DEFINITION, TASKS, TaskSettings, task_folder, task_settings
 
 SETTINGS = 2  # version of the stage
@@ -51,6 +52,16 @@ class ExpertsSettings(Settings):
         if twice := [name for name in tasks if tasks.count(name) > 1]:
             raise ValueError(f"task {twice[0]!r} is listed twice")
         return tasks
+
+
+def _realigned(
+    experts: ExpertsSettings | None, tasks: Mapping[str, TaskSettings] | None
+) -> dict[str, RealignSettings]:
+    """The last step, unless it is named: none where no task has a head."""
+    names = experts.tasks if experts else []
+    kinds = [(tasks or {}).get(name, TaskSettings()).kind for name in names]
+    has_head = any(KINDS[kind].has_head for kind in kinds)
+    return {REALIGNED: RealignSettings()} if has_head or not kinds else {}
 
 
 class NotifySettings(Settings):
@@ -99,7 +110,7 @@ class Params(Settings):
         None, description="the second step: calibration of the merged encoder; default: none"
     )
     realign: dict[str, RealignSettings] = Field(
-        {REALIGNED: RealignSettings()},
+        default_factory=lambda fields: _realigned(fields.get("experts"), fields.get("tasks")),
         description="NAME, realigned or realigned-...: the last step, heads that are re-aligned"
         " with the encoder; the first entry is the run's model, the others are columns beside it;"
         " {}: heads stay as they are",

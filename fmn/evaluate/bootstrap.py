@@ -21,6 +21,7 @@ from fmn.evaluate.metrics import (
     score_splits,
     scores,
 )
+from fmn.tasks.kinds import REGRESSION
 from fmn.tasks.task import Task
 
 RESAMPLES = 1000
@@ -168,7 +169,7 @@ def _constant_answers(task: Task, splits: Splits) -> Iterator[Splits]:
     labels = np.concatenate([answers.labels for answers in splits.values()])
     classes, counts = np.unique(labels, return_counts=True)
     constants = classes[np.argsort(-counts, kind="stable")][:2]  # no rarer class scores more
-    if task.regression:
+    if task.problem_type == REGRESSION:
         constants = np.array([labels.mean(dtype=np.float64), np.median(labels)])
     elif task.multi_label:
         rank = np.argsort(np.argsort(-labels.mean(axis=0), kind="stable"))  # by frequency

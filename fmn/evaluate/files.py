@@ -13,6 +13,7 @@ from fmn.evaluate.metrics import Answers, TaskAnswers
 from fmn.models.labels import Labels
 from fmn.store.records import Record
 from fmn.store.stage import check_intact, read_record
+from fmn.tasks.kinds import REGRESSION
 from fmn.tasks.task import Task
 
 
@@ -147,7 +148,7 @@ def _read_side(task: Task, rows: Any, side: str, shape: tuple[int, ...]) -> np.n
     """Predictions or labels: [N], or zeros and ones of `shape`, [N, C]."""
     if not task.multi_label:
         values: np.ndarray = rows[side].to_numpy()
-        return values if task.regression else values.astype(np.int64)
+        return values if task.problem_type == REGRESSION else values.astype(np.int64)
     indicators = np.zeros(shape, dtype=np.int64)
     for row, ids in zip(indicators, rows[f"{side}s"].to_pylist(), strict=True):
         row[ids] = 1

@@ -22,8 +22,8 @@ class Answers(NamedTuple):
         predicted: class ids [N]; or 0 and 1 for each of several labels [N, C]; or values [N]. Of
             generated texts, how many tokens are the model's first choice [N].
         labels: the right answers, in the same form; of generated texts, all of their tokens.
-        scores: probabilities [N, C]; of a regression task, the values [N, 1]; of generated texts,
-            the sum of the tokens' cross entropies [N, 1].
+        scores: probabilities [N, C]; of a regression task, the values [N, 1]; of embeddings, the
+            cosines [N, 1]; of generated texts, the sum of the tokens' cross entropies [N, 1].
     """
 
     predicted: np.ndarray
@@ -49,7 +49,8 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
         task: the task.
         logits: outputs in the task's order, [N, C]; C is 1 for regression. Of generated texts
             what `fmn.models.predict.token_scores` gives, [N, 3].
-        labels: class ids or values [N], or zeros and ones [N, C].
+        labels: class ids or values [N], or zeros and ones [N, C]. Of embeddings, the 2N texts and
+            labels of `fmn.tasks.encoding.encode`.
 
     Raises:
         UserError: there are no examples, or an output is not finite.
@@ -60,6 +61,10 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
         raise UserError(f"{task.name}: there are no examples to score; give a split with rows")
     if not np.isfinite(logits).all():
         raise UserError(f"{task.name}: the model's outputs are not finite; give another model")
+    if task.loss == "embedding":  # of all texts, then of all pairs
+        texts, pairs = np.split(logits, 2)
+        cosine = np.einsum("nd,nd->n", texts, pairs)
+        return Answers(cosine, labels[: len(cosine)], cosine[:, None])
     if task.regression:
         return Answers(logits[:, 0], labels, logits)
     if task.generates:
@@ -329,6 +334,8 @@ COMPUTE: Mapping[str, Compute] = {
     "r2": _r2,
     "pearson": _pearson,
     "spearmanr": _spearman,
+    "pearson_cosine": _pearson,
+    "spearmanr_cosine": _spearman,
     "perplexity": _perplexity,
     "exact_match": _accuracy,
 }

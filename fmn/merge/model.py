@@ -77,7 +77,7 @@ def write_model(
         UserError: the experts cannot be merged so.
     """
     plan = _with_scale(plan_merge(experts, settings, base, statistics))
-    first = experts[plan.tasks[0]]
+    first = _first(plan.tasks, experts)
     names = checkpoints.names_in_model(checkpoints.load_config(first), checkpoints.kind_in(first))
     specs = [spec._replace(name=names.get(spec.name, spec.name)) for spec in plan.specs]
     parts = stream.shards(specs, shard_bytes)
@@ -101,6 +101,12 @@ def write_model(
         remember_digest(encoder / name, digest)
     entries = {**_own_entries(plan), "definitions": dict(definitions or {}), **(lineage or {})}
     return _write_recipe(folder, Recipe(**entries))
+
+
+def _first(tasks: Sequence[str], experts: Mapping[str, Path]) -> Path:
+    """The expert whose settings the encoder gets: of an embedding model, as it has no head."""
+    of_embeddings = (t for t in tasks if checkpoints.kind_in(experts[t]) == "sentence-similarity")
+    return experts[next(of_embeddings, tasks[0])]
 
 
 def _own_entries(plan: Plan) -> dict[str, Any]:

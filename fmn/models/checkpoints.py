@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from fmn.tasks.images import ImageReader
+
 CONFIG = "config.json"
 # Files that hold a vocabulary; the others only describe how to use it.
 VOCABULARY_FILES = (
@@ -48,7 +50,7 @@ SMALL_FILES = (
     *TOKENIZER_FILES,
     *("chat_template.jinja", "generation_config.json", "preprocessor_config.json"),
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
-    "1_Pooling/config.json",
+    *("1_Pooling/config.json", "2_Normalize/config.json"),
 )
 # The largest number that a configuration may have, by what its key ends with. Beyond that, even
 # describing the model takes all time and memory.
@@ -163,9 +165,12 @@ def kind_of(config: "PretrainedConfig") -> KindName:
     """
     import transformers
 
-    for name in config.architectures or ():
-        if kind := kind_of_class(name):
-            return kind
+    kinds = [kind for name in config.architectures or () if (kind := kind_of_class(name))]
+    is_embedding = (Path(config.name_or_path) / "modules.json").is_file()  # some say ForMaskedLM
+    if is_embedding and not any(KINDS[kind].has_head for kind in kinds):
+        return "sentence-similarity"
+    if kinds:
+        return kinds[0]
     for kind, facts in KINDS.items():
         if type(config) in getattr(transformers, facts.auto_class)._model_mapping:
             return kind
@@ -422,6 +427,11 @@ def check_experts(
                     f"{name}: {folder} and {next(iter(folders.values()))} were not fine-tuned from"
                     f" one base: {trait} is {value}, not {other}; choose experts of the same base"
                 )
+    embedding = {name: experts[name] for name in experts if tasks[name].loss == "embedding"}
+    if embedding:
+        from fmn.models.embedding import check_agreement
+
+        check_agreement(embedding)
     return check_vocabularies(folders)
 
 
@@ -687,17 +697,42 @@ def load_processor(folder: Path, kind: KindName | None = None) -> Any:
         tokenizer: Any = load_tokenizer(folder, config)
         if kind == "text2text-generation":
             tokenizer.decoder_start_token_id = _decoder_start(folder, config)
+        if kind == "sentence-similarity":
+            from fmn.models.embedding import set_up_tokenizer
+
+            set_up_tokenizer(tokenizer, folder, config)
         return tokenizer
+    return _image_reader(folder, config)
+
+
+def _image_reader(folder: Path, config: "PretrainedConfig") -> "ImageReader":
+    """The image processor of a checkpoint, which must make images of the model's size."""
+    from PIL import Image
     from transformers import AutoImageProcessor
 
+    from fmn.tasks.images import ImageReader
+
+    size, patch = (
+        (value, value) if isinstance(value, int) else tuple(value)
+        for value in (config.image_size, config.patch_size)
+    )
+    tokens = 1 + (size[0] // patch[0]) * (size[1] // patch[1])
     try:
         with quiet():
-            return AutoImageProcessor.from_pretrained(
+            processor = AutoImageProcessor.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
+            reader = ImageReader(processor, tokens)
+            shape = reader(Image.new("RGB", (size[1] + 1, size[0] + 2))).shape
     except Exception as error:  # the libraries below raise what they like on a broken file
         problem = f"its preprocessor_config.json cannot be used: {first_words(error)}"
         raise UserError(f"{folder}: {problem}; copy that of its base model into it") from error
+    if shape != (config.num_channels, *size):
+        problem = f"images of {list(shape)}, but the model reads {[config.num_channels, *size]}"
+        raise UserError(
+            f"{folder}: its preprocessor_config.json makes {problem}; copy that of its base model"
+        )
+    return reader
 
 
 def _decoder_start(folder: Path, config: "PretrainedConfig") -> int:

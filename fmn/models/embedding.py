@@ -1,27 +1,99 @@
-"""Embedding models: an encoder, a pooling, and perhaps a normalisation (Sentence Transformers)."""
+"""Embedding models: an encoder, a pooling, and perhaps a normalisation, as Sentence Transformers
+writes them (`modules.json`)."""
 
-import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-POOLING = Path("1_Pooling/config.json")
+from fmn.errors import UserError
+from fmn.models.headers import json_value, read_json
+
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+TEXT_SETTINGS = "sentence_bert_config.json"
+FOLDERS = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+FILES = (MODULES, SETTINGS, TEXT_SETTINGS, "1_Pooling/config.json", "2_Normalize/config.json")
+"""What makes a checkpoint an embedding model."""
+
+
+class Modules(NamedTuple):
+    """What an embedding model does with its encoder's states; experts that are merged must agree.
+
+    Attributes:
+        pooling: the modes; of several, the embeddings stand one after another.
+        normalise: whether the embedding has the length 1.
+        prompt: what every text begins with.
+        prompts: by name, what a user may let texts begin with.
+    """
+
+    pooling: tuple[str, ...] = ("mean",)
+    normalise: bool = False
+    prompt: str = ""
+    prompts: tuple[tuple[str, str], ...] = ()
+
+
+def _mean(states: Tensor, mask: Tensor, power: float = 1.0) -> Tensor:
+    return (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9) ** power
+
+
+def _weighted_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean with weights that rise by one from token to token."""
+    return _mean(states, mask * torch.arange(1, mask.shape[1] + 1).to(mask)[:, None])
+
+
+def _maximum(states: Tensor, mask: Tensor) -> Tensor:
+    return states.masked_fill(mask == 0, float("-inf")).amax(1)
+
+
+def _last_token(states: Tensor, mask: Tensor) -> Tensor:
+    last = mask[..., 0].sum(1).long() - 1  # [B]
+    return states[torch.arange(len(states), device=states.device), last]
+
+
+POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cls": lambda states, _: states[:, 0],
+    "max": _maximum,
+    "mean": _mean,
+    "mean_sqrt_len_tokens": partial(_mean, power=0.5),
+    "weightedmean": _weighted_mean,
+    "lasttoken": _last_token,
+}
+"""From states [B, T, D] and a mask [B, T, 1], padded on the right, to embeddings [B, D]."""
+_OLD_KEYS = {  # of older files, which have a truth value for each mode
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+def pooled(states: Tensor, mask: Tensor, modes: tuple[str, ...]) -> Tensor:
+    """The embedding [B, D times modes] of the states [B, T, D] of the tokens in a mask [B, T]."""
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    return torch.cat([POOLINGS[mode](states, mask[..., None].to(states)) for mode in modes], -1)
 
 
 class SentenceEncoder(nn.Module):
-    """An encoder whose output `logits` is the normalised embedding of each text, [B, D].
+    """An encoder that gives two embeddings of each text, [B, D].
 
-    With this name for it, statistics and merges need not know of embeddings.
+    `logits` has the length 1: with this name for it, statistics and merges need not know of
+    embeddings. `sentence_embedding` is what SentenceTransformer gives.
     """
 
     base_model_prefix = "encoder"
 
-    def __init__(self, encoder: PreTrainedModel, mode: str) -> None:
+    def __init__(self, encoder: PreTrainedModel, modules: Modules, folder: Path) -> None:
         super().__init__()
-        self.encoder, self.mode = encoder, mode
+        self.encoder, self.modules_read, self.folder = encoder, modules, folder
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -39,23 +111,143 @@ class SentenceEncoder(nn.Module):
 
     def forward(self, **inputs: Tensor) -> SimpleNamespace:
         states = self.encoder(**inputs).last_hidden_state  # [B, T, D]
-        embedding = pooled(states, inputs["attention_mask"], self.mode)
-        return SimpleNamespace(logits=nn.functional.normalize(embedding, dim=-1))
+        own = pooled(states, inputs["attention_mask"], self.modules_read.pooling)
+        unit = nn.functional.normalize(own, dim=-1)
+        embedding = unit if self.modules_read.normalise else own
+        return SimpleNamespace(logits=unit, sentence_embedding=embedding)
 
-
-def pooled(states: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """The embedding [B, D] of the states [B, T, D] of the tokens in a mask [B, T]."""
-    if mode == "cls":
-        return states[:, 0]
-    weights = mask[..., None].to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+    def save_pretrained(self, folder: Path, **options: Any) -> None:
+        """Write the model as Transformers does, with the files that make it an embedding model."""
+        self.encoder.save_pretrained(folder, **options)
+        for name in FILES:
+            if (self.folder / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(self.folder / name, folder / name)
 
 
 def sentence_encoder(encoder: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The embedding model in a folder, of which the encoder was loaded."""
-    mode = "mean"
-    if (folder / POOLING).is_file():
-        settings = json.loads((folder / POOLING).read_text())
-        mode = "cls" if settings.get("pooling_mode_cls_token") else mode
+    """The embedding model in a folder, of which the encoder was loaded.
+
+    Raises:
+        UserError: it has a decoder, or as `read_modules` does.
+    """
+    if encoder.config.is_encoder_decoder:
+        raise _refused(folder / "config.json", "the model has a decoder", "give another model")
     # It has what is needed here of a model of Transformers.
-    return cast("PreTrainedModel", SentenceEncoder(encoder, mode).eval())
+    return cast("PreTrainedModel", SentenceEncoder(encoder, read_modules(folder), folder).eval())
+
+
+def notes(folder: Path) -> list[str]:
+    """What the user should know of an embedding model."""
+    if (folder / MODULES).is_file():
+        return []
+    return [f"it has no {MODULES}: its embedding is the plain mean over the tokens"]
+
+
+def read_modules(folder: Path) -> Modules:
+    """What the embedding model in a folder does with its encoder's states.
+
+    Without `modules.json` it is the mean over tokens, as for SentenceTransformer.
+
+    Raises:
+        UserError: it does something that fmn does not, or a file is damaged.
+    """
+    try:
+        return _modules(folder)
+    except (AttributeError, TypeError) as error:  # the files may hold anything
+        problem = f"{MODULES} and its settings are not as SentenceTransformer writes them"
+        raise UserError(f"{folder}: {problem} ({error!s:.80}); save the model again") from error
+
+
+def _modules(folder: Path) -> Modules:
+    settings = _read(folder, SETTINGS)
+    if not (folder / MODULES).is_file():
+        first = str((_read(folder, "config.json").get("architectures") or [""])[0])
+        if first.endswith("ForCausalLM"):  # SentenceTransformer would take the last token's state
+            problem = f"a {first} without {MODULES} has no embedding of its own"
+            raise UserError(f"{folder}: {problem}; save it with SentenceTransformer")
+        return Modules()
+    listed = [(each.get("type"), each.get("path")) for each in json_value(folder / MODULES)]
+    modules = [(str(kind).rpartition(".")[2], path) for kind, path in listed]
+    if modules not in (list(FOLDERS.items())[:2], list(FOLDERS.items())):
+        names = ", ".join(f"{kind} in {path or '.'}" for kind, path in modules)
+        known = "Transformer, Pooling in 1_Pooling and perhaps Normalize in 2_Normalize"
+        raise _refused(folder / MODULES, f"its modules are {names:.200}", f"give one of {known}")
+    if settings.get("truncate_dim") is not None:
+        raise _refused(folder / SETTINGS, "truncate_dim cuts embeddings", "leave it out")
+    normalise, text = _read(folder, "2_Normalize/config.json"), _read(folder, TEXT_SETTINGS)
+    if normalise.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+        raise _refused(folder / FILES[4], "it normalises tokens", "give another model")
+    methods = {each.get("method") for each in text.get("modality_config", {}).values()}
+    is_encoder = text.get("transformer_task", "feature-extraction") == "feature-extraction"
+    if not is_encoder or not methods <= {"forward"}:
+        raise _refused(folder / TEXT_SETTINGS, "it is of no text encoder", "give another model")
+    prompts = {name: str(prompt) for name, prompt in (settings.get("prompts") or {}).items()}
+    default = prompts.get(settings.get("default_prompt_name") or "", "")
+    pooling = _pooling(folder / FILES[3], is_prompted=bool(default))
+    named = tuple(sorted((name, prompt) for name, prompt in prompts.items() if prompt))
+    return Modules(pooling, len(modules) == 3, default, named)
+
+
+def _pooling(path: Path, is_prompted: bool) -> tuple[str, ...]:
+    """The modes in the settings of a pooling."""
+    settings = read_json(path)
+    modes = settings.get("pooling_mode")
+    if modes is None:
+        modes = [mode for key, mode in _OLD_KEYS.items() if settings.get(key)] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else modes
+    if unknown := [mode for mode in modes if mode not in POOLINGS]:
+        raise _refused(path, f"unknown pooling {unknown[0]!r:.40}", "give another model")
+    if is_prompted and not settings.get("include_prompt", True):
+        raise _refused(path, "the default prompt is left out of the pooling", "give another model")
+    return tuple(modes)
+
+
+def set_up_tokenizer(tokenizer: Any, folder: Path, config: Any) -> None:
+    """Let a tokenizer cut texts, and begin them, as SentenceTransformer does.
+
+    Its `model_max_length` is the most tokens of a text, its `prompt` what texts begin with.
+
+    Raises:
+        UserError: texts are to be in small letters, and the tokenizer does not see to that.
+    """
+    settings = _read(folder, TEXT_SETTINGS) if (folder / MODULES).is_file() else {}
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or -1]
+    longest = settings.get("max_seq_length") or min(each for each in limits if each > 0)
+    tokenizer.model_max_length = int(longest)
+    tokenizer.prompt = read_modules(folder).prompt
+    if settings.get("do_lower_case") and tokenizer.tokenize("A") != tokenizer.tokenize("a"):
+        raise _refused(
+            folder / TEXT_SETTINGS, "do_lower_case", "set it in tokenizer_config.json instead"
+        )
+
+
+def check_agreement(folders: Mapping[str, Path]) -> None:
+    """Refuse embedding models, by task, of which one encoder cannot serve all.
+
+    Raises:
+        UserError: their pooling, normalisation or prompts differ.
+    """
+    modules = {task: read_modules(folder) for task, folder in folders.items()}
+    first = next(iter(modules), "")
+    for task, own in modules.items():
+        for name, value, other in zip(Modules._fields, own, modules[first], strict=True):
+            if value != other:
+                raise UserError(
+                    f"{task}: {folders[task]} and {folders[first]} cannot be merged: {name} is"
+                    f" {_words(value)}, not {_words(other)}; choose models that agree, or tune one"
+                    " again"
+                )
+
+
+def _words(value: Any) -> str:
+    return " and ".join(map(str, value)) or "none" if isinstance(value, tuple) else repr(value)
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    """The content of a file of settings; empty where there is none."""
+    return read_json(folder / name) if (folder / name).is_file() else {}
+
+
+def _refused(path: Path, problem: str, remedy: str) -> UserError:
+    return UserError(f"{path}: {problem}, which fmn does not know of embedding models; {remedy}")

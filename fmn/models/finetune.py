@@ -39,6 +39,15 @@ POOL = 16  # batches whose examples are sorted by length together
 HEAD_RATE = 30.0
 
 
+def _cosine_loss(embeddings: Tensor, scores: Tensor) -> Tensor:
+    """Squared error of the cosine of two texts: embeddings of B texts, then of their B pairs.
+
+    CosineSimilarityLoss of Sentence Transformers (arXiv 1908.10084, section 3).
+    """
+    texts, pairs = embeddings.chunk(2)
+    return functional.mse_loss((texts * pairs).sum(-1), scores[: len(texts)])
+
+
 def _of_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean cross entropy of a batch's labelled tokens; labels [B, T].
 
@@ -53,6 +62,7 @@ _LOSSES: Mapping[LossName, Callable[[Tensor, Tensor], Tensor]] = {
     "single_label_classification": functional.cross_entropy,
     "multi_label_classification": functional.binary_cross_entropy_with_logits,
     "regression": lambda logits, values: functional.mse_loss(logits.squeeze(-1), values),
+    "embedding": _cosine_loss,
     "tokens": _of_tokens,
 }
 
@@ -100,7 +110,8 @@ def finetune(
 
     AdamW, with a learning rate that rises linearly over the first tenth of the steps to its peak
     and falls linearly to zero, `HEAD_RATE` times as high for the head. The loss is Transformers';
-    for regression on values of mean 0 and variance 1, so that one rate suits every scale. The same
+    for regression on values of mean 0 and variance 1, so that one rate suits every scale; for pairs
+    of texts on scores from 0 to 1 (see `_unit_scores`). The same
     arguments, threads and hardware repeat it exactly. `epochs` may be a fraction; `progress` gets
     (steps done, all steps).
 
@@ -113,10 +124,14 @@ def finetune(
     compute_dtype = resolve_dtype(dtype, target)
     torch.manual_seed(seed)
     lengths, shift, scale = examples.lengths, 0.0, 1.0
-    if problem_type == "regression":
+    is_pairs, is_regression = problem_type == "embedding", problem_type == "regression"
+    if is_pairs:
+        lengths = lengths.reshape(2, -1).max(0)  # [2 N] -> [N]
+        examples = replace(examples, labels=_unit_scores(examples.labels))
+    if is_regression:
         head = model.get_submodule(last_linear(model))
         examples, shift, scale = _standardized(examples, head)
-    steps = max(1, round(epochs * math.ceil(len(examples) / batch_size)))
+    steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
     losses: list[float] = []
     batches: list[np.ndarray] = []
     with placed(model, target, compute_dtype):
@@ -126,6 +141,7 @@ def finetune(
             rows = (batches := batches or _batches(lengths, batch_size, random)).pop()
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate * _schedule(step, steps)
+            rows = np.concatenate([rows, rows + len(lengths)]) if is_pairs else rows
             batch = pad_batch(examples, rows)
             with autocast(target, compute_dtype), answered_only(model, batch.labels):
                 inputs = {name: value.to(target) for name, value in batch.inputs.items()}
@@ -140,7 +156,7 @@ def finetune(
                 remedy = f"take a learning_rate below {learning_rate}"
                 raise UserError(f"fine-tuning: the loss diverged in step {step + 1}; {remedy}")
             progress(step + 1, steps)
-        if problem_type == "regression":
+        if is_regression:
             _rescale(head, shift, scale)
         model.eval()
     return losses
@@ -150,6 +166,19 @@ def _schedule(step: int, steps: int) -> float:
     """The share of the peak learning rate that a step has."""
     warmup = max(1, round(WARMUP * steps))
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
+
+
+def _unit_scores(scores: np.ndarray) -> np.ndarray:
+    """Scores as cosines: as they are between -1 and 1; else from 0, or the least below, to 1.
+
+    >>> _unit_scores(np.array([0.0, 2.5, 5.0], np.float32)).tolist()
+    [0.0, 0.5, 1.0]
+    """
+    if np.abs(scores).max() <= 1:
+        return scores
+    least = min(0.0, float(scores.min()))
+    scaled: np.ndarray = (scores - least) / (scores.max() - least)
+    return scaled.astype(np.float32)
 
 
 def _standardized(examples: Examples, head: nn.Module) -> tuple[Examples, float, float]:

@@ -97,14 +97,19 @@ def weight_map(index: Path) -> dict[str, str]:
     return shard_of
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that comes from elsewhere; `UserError` if the file holds something else."""
+def json_value(path: Path) -> Any:
+    """The JSON in a file that comes from elsewhere; `UserError` if it holds something else."""
     try:
-        content = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read; get the file again") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error!s:.80}); get the file again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that comes from elsewhere; `UserError` if the file holds something else."""
+    content = json_value(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; get the file again")
     return content

@@ -110,9 +110,18 @@ def names_by_output(task: Task, labels: Labels) -> list[str]:
 
 
 def as_they_stand(task: Task) -> Labels:
-    """The task's own order, for want of names and data; without a head there is none."""
-    outputs = task.num_outputs if task.kind.has_head else 0
-    return Labels(order=list(range(outputs)), origin="identity")
+    """The task's own order, for want of names and data."""
+    return Labels(order=list(range(task.num_outputs)), origin="identity")
+
+
+def _without_head(task: Task, folder: Path) -> Labels:
+    """That an expert without a head has no outputs to put into an order."""
+    notes: list[str] = []
+    if task.loss == "embedding":
+        from fmn.models import embedding
+
+        notes = [f"{task.name}: {note}" for note in embedding.notes(folder)]
+    return Labels(order=[], origin="identity", notes=notes)
 
 
 def _plain(name: str) -> str:
@@ -225,7 +234,7 @@ def load_expert(checkpoint: Path, task: Task, data: Path | None, device: str = "
     task, processor = complete(task, config), checkpoints.load_processor(checkpoint, task.task)
     if not task.kind.has_head:
         model = checkpoints.load_model(checkpoint, task.task)
-        return Expert(model, processor, task, as_they_stand(task))
+        return Expert(model, processor, task, _without_head(task, checkpoint))
     labels = decide(checkpoint, task, data, device=device)
     model = checkpoints.load_model(checkpoint, task.task)
     checkpoints.align_model(model, task, labels.order)
@@ -246,7 +255,7 @@ def align(folder: Path, task: Task, data: Path | None, names: Sequence[str] = ()
     task = complete(task, config, names)
     if not task.kind.has_head:
         write_task(folder, task)
-        return as_they_stand(task)
+        return _without_head(task, folder)
     labels = decide(folder, task, data, names=names)
     checkpoints.align_folder(folder, task, labels.order)
     write_task(folder, task)

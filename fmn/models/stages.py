@@ -84,12 +84,14 @@ def finetune(
         table = dataset.read_split(data, definition, "train")
         limit = None if settings.examples == "all" else settings.examples
         rows = batches.select(np.zeros(table.num_rows), limit, settings.seed)
-        examples = encode(processor, definition, table.take(rows))
+        is_pairs = definition.loss == "embedding"
+        examples = encode(processor, definition, table.take(rows), scored=is_pairs)
         model = finetune.new_expert(base, definition, settings.seed)
         options = settings.model_dump(exclude={"examples"}) | {"progress": progress}
         losses = finetune.finetune(model, examples, problem_type=definition.loss, **options)
         with checkpoints.quiet():
-            model.cpu().save_pretrained(job.path)
+            # Under today's names, also where files of old have others (ViT).
+            model.cpu().save_pretrained(job.path, save_original_format=False)
             processor.save_pretrained(job.path)
         write_task(job.path, definition)
         facts: dict[str, Any] = {"examples": len(rows), "seed": settings.seed}

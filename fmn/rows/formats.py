@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmn.errors import UserError, hint
+from fmn.rows import images
 from fmn.rows.sources import File, class_names, reachable
 
 DAMAGED = (
@@ -188,4 +189,11 @@ def _saved(folder: File) -> Columns:
     return zip(table.column_names, table.columns, strict=True), class_names(rows.features)
 
 
+def _images(folder: File) -> Columns:
+    with reachable(folder.name):
+        columns = images.read_folder(folder.system, folder.path, folder.name)
+    return columns.items(), {}
+
+
 READERS = {"csv": _csv, "tsv": _csv, "json": _json, "parquet": _parquet, "saved": _saved}
+READERS |= {"images": _images}

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from fmn.errors import UserError
+from fmn.rows import images
 from fmn.rows.formats import Table, read_files
 from fmn.rows.label_values import (
     Labels,
@@ -56,6 +57,8 @@ def prepare(
     Raises:
         UserError: a file, a column, a text or a label is not as it should be; says where.
     """
+    if len(problem_types := KINDS[definition.kind].problem_types) == 1:  # whatever labels look like
+        definition = definition.model_copy(update={"problem_type": problem_types[0]})
     dataset = definition.dataset or DatasetSettings(path=place)
     train, used = used_splits(dataset, files, place)
     validation = [split for split in used if split != train]
@@ -78,7 +81,7 @@ def prepare(
     task = _task(name, definition, columns, labels, validation)
     tables = {}
     for split, table in splits.items():
-        content = _texts(task, columns, table)
+        content = _inputs(task, columns, table)
         if labels:
             content["label"] = encode(values[split], labels, table.place, f"column {label}")
         content["idx"] = range(table.num_rows)
@@ -147,13 +150,13 @@ def _task(
         labels=labels.names if labels else tuple(definition.label_names),
         metrics=tuple(definition.metrics) or defaults,
         validation=tuple(validation),
-        max_length=definition.max_length,
         threshold=definition.threshold,
+        **definition.model_dump(include={"max_length"}, exclude_unset=True),
     )
 
 
-def _texts(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, Any]:
-    """The texts by the task's columns. UserError names the first that is none, and counts them.
+def _inputs(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, Any]:
+    """The texts or images by the task's columns. UserError names the first that is none.
 
     Args:
         columns: the names of the columns in the data, by key.
@@ -162,7 +165,10 @@ def _texts(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, An
     for key, name in task.input_columns.items():
         source = columns[key]
         values = content[name] = table.values(source, task.name)
-        if wrong := [row for row, value in enumerate(values) if not _is_text(value)]:
+        if key == "image":
+            place, files = f"{table.place}: column {source}", table.columns.get("file", ())
+            content[name] = images.checked(values, place, files)
+        elif wrong := [row for row, value in enumerate(values) if not _is_text(value)]:
             raise UserError(
                 f"{table.place}: column {source} is {values[wrong[0]]!r:.40} in row {wrong[0]}, not"
                 f" a text ({len(wrong)} of {len(values)} rows are so); give a text, or drop the row"
@@ -215,7 +221,8 @@ def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
     trained = set(texts.get("train", ()))
     for split, rows in tables.items():
         needed = [row[-1:] if task.generates else row for row in texts[split]]  # not a prompt
-        if blank := sum(not all(map(str.strip, row)) for row in needed):
+        is_text = task.columns.image is None
+        if is_text and (blank := sum(not all(map(str.strip, row)) for row in needed)):
             lines.append(f"{split}: {blank} of {len(rows)} rows have an empty text")
         if len(rows) == 1:
             lines.append(f"{split}: there is one row alone")

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError, hint
+from fmn.rows import images
 from fmn.store import artifacts
 from fmn.tasks.task import DatasetSettings, TaskSettings, in_a_line
 
@@ -28,6 +29,7 @@ FORMATS: Mapping[str, str] = {
     ".parquet": "parquet",
 }
 OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # beside rows, and no rows themselves
+IMAGE_FOLDER = "imagefolder"  # what `datasets.load_dataset` calls a folder of images, `data_dir`
 VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that there is
 _HUB_NAME = re.compile(r"(?:hf://)?(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)")
 _ROWS = re.compile(rf"(.*?)(-\d+(-of-\d+)?)?({'|'.join(map(re.escape, FORMATS))})(\.gz)?", re.I)
@@ -39,7 +41,8 @@ class File(NamedTuple):
     name: str
     path: str
     system: "AbstractFileSystem"
-    format: str  # csv, tsv, json, parquet; or saved, a folder of `save_to_disk`
+    # csv, tsv, json, parquet; or, of a folder, saved (`save_to_disk`) or images.
+    format: str
     classes: Mapping[str, Sequence[str]] = MappingProxyType({})  # names by column, of a data card
 
     @property
@@ -103,6 +106,8 @@ def hub_name(dataset: DatasetSettings) -> str | None:
     match = _HUB_NAME.fullmatch(path)
     if path.startswith("hf://"):
         return match[1] if match else None
+    if path == IMAGE_FOLDER and dataset.data_dir:
+        return None
     is_here = Path(path).exists() or (Path(path).parent != Path() and Path(path).parent.exists())
     return None if is_here or not match or _ROWS.fullmatch(path) else match[1]
 
@@ -117,7 +122,9 @@ def find_files(dataset: DatasetSettings) -> Splits:
         UserError: there is no such file; says what there is.
     """
     root, patterns = dataset.path, dataset.data_files
-    if dataset.data_dir:
+    if dataset.data_dir and root == IMAGE_FOLDER:
+        root = dataset.data_dir
+    elif dataset.data_dir:
         root = f"{root.rstrip('/')}/{dataset.data_dir}"
     with reachable(root):
         if patterns is None:
@@ -152,9 +159,14 @@ def _splits_of(root: str) -> Splits:
             file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
             splits.setdefault(match[1], []).append(file)
     if not splits:
+        folders = images.split_folders(system, path, ("train", "training", *VALIDATION))
+        for split, folder in folders.items():
+            file = File(f"{root.rstrip('/')}{folder.removeprefix(path)}", folder, system, "images")
+            splits[split] = [file._replace(name=str(file.local)) if file.local else file]
+    if not splits:
         raise UserError(
             f"{root}: no data file in this folder{_what_there_is(system, path + '/x')}; rows are"
-            f" read from {', '.join(FORMATS)}; say data_dir or data_files"
+            f" read from {', '.join(FORMATS)}, and images from CLASS/NAME.png; say data_dir or data_files"
         )
     for split, files in splits.items():
         if len({file.format for file in files}) > 1:

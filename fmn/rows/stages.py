@@ -19,6 +19,7 @@ from fmn.tasks import dataset
 from fmn.tasks.dataset import DataInfo
 from fmn.tasks.kinds import KindName
 from fmn.tasks.task import (
+    TASKS,
     ColumnSettings,
     DatasetSettings,
     ScoringSettings,
@@ -79,6 +80,7 @@ class TaskOptions(ScoringSettings):
     )
     text: str | None = Field(None, description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
+    image: str | None = Field(None, description="the column of the image")
     prompt: str | None = Field(None, description="the column of what a text goes on from")
     completion: str | None = Field(None, description="the column of the text to generate")
     label: str | None = Field(None, description="the column of the label")
@@ -90,7 +92,7 @@ class TaskOptions(ScoringSettings):
     )
 
 
-COLUMNS = ("text", "text_pair", "prompt", "completion", "label")  # options that name one
+COLUMNS = ("text", "text_pair", "image", "prompt", "completion", "label")  # options that name one
 
 
 def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> TaskSettings | None:
@@ -217,8 +219,11 @@ def find_source(task: str, settings: DataSettings, definition: TaskSettings | No
         return _own_source(task, definition, definition.dataset)
     folder, revision = _source_folder(task, settings, is_defined=definition is not None)
     here = task_folder(folder, task)
-    is_checked = read_task(here) is not None or task_settings(task) is not None
-    if definition and (definition.columns != ColumnSettings() or not is_checked):
+    checked = read_task(here) or TASKS.get(task)
+    is_described = definition and (
+        definition.columns != ColumnSettings() or not checked or definition.kind != checked.task
+    )
+    if definition and is_described:
         rows = DatasetSettings(path=str(here))
         return _own_source(task, definition.model_copy(update={"dataset": rows}), rows)
     full = load_task(folder, task)

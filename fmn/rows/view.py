@@ -10,6 +10,8 @@ from fmn.errors import UserError
 from fmn.rows.stages import MINIATURE, DataSettings, find_source
 from fmn.store.records import Record
 from fmn.tasks import dataset
+from fmn.tasks.images import decoded
+from fmn.tasks.kinds import REGRESSION
 from fmn.tasks.task import (
     TASKS,
     Task,
@@ -111,12 +113,15 @@ def describe(
 
 
 def _example(task: Task, table: Any) -> dict[str, Any]:
-    """The texts of a table's first row, and its label by name."""
+    """The texts of a table's first row, or the size of its image, and its label by name."""
     row: dict[str, Any] = table.slice(0, 1).to_pylist()[0]
     example = {name: row[name] for name in task.text_columns}
+    if name := task.columns.image:
+        image = decoded(row[name])
+        example[name] = f"an image of {image.width} x {image.height} pixels"
     if not task.columns.label:
         return example
     label = row["label"]
     if task.multi_label:
         return {**example, "label": [task.labels[each] for each in label]}
-    return {**example, "label": label if task.regression else task.labels[label]}
+    return {**example, "label": label if task.problem_type == REGRESSION else task.labels[label]}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmn.errors import UserError, system_error
+from fmn.tasks.images import Pixels
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ class Examples:
     # position is to answer, int64 [N, T], IGNORED where it is to answer none.
     labels: np.ndarray
     pad: Mapping[str, int]
+    width: int = 1  # tokens of an example that is no sequence, such as an image
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,8 +52,8 @@ class Examples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, a decoder's too, int64 [N]; 1 for examples without tokens."""
-        lengths = list(self.sequences.values()) or [np.ones(len(self), dtype=np.int64)]
+        """Tokens of each example, a decoder's too, int64 [N]."""
+        lengths = list(self.sequences.values()) or [np.full(len(self), self.width)]
         total: np.ndarray = np.sum(lengths, axis=0)
         return total
 
@@ -62,8 +64,11 @@ class Examples:
 
     def take(self, rows: np.ndarray) -> "Examples":
         """The examples at `rows`, in that order."""
-        inputs = {name: [values[row] for row in rows] for name, values in self.inputs.items()}
-        return Examples(inputs, self.labels[rows], self.pad)
+        inputs = {
+            name: values.take(rows) if isinstance(values, Pixels) else [values[row] for row in rows]
+            for name, values in self.inputs.items()
+        }
+        return Examples(inputs, self.labels[rows], self.pad, self.width)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Batch:
     rows: np.ndarray  # int64 [B], their positions in the examples that they came from
     inputs: "dict[str, torch.Tensor]"  # [B, T] int64, with `attention_mask`; or [B, ...]
     labels: "torch.Tensor"  # [B], [B, C], or of tokens [B, T]
+    tokens: int = 1  # of each example, with padding
 
 
 def select(
@@ -138,7 +144,8 @@ def pad_batch(examples: Examples, rows: np.ndarray, multiple: int = 1) -> Batch:
     labels = examples.labels[rows]
     if examples.has_token_labels:
         labels = labels[:, : widths.get(DECODER, widths.get(""))]
-    return Batch(np.asarray(rows, dtype=np.int64), inputs, torch.as_tensor(labels))
+    tokens = sum(widths.values()) or examples.width
+    return Batch(np.asarray(rows, dtype=np.int64), inputs, torch.as_tensor(labels), tokens)
 
 
 def _sequence(name: str) -> str:
@@ -160,10 +167,11 @@ def by_length(examples: Examples, tokens: int | None = None, start: int = 0) -> 
         if tokens is not None:
             widest = [np.maximum.accumulate(lengths[rest]) for lengths in sequences]
             limits = [int(lengths.max()) for lengths in sequences]
-            width = sum(
+            widths = [
                 np.minimum(-(-longest // MULTIPLE) * MULTIPLE, limit)  # of the first 1, 2, ...
                 for longest, limit in zip(widest, limits, strict=True)
-            )
+            ]
+            width = np.sum(widths, axis=0) if widths else examples.width
             sizes = np.arange(1, count + 1) * np.maximum(width, 1)
             count = max(1, int(np.searchsorted(sizes, tokens, side="right")))
         yield pad_batch(examples, rest[:count], MULTIPLE)
@@ -183,5 +191,4 @@ def halved(batch: Batch, error: Exception) -> int:
         raise UserError(
             "memory does not suffice for one example; use a larger device or shorter texts"
         ) from error
-    masks = [mask for name, mask in batch.inputs.items() if name.endswith("attention_mask")]
-    return len(batch.rows) // 2 * (sum(mask.shape[1] for mask in masks) or 1)
+    return len(batch.rows) // 2 * batch.tokens

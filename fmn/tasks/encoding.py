@@ -7,6 +7,7 @@ import numpy as np
 
 from fmn.tasks.batches import IGNORED, Examples
 from fmn.tasks.dataset import label_array
+from fmn.tasks.images import ImageReader, Pixels
 from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -47,6 +48,46 @@ def _of_texts(
     inputs = {name: _at(wanted, values, table.num_rows) for name, values in encoded.items()}
     pad = padding(tokenizer)
     return Examples(inputs, label_array(task, table), {name: pad[name] for name in inputs})
+
+
+def _of_sentences(
+    tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, scored: bool
+) -> Examples:
+    """One text of each row: the second text of every second row; or all texts, then all pairs.
+
+    `tokenizer` is that of `load_processor`, which knows where the model cuts texts.
+    """
+    wanted, count = _wanted(table, rows), table.num_rows
+    columns = [table[name].take(wanted).to_pylist() for name in task.text_columns]
+    texts = list(columns[0])
+    for place, row in enumerate(wanted):
+        texts[place] = columns[row % len(columns)][place]
+    labels = label_array(task, table)
+    if scored:
+        texts = [text for column in columns for text in column]
+        wanted = [row + count * number for number in range(len(columns)) for row in wanted]
+        labels = np.tile(labels, len(columns))
+    encoded: Mapping[str, list[list[int]]] = tokenizer(
+        [tokenizer.prompt + text for text in texts],
+        truncation=True,
+        max_length=min(task.max_length, tokenizer.model_max_length),
+        padding=False,
+        return_attention_mask=False,
+    )
+    inputs = {name: _at(wanted, values, len(labels)) for name, values in encoded.items()}
+    pad = padding(tokenizer)
+    return Examples(inputs, labels, {name: pad[name] for name in inputs})
+
+
+def _of_images(
+    reader: ImageReader, task: Task, table: "pa.Table", rows: np.ndarray | None, _scored: bool
+) -> Examples:
+    """The pixels of images, which are decoded when they are read."""
+    wanted = _wanted(table, rows)
+    contents = table[task.input_columns["image"]].take(wanted).to_pylist()
+    everything = _at(wanted, contents, table.num_rows)
+    pixels = Pixels(reader, everything, range(table.num_rows), task.name)
+    return Examples({"pixel_values": pixels}, label_array(task, table), {}, reader.tokens)
 
 
 def _wanted(table: "pa.Table", rows: np.ndarray | None) -> list[int]:
@@ -160,6 +201,8 @@ def _labels_at(rows: list[int], labels: np.ndarray, count: int) -> np.ndarray:
 
 _ENCODE: Mapping[str, Callable[..., Examples]] = {
     "text-classification": _of_texts,
+    "image-classification": _of_images,
+    "sentence-similarity": _of_sentences,
     "text-generation": _of_continuations,
     "text2text-generation": _of_translations,
 }

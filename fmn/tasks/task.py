@@ -24,6 +24,7 @@ from fmn.store.yaml_file import read_yaml
 from fmn.tasks.kinds import KINDS, MULTI, REGRESSION, SINGLE, Kind, KindName, ProblemType
 
 MAX_LENGTH = 128  # tokens of an example, unless its task says otherwise
+UNLIMITED = 2**20  # of embedding models, which say themselves where they cut texts
 DEFINITION = "task.json"
 # What `fmn.fisher.loss` differentiates: of a task's one answer, of an answer per token, or of a
 # text's embedding.
@@ -359,7 +360,8 @@ class Task(Record):
         labels: the name of each class id, in order; none for regression, or if the expert tells.
         metrics: the score of the task is their mean (GLUE's rule).
         validation: the splits on which the task is scored.
-        max_length: tokens of an example, special tokens included; longer texts are cut.
+        max_length: tokens of an example, special tokens included; longer texts are cut. Embedding
+            models cut them where they say, or before.
         threshold: probability from which on a label is predicted, in multi-label classification.
     """
 
@@ -380,7 +382,11 @@ class Task(Record):
         )
     )
     validation: tuple[Annotated[str, Field(pattern=r"^[\w. -]+$")], ...] = ("validation",)
-    max_length: Annotated[int, Field(ge=1)] = MAX_LENGTH
+    max_length: Annotated[int, Field(ge=1)] = Field(
+        default_factory=lambda fields: (
+            UNLIMITED if fields["task"] == "sentence-similarity" else MAX_LENGTH
+        )
+    )
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     @model_validator(mode="after")
@@ -397,6 +403,11 @@ class Task(Record):
         least = 0 if has_number or not self.columns.label else 1 if self.multi_label else 2
         if len(self.labels) < least:
             raise ValueError("a classification task needs two or more labels")
+        if self.task == "sentence-similarity" and self.columns.label and not self.columns.text_pair:
+            raise ValueError(
+                "the labels of sentence-similarity are of pairs; say columns.text_pair, or"
+                " columns.label: null"
+            )
         if self.columns.label and not self.problem_type:
             raise ValueError("a task with labels needs a problem type")
         if bool(self.metrics) != self.has_labels:

@@ -1,12 +1,13 @@
 """The estimators against brute force, and what they promise about batches, breaks and the model."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +18,7 @@ from fmn.fisher.architectures import mask_sites
 from fmn.fisher.loss import ESTIMATORS, uniform_draws
 from fmn.fisher.mask_nodes import BATCH_SIZE, Estimate, PartialSums, estimate
 from fmn.fisher.runner import hooked
+from fmn.models.embedding import Modules, SentenceEncoder
 from fmn.tasks.batches import IGNORED, Examples, select
 from fmn.tasks.kinds import ProblemType
 from fmn.tasks.task import LossName
@@ -142,6 +144,33 @@ def test_generated_text_agrees_with_masks_put_into_the_model(name: str) -> None:
         result = run(model, examples, estimator, "tokens", seed=7)
         assert flat(result) == pytest.approx(values.numpy(), rel=rtol, abs=1e-9), estimator
         assert np.count_nonzero(flat(result))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("bert", "mean"), ("mpnet", "cls"), ("gpt2", "lasttoken"), ("albert", "max")]
+)
+def test_embeddings_agree_with_masks_put_into_the_model(name: str, mode: str) -> None:
+    encoder, examples = tiny_model(name).base_model, tiny_examples(name, 6)
+    model = cast("PreTrainedModel", SentenceEncoder(encoder, Modules((mode,), True), Path()))
+    probes = norm.ppf(uniform_draws(7, np.arange(6), 24))  # [N, D]
+    terms = []
+    for row, tokens in enumerate(examples.inputs["input_ids"]):
+        masks, hooks = mask_hooks(model)
+        with hooked(hooks):
+            states = encoder(torch.tensor([tokens])).last_hidden_state[0]  # [T, D], no padding
+        pooled = {
+            "mean": states.mean(0),
+            "cls": states[0],
+            "lasttoken": states[-1],
+            "max": states.max(0).values,
+        }
+        embedding = pooled[mode] / pooled[mode].square().sum().sqrt()
+        gradients = torch.autograd.grad(torch.from_numpy(probes[row]) @ embedding, masks)
+        terms.append(torch.cat(gradients).square().numpy())
+    result = run(model, examples, "sampled", "embedding", seed=7)
+    np.testing.assert_allclose(flat(result), np.mean(terms, 0), rtol=1e-8, atol=1e-13)
+    with pytest.raises(UserError, match="choose from sampled"):
+        run(model, examples, "expected", "embedding")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

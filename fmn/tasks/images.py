@@ -1,0 +1,106 @@
+"""Images: from encoded bytes to a model's inputs."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from fmn.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# Of 8 bits a channel; Pillow would clip the values of others.
+_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
+
+
+def decoded(content: bytes) -> "Image":
+    """The image in a file's bytes, upright and in RGB; of several in one file the first.
+
+    Raises:
+        ValueError: it is none, is damaged, or has more pixels than Pillow takes for safe. The
+            message is the end of a sentence about the image.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                mode = image.mode
+                if mode in _MODES:
+                    return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"is no image of {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+    except Exception as error:  # Pillow raises anything on a broken file
+        raise ValueError(f"is damaged ({' '.join(str(error).split()):.80})") from error
+    raise ValueError(f"has the mode {mode}, not 8 bits a channel")
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """A checkpoint's image processor.
+
+    Attributes:
+        processor: of Transformers.
+        tokens: of an image in the model.
+    """
+
+    processor: Any
+    tokens: int
+
+    def __call__(self, image: "Image") -> np.ndarray:
+        """The pixels that the model reads, float32 [channels, height, width]."""
+        pixels: np.ndarray = self.processor(images=image, return_tensors="np")["pixel_values"][0]
+        return pixels
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the processor's settings into a checkpoint's folder."""
+        self.processor.save_pretrained(folder)
+
+
+class Pixels(Sequence[np.ndarray]):
+    """The pixels of images, which are decoded when they are read: memory holds a batch of them.
+
+    Args:
+        reader: makes pixels of an image.
+        contents: the images as in their files.
+        rows: their numbers in messages.
+        place: what messages call the rows.
+    """
+
+    def __init__(
+        self, reader: ImageReader, contents: Sequence[bytes], rows: Sequence[int], place: str
+    ) -> None:
+        self._reader, self._contents, self._rows, self._place = reader, contents, rows, place
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    @overload
+    def __getitem__(self, item: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, item: slice) -> Sequence[np.ndarray]: ...
+    def __getitem__(self, item: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        if isinstance(item, slice):
+            return self.take(np.arange(len(self))[item])
+        try:
+            return self._reader(decoded(self._contents[item]))
+        except ValueError as error:
+            place = f"{self._place}: the image in row {self._rows[item]}"
+            raise UserError(f"{place} {error}; write the rows again") from error
+
+    def take(self, rows: np.ndarray) -> "Pixels":
+        """The pixels at `rows`, in that order."""
+        contents, numbers = (
+            [values[row] for row in rows] for values in (self._contents, self._rows)
+        )
+        return Pixels(self._reader, contents, numbers, self._place)

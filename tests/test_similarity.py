@@ -1,0 +1,216 @@
+"""Embedding models through all stages, alone and in one encoder with a text classifier."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from fmn.errors import UserError
+from fmn.evaluate.files import read_metrics
+from fmn.evaluate.stages import EvaluateSettings, evaluate
+from fmn.fisher.files import read_fisher
+from fmn.fisher.stages import FisherSettings, GramSettings, fisher, gram
+from fmn.merge.recipe import read_recipe
+from fmn.merge.stages import (
+    CalibrateSettings,
+    MergeSettings,
+    RealignSettings,
+    calibrate,
+    merge,
+    realign,
+)
+from fmn.models.checkpoints import load_model, load_processor
+from fmn.models.predict import predict
+from fmn.models.stages import FinetuneSettings, finetune
+from fmn.report.stages import report
+from fmn.rows.stages import DataSettings, TaskOptions, data, definition_of
+from fmn.sources.stages import fetch
+from fmn.tasks.dataset import read_split
+from fmn.tasks.encoding import encode
+from fmn.tasks.task import load_task
+from tests.sentences import TEXTS, WORDS, embedding_model, encoded, write_json
+
+CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+NEAR = ("alike", "near")  # embedding models
+TASKS = (*NEAR, "mood")
+
+
+def write_data(work: Path) -> None:
+    """Pairs of texts that are alike if they share words, and texts that are dull or not."""
+    rng = np.random.default_rng(0)
+    rows: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
+    for _ in range(120):
+        left, right = rng.choice(WORDS[5:], (2, 4))
+        shared = len({*left} & {*right})
+        pair = {"a": " ".join(left), "b": " ".join(right)}
+        rows["near"].append({**pair, "score": shared})
+        rows["alike"].append({**pair, "score": int(shared > 1)})
+        rows["mood"].append({"text": pair["a"], "label": "bad" if "dull" in left else "good"})
+    for task, own in rows.items():
+        path = work / f"{task}.jsonl"
+        path.write_text("\n".join(map(json.dumps, own)))
+        options = TaskOptions(dataset=str(path), validation_size=30)
+        if task in NEAR:
+            pair = {"text": "a", "text_pair": "b", "label": "score", "kind": "sentence-similarity"}
+            options = TaskOptions(**{**options.model_dump(exclude_unset=True), **pair})
+        data(
+            task, out=work / "data" / task, definition=definition_of(task, options, DataSettings())
+        )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, data, experts and statistics; not to be changed by a test."""
+    work = tmp_path_factory.mktemp("similarity")
+    source = embedding_model(work / "source", {"pooling_mode": "mean"})
+    fetch(str(source), out=work / "base")
+    write_data(work)
+    tuning = FinetuneSettings(epochs=3, learning_rate=3e-3, batch_size=16, **CPU)
+    for task in TASKS:
+        common: dict[str, Any] = {"task": task, "data": work / "data"}
+        expert = work / "experts" / task
+        finetune(work / "base", **common, out=expert, settings=tuning)
+        settings = FisherSettings(samples=32, **CPU)
+        fisher(expert, **common, out=work / f"{task}.parquet", settings=settings)
+        grams = GramSettings(samples=32, **CPU)
+        gram(expert, **common, out=work / f"{task}.safetensors", settings=grams)
+    return work
+
+
+def inputs(work: Path, tasks: tuple[str, ...] = NEAR) -> dict[str, Any]:
+    return {
+        "experts": {task: work / "experts" / task for task in tasks},
+        "fisher": {task: work / f"{task}.parquet" for task in tasks},
+        "gram": {task: work / f"{task}.safetensors" for task in tasks},
+        "base": work / "base",
+    }
+
+
+def test_rows_are_pairs_with_a_number(work: Path) -> None:
+    for task in NEAR:
+        definition = load_task(work / "data", task)
+        assert (definition.problem_type, definition.metrics) == (
+            "regression",
+            ("spearmanr_cosine",),
+        )
+    assert read_fisher(work / "near.parquet")[-1].estimator == "sampled"
+
+
+@pytest.mark.parametrize(
+    "method", ["average", "mask-fisher", "regmean", "fisher-regmean", "ties", "wudi", "tsv-m"]
+)
+def test_every_method_gives_a_model_for_sentence_transformers(work: Path, method: str) -> None:
+    out = work / method
+    merge(**inputs(work), out=out, settings=MergeSettings(method=method))
+    folders = [out / "encoder", *(out / "tasks" / task for task in NEAR)]
+    wanted = encoded(folders[0], TEXTS)
+    for folder in folders:
+        np.testing.assert_array_equal(encoded(folder, TEXTS), wanted)
+    if method == "average":  # put together by hand
+        experts = [
+            load_file(folder / "model.safetensors") for folder in inputs(work)["experts"].values()
+        ]
+        by_hand = {name: (tensor + experts[1][name]) / 2 for name, tensor in experts[0].items()}
+        merged = load_file(out / "encoder/model.safetensors")
+        for name, tensor in by_hand.items():
+            torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def cosines(folder: Path, work: Path, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines of the validation pairs by Sentence Transformers alone, and their labels."""
+    table = read_split(work / "data", load_task(work / "data", task), "validation").to_pydict()
+    left, right = encoded(folder, table["a"]), encoded(folder, table["b"])
+    return (left * right).sum(1), np.array(table["label"])
+
+
+def test_the_score_is_the_rank_correlation_of_cosines(work: Path) -> None:
+    expert, out = work / "experts" / "near", work / "expert.json"
+    evaluate(expert, data=work / "data", out=out, tasks=["near"], settings=EvaluateSettings(**CPU))
+    scores = read_metrics(out).tasks["near"]
+    wanted = spearmanr(*cosines(expert, work, "near")).statistic
+    assert scores.score == pytest.approx(wanted, abs=1e-6)
+    assert wanted > 0.3
+    assert wanted > spearmanr(*cosines(work / "base", work, "near")).statistic
+    assert scores.model_dump()["examples"] == 30
+
+
+def test_a_merge_is_chosen_calibrated_scored_and_reported(work: Path) -> None:
+    rows, experts = work / "data", inputs(work)["experts"]
+    auto = work / "auto"
+    merge(**inputs(work), out=auto, data=rows, settings=MergeSettings(method="auto", **CPU))
+    candidates = read_recipe(auto).auto
+    assert candidates is not None
+    model = load_model(auto / "encoder")
+    for task, expert in experts.items():  # the error is that of embeddings, in their variance
+        table = read_split(rows, load_task(rows, task), "train").slice(0, 90)
+        examples = encode(load_processor(expert), load_task(rows, task), table)
+        own, merged = (predict(each, examples, **CPU) for each in (load_model(expert), model))
+        error = float(np.square(merged - own).mean() / own.var(0).mean())
+        assert candidates.chosen.tasks[task] == pytest.approx(error, rel=1e-3)
+    settings = CalibrateSettings(texts=64, **CPU)
+    calibrate(auto, experts=experts, data=rows, out=work / "calibrated", settings=settings)
+    scores = {}
+    for name in ("auto", "calibrated"):
+        scores[name] = work / f"{name}.json"
+        evaluate(work / name, data=rows, out=scores[name], settings=EvaluateSettings(**CPU))
+    with pytest.raises(UserError, match="none of its tasks has a head"):
+        realign(auto, experts=experts, data=rows, out=work / "no", settings=RealignSettings())
+    of_experts = {}
+    for task, expert in experts.items():
+        of_experts[task] = work / f"{task}.json"
+        evaluate(
+            expert, data=rows, out=of_experts[task], tasks=[task], settings=EvaluateSettings(**CPU)
+        )
+    written = report(
+        merged=scores, models={name: work / name for name in scores}, experts=of_experts,
+        fisher=inputs(work)["fisher"], out=work / "report",
+    )  # fmt: skip
+    assert written.computed
+    wanted = spearmanr(*cosines(work / "calibrated/encoder", work, "near")).statistic
+    assert read_metrics(scores["calibrated"]).tasks["near"].score == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_classifier_and_embedding_models_become_one_encoder(work: Path) -> None:
+    merged, out, rows = work / "mixed", work / "realigned", work / "data"
+    arguments = inputs(work, TASKS)
+    merge(**arguments, out=merged)
+    settings = RealignSettings(texts=64, device="cpu")
+    realign(merged, experts=arguments["experts"], data=rows, out=out, settings=settings)
+    wanted = encoded(out / "encoder", TEXTS)
+    for task in NEAR:
+        np.testing.assert_array_equal(encoded(out / "tasks" / task, TEXTS), wanted)
+    classifier = AutoModelForSequenceClassification.from_pretrained(out / "tasks/mood")
+    assert list(classifier.config.id2label.values()) == ["bad", "good"]
+    encoder = AutoModel.from_pretrained(out / "encoder").state_dict()
+    for name, tensor in classifier.bert.state_dict().items():
+        is_own = name.startswith("pooler.")  # of the classifier, as it was re-aligned
+        assert torch.equal(encoder[name], tensor) != is_own
+    evaluate(out, data=rows, out=work / "mixed.json", settings=EvaluateSettings(**CPU))
+    assert set(read_metrics(work / "mixed.json").tasks) == set(TASKS)
+
+
+def test_texts_alone_suffice_to_merge_and_other_pooling_is_refused(
+    work: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "texts.csv"
+    path.write_text("text\n" + "\n".join(f"a fine film {n}" for n in range(20)))
+    options = TaskOptions(dataset=str(path), kind="sentence-similarity")
+    definition = definition_of("texts", options, DataSettings())
+    data("texts", out=tmp_path / "data/texts", definition=definition)
+    fetch(str(work / "experts/near"), out=tmp_path / "texts", task="texts", data=tmp_path / "data")
+    out = tmp_path / "f.parquet"
+    settings = FisherSettings(samples=8, **CPU)
+    fisher(tmp_path / "texts", task="texts", data=tmp_path / "data", out=out, settings=settings)
+    experts = {"texts": tmp_path / "texts", "alike": work / "experts/alike"}
+    average = MergeSettings(method="average")
+    merge(experts=experts, out=tmp_path / "merged", settings=average)
+    (tmp_path / "texts/fmn.json").unlink()
+    write_json(tmp_path / "texts/1_Pooling/config.json", {"pooling_mode": "cls"})
+    with pytest.raises(UserError, match="pooling is cls, not mean"):
+        merge(experts=experts, out=tmp_path / "no", settings=average)
