@@ -476,7 +476,9 @@ def _tokens(task: Any, example: Mapping[str, Any], settings: params.Params | Non
 
     tokenizer = load_tokenizer(folder)
     texts = [example[name] for name in task.text_columns]
-    encoded = tokenizer(*texts, truncation="longest_first", max_length=task.max_length)
+    options: dict[str, Any] = {"truncation": "longest_first", "max_length": task.max_length}
+    options["is_split_into_words"] = task.task == "token-classification"
+    encoded = tokenizer(*texts, **options)
     return tokenizer.convert_ids_to_tokens(encoded["input_ids"])
 
 

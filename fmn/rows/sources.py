@@ -26,10 +26,12 @@ FORMATS: Mapping[str, str] = {
     ".jsonl": "json",
     ".ndjson": "json",
     ".parquet": "parquet",
+    **dict.fromkeys((".conll", ".bio", ".iob", ".iob2", ".txt"), "conll"),
 }
 OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # beside rows, and no rows themselves
 VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that there is
 _HUB_NAME = re.compile(r"(?:hf://)?(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)")
+_TEXT = re.compile(r"(?i)\.txt(\.gz)?$")
 _ROWS = re.compile(rf"(.*?)(-\d+(-of-\d+)?)?({'|'.join(map(re.escape, FORMATS))})(\.gz)?", re.I)
 
 
@@ -39,7 +41,7 @@ class File(NamedTuple):
     name: str
     path: str
     system: "AbstractFileSystem"
-    format: str  # csv, tsv, json, parquet; or saved, a folder of `save_to_disk`
+    format: str  # one of FORMATS, or saved, a folder of `save_to_disk`
     classes: Mapping[str, Sequence[str]] = MappingProxyType({})  # names by column, of a data card
 
     @property
@@ -146,11 +148,14 @@ def _splits_of(root: str) -> Splits:
             if system.exists(f"{path}/{name}state.json")
         }
     splits: dict[str, list[File]] = {}
-    for name in names:
+    rows = [name for name in names if _ROWS.fullmatch(name)]
+    rows = [name for name in rows if name not in OTHER_JSON and not name.startswith("_")]
+    # Beside other files, a text is a description of them.
+    for name in [name for name in rows if not _TEXT.search(name)] or rows:
         match = _ROWS.fullmatch(name)
-        if match and name not in OTHER_JSON and not name.startswith("_"):
-            file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
-            splits.setdefault(match[1], []).append(file)
+        assert match
+        file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
+        splits.setdefault(match[1], []).append(file)
     if not splits:
         raise UserError(
             f"{root}: no data file in this folder{_what_there_is(system, path + '/x')}; rows are"
@@ -312,7 +317,8 @@ def _patterns(dataset: DatasetSettings, snapshot: Path) -> list[str]:
             known = f"{', '.join(configs)}{hint(dataset.name or '', configs)}"
             raise UserError(f"{dataset.path}: say one of its configurations, name: {known}")
         files, folder = config.get("data_files"), config.get("data_dir") or folder
-    patterns = sanitize_patterns(files or [f"*{ending}*" for ending in FORMATS])
+    endings = [ending for ending, form in FORMATS.items() if form != "conll"]
+    patterns = sanitize_patterns(files or [f"*{ending}*" for ending in endings])
     prefix = f"{folder}/" if folder else ""
     return [f"{prefix}{pattern}" for each in patterns.values() for pattern in each]
 

@@ -17,6 +17,7 @@ from fmn.store.stage import Job, Outcome, read_info, run_stage
 from fmn.store.yaml_file import read_yaml
 from fmn.tasks import dataset
 from fmn.tasks.dataset import DataInfo
+from fmn.tasks.kinds import KindName
 from fmn.tasks.task import (
     ColumnSettings,
     DatasetSettings,
@@ -35,7 +36,7 @@ from fmn.tasks.task import (
 if TYPE_CHECKING:
     from fmn.rows.prepare import Prepared
 
-DATA = 4
+DATA = 5
 
 MINIATURE = "data/miniature_glue"  # in a checkout; it is no part of the package
 
@@ -73,8 +74,14 @@ class TaskOptions(ScoringSettings):
     )
     seed: int = Field(0, ge=0, description="seed of that split")
     name: str | None = Field(None, description="configuration of a data set on the Hub")
+    task: KindName | None = Field(
+        None, description="the Hub's name of the kind of task; default: as the columns say"
+    )
     text: str | None = Field(None, description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
+    tokens: str | None = Field(
+        None, description="the column of the words, for token-classification"
+    )
     label: str | None = Field(None, description="the column of the label")
     labels: list[str] = Field(
         default_factory=list, description="names in the order of ids, or VALUE=NAME ..."
@@ -99,7 +106,8 @@ def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> Ta
         return None
     if "dataset" in values and "source" in settings.model_fields_set:
         raise UserError("--dataset and --source contradict each other; give one")
-    columns = {name: values.pop(name) for name in ("text", "text_pair", "label") if name in values}
+    names = ("text", "text_pair", "tokens", "label")
+    columns = {name: values.pop(name) for name in names if name in values}
     rows: dict[str, Any] = {
         name: values.pop(name) for name in ("validation_size", "seed", "name") if name in values
     }

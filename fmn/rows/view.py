@@ -116,6 +116,6 @@ def _example(task: Task, table: Any) -> dict[str, Any]:
     if not task.has_labels:
         return example
     label = row["label"]
-    if task.multi_label:
+    if task.multi_label or task.task == "token-classification":
         return {**example, "label": [task.labels[each] for each in label]}
     return {**example, "label": label if task.regression else task.labels[label]}
