@@ -47,7 +47,7 @@ from fmn.merge.recipe import CalibrationSettings
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import TOKENS
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import Batch, Examples, by_length, select
+from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, select
 
 Key = tuple[int, str]  # number of a layer, and path of a linear map below it
 
@@ -158,8 +158,7 @@ def calibrated_encoder(
             batches = [(b, _on(target, b)) for b in _batches(examples[task], target)]
             weights, shares = None, dict[Key, Tensor]()
             if settings.target == "outputs":
-                inputs_of = [inputs for _, inputs in batches]
-                weights, shares = _weights(expert, own, inputs_of, node_rows, generator)
+                weights, shares = _weights(expert, own, batches, node_rows, generator)
             with torch.no_grad():
                 in_merged = [_before_layers(merged, layers, inputs) for _, inputs in batches]
                 in_own = [_before_layers(expert.base_model, own, inputs) for _, inputs in batches]
@@ -171,7 +170,9 @@ def calibrated_encoder(
                 _advance(number, layer, list(tasks.values()))
                 progress(number + 1, len(layers))
     state = merged.state_dict()
-    tensors = {name: state[name].to("cpu", tensor.dtype) for name, tensor in encoder.items()}
+    tensors = {  # a tagger has no pooler
+        name: state.get(name, tensor).to("cpu", tensor.dtype) for name, tensor in encoder.items()
+    }
     return tensors, {name: _error(task) for name, task in tasks.items()}
 
 
@@ -198,6 +199,7 @@ def own_part(
         the own tensors by names in the base model.
     """
     state = expert.base_model.state_dict()
+    names = [name for name in names if name in state]  # a tagger has no pooler
     own = {name: state[name].detach().clone() for name in names}
     if layers:
         texts = examples.take(select(examples.labels, OWN_TEXTS, seed))
@@ -253,7 +255,7 @@ def _node_rows(model: PreTrainedModel, paths: Sequence[str]) -> dict[Key, int]:
 def _weights(
     expert: PreTrainedModel,
     layers: Sequence[nn.Module],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[tuple[Batch, Mapping[str, Tensor]]],
     node_rows: Mapping[Key, int],
     generator: torch.Generator,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Tensor]]:
@@ -261,7 +263,7 @@ def _weights(
     logits: list[Tensor] = []
     weights: list[dict[Key, Tensor]] = []
     by_row: dict[Key, list[Tensor]] = defaultdict(list)
-    for inputs in batches:
+    for batch, inputs in batches:
         outputs: dict[Key, Tensor] = {}
         with ExitStack() as hooks:
             for number, layer in enumerate(layers):
@@ -269,6 +271,8 @@ def _weights(
                     hook = _store(outputs, (number, name), _is_token(inputs))
                     hooks.callback(module.register_forward_hook(hook).remove)
             z = _wide(expert(**inputs).logits)  # [B, C]
+        if z.ndim == 3:  # of tokens, those that answer: [B, T, C] -> [N, C]
+            z = z[(batch.labels != IGNORED).to(z.device)]
         v = torch.randn(z.shape, generator=generator).to(z)
         gradients = torch.autograd.grad((v * z).sum(), list(outputs.values()))
         weights.append({})
@@ -278,12 +282,15 @@ def _weights(
             if key in node_rows:
                 _add(by_row[key], squares.sum(0))
         logits.append(z.detach())
-    variance = float(torch.cat(logits).var(0, correction=0).mean()) or 1.0
+    answers = torch.cat(logits)  # [N, C]
+    # A text of many answers counts as much as one of a single answer.
+    number = len(answers) / sum(len(batch.rows) for batch, _ in batches)
+    variance = float(answers.var(0, correction=0).mean()) * number or 1.0
     shares = {}
     for key, (total,) in by_row.items():
         nodes = total.view(-1, node_rows[key]).mean(1)  # [rows] -> [nodes]
         shares[key] = nodes / nodes.mean()
-    return [{key: g / variance for key, g in batch.items()} for batch in weights], shares
+    return [{key: g / variance for key, g in each.items()} for each in weights], shares
 
 
 def _store(outputs: dict[Key, Tensor], key: Key, is_token: Tensor | None) -> Callable[..., None]:

@@ -24,9 +24,8 @@ from fmn.models.checkpoints import (
 )
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import Examples, pad_batch
-from fmn.tasks.kinds import ProblemType
-from fmn.tasks.task import Task
+from fmn.tasks.batches import IGNORED, Examples, pad_batch
+from fmn.tasks.task import LossName, Task
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01
@@ -35,7 +34,18 @@ POOL = 16  # batches whose examples are sorted by length together
 # The head starts from noise, the encoder from a good model. With a slow head it is the encoder that
 # moves to suit the noise, and the further experts move, the worse they merge.
 HEAD_RATE = 30.0
-_LOSSES: Mapping[ProblemType, Callable[[Tensor, Tensor], Tensor]] = {
+
+
+def _of_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy of the labelled tokens; logits [B, T, C], labels [B, T]."""
+    total = functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+_LOSSES: Mapping[LossName, Callable[[Tensor, Tensor], Tensor]] = {
+    "tokens": _of_tokens,
     "single_label_classification": functional.cross_entropy,
     "multi_label_classification": functional.binary_cross_entropy_with_logits,
     "regression": lambda logits, values: functional.mse_loss(logits.squeeze(-1), values),
@@ -69,7 +79,7 @@ def finetune(
     model: PreTrainedModel,
     examples: Examples,
     *,
-    problem_type: ProblemType,
+    problem_type: LossName,
     epochs: float,
     learning_rate: float,
     batch_size: int,

@@ -69,8 +69,7 @@ def finetune(
         UserError: the base or the rows cannot be used, or the loss diverges.
     """
     definition = load_task(data, task)
-    problem_type = definition.problem_type
-    if not (definition.has_labels and problem_type):
+    if not definition.has_labels:
         raise UserError(f"task {task}: its rows have no labels to fine-tune on; give an expert")
     train = dataset.split_files(data, definition, "train")
 
@@ -82,13 +81,15 @@ def finetune(
         from fmn.tasks import batches
 
         processor = checkpoints.load_processor(base, definition.task)
+        if definition.task == "token-classification":
+            processor = checkpoints.for_words(base, processor)
         table = dataset.read_split(data, definition, "train")
         limit = None if settings.examples == "all" else settings.examples
         rows = batches.select(np.zeros(table.num_rows), limit, settings.seed)
         examples = encode(processor, definition, table.take(rows))
         model = finetune.new_expert(base, definition, settings.seed)
         options = settings.model_dump(exclude={"examples"}) | {"progress": progress}
-        losses = finetune.finetune(model, examples, problem_type=problem_type, **options)
+        losses = finetune.finetune(model, examples, problem_type=definition.loss, **options)
         with checkpoints.quiet():
             model.cpu().save_pretrained(job.path)
             processor.save_pretrained(job.path)
