@@ -168,7 +168,7 @@ def _constant_answers(task: Task, splits: Splits) -> Iterator[Splits]:
         tags = [tag for answers in splits.values() for text in answers.labels for tag in text]
         for tag in np.argsort(-np.bincount(tags or [0]), kind="stable")[:2]:
             yield {
-                split: listed_answers(task, [[tag] * len(x) for x in each.labels], each.labels)
+                split: listed_answers(task, [[tag] * len(x) for x in each.labels], [*each.labels])
                 for split, each in splits.items()
             }
         return

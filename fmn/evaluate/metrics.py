@@ -90,11 +90,7 @@ def listed_answers(
     """Answers from lists, as files have them; of tags, the spans are counted."""
     if task.task != "token-classification":
         return Answers(np.array(predicted), np.array(labels), np.array(scores))
-    sides = []
-    for lists in (predicted, labels):
-        side = np.empty(len(lists), dtype=object)
-        side[:] = [[int(tag) for tag in tags] for tags in lists]
-        sides.append(side)
+    sides = predicted, labels = _lists(predicted), _lists(labels)
     counts = np.zeros((len(labels), 3))
     if "seqeval_f1" in task.metrics:
         from seqeval.metrics.sequence_labeling import get_entities
@@ -104,7 +100,14 @@ def listed_answers(
             for side in sides
         ]
         counts[:] = [[len(p & r), len(p), len(r)] for p, r in zip(*spans, strict=True)]
-    return Answers(*sides, counts)
+    return Answers(predicted, labels, counts)
+
+
+def _lists(lists: Sequence[Any]) -> np.ndarray:
+    """An array of lists of ids, [N]."""
+    array = np.empty(len(lists), dtype=object)
+    array[:] = [[int(tag) for tag in tags] for tags in lists]
+    return array
 
 
 def higher_is_better(task: Task) -> bool:

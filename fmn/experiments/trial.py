@@ -147,8 +147,12 @@ def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:
 
 @contextmanager
 def _tensors_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give parameters and buffers of a model other values within the block."""
+    """Give parameters and buffers of a model other values within the block.
+
+    What it has not, such as a pooler, is left out.
+    """
     state = model.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if name in state}
     before = {name: state[name].clone() for name in tensors}
     model.load_state_dict(dict(tensors), strict=False)
     try:

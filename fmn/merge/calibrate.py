@@ -284,8 +284,8 @@ def _weights(
         logits.append(z.detach())
     answers = torch.cat(logits)  # [N, C]
     # A text of many answers counts as much as one of a single answer.
-    number = len(answers) / sum(len(batch.rows) for batch, _ in batches)
-    variance = float(answers.var(0, correction=0).mean()) * number or 1.0
+    per_text = len(answers) / sum(len(batch.rows) for batch, _ in batches)
+    variance = float(answers.var(0, correction=0).mean()) * per_text or 1.0
     shares = {}
     for key, (total,) in by_row.items():
         nodes = total.view(-1, node_rows[key]).mean(1)  # [rows] -> [nodes]

@@ -472,9 +472,7 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
 # Loading
 
 
-def load_tokenizer(
-    folder: Path, config: Any = None, **options: Any
-) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: Path, config: Any = None, **options: Any) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint; without a padding token, it pads with its end of text.
 
     `config` is the checkpoint's, where it is loaded already. `UserError` if there is no tokenizer,

@@ -152,10 +152,8 @@ def _splits_of(root: str) -> Splits:
     rows = [name for name in rows if name not in OTHER_JSON and not name.startswith("_")]
     # Beside other files, a text is a description of them.
     for name in [name for name in rows if not _TEXT.search(name)] or rows:
-        match = _ROWS.fullmatch(name)
-        assert match
         file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
-        splits.setdefault(match[1], []).append(file)
+        splits.setdefault(_ROWS.sub(r"\1", name), []).append(file)
     if not splits:
         raise UserError(
             f"{root}: no data file in this folder{_what_there_is(system, path + '/x')}; rows are"
