@@ -1,6 +1,7 @@
 """A tagger from beginning to end, merged with a text classifier of the same base."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -27,10 +29,12 @@ from fmn.merge.stages import (
     merge,
     realign,
 )
+from fmn.models.labels import align
 from fmn.models.stages import FinetuneSettings, finetune
 from fmn.report.comparison import answers
 from fmn.rows.stages import data
 from fmn.tasks.task import TaskSettings, read_task
+from tests.folders import edit_config
 
 CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 NAMES, PLACES, VERBS = ("anna", "bob", "carl"), ("paris", "rome", "new york"), ("sees", "likes")
@@ -152,6 +156,34 @@ def test_a_tagger_and_a_classifier_are_merged_fitted_and_scored(
         cut += sum(word not in places for word in range(len(row["tokens"])))
         assert (predicted, labels) == (wanted, row["label"])
     assert cut, "some words do not fit"
+
+
+@pytest.mark.parametrize("how", ["names", "data", "settings"])
+def test_a_taggers_outputs_are_put_into_the_tasks_order(
+    work: Path, tmp_path: Path, how: str
+) -> None:
+    folder = Path(shutil.copytree(work / "experts" / "ner", tmp_path / "ner"))
+    task = read_task(folder)
+    assert task
+    (folder / "task.json").unlink()
+    order = [2, 0, 3, 1, 4][: task.num_outputs]
+    order = [place for place in order if place < task.num_outputs]
+    names = [task.labels[label] for label in order]
+    tensors = load_file(folder / "model.safetensors")
+    before = {name: tensors[name] for name in ("classifier.weight", "classifier.bias")}
+    save_file(
+        {**tensors, **{name: value[order] for name, value in before.items()}},
+        folder / "model.safetensors", {"format": "pt"},
+    )  # fmt: skip
+    shown = names if how == "names" else [f"LABEL_{n}" for n in range(len(order))]
+    edit_config(
+        folder, id2label=dict(enumerate(shown)), label2id={n: i for i, n in enumerate(shown)}
+    )
+    labels = align(folder, task, work / "data", names if how == "settings" else ())
+    assert labels.origin == {"data": "training data"}.get(how, how)
+    after = load_file(folder / "model.safetensors")
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value)
 
 
 def test_predictions_are_read_as_they_were_scored(work: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def listed_answers(
     """Answers from lists, as files have them; of tags, the spans are counted."""
     if task.task != "token-classification":
         return Answers(np.array(predicted), np.array(labels), np.array(scores))
-    sides = predicted, labels = _lists(predicted), _lists(labels)
+    sides = _lists(predicted), _lists(labels)
     counts = np.zeros((len(labels), 3))
     if "seqeval_f1" in task.metrics:
         from seqeval.metrics.sequence_labeling import get_entities
@@ -100,7 +100,7 @@ def listed_answers(
             for side in sides
         ]
         counts[:] = [[len(p & r), len(p), len(r)] for p, r in zip(*spans, strict=True)]
-    return Answers(predicted, labels, counts)
+    return Answers(*sides, scores=counts)
 
 
 def _lists(lists: Sequence[Any]) -> np.ndarray:

@@ -148,12 +148,12 @@ def _splits_of(root: str) -> Splits:
             if system.exists(f"{path}/{name}state.json")
         }
     splits: dict[str, list[File]] = {}
-    rows = [name for name in names if _ROWS.fullmatch(name)]
-    rows = [name for name in rows if name not in OTHER_JSON and not name.startswith("_")]
+    own = [name for name in names if name not in OTHER_JSON and not name.startswith("_")]
+    rows = {name: match[1] for name in own if (match := _ROWS.fullmatch(name))}
     # Beside other files, a text is a description of them.
     for name in [name for name in rows if not _TEXT.search(name)] or rows:
         file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
-        splits.setdefault(_ROWS.sub(r"\1", name), []).append(file)
+        splits.setdefault(rows[name], []).append(file)
     if not splits:
         raise UserError(
             f"{root}: no data file in this folder{_what_there_is(system, path + '/x')}; rows are"

@@ -105,8 +105,7 @@ def test_gram_is_over_all_tokens_of_a_tagger() -> None:
     model, examples = tagger("bert"), tagged("bert", 3)
     grams = gram(model, examples, device="cpu", dtype="float64")
     rows = [
-        model.base_model.embeddings(torch.tensor([ids]))[0]
-        for ids in examples.inputs["input_ids"]
+        model.base_model.embeddings(torch.tensor([ids]))[0] for ids in examples.inputs["input_ids"]
     ]
     states = torch.cat(rows).detach()
     wanted = states.T @ states / len(states)
