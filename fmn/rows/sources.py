@@ -221,7 +221,7 @@ def _what_there_is(system: "AbstractFileSystem", path: str) -> str:
         names = _names(system, folder)
     except (OSError, ValueError):
         return f"; nor is there a folder {Path(folder).name}" if folder else ""
-    rows = [name for name in names if _ROWS.fullmatch(name)] or names
+    rows = [name for name in names if _ROWS.fullmatch(name) and not _TEXT.search(name)] or names
     verb = "is" if len(rows) == 1 else "are"
     return f"; there {verb} {in_a_line(rows, 8) or 'no files'}{hint(wanted, rows)}"
 
