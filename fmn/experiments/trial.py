@@ -151,13 +151,14 @@ def _features(expert: ExpertOnTask, examples: Examples) -> np.ndarray:
 def _tensors_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Give parameters and buffers of a model other values within the block.
 
-    Embeddings of tokens that the model does not have are left out.
+    What the model has not, such as a pooler or embeddings of further tokens, is left out.
     """
     state = model.state_dict()
     size = getattr(model.config, "vocab_size", None)
     tensors = {
         name: tensor[:size] if tensor.ndim and len(state[name]) == size else tensor
         for name, tensor in tensors.items()
+        if name in state
     }
     before = {name: state[name].clone() for name in tensors}
     model.load_state_dict(dict(tensors), strict=False)

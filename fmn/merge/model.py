@@ -186,8 +186,8 @@ def write_realigned(
         model: the merged model's folder.
         heads: by task, the new tensors by name; they take the dtypes that are stored.
         recipe: of the new model.
-        own: by task, the tensors of the encoder that it has for itself, by names in the base model,
-            the same for all tasks. They take the encoder's dtypes.
+        own: by task, the tensors of the encoder that it has for itself, by names in the base model;
+            a task without a pooler has none of it. They take the encoder's dtypes.
     """
     for name, source in visible(model, ("encoder", "tasks")).items():
         _, place, *_ = [*Path(name).parts, ""]
@@ -195,7 +195,7 @@ def write_realigned(
         if is_headless or ".safetensors" not in source.name:
             _link(source, folder / name)
     encoder = tensor_headers(model / "encoder")
-    own_parts = list(next(iter(own.values()), ()))
+    own_parts = list(dict.fromkeys(name for parts in own.values() for name in parts))
     shared, digests = _write_split(folder / "encoder", encoder, own_parts)
     for task, tensors in heads.items():
         stored = load_file(max((model / "tasks" / task).glob("*.safetensors")))

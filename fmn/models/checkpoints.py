@@ -660,7 +660,7 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
 # Loading
 
 
-def load_tokenizer(folder: Path, config: Any = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: Path, config: Any = None, **options: Any) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint; without a padding token, it pads with its end of text.
 
     `config` is the checkpoint's, where it is loaded already. `UserError` if there is no tokenizer,
@@ -674,7 +674,7 @@ def load_tokenizer(folder: Path, config: Any = None) -> "PreTrainedTokenizerBase
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
-                folder, config=config, local_files_only=True, trust_remote_code=False
+                folder, config=config, local_files_only=True, trust_remote_code=False, **options
             )
     except Exception as error:  # the libraries below raise what they like on a broken file
         problem = f"its tokenizer files cannot be used: {first_words(error)}"
@@ -683,6 +683,14 @@ def load_tokenizer(folder: Path, config: Any = None) -> "PreTrainedTokenizerBase
     if tokenizer.pad_token is None:
         raise UserError(f"{folder}: its tokenizer has no token for padding; set pad_token")
     return tokenizer
+
+
+def for_words(folder: Path, tokenizer: Any) -> Any:
+    """The tokenizer of a base for single words, which byte-level ones take with a blank before."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None or "ByteLevel" not in str(fast.pre_tokenizer) or tokenizer.add_prefix_space:
+        return tokenizer
+    return load_tokenizer(folder, add_prefix_space=True)
 
 
 def load_processor(folder: Path, kind: KindName | None = None) -> Any:

@@ -1,8 +1,12 @@
-"""The content of files of rows, as columns: CSV, TSV, JSON, JSON lines, Parquet, `save_to_disk`."""
+"""The content of files of rows, as columns.
+
+The files are CSV, TSV, JSON, JSON lines, Parquet, CoNLL text, or what `save_to_disk` wrote.
+"""
 
 import csv
 import io
 import json
+import re
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +24,7 @@ DAMAGED = (
     *(pa.ArrowException, OSError, EOFError, ValueError, RecursionError, zlib.error),
     KeyError,  # of a folder of `save_to_disk`
 )
+_DOCUMENT = "-DOCSTART-"  # where a document begins; no word
 BOM = "utf-8-sig"  # UTF-8, with or without a byte order mark
 
 
@@ -195,5 +200,51 @@ def _images(folder: File) -> Columns:
     return columns.items(), {}
 
 
-READERS = {"csv": _csv, "tsv": _csv, "json": _json, "parquet": _parquet, "saved": _saved}
-READERS |= {"images": _images}
+def _conll(file: File) -> Columns:
+    """Words and tags: a word a line with its columns, and an empty line between sentences.
+
+    Column "tokens" has the first of each line, "label" the last; "column 1" and so on have all.
+    In CoNLL-U, whose lines begin with numbers, there are the numbered columns alone.
+    """
+    lines = [line.strip("\r") for line in _content(file).decode(BOM).split("\n")]
+    words = [line for line in lines if line.strip() and not line.startswith(("#", _DOCUMENT))]
+    separator = "\t" if words and "\t" in words[0] else " "
+    width = len(_fields(words[0], separator)) if words else 2
+    if width < 2:
+        raise UserError(f"{file.name}: {words[0]!r:.40} is not a word and its tag; correct it")
+    sentences: list[list[list[str]]] = [[]]
+    for number, line in enumerate(lines, 1):
+        fields = _fields(line, separator)
+        if not line.strip(" \t") or fields[0] == _DOCUMENT:
+            sentences.append([])
+        elif line.startswith(("# ", "#\t")) and (
+            len(fields) != width or ("\t" in line) != (separator == "\t")
+        ):
+            continue  # a comment
+        elif len(fields) == width:
+            sentences[-1].append(fields)
+        else:
+            raise UserError(
+                f"{file.name}: line {number} is {line!r:.40}, of {len(fields)} columns, and the"
+                f" lines above have {width}; correct it"
+            )
+    numbers = re.compile(r"\d+([-.]\d+)?")
+    is_numbered = bool(words) and all(numbers.fullmatch(f[0]) for each in sentences for f in each)
+    if is_numbered:  # "1-2" and "8.1" are no words
+        sentences = [[f for f in each if f[0].isdigit()] for each in sentences]
+    columns = {f"column {place + 1}": place for place in range(width)}
+    if not is_numbered:
+        columns = {"tokens": 0, "label": width - 1, **columns}
+    sentences = [each for each in sentences if each]
+    return [(n, [[f[at] for f in each] for each in sentences]) for n, at in columns.items()], {}
+
+
+def _fields(line: str, separator: str) -> list[str]:
+    """The columns of a line; only plain blanks divide them, as a word may hold others."""
+    return line.split("\t") if separator == "\t" else re.split("[ \t]+", line.strip(" \t"))
+
+
+READERS = {
+    **{"csv": _csv, "tsv": _csv, "json": _json, "parquet": _parquet},
+    **{"conll": _conll, "saved": _saved, "images": _images},
+}

@@ -155,6 +155,61 @@ def read_labels(
     return Labels(kind, names, {name: label for label, name in enumerate(names)}, width)
 
 
+def tags(
+    values: Sequence[Any], words: Sequence[Sequence[str]], place: str, column: str
+) -> list[list[Any]]:
+    """The tags of each row's words, as they are in the data.
+
+    Args:
+        values: the cells of the column of tags.
+        words: each row's words.
+
+    Raises:
+        UserError: a row has no list of tags, or not one for each word; says which row.
+    """
+    lists = []
+    for row, (value, own) in enumerate(zip(values, words, strict=True)):
+        cell = word_list(value)
+        if cell is None:
+            problem = f"is {value!r:.40} in row {row}, not a list of tags"
+            raise UserError(f"{place}: {column} {problem}; give one for each word")
+        if len(cell) != len(own):
+            raise UserError(
+                f"{place}: row {row} has {len(own)} words and {len(cell)} tags in {column}; give"
+                " each word one tag, or drop the row"
+            )
+        lists.append(cell)
+    return lists
+
+
+def word_list(value: Any) -> list[Any] | None:
+    """A list that a cell holds, or that a text spells out; None if it is something else.
+
+    >>> word_list('["a", "b"]'), word_list("['a', 'b']"), word_list("a b")
+    (['a', 'b'], ['a', 'b'], None)
+    """
+    if isinstance(value, str) and _is_list(value):
+        with suppress(ValueError, RecursionError):
+            return list(json.loads(value))
+        with suppress(ValueError, SyntaxError, RecursionError):
+            parsed = ast.literal_eval(value)
+            return parsed if str(parsed) == value else None  # NumPy's "['a' 'b']" has no commas
+    return value if isinstance(value, list) else None
+
+
+def encode_tags(
+    values: Sequence[Sequence[Any]], labels: Labels, place: str, column: str
+) -> list[list[int]]:
+    """The ids of each row's tags. UserError names the row of a tag that is none of the labels."""
+    encoded = []
+    for row, tags in enumerate(values):
+        try:
+            encoded.append([_id_of(tag, labels) for tag in tags])
+        except ValueError as error:
+            raise UserError(f"{place}: {column} has another tag in row {row}; {error}") from error
+    return encoded
+
+
 def encode(values: Sequence[Any], labels: Labels, place: str, column: str) -> list[Any]:
     """The class id, number or ascending ids of each row.
 

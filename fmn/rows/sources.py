@@ -27,11 +27,13 @@ FORMATS: Mapping[str, str] = {
     ".jsonl": "json",
     ".ndjson": "json",
     ".parquet": "parquet",
+    **dict.fromkeys((".conll", ".bio", ".iob", ".iob2", ".txt"), "conll"),
 }
 OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # beside rows, and no rows themselves
 IMAGE_FOLDER = "imagefolder"  # what `datasets.load_dataset` calls a folder of images, `data_dir`
 VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that there is
 _HUB_NAME = re.compile(r"(?:hf://)?(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)")
+_TEXT = re.compile(r"(?i)\.txt(\.gz)?$")
 _ROWS = re.compile(rf"(.*?)(-\d+(-of-\d+)?)?({'|'.join(map(re.escape, FORMATS))})(\.gz)?", re.I)
 
 
@@ -41,7 +43,7 @@ class File(NamedTuple):
     name: str
     path: str
     system: "AbstractFileSystem"
-    # csv, tsv, json, parquet; or, of a folder, saved (`save_to_disk`) or images.
+    # One of FORMATS; or, of a folder, saved (`save_to_disk`) or images.
     format: str
     classes: Mapping[str, Sequence[str]] = MappingProxyType({})  # names by column, of a data card
 
@@ -153,11 +155,12 @@ def _splits_of(root: str) -> Splits:
             if system.exists(f"{path}/{name}state.json")
         }
     splits: dict[str, list[File]] = {}
-    for name in names:
-        match = _ROWS.fullmatch(name)
-        if match and name not in OTHER_JSON and not name.startswith("_"):
-            file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
-            splits.setdefault(match[1], []).append(file)
+    own = [name for name in names if name not in OTHER_JSON and not name.startswith("_")]
+    rows = {name: match[1] for name in own if (match := _ROWS.fullmatch(name))}
+    # Beside other files, a text is a description of them.
+    for name in [name for name in rows if not _TEXT.search(name)] or rows:
+        file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
+        splits.setdefault(rows[name], []).append(file)
     if not splits:
         folders = images.split_folders(system, path, ("train", "training", *VALIDATION))
         for split, folder in folders.items():
@@ -235,7 +238,7 @@ def _what_there_is(system: "AbstractFileSystem", path: str) -> str:
         names = _names(system, folder)
     except (OSError, ValueError):
         return f"; nor is there a folder {Path(folder).name}" if folder else ""
-    rows = [name for name in names if _ROWS.fullmatch(name)] or names
+    rows = [name for name in names if _ROWS.fullmatch(name) and not _TEXT.search(name)] or names
     verb = "is" if len(rows) == 1 else "are"
     return f"; there {verb} {in_a_line(rows, 8) or 'no files'}{hint(wanted, rows)}"
 
@@ -351,7 +354,8 @@ def _patterns(dataset: DatasetSettings, snapshot: Path) -> list[str]:
             known = f"{', '.join(configs)}{hint(dataset.name or '', configs)}"
             raise UserError(f"{dataset.path}: say one of its configurations, name: {known}")
         files, folder = config.get("data_files"), config.get("data_dir") or folder
-    patterns = sanitize_patterns(files or [f"*{ending}*" for ending in FORMATS])
+    endings = [ending for ending, form in FORMATS.items() if form != "conll"]
+    patterns = sanitize_patterns(files or [f"*{ending}*" for ending in endings])
     prefix = f"{folder}/" if folder else ""
     return [f"{prefix}{pattern}" for each in patterns.values() for pattern in each]
 
