@@ -20,7 +20,7 @@ from fmn.merge.stream import DTYPES, TensorSpec
 from fmn.models import checkpoints
 from fmn.models.headers import TensorHeader, tensor_headers
 from fmn.store import artifacts
-from fmn.tasks.kinds import KindName
+from fmn.tasks.kinds import KINDS, KindName
 from fmn.tasks.task import Task
 
 
@@ -235,7 +235,9 @@ def plan_merge(
     encoders = {f"expert {task}": encoder for task, (encoder, _) in stored.items()}
     config = checkpoints.load_config(experts[tasks[0]])
     kind = checkpoints.kind_in(experts[tasks[0]], config)
-    based = stored_tensors(base, kind)[0] if base and needs_base else None
+    # The base of models with heads is read as it is: taggers have no pooler, and others do.
+    base_kind = None if KINDS[kind].has_head else kind
+    based = stored_tensors(base, base_kind)[0] if base and needs_base else None
     tokens = {f"expert {task}": _tokens(experts[task]) for task in tasks}
     tokens |= {"base": _tokens(base)} if base and needs_base else {}
     is_same = len(set(tokens.values())) == 1
