@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 
 from fmn.cli import app
@@ -135,6 +136,11 @@ def write_files(page: str, folder: Path) -> None:
         elif path.suffix == ".conll":
             lines = REPEATS * [*lines, ""]
         path.write_text("\n".join(lines) + "\n")
+    for name in ("rose", "daisy") if page == "docs/tasks.md" else ():
+        for number in range(10):
+            image = folder / "data" / "flowers" / name / f"{number}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (25 * number, 0, len(name))).save(image)
     intents = folder / "data" / "intents"
     if intents.is_dir():
         for name in ("dev.csv", "more.csv"):

@@ -138,7 +138,8 @@ def sentence_encoder(encoder: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def notes(folder: Path) -> list[str]:
-    """What the user should know of an embedding model."""
+    """What the user should know of an embedding model. Raises as `read_modules`."""
+    read_modules(folder)
     if (folder / MODULES).is_file():
         return []
     return [f"it has no {MODULES}: its embedding is the plain mean over the tokens"]

@@ -111,12 +111,12 @@ def finetune(
     AdamW, with a learning rate that rises linearly over the first tenth of the steps to its peak
     and falls linearly to zero, `HEAD_RATE` times as high for the head. The loss is Transformers';
     for regression on values of mean 0 and variance 1, so that one rate suits every scale; for pairs
-    of texts on scores from 0 to 1 (see `_unit_scores`). The same
-    arguments, threads and hardware repeat it exactly. `epochs` may be a fraction; `progress` gets
-    (steps done, all steps).
+    of texts on scores from 0 to 1, the least and the highest of them. The same arguments, threads
+    and hardware repeat it exactly. `epochs` may be a fraction; `progress` gets (steps done, all
+    steps).
 
     Raises:
-        UserError: there are no examples, or the loss diverges.
+        UserError: there are no examples, all pairs have one score, or the loss diverges.
     """
     if not len(examples):
         raise UserError("fine-tuning: the training split is empty; give one with examples")
@@ -169,16 +169,17 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _unit_scores(scores: np.ndarray) -> np.ndarray:
-    """Scores as cosines: as they are between -1 and 1; else from 0, or the least below, to 1.
+    """Scores of pairs as cosines: the least is 0, the highest 1.
 
-    >>> _unit_scores(np.array([0.0, 2.5, 5.0], np.float32)).tolist()
+    >>> _unit_scores(np.array([1.0, 3.0, 5.0], np.float32)).tolist()
     [0.0, 0.5, 1.0]
     """
-    if np.abs(scores).max() <= 1:
-        return scores
-    least = min(0.0, float(scores.min()))
-    scaled: np.ndarray = (scores - least) / (scores.max() - least)
-    return scaled.astype(np.float32)
+    least, highest = scores.min(), scores.max()
+    if least == highest:
+        remedy = "give pairs that are alike, and others that are not"
+        raise UserError(f"fine-tuning: every pair has the score {least:g}; {remedy}")
+    scaled: np.ndarray = ((scores - least) / (highest - least)).astype(np.float32)
+    return scaled
 
 
 def _standardized(examples: Examples, head: nn.Module) -> tuple[Examples, float, float]:

@@ -169,7 +169,8 @@ def _splits_of(root: str) -> Splits:
     if not splits:
         raise UserError(
             f"{root}: no data file in this folder{_what_there_is(system, path + '/x')}; rows are"
-            f" read from {', '.join(FORMATS)}, and images from CLASS/NAME.png; say data_dir or data_files"
+            f" read from {', '.join(FORMATS)}, and images from CLASS/NAME.png; say data_dir or"
+            " data_files"
         )
     for split, files in splits.items():
         if len({file.format for file in files}) > 1:

@@ -144,8 +144,8 @@ def pad_batch(examples: Examples, rows: np.ndarray, multiple: int = 1) -> Batch:
     labels = examples.labels[rows]
     if examples.has_token_labels:
         labels = labels[:, : widths.get(DECODER, widths.get(""))]
-    tokens = sum(widths.values()) or examples.width
-    return Batch(np.asarray(rows, dtype=np.int64), inputs, torch.as_tensor(labels), tokens)
+    size = sum(widths.values()) or examples.width
+    return Batch(np.asarray(rows, dtype=np.int64), inputs, torch.as_tensor(labels), size)
 
 
 def _sequence(name: str) -> str:

@@ -145,7 +145,7 @@ def test_folders_that_mean_several_things_are_refused(
 def test_a_path_is_no_image(tmp_path: Path) -> None:
     images: list[Any] = [{"bytes": None, "path": "x.png"}] * 3
     pq.write_table(pa.table({"image": images, "label": [0, 1, 0]}), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match="row 0 is .*x.png.*, not the bytes of an image"):
+    with pytest.raises(UserError, match=r"row 0 is .*x.png.*, not the bytes of an image"):
         prepare(tmp_path / "out", tmp_path / "t.parquet")
 
 

