@@ -126,10 +126,6 @@ def test_a_weighted_metric_is_the_librarys_value_of_the_repeated_rows(
 
 def test_every_metric_that_a_task_may_name_is_checked() -> None:
     of_other_kinds = {"seqeval_f1", "pearson_cosine", "spearmanr_cosine"}  # tested beside
-        "seqeval_f1",
-        "pearson_cosine",
-        "spearmanr_cosine",
-    }  # their tests lie beside this file
     assert {name for _, name in KINDS} | of_other_kinds == set(COMPUTE) == set(METRICS)
 
 
