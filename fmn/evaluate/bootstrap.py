@@ -18,6 +18,7 @@ from fmn.evaluate.metrics import (
     TaskAnswers,
     averaged,
     higher_is_better,
+    listed_answers,
     score_splits,
     scores,
 )
@@ -165,6 +166,14 @@ def at_chance(task: Task, splits: Splits) -> bool:
 
 def _constant_answers(task: Task, splits: Splits) -> Iterator[Splits]:
     if task.generates:  # the probabilities of a constant answer are not known
+        return
+    if task.task == "token-classification":
+        tags = [tag for answers in splits.values() for text in answers.labels for tag in text]
+        for tag in np.argsort(-np.bincount(tags or [0]), kind="stable")[:2]:
+            yield {
+                split: listed_answers(task, [[tag] * len(x) for x in each.labels], [*each.labels])
+                for split, each in splits.items()
+            }
         return
     labels = np.concatenate([answers.labels for answers in splits.values()])
     classes, counts = np.unique(labels, return_counts=True)

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 
 from fmn.errors import UserError
 from fmn.evaluate.bootstrap import Interval
-from fmn.evaluate.metrics import Answers, TaskAnswers
+from fmn.evaluate.metrics import Answers, TaskAnswers, listed_answers
 from fmn.models.labels import Labels
 from fmn.store.records import Record
 from fmn.store.stage import check_intact, read_record
@@ -83,8 +83,10 @@ def write_predictions(path: Path, predictions: Mapping[str, TaskAnswers]) -> Non
     """Write a model's answers: a row per example, in the order of the data.
 
     Columns: task, split (string); row (int32, within its split); prediction and label (float64: a
-    class id in the task's order, or a value), or of multi-label classification predictions and
-    labels (list of int32 ids); scores (list of float32: probabilities by label, or the value).
+    class id in the task's order, or a value), or of multi-label classification and of tags
+    predictions and labels (list of int32 ids; -1: a word that was cut off, where there is no tag
+    O); scores (list of float32: probabilities by label, the value, or of tags how many spans are
+    right, predicted and there).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -108,7 +110,9 @@ def write_predictions(path: Path, predictions: Mapping[str, TaskAnswers]) -> Non
             sides = {"prediction": answers.predicted, "label": answers.labels}
             for side, values in sides.items():
                 columns |= {side: pa.nulls(count), f"{side}s": pa.nulls(count)}
-                if task.multi_label:
+                if task.task == "token-classification":
+                    columns[f"{side}s"] = list(values)
+                elif task.multi_label:
                     columns[f"{side}s"] = [np.flatnonzero(row) for row in values]
                 else:
                     columns[side] = values.astype(np.float64)
@@ -135,6 +139,10 @@ def read_predictions(metrics: Path) -> dict[str, TaskAnswers]:
     for key in table.group_by(["task", "split"], use_threads=False).aggregate([]).to_pylist():
         name, split = key["task"], key["split"]
         rows = table.filter((pc.field("task") == name) & (pc.field("split") == split))
+        if definitions[name].task == "token-classification":
+            sides = (rows[side].to_pylist() for side in ("predictions", "labels"))
+            predictions.setdefault(name, {})[split] = listed_answers(definitions[name], *sides)
+            continue
         scores = pc.list_flatten(rows["scores"]).to_numpy().reshape(len(rows), -1)
         predicted, labels = (
             _read_side(definitions[name], rows, side, scores.shape)

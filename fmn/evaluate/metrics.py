@@ -5,13 +5,14 @@ holds every example once. Metrics are those of scikit-learn and SciPy. Where the
 resample leave a metric undefined, it is NaN; outside of arrays of resamples, None.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fmn.errors import UserError
+from fmn.tasks.batches import IGNORED
 from fmn.tasks.task import METRICS, Task
 
 
@@ -19,11 +20,13 @@ class Answers(NamedTuple):
     """A model's answers to N examples, and the right ones.
 
     Attributes:
-        predicted: class ids [N]; or 0 and 1 for each of several labels [N, C]; or values [N]. Of
-            generated texts, how many tokens are the model's first choice [N].
+        predicted: class ids [N]; or 0 and 1 for each of several labels [N, C]; or values [N]; or
+            of tags, lists of ids [N], as long as the texts have words. Of generated texts, how many
+            tokens are the model's first choice [N].
         labels: the right answers, in the same form; of generated texts, all of their tokens.
         scores: probabilities [N, C]; of a regression task, the values [N, 1]; of embeddings, the
-            cosines [N, 1]; of generated texts, the sum of the tokens' cross entropies [N, 1].
+            cosines [N, 1]; of generated texts, the sum of the tokens' cross entropies [N, 1]; of
+            tags, how many spans are right, predicted, and there, [N, 3].
     """
 
     predicted: np.ndarray
@@ -47,10 +50,11 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
 
     Args:
         task: the task.
-        logits: outputs in the task's order, [N, C]; C is 1 for regression. Of generated texts
-            what `fmn.models.predict.token_scores` gives, [N, 3].
+        logits: outputs in the task's order, [N, C]; C is 1 for regression; of tags [N, T, C]. Of
+            generated texts what `fmn.models.predict.token_scores` gives, [N, 3].
         labels: class ids or values [N], or zeros and ones [N, C]. Of embeddings, the 2N texts and
-            labels of `fmn.tasks.encoding.encode`.
+            labels, and of tags the position and the tag of each word, [N, W, 2], as
+            `fmn.tasks.encoding.encode` gives them for rows to be scored.
 
     Raises:
         UserError: there are no examples, or an output is not finite.
@@ -65,6 +69,8 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
         texts, pairs = np.split(logits, 2)
         cosine = np.einsum("nd,nd->n", texts, pairs)
         return Answers(cosine, labels[: len(cosine)], cosine[:, None])
+    if task.task == "token-classification":
+        return _tags(task, logits, labels)
     if task.regression:
         return Answers(logits[:, 0], labels, logits)
     if task.generates:
@@ -74,6 +80,45 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
         scores = special.expit(logits)
         return Answers((scores >= task.threshold).astype(np.int64), labels.astype(np.int64), scores)
     return Answers(logits.argmax(axis=1), labels, special.softmax(logits, axis=1))
+
+
+def _tags(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
+    """The tag of every word; one that was cut off has the tag O, or no tag (-1)."""
+    outside = task.labels.index("O") if "O" in task.labels else -1
+    best = logits.argmax(axis=-1)  # [N, T]
+    predicted, right = [], []
+    for own, words in zip(best, labels, strict=True):
+        places, tags = words[words[:, 1] != IGNORED].T
+        answered = np.where(places < 0, outside, own[places] if len(own) else outside)
+        predicted.append(answered.tolist())
+        right.append(tags.tolist())
+    return listed_answers(task, predicted, right)
+
+
+def listed_answers(
+    task: Task, predicted: Sequence[Any], labels: Sequence[Any], scores: Sequence[Any] = ()
+) -> Answers:
+    """Answers from lists, as files have them; of tags, the spans are counted."""
+    if task.task != "token-classification":
+        return Answers(np.array(predicted), np.array(labels), np.array(scores))
+    sides = _lists(predicted), _lists(labels)
+    counts = np.zeros((len(labels), 3))
+    if "seqeval_f1" in task.metrics:
+        from seqeval.metrics.sequence_labeling import get_entities
+
+        spans = [
+            [set(get_entities(["O" if tag < 0 else task.labels[tag] for tag in x])) for x in side]
+            for side in sides
+        ]
+        counts[:] = [[len(p & r), len(p), len(r)] for p, r in zip(*spans, strict=True)]
+    return Answers(*sides, scores=counts)
+
+
+def _lists(lists: Sequence[Any]) -> np.ndarray:
+    """An array of lists of ids, [N]."""
+    array = np.empty(len(lists), dtype=object)
+    array[:] = [[int(tag) for tag in tags] for tags in lists]
+    return array
 
 
 def higher_is_better(task: Task) -> bool:
@@ -166,7 +211,11 @@ def _counts(weights: np.ndarray, answers: Answers) -> tuple[np.ndarray, np.ndarr
 
 
 def _accuracy(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    """The share of right examples; of several labels, all must be right."""
+    """The share of right examples, or words; of several labels, all must be right."""
+    if answers.labels.dtype == object:  # lists of tags
+        pairs = zip(answers.predicted, answers.labels, strict=True)
+        right = [float(np.equal(*pair).sum()) for pair in pairs]
+        return _ratio(weights @ right, weights @ [float(len(tags)) for tags in answers.labels])
     is_right = answers.predicted == answers.labels
     is_right = is_right if is_right.ndim == 1 else is_right.all(axis=1)
     accuracy: np.ndarray = weights @ is_right / weights.shape[1]
@@ -216,6 +265,12 @@ def _matthews(weights: np.ndarray, answers: Answers) -> np.ndarray:
     spreads = [total**2 - (side**2).sum(axis=1) for side in (present, predictions)]
     matthews = _ratio(covariance, np.sqrt(spreads[0] * spreads[1]), 0.0)
     return np.where(spreads[0] > 0, matthews, np.nan)
+
+
+def _span_f1(weights: np.ndarray, answers: Answers) -> np.ndarray:
+    """F1 of all spans (seqeval's micro average); undefined where there are none."""
+    right, predicted, present = (weights @ answers.scores).T  # [R] each
+    return _ratio(2 * right, predicted + present)
 
 
 # ---- ranks and values ----
@@ -338,5 +393,6 @@ COMPUTE: Mapping[str, Compute] = {
     "spearmanr_cosine": _spearman,
     "perplexity": _perplexity,
     "exact_match": _accuracy,
+    "seqeval_f1": _span_f1,
 }
 """What computes each of `fmn.tasks.task.METRICS`."""

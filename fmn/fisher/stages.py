@@ -196,6 +196,8 @@ class _Inputs(NamedTuple):
         options = self.settings.model_dump(include={"estimator", "stratified"})
         if options.get("estimator") not in (None, *self.task.kind.estimators):
             options["estimator"] = "sampled"  # the settings are for tasks of every kind
+        if self.task.loss == "tokens" and "stratified" in options:
+            options["stratified"] = False  # a text has many labels
         return options
 
 

@@ -50,7 +50,7 @@ class Choice(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """An expert, N texts, what the last map of its head reads of them [N, n], and that map.
+    """An expert, texts, what the last map of its head reads of them [N, n], and that map.
 
     Without a head: what the model answers, [N, n], and no map.
     """
@@ -163,10 +163,12 @@ def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in own_parts(loaded.config, shapes, pooler=is_refitted):  # as `fmn realign` has it
         del tensors[name]
+    checkpoints.fit_vocabulary(loaded.base_model, tensors)
     checkpoints.load_encoder(loaded, tensors)
     read = heads.outputs if goal.weight is None else heads.features
     answers = read(loaded, goal.examples, device=settings.device, dtype=settings.dtype)
-    return error(goal.features, answers, goal.weight, goal.bias, settings.auto_heads)
+    texts = heads.answering(goal.examples)
+    return error(goal.features, answers, goal.weight, goal.bias, settings.auto_heads, texts)
 
 
 def error(
@@ -175,6 +177,7 @@ def error(
     weight: np.ndarray | None,
     bias: np.ndarray | None,
     kind: str = "refitted",
+    texts: np.ndarray | None = None,
 ) -> float:
     """How far a head on another encoder is from the expert's answers, in their variance.
 
@@ -183,12 +186,13 @@ def error(
         weight, bias: [C, n] and [C], that map; without one, `own` and `merged` are the answers.
         kind: "refitted": the map is refitted on every second text, and answers the others, and the
             other way round; "own": it is as it is.
+        texts: [N], the text that each row is of; default: each is of its own.
     """
     if weight is None:
         return float(np.square(merged - own).mean() / (own.var(0).mean() or 1.0))
     wanted = own @ weight.T  # [N, C], without the bias
     answers = merged @ weight.T
-    is_odd = np.arange(len(own)) % 2 == 1
+    is_odd = (np.arange(len(own)) if texts is None else texts) % 2 == 1
     for fitted in (is_odd, ~is_odd) if kind == "refitted" else ():
         new, new_bias, _ = heads.refit(own[fitted], merged[fitted], weight, bias)
         shift = 0.0 if bias is None or new_bias is None else new_bias - bias

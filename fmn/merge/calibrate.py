@@ -44,10 +44,11 @@ from transformers.pytorch_utils import Conv1D
 from fmn.errors import UserError
 from fmn.fisher import architectures
 from fmn.merge.recipe import CalibrationSettings
+from fmn.models import checkpoints
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.models.predict import answered_only, tokens_at_once
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import Batch, Examples, by_length, select
+from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, select
 
 Key = tuple[int, str]  # number of a layer, and path of a linear map below it
 
@@ -138,6 +139,7 @@ def calibrated_encoder(
         first.config, shapes, "calibrate", "leave it out (`calibrate: null` in the settings)"
     )
     merged = deepcopy(first.base_model)
+    checkpoints.fit_vocabulary(merged, encoder)
     merged.load_state_dict(dict(encoder), strict=False)
     merged.requires_grad_(False)  # autocast would keep casts of parameters as they were
     layers = [merged.get_submodule(path) for path in paths]
@@ -171,7 +173,8 @@ def calibrated_encoder(
                 _advance(number, layer, list(tasks.values()))
                 progress(number + 1, len(layers))
     state = merged.state_dict()
-    tensors = {  # what is outside the base model, as the map to the vocabulary, stays
+    # What is outside the base model, as the map to the vocabulary, stays; a tagger has no pooler.
+    tensors = {
         name: state.get(name, tensor).to("cpu", tensor.dtype) for name, tensor in encoder.items()
     }
     return tensors, {name: _error(task) for name, task in tasks.items()}
@@ -200,6 +203,7 @@ def own_part(
         the own tensors by names in the base model.
     """
     state = expert.base_model.state_dict()
+    names = [name for name in names if name in state]  # a tagger has no pooler
     own = {name: state[name].detach().clone() for name in names}
     if layers:
         texts = examples.take(select(examples.labels, OWN_TEXTS, seed))
@@ -269,6 +273,8 @@ def _weights(
                     hook = _store(outputs, (number, name), _is_token(inputs))
                     hooks.callback(module.register_forward_hook(hook).remove)
             z = _wide(expert(**inputs).logits)  # [B, C]; of generated text [M, C]
+        if z.ndim == 3:  # of tokens, those that answer: [B, T, C] -> [N, C]
+            z = z[(batch.labels != IGNORED).to(z.device)]
         v = torch.randn(z.shape, generator=generator).to(z)
         gradients = torch.autograd.grad((v * z).sum(), list(outputs.values()))
         weights.append({})
@@ -280,13 +286,15 @@ def _weights(
         z, count = z.detach().double(), count + len(z)
         _add(of_logits, z.sum(0))
         _add(of_squares, z.square().sum(0))
+    # A text of many answers counts as much as one of a single answer.
+    per_text = count / sum(len(batch.rows) for batch, _ in batches)
     variance = float((of_squares[0] / count - (of_logits[0] / count).square()).mean())
-    variance = variance if variance > 0 else 1.0
+    variance = variance * per_text if variance > 0 else 1.0
     shares = {}
     for key, (total,) in by_row.items():
         nodes = total.view(-1, node_rows[key]).mean(1)  # [rows] -> [nodes]
         shares[key] = nodes / nodes.mean()
-    return [{key: g / variance for key, g in batch.items()} for batch in weights], shares
+    return [{key: g / variance for key, g in each.items()} for each in weights], shares
 
 
 def _store(outputs: dict[Key, Tensor], key: Key, is_token: Tensor | None) -> Callable[..., None]:

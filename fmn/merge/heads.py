@@ -38,6 +38,8 @@ from fmn.tasks.task import Task
 
 RIDGES = tuple(10 ** (half / 2) for half in range(-12, 9))
 """What "auto" chooses from: two a decade."""
+MOST = 2**15  # words that a head is fitted to, so that memory is bounded
+_CHUNK = 128
 
 
 def last_map(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray | None]:
@@ -54,14 +56,23 @@ def features(
 ) -> np.ndarray:
     """What the last linear map of the head reads, float32 [N, n], in the examples' order.
 
-    Labels are not looked at. Other arguments as for `fmn.models.predict.predict`.
+    Of tags, N are the first tokens of words, which answer (`answering`). What the labels are is not
+    looked at. Other arguments as for `fmn.models.predict.predict`.
     """
     path = last_linear(model)
     linear = model.get_submodule(path)
     # So the model gives, of every token's features, those that it answers from.
     model.set_submodule(path, nn.Identity())
     try:
-        return predict(model, examples, device=device, dtype=dtype)
+        if not examples.has_token_labels:
+            return predict(model, examples, device=device, dtype=dtype)
+        parts = []
+        for start in range(0, len(examples), _CHUNK):  # all positions of few texts at a time
+            chunk = examples.take(np.arange(start, min(start + _CHUNK, len(examples))))
+            states = predict(model, chunk, device=device, dtype=dtype)  # [texts, T, n]
+            is_answer = (chunk.labels != IGNORED)[:, : states.shape[1]]
+            parts.append(states[:, : is_answer.shape[1]][is_answer])
+        return np.concatenate(parts)
     finally:
         model.set_submodule(path, linear)
 
@@ -85,6 +96,21 @@ def _logits_of_a_token(logits: Tensor, batch: Batch) -> Tensor:
     places = (counts.cumsum(0) - counts + places).clamp(max=len(logits) - 1)
     chosen = logits[places.to(logits.device)].float()
     return chosen - chosen.mean(1, keepdim=True)
+
+
+def answering(examples: Examples) -> np.ndarray:
+    """The example that each row of `features` is of, int64 [N]."""
+    if examples.has_token_labels:
+        return np.nonzero(examples.labels != IGNORED)[0]
+    return np.arange(len(examples))
+
+
+def bounded(examples: Examples) -> Examples:
+    """The first examples, of at most `MOST` rows of `features`, but at least one example."""
+    if not examples.has_token_labels:
+        return examples
+    counts = (examples.labels != IGNORED).sum(1).cumsum()
+    return examples.take(np.arange(max(1, int((counts <= MOST).sum()))))
 
 
 def refit(
@@ -181,6 +207,7 @@ def realigned_head(
     wanted = features(model, examples, **options)
     read = features(merged_model, examples, **options)
     weight, bias, fit = refit(wanted, read, *last_map(model), settings.ridge)
+    fit = fit.model_copy(update={"texts": len(examples)})
     return tensors(model, weight, bias), own, fit
 
 
@@ -224,4 +251,8 @@ def unlabeled(
         raise UserError(
             f"{task.name}: no training text is left to re-align its head on; score fewer rows"
         )
-    return encode(checkpoints.load_processor(checkpoint), task, table.take(np.sort(rows)))
+    processor = checkpoints.load_processor(checkpoint, task.task)
+    examples = bounded(encode(processor, task, table.take(np.sort(rows))))
+    if examples.has_token_labels and not (examples.labels != IGNORED).any():
+        raise UserError(f"{task.name}: its training texts have no words; give some that have")
+    return examples

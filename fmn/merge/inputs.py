@@ -1,9 +1,10 @@
 """What a merge needs, checked before it is computed: only headers and small files are read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from fmn.merge.stream import DTYPES, TensorSpec
 from fmn.models import checkpoints
 from fmn.models.headers import TensorHeader, tensor_headers
 from fmn.store import artifacts
-from fmn.tasks.kinds import KindName
+from fmn.tasks.kinds import KINDS, KindName
 from fmn.tasks.task import Task
 
 
@@ -118,6 +119,9 @@ class Parameter:
         base: the base's tensor, if it is needed.
         fisher: the Fisher information of each entry, if the method takes that.
         grams: Gram matrices, if the method takes them and this is the matrix of a linear map.
+        first_row: of rows that not all experts have tokens for, where they begin in the parameter;
+            they are the average of those that have them.
+        is_part: whether these are some rows of a parameter alone.
         is_linear_map: whether this is the matrix of a linear map, if the method asks.
         is_transposed: such a matrix is stored [n, rows].
     """
@@ -128,6 +132,8 @@ class Parameter:
     base: TensorHeader | None
     fisher: tuple[TensorHeader, ...] = ()
     grams: tuple[TensorHeader, ...] = ()
+    first_row: int = 0
+    is_part: bool = False
     is_linear_map: bool = False
     is_transposed: bool = False
 
@@ -143,6 +149,7 @@ class Plan:
         parameters: the encoder's, in the order of the output file.
         heads: where each task's head lies, by tensor.
         claims, nodes: which mask nodes weigh each parameter, and each expert's Fisher information.
+        widest: the task whose expert has all tokens.
     """
 
     settings: MergeSettings
@@ -154,6 +161,22 @@ class Plan:
     heads: Mapping[str, Mapping[str, TensorHeader]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
     nodes: Sequence[NodeValues] = ()
+    widest: str = ""
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors of the output files in order; parameters that are parts of one are joined."""
+        specs: dict[str, TensorSpec] = {}
+        for name, dtype, shape in (each.spec for each in self.parameters):
+            rows = specs[name].shape[0] + shape[0] if name in specs else 0
+            specs[name] = TensorSpec(name, dtype, (rows, *shape[1:]) if rows else shape)
+        return list(specs.values())
+
+    @property
+    def tokens(self) -> int | None:
+        """The number of embeddings, where the experts' numbers differ."""
+        ends = [each.first_row + each.spec.shape[0] for each in self.parameters if each.first_row]
+        return max(ends, default=None)
 
     @property
     def method(self) -> Method:
@@ -212,8 +235,14 @@ def plan_merge(
     encoders = {f"expert {task}": encoder for task, (encoder, _) in stored.items()}
     config = checkpoints.load_config(experts[tasks[0]])
     kind = checkpoints.kind_in(experts[tasks[0]], config)
-    based = stored_tensors(base, kind)[0] if base and needs_base else None
-    parameters = matching(encoders, based)
+    # The base of models with heads is read as it is: taggers have no pooler, and others do.
+    base_kind = None if KINDS[kind].has_head else kind
+    based = stored_tensors(base, base_kind)[0] if base and needs_base else None
+    tokens = {f"expert {task}": _tokens(experts[task]) for task in tasks}
+    tokens |= {"base": _tokens(base)} if base and needs_base else {}
+    is_same = len(set(tokens.values())) == 1
+    by_token = set[str]() if is_same else checkpoints.token_parameters(config, kind)
+    parameters = matching(encoders, based, tokens, by_token)
     if method.fisher == "parameters":
         parameters = [_with_fisher(p, _has(p, tasks), statistics.fisher) for p in parameters]
     if method.gram:
@@ -228,7 +257,7 @@ def plan_merge(
             for each in parameters
         ]
     if method.fisher == "nodes":
-        shapes = {each.spec.name: each.spec.shape for each in parameters}
+        shapes = {each.spec.name: each.spec.shape for each in parameters if not each.first_row}
         claims = architectures.claims(config, shapes, settings.mapping)
         counts = architectures.node_counts(config, shapes)
         for task in tasks:
@@ -237,7 +266,22 @@ def plan_merge(
             nodes.append(architectures.tempered(values, tuning.normalise, tuning.exponent))
     lambdas = coefficients(tasks, settings.coefficients)
     heads = {task: head for task, (_, head) in stored.items()}
-    return Plan(settings, tuning, tasks, lambdas, scale, parameters, heads, claims, nodes)
+    widest = max(tasks, key=lambda task: tokens[f"expert {task}"].used)
+    return Plan(settings, tuning, tasks, lambdas, scale, parameters, heads, claims, nodes, widest)
+
+
+class Tokens(NamedTuple):
+    """How many tokens a checkpoint has, and how many embeddings; the others are padding."""
+
+    used: int
+    rows: int
+
+
+def _tokens(folder: Path) -> Tokens:
+    rows = getattr(checkpoints.load_config(folder), "vocab_size", None) or 0
+    if not any((folder / name).is_file() for name in checkpoints.VOCABULARY_FILES):
+        return Tokens(rows, rows)
+    return Tokens(max(checkpoints.vocabulary(folder).values(), default=-1) + 1, rows)
 
 
 def _has(parameter: Parameter, tasks: Sequence[str]) -> list[str]:
@@ -272,11 +316,15 @@ def stored_tensors(
 
 
 def matching(
-    experts: Mapping[str, Mapping[str, TensorHeader]], base: Mapping[str, TensorHeader] | None
+    experts: Mapping[str, Mapping[str, TensorHeader]],
+    base: Mapping[str, TensorHeader] | None,
+    tokens: Mapping[str, Tokens] = MappingProxyType({}),
+    by_token: Set[str] = frozenset(),
 ) -> list[Parameter]:
     """The parameters to merge, in the order of the output file.
 
-    All experts must have the same, but for a pooler, which some may lack.
+    All experts must have the same, but for a pooler, which some may lack, and for rows of tokens
+    that only some have.
 
     The output's dtype is the widest of the experts' (float16 with bfloat16 gives float32).
     Parameters are ordered as safetensors does, by falling size of their dtype, then by name.
@@ -284,6 +332,8 @@ def matching(
     Args:
         experts: tensors by name, by "expert TASK".
         base: the same of the base model, which may have more tensors.
+        tokens: of the experts, by "expert TASK", and of the base, by "base".
+        by_token: the parameters with a row for each token, where the tokens differ.
 
     Raises:
         UserError: names the expert and the tensor that is missing or has another shape.
@@ -291,24 +341,61 @@ def matching(
     parameters = []
     for name in sorted({name for tensors in experts.values() for name in tensors}):
         headers = {source: tensors.get(name) for source, tensors in experts.items()}
-        places = [place for place, header in enumerate(headers.values()) if header]
         if name.startswith("pooler."):
             headers = {source: header for source, header in headers.items() if header}
-        stored = tuple(header for header in headers.values() if header)
+        stored = [header for header in headers.values() if header]
         if base is not None:
             headers["base"] = base.get(name)
-        shape = stored[0].shape
-        for source, header in headers.items():
-            if header is None or header.shape != shape:
-                problem = f"has shape {list(header.shape)}" if header else "is missing"
-                raise UserError(
-                    f"{source}: tensor {name} {problem}, another expert's has shape {list(shape)};"
-                    " merge experts of one base model"
-                )
         dtype = reduce(torch.promote_types, (DTYPES[header.dtype] for header in stored))
-        spec = TensorSpec(name, dtype, shape)
-        parameters.append(Parameter(spec, tuple(places), stored, headers.get("base")))
-    return sorted(parameters, key=lambda each: (-each.spec.dtype.itemsize, each.spec.name))
+        parts = _parts(headers, tokens) if name in by_token else [(0, headers)]
+        for first_row, part in parts:
+            shape = next(header.shape for header in part.values() if header)
+            for source, header in part.items():
+                if header is None or header.shape != shape:
+                    problem = f"has shape {list(header.shape)}" if header else "is missing"
+                    raise UserError(
+                        f"{source}: tensor {name} {problem}, another expert's has shape"
+                        f" {list(shape)}; merge experts of one base model"
+                    )
+            places = tuple(place for place, source in enumerate(experts) if part.get(source))
+            own = tuple(header for source in experts if (header := part.get(source)))
+            spec = TensorSpec(name, dtype, shape)
+            based = None if first_row else part.get("base")
+            parameter = Parameter(spec, places, own, based, first_row=first_row)
+            parameters.append(replace(parameter, is_part=len(parts) > 1))
+    order = [(-each.spec.dtype.itemsize, each.spec.name, each.first_row) for each in parameters]
+    return [parameters[number] for number in sorted(range(len(order)), key=order.__getitem__)]
+
+
+Part = Mapping[str, TensorHeader | None]
+
+
+def _parts(headers: Part, tokens: Mapping[str, Tokens]) -> list[tuple[int, Part]]:
+    """A parameter by source, in parts: the rows of tokens that all have, and those that some have.
+
+    Rows of padding, for which none has a token, come from all that have them.
+    """
+    own = {source: tokens[source] for source in headers}
+    for source, header in headers.items():
+        if header is None or header.shape[0] != own[source].rows:
+            return [(0, headers)]  # which is refused
+    parts: list[tuple[int, Part]] = []
+    start = 0
+    for stop in sorted({size for each in own.values() for size in each if size}):
+        having = [source for source, each in own.items() if each.used >= stop]
+        having = having or [source for source, each in own.items() if each.rows >= stop]
+        if having != ["base"]:
+            parts.append((start, {s: _rows(h, start, stop) for s in having if (h := headers[s])}))
+            start = stop
+    return parts
+
+
+def _rows(header: TensorHeader, start: int, stop: int) -> TensorHeader:
+    """Where some rows of a stored tensor lie."""
+    size = (header.end - header.start) // header.shape[0]
+    begin = header.start + start * size
+    shape = (stop - start, *header.shape[1:])
+    return header._replace(shape=shape, start=begin, end=begin + shape[0] * size)
 
 
 def _with_fisher(
@@ -316,7 +403,11 @@ def _with_fisher(
 ) -> Parameter:
     """The parameter with every expert's Fisher information of each entry."""
     name, _, shape = parameter.spec
+    if parameter.first_row:
+        return parameter
     headers = {task: fisher[task].get(name) for task in tasks}
+    if parameter.is_part:
+        headers = {task: _rows(each, 0, shape[0]) for task, each in headers.items() if each}
     return replace(parameter, fisher=_of_shape(headers, shape, f"full Fisher of {name}"))
 
 

@@ -25,6 +25,7 @@ from fmn.merge.inputs import (
     coefficients,
     plan_merge,
 )
+from fmn.merge.methods import METHODS
 from fmn.merge.recipe import CARD, RECIPE, MergeSettings, Recipe, card
 from fmn.merge.rules import generator
 from fmn.merge.stream import DTYPES, NAMES, Read, TensorSpec, row_slices
@@ -78,8 +79,7 @@ def write_model(
     plan = _with_scale(plan_merge(experts, settings, base, statistics))
     first = _first(plan.tasks, experts)
     names = checkpoints.names_in_model(checkpoints.load_config(first), checkpoints.kind_in(first))
-    specs = [parameter.spec for parameter in plan.parameters]
-    specs = [spec._replace(name=names.get(spec.name, spec.name)) for spec in specs]
+    specs = [spec._replace(name=names.get(spec.name, spec.name)) for spec in plan.specs]
     parts = stream.shards(specs, shard_bytes)
     files = dict(zip(stream.shard_names(len(parts)), parts, strict=True))
     encoder = folder / "encoder"
@@ -87,15 +87,16 @@ def write_model(
     with stream.reading(plan.stored) as read:
         merged = merged_pieces(plan, read)
         if encoder_tensors:
-            merged = (encoder_tensors[each.spec.name].flatten() for each in plan.parameters)
+            merged = (encoder_tensors[spec.name].flatten() for spec in plan.specs)
         pieces = _counted(plan, merged, progress)
         digests = {
             name: stream.write_file(encoder / name, part, pieces) for name, part in files.items()
         }
-    _write_encoder_settings(encoder, first, files)
+    _write_encoder_settings(encoder, experts[plan.widest], files, plan.tokens)
     for task in plan.tasks:
         definition = (definitions or {}).get(task)
-        _write_task(folder / "tasks" / task, experts[task], plan.heads[task], definition, files)
+        target, head = folder / "tasks" / task, plan.heads[task]
+        _write_task(target, experts[task], head, definition, files, plan.tokens)
     for name, digest in digests.items():  # after the links, which change the file's status
         remember_digest(encoder / name, digest)
     entries = {**_own_entries(plan), "definitions": dict(definitions or {}), **(lineage or {})}
@@ -185,8 +186,8 @@ def write_realigned(
         model: the merged model's folder.
         heads: by task, the new tensors by name; they take the dtypes that are stored.
         recipe: of the new model.
-        own: by task, the tensors of the encoder that it has for itself, by names in the base model,
-            the same for all tasks. They take the encoder's dtypes.
+        own: by task, the tensors of the encoder that it has for itself, by names in the base model;
+            a task without a pooler has none of it. They take the encoder's dtypes.
     """
     for name, source in visible(model, ("encoder", "tasks")).items():
         _, place, *_ = [*Path(name).parts, ""]
@@ -194,7 +195,7 @@ def write_realigned(
         if is_headless or ".safetensors" not in source.name:
             _link(source, folder / name)
     encoder = tensor_headers(model / "encoder")
-    own_parts = list(next(iter(own.values())))
+    own_parts = list(dict.fromkeys(name for parts in own.values() for name in parts))
     shared, digests = _write_split(folder / "encoder", encoder, own_parts)
     for task, tensors in heads.items():
         stored = load_file(max((model / "tasks" / task).glob("*.safetensors")))
@@ -330,7 +331,7 @@ def effective_number(parameters: Sequence[Parameter], read: Read) -> float:
     count = max(len(parameter.experts) for parameter in parameters)
     with _one_thread():
         for parameter in parameters:
-            if len(parameter.experts) < count:
+            if len(parameter.experts) < count or parameter.first_row:
                 continue
             for rows in row_slices(parameter.spec.shape, WORKING_SET // 8 // (count + 3)):
                 *vectors, base = _read_all((*parameter.experts, parameter.base), rows, read)
@@ -348,7 +349,7 @@ def merged_tensors(plan: Plan, read: Read) -> dict[str, Tensor]:
     """The merged encoder's tensors by names in the base model."""
     pieces = merged_pieces(plan, read)
     tensors = {}
-    for name, dtype, shape in (parameter.spec for parameter in plan.parameters):
+    for name, dtype, shape in plan.specs:
         parts = [torch.empty(0, dtype=dtype)]
         while sum(map(len, parts)) < math.prod(shape):
             parts.append(next(pieces))
@@ -381,7 +382,8 @@ def _merged_rows(
     plan: Plan, parameter: Parameter, nodes: list[Tensor], rows: slice | None, read: Read
 ) -> Tensor:
     """Some rows of a merged parameter, in its dtype."""
-    settings, method, name = plan.settings, plan.method, parameter.spec.name
+    settings, name = plan.settings, parameter.spec.name
+    method = METHODS["average"] if parameter.first_row else plan.method
     tasks = plan.tasks_of(parameter)
     sources = {f"expert {task}": s for task, s in zip(tasks, parameter.experts, strict=True)}
     if parameter.fisher:
@@ -471,8 +473,8 @@ def _counted(plan: Plan, pieces: Iterator[Tensor], progress: Progress) -> Iterat
         yield piece
 
 
-def _write_encoder_settings(encoder: Path, expert: Path, files: Files) -> None:
-    config = {k: v for k, v in _config(expert, files).items() if k not in _HEAD_SETTINGS}
+def _write_encoder_settings(encoder: Path, expert: Path, files: Files, tokens: int | None) -> None:
+    config = {k: v for k, v in _config(expert, files, tokens).items() if k not in _HEAD_SETTINGS}
     kind = KINDS[checkpoints.kind_in(expert)]
     auto = getattr(transformers, "AutoModel" if kind.has_head else kind.auto_class)
     architecture = auto._model_mapping.get(type(checkpoints.load_config(expert)), None)
@@ -489,13 +491,14 @@ def _write_task(
     head: Mapping[str, TensorHeader],
     definition: Task | None,
     files: Files,
+    tokens: int | None,
 ) -> None:
     """Write a task's checkpoint: links to the encoder's files, and what is the expert's own."""
     folder.mkdir(parents=True)
     with stream.reading(head.values()) as read:
         tensors = {name: read(stored, None, None) for name, stored in head.items()}
     _write_task_tensors(folder, files, tensors)
-    config = _config(expert, files)
+    config = _config(expert, files, tokens)
     if definition:
         write_task(folder, definition)
         config |= _head_settings(expert, definition)
@@ -533,10 +536,14 @@ def _head_settings(expert: Path, task: Task) -> dict[str, Any]:
     return settings
 
 
-def _config(expert: Path, files: Files) -> dict[str, Any]:
-    """An expert's configuration with the encoder's dtype, without what holds only where it was."""
+def _config(expert: Path, files: Files, tokens: int | None) -> dict[str, Any]:
+    """An expert's configuration with the encoder's dtype, without what holds only where it was.
+
+    `tokens` is the encoder's number of embeddings, where the experts' differ.
+    """
     dtype = next(iter(files.values()))[0].dtype  # the widest comes first
     config = {k: v for k, v in read_config(expert).items() if k not in _LOCAL_SETTINGS}
+    config |= {"vocab_size": tokens} if tokens else {}
     return {**config, "dtype": str(dtype).removeprefix("torch.")}
 
 

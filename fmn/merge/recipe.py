@@ -315,8 +315,14 @@ class Recipe(Record):
     auto: Auto | None = None
     calibrate: Calibrated | None = None
     realign: Realigned | None = None
+    notes: list[str] = Field(default_factory=list)
 
     _is_known = field_validator("method")(_known)
+
+    @property
+    def messages(self) -> list[str]:
+        """What the user should know of the experts."""
+        return self.notes
 
 
 class SearchedCoefficients(Record):

@@ -41,7 +41,7 @@ __all__ = [
 
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
-MERGE = 8
+MERGE = 9
 CALIBRATE = 2
 REALIGN = 6
 
@@ -99,9 +99,9 @@ def merge(
         digests = {task: job.inputs[f"expert {task}"] for task in experts}
         statistics = read_statistics(needs, experts, digests, fisher, gram)
         tasks = {t: _definition(t, experts[t], statistics.definitions) for t in experts}
-        checkpoints.check_experts(experts, tasks, base)
+        notes = checkpoints.check_experts(experts, tasks, base)
         chosen, search = _searched(coefficients, job, digests, settings)
-        lineage: dict[str, Any] = {"search": search}
+        lineage: dict[str, Any] = {"search": search, "notes": notes}
         encoder = None
         if data and is_auto:
             auto, encoder = _auto(job, experts, data, settings, base, statistics, progress)
@@ -263,15 +263,13 @@ def realign(
     _check_experts(model, merged, experts)
     definitions, rows, files = _texts(experts, merged.tasks, data)
     headed = [task for task in merged.tasks if definitions[task].kind.has_head]
-    if not headed:
-        raise UserError(f"{model}: none of its tasks has a head to re-align; leave realign out")
     reads: Reads = {"model": model, **{f"expert {t}": experts[t] for t in merged.tasks}, **files}
 
     def compute(job: Job) -> None:
         from fmn.merge.heads import realigned_head, unlabeled
         from fmn.merge.model import write_realigned
 
-        own_parts = _own_parts(model / "encoder", settings)
+        own_parts = _own_parts(model / "encoder", settings) if headed else []
         texts = None if settings.texts == "all" else settings.texts
         tensors, own, fits = {}, {}, {}
         for task in headed:

@@ -8,6 +8,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +22,7 @@ from fmn.models.headers import (
     read_json,
     tensor_headers,
 )
+from fmn.store.artifacts import digest_file
 from fmn.tasks.kinds import KINDS, KindName, kind_of_class
 from fmn.tasks.task import Task, read_task
 
@@ -55,7 +58,7 @@ _LIMITS = {"hidden_groups|group_num": 30, "layers?|blocks": 1000, "num_labels": 
 # What must be equal among merged models: sizes, as every configuration answers to them.
 _TRAITS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"),
+    *("num_key_value_heads", "head_dim", "intermediate_size"),
     *("max_position_embeddings", "type_vocab_size", "hidden_act"),
 )
 CHUNK = 2**24  # bytes of tensors that are compared at a time
@@ -333,11 +336,15 @@ def names_in_base(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, s
     }
 
 
+def in_model(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Those of an encoder's tensors, by names in the base model, that a model has; by its names."""
+    names = {short: name for name, short in names_in_base(model, model.state_dict()).items()}
+    return {names[short]: tensor for short, tensor in tensors.items() if short in names}
+
+
 def load_encoder(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> None:
     """Give a model other tensors of its encoder, by names in the base model; others stay."""
-    names = {short: name for name, short in names_in_base(model, model.state_dict()).items()}
-    state = {names[short]: tensor for short, tensor in tensors.items() if short in names}
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(in_model(model, tensors), strict=False)
 
 
 def names_in_model(config: "PretrainedConfig", kind: KindName) -> Mapping[str, str]:
@@ -390,12 +397,15 @@ def check_tensors(
 
 def check_experts(
     experts: Mapping[str, Path], tasks: Mapping[str, Task], base: Path | None = None
-) -> None:
+) -> list[str]:
     """Refuse experts that cannot be merged, from headers and small files alone.
 
-    All must have the architecture, sizes, encoder tensors and vocabulary of the base (or of the
-    first expert), and each a head that fits its task. Raises `UserError` that names the task, the
-    folder and what differs.
+    All must have the architecture, sizes and encoder tensors of the base (or of the first expert)
+    and mean the same by the same token, and each needs a head that fits its task. Raises
+    `UserError` that names the task, the folder and what differs.
+
+    Returns:
+        what the user should know of them.
     """
     if not experts:
         raise UserError("no experts were given; name at least one, TASK=DIR")
@@ -422,6 +432,88 @@ def check_experts(
         from fmn.models.embedding import check_agreement
 
         check_agreement(embedding)
+    return check_vocabularies(folders)
+
+
+def _shapes_of_vocabulary(config: "PretrainedConfig", kind: KindName) -> dict[str, tuple[int, ...]]:
+    """The encoder's shapes if it had another number of tokens, the same for all checkpoints."""
+    changed = deepcopy(config)
+    if getattr(config, "vocab_size", None) is not None:
+        changed.vocab_size = 2**20
+    return _described_shapes(changed, kind).encoder
+
+
+def token_parameters(config: "PretrainedConfig", kind: KindName) -> set[str]:
+    """The encoder's parameters that have a row for each token."""
+    own, other = _described_shapes(config, kind).encoder, _shapes_of_vocabulary(config, kind)
+    return {name for name, shape in own.items() if shape != other[name]}
+
+
+def check_vocabularies(folders: Mapping[str, Path]) -> list[str]:
+    """Refuse checkpoints that do not mean the same by one token; notes tokens that some lack.
+
+    Raises:
+        UserError: names the tokens, or those that no tokenizer has together.
+    """
+    ids: dict[str, int] = {}
+    owners: dict[int, tuple[str, str]] = {}  # a token and what has it, by id
+    vocabularies: dict[str, Mapping[str, int]] = {}
+    for name, folder in folders.items():
+        try:
+            tokens = vocabularies[name] = vocabulary(folder)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        for token, number in sorted(tokens.items()):
+            other, owner = owners.setdefault(number, (token, name))
+            if ids.setdefault(token, number) != number:
+                problem = f"the id of token {token!r:.40} is {number}, not {ids[token]}"
+            elif token != other:
+                problem = (
+                    f"the token {token!r:.40} has id {number}, that of {other!r:.40} ({owner})"
+                )
+            else:
+                continue
+            remedy = "choose experts that mean the same by each token"
+            raise UserError(f"{name}: {folder}: {problem}; {remedy}")
+    lacking = {name: sorted(ids.keys() - tokens.keys()) for name, tokens in vocabularies.items()}
+    lacking = {name: tokens for name, tokens in lacking.items() if tokens and ids}
+    if not lacking:
+        return []
+    words = "; ".join(f"{name} lacks {listed(tokens)}" for name, tokens in lacking.items())
+    if len(lacking) == len(folders):
+        raise UserError(f"no tokenizer has all tokens: {words}; add them to one expert")
+    return [f"vocabularies differ: {words}; embeddings of such tokens come from those with them"]
+
+
+def vocabulary(folder: Path) -> Mapping[str, int]:
+    """The ids of a checkpoint's tokens; empty for a model of images.
+
+    Raises:
+        UserError: the model has fewer embeddings, or there is no tokenizer.
+    """
+    files = [folder / name for name in (CONFIG, *TOKENIZER_FILES) if (folder / name).is_file()]
+    return _vocabulary(folder, tuple(map(digest_file, files)))
+
+
+@cache
+def _vocabulary(folder: Path, digests: tuple[str, ...]) -> Mapping[str, int]:
+    config = load_config(folder)
+    if getattr(config, "vocab_size", None) is None:
+        return {}
+    tokens: dict[str, int] = load_tokenizer(folder, config).get_vocab()
+    if (largest := max(tokens.values(), default=-1)) >= config.vocab_size:
+        problem = f"the tokenizer has ids up to {largest}, the model {config.vocab_size} embeddings"
+        raise UserError(f"{folder}: {problem}; take the tokenizer files of the model's checkpoint")
+    return tokens
+
+
+def fit_vocabulary(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> None:
+    """Give a base model as many embeddings as tensors by its names have."""
+    embeddings = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is embeddings)
+    stored = tensors.get(f"{path}.weight")
+    if stored is not None and len(stored) != len(embeddings.weight):
+        model.resize_token_embeddings(len(stored), mean_resizing=False)
 
 
 def _traits(folder: Path, task: Task | None, kind: KindName | None) -> dict[str, Any]:
@@ -434,16 +526,9 @@ def _traits(folder: Path, task: Task | None, kind: KindName | None) -> dict[str,
     if task is not None and not is_single_logit(config, task):
         check_head(folder, config, task)
     sizes = {name: getattr(config, name, None) for name in _TRAITS}
-    tensors = _described_shapes(config, kind).encoder
+    tensors = _shapes_of_vocabulary(config, kind)  # vocabularies may differ (`check_vocabularies`)
     shapes = {name: shape for name, shape in tensors.items() if not name.startswith("pooler.")}
-    if kind == "image-classification":
-        return sizes | shapes
-    vocabulary = load_tokenizer(folder, config).get_vocab()
-    if (largest := max(vocabulary.values(), default=-1)) >= config.vocab_size:
-        problem = f"the tokenizer has ids up to {largest}, the model {config.vocab_size} embeddings"
-        raise UserError(f"{folder}: {problem}; take the tokenizer files of the model's checkpoint")
-    ids = {f"the id of token {token!r:.40}": vocabulary[token] for token in sorted(vocabulary)}
-    return sizes | shapes | ids
+    return sizes | shapes
 
 
 def check_kind(folder: Path, config: "PretrainedConfig", task: Task) -> None:
@@ -575,7 +660,7 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
 # Loading
 
 
-def load_tokenizer(folder: Path, config: Any = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: Path, config: Any = None, **options: Any) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint; without a padding token, it pads with its end of text.
 
     `config` is the checkpoint's, where it is loaded already. `UserError` if there is no tokenizer,
@@ -589,7 +674,7 @@ def load_tokenizer(folder: Path, config: Any = None) -> "PreTrainedTokenizerBase
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
-                folder, config=config, local_files_only=True, trust_remote_code=False
+                folder, config=config, local_files_only=True, trust_remote_code=False, **options
             )
     except Exception as error:  # the libraries below raise what they like on a broken file
         problem = f"its tokenizer files cannot be used: {first_words(error)}"
@@ -598,6 +683,14 @@ def load_tokenizer(folder: Path, config: Any = None) -> "PreTrainedTokenizerBase
     if tokenizer.pad_token is None:
         raise UserError(f"{folder}: its tokenizer has no token for padding; set pad_token")
     return tokenizer
+
+
+def for_words(folder: Path, tokenizer: Any) -> Any:
+    """The tokenizer of a base for single words, which byte-level ones take with a blank before."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None or "ByteLevel" not in str(fast.pre_tokenizer) or tokenizer.add_prefix_space:
+        return tokenizer
+    return load_tokenizer(folder, add_prefix_space=True)
 
 
 def load_processor(folder: Path, kind: KindName | None = None) -> Any:

@@ -21,6 +21,7 @@ from fmn.models.checkpoints import is_single_logit, listed
 from fmn.models.evidence import weigh
 from fmn.store.records import Record
 from fmn.tasks import dataset
+from fmn.tasks.batches import IGNORED
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import DEFINITION, TASKS, Columns, ColumnSettings, Task, read_task, write_task
 
@@ -53,7 +54,7 @@ class Labels(Record):
         order: the output that stands for each label, in the task's order. A single logit of a
             binary task counts as two outputs.
         origin: what decided it; "identity": nothing did, the outputs are taken as they stand.
-        rows: of training data that decided or checked it; 0 without data.
+        rows: of training data that decided or checked it, or of tags words; 0 without data.
         score: what this order has of them: the share of rows that are right; for several labels
             at once the share of labels that are found (R-precision); for regression the Pearson
             correlation.
@@ -172,7 +173,7 @@ def by_data(
         labels = Labels(order=order, origin="training data")
         evidence = weigh(task, logits, truth, order)
     score, best = evidence.scores
-    rows = f"{'labels of ' if task.multi_label else ''}{len(truth)} training rows"
+    rows = f"{'labels of ' if task.multi_label else ''}{len(truth)} {_unit(task)}"
     figures = f"it has {score:.1%} of {rows} right, guessing {evidence.guess:.1%}"
     if task.regression:
         figures = f"its correlation with {rows} is {score:.2f}"
@@ -321,18 +322,29 @@ def decide(
 def _answers(
     checkpoint: Path, task: Task, data: Path, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An expert's logits [N, C] on a slice of the training split, and the labels of its rows."""
+    """An expert's logits [N, C] on a slice of the training split, and the labels of its rows.
+
+    Of tags, N are the words.
+    """
     from fmn.models.predict import predict
     from fmn.tasks import batches
 
     table = dataset.read_split(data, task, "train")
     table = table.take(batches.select(np.zeros(table.num_rows), ROWS, SEED))
-    examples = encode(checkpoints.load_processor(checkpoint), task, table)
-    model = checkpoints.load_model(checkpoint)
+    examples = encode(checkpoints.load_processor(checkpoint, task.task), task, table)
+    model = checkpoints.load_model(checkpoint, task.task)
     logits = predict(model, examples, device=device, dtype="float32")
+    if examples.has_token_labels:  # [N, T, C] -> [words, C]
+        is_labelled = examples.labels != IGNORED
+        return logits[:, : is_labelled.shape[1]][is_labelled], examples.labels[is_labelled]
     if logits.shape[1] < task.num_outputs:  # a single logit
         logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
     return logits, examples.labels
+
+
+def _unit(task: Task) -> str:
+    """What is counted in messages."""
+    return "words of training rows" if task.task == "token-classification" else "training rows"
 
 
 def _kind_notes(config: "PretrainedConfig", task: Task, place: str) -> list[str]:
@@ -354,7 +366,7 @@ def _how(task: Task, labels: Labels) -> list[str]:
     if labels.origin == "names" and labels.order == sorted(labels.order):
         return []
     no_data = "too few training rows" if labels.rows else "no data"
-    share = f"{labels.score:.1%} of {labels.rows} training rows are right so"
+    share = f"{labels.score:.1%} of {labels.rows} {_unit(task)} are right so"
     reason = {
         "settings": "as the settings say",
         "names": "as the names in config.json say",

@@ -115,6 +115,8 @@ def finetune(
         from fmn.tasks import batches
 
         processor = checkpoints.load_processor(base, definition.task)
+        if definition.task == "token-classification":
+            processor = checkpoints.for_words(base, processor)
         table = dataset.read_split(data, definition, "train")
         limit = None if settings.examples == "all" else settings.examples
         rows = batches.select(np.zeros(table.num_rows), limit, settings.seed)

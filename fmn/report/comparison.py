@@ -13,7 +13,7 @@ import numpy as np
 
 from fmn.evaluate import bootstrap
 from fmn.evaluate.bootstrap import Difference
-from fmn.evaluate.metrics import Answers, TaskAnswers, averaged, higher_is_better
+from fmn.evaluate.metrics import TaskAnswers, averaged, higher_is_better, listed_answers
 from fmn.experiments.files import Cell
 from fmn.report import results
 from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, mean
@@ -98,7 +98,7 @@ def answers(cell: Cell, of_expert: bool = False) -> dict[str, TaskAnswers]:
     for name, entry in cell.tasks.items():
         predictions = entry.expert_predictions if of_expert else entry.predictions
         scores = entry.expert_scores if of_expert else entry.scores
-        split = Answers(np.array(predictions), np.array(entry.labels), np.array(scores))
+        split = listed_answers(entry.definition, predictions, entry.labels, scores)
         answered[name] = TaskAnswers(entry.definition, {"tried": split})
     return answered
 

@@ -459,7 +459,7 @@ def task_table(tasks: Mapping[str, Task], data: Mapping[str, TaskRows]) -> TextT
     body = [
         [
             name,
-            (task.problem_type or "").replace("_", " "),
+            (task.problem_type or task.task * task.generates).replace("_", " "),
             short_list(task.labels),
             metric_words(task),
             str(task.max_length),

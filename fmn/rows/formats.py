@@ -194,6 +194,12 @@ def _saved(folder: File) -> Columns:
     return zip(table.column_names, table.columns, strict=True), class_names(rows.features)
 
 
+def _images(folder: File) -> Columns:
+    with reachable(folder.name):
+        columns = images.read_folder(folder.system, folder.path, folder.name)
+    return columns.items(), {}
+
+
 def _conll(file: File) -> Columns:
     """Words and tags: a word a line with its columns, and an empty line between sentences.
 
@@ -236,12 +242,6 @@ def _conll(file: File) -> Columns:
 def _fields(line: str, separator: str) -> list[str]:
     """The columns of a line; only plain blanks divide them, as a word may hold others."""
     return line.split("\t") if separator == "\t" else re.split("[ \t]+", line.strip(" \t"))
-
-
-def _images(folder: File) -> Columns:
-    with reachable(folder.name):
-        columns = images.read_folder(folder.system, folder.path, folder.name)
-    return columns.items(), {}
 
 
 READERS = {

@@ -201,13 +201,13 @@ def encode_tags(
     values: Sequence[Sequence[Any]], labels: Labels, place: str, column: str
 ) -> list[list[int]]:
     """The ids of each row's tags. UserError names the row of a tag that is none of the labels."""
-    try:
-        return [[_id_of(tag, labels) for tag in tags] for tags in values]
-    except ValueError:
-        for row, tags in enumerate(values):
-            for tag in tags:
-                encode([tag], labels, f"{place}: row {row}", column)
-        raise
+    encoded = []
+    for row, tags in enumerate(values):
+        try:
+            encoded.append([_id_of(tag, labels) for tag in tags])
+        except ValueError as error:
+            raise UserError(f"{place}: {column} has another tag in row {row}; {error}") from error
+    return encoded
 
 
 def encode(values: Sequence[Any], labels: Labels, place: str, column: str) -> list[Any]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fmn.errors import UserError
 from fmn.rows import images
@@ -12,8 +13,11 @@ from fmn.rows.formats import Table, read_files
 from fmn.rows.label_values import (
     Labels,
     encode,
+    encode_tags,
     plain_values,
     read_labels,
+    tags,
+    word_list,
 )
 from fmn.rows.sources import File, used_splits
 from fmn.tasks.batches import random_order
@@ -28,6 +32,7 @@ from fmn.tasks.task import (
     default_metrics,
     in_a_line,
     make_task,
+    no_span_tag,
 )
 
 SHARE = 0.1  # of the rows are split off for validation, if the data have no split for it
@@ -60,6 +65,8 @@ def prepare(
     if len(problem_types := KINDS[definition.kind].problem_types) == 1:  # whatever labels look like
         definition = definition.model_copy(update={"problem_type": problem_types[0]})
     dataset = definition.dataset or DatasetSettings(path=place)
+    if definition.kind != "token-classification":
+        _refuse_tagged_words(files)
     train, used = used_splits(dataset, files, place)
     validation = [split for split in used if split != train]
     splits = {"train" if split == train else split: read_files(used[split]) for split in used}
@@ -75,14 +82,19 @@ def prepare(
     if label:
         for split, table in splits.items():
             classes = table.classes.get(label, ())
-            values[split] = plain_values(table.values(label, name), classes)
+            values[split] = _label_values(definition, table, label, name, classes)
         known = values["train"] if train else [x for each in values.values() for x in each]
+        if definition.kind == "token-classification":
+            definition = definition.model_copy(update={"problem_type": SINGLE})
+            known = [tag for each in known for tag in each]
         labels = read_labels(known, first.classes.get(label, ()), definition, first.place)
     task = _task(name, definition, columns, labels, validation)
     tables = {}
     for split, table in splits.items():
         content = _inputs(task, columns, table)
-        if labels:
+        if labels and definition.kind == "token-classification":
+            content["label"] = encode_tags(values[split], labels, table.place, f"column {label}")
+        elif labels:
             content["label"] = encode(values[split], labels, table.place, f"column {label}")
         content["idx"] = range(table.num_rows)
         tables[split] = pa.table(content, schema=schema(task))
@@ -97,7 +109,37 @@ def prepare(
     ] + notes
     if task.labels:
         notes.append(f"labels: {in_a_line(task.labels, 20)}")
+    if task.task == "token-classification" and (tag := no_span_tag(task.labels)):
+        if "seqeval_f1" in task.metrics:
+            raise UserError(
+                f"{place}: metric seqeval_f1 is of spans, and {tag!r} is no tag of one, such as"
+                " O, B-PER or I-PER; rename the tag under `labels`, or say metrics: [accuracy]"
+            )
+        if not definition.metrics and labels:
+            notes.append(f"scored by accuracy, as {tag!r} is no tag of a span, such as B-PER")
     return Prepared(task, tables, notes, odd_rows(task, tables))
+
+
+def _refuse_tagged_words(files: Mapping[str, Sequence[File]]) -> None:
+    for file in (file for each in files.values() for file in each):
+        if file.format == "conll":
+            raise UserError(
+                f"{file.name}: a file of words and tags; say task: token-classification, or give"
+                " csv, json or parquet"
+            )
+
+
+def _label_values(
+    definition: TaskSettings, table: Table, label: str, task: str, classes: Sequence[str]
+) -> list[Any]:
+    """The plain values of the column of labels; of tags, a list of them a row."""
+    values = table.values(label, task)
+    if definition.kind != "token-classification":
+        return plain_values(values, classes)
+    words = _checked_words(table.values(definition.columns.tokens, task), table.place, "tokens")
+    by_row = tags(values, words, table.place, f"column {label}")
+    flat = iter(plain_values([tag for row in by_row for tag in row], classes))
+    return [[next(flat) for _ in row] for row in by_row]
 
 
 def _label_column(definition: TaskSettings, first: Table) -> tuple[str | None, list[str]]:
@@ -140,15 +182,18 @@ def _task(
     if {*columns.values()} & {"label", "idx"}:  # of the rows' own columns
         columns = {key: key for key in columns}
     kind = labels.problem_type if labels else definition.problem_type
+    names = labels.names if labels else tuple(definition.label_names)
     has_labels = labels or definition.kind in ("text-generation", "text2text-generation")
-    defaults = default_metrics(definition.kind, kind) if has_labels else ()
+    metrics = default_metrics(definition.kind, kind) if has_labels else ()
+    if metrics == ("seqeval_f1",) and no_span_tag(names):
+        metrics = ("accuracy",)
     return make_task(
         name,
         task=definition.kind,
         **({"problem_type": kind} if KINDS[definition.kind].problem_types else {}),
         columns=Columns(**columns, label="label" if labels else None),
-        labels=labels.names if labels else tuple(definition.label_names),
-        metrics=tuple(definition.metrics) or defaults,
+        labels=names,
+        metrics=tuple(definition.metrics) or metrics,
         validation=tuple(validation),
         threshold=definition.threshold,
         **definition.model_dump(include={"max_length"}, exclude_unset=True),
@@ -156,7 +201,7 @@ def _task(
 
 
 def _inputs(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, Any]:
-    """The texts or images by the task's columns. UserError names the first that is none.
+    """The inputs by the task's columns. UserError names the first that is none.
 
     Args:
         columns: the names of the columns in the data, by key.
@@ -165,7 +210,9 @@ def _inputs(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, A
     for key, name in task.input_columns.items():
         source = columns[key]
         values = content[name] = table.values(source, task.name)
-        if key == "image":
+        if key == "tokens":
+            content[name] = _checked_words(values, table.place, source)
+        elif key == "image":
             place, files = f"{table.place}: column {source}", table.columns.get("file", ())
             content[name] = images.checked(values, place, files)
         elif wrong := [row for row, value in enumerate(values) if not _is_text(value)]:
@@ -174,6 +221,20 @@ def _inputs(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, A
                 f" a text ({len(wrong)} of {len(values)} rows are so); give a text, or drop the row"
             )
     return content
+
+
+def _checked_words(values: Sequence[Any], place: str, source: str) -> list[list[str]]:
+    """The words of each row. UserError names the first row that is no list of words."""
+    lists = []
+    for row, value in enumerate(values):
+        words = word_list(value)
+        if words is None or not all(map(_is_text, words)):
+            raise UserError(
+                f"{place}: column {source} is {value!r:.40} in row {row}, not a list of words; give"
+                " one, or drop the row"
+            )
+        lists.append(words)
+    return lists
 
 
 def _is_text(value: Any) -> bool:
@@ -215,7 +276,7 @@ def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
     """What is odd in the rows, though they can be used."""
     lines = []
     texts = {
-        split: list(zip(*(rows[name].to_pylist() for name in task.text_columns), strict=True))
+        split: list(zip(*(_as_texts(rows[name]) for name in task.text_columns), strict=True))
         for split, rows in tables.items()
     }
     trained = set(texts.get("train", ()))
@@ -227,7 +288,9 @@ def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
         if len(rows) == 1:
             lines.append(f"{split}: there is one row alone")
         if task.columns.label and len(rows) > 1:
-            lines += _label_warnings(task, split, label_array(task, rows))
+            is_tagged = task.task == "token-classification"
+            own = pc.list_flatten(rows["label"]).to_numpy() if is_tagged else None
+            lines += _label_warnings(task, split, label_array(task, rows) if own is None else own)
         if split != "train" and (same := sum(row in trained for row in texts[split])):
             lines.append(f"{split}: {same} of {len(rows)} texts are also in training")
     if task.has_labels and not task.validation:
@@ -237,6 +300,12 @@ def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
             f"there are {len(task.labels)} labels; numbers to predict need problem_type: regression"
         )
     return lines
+
+
+def _as_texts(column: pa.ChunkedArray) -> list[str]:
+    """The texts of a column; of words, with blanks between them."""
+    values = column.to_pylist()
+    return [" ".join(value) if isinstance(value, list) else value for value in values]
 
 
 def _label_warnings(task: Task, split: str, labels: np.ndarray) -> list[str]:

@@ -43,7 +43,7 @@ class File(NamedTuple):
     name: str
     path: str
     system: "AbstractFileSystem"
-    # csv, tsv, json, parquet, conll; or, of a folder, saved (`save_to_disk`) or images.
+    # One of FORMATS; or, of a folder, saved (`save_to_disk`) or images.
     format: str
     classes: Mapping[str, Sequence[str]] = MappingProxyType({})  # names by column, of a data card
 
@@ -155,14 +155,12 @@ def _splits_of(root: str) -> Splits:
             if system.exists(f"{path}/{name}state.json")
         }
     splits: dict[str, list[File]] = {}
-    rows = [name for name in names if _ROWS.fullmatch(name)]
-    rows = [name for name in rows if name not in OTHER_JSON and not name.startswith("_")]
+    own = [name for name in names if name not in OTHER_JSON and not name.startswith("_")]
+    rows = {name: match[1] for name in own if (match := _ROWS.fullmatch(name))}
     # Beside other files, a text is a description of them.
     for name in [name for name in rows if not _TEXT.search(name)] or rows:
-        match = _ROWS.fullmatch(name)
-        assert match
         file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
-        splits.setdefault(match[1], []).append(file)
+        splits.setdefault(rows[name], []).append(file)
     if not splits:
         folders = images.split_folders(system, path, ("train", "training", *VALIDATION))
         for split, folder in folders.items():
@@ -241,7 +239,7 @@ def _what_there_is(system: "AbstractFileSystem", path: str) -> str:
         names = _names(system, folder)
     except (OSError, ValueError):
         return f"; nor is there a folder {Path(folder).name}" if folder else ""
-    rows = [name for name in names if _ROWS.fullmatch(name)] or names
+    rows = [name for name in names if _ROWS.fullmatch(name) and not _TEXT.search(name)] or names
     verb = "is" if len(rows) == 1 else "are"
     return f"; there {verb} {in_a_line(rows, 8) or 'no files'}{hint(wanted, rows)}"
 

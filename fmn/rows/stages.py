@@ -37,7 +37,7 @@ from fmn.tasks.task import (
 if TYPE_CHECKING:
     from fmn.rows.prepare import Prepared
 
-DATA = 4
+DATA = 5
 
 MINIATURE = "data/miniature_glue"  # in a checkout; it is no part of the package
 
@@ -83,6 +83,9 @@ class TaskOptions(ScoringSettings):
     image: str | None = Field(None, description="the column of the image")
     prompt: str | None = Field(None, description="the column of what a text goes on from")
     completion: str | None = Field(None, description="the column of the text to generate")
+    tokens: str | None = Field(
+        None, description="the column of the words, for token-classification"
+    )
     label: str | None = Field(None, description="the column of the label")
     labels: list[str] = Field(
         default_factory=list, description="names in the order of ids, or VALUE=NAME ..."
@@ -92,7 +95,15 @@ class TaskOptions(ScoringSettings):
     )
 
 
-COLUMNS = ("text", "text_pair", "image", "prompt", "completion", "label")  # options that name one
+COLUMNS = (
+    "text",
+    "text_pair",
+    "tokens",
+    "image",
+    "prompt",
+    "completion",
+    "label",
+)  # options that name one
 
 
 def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> TaskSettings | None:

@@ -122,6 +122,6 @@ def _example(task: Task, table: Any) -> dict[str, Any]:
     if not task.columns.label:
         return example
     label = row["label"]
-    if task.multi_label:
+    if task.multi_label or task.task == "token-classification":
         return {**example, "label": [task.labels[each] for each in label]}
     return {**example, "label": label if task.problem_type == REGRESSION else task.labels[label]}

@@ -42,7 +42,7 @@ def first_rows(dataset: DatasetSettings) -> tuple[dict[str, Table], int]:
         tables = {}
         for number, (split, parts) in enumerate(used.items()):
             file = parts[0]
-            if file.format == "saved":
+            if file.format in ("saved", "images"):  # folders
                 tables[split] = read_files([file])
                 continue
             with _opened(file, name, commit, Path(scratch)) as stream:

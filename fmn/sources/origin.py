@@ -154,9 +154,10 @@ def copy_origin(
 
 
 def _readable(message: str, source: str, folder: Path, scratch: Path) -> str:
-    """A message with the source in place of the folders that are gone when it is read."""
-    for path in (f"{scratch}/adapter", str(folder)):
-        message = message.replace(path, source)
+    """A message without the folders that are gone when it is read."""
+    places = {f"{scratch}/adapter": source, f"{scratch}/named": "it names", str(folder): source}
+    for path, words in places.items():
+        message = message.replace(path, words)
     return message
 
 
@@ -176,23 +177,23 @@ def _merge_adapter(
     origin: Origin, folder: Path, scratch: Path, base: Path | None, notes: list[str]
 ) -> None:
     """Write the model that an adapter makes of its base, which must be that of the run."""
-    adapter, stated = scratch / "adapter", scratch / "stated"
+    adapter, named = scratch / "adapter", scratch / "named"
     adapter.mkdir()
-    stated.mkdir()
+    named.mkdir()
     _copy(origin, [*_small_files(origin), *weight_files(origin)], adapter)
     source = adapters.base_source(adapter)
     if base is None:
         if not source:
             raise UserError(f"{adapter}: does not name the model that it is for; give it, --base")
-        info = copy_checkpoint(source, stated)
+        info = copy_checkpoint(source, named)
         notes += [f"the adapter's base is {info.revision}, as the adapter says", *info.notes]
-        adapters.merge(adapter, stated, folder, notes)
+        adapters.merge(adapter, named, folder, notes)
         return
-    notes += _check_base(source, base, stated)
+    notes += _check_base(source, base, named)
     adapters.merge(adapter, base, folder, notes)
 
 
-def _check_base(source: str, base: Path, stated: Path) -> list[str]:
+def _check_base(source: str, base: Path, named: Path) -> list[str]:
     """Notes about the base that an adapter names; it must be the run's by content.
 
     Raises:
@@ -204,7 +205,7 @@ def _check_base(source: str, base: Path, stated: Path) -> list[str]:
             raise UserError("it names none")
         if own.revision.startswith("hf://") and pin(source) == own.revision:
             return []
-        copy_checkpoint(source, stated)
+        copy_checkpoint(source, named)
     except UserError as error:
         same = own.source.partition("@")[0] == source.partition("@")[0]
         return [
@@ -213,7 +214,7 @@ def _check_base(source: str, base: Path, stated: Path) -> list[str]:
             + ("the name, " if same else "")
             + "names and shapes of tensors and the vocabulary were checked"
         ]
-    if difference := adapters.difference(base, stated):
+    if difference := adapters.difference(base, named):
         raise UserError(
             f"{source}, on which the adapter was trained, is not the base {base}: {difference};"
             " set `base` in the settings, or --base, to the adapter's base"

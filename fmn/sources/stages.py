@@ -72,10 +72,7 @@ def fetch(
     if not task and (data or settings.labels):
         raise UserError("fetch: --data and --labels are for an expert; say its task, --task TASK")
     pinned = origin.pin(source)
-    reads: dict[str, list[Path] | Path | None] = {
-        "folder": origin.folder_files(pinned),
-        "base": base,
-    }
+    reads: dict[str, Any] = {"folder": origin.folder_files(pinned), "base": base}
     keys: dict[str, Any] = {"source": pinned}
     # Of an expert that fmn fine-tuned, the definition lies in its folder.
     definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None

@@ -29,8 +29,7 @@ def encode(
         processor: the tokenizer, or the image processor.
         rows: only these rows are encoded, and the others are empty; default: all.
         scored: the examples are to be scored (`fmn.evaluate.metrics.answers`), which may take more
-            of them than there are rows. The labels of words are then [N, W, 2]: of each of at most
-            W words its tag, IGNORED behind the last one, and the position that answers it, or -1.
+            of them than there are rows.
     """
     return _ENCODE[task.task](processor, task, table, rows, scored)
 
@@ -81,76 +80,6 @@ def _of_sentences(
     return Examples(inputs, labels, {name: pad[name] for name in inputs})
 
 
-def _of_words(
-    tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, scored: bool
-) -> Examples:
-    """Words, of which the first token of each is to answer the word's tag.
-
-    Examples of too many tokens lose their last words, each of them whole. No token answers those,
-    nor words of which a tokenizer leaves nothing, such as a control character; they are scored as
-    if they had been tagged "O", or with the first label where there is no "O".
-
-    Raises:
-        UserError: the tokenizer cannot say which token is of which word.
-    """
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{task.name}: the tokenizer, {type(tokenizer).__name__}, does not say which token is"
-            " of which word; give a checkpoint with a tokenizer.json"
-        )
-    wanted = _wanted(table, rows)
-    words = table[task.input_columns["tokens"]].take(wanted).to_pylist()
-    encoded = [_words_within(tokenizer, each, task.max_length) for each in words]
-    tags: list[Any] = [[0] * len(each) for each in words]
-    if "label" in table.column_names:
-        tags = table["label"].take(wanted).to_pylist()
-    starts = [
-        _first_tokens(each.word_ids(), len(own)) for each, own in zip(encoded, words, strict=True)
-    ]
-    width = max(map(len, tags if scored else [each["input_ids"] for each in encoded]), default=0)
-    shape = (table.num_rows, width, 2) if scored else (table.num_rows, width)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
-    for row, own, first in zip(wanted, tags, starts, strict=True):
-        if scored:
-            labels[row, : len(own)] = np.stack([own, first], axis=1) if own else 0  # [W, 2]
-        else:
-            labels[row, first[first >= 0]] = np.array(own, dtype=np.int64)[first >= 0]
-    pad = padding(tokenizer)
-    inputs = {
-        name: _at(wanted, [each[name] for each in encoded], table.num_rows)
-        for name in pad
-        if name in tokenizer.model_input_names
-    }
-    return Examples(inputs, labels, {name: pad[name] for name in inputs})
-
-
-def _words_within(tokenizer: Any, words: list[str], most: int) -> Any:
-    """The encoding of as many words as fit into so many tokens, special ones included."""
-
-    def encoding(words: list[str]) -> Any:
-        return tokenizer(
-            words, is_split_into_words=True, return_attention_mask=False, verbose=False
-        )
-
-    whole = encoding(words)
-    word_ids = whole.word_ids()
-    if len(word_ids) <= most:
-        return whole
-    ends = np.flatnonzero([word is not None for word in word_ids])
-    room = most - (len(word_ids) - len(ends))  # beside the special tokens
-    # The word that the first token without room belongs to is the first that is cut off.
-    return encoding(words[: word_ids[ends[max(room, 0)]]])
-
-
-def _first_tokens(word_ids: list[int | None], words: int) -> np.ndarray:
-    """The place of the first token of each word, int64 [words]; -1 for a word without tokens."""
-    first = np.full(words, -1, dtype=np.int64)
-    for place in reversed(range(len(word_ids))):
-        if (word := word_ids[place]) is not None:
-            first[word] = place
-    return first
-
-
 def _of_images(
     reader: ImageReader, task: Task, table: "pa.Table", rows: np.ndarray | None, _scored: bool
 ) -> Examples:
@@ -160,6 +89,67 @@ def _of_images(
     everything = _at(wanted, contents, table.num_rows)
     pixels = Pixels(reader, everything, range(table.num_rows), task.name)
     return Examples({"pixel_values": pixels}, label_array(task, table), {}, reader.tokens)
+
+
+def _of_words(
+    tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, scored: bool
+) -> Examples:
+    """Words and their tags: a tag belongs to the first token of its word.
+
+    A text of too many tokens loses its last words, each as a whole. Where rows are to be scored,
+    labels are of words, int64 [N, W, 2]: the position that answers the word, or -1 for a word that
+    has none as it was cut off; and its tag, IGNORED behind a text's last word.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer does not say which word a token is of; save"
+            " it as tokenizer.json (use_fast=True)"
+        )
+    wanted = _wanted(table, rows)
+    words = table[task.columns.tokens].take(wanted).to_pylist()
+    tags = table["label"].take(wanted).to_pylist() if "label" in table.column_names else None
+    encoded = tokenizer(
+        words, is_split_into_words=True, padding=False, return_attention_mask=False, verbose=False
+    )
+    inputs: dict[str, list[list[int]]] = {name: [] for name in encoded}
+    positions: list[dict[int, int]] = []  # of the first token, by word
+    for number in range(len(wanted)):
+        places = _fitting(encoded.word_ids(number), task.max_length)
+        for name, values in encoded.items():
+            inputs[name].append([values[number][place] for place, _ in places])
+        first: dict[int, int] = {}
+        for position, (_, word) in enumerate(places):
+            if word is not None:
+                first.setdefault(word, position)
+        positions.append(first)
+    width = max((len(ids) for ids in inputs["input_ids"]), default=0)
+    labels = np.full((table.num_rows, width), IGNORED, np.int64)
+    if scored:
+        most = max(map(len, words), default=0)
+        labels = np.full((table.num_rows, most, 2), IGNORED, np.int64)
+    for number, row in enumerate(wanted):
+        own = tags[number] if tags else [0] * len(words[number])
+        if scored:
+            labels[row, : len(own), 0] = [positions[number].get(w, -1) for w in range(len(own))]
+            labels[row, : len(own), 1] = own
+        else:
+            for word, position in positions[number].items():
+                labels[row, position] = own[word]
+    pad = padding(tokenizer)
+    every = {name: _at(wanted, values, table.num_rows) for name, values in inputs.items()}
+    return Examples(every, labels, {name: pad[name] for name in inputs})
+
+
+def _fitting(words: list[int | None], most: int) -> list[tuple[int, int | None]]:
+    """The places of the tokens of a text that fit, each with its word, or None."""
+    own = [word for word in words if word is not None]
+    room = max(most - (len(words) - len(own)), 0)
+    cut = own[room] if len(own) > room else None  # the first word that does not fit whole
+    return [
+        (place, word)
+        for place, word in enumerate(words)
+        if word is None or cut is None or word < cut
+    ]
 
 
 def _wanted(table: "pa.Table", rows: np.ndarray | None) -> list[int]:

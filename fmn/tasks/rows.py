@@ -52,6 +52,11 @@ def check_rows(table: pa.Table, task: Task, place: str, labelled: bool = True) -
         if problem := _problem(table[source], task, key):
             raise UserError(f"{place}: column {source} {problem}")
     columns = {name: table[source] for name, source in sources.items()}
+    if task.task == "token-classification" and "label" in columns:
+        words, tags = (pc.list_value_length(columns[n]) for n in (*keys, "label"))
+        if not (is_same := np.equal(words.to_numpy(), tags.to_numpy())).all():
+            row = int(np.argmin(is_same))
+            raise UserError(f"{place}: row {row} has {words[row]} words and {tags[row]} tags")
     if labelled:
         has_numbers = "idx" in table.column_names
         columns["idx"] = table["idx"] if has_numbers else pa.array(range(table.num_rows))
@@ -71,7 +76,10 @@ def _problem(column: pa.ChunkedArray, task: Task, key: str) -> str:
         return f"has no value in row {row}; fill it or drop the row"
     if key != "label":
         word, what = _INPUT_TYPES.get(key, ("string", "text"))  # string, large_string, ...
-        return "" if word in str(column.type) else f"is of type {column.type}; it must hold {what}"
+        if word not in str(column.type):
+            return f"is of type {column.type}; it must hold {what}"
+        has_null = key == "tokens" and pc.list_flatten(column).null_count
+        return "holds a list without a word; fill it in" if has_null else ""
     ids = ", ".join(f"{label} ({name})" for label, name in enumerate(task.labels))
     is_number = task.problem_type == REGRESSION
     meaning = "finite numbers" if is_number else f"the ids {ids}"

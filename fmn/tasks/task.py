@@ -4,6 +4,7 @@ A task is data, not code. Its definition travels with its rows, as `task.json` b
 files; GLUE's nine tasks are built in (`glue.yaml`).
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,18 @@ _METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "text-generation": ("perplexity",),
     "text2text-generation": ("perplexity",),
 }
+
+
+_SPAN = re.compile(r"O|[BIES]-.+")
+
+
+def no_span_tag(labels: Sequence[str]) -> str | None:
+    """The first label that is no tag of spans as seqeval reads them; None if there is none.
+
+    >>> no_span_tag(["O", "B-PER", "I-PER"]), no_span_tag(["O", "NOUN"])
+    (None, 'NOUN')
+    """
+    return next((name for name in labels if not _SPAN.fullmatch(name)), None)
 
 
 def default_metrics(kind: KindName, problem_type: str | None) -> tuple[str, ...]:

@@ -5,12 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmn.errors import UserError
 from fmn.fisher.architectures import Site
-from fmn.merge.inputs import Statistics, matching, plan_merge
+from fmn.merge import stream
+from fmn.merge.inputs import Plan, Statistics, Tokens, matching, plan_merge
+from fmn.merge.methods import Tuning
+from fmn.merge.model import merged_tensors
 from fmn.merge.recipe import MergeSettings
 from fmn.models.headers import TensorHeader, file_headers
 from tests.merge.experts import checkpoints, node_fisher, save
@@ -104,3 +109,35 @@ def test_the_base_is_read_only_if_it_is_needed(tmp_path: Path) -> None:
     plan_merge(experts, MergeSettings(method="average"), base)
     with pytest.raises(UserError, match="base: "):
         plan_merge(experts, MergeSettings(method="average", scale=1.5), base)
+
+
+@st.composite
+def vocabularies(draw: st.DrawFn) -> list[tuple[int, int]]:
+    """(tokens, rows) of some experts."""
+    used = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    return [(tokens, tokens + draw(st.integers(0, 2))) for tokens in used]
+
+
+@given(sizes=vocabularies())
+def test_a_token_s_row_comes_from_those_that_have_the_token(
+    sizes: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    tensors = {f"expert {n}": torch.full((rows, 2), 2.0**n) for n, (_, rows) in enumerate(sizes)}
+    headers = {each: stored(folder / each, {"w": tensor}) for each, tensor in tensors.items()}
+    tokens = {f"expert {n}": Tokens(*each) for n, each in enumerate(sizes)}
+    parameters = matching(headers, None, tokens, {"w"} if len(set(sizes)) > 1 else frozenset())
+    plan = Plan(
+        MergeSettings(method="average"), Tuning(),
+        tuple(map(str, range(len(sizes)))), (1.0,) * len(sizes), 1.0, parameters,
+    )  # fmt: skip
+    with stream.reading(plan.stored) as read:
+        merged = merged_tensors(plan, read)["w"]
+    assert len(merged) == max(rows for _, rows in sizes)
+    for row, values in enumerate(merged):
+        having = [n for n, (used, _) in enumerate(sizes) if row < used]
+        having = having or [n for n, (_, rows) in enumerate(sizes) if row < rows]
+        if len(set(sizes)) == 1:  # as ever
+            having = list(range(len(sizes)))
+        expected = sum(2.0**n for n in having) / len(having)
+        torch.testing.assert_close(values, torch.full((2,), expected))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from fmn.errors import UserError
 from fmn.fisher import architectures
@@ -567,3 +567,47 @@ def test_memory_is_bounded_whatever_the_size(method: str, tmp_path: Path) -> Non
     command = [sys.executable, "-c", MEASURE, str(tmp_path), method]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 128e6
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "task-arithmetic", "mask-fisher", "fisher"])
+def test_a_token_that_one_expert_adds_is_its_own(method: str, tmp_path: Path) -> None:
+    experts = checkpoints(tmp_path)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    others = [f"w{number}" for number in range(25)]
+    base = save(tiny_model("bert", 2, seed=9), tmp_path / "base")
+    for folder in (*experts.values(), base):
+        (folder / "vocab.txt").write_text("\n".join([*words, *others]) + "\n")
+    wide = load(experts["mrpc"])
+    wide.resize_token_embeddings(33, mean_resizing=False)  # a token, and two rows of padding
+    with torch.no_grad():
+        wide.get_input_embeddings().weight[30:] = torch.randn(3, 24)
+    save(wide, experts["mrpc"])
+    (experts["mrpc"] / "vocab.txt").write_text("\n".join([*words, *others, "new"]) + "\n")
+    statistics = Statistics(node_fisher(experts))
+    if method == "fisher":
+        statistics = Statistics(full_fisher(experts, tmp_path))
+    out = tmp_path / "out"
+    model.write_model(out, experts, MergeSettings(method=method), base=base, statistics=statistics)
+    name = "embeddings.word_embeddings.weight"
+    merged = model.read_encoder(out)[name]
+    own = load_file(experts["mrpc"] / "model.safetensors")[f"bert.{name}"]
+    torch.testing.assert_close(merged[30:], own[30:])
+    # Without the token, the merge is what it would be without it.
+    narrow = load(experts["mrpc"])
+    narrow.resize_token_embeddings(30, mean_resizing=False)
+    save(narrow, experts["mrpc"])
+    (experts["mrpc"] / "vocab.txt").write_text("\n".join([*words, *others]) + "\n")
+    if method == "fisher":
+        files = {task: dict(each) for task, each in statistics.fisher.items()}
+        header = files["mrpc"][name]
+        cut = header.end - 3 * (header.end - header.start) // 33
+        files["mrpc"][name] = header._replace(shape=(30, 24), end=cut)
+        statistics = Statistics(files)
+    plain = model.in_memory(experts, MergeSettings(method=method), base, statistics)
+    torch.testing.assert_close(merged[:30], plain[name])
+    for task in experts:
+        folder = out / "tasks" / task
+        assert load(folder).config.vocab_size == 33
+        tokens = AutoTokenizer.from_pretrained(folder).get_vocab()
+        assert ("new" in tokens) == (task == "mrpc")
+    assert "new" in AutoTokenizer.from_pretrained(out / "encoder").get_vocab()

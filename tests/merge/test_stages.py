@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fmn.errors import UserError
+from fmn.evaluate.stages import evaluate
+from fmn.fisher.stages import fisher
 from fmn.merge import heads, model
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe, SearchedCoefficients, read_recipe
@@ -29,7 +31,7 @@ from fmn.store import artifacts
 from fmn.store.stage import Outcome, check_intact, read_sidecar, write_record
 from fmn.tasks.dataset import read_split
 from fmn.tasks.task import get_task, load_task
-from tests.conftest import TASKS
+from tests.conftest import FISHER, TASKS
 
 AVERAGE = MergeSettings(method="average")
 SETTINGS = RealignSettings(texts=40, device="cpu", dtype="float32")
@@ -386,3 +388,33 @@ def test_other_experts_than_those_that_were_merged_are_refused(work: Path) -> No
     realigned(work)
     with pytest.raises(UserError, match="re-aligned already"):
         realign(work / "realigned", experts=experts(work), **arguments)
+
+
+def test_an_expert_with_a_token_more_goes_through_every_stage(work: Path) -> None:
+    expert = work / "wide"
+    loaded = checkpoints.load_model(work / "experts" / "sst2")
+    tokenizer = checkpoints.load_tokenizer(work / "experts" / "sst2")
+    tokenizer.add_tokens(["<new>"])
+    loaded.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    loaded.save_pretrained(expert)
+    tokenizer.save_pretrained(expert)
+    shutil.copyfile(work / "experts" / "sst2" / "task.json", expert / "task.json")
+    file = work / "wide.parquet"
+    fisher(expert, task="sst2", data=work / "data", out=file, settings=FISHER)
+    folders = experts(work) | {"sst2": expert}
+    files = {name: work / "fisher" / f"{name}.parquet" for name in TASKS} | {"sst2": file}
+    settings = MergeSettings(method="auto", device="cpu", dtype="float32")
+    arguments: dict[str, Any] = {"experts": folders, "data": work / "data"}
+    recipe = merged(work, settings, fisher=files, **arguments).summary
+    (note,) = recipe.notes
+    assert "mrpc lacks <new>; stsb lacks <new>" in note
+    calibrate(work / "merged", **arguments, out=work / "calibrated", settings=CALIBRATE)
+    realign(work / "calibrated", **arguments, out=work / "both", settings=SETTINGS)
+    own = loaded.get_input_embeddings().weight[-1].detach()
+    for task in TASKS:
+        answering = checkpoints.load_model(work / "both" / "tasks" / task)
+        assert torch.equal(answering.get_input_embeddings().weight[-1].detach(), own)
+        tokens = checkpoints.load_tokenizer(work / "both" / "tasks" / task).get_vocab()
+        assert ("<new>" in tokens) == (task == "sst2")
+    metrics = evaluate(work / "both", data=work / "data", out=work / "metrics.json").summary
+    assert set(metrics.tasks) == set(TASKS)

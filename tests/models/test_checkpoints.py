@@ -88,6 +88,21 @@ def test_experts_that_do_not_fit_are_named(
     assert "\n" not in str(caught.value)
 
 
+def test_vocabularies_may_differ_by_tokens_and_by_padding(bert: Path, tmp_path: Path) -> None:
+    wider = tiny_bert(tmp_path / "wider", seed=1, words=(*WORDS, "more"), vocab_size=12)
+    padded = tiny_bert(tmp_path / "padded", seed=2, outputs=1, vocab_size=16)
+    (note,) = checkpoints.check_experts({"mrpc": bert, "rte": wider, "stsb": padded}, TASKS, bert)
+    lacks = "the base lacks more; mrpc lacks more; stsb lacks more"
+    assert note.startswith(f"vocabularies differ: {lacks}; embeddings")
+    assert checkpoints.check_experts({"mrpc": bert, "stsb": padded}, TASKS) == []
+    other = tiny_bert(tmp_path / "other", vocab_size=12, words=(*WORDS, "less"))
+    with pytest.raises(UserError, match=r"cola: .*'less' has id 10, that of 'more' \(rte\)"):
+        checkpoints.check_experts({"rte": wider, "cola": other}, TASKS)
+    apart = tiny_bert(tmp_path / "apart", vocab_size=12, words=(*WORDS, "[unused]", "less"))
+    (apart / "vocab.txt").write_text("\n".join([*WORDS, "more", "less"]) + "\n")
+    assert len(checkpoints.check_experts({"rte": wider, "cola": apart}, TASKS)) == 1
+
+
 def test_experts_without_parts_are_named(bert: Path, copy: Path, tmp_path: Path) -> None:
     def refused(problem: str, experts: dict[str, Path], base: Path | None = None) -> None:
         with pytest.raises(UserError, match=problem):

@@ -198,10 +198,12 @@ def test_labels_of_words_are_the_same_but_for_rounding_in_half_precision(
     assert same(KINDS["ner"], {"labels": served}, {"labels": expected}, tolerance) == is_same
 
 
-def test_cosines_and_images_that_were_evaluated_are_those_that_are_served(tmp_path: Path) -> None:
+def test_what_was_evaluated_is_what_is_served(tmp_path: Path) -> None:
+    tags = {"tokens": [text.split() for text in TEXTS]}
+    tags["label"] = [[0] * len(words) for words in tags["tokens"]]
     words = {"text": TEXTS, "text_pair": TEXTS[::-1], "label": [0.1, 0.9, 0.4, 0.7]}
     pictures = {"image": images(3), "label": [0, 1, 2]}
-    for name, columns in (("similar", words), ("flowers", pictures)):
+    for name, columns in (("similar", words), ("flowers", pictures), ("ner", tags)):
         model, tasks, own = kind(tmp_path / name, name)
         for task in tasks.values():
             folder = tmp_path / name / "data" / task.name
@@ -214,5 +216,5 @@ def test_cosines_and_images_that_were_evaluated_are_those_that_are_served(tmp_pa
         evaluate(model, data=data, out=metrics, settings=cpu)
         check_served(own, model, metrics, read_metrics(metrics), tasks, data)
         _, _, other = kind(tmp_path / f"{name} too", name, seed=5)
-        with pytest.raises(UserError, match="validation row 0: the served model answers"):
+        with pytest.raises(UserError, match="validation row [0-3]: the served model answers"):
             check_served(other, model, metrics, read_metrics(metrics), tasks, data)

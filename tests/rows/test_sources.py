@@ -79,7 +79,7 @@ def test_settings_name_files_as_load_dataset_does(
         ("data/train.csv", None, r"data/train\.csv: no such .*there are dev\.tsv, train\.tsv; did"),
         ("data", {"train": "t.csv"}, r"data/t\.csv: no such file; there are dev"),
         ("data", "x*.csv", r"data/x\*\.csv: no such file; there are dev\.tsv"),
-        ("data/notes.txt", None, r"notes\.txt: the ending of its name is not one of \.csv"),
+        ("data/notes.md", None, r"notes\.md: the ending of its name is not one of \.csv"),
         ("data", {"train": []}, "data: data_files names no file for a split"),
         ("http://127.0.0.1:9/x.csv", None, r"http://127.0.0.1:9/x.csv: "),
         (".", None, r"\.: no data file in this folder; there are data/, two/; rows are"),
@@ -90,7 +90,7 @@ def test_settings_name_files_as_load_dataset_does(
 def test_a_missing_file_is_told_with_what_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, patterns: Any, message: str
 ) -> None:
-    make(tmp_path, "data/train.tsv", "data/dev.tsv", "data/notes.txt", "two/a.csv", "two/a.tsv")
+    make(tmp_path, "data/train.tsv", "data/dev.tsv", "data/notes.md", "two/a.csv", "two/a.tsv")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         find_files(DatasetSettings(path=path, data_files=patterns))

@@ -383,6 +383,10 @@ def test_without_a_base_the_adapter_names_it(
     )
     without = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(with_base[name], value) for name, value in without.items())
+    tensors = tensors_of(source)
+    write_tensors(source, {name: v for name, v in tensors.items() if "classifier" not in name})
+    assert_refused(source, tmp_path / "no", None, "nor the base it names has classifier.bias")
+    write_tensors(source, tensors)
     for name, problem in ((None, "give it, --base"), ("/gone/bert", "no such folder")):
         edit_adapter(source, base_model_name_or_path=name)
         assert_refused(source, tmp_path / "no", None, problem)

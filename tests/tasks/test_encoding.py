@@ -1,97 +1,129 @@
-"""Rows become a model's inputs, and each label stands where the model answers it."""
+"""Generated texts as a model's inputs: what is labelled, and what is cut."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
-from fmn.errors import UserError
-from fmn.tasks.batches import IGNORED, Examples
+from fmn.tasks.batches import IGNORED, by_length, pad_batch
 from fmn.tasks.encoding import encode
+from fmn.tasks.kinds import KindName
 from fmn.tasks.task import Columns, Task
 
-NOTHING = "\u200b"  # the tokenizer leaves nothing of it
-LONG = "counterrevolutionaries"
+LETTERS = {letter: number for number, letter in enumerate(["<pad>", "<s>", "</s>", *"abcdefgh"])}
+LETTERS |= {"cd": len(LETTERS)}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_base: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_base)
+def letters(single: str = "$A") -> Any:
+    """A tokenizer with a token for each letter, and one for "cd"."""
+    words = Tokenizer(models.BPE(LETTERS, [("c", "d")]))
+    words.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
-def tagger(max_length: int = 128) -> Task:
-    columns, labels = Columns(tokens="tokens"), ("B", "I", "O")
-    return Task(
-        name="ner", task="token-classification", columns=columns, labels=labels,
-        max_length=max_length,
-    )  # fmt: skip
+def ids(text: str) -> list[int]:
+    return [
+        {"^": 1, "$": 2, "#": LETTERS["cd"]}.get(letter, LETTERS.get(letter, 0)) for letter in text
+    ]
 
 
-def table_of(rows: list[list[str]], labelled: bool = True) -> pa.Table:
-    """Rows of words; the n-th word of a row has the tag n modulo 3."""
-    tags = {"label": [[place % 3 for place in range(len(row))] for row in rows]}
-    return pa.table({"tokens": rows, **(tags if labelled else {})})
+def task(
+    kind: KindName = "text-generation", prompt: str | None = "prompt", size: int = 128
+) -> Task:
+    columns = Columns(prompt=prompt, completion="completion", label=None)
+    return Task(name="own", task=kind, columns=columns, max_length=size)
 
 
-def encoded(tokenizer: Any, rows: list[list[str]], most: int = 128, **options: Any) -> Examples:
-    return encode(tokenizer, tagger(most), table_of(rows), **options)
+def encoded(
+    prompt: str, completion: str, length: int = 128, single: str = "$A"
+) -> tuple[list[int], list[int]]:
+    """The tokens of an example, and what its positions answer."""
+    table = pa.table({"prompt": [prompt], "completion": [completion]})
+    examples = encode(letters(single), task(size=length), table)
+    return examples.inputs["input_ids"][0], examples.labels[0].tolist()
 
 
-words = st.sampled_from(["a", LONG, NOTHING, "U.S.", "don't", "😀", "Zürich"])
-
-
-@given(st.lists(st.lists(words, max_size=8), min_size=1, max_size=4), st.integers(2, 30))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_first_token_of_each_word_answers_its_tag(
-    tokenizer: Any, rows: list[list[str]], most: int
+@pytest.mark.parametrize(
+    ("prompt", "completion", "single", "tokens", "answers"),
+    [
+        ("ab", "ef", "$A", "abef$", ".ef$."),
+        ("ab", "cdf", "$A", "ab#f$", ".#f$."),
+        ("ac", "df", "$A", "acdf$", ".df$."),  # together they are "a", "cd", "f"
+        ("ab", "e", "<s> $A", "^abe$", "..e$."),
+        ("ab", "e", "<s> $A </s>", "^abe$", "..e$."),
+        ("", "ef", "<s> $A", "^ef$", "ef$."),
+        ("", "ef", "$A", "ef$", "f$."),  # nothing says what the first token is
+        ("ab", "", "$A", "ab$", ".$."),
+    ],
+)
+def test_what_is_labelled_is_the_completion_and_the_end(
+    prompt: str, completion: str, single: str, tokens: str, answers: str
 ) -> None:
-    examples = encoded(tokenizer, rows, most)
-    for row, own in enumerate(rows):
-        ids, expected = [tokenizer.cls_token_id], [IGNORED]
-        for place, word in enumerate(own):
-            tokens = tokenizer(word, add_special_tokens=False)["input_ids"]
-            if len(ids) + len(tokens) + 1 > most:  # this word and all behind it are cut off
-                break
-            ids += tokens
-            expected += [place % 3, *[IGNORED] * (len(tokens) - 1)][: len(tokens)]
-        assert examples.inputs["input_ids"][row] == [*ids, tokenizer.sep_token_id]
-        labels = examples.labels[row].tolist()
-        assert labels[: len(expected)] == expected
-        assert set(labels[len(expected) :]) <= {IGNORED}
+    wanted = [IGNORED if letter == "." else ids(letter)[0] for letter in answers]
+    assert encoded(prompt, completion, single=single) == (ids(tokens), wanted)
 
 
-def test_examples_to_score_hold_every_word_and_the_position_that_answers_it(tokenizer: Any) -> None:
-    rows = [["a", NOTHING, LONG, "a"], ["a"], []]
-    whole = encoded(tokenizer, rows, scored=True).labels
-    tokens = len(tokenizer(LONG, add_special_tokens=False)["input_ids"])
-    assert whole[0].tolist() == [[0, 1], [1, -1], [2, 2], [0, 2 + tokens]]
-    assert whole[1].tolist() == [[0, 1], *[[IGNORED, IGNORED]] * 3]
-    assert (whole[2] == IGNORED).all()
-    cut = encoded(tokenizer, rows, 2 + tokens, scored=True).labels
-    assert cut[0].tolist() == [[0, 1], [1, -1], [2, -1], [0, -1]]
-
-
-def test_words_without_tags_are_marked_and_rows_that_are_not_wanted_are_empty(
-    tokenizer: Any,
+@pytest.mark.parametrize(
+    ("length", "single", "tokens", "answered"),
+    [
+        (6, "$A", "bcdef$", 2),  # "abcd" without its beginning; "cd" is one token
+        (4, "$A", "#ef$", 3),
+        (3, "$A", "#ef", 2),
+        (2, "$A", "#e", 1),
+        (5, "<s> $A", "^#ef$", 3),
+        (4, "<s> $A", "^ef$", 3),
+    ],
+)
+def test_a_prompt_loses_its_beginning_and_a_completion_its_end(
+    length: int, single: str, tokens: str, answered: int
 ) -> None:
-    rows = [["a", "a"], [LONG, "a"]]
-    plain = encode(tokenizer, tagger(), table_of(rows, labelled=False))
-    tagged = encoded(tokenizer, rows)
-    assert np.array_equal(plain.labels == 0, tagged.labels != IGNORED)
-    one = encode(tokenizer, tagger(), table_of(rows), np.array([1]))
-    assert one.inputs["input_ids"] == [[], tagged.inputs["input_ids"][1]]
-    assert np.array_equal(one.labels[1], tagged.labels[1])
-    assert (one.labels[0] == IGNORED).all()
+    own, labels = encoded("abcd", "ef", length, single)
+    if length < 6:
+        assert own == ids(tokens)
+        assert sum(label != IGNORED for label in labels) == answered
+    assert len(own) <= length
 
 
-def test_a_tokenizer_that_does_not_tell_words_apart_is_refused() -> None:
-    class Slow:
-        is_fast = False
+def test_a_decoder_reads_its_completion_shifted_by_the_start() -> None:
+    tokenizer = letters("$A </s>")
+    tokenizer.decoder_start_token_id = 0
+    table = pa.table({"prompt": ["ab", "abe"], "completion": ["efgh", "f"]})
+    examples = encode(tokenizer, task("text2text-generation"), table)
+    assert examples.inputs["input_ids"] == [ids("ab$"), ids("abe$")]
+    assert examples.inputs["decoder_input_ids"] == [[0, *ids("efgh")], [0, *ids("f")]]
+    assert examples.labels.tolist() == [ids("efgh$"), [*ids("f$"), *[IGNORED] * 3]]
+    batch = pad_batch(examples, np.array([1]))
+    assert batch.inputs["decoder_attention_mask"].tolist() == [[1, 1]]
+    assert batch.labels.tolist() == [ids("f$")]
+    both = pad_batch(examples, np.arange(2))
+    shapes = {name: tuple(value.shape) for name, value in both.inputs.items()}
+    assert shapes["input_ids"] == shapes["attention_mask"] == (2, 4)
+    assert shapes["decoder_input_ids"] == tuple(both.labels.shape) == (2, 5)
 
-    with pytest.raises(UserError, match=r"ner: the tokenizer, Slow, .* tokenizer.json"):
-        encode(Slow(), tagger(), table_of([["a"]]))
+
+def test_batches_bound_the_tokens_of_encoder_and_decoder_together() -> None:
+    tokenizer, random = letters("$A </s>"), np.random.default_rng(0)
+    tokenizer.decoder_start_token_id = 0
+    texts = ["a" * int(count) for count in random.integers(1, 60, 200)]
+    table = pa.table({"prompt": texts[:100], "completion": texts[100:]})
+    examples = encode(tokenizer, task("text2text-generation"), table)
+    rows = []
+    for batch in by_length(examples, tokens=300):
+        tokens = sum(v.numel() for n, v in batch.inputs.items() if n.endswith("input_ids"))
+        assert tokens <= 300 + len(batch.rows) or len(batch.rows) == 1
+        rows += batch.rows.tolist()
+    assert sorted(rows) == list(range(100))
+
+
+def test_rows_that_are_not_wanted_have_no_tokens_and_no_labels() -> None:
+    table = pa.table({"completion": ["ab", "cdef", "e"]})
+    examples = encode(letters(), task(prompt=None), table, np.array([1]))
+    assert examples.inputs["input_ids"] == [[], ids("#ef$"), []]
+    assert (examples.labels != IGNORED).sum(1).tolist() == [0, 3, 0]
