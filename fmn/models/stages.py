@@ -248,7 +248,7 @@ def _tags(expert: labels.Expert, text: str) -> Tags:
         raise UserError(f"task {task.name}: the text is empty; give one with words")
     table = pa.table({task.text_columns[0]: [[text[start:end] for start, end in words]]})
     examples = encode(expert.processor, task, table, scored=True)
-    places = examples.labels[0, :, 1]  # the token that answers each word, or -1
+    places = examples.labels[0, :, 0]  # the token that answers each word, or -1
     logits = predict(expert.model, examples, device="cpu", dtype="float32")[0]  # [T, C]
     shares = special.softmax(logits, axis=-1)[places]  # [W, C]
     best = shares.argmax(-1)

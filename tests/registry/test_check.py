@@ -216,5 +216,5 @@ def test_what_was_evaluated_is_what_is_served(tmp_path: Path) -> None:
         evaluate(model, data=data, out=metrics, settings=cpu)
         check_served(own, model, metrics, read_metrics(metrics), tasks, data)
         _, _, other = kind(tmp_path / f"{name} too", name, seed=5)
-        with pytest.raises(UserError, match="validation row [0-3]: the served model answers"):
+        with pytest.raises(UserError, match=r"validation row [0-3]: the served model answers"):
             check_served(other, model, metrics, read_metrics(metrics), tasks, data)
