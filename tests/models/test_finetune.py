@@ -176,7 +176,7 @@ def test_the_head_is_fresh_and_seeded(tiny_base: Path, tmp_path: Path) -> None:
     assert all(torch.equal(encoder[key], base[key]) for key in base)
 
 
-def test_pairs_are_learnt_alike_from_scores_of_any_scale() -> None:
+def test_scores_of_any_scale_train_pairs_alike() -> None:
     texts = [marked(60, seed).inputs["input_ids"] for seed in (0, 1)]
     scores = np.tile(marked(60).labels.astype(np.float32), 2)  # of texts, then of their pairs
     losses = []
@@ -188,7 +188,6 @@ def test_pairs_are_learnt_alike_from_scores_of_any_scale() -> None:
         options |= {"seed": 0, "device": "cpu", "dtype": "float32", "problem_type": "embedding"}
         losses.append(finetune(model, examples, **options))
     assert losses[0] == losses[1] == losses[2]
-    assert np.mean(losses[0][-4:]) < 0.8 * np.mean(losses[0][:4])
     examples = Examples(examples.inputs, np.ones_like(scores), {"input_ids": 0})
     with pytest.raises(UserError, match="every pair has the score 1; give pairs"):
         finetune(model, examples, **options)
