@@ -7,7 +7,7 @@ fields are the options of that stage's command. Here they come together.
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -52,16 +52,6 @@ class ExpertsSettings(Settings):
         if twice := [name for name in tasks if tasks.count(name) > 1]:
             raise ValueError(f"task {twice[0]!r} is listed twice")
         return tasks
-
-
-def _realigned(
-    experts: ExpertsSettings | None, tasks: Mapping[str, TaskSettings] | None
-) -> dict[str, RealignSettings]:
-    """The last step, unless it is named: none where no task has a head."""
-    names = experts.tasks if experts else []
-    kinds = [(tasks or {}).get(name, TaskSettings()).kind for name in names]
-    has_head = any(KINDS[kind].has_head for kind in kinds)
-    return {REALIGNED: RealignSettings()} if has_head or not kinds else {}
 
 
 class NotifySettings(Settings):
@@ -110,7 +100,7 @@ class Params(Settings):
         None, description="the second step: calibration of the merged encoder; default: none"
     )
     realign: dict[str, RealignSettings] = Field(
-        default_factory=lambda fields: _realigned(fields.get("experts"), fields.get("tasks")),
+        {REALIGNED: RealignSettings()},
         description="NAME, realigned or realigned-...: the last step, heads that are re-aligned"
         " with the encoder; the first entry is the run's model, the others are columns beside it;"
         " {}: heads stay as they are",
@@ -136,6 +126,14 @@ class Params(Settings):
         description="URL of a folder that this machine and all workers read and write, such as"
         " s3://bucket/fmn, or file:///mnt/fmn for one that all mount; for runner dask",
     )
+
+    @model_validator(mode="after")
+    def _leave_out_heads(self) -> "Params":
+        """No head is re-aligned where no task has one, unless the settings ask for it."""
+        kinds = [self.tasks.get(name, TaskSettings()).kind for name in self.experts.tasks]
+        if "realign" not in self.model_fields_set and not any(KINDS[k].has_head for k in kinds):
+            return self.model_copy(update={"realign": {}})
+        return self
 
     @model_validator(mode="after")
     def _check_cluster(self) -> "Params":

@@ -15,7 +15,14 @@ from fmn.errors import UserError
 from fmn.evaluate.files import read_metrics
 from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.fisher.files import read_fisher
-from fmn.fisher.stages import FisherSettings, GramSettings, fisher, gram
+from fmn.fisher.stages import (
+    FisherSettings,
+    FullFisherSettings,
+    GramSettings,
+    fisher,
+    full_fisher,
+    gram,
+)
 from fmn.merge.recipe import read_recipe
 from fmn.merge.stages import (
     CalibrateSettings,
@@ -39,6 +46,8 @@ from tests.sentences import TEXTS, WORDS, embedding_model, encoded, write_json
 CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 NEAR = ("alike", "near")  # embedding models
 TASKS = (*NEAR, "mood")
+PAIR: dict[str, Any] = {"text": "a", "text_pair": "b", "label": "score"}
+PAIR["kind"] = "sentence-similarity"
 
 
 def write_data(work: Path) -> None:
@@ -57,8 +66,7 @@ def write_data(work: Path) -> None:
         path.write_text("\n".join(map(json.dumps, own)))
         options = TaskOptions(dataset=str(path), validation_size=30)
         if task in NEAR:
-            pair = {"text": "a", "text_pair": "b", "label": "score", "kind": "sentence-similarity"}
-            options = TaskOptions(**{**options.model_dump(exclude_unset=True), **pair})
+            options = TaskOptions(**{**options.model_dump(exclude_unset=True), **PAIR})
         data(
             task, out=work / "data" / task, definition=definition_of(task, options, DataSettings())
         )
@@ -120,6 +128,30 @@ def test_every_method_gives_a_model_for_sentence_transformers(work: Path, method
         merged = load_file(out / "encoder/model.safetensors")
         for name, tensor in by_hand.items():
             torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_rows_are_split_off_whatever_their_numbers(tmp_path: Path) -> None:
+    validation = []
+    for name, scores in (("up", np.linspace(0, 5, 40)), ("down", np.linspace(5, 0, 40))):
+        rows = [{"a": f"film {n}", "b": "film", "score": x} for n, x in enumerate(scores)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        options = TaskOptions(dataset=str(tmp_path / f"{name}.jsonl"), validation_size=10, **PAIR)
+        definition = definition_of(name, options, DataSettings())
+        data(name, out=tmp_path / name, definition=definition)
+        table = read_split(tmp_path / name, load_task(tmp_path / name, name), "validation")
+        validation.append(table["a"].to_pylist())
+    assert validation[0] == validation[1]
+
+
+def test_the_fisher_information_of_all_parameters_merges_too(work: Path, tmp_path: Path) -> None:
+    arguments = inputs(work)
+    for task, expert in arguments["experts"].items():
+        arguments["fisher"][task] = tmp_path / f"{task}.safetensors"
+        settings = FullFisherSettings(samples=4, **CPU)
+        out = arguments["fisher"][task]
+        full_fisher(expert, task=task, data=work / "data", out=out, settings=settings)
+    merge(**arguments, out=tmp_path / "merged", settings=MergeSettings(method="fisher"))
+    assert np.isfinite(encoded(tmp_path / "merged/encoder", TEXTS)).all()
 
 
 def cosines(folder: Path, work: Path, task: str) -> tuple[np.ndarray, np.ndarray]:

@@ -427,7 +427,7 @@ def check_experts(
                     f"{name}: {folder} and {next(iter(folders.values()))} were not fine-tuned from"
                     f" one base: {trait} is {value}, not {other}; choose experts of the same base"
                 )
-    embedding = {name: experts[name] for name in experts if tasks[name].loss == "embedding"}
+    embedding = {name: experts[name] for name, task in tasks.items() if task.loss == "embedding"}
     if embedding:
         from fmn.models.embedding import check_agreement
 

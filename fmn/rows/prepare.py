@@ -22,7 +22,7 @@ from fmn.rows.label_values import (
 from fmn.rows.sources import File, used_splits
 from fmn.tasks.batches import random_order
 from fmn.tasks.dataset import label_array
-from fmn.tasks.kinds import KINDS, SINGLE
+from fmn.tasks.kinds import KINDS, REGRESSION, SINGLE
 from fmn.tasks.rows import schema
 from fmn.tasks.task import (
     Columns,
@@ -252,10 +252,11 @@ def _split_off(
     rows = tables["train"]
     if rows.num_rows == 1:
         return []
-    labels, is_labelled = label_array(task, rows), task.columns.label is not None
-    order = random_order(labels, seed, stratified=is_labelled and not task.regression)
+    labels = label_array(task, rows)
+    has_classes = task.columns.label is not None and task.problem_type != REGRESSION
+    order = random_order(labels, seed, stratified=has_classes)
     count = int(size) if size >= 1 else max(1, round(size * len(order)))
-    if is_labelled and not (task.regression or task.multi_label):
+    if has_classes and not task.multi_label:
         # The last row of each class in this order stays in training, as far as that is possible.
         _, last = np.unique(labels[order][::-1], return_index=True)
         last = len(order) - 1 - last

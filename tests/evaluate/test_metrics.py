@@ -1,7 +1,7 @@
 """Metrics, plain and resampled, against scikit-learn and SciPy."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from tests.reports import BINARY, CLASSES, LABELS, NUMBERS, own_task
 AVERAGED = {f"f1_{kind}": partial(sk.f1_score, average=kind) for kind in ("micro", "macro")}
 AVERAGED["f1_weighted"] = partial(sk.f1_score, average="weighted")
 # By kind of task, the library's metric of (labels, predicted).
-ORACLES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+ORACLES: dict[str, dict[str, Callable[..., Any]]] = {
     BINARY: {"f1": sk.f1_score, "precision": sk.precision_score, "recall": sk.recall_score},
     CLASSES: {
         "accuracy": sk.accuracy_score,
@@ -46,6 +46,7 @@ ORACLES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         "spearmanr": lambda labels, predicted: stats.spearmanr(labels, predicted).statistic,
     },
 }
+ORACLES[NUMBERS] |= {f"{name}_cosine": ORACLES[NUMBERS][name] for name in ("pearson", "spearmanr")}
 KINDS = [(kind, name) for kind, oracles in ORACLES.items() for name in oracles]
 TEXTS = "texts"  # that are generated
 KINDS += [(TEXTS, "perplexity"), (TEXTS, "exact_match")]
@@ -70,9 +71,10 @@ def expected(kind: str, name: str, answers: Answers) -> float:
         shown = scores[:, 1] if scores.shape[1] == 2 else scores
         return float(sk.roc_auc_score(labels, shown, multi_class="ovr"))
     is_constant = len(np.unique(labels)) < 2
-    if name in ("matthews_correlation", "r2", "pearson", "spearmanr") and is_constant:
+    is_correlation = name.startswith(("pearson", "spearmanr"))
+    if (name in ("matthews_correlation", "r2") or is_correlation) and is_constant:
         return np.nan
-    if name in ("pearson", "spearmanr") and len(np.unique(predicted)) < 2:
+    if is_correlation and len(np.unique(predicted)) < 2:
         return 0.0
     has_ones = (bool((labels == 1).any()), bool((predicted == 1).any()))
     if kind == BINARY and not (has_ones[0] or (has_ones[1] and name != "recall")):

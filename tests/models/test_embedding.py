@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 from fmn.errors import UserError
 from fmn.models.checkpoints import kind_in, load_model, load_processor
@@ -52,6 +53,19 @@ def test_embeddings_are_those_of_sentence_transformers(
     torch.testing.assert_close(output.sentence_embedding, wanted, rtol=0, atol=1e-5)
     unit = torch.nn.functional.normalize(wanted, dim=-1)
     torch.testing.assert_close(output.logits, unit, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("paths", [tuple(TYPES), tuple(TYPES)[:2]])
+def test_what_sentence_transformers_saves_today_is_read(paths: Any, tmp_path: Path) -> None:
+    folder = embedding_model(tmp_path / "m", {"pooling_mode": ["cls", "max"]}, paths=paths)
+    model = SentenceTransformer(str(folder), device="cpu", prompts={"query": "a film "})
+    model.save_pretrained(str(tmp_path / "saved"))
+    saved = read_modules(tmp_path / "saved")
+    assert (saved.pooling, saved.normalise) == (("cls", "max"), len(paths) == 3)
+    assert saved.prompts == (("query", "a film "),)
+    wanted = torch.from_numpy(encoded(folder, TEXTS))
+    own = embeddings(tmp_path / "saved", TEXTS).sentence_embedding
+    torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5)
 
 
 def test_a_default_prompt_begins_every_text(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fmn.errors import UserError
 from fmn.models.checkpoints import load_model
+from fmn.models.embedding import Modules, SentenceEncoder
 from fmn.models.finetune import finetune, new_expert
 from fmn.models.predict import predict
 from fmn.tasks.batches import Examples, pad_batch
@@ -173,3 +174,20 @@ def test_the_head_is_fresh_and_seeded(tiny_base: Path, tmp_path: Path) -> None:
     assert torch.equal(again.classifier.weight, other.classifier.weight)
     encoder, base = again.bert.state_dict(), mrpc.bert.state_dict()
     assert all(torch.equal(encoder[key], base[key]) for key in base)
+
+
+def test_scores_of_any_scale_train_pairs_alike() -> None:
+    texts = [marked(60, seed).inputs["input_ids"] for seed in (0, 1)]
+    scores = np.tile(marked(60).labels.astype(np.float32), 2)  # of texts, then of their pairs
+    losses = []
+    for labels in (scores, 1 + 4 * scores, 100 * scores - 50):
+        examples = Examples({"input_ids": [*texts[0], *texts[1]]}, labels, {"input_ids": 0})
+        encoder = tiny_model("bert", dtype=torch.float32).base_model
+        model: Any = SentenceEncoder(encoder, Modules(), Path())
+        options: dict[str, Any] = {"epochs": 4, "learning_rate": 2e-3, "batch_size": 16}
+        options |= {"seed": 0, "device": "cpu", "dtype": "float32", "problem_type": "embedding"}
+        losses.append(finetune(model, examples, **options))
+    assert losses[0] == losses[1] == losses[2]
+    examples = Examples(examples.inputs, np.ones_like(scores), {"input_ids": 0})
+    with pytest.raises(UserError, match="every pair has the score 1; give pairs"):
+        finetune(model, examples, **options)
