@@ -78,9 +78,10 @@ def test_every_kind_passes_the_signature_of_a_logged_model(
     if len(tasks) == 1:
         tasks["other"] = KINDS[names[0]].model_copy(update={"name": "other"})
     model, no_metrics = merged_model(tmp_path, tasks), cast("Any", None)
-    with mlflow.start_run(experiment_id=mlflow.create_experiment(f"kinds {names}")):
-        logged = tracking.log_served_model(model, tasks)
-    served = tracking.load_served_model(logged.model_uri)
+    with tracking.connection() as client:
+        with tracking.new_run(client, "kinds", names[0], names[0]):
+            logged = tracking.log_served_model(model, tasks)
+        served = tracking.load_served_model(logged.model_uri)
     check_served(served, model, tmp_path / "none.json", no_metrics, tasks, None)
     if "ner" in tasks:
         table = pd.DataFrame({"text": ["w1 v2"], "text_pair": [None]})
