@@ -136,7 +136,7 @@ def complete(
         decoder_start_token_id=own.decoder_start_token_id,
     )
     with torch.inference_mode():
-        output: Any = model.generate(  # type: ignore[operator]
+        output: Any = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), generation_config=config
         )
     text: str = tokenizer.decode(output[0][len(ids) * is_causal :], skip_special_tokens=True)

@@ -239,8 +239,8 @@ def same(
         # Words that no token stands for are scored so.
         none = "O" if "O" in task.labels else task.labels[0]
         pairs = list(zip(served["labels"], expected["labels"], strict=True))
-        differing = sum((label or none) != wanted for label, wanted in pairs)
-        return differing <= (max(1, len(pairs) // 10) if tolerance >= COARSE else 0)
+        differing = [wanted for label, wanted in pairs if (label or none) != wanted]
+        return len(differing) <= (max(1, len(pairs) // 10) if tolerance >= COARSE else 0)
     if abs(served["score"] - expected["score"]) > tolerance * max(1.0, abs(expected["score"])):
         return False
     if "probabilities" not in expected:

@@ -79,12 +79,12 @@ def test_a_task_without_labels_is_not_fine_tuned(tiny_base: Path, tmp_path: Path
 
 
 def test_a_merged_model_answers_in_the_tasks_own_words(merged: Path) -> None:
-    answer = stages.predict(merged, "a warm and funny film", task="sst2")
+    answer: Any = stages.predict(merged, "a warm and funny film", task="sst2")
     names = AutoConfig.from_pretrained(merged / "tasks" / "sst2").id2label
     assert answer.probabilities.keys() == set(names.values()) == {"negative", "positive"}
     assert sum(answer.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert answer.score == answer.probabilities[answer.label] >= 0.5
-    value = stages.predict(merged, "one text", "another", task="stsb")
+    value: Any = stages.predict(merged, "one text", "another", task="stsb")
     assert (value.label, value.probabilities) == ("score", {})
     for task, texts, problem in (
         ("stsb", ("one text",), "task stsb: it takes 2 texts"),
@@ -102,7 +102,7 @@ def test_of_several_labels_those_above_the_threshold_are_the_answer(tmp_path: Pa
     for threshold in (float(np.sort(shares)[:2].mean()), 0.999):
         kind: Any = "multi_label_classification"
         write_task(folder, make_task(["a", "b", "c"], kind, threshold=threshold))
-        answer = stages.predict(tmp_path / "merged", text, task="own")
+        answer: Any = stages.predict(tmp_path / "merged", text, task="own")
         above = [name for name, share in zip("abc", shares, strict=True) if share >= threshold]
         assert answer.labels == above
         assert answer.label == (", ".join(above) or "none")

@@ -199,10 +199,10 @@ def test_labels_of_words_are_the_same_but_for_rounding_in_half_precision(
 
 
 def test_what_was_evaluated_is_what_is_served(tmp_path: Path) -> None:
-    tags = {"tokens": [text.split() for text in TEXTS]}
-    tags["label"] = [[0] * len(words) for words in tags["tokens"]]
-    words = {"text": TEXTS, "text_pair": TEXTS[::-1], "label": [0.1, 0.9, 0.4, 0.7]}
-    pictures = {"image": images(3), "label": [0, 1, 2]}
+    split = [text.split() for text in TEXTS]
+    tags: dict[str, Any] = {"tokens": split, "label": [[0] * len(words) for words in split]}
+    words: dict[str, Any] = {"text": TEXTS, "text_pair": TEXTS[::-1], "label": [0.1, 0.9, 0.4, 0.7]}
+    pictures: dict[str, Any] = {"image": images(3), "label": [0, 1, 2]}
     for name, columns in (("similar", words), ("flowers", pictures), ("ner", tags)):
         model, tasks, own = kind(tmp_path / name, name)
         for task in tasks.values():

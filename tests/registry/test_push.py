@@ -76,7 +76,8 @@ def test_a_merged_model_is_one_commit_that_plain_transformers_loads(
     code = [sys.executable, "-c", LOAD, "org/merged", "sst2"]
     environment = hub.environment(tmp_path / "home")
     done = subprocess.run(code, env=environment, capture_output=True, text=True, check=True)
-    expected = predict(merged, "a warm film", task="sst2").probabilities.values()
+    answer: Any = predict(merged, "a warm film", task="sst2")
+    expected = answer.probabilities.values()
     assert list(map(float, done.stdout.split())) == pytest.approx(list(expected), abs=1e-5)
     # One task's folder is a source of an expert.
     out = tmp_path / "fetched"

@@ -97,7 +97,7 @@ def test_a_model_with_own_parts_is_served_as_it_was_evaluated_and_as_it_predicts
     answers = served.predict(table, params={"task": "*"})
     assert answers.task.tolist() == ["mrpc", "stsb"]
     for answer in answers.to_dict("records"):
-        alone = predict(model, *table.iloc[0], task=answer["task"])
+        alone: Any = predict(model, *table.iloc[0], task=answer["task"])
         assert answer["score"] == pytest.approx(alone.score, abs=1e-5)
 
 
@@ -152,7 +152,7 @@ def test_report_and_card_are_kept_and_shown(
     assert files == ["report/report.html"]
     assert mlflow.artifacts.load_text(f"runs:/{registered.run}/README.md") == card.read_text()
     description = str(client.get_model_version("reported", "1").description)
-    assert description.startswith("Registered as champion: the first version\n\nA table with")
+    assert description.startswith("Registered as champion: the first version\n\nA table is")
     assert 'pyfunc.load_model("models:/reported/1").predict(table, params={"task":' in description
     assert "\n| sst2 | text | negative, positive | 128 |" in description
     assert "\n| stsb | text and text_pair | a number | 128 |" in description

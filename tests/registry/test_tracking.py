@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlflow
 import pandas as pd
@@ -24,7 +24,10 @@ from fmn.errors import UserError
 from fmn.models.stages import predict
 from fmn.registry import stages as registry_stages
 from fmn.registry import tracking
+from fmn.registry.check import check_served
 from fmn.registry.stages import RegistrySettings
+from tests.kinds import TASKS as KINDS
+from tests.kinds import merged_model
 from tests.mlflow_proxy import proxy
 from tests.registry.conftest import Merged, Register
 
@@ -64,6 +67,26 @@ def test_the_served_model_does_not_need_fmn(register: Register, tmp_path: Path) 
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert process.stdout.strip() in ("negative", "positive"), process.stderr
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
+@pytest.mark.parametrize("names", [["mood", "ner", "similar"], ["flowers"], ["chat"]])
+def test_every_kind_passes_the_signature_of_a_logged_model(
+    names: list[str], tmp_path: Path
+) -> None:
+    tasks = {name: KINDS[name] for name in names}
+    if len(tasks) == 1:
+        tasks["other"] = KINDS[names[0]].model_copy(update={"name": "other"})
+    model, no_metrics = merged_model(tmp_path, tasks), cast("Any", None)
+    with tracking.connection() as client:
+        with tracking.new_run(client, "kinds", names[0], names[0]):
+            logged = tracking.log_served_model(model, tasks)
+        served = tracking.load_served_model(logged.model_uri)
+    check_served(served, model, tmp_path / "none.json", no_metrics, tasks, None)
+    if "ner" in tasks:
+        table = pd.DataFrame({"text": ["w1 v2"], "text_pair": [None]})
+        answers = served(table, "*")
+        assert {"label", "labels", "spans", "embedding"} <= {*answers.columns}
 
 
 def test_a_version_can_be_fetched_by_alias_and_is_pinned(
@@ -298,7 +321,7 @@ def test_every_form_of_a_request_is_understood(
     if texts:
         is_pair = content.get("params") == MRPC["params"]
         task, given = ("mrpc", PAIR) if is_pair else ("sst2", [FILM])
-        expected = predict(merged.model, *given, task=task)
+        expected: Any = predict(merged.model, *given, task=task)
         assert answer["predictions"][0]["label"] == expected.label
         shares = answer["predictions"][0]["probabilities"]
         assert shares == pytest.approx(expected.probabilities, abs=1e-5)
@@ -356,6 +379,6 @@ def test_a_version_is_served_to_curl(register: Register, merged: Merged, store: 
         )
         with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
             (answer,) = json.load(response)["predictions"]
-    expected = predict(merged.model, FILM, task="sst2")
+    expected: Any = predict(merged.model, FILM, task="sst2")
     assert answer["label"] == expected.label
     assert answer["score"] == pytest.approx(expected.score, abs=1e-5)
