@@ -17,6 +17,7 @@ from fmn.merge import heads
 from fmn.merge.calibrate import own_part
 from fmn.merge.recipe import RefitSettings
 from fmn.models import labels
+from fmn.models.checkpoints import in_model
 from fmn.models.predict import predict
 from fmn.tasks import dataset
 from fmn.tasks.batches import Examples
@@ -75,7 +76,8 @@ def try_encoder(
     afterwards what it was.
     """
     device, dtype = expert.source.device, expert.source.dtype
-    with _tensors_in(expert.model.base_model, encoder), _tensors_in(expert.model, head or {}):
+    tensors = {**in_model(expert.model, encoder), **(head or {})}
+    with _tensors_in(expert.model, tensors):
         logits = predict(expert.model, expert.examples, device=device, dtype=dtype)
     return answers(expert.task, logits, expert.examples.labels)
 
@@ -87,7 +89,7 @@ def cell_task(
     answers, own = try_encoder(expert, encoder, head), expert.answers
     merged = score(expert.task, answers)
     scores = {}
-    if "roc_auc" in expert.task.metrics:
+    if {"roc_auc", "perplexity"} & {*expert.task.metrics}:  # others need no scores
         scores = {"scores": answers.scores.tolist(), "expert_scores": own.scores.tolist()}
     return CellTask(
         definition=expert.task,
@@ -119,7 +121,7 @@ def realigned_head(
     expert: ExpertOnTask, encoder: Mapping[str, Tensor], texts: TextsForHead, ridge: float | str
 ) -> dict[str, Tensor]:
     """The expert's head re-aligned with another encoder (`fmn.merge.heads`), for `try_encoder`."""
-    with _tensors_in(expert.model.base_model, encoder):
+    with _tensors_in(expert.model, in_model(expert.model, encoder)):
         merged = _features(expert, texts.examples)
     weight, bias, _ = heads.refit(texts.features, merged, *heads.last_map(expert.model), ridge)
     return heads.tensors(expert.model, weight, bias)

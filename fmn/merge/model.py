@@ -194,7 +194,7 @@ def write_realigned(
         if is_headless or ".safetensors" not in source.name:
             _link(source, folder / name)
     encoder = tensor_headers(model / "encoder")
-    own_parts = list(next(iter(own.values())))
+    own_parts = list(next(iter(own.values()), ()))
     shared, digests = _write_split(folder / "encoder", encoder, own_parts)
     for task, tensors in heads.items():
         stored = load_file(max((model / "tasks" / task).glob("*.safetensors")))

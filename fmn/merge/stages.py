@@ -263,15 +263,13 @@ def realign(
     _check_experts(model, merged, experts)
     definitions, rows, files = _texts(experts, merged.tasks, data)
     headed = [task for task in merged.tasks if definitions[task].kind.has_head]
-    if not headed:
-        raise UserError(f"{model}: none of its tasks has a head to re-align; leave realign out")
     reads: Reads = {"model": model, **{f"expert {t}": experts[t] for t in merged.tasks}, **files}
 
     def compute(job: Job) -> None:
         from fmn.merge.heads import realigned_head, unlabeled
         from fmn.merge.model import write_realigned
 
-        own_parts = _own_parts(model / "encoder", settings)
+        own_parts = _own_parts(model / "encoder", settings) if headed else []
         texts = None if settings.texts == "all" else settings.texts
         tensors, own, fits = {}, {}, {}
         for task in headed:

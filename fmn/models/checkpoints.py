@@ -334,11 +334,15 @@ def names_in_base(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, s
     }
 
 
+def in_model(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Those of an encoder's tensors, by names in the base model, that a model has; by its names."""
+    names = {short: name for name, short in names_in_base(model, model.state_dict()).items()}
+    return {names[short]: tensor for short, tensor in tensors.items() if short in names}
+
+
 def load_encoder(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> None:
     """Give a model other tensors of its encoder, by names in the base model; others stay."""
-    names = {short: name for name, short in names_in_base(model, model.state_dict()).items()}
-    state = {names[short]: tensor for short, tensor in tensors.items() if short in names}
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(in_model(model, tensors), strict=False)
 
 
 def names_in_model(config: "PretrainedConfig", kind: KindName) -> Mapping[str, str]:

@@ -34,11 +34,12 @@ def answered_only(model: PreTrainedModel, labels: Tensor) -> Iterator[None]:
 
     is_answered = labels != IGNORED
     outputs: Any = model.get_output_embeddings() if model.can_generate() else None
-    registered = outputs.register_forward_pre_hook(hook) if outputs is not None else None
+    # Before other hooks, which see what the map then reads.
+    registered = outputs and outputs.register_forward_pre_hook(hook, prepend=True)
     try:
         yield
     finally:
-        if registered is not None:
+        if registered:
             registered.remove()
 
 

@@ -410,7 +410,7 @@ def score_remarks(
 
 def metric_words(task: Task) -> str:
     """The metrics that a task's score is the mean of."""
-    names = " + ".join(metric.replace("_", " ") for metric in task.metrics)
+    names = " + ".join(metric.replace("_", " ") for metric in task.score_metrics)
     return names if higher_is_better(task) else f"{names} (less is better)"
 
 
@@ -459,7 +459,7 @@ def task_table(tasks: Mapping[str, Task], data: Mapping[str, TaskRows]) -> TextT
     body = [
         [
             name,
-            (task.problem_type or "").replace("_", " "),
+            (task.problem_type or task.task * task.generates).replace("_", " "),
             short_list(task.labels),
             metric_words(task),
             str(task.max_length),

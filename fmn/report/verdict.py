@@ -147,7 +147,15 @@ def _remedy(report: Report, losing: Sequence[str]) -> list[str]:
         if more:
             best = max(more, key=more.__getitem__)
             lines.append(f"{best} keeps more of {task} ({shown(more[best])} %).")
-    recipe, tasks = report.recipes.get(table.headline), listed(losing[:3])
+    recipe = report.recipes.get(table.headline)
+    of_kinds = {name: table.definitions[name] for name in losing}
+    uncalibrated = [n for n, task in of_kinds.items() if task.task == "text-generation"]
+    if recipe and uncalibrated and not recipe.calibrate:
+        lines.append(f"For {listed(uncalibrated[:3])}, try `calibrate: {{}}`.")
+    headed = [name for name, task in of_kinds.items() if task.kind.has_head]
+    tasks = listed(headed[:3])
+    if not headed:
+        return lines
     if recipe and not recipe.realign:
         lines.append(f"For {tasks}, try re-aligned heads: `realign: {{realigned: {{}}}}`.")
     elif recipe:

@@ -48,12 +48,19 @@ ORACLES: dict[str, dict[str, Callable[..., Any]]] = {
 }
 ORACLES[NUMBERS] |= {f"{name}_cosine": ORACLES[NUMBERS][name] for name in ("pearson", "spearmanr")}
 KINDS = [(kind, name) for kind, oracles in ORACLES.items() for name in oracles]
+TEXTS = "texts"  # that are generated
+KINDS += [(TEXTS, "perplexity"), (TEXTS, "exact_match")]
 KINDS += [(kind, "roc_auc") for kind in (BINARY, CLASSES, LABELS)]
 
 
 def expected(kind: str, name: str, answers: Answers) -> float:
     """The library's value; NaN where the labels leave it undefined, 0 for a constant answer."""
     predicted, labels, scores = answers
+    if kind == TEXTS:
+        of_token = np.repeat(scores[:, 0] / labels, labels)  # the mean in each text's place
+        if name == "perplexity":
+            return float(np.exp(of_token.mean()))
+        return float(sk.accuracy_score(labels, predicted))
     if name == "roc_auc":
         if kind == LABELS:
             if np.any(labels.min(axis=0) == labels.max(axis=0)):
@@ -89,6 +96,10 @@ def random_answers(draw: st.DrawFn, kind: str) -> Answers:
     if kind == NUMBERS:
         values = random.integers(-3, 4, (2, count)) * draw(st.sampled_from([0.0, 0.5, 100.0]))
         return Answers(values[0], values[1], values[:1].T)
+    if kind == TEXTS:
+        tokens = random.integers(1, 9, count)
+        right = np.minimum(tokens, random.integers(0, 9, count))
+        return Answers(right, tokens, random.gamma(1.0, tokens)[:, None])
     classes = 2 if kind == BINARY else draw(st.integers(2, 4))
     scores = random.integers(1, 4, (count, classes)) / 4
     if kind == LABELS:

@@ -8,7 +8,8 @@ import torch
 from fmn.errors import UserError
 from fmn.fisher import gram
 from fmn.fisher.runner import LINEAR, hooked
-from tests.tiny import tiny_examples, tiny_model
+from fmn.tasks.batches import IGNORED
+from tests.tiny import tiny_examples, tiny_generator, tiny_model, tiny_texts
 
 
 def by_hand(name: str, count: int) -> dict[str, torch.Tensor]:
@@ -35,6 +36,30 @@ def test_every_linear_map_has_the_moments_of_what_it_reads_without_padding(name:
     for path, moments in expected.items():  # rotary tables are float32
         own = grams.moments[grams.inputs[path]]
         torch.testing.assert_close(own, moments, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart"])
+def test_of_generated_text_padding_of_encoder_and_decoder_is_left_out(name: str) -> None:
+    model, examples = tiny_generator(name), tiny_texts(name, 7)
+    reads: dict[str, list[torch.Tensor]] = defaultdict(list)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, LINEAR)}
+    hooks = [
+        (module, lambda _, args, path=path: reads[path].append(args[0].detach()[0]))
+        for path, module in linear.items()
+    ]
+    with hooked(hooks):
+        for row in range(7):
+            inputs = {key: torch.tensor([values[row]]) for key, values in examples.inputs.items()}
+            length = model(**inputs).logits.shape[1]
+            answered = torch.tensor(examples.labels[row, :length] != IGNORED)
+            reads["lm_head"][-1] = reads["lm_head"][-1][answered]
+    grams = gram.estimate(model, examples, device="cpu", dtype="float64")
+    for path, parts in reads.items():
+        x = torch.cat(parts)
+        short = path if path == "lm_head" else path.removeprefix("transformer.")
+        own = grams.moments[grams.inputs[short.removeprefix("model.")]]
+        torch.testing.assert_close(own, x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+    assert len(grams.inputs) == len(linear)
 
 
 def test_maps_that_read_the_same_share_one_matrix() -> None:

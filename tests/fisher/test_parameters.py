@@ -12,6 +12,7 @@ from fmn.errors import UserError
 from fmn.fisher import parameters
 from fmn.tasks.batches import Examples, select
 from fmn.tasks.kinds import ProblemType
+from fmn.tasks.task import LossName
 from tests.fisher.problems import (
     MANY_LABELS,
     ONE_LABEL,
@@ -21,14 +22,14 @@ from tests.fisher.problems import (
     losses,
     squares,
 )
-from tests.tiny import tiny_examples, tiny_model
+from tests.tiny import tiny_examples, tiny_generator, tiny_model, tiny_texts
 
 
 def run(
     model: PreTrainedModel,
     examples: Examples,
     estimator: str,
-    problem_type: ProblemType = ONE_LABEL,
+    problem_type: LossName = ONE_LABEL,
     **options: Any,
 ) -> dict[str, Tensor]:
     options = {"device": "cpu", "dtype": "float64", "problem_type": problem_type, **options}
@@ -81,3 +82,27 @@ def test_the_sample_is_that_of_the_mask_fisher_and_the_model_is_left_alone() -> 
 def test_an_unknown_estimator_is_refused() -> None:
     with pytest.raises(UserError, match="choose one of empirical, expected, sampled"):
         run(tiny_model("bert"), tiny_examples("bert", 2), "batch")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart"])
+def test_of_generated_text_it_is_that_of_all_parameters_by_transformers_own_loss(name: str) -> None:
+    model, examples = tiny_generator(name), tiny_texts(name, 3)
+    own = {n.removeprefix("transformer.").removeprefix("model."): p
+           for n, p in model.named_parameters()}  # fmt: skip
+    means = {key: torch.zeros_like(value) for key, value in own.items()}
+    for row, labels in enumerate(examples.labels):
+        inputs = {key: torch.tensor([values[row]]) for key, values in examples.inputs.items()}
+        logits = model(**inputs).logits[0]
+        total = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(labels[: len(logits)]), ignore_index=-100, reduction="sum"
+        )
+        for mean, gradient in zip(
+            means.values(), torch.autograd.grad(total, list(own.values()), allow_unused=True),
+            strict=True,
+        ):  # fmt: skip
+            mean += 0 if gradient is None else gradient.square() / 3
+    result = run(model, examples, "empirical", "tokens")
+    assert result.keys() == means.keys()
+    assert any(key in result for key in ("wte.weight", "shared.weight", "lm_head.weight"))
+    for key, mean in means.items():
+        torch.testing.assert_close(result[key], mean, rtol=1e-4, atol=1e-9)

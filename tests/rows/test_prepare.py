@@ -207,3 +207,33 @@ def test_rows_that_cannot_be_used_are_refused(
     with pytest.raises(UserError, match=message) as refusal:
         prepared(tmp_path, **fields)
     assert "\n" not in str(refusal.value)
+
+
+def test_generated_texts_have_prompts_where_the_rows_have_and_no_labels(tmp_path: Path) -> None:
+    rows = [{"prompt": "", "completion": f"b {row}"} for row in range(20)]
+    write(tmp_path, train=rows)
+    result = prepared(tmp_path, columns={"completion": "completion"})
+    task = result.task
+    assert (task.task, task.loss, task.metrics) == ("text-generation", "tokens", ("perplexity",))
+    assert task.input_columns == {"prompt": "prompt", "completion": "completion"}
+    assert {split: table.num_rows for split, table in result.tables.items()} == {
+        "train": 18,
+        "validation": 2,
+    }
+    assert not any("label" in warning or "empty" in warning for warning in result.warnings)
+    plain = [{"label": f"b {row}"} for row in range(20)]  # a name of the rows' own columns
+    write(tmp_path, train=plain)
+    result = prepared(tmp_path, columns={"completion": "label"})
+    assert result.task.input_columns == {"completion": "completion"}
+    assert any("no prompts" in note for note in result.notes)
+    with pytest.raises(UserError, match="no column prompt"):
+        prepared(tmp_path, task="text2text-generation", columns={"completion": "label"})
+    with pytest.raises(UserError, match="no column own"):
+        prepared(tmp_path, columns={"completion": "label", "prompt": "own"})
+
+
+def test_lists_of_messages_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    write(tmp_path, train=[{"messages": messages}] * 3)
+    with pytest.raises(UserError, match="lists of messages, which are not read; write the texts"):
+        prepared(tmp_path, task="text-generation")
