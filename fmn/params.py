@@ -29,7 +29,6 @@ from fmn.store import artifacts
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, run_stage
 from fmn.store.yaml_file import read_yaml
-from fmn.tasks.kinds import KINDS
 from fmn.tasks.task import DEFINITION, TASKS, TaskSettings, task_folder, task_settings
 
 SETTINGS = 2  # version of the stage
@@ -126,14 +125,6 @@ class Params(Settings):
         description="URL of a folder that this machine and all workers read and write, such as"
         " s3://bucket/fmn, or file:///mnt/fmn for one that all mount; for runner dask",
     )
-
-    @model_validator(mode="after")
-    def _leave_out_heads(self) -> "Params":
-        """No head is re-aligned where no task has one, unless the settings ask for it."""
-        kinds = [self.tasks.get(name, TaskSettings()).kind for name in self.experts.tasks]
-        if "realign" not in self.model_fields_set and not any(KINDS[k].has_head for k in kinds):
-            return self.model_copy(update={"realign": {}})
-        return self
 
     @model_validator(mode="after")
     def _check_cluster(self) -> "Params":

@@ -202,3 +202,7 @@ def test_a_processor_that_makes_other_images_is_refused(work: Path, tmp_path: Pa
     transformers.ViTImageProcessorPil(size=size).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"makes images of \[3, 6, 8\], but the model reads"):
         load_processor(tmp_path)
+    size = {"height": 10**6, "width": 10**6}
+    transformers.ViTImageProcessorPil(size=size).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"size.height = 1000000 pixels are beyond all reason"):
+        load_processor(tmp_path)

@@ -277,17 +277,3 @@ def test_written_settings_tell_each_task_and_the_digests_of_its_files(
         assert tasks[name]["files"] == {str(file): sha256(file.read_bytes()).hexdigest()}
         file.write_bytes(file.read_bytes() + b"more")
         assert written()[name] != tasks[name]
-
-
-def test_a_run_of_tasks_without_heads_re_aligns_none() -> None:
-    tasks = {name: {"task": "sentence-similarity"} for name in ("near", "far")}
-    sections = {
-        "base": "base",
-        "tasks": tasks,
-        "sources": dict.fromkeys([*tasks, "sst2"], "models/x"),
-        "registry": {"name": "x"},
-    }
-    headless = {**sections, "experts": {"tasks": list(tasks)}, "sources": dict.fromkeys(tasks, "x")}
-    mixed = {**sections, "experts": {"tasks": [*tasks, "sst2"]}}
-    assert params.validate(headless, "p").models[-1] == "merged"
-    assert params.validate(mixed, "p").models[-1] == "realigned"

@@ -61,6 +61,7 @@ _TRAITS = (
     *("num_key_value_heads", "head_dim", "intermediate_size"),
     *("max_position_embeddings", "type_vocab_size", "hidden_act"),
 )
+LARGEST_SIDE = 2**13  # pixels of an image that a model reads
 CHUNK = 2**24  # bytes of tensors that are compared at a time
 # What a configuration says that changes no tensor's name or shape.
 _NAMING = ("id2label", "label2id", "_name_or_path")
@@ -725,6 +726,10 @@ def _image_reader(folder: Path, config: "PretrainedConfig") -> "ImageReader":
         for value in (config.image_size, config.patch_size)
     )
     tokens = 1 + (size[0] // patch[0]) * (size[1] // patch[1])
+    if (file := folder / "preprocessor_config.json").is_file():
+        for key, value in _entries(read_json(file)):
+            if "size" in key and isinstance(value, int) and value > LARGEST_SIDE:
+                raise UserError(f"{file}: {key} = {value} pixels are beyond all reason; correct it")
     try:
         with quiet():
             processor = AutoImageProcessor.from_pretrained(

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -158,3 +159,16 @@ def test_images_are_upright_and_without_transparency() -> None:
     np.testing.assert_array_equal(np.array(turned), np.rot90(pixels, -1))
     for mode in ("1", "L", "LA", "P", "RGBA"):
         assert decoded(encoded(image.convert(mode))).mode == "RGB"
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_what_datasets_writes_keeps_its_names_of_classes(is_saved: bool, tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["tulip", "rose"])}
+    )
+    content = {"image": [{"bytes": square(), "path": None}] * 6, "label": [0, 1] * 3}
+    rows = datasets.Dataset.from_dict(content, features=features)
+    path = tmp_path / ("saved" if is_saved else "t.parquet")
+    _ = rows.save_to_disk(str(path)) if is_saved else rows.to_parquet(str(path))
+    prepare(tmp_path / "out", path, validation_size=2)
+    assert load_task(tmp_path / "out", "t").labels == ("tulip", "rose")
