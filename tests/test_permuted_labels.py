@@ -124,7 +124,8 @@ def test_the_merged_model_of_experts_that_came_through_the_door_is_the_same(
         ask = pipeline("text-classification", model=str(out / "tasks" / "mnli"), device="cpu")
         pairs = [("the film was long", f"it was {word} film") for word in WORDS]
         answers[name] = [ask({"text": text, "text_pair": pair})["label"] for text, pair in pairs]
-        assert [predict(out, *pair, task="mnli").label for pair in pairs] == answers[name]
+        ours = [predict(out, *pair, task="mnli").model_dump() for pair in pairs]
+        assert [answer["label"] for answer in ours] == answers[name]
     for name in ("named", "unnamed"):
         assert answers[name] == answers["plain"]
         for task, splits in predictions["plain"].items():
