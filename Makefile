@@ -79,7 +79,7 @@ format: $(VENV)/installed ## format the code
 
 lock: $(VENV)/installed ## resolve the dependencies anew into constraints.txt
 	$(INSTALL) uv
-	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --extra dask --universal --python-version 3.11 \
+	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --extra dask --extra lora --universal --python-version 3.11 \
 	  --no-annotate -o constraints.txt
 
 dvc: $(VENV)/installed ## write dvc.yaml from flows/graph.py
