@@ -131,6 +131,14 @@ _T5 = {
     **_layers("decoder.block.{}", _T5_HEADS, _T5_CROSS_HEADS, _t5_neurons("layer.2")),
 }
 
+_DENSE_NEURONS = _neurons("mlp.dense_4h_to_h", "mlp: u=dense_h_to_4h", "post_attention_layernorm")
+
+
+def _by_head(attention: str) -> Block:
+    """An attention whose one matrix has the rows of query, key and value head by head."""
+    return _heads(f"{attention}.dense", f"{attention}: q=query_key_value", "input_layernorm")
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
     **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"), _BART),
@@ -167,6 +175,38 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _heads("attn.c_proj", "attn: qkv=c_attn", "ln_1", transposed=True),
         _neurons("mlp.c_proj", "mlp: u=c_fc", "ln_2", transposed=True),
     ),
+    "gpt_neo": _layers(
+        "h.{}",
+        _heads("attn.attention.out_proj", "attn.attention: q=q_proj k=k_proj v=v_proj", "ln_1"),
+        _neurons("mlp.c_proj", "mlp: u=c_fc", "ln_2"),
+    ),
+    "gptj": _layers(
+        "h.{}",
+        _heads("attn.out_proj", "attn: q=q_proj k=k_proj v=v_proj", "ln_1"),
+        _neurons("mlp.fc_out", "mlp: u=fc_in", ""),
+    ),
+    "gpt_neox": _layers("layers.{}", _by_head("attention"), _DENSE_NEURONS),
+    "bloom": _layers("h.{}", _by_head("self_attention"), _DENSE_NEURONS),
+    "phi": _layers(
+        "layers.{}",
+        _heads("self_attn.dense", _QKV, "input_layernorm"),
+        _neurons("mlp.fc2", "mlp: u=fc1", ""),
+    ),
+    "phi3": _layers(
+        "layers.{}",
+        _heads("self_attn.o_proj", "self_attn: qkv=qkv_proj", "input_layernorm"),
+        _neurons("mlp.down_proj", "mlp: uu=gate_up_proj", "post_attention_layernorm"),
+    ),
+    "glm": _layers(
+        "layers.{}",
+        _heads("self_attn.o_proj", _QKV, "input_layernorm"),
+        _neurons("mlp.down_proj", "mlp: uu=gate_up_proj", "post_attention_layernorm"),
+    ),
+    "starcoder2": _layers(
+        "layers.{}",
+        _heads("self_attn.o_proj", _QKV, "input_layernorm"),
+        _neurons("mlp.c_proj", "mlp: u=c_fc", "post_attention_layernorm"),
+    ),
     "vit": _layers(
         "layers.{}",
         _heads("attention.o_proj", "attention: q=q_proj k=k_proj v=v_proj", "layernorm_before"),
@@ -174,7 +214,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 
-AFTER_LAYERS = ("norm", "final_norm", "layernorm", "ln_f", "pooler")
+AFTER_LAYERS = (
+    *("norm", "final_norm", "layernorm", "final_layernorm", "final_layer_norm", "ln_f", "pooler"),
+)
 """What the base models of these architectures have after their last layer, by path."""
 
 # ---------------------------------------------------------------------------------------------
@@ -339,6 +381,8 @@ def _score(
 
     None if they do not: every matrix of every numbered layer must be explained.
     """
+    if len({block.transposed for block in blocks}) > 1:  # a model stores all its matrices alike
+        return None
     explained: set[str] = set()
     missing = 0
     for layer, block in product(_layer_paths(path, shapes), blocks):

@@ -1,5 +1,6 @@
 """Where mask nodes sit and what they own."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
@@ -22,6 +25,7 @@ from fmn.fisher.architectures import (
     tempered,
     weights,
 )
+from tests.conftest import ROOT
 from tests.tiny import CONFIGS, GENERATORS, tiny_examples, tiny_model
 
 Shapes = dict[str, tuple[int, ...]]
@@ -380,3 +384,36 @@ def test_own_layers_that_cannot_be_are_refused(name: str, layers: int, message: 
     model = tiny_model(name)
     with pytest.raises(UserError, match=message):
         own_parts(model.config, shapes_of(model.base_model), layers=layers)
+
+
+SIZES = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
+    **{"intermediate_size": 44, "num_key_value_heads": 2, "vocab_size": 50, "pad_token_id": 0},
+    **{"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 44, "n_embd": 32},
+    **{"n_layer": 2, "n_head": 4, "n_inner": 44, "image_size": 8, "patch_size": 4},
+    **{"max_position_embeddings": 64, "word_embed_proj_dim": 32},
+}
+
+
+def listed_architectures(start: str) -> list[str]:
+    """The model types that a paragraph of the page on merging lists."""
+    page = (ROOT / "docs" / "merging.md").read_text().replace("\n", " ")
+    return re.findall(r"`([\w-]+)`", page[page.index(start) :].partition(".")[0])
+
+
+def test_the_described_architectures_are_those_on_the_page() -> None:
+    assert sorted(listed_architectures("Described: ")) == sorted(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("model_type", listed_architectures("Recognised, "))
+def test_the_architectures_on_the_page_are_recognised(model_type: str) -> None:
+    config_class = CONFIG_MAPPING[model_type]
+    own = config_class()
+    sizes = {name: size for name, size in SIZES.items() if hasattr(own, name)}
+    config = config_class(**{k: v for k, v in sizes.items() if k not in own.attribute_map})
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    sites = mask_sites(model)
+    assert model_type not in ARCHITECTURES
+    assert {site.site.node for site in sites} == {"head", "neuron"}
+    assert {site.nodes for site in sites if site.site.node == "head"} == {4}
