@@ -51,8 +51,8 @@ class Statistics:
 
     def records_for(self, needs: Needs) -> dict[str, Mapping[str, Statistic]]:
         """The records of the statistics that a method takes; there may be others."""
-        taken = {"fisher": bool(needs.fisher), "gram": needs.gram}
-        return {kind: of_tasks for kind, of_tasks in self.records.items() if taken[kind]}
+        needed = {"fisher": bool(needs.fisher), "gram": needs.gram}
+        return {kind: of_tasks for kind, of_tasks in self.records.items() if needed[kind]}
 
 
 def read_statistics(

@@ -750,13 +750,13 @@ def _image_reader(folder: Path, config: "PretrainedConfig") -> "ImageReader":
 
 def _decoder_start(folder: Path, config: "PretrainedConfig") -> int:
     """The token that a decoder begins with."""
-    stated = getattr(config, "decoder_start_token_id", None)
-    if stated is None and (folder / "generation_config.json").is_file():
-        stated = read_json(folder / "generation_config.json").get("decoder_start_token_id")
-    if not isinstance(stated, int):
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None and (folder / "generation_config.json").is_file():
+        start = read_json(folder / "generation_config.json").get("decoder_start_token_id")
+    if not isinstance(start, int):
         problem = f"{CONFIG} has no decoder_start_token_id, which a decoder begins with"
         raise UserError(f"{folder}: {problem}; set it (T5: the id of its padding token)")
-    return stated
+    return start
 
 
 def load_model(folder: Path, kind: KindName | None = None) -> "PreTrainedModel":

@@ -769,13 +769,13 @@ class MergedModel(PythonModel):
         for batch, inputs, places in self._batches(tasks[0], examples, index):
             self.memory.forget()
             for task in tasks:
-                asked = [n for n, each in enumerate(batch) if task.name in rows[each.row].tasks]
-                if not asked:
+                chosen = [n for n, each in enumerate(batch) if task.name in rows[each.row].tasks]
+                if not chosen:
                     continue
                 with torch.inference_mode():
-                    logits = task.model(**inputs).logits[asked].float()  # [B, ...]
+                    logits = task.model(**inputs).logits[chosen].float()  # [B, ...]
                 for n, answer in zip(
-                    asked, _in_words(task, logits, batch, asked, places), strict=True
+                    chosen, _in_words(task, logits, batch, chosen, places), strict=True
                 ):
                     yield batch[n].row, task.name, answer
 
@@ -858,7 +858,7 @@ def _in_words(
     task: Task,
     logits: torch.Tensor,
     batch: Sequence[Example],
-    asked: Sequence[int],
+    chosen: Sequence[int],
     firsts: Sequence[Sequence[int]],
 ) -> list[dict[str, Any]]:
     """The answers to those examples of a batch that are asked, from their logits."""
@@ -867,7 +867,7 @@ def _in_words(
     if task.kind == "token-classification":
         return [
             tag_answer(task, batch[n].content[0], shares, firsts[n])
-            for n, shares in zip(asked, logits.softmax(-1), strict=True)
+            for n, shares in zip(chosen, logits.softmax(-1), strict=True)
         ]
     return answers(task, logits)
 
