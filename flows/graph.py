@@ -100,8 +100,8 @@ MODEL_AND_REPORT = {
     "card": "report/cards/{model}.md",
 }
 
-FROM_BASE = {"source": "base"}
-FROM_SOURCE = {"source": "sources.{name}.source"}
+FROM_BASE = {"source": "base", "architecture": "architecture"}
+FROM_SOURCE = {"source": "sources.{name}.source", "architecture": "architecture"}
 DEFINITION = {"definition": "tasks.{name}"}
 HEADLINE = {"headline": "model"}
 

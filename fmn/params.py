@@ -24,7 +24,7 @@ from fmn.models.stages import FinetuneSettings
 from fmn.registry.stages import RegistrySettings
 from fmn.rows.sources import local_files
 from fmn.rows.stages import DataSettings
-from fmn.sources.stages import ExpertSource
+from fmn.sources.stages import ArchitectureSettings, ExpertSource
 from fmn.store import artifacts
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, run_stage
@@ -76,6 +76,9 @@ class Params(Settings):
     base: str = Field(..., description="the model that the experts were fine-tuned from")
     tasks: dict[str, TaskSettings] = Field(
         default_factory=dict, description="TASK: what it is, unless it is one of GLUE's"
+    )
+    architecture: ArchitectureSettings | None = Field(
+        None, description="where the base's mask nodes are, if its architecture is not known"
     )
     experts: ExpertsSettings
     sources: dict[str, ExpertSource] = Field(

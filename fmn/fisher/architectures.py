@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fmn.errors import UserError
+from fmn.tasks.kinds import ARCHITECTURE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -343,6 +344,10 @@ def layer_chain(
 
 
 def _architecture(config: "PretrainedConfig", shapes: Shapes) -> Architecture:
+    if own := getattr(config, ARCHITECTURE, None):  # as the settings describe it
+        turned = {"transposed": own.get("transposed", False)}
+        blocks = _heads(*own["heads"], **turned), _neurons(*own["neurons"], **turned)
+        return _layers(own["layers"], *blocks)
     return ARCHITECTURES.get(config.model_type) or _recognised(config, shapes)
 
 
@@ -367,10 +372,9 @@ def _recognised(config: "PretrainedConfig", shapes: Shapes) -> Architecture:
         return {path: tuple(pair)}
     raise UserError(
         f"model type {config.model_type!r} is not known and {'more than one' if best else 'no'} "
-        "known layer fits it; add to ARCHITECTURES in fmn/fisher/architectures.py an entry "
-        f'"{config.model_type}" with the path of its layers and two lines, _heads("OUTPUT '
-        'PROJECTION", "PARENT: q=... k=... v=...", "NORMS") and _neurons("DOWN PROJECTION", '
-        '"PARENT: u=...", "NORMS")'
+        "known layer fits it; describe it in the settings, architecture: {layers: PATH.{}, heads: "
+        "[OUTPUT PROJECTION, 'PARENT: q=... k=... v=...', NORMS], neurons: [DOWN PROJECTION, "
+        "'PARENT: u=...', NORMS]}"
     )
 
 

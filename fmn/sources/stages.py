@@ -1,22 +1,61 @@
 """The stage that brings in checkpoints: `fetch`."""
 
+import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fmn.errors import UserError
-from fmn.models import labels
+from fmn.models import checkpoints, labels
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import forms, origin
 from fmn.store import stage
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
+from fmn.tasks.kinds import ARCHITECTURE
 from fmn.tasks.task import load_task, read_task
 
 FETCH = 6
+
+
+class ArchitectureSettings(Settings):
+    """Where the mask nodes are in an architecture that fmn does not know; paths of modules."""
+
+    layers: str = Field(..., description="path of the layers, with {} for their number: blocks.{}")
+    heads: list[str] = Field(
+        ...,
+        min_length=3,
+        max_length=3,
+        description="in a layer: the attention's output projection; its inputs, such as"
+        " 'attn: q=query k=key v=value' or 'attn: qkv=in_proj'; the normalisations, or ''",
+    )
+    neurons: list[str] = Field(
+        ...,
+        min_length=3,
+        max_length=3,
+        description="in a layer: the feed-forward's output projection; its inputs, such as"
+        " 'mlp: u=up u=gate'; the normalisations, or ''",
+    )
+    transposed: bool = Field(False, description="whether weights are stored [in, out]")
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, path: str) -> str:
+        if "{}" not in path:
+            raise ValueError("the path of the layers needs {} in place of their number")
+        return path
+
+    @field_validator("heads", "neurons")
+    @classmethod
+    def _check_inputs(cls, block: list[str]) -> list[str]:
+        modules = block[1].rpartition(": ")[2].split()
+        if not modules or not all(re.fullmatch(r"[qkvu]+=[\w.]+", module) for module in modules):
+            raise ValueError(f"{block[1]!r}: write the inputs as 'PARENT: q=MODULE k=MODULE ...'")
+        return block
 
 
 class FetchSettings(Settings):
@@ -47,6 +86,7 @@ def fetch(
     task: str = "",
     data: Path | None = None,
     base: Path | None = None,
+    architecture: ArchitectureSettings | None = None,
     settings: FetchSettings = FetchSettings(),  # noqa: B008 - it is frozen
     progress: Progress = no_progress,
 ) -> Outcome[CheckpointInfo]:
@@ -63,6 +103,7 @@ def fetch(
         task: the task of an expert
         data: folder of the task's rows, whose training split decides or checks the outputs' order
         base: the model that a LoRA adapter was trained on; default: the one that it names
+        architecture: where the mask nodes are, if fmn does not know the architecture
 
     Raises:
         UserError: the source cannot be reached, was damaged, or is no checkpoint that can be used;
@@ -74,6 +115,8 @@ def fetch(
     pinned = origin.pin(source)
     reads: dict[str, Any] = {"folder": origin.folder_files(pinned), "base": base}
     keys: dict[str, Any] = {"source": pinned}
+    if architecture:
+        keys["architecture"] = architecture
     # Of an expert that fmn fine-tuned, the definition lies in its folder.
     definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
     if task:
@@ -84,6 +127,10 @@ def fetch(
     def compute(job: Job) -> CheckpointInfo:
         facts: dict[str, Any] = {"source": source}
         info = origin.copy_checkpoint(pinned, job.path, progress, base, statistics=bool(task))
+        if architecture:
+            entry = {ARCHITECTURE: architecture.model_dump()}
+            content = checkpoints.read_config(job.path) | entry
+            (job.path / checkpoints.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
         try:
             if task:
                 expert = definition or labels.expert_task(job.path, task)

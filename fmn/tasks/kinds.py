@@ -16,6 +16,9 @@ KindName = Literal[
     "text-generation",
     "text2text-generation",
 ]
+ARCHITECTURE = "fmn_architecture"
+"""The entry of config.json that says where a model's mask nodes are (`fmn.fisher.architectures`).
+Copies, fine-tuned experts and merged models carry it on."""
 # Transformers' words.
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 SINGLE: ProblemType = "single_label_classification"

@@ -277,7 +277,7 @@ def test_what_no_known_layer_fits_is_refused_with_the_lines_to_add() -> None:
         llama | {"layers.0.mlp.router.weight": (4, 24)},  # a matrix nobody claims
     ):
         with pytest.raises(
-            UserError, match=r"unheard-of.*ARCHITECTURES.*two lines, _heads\(.*_neurons\("
+            UserError, match=r"unheard-of.*architecture: \{layers: .*heads: .*neurons: "
         ):
             claims(Unknown(), shapes, "structured")
 
@@ -417,3 +417,30 @@ def test_the_architectures_on_the_page_are_recognised(model_type: str) -> None:
     assert model_type not in ARCHITECTURES
     assert {site.site.node for site in sites} == {"head", "neuron"}
     assert {site.nodes for site in sites if site.site.node == "head"} == {4}
+
+
+BERT_LIKE = {
+    "layers": "encoder.layer.{}",
+    "heads": [
+        *("attention.output.dense", "attention.self: q=query k=key v=value"),
+        "attention.output.LayerNorm",
+    ],
+    "neurons": ["output.dense", "intermediate: u=dense", "output.LayerNorm"],
+}
+
+
+def test_an_architecture_of_the_settings_is_read_like_one_of_the_table() -> None:
+    model = tiny_model("bert")
+    shapes = shapes_of(model.base_model)
+    expected = claims(model.config, shapes, "structured")
+    model.config.fmn_architecture = BERT_LIKE
+    model.config.model_type = "unheard-of"
+    assert claims(model.config, shapes, "structured") == expected
+    sizes = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 20}
+    config = CONFIG_MAPPING["xmod"](num_hidden_layers=2, vocab_size=50, languages=["a"], **sizes)
+    with torch.device("meta"):
+        unknown = AutoModel.from_config(config)
+    with pytest.raises(UserError, match="describe it in the settings, architecture: "):
+        mask_sites(unknown)
+    unknown.config.fmn_architecture = BERT_LIKE
+    assert [site.nodes for site in mask_sites(unknown)] == [4, 20, 4, 20]

@@ -11,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from transformers import AutoConfig
 
 from fmn.errors import UserError
+from fmn.models.checkpoints import load_config
 from fmn.models.labels import load_expert
 from fmn.sources import stages
-from fmn.sources.stages import ExpertSource, FetchSettings
+from fmn.sources.stages import ArchitectureSettings, ExpertSource, FetchSettings
 from fmn.store.stage import Outcome
 from fmn.tasks.task import Task, read_task, write_task
 from tests.models.experts import answers, expert, make_task, write_rows
@@ -188,3 +190,27 @@ def test_a_source_is_a_text_or_has_labels_too() -> None:
     assert ExpertSource.model_validate("hf://a/b") == ExpertSource(source="hf://a/b")
     listed = ExpertSource.model_validate({"source": "hf://a/b", "labels": ["x", "y"]})
     assert listed.labels == ["x", "y"]
+
+
+def test_a_described_architecture_is_part_of_the_copy_and_of_its_key(tmp_path: Path) -> None:
+    source = expert(tmp_path / "source", 2, names=["a", "b"])
+    described = ArchitectureSettings(
+        layers="encoder.layer.{}",
+        heads=["attention.output.dense", "attention.self: q=query k=key v=value", ""],
+        neurons=["output.dense", "intermediate: u=dense", ""],
+    )
+    out = tmp_path / "out"
+    stages.fetch(str(source), out=out)
+    assert stages.fetch(str(source), out=out, architecture=described).computed
+    assert load_config(out).fmn_architecture == described.model_dump()
+    assert not stages.fetch(str(source), out=out, architecture=described).computed
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [({"layers": "encoder.layer"}, "needs {}"), ({"heads": ["o", "x=query", ""]}, "PARENT: q=")],
+)
+def test_a_description_that_says_nothing_is_refused(change: dict[str, Any], problem: str) -> None:
+    whole = {"layers": "l.{}", "heads": ["o", "q=q", ""], "neurons": ["d", "u=u", ""]}
+    with pytest.raises(ValidationError, match=problem):
+        ArchitectureSettings.model_validate(whole | change)
