@@ -94,13 +94,8 @@ def choose(
         chosen = settings.model_copy(update={"method": name, "scale": scale})
         return model.in_memory(experts, chosen, base, statistics)
 
-    def scaled(encoder: Encoder, scale: float) -> Encoder:
-        if scale == 1:
-            return encoder
-        return {key: origin[key].lerp(tensor, scale) for key, tensor in encoder.items()}
-
     def attempt(name: str, encoder: Encoder, scale: float) -> None:
-        tensors = scaled(encoder, scale)
+        tensors = _scaled(encoder, origin, scale)
         errors = {task: _error(goal, tensors, settings) for task, goal in goals.items()}
         mean = float(np.mean(list(errors.values())))
         tried.append(Candidate(method=name, scale=scale, error=mean, tasks=errors))
@@ -126,7 +121,14 @@ def choose(
         texts={task: len(goal.examples) for task, goal in goals.items()},
         candidates=tried,
     )
-    return Choice(auto, scaled(best, auto.chosen.scale))
+    return Choice(auto, _scaled(best, origin, auto.chosen.scale))
+
+
+def _scaled(encoder: Encoder, base: Encoder, scale: float) -> Encoder:
+    """An encoder whose difference from the base is scaled."""
+    if scale == 1:
+        return encoder
+    return {name: base[name].lerp(tensor, scale) for name, tensor in encoder.items()}
 
 
 def _best(candidates: Sequence[Candidate]) -> Candidate:

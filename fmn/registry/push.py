@@ -62,17 +62,7 @@ def push(
             f"{to}: not a place on the Hub; write hf://ORG/NAME or hf://ORG/NAME@BRANCH"
         )
     repo, branch = match[1], revision or match[2] or "main"
-    statistics = {FISHER: fisher, GRAM: gram}
-    files = {name: path for name, path in statistics.items() if path}
-    if is_merged(model):
-        if files:
-            raise UserError(f"{model}: is a merged model; --fisher and --gram are for an expert")
-        files = _merged_files(model)
-        title = f"{', '.join(read_recipe(model).tasks)} in one model"
-    else:
-        published.check(model, fisher, gram)
-        files |= _expert_files(model)
-        title = "An expert and its statistics"
+    files, title = _files_and_title(model, fisher, gram)
     if card:
         if not card.is_file():
             raise UserError(f"{card}: no such file; `fmn report` writes model cards")
@@ -90,6 +80,19 @@ def push(
     size = sum(path.stat().st_size for path in files.values())
     source = f"hf://{repo}@{commit}"
     return Pushed(url=address, commit=commit, source=source, files=len(files), bytes=size)
+
+
+def _files_and_title(
+    model: Path, fisher: Path | None, gram: Path | None
+) -> tuple[dict[str, Path], str]:
+    """The files of a merged model, or of an expert with its statistics; and what the commit says."""
+    files = {name: path for name, path in {FISHER: fisher, GRAM: gram}.items() if path}
+    if is_merged(model):
+        if files:
+            raise UserError(f"{model}: is a merged model; --fisher and --gram are for an expert")
+        return _merged_files(model), f"{', '.join(read_recipe(model).tasks)} in one model"
+    published.check(model, fisher, gram)
+    return files | _expert_files(model), "An expert and its statistics"
 
 
 def _merged_files(model: Path) -> dict[str, Path]:
