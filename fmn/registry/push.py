@@ -85,7 +85,7 @@ def push(
 def _files_and_title(
     model: Path, fisher: Path | None, gram: Path | None
 ) -> tuple[dict[str, Path], str]:
-    """The files of a merged model, or of an expert with its statistics; and what the commit says."""
+    """The files of a merged model, or of an expert with its statistics; and a title for them."""
     files = {name: path for name, path in {FISHER: fisher, GRAM: gram}.items() if path}
     if is_merged(model):
         if files:

@@ -109,15 +109,22 @@ def prepare(
     ] + notes
     if task.labels:
         notes.append(f"labels: {in_a_line(task.labels, 20)}")
-    if task.task == "token-classification" and (tag := no_span_tag(task.labels)):
-        if "seqeval_f1" in task.metrics:
-            raise UserError(
-                f"{place}: metric seqeval_f1 is of spans, and {tag!r} is no tag of one, such as"
-                " O, B-PER or I-PER; rename the tag under `labels`, or say metrics: [accuracy]"
-            )
-        if not definition.metrics and labels:
-            notes.append(f"scored by accuracy, as {tag!r} is no tag of a span, such as B-PER")
+    notes += _tag_notes(task, definition, place)
     return Prepared(task, tables, notes, odd_rows(task, tables))
+
+
+def _tag_notes(task: Task, definition: TaskSettings, place: str) -> list[str]:
+    """What to tell of words whose tags are no spans. UserError if their metric is of spans."""
+    if task.task != "token-classification" or not (tag := no_span_tag(task.labels)):
+        return []
+    if "seqeval_f1" in task.metrics:
+        raise UserError(
+            f"{place}: metric seqeval_f1 is of spans, and {tag!r} is no tag of one, such as O,"
+            " B-PER or I-PER; rename the tag under `labels`, or say metrics: [accuracy]"
+        )
+    if definition.metrics or not task.has_labels:
+        return []
+    return [f"scored by accuracy, as {tag!r} is no tag of a span, such as B-PER"]
 
 
 def _refuse_tagged_words(files: Mapping[str, Sequence[File]]) -> None:

@@ -115,8 +115,7 @@ def fetch(
     pinned = origin.pin(source)
     reads: dict[str, Any] = {"folder": origin.folder_files(pinned), "base": base}
     keys: dict[str, Any] = {"source": pinned}
-    if architecture:
-        keys["architecture"] = architecture
+    keys |= {"architecture": architecture} if architecture else {}
     # Of an expert that fmn fine-tuned, the definition lies in its folder.
     definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
     if task:
@@ -128,9 +127,7 @@ def fetch(
         facts: dict[str, Any] = {"source": source}
         info = origin.copy_checkpoint(pinned, job.path, progress, base, statistics=bool(task))
         if architecture:
-            entry = {ARCHITECTURE: architecture.model_dump()}
-            content = checkpoints.read_config(job.path) | entry
-            (job.path / checkpoints.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+            _describe(job.path, architecture)
         try:
             if task:
                 expert = definition or labels.expert_task(job.path, task)
@@ -139,9 +136,15 @@ def fetch(
             raise UserError(str(error).replace(str(job.path), source)) from error
         return info.model_copy(update=facts)
 
-    summary = partial(stage.read_info, record=CheckpointInfo)
     # Without a time, the base that a second clone fetches again is the same to DVC.
     return stage.run_stage(
         "fetch", FETCH, out, compute,
-        reads=reads, settings=keys, summary=summary, is_folder=True, is_timed=False,
+        reads=reads, settings=keys, summary=partial(stage.read_info, record=CheckpointInfo),
+        is_folder=True, is_timed=False,
     )  # fmt: skip
+
+
+def _describe(folder: Path, architecture: ArchitectureSettings) -> None:
+    """Let the configuration of a copy say where the mask nodes are."""
+    content = checkpoints.read_config(folder) | {ARCHITECTURE: architecture.model_dump()}
+    (folder / checkpoints.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
