@@ -7,6 +7,7 @@ that an earlier run, the command line or DVC has done.
 import os
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture, wait
+from prefect.settings import PREFECT_API_URL
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 
@@ -24,7 +26,8 @@ from flows.pages import server_answers
 from flows.workers import TransientError, one_line
 from fmn import params
 from fmn.errors import UserError
-from fmn.store.stage import Outcome
+from fmn.params import Params
+from fmn.store.stage import Outcome, only_current
 from fmn.terminal import progress_bar, say, show_table
 
 Outcomes = dict[tuple[str, str], Outcome[Any]]  # by stage and name
@@ -60,13 +63,18 @@ def run_node(node: Node) -> Outcome[Any]:
     line = f"{outcome.stage:<9} {node.name or node.stage:<12} {seconds}"
     get_run_logger().info(line)
     say(line)
-    messages = getattr(outcome.summary, "messages", ())  # of a fetched checkpoint
-    published = getattr(outcome.summary, "published", None)  # of a statistic
-    warnings = getattr(outcome.summary, "warnings", ())  # of a task's rows
-    for note in (*messages, *warnings, *([published] if published else [])):
+    for note in _notes(outcome):
         get_run_logger().warning(note)
         say(note)
     return outcome
+
+
+def _notes(outcome: Outcome[Any]) -> list[str]:
+    """What a user should know of a stage's inputs, whether or not it computed anything."""
+    messages = getattr(outcome.summary, "messages", ())  # of a fetched checkpoint
+    published = getattr(outcome.summary, "published", None)  # of a statistic
+    warnings = getattr(outcome.summary, "warnings", ())  # of a task's rows
+    return [*messages, *warnings, *([published] if published else [])]
 
 
 def tags(node: Node) -> set[str]:
@@ -151,8 +159,10 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn run` does."""
     started = time.monotonic()
     settings = params.load(profile)  # a mistake there is reported before Prefect starts
-    with server_answers():
-        outcomes: Outcomes = pipeline(str(profile))
+    outcomes: Outcomes | None = None if PREFECT_API_URL.value() else current(settings, profile)
+    if outcomes is None:
+        with server_answers():
+            outcomes = pipeline(str(profile))
     report, registered = outcomes["report", ""], outcomes["register", ""].summary
     computed = any(outcome.computed for outcome in outcomes.values())
     show_table(report.summary.header, report.summary.body)
@@ -168,6 +178,25 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
         "registered": registered.model_dump(mode="json"),
         "computed": computed,
     }
+
+
+def current(settings: Params, profile: Path) -> Outcomes | None:
+    """The outcomes of a run that has nothing to compute; None if a stage has, or fails.
+
+    No Prefect server and no other process has to start for that.
+    """
+    outcomes: Outcomes = {}
+    allowed = only_current.set(True)
+    try:
+        for node in graph.nodes(settings, profile):
+            outcomes[node.stage, node.name] = node.function(**node.arguments)
+    except Exception:  # the flow finds it too, reports it, and retries what may pass
+        return None
+    finally:
+        only_current.reset(allowed)
+    dvc.keep_in_step(profile, [outcome.out for outcome in outcomes.values()])
+    say(f"{len(outcomes)} stages up to date", *chain(*map(_notes, outcomes.values())))
+    return outcomes
 
 
 @flow(name="fmn-reproduce", flow_run_name="{profile}", task_runner=RUNNER)

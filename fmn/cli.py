@@ -19,7 +19,7 @@ from cyclopts import App, Parameter
 from pydantic import ValidationError
 
 from fmn import __version__, params
-from fmn.environment import settle_environment
+from fmn.environment import keep_freed_memory, settle_environment
 from fmn.errors import UserError, system_error
 from fmn.evaluate.stages import evaluate
 from fmn.experiments.stages import SearchSettings, search
@@ -77,6 +77,7 @@ app = App(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one line and exit status 2."""
     settle_environment()
+    keep_freed_memory()
     warnings.filterwarnings("ignore")
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")

@@ -26,7 +26,7 @@ from fmn.registry.promotion import Decision
 from fmn.report.stages import ReportInfo
 from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
-from fmn.store.stage import Outcome
+from fmn.store.stage import NotCurrentError, Outcome, only_current
 from fmn.store.yaml_file import read_yaml, to_yaml
 from fmn.tasks.task import Task
 
@@ -118,6 +118,8 @@ def register(
         query = f"name = '{settings.name}' and tags.`{tracking.KEY}` = '{key}'"
         if versions := client.search_model_versions(query):
             version = versions[0]
+        elif only_current.get():
+            raise NotCurrentError(settings.name)
         else:
             with tracking.new_run(client, settings.experiment, key, settings.name):
                 _log_files(card_text, report)

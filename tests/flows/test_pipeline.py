@@ -46,7 +46,8 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     assert "Who owns what" in page, "by the Fisher information of the merge"
 
     second = flow(project)
-    assert second.count("already there") == len(places)
+    assert second.startswith(f"{len(places)} stages up to date\n")
+    assert "Finished in state" not in (project / "data/tiny/run.log").read_text(), "no flow ran"
     assert "nothing had changed" in second
     assert "models:/tiny/1" in second, "nothing new is registered"
 
@@ -73,9 +74,8 @@ def test_a_setting_changed_through_dvc_leaves_the_flow_nothing_to_do(project: Pa
     (project / "params.yaml").write_text(profile.replace("mapping: structured", "mapping: paper"))
     ran = repro(project)
     assert sorted(ran) == ["gram", "metrics", "models", "register", "report"]
-    third = flow(project, "--verbose")
+    third = flow(project)
     assert "nothing had changed" in third
-    assert "Beginning flow run" in third
     assert "models:/tiny/2" in third
 
 
