@@ -56,13 +56,18 @@ def settings() -> str:
         if model in seen:
             continue
         seen.add(model)
-        parts += [f"## {section or 'The file'}", "| setting | values | default | |", "|---|---|---|---|"]
+        parts += [f"## {section or 'The file'}", "| setting | values | default | |"]
+        parts.append("|---|---|---|---|")
         for name, field in model.model_fields.items():
             place = f"{section}.{name}".removeprefix(".")
             for kind, suffix in _sections(field.annotation):
                 queue.append((place + suffix, kind))
-            words = _cell(field.description or "")
-            parts.append(f"| `{name}` | {_cell(_kind(field.annotation))} | {_default(field)} | {words} |")
+            cells = [
+                _cell(_kind(field.annotation)),
+                _default(field),
+                _cell(field.description or ""),
+            ]
+            parts.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(
         f"\n{part}\n" if part.startswith(("#", "Every")) else part for part in parts
     ).replace("| setting", "\n| setting")
@@ -126,7 +131,8 @@ def commands() -> str:
         for each in command.assemble_argument_collection(parse_docstring=True):
             if not each.show:
                 continue
-            names = ", ".join(f"`{name}`" for name in each.names)
+            ours = [name for name in each.names if not name.startswith(("--no-", "--empty-"))]
+            names = ", ".join(f"`{name}`" for name in ours)
             default = each.field_info.default
             is_plain = isinstance(default, str | int | float | Path) and default not in ("", False)
             shown = f"`{default}`" if is_plain else ""
@@ -148,8 +154,8 @@ def python() -> str:
     """The public names of each room, whose docstrings mkdocstrings renders."""
     parts = [
         "# Python",
-        "Every stage is a function from files to files; the commands are these functions. What is not"
-        " listed here may change without notice.",
+        "Every stage is a function from files to files; the commands are these functions. What is"
+        " not listed here may change without notice.",
     ]
     for room in (*ROOMS, *BEHIND):
         package = importlib.import_module(f"fmn.{room}")

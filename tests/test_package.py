@@ -75,7 +75,7 @@ def test_an_empty_folder_gets_a_short_quick_start(fmn: Path, tmp_path: Path) -> 
     short = {"epochs": 1, "examples": 64, "learning_rate": 1.0e-4}
     content |= {
         "experts": {"tasks": ["sst2", "topics"]},
-        "finetune": {"sst2": short, "topics": short},
+        "finetune": {"sst2": short, "topics": dict(short)},
         "fisher": {"samples": 32},
         "realign": {},
     }
