@@ -14,6 +14,7 @@ import pytest
 from fmn.store.yaml_file import read_yaml, to_yaml
 from tests.conftest import ROOT
 from tests.projects import environment
+from tests.test_docs import read_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -42,10 +43,11 @@ def fmn(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "fmn"
 
 
-def call(folder: Path, command: list[str | Path]) -> str:
-    """What a command prints in a folder that is no git repository."""
+def call(fmn: Path, folder: Path, *command: str) -> str:
+    """What a command of the fresh environment prints in a folder that is no git repository."""
     variables = environment(folder)
-    variables.pop("PYTHONPATH", None)
+    variables |= {"PATH": f"{fmn.parent}{os.pathsep}{variables['PATH']}"}
+    del variables["PYTHONPATH"]
     process = subprocess.run(command, cwd=folder, env=variables, check=False, text=True,
                              capture_output=True)  # fmt: skip
     assert process.returncode == 0, process.stderr + process.stdout
@@ -62,13 +64,16 @@ def test_the_wheel_holds_the_licence_and_the_quick_start(wheel: Path) -> None:
 
 
 def test_the_version_is_that_of_the_wheel(fmn: Path, wheel: Path, tmp_path: Path) -> None:
-    assert call(tmp_path, [fmn, "--version"]).strip() == wheel.name.split("-")[1]
+    assert call(fmn, tmp_path, "fmn", "--version").strip() == wheel.name.split("-")[1]
 
 
-def test_an_empty_folder_gets_a_short_quick_start(fmn: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def quick(fmn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that was empty, with the quick start's settings cut to two experts of few rows."""
+    folder = tmp_path_factory.mktemp("quick")
     code = "from fmn.setup.stages import *; write_quickstart(Path('params.yaml'))"
-    call(tmp_path, [fmn.with_name("python"), "-c", code])
-    params = tmp_path / "params.yaml"
+    call(fmn, folder, "python", "-c", code)
+    params = folder / "params.yaml"
     content = read_yaml(params)
     for name in ("calibrate", "baselines", "merge"):
         del content[name]
@@ -77,11 +82,37 @@ def test_an_empty_folder_gets_a_short_quick_start(fmn: Path, tmp_path: Path) -> 
         "experts": {"tasks": ["sst2", "topics"]},
         "finetune": {"sst2": short, "topics": dict(short)},
         "fisher": {"samples": 32},
-        "realign": {},
+        "realign": {"realigned": {"texts": 32}},
     }
     params.write_text(to_yaml(content))
-    checked = json.loads(call(tmp_path, [fmn, "check", "--json"]))
+    return folder
+
+
+def test_the_quick_start_runs_where_no_checkout_is(fmn: Path, quick: Path) -> None:
+    checked = json.loads(call(fmn, quick, "fmn", "check", "--json"))
     assert checked["ok"], checked["findings"]
-    results = json.loads(call(tmp_path, [fmn, "run", "--json"]))
+    results = json.loads(call(fmn, quick, "fmn", "run", "--json"))
     assert results["registered"]["version"] == "1"
-    assert (tmp_path / "data/quickstart/report/report.html").is_file()
+    assert (quick / "data/quickstart/report/report.html").is_file()
+
+
+def test_the_notebook_goes_through(fmn: Path, quick: Path) -> None:
+    notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells[0].startswith("%pip install")  # the wheel is installed
+    code = "import subprocess\n"
+    for cell in cells[1:]:
+        shell = cell.removeprefix("!")
+        code += (
+            f"subprocess.run({shell!r}, shell=True, check=True)\n" if shell != cell else f"{cell}\n"
+        )
+    printed = call(fmn, quick, "python", "-c", code)
+    assert "% of the experts" in printed
+
+
+def test_the_tutorial_goes_through(fmn: Path, quick: Path) -> None:
+    for block in read_blocks(ROOT / "docs" / "tutorial.md"):
+        if block.language == "python":
+            assert call(fmn, quick, "python", "-c", block.text)
+        elif "pip install" not in block.text:
+            assert call(fmn, quick, "bash", "-euc", block.text)
