@@ -25,7 +25,7 @@ MODELS = {
     "merged": "auto: the best of several methods",
     "calibrated": "then calibrated",
     "realigned": "then heads re-aligned",
-    "realigned-own-1": "the same with an own last layer each",
+    "realigned-own-1": "and an own last layer for each",
 }
 HEADLINE = "realigned"
 THEMES = {  # of the text, of marks on the axis, of bars, of the registered model's bar, of lines

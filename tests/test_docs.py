@@ -55,7 +55,11 @@ SORTS = {
     "rating": REGRESSION,
     "people": SINGLE,
 }
-RUN = ("README.md", "docs/steps.md", "docs/tasks.md")  # the pages whose examples are run from top to bottom
+RUN = (
+    "README.md",
+    "docs/steps.md",
+    "docs/tasks.md",
+)  # the pages whose examples are run from top to bottom
 REPEATS = 20  # a page shows a few rows of a file, and the test writes each so many times
 
 
@@ -364,12 +368,13 @@ def fill_hub(hub: Hub, folder: Path, base: Path) -> None:
             pq.write_table(rows.slice(0, 64), path)
             glue[f"{task}/{path.name}"] = path
     hub.add("datasets", "nyu-mll/glue", glue)
-    names = ("not_equivalent", "equivalent")
-    sentences = pq.read_table(folder / "mrpc" / "train-00000-of-00001.parquet").to_pylist()
-    texts = [(f"{x['sentence1']} {x['sentence2']}", names[x["label"]]) for x in sentences]
-    fine_tune_elsewhere(base, folder / "expert", names, texts)
-    for task in ("MRPC", "RTE"):
-        hub.add("models", f"textattack/bert-base-uncased-{task}", folder / "expert")
+    labels = {"mrpc": ("not_equivalent", "equivalent"), "rte": ("entailment", "not_entailment")}
+    for task, names in labels.items():
+        rows = pq.read_table(folder / task / "train-00000-of-00001.parquet").to_pylist()
+        texts = [(f"{x['sentence1']} {x['sentence2']}", names[x["label"]]) for x in rows]
+        fine_tune_elsewhere(base, folder / "experts" / task, names, texts)
+        name = f"textattack/bert-base-uncased-{task.upper()}"
+        hub.add("models", name, folder / "experts" / task)
     paws = "sentence1,sentence2,label\n" + "a cat,the cat,1\na cat,a dog,0\n" * REPEATS
     paws_files = {f"labeled_final/{split}.csv": paws.encode() for split in ("train", "validation")}
     hub.add("datasets", "google-research-datasets/paws", paws_files)
