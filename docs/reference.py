@@ -49,24 +49,23 @@ def settings() -> str:
         "# Settings",
         "Every setting of `params.yaml`. The same as a JSON schema, for editors: `fmn schema`.",
     ]
-    seen: set[type[BaseModel]] = set()
-    queue: list[tuple[str, type[BaseModel]]] = [("", Params)]
-    while queue:
-        section, model = queue.pop(0)
-        if model in seen:
-            continue
-        seen.add(model)
-        parts += [f"## {section or 'The file'}", "| setting | values | default | |"]
+    places: dict[type[BaseModel], str] = {Params: ""}  # where a section is described
+    queue: list[type[BaseModel]] = [Params]
+    for model in queue:  # which grows
+        for name, field in model.model_fields.items():
+            for kind, suffix in _sections(field.annotation):
+                if kind not in places:
+                    places[kind] = f"{places[model]}.{name}{suffix}".removeprefix(".")
+                    queue.append(kind)
+    for model, place in places.items():
+        parts += [f"## {place or 'The file'}", "| setting | values | default | |"]
         parts.append("|---|---|---|---|")
         for name, field in model.model_fields.items():
-            place = f"{section}.{name}".removeprefix(".")
-            for kind, suffix in _sections(field.annotation):
-                queue.append((place + suffix, kind))
-            cells = [
-                _cell(_kind(field.annotation)),
-                _default(field),
-                _cell(field.description or ""),
-            ]
+            values = _cell(_kind(field.annotation))
+            for kind, _ in _sections(field.annotation):
+                anchor = places[kind].lower().replace(".", "")
+                values = values.replace("a section", f"[a section](#{anchor})")
+            cells = [values, _default(field), _cell(field.description or "")]
             parts.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(
         f"\n{part}\n" if part.startswith(("#", "Every")) else part for part in parts
