@@ -417,8 +417,14 @@ def check(*, params_file: Profile = Path("params.yaml"), as_json: Json = False) 
 def run(
     *, params_file: Profile = Path("params.yaml"), verbose: Verbose = False, as_json: Json = False
 ) -> None:
-    """Run the whole pipeline as a Prefect flow; print the results and where to look further."""
+    """Run the whole pipeline as a Prefect flow; print the results and where to look further.
+
+    In a folder without settings, it writes those of the quick start and its data, and runs them.
+    """
     from flows.pipeline import run_pipeline
+
+    if written := setup.write_quickstart(params_file):
+        say(f"the quick start: this folder has no settings, so it gets {_listed(written)}")
 
     with _flow(params.load(params_file).work, verbose, as_json):
         results = run_pipeline(params_file)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results, scale
+from benchmarks import quickstart, results, scale
 
 
 @pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
@@ -19,6 +19,16 @@ def test_the_page_of_scale_is_as_its_benchmark_writes_it() -> None:
     tables = {"measured": scale.measured(stored), "computed": scale.computed(stored)}
     text = scale.PAGE.read_text()
     assert results.with_tables(text, lambda name: tables[name] + "\n") == text, "run `make results`"
+
+
+def test_the_readme_shows_the_stored_run() -> None:
+    text = quickstart.README.read_text()
+    assert results.with_tables(text, quickstart.table) == text, "run `make results`"
+    numbers = json.loads((results.STORE / "quickstart.json").read_text())["results"]
+    for name, theme in quickstart.THEMES.items():
+        picture = (quickstart.PICTURES / f"quickstart-{name}.svg").read_text()
+        assert picture == quickstart.picture(numbers, theme), "run `make results`"
+    assert f">{100 * numbers['mean'][quickstart.HEADLINE]['relative']:.1f}</text>" in picture
 
 
 def test_what_a_benchmark_leaves_is_stored_with_its_origin(
