@@ -280,6 +280,22 @@ class Params(Settings):
         return self
 
 
+def project_of(path: Path) -> Path:
+    """The folder that the paths in a settings file are relative to.
+
+    It is the working folder, if the file lies in it or below it. Otherwise it is the file's own
+    folder; or the one above, if that is a project (with dvc.yaml or .git) and this is not. So the
+    same files are meant wherever a command is given.
+    """
+    file = Path(os.path.normpath(path.absolute()))
+    if file.is_relative_to(Path.cwd()):
+        return Path.cwd()
+    own, above = file.parents[:2]
+    marks = ("dvc.yaml", ".git")
+    is_project = [any((each / mark).exists() for mark in marks) for each in (own, above)]
+    return above if is_project == [False, True] else own
+
+
 def load(path: Path) -> Params:
     """Read and check a settings file.
 
