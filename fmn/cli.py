@@ -27,6 +27,7 @@ from fmn.errors import UserError, system_error
 from fmn.registry.stages import compare_digests, read_lineage, settings_again
 from fmn.rows.view import describe, known_tasks
 from fmn.setup import stages as setup
+from fmn.store.records import in_words
 from fmn.terminal import (
     complain,
     errors,
@@ -90,10 +91,9 @@ def _one_line(error: cyclopts.CycloptsError) -> str:
     cause = error.__cause__ or error.__context__
     if isinstance(cause, ValidationError):
         first = cause.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        if not first["loc"]:  # of several options together
-            return f"{message}."
-        return f"--{str(first['loc'][0]).replace('_', '-')}: {message} (got {first['input']!r})."
+        message, option = in_words(first), str(first["loc"][0]) if first["loc"] else ""
+        # Without an option it is of several together.
+        return f"--{option.replace('_', '-')}: {message}." if option else f"{message}."
     return " ".join(str(error).split())
 
 

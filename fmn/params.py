@@ -7,7 +7,8 @@ fields are the options of that stage's command. Here they come together.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -26,9 +27,9 @@ from fmn.rows.sources import local_files
 from fmn.rows.stages import DataSettings
 from fmn.sources.stages import ArchitectureSettings, ExpertSource
 from fmn.store import artifacts
-from fmn.store.records import Settings
+from fmn.store.records import Settings, in_words
 from fmn.store.stage import Job, Outcome, run_stage
-from fmn.store.yaml_file import read_yaml
+from fmn.store.yaml_file import line_of, read_yaml
 from fmn.tasks.task import DEFINITION, TASKS, TaskSettings, task_folder, task_settings
 
 SETTINGS = 2  # version of the stage
@@ -134,11 +135,11 @@ class Params(Settings):
         if self.runner == "dask":
             if self.address is None:
                 raise ValueError(
-                    "runner dask needs `address`, the scheduler's, such as tcp://host:8786"
+                    "runner: runner dask needs `address`, the scheduler's, such as tcp://host:8786"
                 )
             if self.storage is None or "://" not in self.storage:
                 raise ValueError(
-                    "runner dask needs `storage`, a URL such as s3://bucket/fmn or file:///mnt/fmn"
+                    "runner: runner dask needs `storage`, a URL such as s3://bucket/fmn or file:///mnt/fmn"
                 )
         return self
 
@@ -160,20 +161,28 @@ class Params(Settings):
                     f"{hint(name, [*self.tasks, *TASKS]).rstrip('?')}; describe it under `tasks:`"
                 )
             if (name in self.sources) == (name in self.finetune):
-                raise ValueError(f"task {name!r} must be under either `sources` or `finetune`")
-        rows = [
-            name
-            for comparison in self.compare.values()
-            if isinstance(comparison.rows, dict)
-            for name in comparison.rows
-        ]
-        coefficients = [name for merge in self.merges.values() for name in merge.coefficients]
-        for name in [*self.sources, *self.finetune, *self.gram, *coefficients, *rows]:
-            if name not in names:
                 raise ValueError(
-                    f"{name!r} is not one of experts.tasks ({', '.join(names)}){hint(name, names)}"
+                    f"experts.tasks: task {name!r} must be under either `sources` or `finetune`;"
+                    " move it"
+                )
+        for place, name in self._named_tasks():
+            if name not in names:
+                listed = ", ".join(names)
+                raise ValueError(
+                    f"{place}: {name!r} is not one of experts.tasks ({listed}){hint(name, names)}"
                 )
         return self
+
+    def _named_tasks(self) -> Iterator[tuple[str, str]]:
+        """The tasks that sections name, each with its place."""
+        for section in ("sources", "finetune", "gram"):
+            yield from ((f"{section}.{name}", name) for name in getattr(self, section))
+        merges = {f"baselines.{name}": each for name, each in self.baselines.items()}
+        for section, merge in {"merge": self.merge, **merges}.items():
+            yield from ((f"{section}.coefficient", name) for name in merge.coefficients)
+        for title, comparison in self.compare.items():
+            if isinstance(comparison.rows, dict):
+                yield from ((f"compare.{title}.rows", name) for name in comparison.rows)
 
     @property
     def merges(self) -> dict[str, MergeSettings]:
@@ -222,8 +231,8 @@ class Params(Settings):
     def _check_labels(self) -> "Params":
         if not self.labelled:
             raise ValueError(
-                "none of experts.tasks has labels, so no model can be scored; add a task with"
-                " labels, or use `fmn merge`, which needs none"
+                "experts.tasks: none of experts.tasks has labels, so no model can be scored;"
+                " add a task with labels, or use `fmn merge`, which needs none"
             )
         for name in self.experts.tasks:
             if name in self.labelled:
@@ -258,7 +267,11 @@ class Params(Settings):
             if name in (*TAKEN, *self.realign):
                 raise ValueError(f"baselines: {name!r} is another column's name; choose another")
         if clash := [name for name in (*self.baselines, *self.realign) if name in tasks]:
-            raise ValueError(f"{clash[0]!r} is a task and a model; give the model another name")
+            section = "baselines" if clash[0] in self.baselines else "realign"
+            raise ValueError(
+                f"{section}.{clash[0]}: {clash[0]!r} is a task and a model; give the model another"
+                " name"
+            )
         for comparison in self.compare.values():
             for members in comparison.sets:
                 unknown = [name for name in members.split("+") if name not in tasks]
@@ -271,11 +284,12 @@ class Params(Settings):
 
     @model_validator(mode="after")
     def _check_methods(self) -> "Params":
-        for merge in self.merges.values():
+        own = {"merge": self.merge} | {f"baselines.{n}": m for n, m in self.baselines.items()}
+        for place, merge in own.items():
             if needs_of(merge.method).fisher == "parameters":
                 raise ValueError(
-                    f"method {merge.method} is for `fmn merge` alone; choose another method for a"
-                    " pipeline"
+                    f"{place}.method: method {merge.method} is for `fmn merge` alone;"
+                    " choose another method for a pipeline"
                 )
         return self
 
@@ -302,7 +316,7 @@ def load(path: Path) -> Params:
     Raises:
         UserError: names the file, the setting and what is wrong with it.
     """
-    return validate(read_yaml(path), str(path))
+    return validate(read_yaml(path), str(path), partial(line_of, path))
 
 
 def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
@@ -348,43 +362,53 @@ def _described(name: str, settings: Params) -> dict[str, Any]:
     return {**definition.model_dump(mode="json"), "files": digests}
 
 
-def validate(content: Any, place: str) -> Params:
-    """Settings from plain data; UserError names `place` and the setting."""
+def validate(
+    content: Any, place: str, line: Callable[[Sequence[str]], int | None] = lambda keys: None
+) -> Params:
+    """Settings from plain data; UserError names `place`, the line and the setting."""
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{place}: {explain(error, Params)}") from error
+        raise UserError(problems(error, place, line)[0]) from error
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem that a validation met, in one line."""
-    return problems(error, model)[0]
-
-
-def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Every problem that a validation met, a line each.
+def problems(
+    error: ValidationError, place: str, line: Callable[[Sequence[str]], int | None]
+) -> list[str]:
+    """Every problem of settings that a validation met, a line each.
 
     An unknown setting comes first, as it may be the reason that another is missing.
+
+    Args:
+        place: the settings file.
+        line: gives the line of a setting there, if it is known.
     """
     ordered = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    return list(dict.fromkeys(_problem(each, model) for each in ordered))
+    lines = []
+    for setting, message in map(_problem, ordered):
+        number = line(setting.split("."))
+        lines.append(": ".join(filter(None, (f"{place}:{number}" if number else place, setting,
+                                             message))))  # fmt: skip
+    return list(dict.fromkeys(lines))
 
 
-def _problem(problem: Any, model: type[BaseModel]) -> str:
-    path, known = _walk(model, [str(part) for part in problem["loc"]])
+def _problem(problem: Any) -> tuple[str, str]:
+    """A setting, or "" where several do not fit one another, and what is wrong with it."""
+    path, known, about = _walk(Params, [str(part) for part in problem["loc"]])
     setting = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        return f"{setting}: unknown setting{hint(path[-1], known)}"
+        near = hint(path[-1], known) or f"; known here are {', '.join(known)}"
+        return setting, f"unknown setting{near}"
     if problem["type"] == "missing":
-        return f"{setting}: missing"
-    if problem["type"] == "model_type":
-        return f"{setting}: must be a section of settings, NAME: VALUE".removeprefix(": ")
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{setting}: {message}" if setting else message
+        return setting, f"missing; add it: {about}" if about else "missing; add it"
+    message = in_words(problem)
+    if not setting and (match := re.match(r"([a-z]\w*(?:\.[\w-]+)*): (.*)", message)):
+        return match[1], match[2]  # a check of several settings names the first itself
+    return setting, message
 
 
-def _walk(kind: Any, place: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A place in the settings without what pydantic adds to it, and the names that are known there.
+def _walk(kind: Any, place: Sequence[str]) -> tuple[list[str], list[str], str]:
+    """A place in the settings without what pydantic adds to it; what is known there; what it is.
 
     Pydantic adds which type of several it tried, such as `int` of `int | str`.
     """
@@ -392,12 +416,13 @@ def _walk(kind: Any, place: Sequence[str]) -> tuple[list[str], list[str]]:
         kinds = [option for option in get_args(kind) if option is not type(None)]
         kind = kinds[0] if len(kinds) == 1 else None
     if not place or kind is None:
-        return [], []
+        return [], [], ""
     first, *rest = place
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         field = kind.model_fields.get(first)
-        path, known = _walk(field.annotation if field else None, rest)
-        return [first, *path], known or list(kind.model_fields)
+        path, known, about = _walk(field.annotation if field else None, rest)
+        own = field.description if field and not rest else None
+        return [first, *path], known or list(kind.model_fields), about or own or ""
     inner = get_args(kind)[-1] if get_origin(kind) in (dict, list) else None
-    path, known = _walk(inner, rest)
-    return [first, *path], known
+    path, known, about = _walk(inner, rest)
+    return [first, *path], known, about
