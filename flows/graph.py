@@ -5,6 +5,7 @@
 """
 
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,8 @@ from fmn.models.stages import finetune
 from fmn.params import Params
 from fmn.registry.stages import register
 from fmn.report.stages import report
-from fmn.rows.stages import data
+from fmn.rows.stages import data, find_source
+from fmn.sources import origin
 from fmn.sources.stages import FetchSettings, fetch
 from fmn.store.stage import Outcome
 
@@ -187,6 +189,30 @@ def _section(settings: Params, path: str) -> Any:
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else getattr(value, part)
     return value
+
+
+def looks(settings: Params) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What a run can look at before its first stage, by setting: sources and data sets.
+
+    Each look is cheap, and raises UserError if there is no such thing. Rows at a URL are not looked
+    at, which would take reading them; nor is GLUE on the Hub.
+    """
+    work = Path(settings.work)
+    sources = {"base": (settings.base, work / "base")}
+    for name, each in settings.sources.items():
+        sources[f"sources.{name}"] = each.source, work / "experts" / name
+    for setting, (source, out) in sources.items():
+        is_pinned = re.fullmatch(r"hf://.*@[0-9a-f]{40}", source)
+        if not (is_pinned and out.exists()):  # offline, what was fetched before suffices
+            yield setting, partial(origin.look, source)
+    for name in settings.experts.tasks:
+        definition = settings.tasks.get(name)
+        rows = definition.dataset if definition else None
+        if "://" not in rows.path if rows else settings.data.source != "hub":
+            yield (
+                f"tasks.{name}" if rows else "data",
+                partial(find_source, name, settings.data, definition),
+            )
 
 
 def find_nodes(settings: Params, profile: Path, stage: str, name: str = "") -> list[Node]:

@@ -118,15 +118,28 @@ _changing = threading.Lock()
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar, if there is a terminal; yields a function that takes (done, total)."""
+    with _bar(title) as update:
+        yield lambda done, total: update(completed=done, total=total)
+
+
+@contextmanager
+def status_line(title: str) -> Iterator[Callable[[str], None]]:
+    """A line below the others, if there is a terminal; yields a function that changes its text."""
+    with _bar(title) as update:
+        yield lambda text: update(description=text)
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[..., None]]:
     if not _bars.console.is_terminal:
-        yield lambda done, total: None
+        yield lambda **changes: None
         return
     with _changing:
         loaded()
         task = _bars.add_task(title, total=None)
         _bars.start()
     try:
-        yield lambda done, total: _bars.update(task, completed=done, total=total)
+        yield lambda **changes: _bars.update(task, **changes)
     finally:
         with _changing:
             _bars.remove_task(task)
