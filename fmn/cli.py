@@ -252,7 +252,7 @@ def stage(
         name: the stage, as dvc.yaml calls it
         of: for which task or model; default: all
     """
-    from flows.graph import find_nodes, make_folders
+    from flows.graph import find_nodes, make_folders, register_nothing, trial_name
 
     with _project(params_file) as file:
         settings = params.load(file)
@@ -262,7 +262,10 @@ def stage(
             say(f"{name}: {file} asks for none")
         outcomes = []
         for node in nodes:
-            outcomes.append(call(node.function, node.title, **node.arguments))
+            if node.stage == "register" and (trial := trial_name()):
+                outcomes.append(register_nothing(trial, node.arguments["out"]))
+            else:
+                outcomes.append(call(node.function, node.title, **node.arguments))
             if not as_json:
                 print_outcome(outcomes[-1], as_json, lambda summary: None)
     if as_json:

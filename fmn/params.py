@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -23,16 +24,25 @@ from fmn.merge.methods import needs_of
 from fmn.merge.stages import CalibrateSettings, MergeSettings, RealignSettings
 from fmn.models.stages import FinetuneSettings
 from fmn.registry.stages import RegistrySettings
-from fmn.rows.sources import local_files
+from fmn.rows.sources import find_files, hub_name, local_files, pin
 from fmn.rows.stages import DataSettings
+from fmn.sources import origin
 from fmn.sources.stages import ArchitectureSettings, ExpertSource
 from fmn.store import artifacts
 from fmn.store.records import Settings, in_words
 from fmn.store.stage import Job, Outcome, run_stage
 from fmn.store.yaml_file import line_of, read_yaml
-from fmn.tasks.task import DEFINITION, TASKS, TaskSettings, task_folder, task_settings
+from fmn.tasks.dataset import HUB
+from fmn.tasks.task import (
+    DEFINITION,
+    TASKS,
+    DatasetSettings,
+    TaskSettings,
+    task_folder,
+    task_settings,
+)
 
-SETTINGS = 2  # version of the stage
+SETTINGS = 3  # version of the stage
 WEBHOOK = "FMN_WEBHOOK"  # environment variable of the webhook's address
 MERGED, CALIBRATED, REALIGNED = "merged", "calibrated", "realigned"
 BOUNDS = {
@@ -322,8 +332,9 @@ def load(path: Path) -> Params:
 def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
     """Write the settings with every default filled in, as JSON.
 
-    Each task of the experts is there in full, GLUE's too, with the digests of the local files that
-    its rows come from. Secrets are left out, and so are the settings that only say where stages
+    Each task of the experts is there in full, GLUE's too, with the digests of the files that its
+    rows come from. Sources and data sets that may float stand beside it, with what they name now.
+    Secrets are left out, and so are the settings that only say where stages
     run.
 
     Args:
@@ -333,6 +344,7 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
     settings = load(params)
     content = settings.model_dump(mode="json", exclude={"notify", "runner", "address", "storage"})
     content["tasks"] = {name: _described(name, settings) for name in settings.experts.tasks}
+    content["pins"] = _pins(settings)
     text = redacted(json.dumps(content, indent=1))
 
     def compute(job: Job) -> None:
@@ -350,16 +362,53 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
 
 
 def _described(name: str, settings: Params) -> dict[str, Any]:
-    """A task as settings describe it, and the sha256 of every local file that its rows are in."""
+    """A task as settings describe it, and the sha256 of every file that its rows are in."""
     own = settings.tasks.get(name)
     if own and own.dataset:
-        files = local_files(own)
+        digests = {} if hub_name(own.dataset) else _file_digests(own)
     else:
         folder = task_folder(Path(settings.data.source), name)
         files = [*sorted(folder.glob("*.parquet")), folder / DEFINITION]
-    digests = {str(file): artifacts.digest_file(file) for file in files if file.is_file()}
+        digests = {str(file): artifacts.digest_file(file) for file in files if file.is_file()}
     definition = own or task_settings(name) or TaskSettings()
     return {**definition.model_dump(mode="json"), "files": digests}
+
+
+def _file_digests(definition: TaskSettings) -> dict[str, str]:
+    """The sha256 of each file of a definition's rows, here or at a URL."""
+    digests = {str(file): artifacts.digest_file(file) for file in local_files(definition)}
+    if definition.dataset:
+        for split in find_files(definition.dataset).values():
+            digests |= {file.name: str(file.digest()) for file in split if file.local is None}
+    return digests
+
+
+def _pins(settings: Params) -> dict[str, Any]:
+    """What sources, and data sets on the Hub, stand for now.
+
+    Of a folder, these are its files, with the times of their last changes. What cannot be reached
+    is None: the stage that needs it says why.
+    """
+    sources = {name: each.source for name, each in settings.sources.items()}
+    data: dict[str, str | None] = dict.fromkeys(settings.experts.tasks)
+    for name in data:
+        own = settings.tasks.get(name)
+        rows = own.dataset if own else None
+        if rows is None and settings.data.source == "hub":
+            rows = DatasetSettings(path=HUB, revision=settings.data.revision)
+        if rows and (hub := hub_name(rows)):
+            with suppress(UserError):
+                data[name] = pin(rows, hub)
+    return {"base": _pin_of(settings.base), "sources": {n: _pin_of(s) for n, s in sources.items()},
+            "data": data}  # fmt: skip
+
+
+def _pin_of(source: str) -> dict[str, Any] | None:
+    with suppress(UserError):
+        files = {str(file): file.stat() for file in origin.folder_files(source)}
+        states = {name: [state.st_size, state.st_mtime_ns] for name, state in files.items()}
+        return {"source": origin.pin(source), "files": states}
+    return None
 
 
 def validate(

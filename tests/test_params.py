@@ -319,7 +319,10 @@ def test_rows_of_a_comparison_are_one_number_or_one_per_task(
     assert [compare.rows_of(name) for name in ("sst2", "mrpc")] == expected
 
 
-def test_settings_are_written_with_their_defaults_and_without_secrets(tmp_path: Path) -> None:
+def test_settings_are_written_with_their_defaults_and_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     load(tmp_path, GOOD + "notify: {webhook: 'https://host/hook'}\n")
     out = tmp_path / "settings.json"
     assert params.write_settings(tmp_path / "params.yaml", out=out).computed
@@ -331,6 +334,7 @@ def test_settings_are_written_with_their_defaults_and_without_secrets(tmp_path: 
 def test_written_settings_tell_each_task_and_the_digests_of_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     rows, out = Path("reviews.csv"), Path("settings.json")
     folder = Path("glue/sst2/train.parquet")
