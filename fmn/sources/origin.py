@@ -118,7 +118,7 @@ def copy_checkpoint(
     Args:
         source: ``hf://org/name@revision`` (without a revision: main), also with a folder in it,
             ``hf://org/name/folder@revision``; a folder, ``models:/name@alias``,
-            ``models:/name/3`` or ``package:module/path``.
+            ``models:/name/latest``, ``models:/name/3`` or ``package:module/path``.
         folder: where to write; an empty folder.
         progress: called with (bytes, bytes in all) of the file that comes from the Hub.
         base: the folder of the model that an adapter was trained on; without it, the model that
