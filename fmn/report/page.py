@@ -81,7 +81,7 @@ def registry_page(name: str, version: str = "") -> str:
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not server.startswith("http"):
         server = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', '5000')}"
-    path = f"{quote(name)}/versions/{version}" if version else quote(name)
+    path = quote(name, safe="") + f"/versions/{version}" * bool(version)
     return f"{redacted(server).rstrip('/')}/#/models/{path}"
 
 

@@ -149,10 +149,10 @@ def _ordered(names: Iterable[str], tasks: Sequence[str]) -> list[str]:
 
 def _in_order(recipe: Recipe, tasks: Sequence[str]) -> Recipe:
     """A recipe whose experts and coefficients stand in the order of the tables."""
-    parts = {"experts": recipe.experts, "coefficients": recipe.coefficients}
+    names = _ordered(recipe.experts, tasks)
     update = {
-        field: {task: part[task] for task in _ordered(part, tasks)}  # type: ignore[index]
-        for field, part in parts.items()
+        "experts": {task: recipe.experts[task] for task in names},
+        "coefficients": {task: recipe.coefficients[task] for task in names},
     }
     return recipe.model_copy(update=update)
 
