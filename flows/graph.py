@@ -107,7 +107,7 @@ MODEL_AND_REPORT = {
 FROM_BASE = {"source": "base", "architecture": "architecture"}
 FROM_SOURCE = {"source": "sources.{name}.source", "architecture": "architecture"}
 DEFINITION = {"definition": "tasks.{name}"}
-HEADLINE = {"headline": "model"}
+HEADLINE = {"headline": "model", "registry": "registry.name"}
 
 PIPELINE = (
     Row("fetch-base", fetch, ONCE, "base", NOTHING, values=FROM_BASE),

@@ -212,7 +212,8 @@ def run(
     In a folder without settings, it writes those of the quick start and its data, and runs them.
     """
     if written := setup.write_quickstart(params_file):
-        say(f"the quick start: this folder has no settings, so it gets {', '.join(map(str, written))}")
+        names = ", ".join(map(str, written))
+        say(f"the quick start: this folder has no settings, so it gets {names}")
     with _project(params_file) as file, _flow(params.load(file).work, verbose, as_json):
         from flows.pipeline import run_pipeline
 

@@ -8,7 +8,7 @@ Resamples in which a metric is undefined are left out.
 
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -36,12 +36,14 @@ class Difference(NamedTuple):
     """One model's score minus another's, its 95 % interval and its two-sided p-value.
 
     Without a difference, a score is undefined; without an interval, too few resamples define it.
+    `is_floor`: no resample has the other sign, so the p-value is at most this.
     """
 
     difference: float | None
     interval: Interval | None
     p_value: float
     higher_is_better: bool = True
+    is_floor: bool = False
 
 
 def resampled(task: Task, splits: Splits, *, resamples: int = RESAMPLES) -> dict[str, np.ndarray]:
@@ -140,7 +142,30 @@ def compare(
         interval=interval(differences),
         p_value=min(1.0, 2 * float(tail + 1) / float(count + 1)),
         higher_is_better=is_more_better,
+        is_floor=bool(count > 1 and tail == 0),
     )
+
+
+Name = TypeVar("Name")
+
+
+def holm(tests: Mapping[Name, Difference]) -> dict[Name, Difference]:
+    """Tests that stand side by side, with p-values after Holm's correction for their number.
+
+    The k-th smallest of m p-values is multiplied by m - k + 1, and is no smaller than those before
+    it (Holm 1979): the chance that any of the differences that are none looks real stays below the
+    level. Undefined differences do not count.
+
+    >>> tests = {p: Difference(0.1, None, p) for p in (0.01, 0.04, 0.03)}
+    >>> [round(test.p_value, 2) for test in holm(tests).values()]
+    [0.03, 0.06, 0.06]
+    """
+    corrected, largest = dict(tests), 0.0
+    names = [name for name, test in tests.items() if test.difference is not None]
+    for place, name in enumerate(sorted(names, key=lambda name: tests[name].p_value)):
+        largest = max(largest, min(1.0, tests[name].p_value * (len(names) - place)))
+        corrected[name] = tests[name]._replace(p_value=largest)
+    return corrected
 
 
 def at_chance(task: Task, splits: Splits) -> bool:

@@ -1,13 +1,13 @@
 """What a registered version was made from. Knows no MLflow."""
 
 import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fmn.evaluate.files import Metrics
 from fmn.merge.recipe import Checkpoint, Recipe
+from fmn.report.page import git_commit as git_commit
 from fmn.sources.origin import SCHEMES
 from fmn.store import artifacts
 from fmn.store.records import Record
@@ -102,15 +102,6 @@ def threads(recipe: Recipe) -> int | None:
     counts = {expert.threads for expert in recipe.experts.values() if expert.threads}
     counts |= {used.threads for used in [*recipe.fisher.values(), *recipe.gram.values()]}
     return counts.pop() if len(counts) == 1 else None
-
-
-def git_commit() -> str | None:
-    """The commit of the working folder, with ``+`` if files differ from it; None without git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def pin_settings(settings: Mapping[str, Any], recipe: Recipe, metrics: Metrics) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,12 @@ from fmn.evaluate.metrics import higher_is_better
 from fmn.experiments.files import SearchResult, Trial
 from fmn.experiments.stages import CompareSettings, SearchSettings
 from fmn.merge.recipe import CARD, RECIPE, Recipe, read_recipe
-from fmn.models.labels import output_names
 from fmn.registry import lineage
 from fmn.registry.check import check_served
 from fmn.registry.lineage import Lineage
-from fmn.registry.promotion import Decision
+from fmn.registry.promotion import Decision, Standing
+from fmn.registry.version import grouped_metrics, page, read_baselines, spaced, version_tags
+from fmn.report.results import points, shown
 from fmn.report.stages import ReportInfo
 from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
@@ -33,18 +35,11 @@ from fmn.tasks.task import Task
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-REGISTER = 3
-LOG = 3
+REGISTER = 4
+LOG = 4
 LINEAGE = "lineage/lineage.json"  # file of a run
 SETTINGS = "params.yaml"
-
-
-ANSWERS = {  # by kind, where they are not labels
-    "token-classification": "`labels` of words, and `spans`: {}",
-    "sentence-similarity": "`embedding`; for two texts `score`, their cosine",
-    "text-generation": "`text` that follows",
-    "text2text-generation": "`text`",
-}
+REGISTRATION = "<!-- registration -->"  # in a report's page, where its copy says what became of it
 
 
 class RegistrySettings(Settings):
@@ -114,23 +109,28 @@ def register(
     inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
     names = {"name": settings.name, "experiment": settings.experiment}
     key = artifacts.content_key("register", REGISTER, names, inputs)
+    baselines = read_baselines(report, scores)
     with tracking.connection() as client:
-        query = f"name = '{settings.name}' and tags.`{tracking.KEY}` = '{key}'"
-        if versions := client.search_model_versions(query):
-            version = versions[0]
-        elif only_current.get():
+        version = tracking.find_version(client, settings.experiment, key, settings.name)
+        if version is None and only_current.get():
             raise NotCurrentError(settings.name)
-        else:
+        if version is None:
             with tracking.new_run(client, settings.experiment, key, settings.name):
                 _log_files(card_text, report)
                 _log_lineage(model, recipe, scores, params)
-                served = _log_model(model, metrics, scores, definitions, data)
-                tags = _version_tags(scores, definitions) | {tracking.KEY: key}
+                numbers = grouped_metrics(scores, baselines)
+                served = _log_model(model, metrics, scores, definitions, data, numbers)
+                tags = version_tags(scores, recipe, definitions, baselines)
                 version = _create_version(served, settings.name, tags)
-        is_new = tracking.PROMOTION not in version.tags
-        description = f"{_usage(model, definitions, version)}\n\n{_shown(card_text)}"
-        decision = tracking.promote(client, version, settings.tolerance, description)
-    registered = _registered(version, decision)
+        is_new = tracking.DECISION not in version.tags
+        uri = f"models:/{version.name}/{version.version}"
+        decision, before = tracking.promote(
+            client, version, settings.tolerance,
+            partial(page, uri, model, recipe, scores, definitions, baselines),
+        )  # fmt: skip
+        registered = _registered(version, decision)
+        if is_new and report:
+            _log_page(registered.run, report, registered, scores, before)
     if out:
         _write_registered(out, registered, inputs)
     return Outcome("register", out or model, is_new, time.monotonic() - started, registered)
@@ -165,6 +165,7 @@ def _log_model(
     scores: Metrics,
     definitions: Mapping[str, Task],
     data: Path | None,
+    numbers: Mapping[str, float],
 ) -> str:
     """Log the model to serve and its scores with the current run; returns its address.
 
@@ -178,7 +179,8 @@ def _log_model(
     logged = tracking.log_served_model(model, definitions)
     served = tracking.load_served_model(logged.model_uri)
     check_served(served, model, metrics, scores, definitions, data)
-    mlflow.log_metrics(_metrics(scores), model_id=logged.model_id)
+    mlflow.log_metrics(dict(numbers), model_id=logged.model_id)
+    mlflow.set_tags(_standing_tags(scores, definitions))
     return str(logged.model_uri)
 
 
@@ -238,41 +240,44 @@ def _log_lineage(model: Path, recipe: Recipe, scores: Metrics, params: Path | No
             mlflow.log_input(dataset, context="training" if split == "train" else "validation")
 
 
-def _version_tags(scores: Metrics, definitions: Mapping[str, Task]) -> dict[str, str]:
-    """What a version's page shows at once, and what the next version is compared with."""
+def _standing_tags(scores: Metrics, definitions: Mapping[str, Task]) -> dict[str, str]:
+    """What the next version is compared with, as tags of the run."""
     from fmn.registry import tracking
 
     score_by_task = {name: entry.score for name, entry in scores.tasks.items()}
     errors = [name for name, task in definitions.items() if not higher_is_better(task)]
     return {
-        "tasks": ", ".join(definitions),
-        "score": "undefined" if scores.score is None else f"{100 * scores.score:.2f} %",
         tracking.SCORES: json.dumps(dict.fromkeys(definitions) | score_by_task),
         tracking.ERRORS: json.dumps(errors),
         tracking.DATA: lineage.evaluation_data(scores),
     }
 
 
-def _usage(model: Path, definitions: Mapping[str, Task], version: "ModelVersion") -> str:
-    """How to call a version, in Markdown: what each task takes and answers."""
-    from fmn.registry.tracking import takes
-    from fmn.report.results import short_list
+def _log_page(
+    run: str, report: Path, registered: Registered, scores: Metrics, before: Standing | None
+) -> None:
+    """Log the report's page once more, with what became of its model in the registry."""
+    import mlflow
 
-    rows = []
-    for name, task in definitions.items():
-        names = short_list(output_names(model / "tasks" / name), most=20)
-        answer = ANSWERS.get(task.task, "{}").format("a number" if task.regression else names)
-        tokens = "" if task.task == "image-classification" else task.max_length
-        rows.append(f"| {name} | {' and '.join(takes(task))} | {answer} | {tokens} |")
-    uri = f"models:/{version.name}/{version.version}"
-    params = f'{{"task": "{next(iter(definitions))}"}}'
-    call = f'mlflow.pyfunc.load_model("{uri}").predict(table, params={params})'
-    return "\n".join([
-        "A table is answered for the task in `params` or in a column `task`; `\"*\"` stands for"
-        " all tasks:",
-        "", "```python", call, "```", "",
-        "| task | columns | answers | tokens |", "|---|---|---|---|", *rows,
-    ])  # fmt: skip
+    from fmn.report.page import registry_page, render
+
+    html = (report / "report.html").read_text()
+    changes = []
+    for name, entry in scores.tasks.items():
+        old = before.tasks.get(name) if before else None
+        if old is not None and entry.score is not None:
+            is_percent = higher_is_better(scores.definitions[name])
+            texts = [shown(value, is_percent) for value in (entry.score, old)]
+            changes.append((name, *texts, points(entry.score - old, is_percent)))
+    words = render(
+        "registration.html",
+        registered=registered,
+        link=registry_page(registered.name, registered.version),
+        before=before,
+        changes=changes,
+    )
+    client = mlflow.MlflowClient()
+    client.log_text(run, html.replace(REGISTRATION, words), "report/report.html")
 
 
 def _params(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,25 +298,6 @@ def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
 
     columns = json_normalize(dict(content)).to_dict("list").items()
     return {str(name): values[0] for name, values in columns if values[0] is not None}
-
-
-def _metrics(metrics: Metrics) -> dict[str, float]:
-    """Metrics by ``TASK.NAME``, with their 95 % intervals as ``.low`` and ``.high``, if defined."""
-    values: dict[str, float | None] = {"score": metrics.score}
-    intervals: dict[str, tuple[float, float] | None] = {"score": metrics.interval}
-    for task, entry in metrics.tasks.items():
-        scores = entry.model_dump(exclude={"interval"})
-        values |= {f"{task}.{name}": value for name, value in scores.items()}
-        intervals |= {f"{task}.{name}": ends for name, ends in entry.interval.items()}
-    for name, ends in intervals.items():
-        values |= {f"{name}.low": ends[0], f"{name}.high": ends[1]} if ends else {}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _shown(markdown: str) -> str:
-    """Markdown without front matter, and with room between columns, which MLflow sets close."""
-    text = re.sub(r"\A---\n.*?\n---\n", "", markdown, flags=re.DOTALL).strip()
-    return re.sub(r"(?m)(?<=\S) \|(?=.*\|$)", "&emsp;|", text).replace("---&emsp;", "---")
 
 
 class ChampionChange(Record):
@@ -441,9 +427,15 @@ def log_comparison(
         settings.experiment,
         {"title": title, "tables": sidecar.key},
         params=comparing.model_dump(mode="json", exclude={"methods", "device"}),
-        nested={name: (methods[name], means[name]) for name in means},
+        nested={name: (methods[name], _method_metrics(means[name])) for name in means},
         tables=tables,
     )
+
+
+def _method_metrics(means: Mapping[str, float]) -> dict[str, float]:
+    """What a method keeps, by kind of set, and the seconds of a merge."""
+    names = {name: f"retained/{name}" for name in means} | {"seconds": "time/merge"}
+    return {names[name]: value for name, value in means.items()}
 
 
 def log_search(result: SearchResult, settings: SearchSettings) -> Outcome[LoggedRun]:
@@ -454,8 +446,9 @@ def log_search(result: SearchResult, settings: SearchSettings) -> Outcome[Logged
     """
 
     def scores(trial: Trial) -> dict[str, float]:
-        coefficients = {f"coefficient.{name}": x for name, x in trial.coefficients.items()}
-        return {"score": trial.score, "scale": trial.scale, **trial.tasks, **coefficients}
+        numbers = {"score/mean": trial.score, "scale": trial.scale}
+        numbers |= {f"score/{name}": score for name, score in trial.tasks.items()}
+        return numbers | {f"coefficient/{name}": x for name, x in trial.coefficients.items()}
 
     return _log_runs(
         f"search {', '.join(result.experts)}",
@@ -492,7 +485,7 @@ def _log_runs(
             with tracking.new_run(client, experiment, key, name) as run:
                 if tables:
                     mlflow.log_artifacts(str(tables), "tables")
-                    mlflow.set_tag("mlflow.note.content", _shown((tables / "table.md").read_text()))
+                    mlflow.set_tag("mlflow.note.content", spaced((tables / "table.md").read_text()))
                 mlflow.log_params(_flat(params))
                 mlflow.log_metrics(dict(metrics))
                 for title, (own_params, own_metrics) in nested.items():

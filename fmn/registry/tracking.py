@@ -10,10 +10,11 @@ import logging
 import os
 import re
 import shutil
+import sqlite3
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from fmn.models.checkpoints import CONFIG, SMALL_FILES, TOKENIZER_FILES
 from fmn.registry import promotion
 from fmn.registry.check import Serve, as_base64, generated_images
 from fmn.registry.promotion import CHALLENGER, CHAMPION, Decision, Standing
+from fmn.registry.version import EXAMPLE, takes
 from fmn.store import artifacts
 from fmn.tasks.kinds import GENERATORS
 from fmn.tasks.task import Task, write_task
@@ -53,11 +55,24 @@ for name in ("mlflow", "alembic"):
     logging.getLogger(name).setLevel(logging.WARNING)
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
-KEY = "fmn.key"  # tag of runs and versions: content key
-PROMOTION = "promotion"  # tag of a version and of its run: the alias that it got, and why
-# Tags of a version: score by task, tasks whose score is an error, digest of the data.
+# Tags of a run: content key; score by task, tasks whose score is an error, digest of the data; the
+# alias that its version got, and why.
+KEY = "fmn.key"
 SCORES, ERRORS, DATA = "fmn.scores", "fmn.errors", "fmn.data"
+PROMOTION = "promotion"
+DECISION = "decision"  # tag of a version: the alias that it got
 HISTORY = "champion.history"  # tag of a registered model
+ABOUT_MODEL = (
+    "Merged models of fmn: each version answers several tasks. The alias `champion` is the version"
+    " to serve, `models:/NAME@champion`; `challenger` is the last one that did not take its place."
+    " `fmn rollback NAME` gives the alias back to the champion before."
+)
+ABOUT_EXPERIMENT = (
+    "Runs of fmn. A run that registered a version has its scores (`score/`), what they keep of the"
+    " experts' (`retained/`), the baselines (`expert/`, `average/`, `base/`), the seconds of each"
+    " stage (`time/`), and among its artifacts the report, the model card and the lineage. A search"
+    " or a comparison has a run for each trial or method below it."
+)
 # Columns of the served model (see `served.py`). What it takes is of any type: of strings, MLflow
 # would make the text "None" of a null, and refuse a list of two texts.
 _ANY = AnyType()  # type: ignore[no-untyped-call]
@@ -81,7 +96,6 @@ OUTPUTS_OF_KIND: dict[str, dict[str, str | Array | Map]] = {
 }
 """Of the kinds that have others than `OUTPUTS`."""
 IF_ASKED = {"task": "string", "row": "long"}
-EXAMPLE = ("A warm and funny film.", "The film is funny.")
 PROCESSOR_FILES = (*TOKENIZER_FILES, "preprocessor_config.json")
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "numpy")
 
@@ -121,6 +135,8 @@ def connection() -> Iterator[mlflow.MlflowClient]:
         try:
             if file and not file.exists():
                 _create_database(file)
+            if file:
+                _follow_move(file)
             yield mlflow.MlflowClient()
         except (MlflowException, SQLAlchemyError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -141,6 +157,39 @@ def _create_database(file: Path) -> None:
         database = Path(scratch) / file.name
         mlflow.MlflowClient(f"sqlite:///{database}").search_experiments(max_results=1)
         database.replace(file)
+
+
+# Columns with addresses of files, by table of MLflow's database.
+ADDRESSES = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "logged_models": ["artifact_location"],
+    "model_versions": ["source", "storage_location"],
+}
+
+
+def _follow_move(file: Path) -> None:
+    """Let a database find its files again after it was moved or copied with the folder of them.
+
+    MLflow's addresses of files are absolute. Those in another folder ``mlruns`` are rewritten if
+    the experiment's folder lies beside the database.
+    """
+    root = file.resolve().parent / "mlruns"
+    if os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or not root.is_dir():
+        return
+    with closing(sqlite3.connect(file)) as database, database:
+        rows = database.execute("SELECT artifact_location FROM experiments")
+        for old, _, name in {str(location).rpartition("/") for (location,) in rows}:
+            is_moved = old.startswith("file:") and old.endswith("/mlruns") and old != root.as_uri()
+            if is_moved and (root / name).is_dir():
+                start, new = f"{old}/{name}", f"{root.as_uri()}/{name}"
+                for table, columns in ADDRESSES.items():
+                    for column in columns:
+                        database.execute(
+                            f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608
+                            f" WHERE {column} = ? OR {column} LIKE ? || '/%'",
+                            (new, len(start) + 1, start, start),
+                        )
 
 
 def _reason(error: BaseException) -> str:
@@ -164,7 +213,10 @@ def experiment_id(client: mlflow.MlflowClient, experiment: str) -> str:
     if root and not is_server and client.get_experiment_by_name(experiment) is None:
         folder = re.sub(r"^\.+|[^\w.-]+", "-", experiment)  # a name that leads nowhere else
         client.create_experiment(experiment, artifact_location=f"{root.rstrip('/')}/{folder}")
-    return str(mlflow.set_experiment(experiment).experiment_id)
+    entity = mlflow.set_experiment(experiment)
+    if MLFLOW_RUN_NOTE not in entity.tags:  # experiments have the same tag
+        client.set_experiment_tag(entity.experiment_id, MLFLOW_RUN_NOTE, ABOUT_EXPERIMENT)
+    return str(entity.experiment_id)
 
 
 @contextmanager
@@ -267,14 +319,6 @@ def _example(task: Task) -> "pd.DataFrame":
     return pd.DataFrame([dict(zip(["text", *columns[1:]], EXAMPLE, strict=False))])
 
 
-def takes(task: Task) -> list[str]:
-    """The columns of a table for a task."""
-    others = {"token-classification": ["words"], "image-classification": ["image"]}
-    if task.task in others:
-        return others[task.task]
-    return ["text"] + ["text_pair"] * bool(task.columns.text_pair)
-
-
 def load_served_model(uri: str) -> Serve:
     """A logged model, as MLflow serves it."""
     served = mlflow.pyfunc.load_model(uri)
@@ -318,37 +362,71 @@ def _processor(folder: Path) -> str:
     return artifacts.digest_bytes(artifacts.canonical(digests))
 
 
+def find_version(
+    client: mlflow.MlflowClient, experiment: str, key: str, name: str
+) -> ModelVersion | None:
+    """The registered version whose run has this content key, if there is one."""
+    entity = client.get_experiment_by_name(experiment)
+    runs = client.search_runs([entity.experiment_id], f"tags.`{KEY}` = '{key}'") if entity else []
+    for run in runs:
+        query = f"name = '{name}' and run_id = '{run.info.run_id}'"
+        for version in client.search_model_versions(query):
+            return version
+    return None
+
+
 def promote(
-    client: mlflow.MlflowClient, version: ModelVersion, tolerance: float, description: str
-) -> Decision:
-    """Make a version champion or challenger, and say why; a decision is not taken twice."""
-    if decided := version.tags.get(PROMOTION):
-        alias, _, reason = decided.partition(": ")
-        return Decision(alias, reason)
+    client: mlflow.MlflowClient,
+    version: ModelVersion,
+    tolerance: float,
+    describe: Callable[[Decision, Standing | None], str],
+) -> tuple[Decision, Standing | None]:
+    """Make a version champion or challenger, and say why; a decision is not taken twice.
+
+    Args:
+        client: of the store.
+        version: without an alias.
+        tolerance: see `promotion.decide`.
+        describe: the version's page by the decision and the champion that it was compared with.
+
+    Returns:
+        The decision and, if it is a new one, that champion.
+    """
+    run = client.get_run(str(version.run_id))
+    if DECISION in version.tags:
+        alias, _, reason = run.data.tags.get(PROMOTION, version.tags[DECISION]).partition(": ")
+        return Decision(alias, reason), None
     name, number = version.name, str(version.version)
     model = client.get_registered_model(name)
     champion, before = champions(client, model)
     if champion == number:  # the process was killed before it said so
         champion = before
-    standing = _standing(client.get_model_version(name, champion)) if champion else None
-    decision = promotion.decide(_standing(version), standing, tolerance)
+    standing = None
+    if champion:
+        standing = _standing(client, client.get_model_version(name, champion))
+    decision = promotion.decide(_standing(client, version), standing, tolerance)
     if decision.alias == CHAMPION:
         make_champion(client, model, number)
     else:
         client.set_registered_model_alias(name, CHALLENGER, number)
     text = f"{decision.alias}: {decision.reason}"
-    client.set_tag(str(version.run_id), PROMOTION, text)
-    client.set_tag(str(version.run_id), MLFLOW_RUN_NOTE, text)
-    client.update_model_version(name, number, f"Registered as {text}\n\n{description}")
+    client.set_tag(run.info.run_id, PROMOTION, text)
+    client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, text)
+    client.update_model_version(name, number, describe(decision, standing))
+    if not model.description:
+        client.update_registered_model(name, ABOUT_MODEL)
     # Last: until it is set, the decision is taken anew.
-    client.set_model_version_tag(name, number, PROMOTION, text)
-    return decision
+    client.set_model_version_tag(name, number, DECISION, decision.alias)
+    return decision, standing
 
 
-def _standing(version: ModelVersion) -> Standing:
-    """What a version scored, as its tags say."""
-    scores, errors = (json.loads(version.tags.get(tag, "{}")) for tag in (SCORES, ERRORS))
-    return Standing(str(version.version), scores, frozenset(errors), version.tags.get(DATA, ""))
+def _standing(client: mlflow.MlflowClient, version: ModelVersion) -> Standing:
+    """What a version scored, as the tags of its run say; those of older versions are their own."""
+    tags = dict(version.tags)
+    if version.run_id:
+        tags |= client.get_run(version.run_id).data.tags
+    scores, errors = (json.loads(tags.get(tag, "{}")) for tag in (SCORES, ERRORS))
+    return Standing(str(version.version), scores, frozenset(errors), tags.get(DATA, ""))
 
 
 def champions(client: mlflow.MlflowClient, model: RegisteredModel) -> tuple[str | None, str | None]:

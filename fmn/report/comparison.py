@@ -137,14 +137,15 @@ def _scores(cell: Cell, averaged: Sequence[str], of_expert: bool = False) -> dic
 def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
     """How every method's mean score on a set differs from the average's, on the same examples.
 
-    Without the method `average`, from the first method's.
+    Without the method `average`, from the first method's. P-values have Holm's correction.
     """
     first = AVERAGE if AVERAGE in row else next(iter(row))
-    return {
+    tests = {
         method: bootstrap.compare(answers(cell), answers(row[first]))
         for method, cell in row.items()
         if method != first
     }
+    return bootstrap.holm(tests)
 
 
 def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:

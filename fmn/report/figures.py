@@ -12,7 +12,7 @@ The colours are those of Okabe and Ito (2008), and for maps cividis (Nunez, Ande
 import inspect
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
 from itertools import product
 from pathlib import Path
@@ -34,8 +34,14 @@ INK, SOFT, FAINT, BLUE, RED = "#1f2328", "#59636e", "#d1d6dc", "#0072B2", "#D55E
 HEADLINE = ("D", BLUE)
 """Marker and colour of the headline; then of the bounds, and of all others."""
 BOUNDS = {"base": ("v", "#8c959f"), AVERAGE: ("o", "#E69F00"), EXPERT: ("s", INK)}
-OTHERS = (("^", "#009E73"), ("P", "#CC79A7"), ("X", RED), ("<", "#56B4E9"), (">", "#000000"))
-INCHES = 9.2  # width of a picture: that of a page's text at its natural size
+OTHERS = (("^", "#009E73"), ("P", "#CC79A7"), ("X", RED), ("<", "#56B4E9"), (">", SOFT))
+WHITE, BAR = "#fefefe", "#9cc4e4"  # white that stays so on a dark page; bars below a name
+THEMED = {
+    "#ffffff": "paper", INK: "ink", SOFT: "soft", FAINT: "line", "#e6e9ed": "grid",
+    BLUE.lower(): "blue", BAR: "bar", "#8c959f": "dim", "#eceff2": "faint",
+}  # fmt: skip
+"""Colours that a page replaces by its own, which are other ones on a dark page."""
+INCHES, NARROW = 9.2, 4.2  # width of a picture: that of a page's text, and of a phone's
 DARK = 0.55  # numbers are white on what is darker than this part of a colour scale
 STYLE = Path(__file__).parent / "templates" / "pictures.mplstyle"
 
@@ -45,13 +51,17 @@ Drawn = tuple["Figure", str] | None
 
 
 class Picture(NamedTuple):
-    """A picture: its file's name, its title, what it shows, how to read it, and the SVG."""
+    """A picture: its file's name, its title, what it shows, how to read it, and the SVG.
+
+    `narrow` is the SVG for a phone; "" where the picture is a map, which a reader has to move.
+    """
 
     name: str
     title: str
     finding: str
     reading: str
     svg: str
+    narrow: str = ""
 
 
 def draw(pictures: Mapping[Callable[[T], Drawn], str], content: T) -> dict[str, list[Picture]]:
@@ -59,14 +69,19 @@ def draw(pictures: Mapping[Callable[[T], Drawn], str], content: T) -> dict[str, 
     import matplotlib as mpl
 
     sections: dict[str, list[Picture]] = {section: [] for section in pictures.values()}
-    with mpl.rc_context(fname=STYLE):
+    with mpl.rc_context({"figure.figsize": (INCHES, 1)}, STYLE):
         for make, section in pictures.items():
             if drawn := make(content):
                 name = make.__name__.replace("_", "-")
                 title, _, reading = (inspect.getdoc(make) or "").partition(".\n\n")
                 svg = _svg(drawn[0], name, title, drawn[1])
+                narrow = ""
+                if make in FOR_PHONES:
+                    with mpl.rc_context({"figure.figsize": (NARROW, 1)}):
+                        small = make(content)
+                    narrow = _svg(small[0], f"{name}-narrow", title, drawn[1]) if small else ""
                 reading = " ".join(reading.split())
-                sections[section].append(Picture(name, title, drawn[1], reading, svg))
+                sections[section].append(Picture(name, title, drawn[1], reading, svg, narrow))
     return sections
 
 
@@ -81,18 +96,53 @@ def _svg(figure: "Figure", name: str, title: str, finding: str) -> str:
     label = f'role="img" aria-labelledby="{name}-title {name}-desc"'
     words = f'<title id="{name}-title">{escape(title)}</title>'
     words += f'<desc id="{name}-desc">{escape(finding)}</desc>'
-    return f"{head} {label}>{words}{body}"
+    return f"{head} {label}>{words}{_with_tips(body, figure, name)}"
+
+
+def _with_tips(svg: str, figure: "Figure", name: str) -> str:
+    """The SVG with a tooltip in each cell of the maps of a figure."""
+    for axis in figure.axes:
+        for mesh in axis.collections:
+            start = svg.find(f'<g id="{name}-{mesh.get_gid()}">')
+            if start >= 0:
+                end = svg.index("</g>", start)
+                tips = iter(str(mesh.get_label()).split("\n"))
+                cells = re.sub(
+                    "/>",
+                    lambda _: f"><title>{escape(next(tips))}</title></path>",  # noqa: B023
+                    svg[start:end],
+                )
+                svg = svg[:start] + cells + svg[end:]
+    return svg
+
+
+def themed(svg: str) -> str:
+    """A picture in the colours of the page that it stands in, light or dark."""
+    names = "|".join(THEMED)
+    return re.sub(names, lambda match: f"var(--{THEMED[match[0]]}, {match[0]})", svg)
 
 
 # ---- what several pictures share ----
+
+
+def _width() -> float:
+    """Of a figure, in inches."""
+    import matplotlib as mpl
+
+    return float(mpl.rcParams["figure.figsize"][0])
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:
     """A figure of a page's width and its axes [rows, columns]; `height` in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(INCHES, height), layout="constrained")
+    figure = Figure(figsize=(_width(), height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _short(name: str, most: int) -> str:
+    """A name that is cut where a picture has no room for more letters."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _interval(
@@ -107,19 +157,34 @@ def _interval(
     return low, high
 
 
+def _legend(figure: "Figure", lines: Sequence[Any], names: Sequence[str]) -> None:
+    """The names above a figure, in as many columns as have room."""
+    letters = 12.5 * figure.get_size_inches()[0]  # of a line
+    columns = int(letters / (max(map(len, names)) + 6))
+    columns = max(1, min(len(names), columns))
+    figure.legend(lines, names, loc="outside upper left", ncols=columns)
+
+
 def _ticks(names: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
     """Places and names of at most about `most` of the cells of a map."""
     step = max(1, len(names) // most)
     return np.arange(0, len(names), step) + 0.5, list(names)[::step]
 
 
-def _map(axis: "Axes", grid: np.ndarray, rows: Sequence[str], **options: Any) -> Any:
-    """A map of numbers [rows, columns], from above to below."""
+def _map(
+    axis: "Axes", grid: np.ndarray, rows: Sequence[str], tip: Callable[[int, int], str],
+    **options: Any,
+) -> Any:  # fmt: skip
+    """A map of numbers [rows, columns], from above to below; `tip` is the tooltip of a cell."""
     axis.grid(False)
     axis.spines[:].set_visible(False)
     axis.set_yticks(*_ticks(rows, 12))
     axis.invert_yaxis()
-    return axis.pcolormesh(grid, edgecolors="white", linewidth=0.5, **options)
+    mesh = axis.pcolormesh(grid, edgecolors="white", linewidth=0.5, **options)
+    figure: Any = axis.figure
+    mesh.set_gid(f"cells-{figure.axes.index(axis)}")
+    mesh.set_label("\n".join(" ".join(tip(*cell).split()) for cell in np.ndindex(*grid.shape)))
+    return mesh
 
 
 def _numbers(axis: "Axes", grid: np.ndarray, form: str, is_dark: np.ndarray) -> None:
@@ -127,7 +192,7 @@ def _numbers(axis: "Axes", grid: np.ndarray, form: str, is_dark: np.ndarray) -> 
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
             text = form.format(100 * value).replace("-", results.MINUS)
-            colour = "white" if is_dark[row, column] else "black"
+            colour = WHITE if is_dark[row, column] else "black"
             place = (column + 0.5, row + 0.52)
             axis.text(*place, text, ha="center", va="center", fontsize=7.5, color=colour)
 
@@ -162,11 +227,13 @@ def scores(report: Report) -> Drawn:
             lows.append(low)
     if MACRO in rows:
         axis.axhline((len(rows) - 1) * step - 1, color=FAINT, linewidth=1.6)
-    axis.set_yticks(np.arange(len(rows)) * step + (len(names) - 1) / 2, rows, fontsize=10)
-    axis.set(xlim=(min(lows) - 1, 106), ylim=(len(rows) * step - 1, -1), xlabel="score, %")
+    places, labels = np.arange(len(rows)) * step, [_short(row, 28) for row in rows]
+    axis.set_yticks(places + (len(names) - 1) / 2, labels, fontsize=10)
+    right = 100 + 6 * INCHES / _width()  # room for a number
+    axis.set(xlim=(min(lows) - 1, right), ylim=(len(rows) * step - 1, -1), xlabel="score, %")
     axis.set_xticks(range(0, 101, 20))
     lines = [Line2D([], [], marker=marker, color=colour) for marker, colour in marks.values()]
-    figure.legend(lines, names, loc="outside upper left", ncols=min(len(names), 7))
+    _legend(figure, lines, names)
     last = {name: column[rows[-1]] for name, column in table.columns.items() if rows[-1] in column}
     mean = f"In the mean over {results.listed(table.averaged)}"
     place = mean if rows[-1] == MACRO else f"On {rows[-1]}"
@@ -202,7 +269,7 @@ def frontier(report: Report) -> Drawn:
             axis.plot([sizes[name]] * len(ends), ends, color=colour, linewidth=1.3)
         axis.plot(sizes[name], value, marker, color=colour, markersize=6)
     lines = [Line2D([], [], marker=marks[name][0], color=marks[name][1]) for name in values]
-    figure.legend(lines, list(values), loc="outside upper left", ncols=min(len(values), 7))
+    _legend(figure, lines, list(values))
     axis.set(xlabel="parameters of all tasks, in encoders", ylabel="% of the experts' scores")
     axis.set_xlim(0, 1.05 * max(sizes[name] for name in values))
     words = [f"{name} {values[name]:.1f} % with {sizes[name]:.2f}" for name in best]
@@ -257,11 +324,15 @@ def heads(report: Report) -> Drawn:
     for place, (axis, (task, grid)) in enumerate(zip(axes.flat, grids.items(), strict=False)):
         names = _labels(_sites(report.fisher[task], is_neuron=False))
         times = grid / (np.nanmean(grid) or 1.0)  # of the mean head
-        image = _map(axis, np.clip(times, 0.01, 10), names, norm=LogNorm(0.01, 10))
+
+        def tip(row: int, head: int, times: np.ndarray = times, names: list[str] = names) -> str:
+            return f"layer {names[row]}, head {head}: {times[row, head]:.2g} times the mean"
+
+        image = _map(axis, np.clip(times, 0.01, 10), names, tip, norm=LogNorm(0.01, 10))
         axis.set_xticks(*_ticks([str(head) for head in range(grid.shape[1])], 6))
-        axis.set(title=task, xlabel="head", ylabel="" if place % columns else "layer")
+        axis.set(title=_short(task, 22), xlabel="head", ylabel="" if place % columns else "layer")
         row, head = np.unravel_index(np.nanargmax(times), times.shape)
-        axis.plot(head + 0.5, row + 0.5, "o", color="white", mec="black", mew=0.9)
+        axis.plot(head + 0.5, row + 0.5, "o", color=WHITE, mec="black", mew=0.9)
         share = f"{times[row, head]:.1f} times the mean"
         first.append(f"{task} layer {names[row]} head {head} ({share})")
     for axis in axes.flat[len(grids) :]:
@@ -294,9 +365,14 @@ def owners(report: Report) -> Drawn:
     top = max(float(grid.max()) for grid in grids.values())
     figure, axes = _figure(0.75 + len(grids) * (0.5 + 0.27 * len(tasks)), len(grids))
     for axis, (title, grid) in zip(axes[:, 0], grids.items(), strict=True):
-        _map(axis, grid, tasks, vmin=0, vmax=top)
+        layers = _labels(sites[title])
+
+        def tip(row: int, layer: int, grid: np.ndarray = grid, layers: list[str] = layers) -> str:
+            return f"{tasks[row]}, layer {layers[layer]}: {shown(grid[row, layer])} %"
+
+        _map(axis, grid, [_short(task, 28) for task in tasks], tip, vmin=0, vmax=top)
         _numbers(axis, grid, "{:.0f}", grid < DARK * top)
-        axis.set_xticks(*_ticks(_labels(sites[title]), 24))
+        axis.set_xticks(*_ticks(layers, 24))
         axis.set_title(f"Share of the {title}, % of each layer")
         nodes = {task: np.concatenate([shares[task][s] for s in sites[title]]) for task in tasks}
         first = max(nodes, key=lambda task: float(nodes[task].mean()))
@@ -324,8 +400,10 @@ def costs(report: Report) -> Drawn:
     axis, starts = axes[0, 0], dict.fromkeys(stages, 0.0)
     for stage, name, time in sorted(report.costs, key=lambda cost: -cost.seconds):
         y, start = stages.index(stage), starts[stage]
-        axis.barh(y, time, 0.62, start, color="#9cc4e4", edgecolor="white", linewidth=1)
-        if time > 0.06 * totals[longest]:
+        axis.barh(y, time, 0.62, start, color=BAR, edgecolor="white", linewidth=1)
+        if time / totals[longest] > 0.02 + len(name) / (
+            12 * _width()
+        ):  # letters on the longest bar
             axis.text(start + time / 2, y, name, ha="center", va="center", fontsize=8)
         starts[stage] += time
     for y, total in enumerate(totals.values()):
@@ -389,9 +467,16 @@ def pairs(comparison: Comparison) -> Drawn:
         (axes[0, 0], best, after, "{:.0f}", {"vmin": 0, "vmax": 1.2}, after < DARK * 1.2),
         (axes[0, 1], f"{best} less {first}", change, "{:+.0f}", gains, abs(change) > 0.6 * most),
     ):
-        _map(axis, np.ma.masked_invalid(grid), tasks, **options)
+
+        def tip(row: int, column: int, grid: np.ndarray = grid, title: str = title) -> str:
+            value = grid[row, column]
+            number = "" if np.isnan(value) else f": {shown(value)}"
+            return f"{title}, {tasks[row]} merged with {tasks[column]}{number}"
+
+        names = [_short(task, 20) for task in tasks]
+        _map(axis, np.ma.masked_invalid(grid), names, tip, **options)
         _numbers(axis, grid, form, is_dark)
-        axis.set_xticks(*_ticks(tasks, len(tasks)), rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_xticks(*_ticks(names, len(names)), rotation=45, ha="right", rotation_mode="anchor")
         axis.set(title=fill(title, 50), xlabel="merged with", aspect="equal", facecolor="#eceff2")
     axes[0, 0].set_ylabel("scored task")
     row, column = np.unravel_index(np.nanargmax(change), change.shape)
@@ -414,3 +499,5 @@ COMPARISON_PICTURES: Mapping[Callable[[Comparison], Drawn], str] = {
     pairs: "Pairs",
 }
 """The same of a comparison."""
+FOR_PHONES: Collection[Callable[..., Drawn]] = (scores, frontier, costs, methods)
+"""Pictures that are drawn once more for a phone."""

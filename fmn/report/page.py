@@ -1,17 +1,25 @@
-"""A report as one HTML file: tables, pictures, words. Nothing is fetched, nothing runs.
+"""A report as one HTML file: tables, pictures, words. Nothing is fetched.
 
-The pages are jinja2 templates in ``templates/``; all text in them is escaped.
+The pages are jinja2 templates in ``templates/``; all text in them is escaped. A few lines of script
+sort tables and switch between scores and shares; all is readable without it.
 """
 
+import os
+import subprocess
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
+from fmn import __version__
+from fmn.errors import redacted
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
 from fmn.report import results, verdict
-from fmn.report.comparison import notes
-from fmn.report.results import BOUNDS, EXPERT, Estimate
+from fmn.report.comparison import Comparison, notes
+from fmn.report.figures import themed
+from fmn.report.results import BOUNDS, EXPERT, Estimate, Report
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -35,9 +43,10 @@ def _templates() -> "Environment":
         lstrip_blocks=True,
     )
     filters = (
-        *(best, notes, settings, statistics, results.difference_span),
-        *(results.escaped, results.listed, results.metric_words, results.points),
-        *(results.remarks, verdict.judgement, verdict.verdict),
+        *(best, facts, notes, settings, statistics, themed, results.difference_span),
+        *(results.escaped, results.listed, results.metric_words, results.p_value, results.plain),
+        *(results.points, results.remarks, results.task_titles),
+        *(verdict.judgement, verdict.verdict),
     )
     templates.filters |= {each.__name__: each for each in filters}
     templates.globals |= {"bounds": BOUNDS}
@@ -47,11 +56,53 @@ def _templates() -> "Environment":
 # ---- filters ----
 
 
+def facts(content: Report | Comparison) -> dict[str, tuple[str, str]]:
+    """What a page is of, when and with which code it was written: words and a link, or ""."""
+    words: dict[str, tuple[str, str]] = {}
+    if isinstance(content, Report):
+        head, name = content.table.headline, content.registry
+        if recipe := content.recipes.get(head):
+            how = ", ".join(filter(None, [recipe.method, settings(recipe)]))
+            words["model"] = (f"{head}: {how}", "")
+        if name:
+            words["registry"] = (f"a version of {name}", registry_page(name))
+    words["written"] = (f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "")
+    words["fmn"] = (f"version {__version__}", "")
+    if commit := git_commit():
+        words["commit"] = (commit[:12] + "+" * commit.endswith("+"), "")
+    return words
+
+
+def registry_page(name: str, version: str = "") -> str:
+    """The address of a registered model's page: on the tracking server, or where `make mlflow` is.
+
+    Its port is that of MLFLOW_PORT or 5000.
+    """
+    server = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not server.startswith("http"):
+        server = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', '5000')}"
+    path = quote(name, safe="") + f"/versions/{version}" * bool(version)
+    return f"{redacted(server).rstrip('/')}/#/models/{path}"
+
+
+def git_commit() -> str | None:
+    """The commit of the working folder, with ``+`` if files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def settings(recipe: Recipe) -> str:
     """The settings of a merge that belong to its method, in words."""
     names = ("mapping", "normalise", "exponent", "damping", "scale", "density", "seed")
     values = {name: getattr(recipe, name) for name in names}
-    words = [f"{name} {value}" for name, value in values.items() if value is not None]
+    words = [
+        f"{name} {str(value).replace('-', results.MINUS) if name != 'normalise' else value}"
+        for name, value in values.items()
+        if value is not None
+    ]
     if recipe.auto:
         words.append(recipe.auto.in_words)
     if search := recipe.search:

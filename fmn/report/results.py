@@ -130,7 +130,8 @@ class Table:
         examples: number of examples by task.
         columns: scores by model (EXPERT is the last, if there are experts), then by row.
         headline: name of the column that the report is about.
-        differences: the headline's score less another column's, by column, then by row.
+        differences: the headline's score less another column's, by column, then by row. Their
+            p-values have Holm's correction: over the tasks of a column; and over the means.
         averaged: the tasks that a mean of scores is over; their scores are percentages.
         guessing: the tasks whose expert is no better than a constant answer on these examples.
         unlabeled: the merged tasks that are not scored, as their rows have no labels.
@@ -166,6 +167,7 @@ class Report:
         fisher: Fisher information by task, float64 [nodes] by site; may be empty.
         costs: run times of the stages.
         sizes: parameters for all tasks together, in units of one encoder, by column; may be empty.
+        registry: name of the registered model that the headline becomes a version of, if any.
     """
 
     table: Table
@@ -173,6 +175,7 @@ class Report:
     fisher: Mapping[str, NodeValues]
     costs: Sequence[Cost]
     sizes: Mapping[str, float] = field(default_factory=dict)
+    registry: str = ""
 
     @property
     def tasks(self) -> TextTable:
@@ -238,7 +241,7 @@ def tabulate(
             for name, column in columns.items()
         },
         headline=first,
-        differences={n: _differences(first, n, columns) for n in columns if n != first},
+        differences=_corrected({n: _differences(first, n, columns) for n in columns if n != first}),
         averaged=counted,
         unlabeled=tuple(merged[first].metrics.unlabeled),
         guessing=tuple(
@@ -293,6 +296,18 @@ def _differences(first: str, second: str, columns: Mapping[str, _Column]) -> dic
     return differences
 
 
+def _corrected(
+    differences: Mapping[str, Mapping[str, Difference]],
+) -> dict[str, dict[str, Difference]]:
+    """Differences by column and row after Holm's correction, as `Table.differences` has them."""
+    means = bootstrap.holm({name: by_row[MACRO] for name, by_row in differences.items()})
+    corrected = {}
+    for name, by_row in differences.items():
+        tasks = {row: test for row, test in by_row.items() if row != MACRO}
+        corrected[name] = bootstrap.holm(tasks) | {MACRO: means[name]}
+    return corrected
+
+
 def node_shares(fisher: Mapping[str, NodeValues], recipe: Recipe) -> dict[str, NodeValues]:
     """Each expert's share of every mask node in a merge, ``lambda_j F_j / sum_k lambda_k F_k``.
 
@@ -303,8 +318,8 @@ def node_shares(fisher: Mapping[str, NodeValues], recipe: Recipe) -> dict[str, N
 
     from fmn.merge.rules import shares
 
-    lambdas = recipe.coefficients
-    if METHODS[recipe.method].fisher != "nodes" or not lambdas.keys() <= fisher.keys():
+    lambdas = {task: recipe.coefficients[task] for task in fisher if task in recipe.coefficients}
+    if METHODS[recipe.method].fisher != "nodes" or lambdas.keys() != recipe.coefficients.keys():
         return {}
     normalise, exponent = recipe.normalise or "none", recipe.exponent or 1.0
     values = [tempered(fisher[task], normalise, exponent) for task in lambdas]
@@ -345,6 +360,16 @@ def difference_span(difference: Difference) -> str:
     return " to ".join(points(end, difference.higher_is_better) for end in ends)
 
 
+def p_value(difference: Difference) -> str:
+    """A p-value; where no resample has the other sign, that it is no more than this."""
+    return f"p {'≤' if difference.is_floor else '='} {difference.p_value:.3f}"
+
+
+def plain(value: float) -> str:
+    """A number of the settings, with a minus sign."""
+    return f"{value:.4g}".replace("-", MINUS)
+
+
 def seconds(value: float) -> str:
     """A time for people: "0.4 s", "75 s", "13 min"."""
     if value >= 600:
@@ -380,7 +405,8 @@ def notes(table: Table) -> list[str]:
     """What a reader of the text table should know, a line each: what its cells are, caveats."""
     share = " (% of the expert's score)" if EXPERT in table.columns else ""
     interval = ", ± half of its 95 % interval" if len(table.columns) <= FEW else ""
-    return [f"score in %{interval}{share}", *remarks(table)]
+    unit = " in %" if table.averaged or not table.definitions else ""
+    return [f"score{unit}{interval}{share}", *remarks(table)]
 
 
 def remarks(table: Table) -> list[str]:
@@ -439,7 +465,13 @@ def evaluate_table(metrics: Metrics) -> TextTable:
     over = _averaged(metrics)
     left_out = len(over) < len(metrics.tasks)
     body.append([MACRO, "score", f"of {listed(over)}" if over and left_out else "", *mean])
-    return ["task", "metric", "split", "%", "95 % interval", "examples"], body
+    unit = "%" if is_in_percent(metrics.definitions) else "score"
+    return ["task", "metric", "split", unit, "95 % interval", "examples"], body
+
+
+def is_in_percent(tasks: Mapping[str, Task]) -> bool:
+    """Whether every metric of the tasks is a percentage, none an error or a perplexity."""
+    return all(METRICS[name].higher_is_better for task in tasks.values() for name in task.metrics)
 
 
 def evaluate_notes(metrics: Metrics) -> list[str]:
@@ -478,6 +510,16 @@ def origin(rows: TaskRows) -> str:
     words += [f"revision {rows.revision}"] if rows.revision else []
     words += [f"seed {rows.seed}"] if rows.seed is not None else []
     return ", ".join(words)
+
+
+def task_titles(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """What each task is, in a line."""
+    return {
+        name: ": ".join(filter(None, [
+            (task.problem_type or task.task).replace("_", " "), short_list(task.labels)
+        ]))
+        for name, task in tasks.items()
+    }  # fmt: skip
 
 
 def short_list(names: Sequence[str], most: int = 8, length: int = 32) -> str:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,12 @@ from fmn.store.records import Record
 from fmn.store.stage import Job, Outcome, read_record
 
 if TYPE_CHECKING:
+    from fmn.fisher.architectures import NodeValues
     from fmn.report.figures import Picture
     from fmn.report.results import Table
 
 REPORT = 9
-COMPARISON = 5
+COMPARISON = 6
 Paths = Mapping[str, Path]
 
 
@@ -47,6 +48,7 @@ def report(
     experts: Mapping[str, Path] = {},
     fisher: Mapping[str, Path] = {},
     headline: str = "",
+    registry: str = "",
 ) -> Outcome[ReportInfo]:
     """Write report.html, the page of a run: tables, pictures, and the same as files of their own.
 
@@ -58,6 +60,7 @@ def report(
         fisher: the Fisher artifact of each expert, by task
         headline: the merged model that the report is about, by its name; default: the last one
             that is neither base nor average
+        registry: name of the registered model that it becomes a version of, to mark and link
     """
     if not merged:
         raise UserError("--merged NAME=FILE: no metrics file of a merged model; give one")
@@ -72,19 +75,23 @@ def report(
         "report",
         REPORT,
         out,
-        lambda job: _write_report(job, headline, **files),
+        lambda job: _write_report(job, headline, registry, **files),
         # Predictions lie beside their metrics file, whose sidecar holds their digest.
         reads={f"{kind} {name}": path for kind in files for name, path in files[kind].items()},
-        settings={"headline": headline, **{kind: list(paths) for kind, paths in files.items()}},
+        settings={
+            "headline": headline,
+            "registry": registry,
+            **{kind: list(paths) for kind, paths in files.items()},
+        },
         summary=lambda folder: stage.read_info(folder, ReportInfo),
         is_folder=True,
     )
 
 
 def _write_report(
-    job: Job, headline: str, merged: Paths, models: Paths, experts: Paths, fisher: Paths
-) -> ReportInfo:
-    from fmn.fisher.files import read_fisher
+    job: Job, headline: str, registry: str,
+    merged: Paths, models: Paths, experts: Paths, fisher: Paths,
+) -> ReportInfo:  # fmt: skip
     from fmn.report import card, figures, page, results, verdict
 
     evaluated = {name: results.read_evaluated(path) for name, path in merged.items()}
@@ -94,12 +101,13 @@ def _write_report(
     for name, folder in models.items():
         if evaluated[name].metrics.model != job.inputs[f"models {name}"]:
             raise UserError(f"{merged[name]}: not the metrics of {folder}; evaluate that model")
-        recipes[name] = read_recipe(folder)
+        recipes[name] = _in_order(read_recipe(folder), table.tasks)
     if recipe := recipes.get(table.headline):
         _check_fisher(job, recipe, table.headline, fisher)
-    values = {task: read_fisher(path)[0] for task, path in fisher.items()}
+    values = _read_fisher({task: fisher[task] for task in _ordered(fisher, table.tasks)})
     costs = results.read_costs(fisher, models, experts, merged)
-    content = results.Report(table, recipes, values, costs, _sizes(table, models, recipes))
+    sizes = _sizes(table, models, recipes)
+    content = results.Report(table, recipes, values, costs, sizes, registry)
     words = verdict.verdict(content)
 
     numbers = results.results(table) | {"parameters": dict(content.sizes)}
@@ -128,6 +136,27 @@ def _write_report(
         header=header, body=body, notes=notes, results=numbers, verdict=words,
         headline=table.headline,
     )  # fmt: skip
+
+
+def _read_fisher(fisher: Paths) -> "dict[str, NodeValues]":
+    from fmn.fisher.files import read_fisher
+
+    return {task: read_fisher(path)[0] for task, path in fisher.items()}
+
+
+def _ordered(names: Iterable[str], tasks: Sequence[str]) -> list[str]:
+    """Names of tasks in the order of the tables, others after them."""
+    return sorted(names, key=[*tasks, *names].index)
+
+
+def _in_order(recipe: Recipe, tasks: Sequence[str]) -> Recipe:
+    """A recipe whose experts and coefficients stand in the order of the tables."""
+    names = _ordered(recipe.experts, tasks)
+    update = {
+        "experts": {task: recipe.experts[task] for task in names},
+        "coefficients": {task: recipe.coefficients[task] for task in names},
+    }
+    return recipe.model_copy(update=update)
 
 
 def _sizes(table: "Table", models: Paths, recipes: Mapping[str, Recipe]) -> dict[str, float]:

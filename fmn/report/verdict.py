@@ -3,7 +3,17 @@
 from collections.abc import Mapping, Sequence
 
 from fmn.evaluate.bootstrap import Difference
-from fmn.report.results import AVERAGE, EXPERT, MACRO, Report, Table, listed, points, shown
+from fmn.report.results import (
+    AVERAGE,
+    EXPERT,
+    MACRO,
+    Estimate,
+    Report,
+    Table,
+    listed,
+    points,
+    shown,
+)
 
 JUDGEMENTS = ("better", "worse", "within chance")
 SIGNIFICANT = 0.05  # a difference with a smaller p-value is called real
@@ -40,25 +50,57 @@ def verdict(report: Report) -> list[str]:
         for name, difference in tested.items()
         if name not in offers and (name != "base" or judgement(difference) != "better")
     }
-    lines = [_keeps(table), *_against(rivals), *_least(table)]
+    lines = [_keeps(report, [*rivals.keys() & worse_than]), *_against(rivals), *_least(table)]
     if better := [name for name in worse_than if name in rivals]:
         best = max(better, key=lambda name: abs(tested[name].difference or 0.0))
-        lines.append(f"{best} does better here: {_instead(report, best)}.")
+        instead = _instead(report, best)
+        if best == AVERAGE:
+            lines.append(f"{instead[0].upper()}{instead[1:]} to have the average.")
+        else:
+            lines.append(f"{best} does better here: {instead}.")
     lines += [_offer(report, name) for name in offers]
     if losing := _losing(table):
         lines += _remedy(report, losing)
     return lines
 
 
-def _keeps(table: Table) -> str:
-    head, row = table.headline, table.rows[-1]
+def _keeps(report: Report, worse_than: Sequence[str]) -> str:
+    """What the model keeps, its place among the others, and what the plain average keeps."""
+    table, head, row = report.table, report.table.headline, report.table.rows[-1]
     score, share = table.columns[head][row]
     number = share or score
     tasks = [name for name in table.tasks if table.columns[head][name].share or not share]
     over = f"mean of {len(tasks) if share else len(table.averaged)} tasks" if row == MACRO else row
     interval = f", 95 % interval {number.span}" if number.span else ""
-    what = f"keeps {number.with_unit} of the experts' scores" if share else number.with_unit
-    return f"The model {head} {what if share else f'scores {what}'} ({over}{interval})."
+    verb, unit = ("keeps", " of the experts' scores") if share else ("scores", "")
+    what = f"{verb} {number.with_unit}{unit} ({over}{interval})"
+    average = _number(table, AVERAGE)
+    if AVERAGE in worse_than and average:
+        plain = f"The plain average does better here: it {verb} {average.with_unit}{unit}"
+        return f"{plain}; the model {head} {what}."
+    place = _place(table)
+    other = f"; the plain average would {verb[:-1]} {average.with_unit}" if average else ""
+    return f"The model {head} {what}{place}{other if head != AVERAGE else ''}."
+
+
+def _number(table: Table, name: str) -> Estimate | None:
+    """What a column keeps in the last row or, without experts, scores there."""
+    entry = table.columns[name].get(table.rows[-1]) if name in table.columns else None
+    return (entry.share or entry.score) if entry else None
+
+
+def _place(table: Table) -> str:
+    """Whether the headline is the best of the merged models."""
+    names = [name for name in table.columns if name not in ("base", EXPERT)]
+    numbers = {name: number for name in names if (number := _number(table, name))}
+    values = {name: each.value for name, each in numbers.items() if each.value is not None}
+    if len(values) < 2 or table.headline not in values:
+        return ""
+    sign = 1 if numbers[table.headline].is_percent else -1
+    best = max(values, key=lambda name: sign * values[name])
+    if values[best] == values[table.headline]:
+        return f", the best of {len(values)} models"
+    return f"; of {len(values)} models, {best} is the best with {numbers[best].with_unit}"
 
 
 def _against(tested: Mapping[str, Difference]) -> list[str]:

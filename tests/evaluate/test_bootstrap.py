@@ -171,3 +171,20 @@ def test_the_mean_over_the_tasks_where_more_is_better_is_compared_too() -> None:
     other = model(tasks["stsb"], 0.6, 299)
     with pytest.raises(ValueError, match="same examples"):
         bootstrap.compare(good, {**bad, **other})
+
+
+def test_holms_correction_rejects_what_the_step_down_procedure_rejects() -> None:
+    random = np.random.default_rng(0)
+    for count in (1, 2, 5, 20):
+        p_values = random.uniform(0, 1, count) ** 4
+        tests = {n: bootstrap.Difference(0.1, None, p) for n, p in enumerate(p_values)}
+        none = bootstrap.Difference(None, None, 1.0)
+        corrected = bootstrap.holm(tests | {-1: none})
+        assert corrected.pop(-1) == none
+        for level in (0.01, 0.05, 0.2):
+            rejected = set()  # Holm 1979: from the smallest p-value up to the first that is not
+            for place, n in enumerate(np.argsort(p_values)):
+                if p_values[n] > level / (count - place):
+                    break
+                rejected.add(int(n))
+            assert {n for n, test in corrected.items() if test.p_value <= level} == rejected

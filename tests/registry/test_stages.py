@@ -17,11 +17,14 @@ from fmn.evaluate.files import predictions_path, read_metrics
 from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.experiments.files import SearchResult, Trial
 from fmn.experiments.stages import CompareSettings, SearchSettings
+from fmn.merge.recipe import read_recipe
 from fmn.merge.stages import RealignSettings, realign
 from fmn.models.stages import predict
 from fmn.registry import stages as registry_stages
 from fmn.registry.stages import RegistrySettings
-from fmn.report.stages import ReportInfo
+from fmn.registry.version import Baselines, grouped_metrics, version_tags
+from fmn.report.results import escaped, points, shown
+from fmn.report.stages import ReportInfo, report
 from fmn.store.stage import Job, check_intact, read_record, run_stage
 from fmn.store.yaml_file import read_yaml, to_yaml
 from fmn.tasks.task import Columns, Task
@@ -73,10 +76,14 @@ def test_a_model_is_registered_once_with_its_metrics(
     assert first.summary.store == store
     run = client.get_run(first.summary.run).data
     metrics = json.loads(merged.metrics.read_text())
-    mrpc = metrics["tasks"]["mrpc"]
-    assert (run.metrics["mrpc.f1"], run.metrics["score"]) == (mrpc["f1"], metrics["score"])
-    assert [run.metrics["mrpc.f1.low"], run.metrics["mrpc.f1.high"]] == mrpc["interval"]["f1"]
-    assert run.metrics["score.low"] <= run.metrics["score"] <= run.metrics["score.high"]
+    assert run.metrics == {
+        "score/mean": metrics["score"],
+        **{f"score/{task}": metrics["tasks"][task]["score"] for task in TASKS},
+        **{f"task/mrpc.{name}": metrics["tasks"]["mrpc"][name] for name in ("accuracy", "f1")},
+        **{
+            f"task/stsb.{name}": metrics["tasks"]["stsb"][name] for name in ("pearson", "spearmanr")
+        },
+    }
     assert (run.params["method"], run.params["coefficient.sst2"]) == ("mask-fisher", "1.0")
 
 
@@ -111,8 +118,16 @@ def test_run_and_version_say_what_the_model_was_made_from(
     data = json.loads(merged.metrics.read_text())["data"]
     assert run.data.tags["expert.mrpc"] == recipe["experts"]["mrpc"]["digest"]
     assert run.data.tags["fisher.mrpc"] == recipe["fisher"]["mrpc"]["values"]
-    assert run.data.tags["tasks"] == version.tags["tasks"] == "mrpc, sst2, stsb"
-    assert version.tags["score"] == f"{100 * run.data.metrics['score']:.2f} %"
+    assert run.data.tags["tasks"] == "mrpc, sst2, stsb"
+    assert version.tags == {
+        "tasks": "mrpc, sst2, stsb",
+        "method": "mask-fisher",
+        "score": f"{100 * run.data.metrics['score/mean']:.2f} %",
+        "decision": "champion",
+    }
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.note.content"].startswith("Runs of fmn.")
+    assert "`champion`" in str(client.get_registered_model(registered.name).description)
     assert run.inputs is not None
     inputs = {(it.dataset.name, it.tags[0].value): it.dataset for it in run.inputs.dataset_inputs}
     assert set(inputs) == {(task, part) for task in TASKS for part in ("training", "validation")}
@@ -146,17 +161,87 @@ def test_report_and_card_are_kept_and_shown(
     report, card = tmp_path / "report", tmp_path / "card.md"
     report.mkdir()
     (report / "report.html").write_text("<p>")
-    card.write_text("---\ntags: [fmn]\n---\n\n# Three tasks\n\n| a | b |\n|---|---|\n")
+    card.write_text("---\ntags: [fmn]\n---\n\n# Three tasks\n")
     registered = register("reported", report=report, card=card).summary
     files = [file.path for file in client.list_artifacts(registered.run, "report")]
     assert files == ["report/report.html"]
     assert mlflow.artifacts.load_text(f"runs:/{registered.run}/README.md") == card.read_text()
     description = str(client.get_model_version("reported", "1").description)
-    assert description.startswith("Registered as champion: the first version\n\nA table is")
-    assert 'pyfunc.load_model("models:/reported/1").predict(table, params={"task":' in description
-    assert "\n| sst2 | text | negative, positive | 128 |" in description
-    assert "\n| stsb | text and text_pair | a number | 128 |" in description
-    assert "\n\n# Three tasks\n\n| a&emsp;| b" in description
+    assert description.startswith("**Champion**: the first version.\n\n| task&emsp;| score")
+    assert "\n| sst2&emsp;| text&emsp;| negative, positive&emsp;| 128 |" in description
+    assert "\n| stsb&emsp;| text and text_pair&emsp;| a number&emsp;| 128 |" in description
+
+
+def full_report(merged: Merged, tiny_work: Path, out: Path) -> Path:
+    """The report of a run: the merged model beside an average and the experts."""
+    cpu = EvaluateSettings(device="cpu")
+    experts = {task: out / f"{task}.json" for task in TASKS}
+    for task, file in experts.items():
+        folder = tiny_work / "experts" / task
+        evaluate(folder, data=tiny_work / "data", out=file, settings=cpu, task=(task,))
+    average = merge_and_evaluate(tiny_work, out / "plain", "average")
+    report(
+        merged={"average": average.metrics, "merged": merged.metrics}, experts=experts,
+        models={"average": average.model, "merged": merged.model}, out=out / "report",
+        registry="full",
+    )  # fmt: skip
+    return out / "report"
+
+
+def test_a_version_shows_its_baselines_and_the_change_against_the_champion(
+    register: Register, merged: Merged, tiny_work: Path, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    folder = full_report(merged, tiny_work, tmp_path)
+    levels = {"mrpc": 0.1, "sst2": 0.2, "stsb": 0.05}
+    register("full", scored(merged, tmp_path / "before.json", levels), report=folder)
+    before = client.get_run(str(client.get_model_version("full", "1").run_id)).data
+    assert not [name for name in before.metrics if name.startswith(("expert/", "retained/"))], (
+        "a report on other scores says nothing of these"
+    )
+    registered = register("full", report=folder).summary
+    numbers = json.loads((folder / "results.json").read_text())
+    run = client.get_run(registered.run).data
+    for task in TASKS:
+        row = numbers["tasks"][task]
+        assert run.metrics[f"expert/{task}"] == row["expert"]["score"]
+        assert run.metrics[f"average/{task}"] == row["average"]["score"]
+        assert run.metrics[f"retained/{task}"] == row["merged"]["relative"]
+    mean = numbers["mean"]["merged"]["relative"]
+    assert run.metrics["retained/mean"] == mean
+    assert {"time/merge", "time/evaluate"} <= run.metrics.keys()
+    assert not [name for name in run.metrics if "/" not in name]
+    assert len(run.metrics) < 30
+    version = client.get_model_version("full", "2")
+    assert version.tags["retained"] == f"{100 * mean:.1f} %"
+    description = str(version.description)
+    summary = json.loads((folder / "fmn.json").read_text())["info"]
+    for words in (
+        f"**Champion**: mean score {100 * numbers['mean']['merged']['score']:.2f} %",
+        *(f"- {escaped(line)}" for line in summary["verdict"]),
+        "% of expert&emsp;| less version 1's |",
+        f"\n| mean&emsp;| {shown(numbers['mean']['merged']['score'])}",
+    ):
+        assert words in description, words
+    page = mlflow.artifacts.load_text(f"runs:/{registered.run}/report/report.html")
+    assert '/#/models/full/versions/2">Version 2 of full</a>: <b>champion</b>' in page
+    change = points(numbers["tasks"]["sst2"]["merged"]["score"] - 0.2)
+    assert f"20.0</td>\n\n<td>{change}</td>" in page
+    assert registry_stages.REGISTRATION in (folder / "report.html").read_text(), "not written into"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
+def test_the_code_on_a_versions_page_runs(
+    register: Register, client: mlflow.MlflowClient, store: str
+) -> None:
+    registered = register("shown").summary
+    uri = f"models:/shown/{registered.version}"
+    description = str(client.get_model_version("shown", registered.version).description)
+    code = description.split("```python\n")[1].split("```")[0]
+    assert f'load_model("{uri}")' in code
+    *lines, last = code.strip().splitlines()
+    names: dict[str, Any] = {}
+    exec("\n".join([*lines, f"answers = {last}"]), names)  # noqa: S102 - our own page
+    assert len(names["answers"]) == 1
 
 
 def test_where_a_registration_stands_is_recorded_and_a_lost_version_is_noticed(
@@ -226,14 +311,16 @@ def test_what_is_undefined_is_told_and_not_logged(merged: Merged) -> None:
     undefined = stsb.model_copy(update={"score": None, "interval": {"score": None}})
     changes = {"tasks": metrics.tasks | {"stsb": undefined}, "score": None, "interval": None}
     metrics = metrics.model_copy(update=changes)
-    logged = registry_stages._metrics(metrics)
-    assert logged["sst2.accuracy"] == metrics.tasks["sst2"].score
-    assert {"score", "score.low", "stsb.score", "stsb.score.low"}.isdisjoint(logged)
+    logged = grouped_metrics(metrics, Baselines())
+    assert logged["score/sst2"] == metrics.tasks["sst2"].score
+    assert {"score/mean", "score/stsb"}.isdisjoint(logged)
     price = Task(
         name="price", columns=Columns(text="text"), problem_type="regression", metrics=("mse",)
     )
-    tags = registry_stages._version_tags(metrics, metrics.definitions | {"price": price})
-    assert tags["score"] == "undefined"
+    definitions = metrics.definitions | {"price": price}
+    recipe = read_recipe(merged.model)
+    assert version_tags(metrics, recipe, definitions, Baselines())["score"] == "undefined"
+    tags = registry_stages._standing_tags(metrics, definitions)
     scores = json.loads(tags["fmn.scores"])
     assert (scores["stsb"], scores["price"]) == (None, None)
     assert json.loads(tags["fmn.errors"]) == ["price"]
@@ -260,8 +347,9 @@ def test_the_champion_moves_to_a_version_that_is_as_good_and_the_reason_is_told(
     other = add(5, split="f" * 64, mrpc=1, sst2=1, stsb=1)
     assert other.reason == "not comparable: version 4 was evaluated on other data"
     text = f"{worse.alias}: {worse.reason}"
-    assert client.get_model_version("rising", "2").tags["promotion"] == text
-    assert client.get_run(worse.run).data.tags["mlflow.note.content"] == text
+    assert client.get_model_version("rising", "2").tags["decision"] == "challenger"
+    tags = client.get_run(worse.run).data.tags
+    assert tags["promotion"] == tags["mlflow.note.content"] == text
     again = register("rising", tmp_path / "2.json")
     assert (again.computed, again.summary) == (False, worse), "decided once"
 
@@ -291,12 +379,12 @@ def test_what_a_killed_registration_left_is_cleared_away_and_an_undecided_versio
     register: Register, client: mlflow.MlflowClient
 ) -> None:
     first = register("killed")
-    key = client.get_model_version("killed", "1").tags["fmn.key"]
+    key = client.get_run(first.summary.run).data.tags["fmn.key"]
     # As if killed after the version was made and before it was decided on.
-    client.delete_model_version_tag("killed", "1", "promotion")
+    client.delete_model_version_tag("killed", "1", "decision")
     again = register("killed")
     assert (again.summary, again.computed) == (first.summary, True)
-    client.delete_model_version_tag("killed", "1", "promotion")
+    client.delete_model_version_tag("killed", "1", "decision")
     client.delete_registered_model_alias("killed", "champion")
     register("killed")
     assert aliases(client, "killed") == {"champion": "1"}
@@ -388,7 +476,10 @@ def test_a_comparison_is_logged_once_with_a_run_for_each_method(
     assert (first.computed, second.computed) == (True, False)
     assert first.summary == second.summary
     nested = nested_runs(client, "compared", first.summary.run)
-    assert {method: data.metrics for method, data in nested.items()} == means
+    assert {method: data.metrics for method, data in nested.items()} == {
+        method: {f"retained/{kind}": value for kind, value in row.items()}
+        for method, row in means.items()
+    }
     assert nested["mine"].params["scale"] == "2.0"
     assert mlflow.artifacts.load_text(f"runs:/{first.summary.run}/tables/table.md") == "| a | b |"
     (tables / "table.md").write_text("changed")
@@ -413,7 +504,7 @@ def test_a_search_is_logged_once_with_a_run_for_each_trial(client: mlflow.Mlflow
     assert registry_stages.log_search(result, settings).summary == first.summary
     run = client.get_run(first.summary.run).data
     assert (run.params["method"], run.params["trials"]) == ("average", "3")
-    assert run.metrics["score"] == 0.75
+    assert run.metrics["score/mean"] == 0.75
     nested = nested_runs(client, "searched", first.summary.run)
-    assert [nested[f"trial {n}"].metrics["score"] for n in range(3)] == [0.5, 0.75, 0.25]
-    assert nested["trial 2"].metrics["coefficient.mrpc"] == 0.25
+    assert [nested[f"trial {n}"].metrics["score/mean"] for n in range(3)] == [0.5, 0.75, 0.25]
+    assert nested["trial 2"].metrics["coefficient/mrpc"] == 0.25

@@ -177,4 +177,7 @@ def test_perplexity_is_no_percentage_beside_an_exact_match_that_is_one() -> None
     shown = card(recipe, reports.metrics({"chat": entry}, [task], data={}))
     assert "| chat | perplexity (less is better) | validation | 5.25 |" in shown
     assert "| chat | exact_match | validation | 50.00 |" in shown
+    assert "## Scores on the validation splits\n" in shown
+    assert "## Scores on the validation splits, in percent\n" in text()
+    assert "| task | metric | split | score |" in shown
     assert "chat: perplexity (less is better); a plain number, no percentage" in shown

@@ -10,7 +10,7 @@ import pytest
 from fmn.fisher.architectures import NodeValues, Site
 from fmn.report import comparison, figures
 from fmn.report.figures import Picture
-from fmn.report.results import Report, tabulate
+from fmn.report.results import MINUS, Report, tabulate
 from tests import reports
 
 NAMES = ("cola", "sst2", "stsb")
@@ -103,3 +103,25 @@ def test_layers_of_a_decoder_have_cross_attention_too() -> None:
     picture = picture_of(figures.heads, report)
     assert "1 cross" in text(picture)
     assert "layer 1 cross head 2" in picture.finding
+
+
+def test_cells_of_a_map_say_what_they_hold(drawn: dict[str, Picture]) -> None:
+    for name, form, cells in (
+        ("heads", r"layer \d+, head \d+: [\d.e+-]+ times the mean", 3 * 3 * 4),
+        ("owners", r"(cola|sst2|stsb), layer \d: [\d.]+ %", 2 * 3 * 3),
+        ("pairs", rf".*(cola|sst2|stsb) merged with (cola|sst2|stsb)(: {MINUS}?[\d.]+)?", 2 * 9),
+    ):
+        root = ET.fromstring(drawn[name].svg)  # noqa: S314 - our own file
+        tips = [element.text or "" for element in root.iter(f"{SVG}title")][1:]
+        assert len(tips) == cells
+        assert not [tip for tip in tips if not re.fullmatch(form, tip)]
+
+
+def test_a_page_gives_pictures_its_own_colours_and_files_have_theirs(
+    drawn: dict[str, Picture],
+) -> None:
+    plain = drawn["scores"].svg
+    on_page = figures.themed(plain)
+    assert "var(" not in plain
+    assert f"var(--ink, {figures.INK})" in on_page
+    assert re.sub(r"var\(--\w+, (#\w+)\)", r"\1", on_page) == plain

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -110,10 +111,11 @@ def test_errors_are_plain_numbers_and_what_is_undefined_says_so() -> None:
     assert "price" not in pictures["Scores"][0].svg, "an error is not on a scale of percent"
 
 
-def test_nothing_is_fetched_and_nothing_runs() -> None:
+def test_nothing_is_fetched() -> None:
     read = Reader(run_page(("cola", "sst2")))
     tags = {tag for tag, _ in read.elements}
-    assert not tags & {"script", "link", "img", "iframe", "object", "image"}
+    assert read.every("script") == [{}], "a script without a source"
+    assert not tags & {"link", "img", "iframe", "object", "image"}
     names = ("href", "src", "xlink:href", "style")
     values = [each.get(name) or "" for _, each in read.elements for name in names]
     assert not [value for value in values if "//" in value]
@@ -150,22 +152,76 @@ LOOK = """
 const text = element => element.tagName + ' ' + element.textContent.slice(0, 80);
 const box = element => element.getBoundingClientRect();
 const all = (selector, start = document) => [...start.querySelectorAll(selector)];
-const wide = all('body, body *:not(svg *)').filter(element =>
-  box(element).right > document.documentElement.clientWidth + 0.5 || box(element).left < -0.5);
-const outside = all('figure > svg').flatMap(svg => all('text', svg).filter(words =>
+all('details').forEach(element => element.open = true);
+const width = document.documentElement.clientWidth;
+const inBox = element => element.parentElement.closest('.box') && !PAPER;
+const wide = all('body, body *:not(svg *)').filter(element => !inBox(element) &&
+  (box(element).right > width + 0.5 || box(element).left < -0.5));
+if (document.documentElement.scrollWidth > width) wide.push(document.body);
+const svgs = all('figure svg').filter(svg => box(svg).width);
+const outside = svgs.flatMap(svg => all('text', svg).filter(words =>
   box(words).left < box(svg).left - 1 || box(words).right > box(svg).right + 1 ||
   box(words).top < box(svg).top - 1 || box(words).bottom > box(svg).bottom + 1));
+const over = svgs.flatMap(svg => {
+  // A line of text is higher than its letters.
+  const boxes = all('text', svg).filter(words => words.textContent.trim()).map(words => {
+    const {left, right, top, bottom} = box(words);
+    const edge = 0.22 * Math.min(bottom - top, right - left);
+    return {words, left: left + 1, right: right - 1, top: top + edge, bottom: bottom - edge};
+  });
+  return boxes.filter((a, n) => boxes.slice(n + 1).some(b =>
+    a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom))
+    .map(each => each.words);
+});
 const tall = all('table, figure, dl, .figures').filter(element =>
-  getComputedStyle(element).breakInside === 'avoid' ? box(element).height > HEIGHT : PAPER);
-const small = all('figure > svg').filter(svg => box(svg).width < 600 || box(svg).height < 80 ||
-  svg.getBBox().width < 0.5 * svg.viewBox.baseVal.width);
-const seen = {wide, outside, tall, small};
+  getComputedStyle(element).breakInside === 'avoid' ? box(element).height > HEIGHT :
+  PAPER && !element.matches('.narrow'));
+const small = svgs.filter(svg => box(svg).height < 80 ||
+  svg.getBBox().width < 0.5 * svg.viewBox.baseVal.width ||
+  all('text', svg).some(words => (PAPER ? 7.5 : 8) > parseFloat(getComputedStyle(words).fontSize) *
+    box(svg).width / svg.viewBox.baseVal.width));
+const light = colour => {
+  const parts = colour.match(/[\\d.]+/g).slice(0, 3).map(part => part / 255);
+  const [r, g, b] = parts.map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+};
+const isClear = colour => /, 0\\)$|transparent/.test(colour);
+const ground = element => {
+  for (let each = element; each; each = each.parentElement) {
+    const colour = getComputedStyle(each).backgroundColor;
+    if (!isClear(colour)) return light(colour);
+  }
+  return light('rgb(255, 255, 255)');
+};
+const onCells = ['rgb(0, 0, 0)', 'rgb(254, 254, 254)'];
+const pale = all('body *:not(script, style, title, desc)').filter(element => {
+  const own = [...element.childNodes].some(each => each.nodeType === 3 && each.data.trim());
+  const style = getComputedStyle(element), isPicture = element.tagName === 'text';
+  const colour = isPicture ? style.fill : style.color;
+  if (!own || (isPicture && onCells.includes(colour))) return false;
+  const pair = [light(colour), ground(element)];
+  return Math.max(...pair) / Math.min(...pair) < 4.5;
+});
+const seen = {wide, outside, over, tall, small, pale};
 for (const name in seen) seen[name] = seen[name].map(text);
-document.body.textContent = JSON.stringify(seen);
+parent.postMessage(JSON.stringify(seen), '*');
 """
+FRAMES = """<!doctype html><meta name="color-scheme" content="light dark"><body><script>
+const seen = {};
+addEventListener('message', message => {
+  const width = frames.findIndex(frame => frame.contentWindow === message.source);
+  seen[WIDTHS[width]] = JSON.parse(message.data);
+  if (Object.keys(seen).length === WIDTHS.length) document.body.textContent = JSON.stringify(seen);
+});
+const WIDTHS = SIZES, frames = WIDTHS.map(width => {
+  const frame = document.createElement('iframe');
+  Object.assign(frame, {width, height: 900, src: 'page.html'});
+  return document.body.appendChild(frame);
+});
+</script></body>"""
 STEPS = ("paper", "calibrated", "realigned", "realigned-own-1")
 PAGES: Mapping[str, Callable[[], str]] = {
-    "three tasks": lambda: run_page(("cola", "mnli", "sst2"), 6, 12),
+    "two tasks": lambda: run_page(("mrpc", "sst2"), 12, 12),
     "own tasks": lambda: run_page((*OWN, "cola"), 6, 12),
     "nine tasks": lambda: run_page(sorted(TASKS), 24, 16, models=STEPS, headline="realigned"),
     "a comparison": comparison_page,
@@ -173,30 +229,78 @@ PAGES: Mapping[str, Callable[[], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_looks_right_on_a_screen_and_on_paper(tmp_path: Path, name: str) -> None:
-    """Nothing is wider than the page, no picture cuts its words, no page end cuts a table."""
+def dump(path: Path, scheme: str = "light") -> Any:
+    """What a page's script leaves as the text of the page, in a browser of this colour scheme."""
     if CHROMIUM is None:
         assert not os.environ.get("CI"), "CI installs a browser"
         pytest.skip("no browser to look at a report in: `apt-get install chromium`")
-    html = PAGES[name]()
-    for is_paper, (width, height) in ((False, (1000, 900)), (True, A4)):
-        script = LOOK.replace("HEIGHT", str(height) if is_paper else "Infinity")
-        script = script.replace("PAPER", str(is_paper).lower())
-        shown = html.replace("@media print", "@media all") if is_paper else html
-        path = tmp_path / "page.html"
-        path.write_text(shown.replace("</body>", f"<script>{script}</script></body>"))
-        seen = subprocess.run(
-            [
-                CHROMIUM,
-                *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-                *("--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"),
-                *(f"--window-size={width},{height}", "--dump-dom", path.as_uri()),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-        body = "".join(Reader(seen.stdout.partition("<body>")[2]).parts)
-        assert json.loads(body) == {"wide": [], "outside": [], "tall": [], "small": []}
+    dumped = subprocess.run(
+        [
+            CHROMIUM,
+            *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--hide-scrollbars", f"--user-data-dir={path.parent / 'profile'}"),
+            f"--blink-settings=preferredColorScheme={('dark', 'light').index(scheme)}",
+            *("--window-size=1400,900", "--virtual-time-budget=20000", "--dump-dom"),
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=90,
+    )
+    return json.loads("".join(Reader(dumped.stdout.partition("<body>")[2]).parts))
+
+
+def with_script(html: str, script: str) -> str:
+    return html.replace("</body>", f"<script>{script}</script></body>")
+
+
+@pytest.mark.parametrize("look", ["light", "dark", "print"])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_looks_right(tmp_path: Path, name: str, look: str) -> None:
+    """Only a table in its box is wider than the page; words do not meet, and can be read."""
+    is_paper = look == "print"
+    script = LOOK.replace("HEIGHT", str(A4[1]) if is_paper else "Infinity")
+    html = PAGES[name]().replace("@media print", "@media all" if is_paper else "@media print")
+    html = html.replace("@media screen", "@media print") if is_paper else html
+    (tmp_path / "page.html").write_text(
+        with_script(html, script.replace("PAPER", str(is_paper).lower()))
+    )
+    widths = [A4[0]] if is_paper else [390, 820, 1280]
+    frames = tmp_path / "frames.html"
+    frames.write_text(FRAMES.replace("SIZES", str(widths)))
+    seen = dump(frames, "dark" if look == "dark" else "light")
+    faults = {
+        (width, fault): words
+        for width, faults in seen.items()
+        for fault, words in faults.items()
+        if words
+    }
+    assert [int(width) for width in seen] == widths
+    assert not faults
+
+
+def test_tables_sort_and_scores_switch_and_cells_have_tooltips(tmp_path: Path) -> None:
+    clicks = """
+    const table = document.querySelector('table.switched'), names = () =>
+      [...table.tBodies[0].rows].map(row => row.cells[0].firstChild.data);
+    const steps = [names()], button = table.tHead.rows[0].cells[4].firstChild;
+    for (const _ of [1, 2, 3]) { button.click(); steps.push(names()); }
+    const views = [], cell = table.tBodies[0].rows[0].cells[4];
+    for (const each of table.parentElement.previousElementSibling.children) {
+      each.click(); views.push(cell.innerText.split('\\n').length);
+    }
+    const tip = document.querySelector('#picture-heads path > title').textContent;
+    document.body.textContent = JSON.stringify({steps, views, tip});
+    """
+    report = reports.report(("cola", "mrpc", "sst2"))
+    pictures = figures.draw(figures.RUN_PICTURES, report)
+    html = page.render("report.html", report=report, pictures=pictures)
+    (tmp_path / "page.html").write_text(with_script(html, clicks))
+    seen = dump(tmp_path / "page.html")
+    table = report.table
+    order = sorted(table.tasks, key=lambda task: reports.value(table.columns["merged"][task].score))
+    start = [*table.tasks, "mean"]
+    assert seen["steps"] == [start, [*order[::-1], "mean"], [*order, "mean"], start]
+    assert seen["views"] == [3, 2, 1]
+    assert re.fullmatch(r"layer 0, head 0: [\d.]+ times the mean", seen["tip"])

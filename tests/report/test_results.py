@@ -74,11 +74,19 @@ def test_differences_are_paired_tests_of_the_headline_against_each_other_column(
     assert table.headline == "merged"
     assert list(table.differences) == ["base", "average", "expert"]
     answers = [{"cola": merged[name].answers["cola"]} for name in ("merged", "average")]
-    assert table.differences["average"]["cola"] == bootstrap.compare(*answers)
+    tests = {
+        task: bootstrap.compare(*({task: merged[n].answers[task]} for n in ("merged", "average")))
+        for task in FOUR
+    }
+    tested = dict(table.differences["average"])
+    del tested["mean"]
+    assert tested == bootstrap.holm(tests), "the tests of a column are corrected for their number"
     whole = bootstrap.compare(
         merged["merged"].answers, {task: experts[task].answers[task] for task in FOUR}
     )
-    assert table.differences["expert"]["mean"] == whole
+    expected = min(1.0, 3 * whole.p_value)
+    assert table.differences["expert"]["mean"].difference == whole.difference
+    assert table.differences["expert"]["mean"].p_value == pytest.approx(expected)
     assert judgement(table.differences["base"]["mean"]) == "better"
     assert judgement(whole) == "worse"
     same = bootstrap.compare(answers[0], answers[0])

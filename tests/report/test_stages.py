@@ -1,16 +1,19 @@
 """The stages that write a report and a comparison: what they read, write and refuse."""
 
 import json
+import re
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fmn import __version__
 from fmn.errors import UserError
 from fmn.evaluate import files as evaluate_files
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
 from fmn.report import results, stages
+from fmn.report.page import git_commit, registry_page
 from fmn.report.results import Evaluated
 from fmn.store import artifacts
 from fmn.store.stage import Sidecar, sidecar_path, write_record
@@ -123,6 +126,38 @@ def test_a_second_report_computes_nothing_and_a_clock_is_no_part_of_it(
     assert (again.computed, again.summary) == (False, first.summary)
     (out / "table.md").write_text("another")
     assert stages.report(**run, out=out).computed
+
+
+def test_the_page_says_when_with_what_and_which_model_is_registered(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    stages.report(**run, out=tmp_path / "report", registry="my model")
+    page = unescape((tmp_path / "report" / "report.html").read_text())
+    assert (
+        '<th scope="col" class="chosen">merged <span class="badge">registered</span></th>' in page
+    )
+    assert '<a href="http://127.0.0.1:5000/#/models/my%20model">a version of my model</a>' in page
+    assert re.search(r"<dt>written</dt><dd>20\d\d-\d\d-\d\d \d\d:\d\d UTC</dd>", page)
+    assert f"<dt>fmn</dt><dd>version {__version__}</dd>" in page
+    assert "<dt>model</dt><dd>merged: mask-fisher, mapping structured, normalise kind" in page
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@registry.example/")
+    assert registry_page("a/b", "3") == "https://registry.example/#/models/a%2Fb/versions/3"
+    monkeypatch.chdir("/")
+    assert git_commit() is None
+
+
+def test_tasks_stand_in_one_order(run: Run, tmp_path: Path) -> None:
+    turned = {kind: dict(reversed([*paths.items()])) for kind, paths in run.items()}
+    other = turned | {"merged": run["merged"], "models": run["models"]}
+    pages = []
+    for name, arguments in (("one", run), ("other", other)):
+        summary = stages.report(**arguments, out=tmp_path / name).summary
+        assert [row[0] for row in summary.body] == [*TASKS, "mean"]
+        page = (tmp_path / name / "report.html").read_text()
+        pages.append(re.sub(r"<dt>written</dt><dd>[^<]+", "", page))
+    first, second = (page.partition("What it cost</h2>")[0] for page in pages)
+    assert first == second
 
 
 def test_what_does_not_belong_together_is_refused(run: Run, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fmn.report.results import Report, tabulate
+from fmn.report.results import Report, Table, tabulate
 from fmn.report.verdict import verdict
 from tests import reports
 
@@ -24,6 +24,12 @@ def report(qualities: dict[str, float], headline: str = "", **more: Any) -> Repo
     return Report(tabulate(experts, models, headline), recipes, {}, [], more)
 
 
+def text(table: Table, name: str) -> str:
+    share = table.columns[name]["mean"].share
+    assert share is not None
+    return share.text
+
+
 def test_it_says_what_is_kept_and_what_it_is_better_than() -> None:
     content = report({"base": 0.5, "average": 0.6, "merged": 0.86})
     first, *others = verdict(content)
@@ -32,7 +38,8 @@ def test_it_says_what_is_kept_and_what_it_is_better_than() -> None:
     assert share is not None
     assert first == (
         f"The model merged keeps {share.text} % of the experts' scores (mean of 3 tasks, 95 %"
-        f" interval {share.span})."
+        f" interval {share.span}), the best of 2 models; the plain average would keep"
+        f" {text(table, 'average')} %."
     )
     gain = 100 * (table.differences["average"]["mean"].difference or 0)
     assert others[0] == f"Better than average by {gain:.1f} points.", "not a word of the base"
@@ -51,7 +58,7 @@ def test_what_is_within_chance_is_called_so() -> None:
 @pytest.mark.parametrize(
     ("better", "remedy"),
     [
-        ("average", "average does better here: try `merge: {method: average}`."),
+        ("average", "Try `merge: {method: average}` to have the average."),
         ("paper", "paper does better here: try the settings of paper under `merge`."),
         ("merged", "merged does better here: leave out what follows it, `realign: {}`."),
     ],
@@ -66,6 +73,14 @@ def test_where_another_model_is_better_it_says_so_and_what_to_do(better: str, re
     words = verdict(report(qualities, "realigned", recipes=recipes))
     assert any(line.startswith(f"Worse than {better} by ") for line in words)
     assert remedy in words
+    table = report(qualities, "realigned").table
+    best = text(table, better)
+    start = f"The plain average does better here: it keeps {best} % of the experts' scores; the"
+    assert words[0].startswith(start) == (better == "average")
+    assert words[0].endswith(
+        f"of 4 models, {better} is the best with {best} %; the plain"
+        f" average would keep {text(table, 'average')} %."
+    ) == (better != "average")
 
 
 def test_a_larger_model_that_keeps_more_is_an_offer_and_no_rival() -> None:

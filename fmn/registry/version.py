@@ -1,0 +1,243 @@
+"""What MLflow shows of a version: metrics in groups, short tags, and a page. Knows no MLflow."""
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fmn.evaluate.files import Metrics
+from fmn.evaluate.metrics import higher_is_better
+from fmn.merge.recipe import Recipe
+from fmn.models.labels import output_names
+from fmn.registry.promotion import Decision, Standing
+from fmn.report.page import settings
+from fmn.report.results import (
+    AVERAGE,
+    EXPERT,
+    MACRO,
+    escaped,
+    listed,
+    markdown,
+    points,
+    short_list,
+    shown,
+    span,
+)
+from fmn.report.stages import ReportInfo
+from fmn.store import stage
+from fmn.tasks.task import Task
+
+BASELINES = (EXPERT, AVERAGE, "base")
+EXAMPLE = ("A warm and funny film.", "The film is funny.")
+TAKES = {"token-classification": ["words"], "image-classification": ["image"]}
+ANSWERS = {  # by kind, where they are not labels
+    "token-classification": "`labels` of words, and `spans`: {}",
+    "sentence-similarity": "`embedding`; for two texts `score`, their cosine",
+    "text-generation": "`text` that follows",
+    "text2text-generation": "`text`",
+}
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What a report adds to the scores of the model that it is about; all of it may be missing.
+
+    Attributes:
+        scores: of the experts, the average and the base, by BASELINES, then by task or MACRO.
+        retained: the share of the experts' scores, by task or MACRO.
+        seconds: run time by stage.
+        verdict: a sentence each.
+    """
+
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    retained: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    verdict: tuple[str, ...] = ()
+
+
+def read_baselines(report: Path | None, metrics: Metrics) -> Baselines:
+    """What a report says of a model with these metrics; nothing if it is about another model."""
+    sidecar = stage.read_sidecar(report) if report else None
+    if not report or not sidecar or sidecar.stage != "report":
+        return Baselines()
+    info = stage.read_info(report, ReportInfo)
+    rows: dict[str, Any] = {**info.results["tasks"], MACRO: info.results[MACRO]}
+    own = {task: row.get(info.headline, {}) for task, row in rows.items()}
+    if any(own.get(task, {}).get("score") != each.score for task, each in metrics.tasks.items()):
+        return Baselines()
+    seconds: dict[str, float] = {}
+    with (report / "costs.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + float(row["seconds"])
+    return Baselines(
+        scores={name: _defined(rows, name, "score") for name in BASELINES},
+        retained=_defined(rows, info.headline, "relative"),
+        seconds=seconds,
+        verdict=tuple(info.verdict),
+    )
+
+
+def _defined(rows: Mapping[str, Any], name: str, number: str) -> dict[str, float]:
+    numbers = {task: row.get(name, {}).get(number) for task, row in rows.items()}
+    return {task: value for task, value in numbers.items() if value is not None}
+
+
+# ---- metrics and tags ----
+
+
+def grouped_metrics(metrics: Metrics, baselines: Baselines) -> dict[str, float]:
+    """The metrics of a run, by ``GROUP/TASK``, no number twice; what is undefined is left out.
+
+    ``score``, ``retained``, ``expert``, ``average`` and ``base`` have a number for each task and
+    the mean; ``task`` the metrics that a score is the mean of; ``time`` the seconds of each stage.
+    """
+    scores = {MACRO: metrics.score} | {n: each.score for n, each in metrics.tasks.items()}
+    groups: dict[str, Mapping[str, float | None]] = {"score": scores, **baselines.scores}
+    groups |= {"retained": baselines.retained, "time": baselines.seconds, "task": {}}
+    for name, entry in metrics.tasks.items():
+        task = metrics.definitions[name]
+        values = entry.model_dump(include={m + task.suffix(s) for m in task.metrics
+                                           for s in task.validation})  # fmt: skip
+        if len(values) > 1:
+            groups["task"] = {**groups["task"], **{f"{name}.{n}": x for n, x in values.items()}}
+    return {
+        f"{group}/{name}": value
+        for group, values in groups.items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def version_tags(
+    metrics: Metrics, recipe: Recipe, definitions: Mapping[str, Task], baselines: Baselines
+) -> dict[str, str]:
+    """What a list of versions shows of each: a few words."""
+    tags = {
+        "tasks": short_list(list(definitions), most=12),
+        "method": recipe.method,
+        "score": "undefined" if metrics.score is None else f"{100 * metrics.score:.2f} %",
+    }
+    if MACRO in baselines.retained:
+        tags["retained"] = f"{100 * baselines.retained[MACRO]:.1f} %"
+    return tags
+
+
+# ---- the page ----
+
+
+def page(
+    uri: str,
+    model: Path,
+    recipe: Recipe,
+    metrics: Metrics,
+    definitions: Mapping[str, Task],
+    baselines: Baselines,
+    decision: Decision,
+    before: Standing | None,
+) -> str:
+    """The page of a version, ``models:/NAME/VERSION``, in Markdown.
+
+    Args:
+        uri: its address.
+        model: the merged model's folder.
+        recipe, metrics: its recipe and scores.
+        definitions: its tasks.
+        baselines: what a report adds.
+        decision: the alias that it got.
+        before: the champion that it was compared with.
+    """
+    parts = [
+        f"**{decision.alias.capitalize()}**: {escaped(decision.reason)}.",
+        "\n".join(f"- {escaped(line)}" for line in baselines.verdict),
+        markdown(*_score_table(metrics, baselines, before)),
+        "## Use",
+        _usage(uri, definitions),
+        markdown(*_task_table(model, definitions)),
+        "## How it was merged",
+        f"`{recipe.method}` of {escaped(listed(recipe.tasks))}; {escaped(settings(recipe))}."
+        f" `fmn reproduce {uri}` shows what it was made from. Its run has the report"
+        " (`report/report.html`), the model card (`README.md`) and the lineage among its"
+        " artifacts.",
+    ]
+    return spaced("\n\n".join(part.strip() for part in parts if part.strip()))
+
+
+def _score_table(
+    metrics: Metrics, baselines: Baselines, before: Standing | None
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: scores beside the experts' and the average's, and those of the champion."""
+    columns = {name: baselines.scores.get(name) or {} for name in (EXPERT, AVERAGE)}
+    columns = {name: values for name, values in columns.items() if values}
+    header = ["task", "score", "95 % interval", *columns]
+    header += ["% of expert"] * bool(baselines.retained)
+    compared = before.tasks if before and set(before.tasks) == set(metrics.tasks) else {}
+    header += [f"less version {before.version}'s"] if before and compared else []
+    body = []
+    for name, score in {
+        **{n: e.score for n, e in metrics.tasks.items()},
+        MACRO: metrics.score,
+    }.items():
+        task = metrics.definitions.get(name)
+        if task is None and len(metrics.tasks) < 2:
+            continue
+        is_percent = task is None or higher_is_better(task)
+        interval = metrics.tasks[name].interval.get("score") if task else metrics.interval
+        row = [name, shown(score, is_percent), span(interval, is_percent)]
+        row += [
+            shown(each.get(name), is_percent) if name in each else "" for each in columns.values()
+        ]
+        if baselines.retained:
+            row.append(shown(baselines.retained[name]) if name in baselines.retained else "")
+        if compared:
+            old = compared.get(name)
+            known = old is not None and score is not None
+            row.append(points(score - old, is_percent) if known else "")  # type: ignore[operator]
+        body.append(row)
+    return header, body
+
+
+def takes(task: Task) -> list[str]:
+    """The columns of a table for a task."""
+    return TAKES.get(task.task, ["text"] + ["text_pair"] * bool(task.columns.text_pair))
+
+
+def _usage(uri: str, definitions: Mapping[str, Task]) -> str:
+    """Python and a request that ask a version for an answer."""
+    name, task = next(iter(definitions.items()))
+    if takes(task) == ["image"]:
+        row, note = '{"image": image}', '\nimage = open("picture.png", "rb").read()'
+    elif takes(task) == ["words"]:
+        row, note = json.dumps({"text": EXAMPLE[0]}), ""
+    else:
+        row, note = json.dumps(dict(zip(takes(task), EXAMPLE, strict=False))), ""
+    code = (
+        f"import mlflow\nimport pandas as pd\n{note}\n"
+        f'model = mlflow.pyfunc.load_model("{uri}")\n'
+        f"table = pd.DataFrame([{row}])\n"
+        f'model.predict(table, params={{"task": "{name}"}})'
+    )
+    words = (
+        f'Each row is answered for the task in `params` or in a column `task`; `"*"` stands for all'
+        f" tasks. `mlflow models serve -m {uri} --env-manager local` answers over HTTP."
+    )
+    return f"```python\n{code}\n```\n\n{words}"
+
+
+def _task_table(model: Path, definitions: Mapping[str, Task]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what each task takes and answers."""
+    rows = []
+    for name, task in definitions.items():
+        names = short_list(output_names(model / "tasks" / name), most=20)
+        answer = ANSWERS.get(task.task, "{}").format("a number" if task.regression else names)
+        tokens = "" if task.task == "image-classification" else str(task.max_length)
+        rows.append([name, " and ".join(takes(task)), answer, tokens])
+    return ["task", "columns", "answers", "tokens at most"], rows
+
+
+def spaced(text: str) -> str:
+    """Markdown without front matter, and with room between columns, which MLflow sets close."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()
+    return re.sub(r"(?m)(?<=\S) \|(?=.*\|$)", "&emsp;|", text).replace("---&emsp;", "---")
