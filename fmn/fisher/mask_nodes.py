@@ -38,9 +38,8 @@ from fmn.fisher.runner import (
     max_batch_tokens,
     outputs_of,
     prepared,
-    to_device,
 )
-from fmn.models.devices import free_memory, resolve_device, resolve_dtype
+from fmn.models.devices import free_memory, resolve_device, resolve_dtype, to_device
 from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, halved, select
 from fmn.tasks.task import LossName
 
@@ -106,7 +105,7 @@ class PartialSums:
             batches = places // BATCH_SIZE
             sizes = np.minimum(BATCH_SIZE, chunk - batches * BATCH_SIZE)
             shares = (np.arange(len(self.pending))[:, None] == batches) / sizes  # of the mean loss
-            self.pending += to_device(torch.from_numpy(shares), terms.device, None) @ terms
+            self.pending += to_device(torch.from_numpy(shares), terms.device) @ terms
         else:
             total, squares = terms.sum(0), terms.square_().sum(0)
             self.total += total

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.models.checkpoints import names_in_base
-from fmn.models.devices import autocast
+from fmn.models.devices import autocast, known_padding, plain_float32, to_device
 from fmn.models.predict import answered_only
 from fmn.tasks.batches import Batch, Examples
 
@@ -22,19 +22,12 @@ LINEAR = (nn.Linear, Conv1D)
 
 def max_batch_tokens(device: torch.device) -> int:
     """Tokens of a batch, padding included, beyond which batches are no faster."""
-    return 32768 if device.type == "cuda" else 2048
+    return 2048 if device.type == "cpu" else 32768
 
 
 def float_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of weights, sums and logits: only matrix products are in bfloat16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """The tensor on the device; the copy does not wait for the work that is queued there."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, dtype, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,8 @@ class Runner:
             for name, tensor in batch.inputs.items()
         }
         computing = autocast(self.device, self.dtype)
-        with computing, answered_only(self.model, batch.labels):
+        known = known_padding(batch.inputs)
+        with computing, known, answered_only(self.model, batch.labels):
             logits: Tensor = functional_call(self.model, dict(self.tensors), (), inputs).logits
         return logits
 
@@ -123,6 +117,7 @@ def prepared(
         for path in linear.keys() - encoder:
             forward = _without_autocast(linear[path].forward, device)
             _set(restored, linear[path], "forward", forward)
+        restored.enter_context(plain_float32())
         yield Runner(model, tensors, device, dtype)
 
 
@@ -139,7 +134,7 @@ def _without_autocast(forward: Callable[..., Any], device: torch.device) -> Call
     """A module's forward in the dtype of its weights."""
 
     def in_float(activation: Tensor) -> Any:
-        with torch.autocast(device.type, enabled=False):
+        with autocast(device, torch.float32):
             is_narrow = activation.dtype == torch.bfloat16
             return forward(activation.float() if is_narrow else activation)
 

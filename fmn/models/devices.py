@@ -1,12 +1,23 @@
-"""Where to compute and in which dtype: one rule for fine-tuning, Fisher and evaluation."""
+"""Where to compute and in which dtype: one rule for fine-tuning, statistics and evaluation.
 
-from collections.abc import Iterator
+- "float32" is float32: no TF32, which rounds the factors of products to 11 bits. Otherwise a GPU
+  would compute convolutions in it, and matrix products where a program around this one says so.
+- "bfloat16" is the dtype of matrix products alone; sums, normalisations and residuals are float32.
+- A CPU computes attention by plain matrix products, a GPU by PyTorch's fused kernels (sdpa).
+- Nothing waits for a GPU between two batches: what decides on the next step is known on the host.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, masking_utils
 
 from fmn.errors import UserError
 
@@ -52,7 +63,8 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
     try:
         if device.type == "cpu" and attention == "sdpa":
             model.set_attn_implementation("eager")
-        yield
+        with plain_float32():
+            yield
     finally:
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
@@ -60,7 +72,74 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which a model that is `placed` computes in a dtype."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    kind = device.type if device.type in ("cpu", "cuda") else "cpu"  # others know no autocast
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+@contextmanager
+def plain_float32() -> Iterator[None]:
+    """Within it a GPU computes float32 in float32, whatever the program around it says."""
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on the device; the copy does not wait for the work that is queued there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype, non_blocking=True)
+
+
+def places(mask: Tensor, device: torch.device) -> Tensor:
+    """Where a mask on the host is true, on the device: places in the flattened mask, int64 [N].
+
+    Indexing by a mask on the device would wait until the number of places is known there.
+    """
+    return to_device(mask.flatten().nonzero()[:, 0], device)
+
+
+_IS_PADDED: ContextVar[bool | None] = ContextVar("is_padded", default=None)
+
+
+@contextmanager
+def known_padding(inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it Transformers does not ask the device whether a batch has padding.
+
+    It asks in every forward pass, to leave out the mask where there is none, and waits for the
+    answer, and so for all the work that is queued on a GPU. The host knows it.
+
+    Args:
+        inputs: of a model, on the CPU.
+    """
+    _ask_the_host()
+    masks = [mask for name, mask in inputs.items() if name.endswith("attention_mask")]
+    token = _IS_PADDED.set(not all(bool(mask.all()) for mask in masks))
+    try:
+        yield
+    finally:
+        _IS_PADDED.reset(token)
+
+
+@cache
+def _ask_the_host() -> None:
+    def known(ask: Callable[..., bool]) -> Callable[..., bool]:
+        def is_needless(padding_mask: Tensor | None, *sizes: Any, **named: Any) -> bool:
+            is_padded = _IS_PADDED.get()
+            if is_padded is None:
+                return ask(padding_mask, *sizes, **named)
+            return not is_padded and ask(None, *sizes, **named)
+
+        return is_needless
+
+    for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"):
+        setattr(masking_utils, name, known(getattr(masking_utils, name)))
 
 
 def _has_native_bfloat16(device: torch.device) -> bool:
@@ -71,9 +150,13 @@ def _has_native_bfloat16(device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; of a CPU, as the system and the container count."""
+    """Bytes that are free on a device; of a CPU, as the system and the container count.
+
+    What PyTorch holds of a GPU and does not use is free.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     free: int = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # the file is missing outside a container, or says "max"
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
