@@ -12,8 +12,16 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fmn.fisher.architectures import mask_sites
 from fmn.models.checkpoints import names_in_base
-from fmn.models.devices import autocast, known_padding, plain_float32, to_device
+from fmn.models.devices import (
+    autocast,
+    known_padding,
+    passing_on,
+    plain_float32,
+    spread,
+    to_device,
+)
 from fmn.models.predict import answered_only
 from fmn.tasks.batches import Batch, Examples
 
@@ -92,14 +100,20 @@ def prepared(
     linear = {path: module for path, module in model.named_modules() if isinstance(module, LINEAR)}
     head = model.get_output_embeddings() if model.can_generate() else None
     encoder = {path for path in names_in_base(model, linear) if linear[path] is not head}
-    tensors = {}
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+    named = dict(chain(model.named_parameters(), model.named_buffers()))
+    kinds = {}
+    for name, tensor in named.items():
         is_narrow = dtype == torch.bfloat16 and name.rpartition(".")[0] in encoder
         floats = torch.bfloat16 if is_narrow else float_dtype(dtype)
-        kind = floats if tensor.is_floating_point() else tensor.dtype
-        tensors[name] = tensor.detach().to(device, kind)
+        kinds[name] = floats if tensor.is_floating_point() else tensor.dtype
+    where = _where(model, {n: t.numel() * kinds[n].itemsize for n, t in named.items()}, device)
+    tensors = {}
+    for name, tensor in named.items():
+        layer = next((path for path in where if name.startswith(f"{path}.")), "")
+        tensors[name] = tensor.detach().to(where.get(layer, device), kinds[name])
     config = model.config
     with ExitStack() as restored:
+        restored.enter_context(passing_on(model, where, device))
         for module in model.modules():
             _set(restored, module, "training", False)
         # The backward pass of sdpa is slow on a CPU: half the speed in bfloat16.
@@ -119,6 +133,16 @@ def prepared(
             _set(restored, linear[path], "forward", forward)
         restored.enter_context(plain_float32())
         yield Runner(model, tensors, device, dtype)
+
+
+def _where(
+    model: PreTrainedModel, sizes: Mapping[str, int], device: torch.device
+) -> dict[str, torch.device]:
+    """Where layers lie, if not on `device`; `sizes` are the bytes of tensors by name."""
+    layers = {site.layer: 0 for site in mask_sites(model)} if device.type == "cuda" else {}
+    for path in layers:
+        layers[path] = sum(size for name, size in sizes.items() if name.startswith(f"{path}."))
+    return spread(layers, sum(sizes.values()) - sum(layers.values()), device)
 
 
 def _set(restored: ExitStack, target: object, name: str, value: object) -> None:

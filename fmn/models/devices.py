@@ -7,21 +7,24 @@
 - Nothing waits for a GPU between two batches: what decides on the next step is known on the host.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, masking_utils
 
 from fmn.errors import UserError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+WEIGHTS = 0.8  # of a GPU's free memory; a batch takes half of the rest
 
 
 def resolve_device(name: str) -> torch.device:
@@ -79,7 +82,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 @contextmanager
 def plain_float32() -> Iterator[None]:
     """Within it a GPU computes float32 in float32, whatever the program around it says."""
-    backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    cuda, cudnn = torch.backends.cuda, cast(Any, torch.backends.cudnn)
+    backends = (cuda.matmul, cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -161,3 +165,72 @@ def free_memory(device: torch.device) -> int:
     with suppress(OSError, ValueError):  # the file is missing outside a container, or says "max"
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return free
+
+
+# ---------------------------------------------------------------------------------------------
+# A model on several GPUs, one after another
+
+
+def spread(layers: Mapping[str, int], rest: int, device: torch.device) -> dict[str, torch.device]:
+    """Where the layers of a model lie that does not fit on a GPU; empty where it fits, or on a CPU.
+
+    Args:
+        layers: bytes by path, in the order of computation.
+        rest: bytes of all else, which stays on `device`.
+
+    Raises:
+        UserError: it does not fit on all GPUs together.
+    """
+    total = rest + sum(layers.values())
+    if device.type != "cuda" or total <= WEIGHTS * free_memory(device):
+        return {}
+    others = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    devices = [device, *(each for each in others if each.index != (device.index or 0))]
+    free = [int(WEIGHTS * free_memory(each)) for each in devices]
+    return dict(zip(layers, (devices[n] for n in split(layers.values(), rest, free)), strict=True))
+
+
+def split(layers: Collection[int], rest: int, free: Sequence[int]) -> list[int]:
+    """The device of each layer by number, in rising order: each has its share of the free bytes.
+
+    >>> split([4, 4, 4, 4], 2, [10, 10])
+    [0, 0, 1, 1]
+    """
+    room = [max(free[0] - rest, 0), *free[1:]]
+    ends = np.cumsum(room) / max(sum(room), 1)
+    sizes = np.array(list(layers))
+    middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
+    numbers = np.minimum(np.searchsorted(ends, middles), len(free) - 1)
+    if (np.bincount(numbers, sizes, len(free)) > room).any():
+        needed, there = (f"{count / 1e9:.1f} GB" for count in (sizes.sum() + rest, sum(free)))
+        problem = f"the model takes {needed}, and the {len(free)} GPUs have room for {there}"
+        raise UserError(f"device: {problem}; use dtype bfloat16, more GPUs, or cpu")
+    return [int(number) for number in numbers]
+
+
+@contextmanager
+def passing_on(
+    model: PreTrainedModel, where: Mapping[str, torch.device], home: torch.device
+) -> Iterator[None]:
+    """Within it each layer reads its inputs on its own device; the last of a row gives to `home`.
+
+    Args:
+        where: devices by path of a layer.
+    """
+
+    def moved(values: Any, device: torch.device) -> Any:
+        return tree_map_only(Tensor, lambda tensor: to_device(tensor, device), values)
+
+    paths = list(where)
+    with ExitStack() as hooks:
+        for path, after in zip(paths, [*paths[1:], ""], strict=False):
+            layer, device = model.get_submodule(path), where[path]
+            is_last = path.rpartition(".")[0] != after.rpartition(".")[0]
+            hook = layer.register_forward_pre_hook(
+                lambda _, args, named, device=device: moved((args, named), device), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
+            if is_last:
+                hook = layer.register_forward_hook(lambda _, __, output: moved(output, home))
+                hooks.callback(hook.remove)
+        yield
