@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fmn.report.figures import Picture
     from fmn.report.results import Table
 
-REPORT = 9
+REPORT = 10
 COMPARISON = 6
 Paths = Mapping[str, Path]
 
