@@ -133,8 +133,8 @@ def commands() -> str:
             ours = [name for name in each.names if not name.startswith(("--no-", "--empty-"))]
             names = ", ".join(f"`{name}`" for name in ours)
             default = each.field_info.default
-            is_plain = isinstance(default, str | int | float | Path) and default not in ("", False)
-            shown = f"`{default}`" if is_plain else ""
+            is_plain = isinstance(default, str | int | float | Path) and default is not False
+            shown = f"`{default}`" if is_plain and default != "" else ""
             rows.append(f"| {names} | {shown} | {_cell(each.parameter.help or '')} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts) + "\n"
