@@ -55,11 +55,14 @@ SORTS = {
     "rating": REGRESSION,
     "people": SINGLE,
 }
+# The pages whose examples are run from top to bottom, those of one project together;
+# tests/test_package.py runs the tutorial.
 RUN = (
-    "README.md",
-    "docs/steps.md",
-    "docs/tasks.md",
-)  # the pages whose examples are run from top to bottom
+    ("README.md",),
+    ("docs/steps.md", "docs/merging.md", "docs/statistics.md"),
+    ("docs/setup.md",),
+    ("docs/tasks.md",),
+)
 REPEATS = 20  # a page shows a few rows of a file, and the test writes each so many times
 
 
