@@ -1,6 +1,7 @@
 """Every example on the pages: settings are valid, commands exist, and what can run is run."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import tomllib
@@ -306,6 +307,20 @@ def test_the_tests_that_promises_name_exist() -> None:
         source = (ROOT / "tests" / file).read_text()
         assert not name or f"def {name}(" in source, f"{file}::{name}"
     assert len({name for _, name in names}) > 30
+
+
+def test_the_reference_has_every_setting_and_every_command() -> None:
+    code = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+    settings, commands = code["settings"](), code["commands"]()
+    sections = Params.model_json_schema()["$defs"].values()
+    names = {name for section in sections for name in section.get("properties", {})}
+    assert {name for name in names if f"| `{name}` |" not in settings} == set()
+    anchors = {re.sub(r"[^\w-]", "", x.lower().replace(" ", "-")) for x in
+               re.findall(r"^## (.*)$", settings, re.MULTILINE)}  # fmt: skip
+    assert set(re.findall(r"\(#([^)]*)\)", settings)) <= anchors
+    for name in app:
+        assert name.startswith("-") or f"## fmn {name}\n" in commands
+    assert "`--samples` | `1024`" in commands
 
 
 def test_every_direct_dependency_has_its_reason() -> None:
