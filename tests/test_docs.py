@@ -389,15 +389,18 @@ def fill_hub(hub: Hub, folder: Path, base: Path) -> None:
             pq.write_table(rows.slice(0, 64), path)
             glue[f"{task}/{path.name}"] = path
     hub.add("datasets", "nyu-mll/glue", glue)
-    labels = {"mrpc": ("not_equivalent", "equivalent"), "rte": ("entailment", "not_entailment")}
-    for task, names in labels.items():
+    classes = {"mrpc": ("not_equivalent", "equivalent"), "rte": ("entailment", "not_entailment")}
+    for task, labels in classes.items():
         rows = pq.read_table(folder / task / "train-00000-of-00001.parquet").to_pylist()
-        texts = [(f"{x['sentence1']} {x['sentence2']}", names[x["label"]]) for x in rows]
-        fine_tune_elsewhere(base, folder / "experts" / task, names, texts)
+        texts = [(f"{x['sentence1']} {x['sentence2']}", labels[x["label"]]) for x in rows]
+        fine_tune_elsewhere(base, folder / "experts" / task, labels, texts)
         name = f"textattack/bert-base-uncased-{task.upper()}"
         hub.add("models", name, folder / "experts" / task)
     paws = "sentence1,sentence2,label\n" + "a cat,the cat,1\na cat,a dog,0\n" * REPEATS
-    paws_files = {f"labeled_final/{split}.csv": paws.encode() for split in ("train", "validation")}
+    names = [f"labeled_final/{split}.csv" for split in ("train", "validation")]
+    files = "".join(f"  - {{split: {Path(name).stem}, path: {name}}}\n" for name in names)
+    card = f"---\nconfigs:\n- config_name: labeled_final\n  data_files:\n{files}---\n"
+    paws_files = {"README.md": card.encode()} | {name: paws.encode() for name in names}
     hub.add("datasets", "google-research-datasets/paws", paws_files)
 
 
