@@ -14,15 +14,16 @@ COPY pyproject.toml README.md LICENSE params.yaml ./
 COPY fmn fmn
 COPY flows flows
 COPY data/miniature_glue data/miniature_glue
-# The build has no git: --build-arg VERSION=$(git describe) says which one it is.
+# The build has no git: --build-arg VERSION=0.2.0 says which version it is.
 ARG VERSION=0.1.dev0
 RUN SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION} /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt \
   '.[dask,lora,quickstart]'
 
 FROM ${BASE_IMAGE}
 WORKDIR /work
-RUN useradd --create-home --uid 1000 fmn && mkdir data && chown -R fmn .
 COPY --from=build /opt/fmn /opt/fmn
+RUN useradd --create-home --uid 1000 fmn && cp -r /opt/fmn/lib/python3*/site-packages/fmn/quickstart/* . \
+ && chown -R fmn .
 ENV PATH=/opt/fmn/bin:$PATH PYTHONUNBUFFERED=1
 USER 1000
 COPY --chown=1000 params params

@@ -9,20 +9,24 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("rows", "models", "sources", "fisher", "merge", "evaluate", "experiments", "report")
 BEHIND = ("registry", "setup")  # rooms that the command line calls, listed after the others
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
+def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     """Add the reference pages."""
+    from mkdocs.structure.files import File
+
     for name, text in (("settings", settings()), ("commands", commands()), ("python", python())):
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
@@ -133,8 +137,8 @@ def commands() -> str:
             ours = [name for name in each.names if not name.startswith(("--no-", "--empty-"))]
             names = ", ".join(f"`{name}`" for name in ours)
             default = each.field_info.default
-            is_plain = isinstance(default, str | int | float | Path) and default not in ("", False)
-            shown = f"`{default}`" if is_plain else ""
+            is_plain = isinstance(default, str | int | float | Path) and default is not False
+            shown = f"`{default}`" if is_plain and default != "" else ""
             rows.append(f"| {names} | {shown} | {_cell(each.parameter.help or '')} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts) + "\n"

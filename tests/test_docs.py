@@ -1,10 +1,11 @@
 """Every example on the pages: settings are valid, commands exist, and what can run is run."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,11 +56,14 @@ SORTS = {
     "rating": REGRESSION,
     "people": SINGLE,
 }
+# The pages whose examples are run from top to bottom, those of one project together;
+# tests/test_package.py runs the tutorial.
 RUN = (
-    "README.md",
-    "docs/steps.md",
-    "docs/tasks.md",
-)  # the pages whose examples are run from top to bottom
+    ("README.md",),
+    ("docs/steps.md", "docs/merging.md", "docs/statistics.md"),
+    ("docs/setup.md",),
+    ("docs/tasks.md",),
+)
 REPEATS = 20  # a page shows a few rows of a file, and the test writes each so many times
 
 
@@ -305,6 +309,20 @@ def test_the_tests_that_promises_name_exist() -> None:
     assert len({name for _, name in names}) > 30
 
 
+def test_the_reference_has_every_setting_and_every_command() -> None:
+    code = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+    settings, commands = code["settings"](), code["commands"]()
+    sections = Params.model_json_schema()["$defs"].values()
+    names = {name for section in sections for name in section.get("properties", {})}
+    assert {name for name in names if f"| `{name}` |" not in settings} == set()
+    anchors = {re.sub(r"[^\w-]", "", x.lower().replace(" ", "-")) for x in
+               re.findall(r"^## (.*)$", settings, re.MULTILINE)}  # fmt: skip
+    assert set(re.findall(r"\(#([^)]*)\)", settings)) <= anchors
+    for name in app:
+        assert name.startswith("-") or f"## fmn {name}\n" in commands
+    assert "`--samples` | `1024`" in commands
+
+
 def test_every_direct_dependency_has_its_reason() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     page = (ROOT / "docs" / "dependencies.md").read_text()
@@ -343,7 +361,10 @@ def rows_of(path: Path, text: str, label: str) -> list[tuple[str, str]]:
 
 def make_experts(project: Path, base: Path) -> None:
     """The experts that the pages take as there, fine-tuned with Transformers alone."""
-    reviews = project / "data" / "reviews.csv"
+    data = project / "data"
+    reviews = next(
+        path for name in ("reviews", "stars") if (path := data / f"{name}.csv").is_file()
+    )
     for task in ("stars", "about"):
         if task in reviews.read_text().splitlines()[0]:
             rows = rows_of(reviews, "review", task)
@@ -368,15 +389,18 @@ def fill_hub(hub: Hub, folder: Path, base: Path) -> None:
             pq.write_table(rows.slice(0, 64), path)
             glue[f"{task}/{path.name}"] = path
     hub.add("datasets", "nyu-mll/glue", glue)
-    labels = {"mrpc": ("not_equivalent", "equivalent"), "rte": ("entailment", "not_entailment")}
-    for task, names in labels.items():
+    classes = {"mrpc": ("not_equivalent", "equivalent"), "rte": ("entailment", "not_entailment")}
+    for task, labels in classes.items():
         rows = pq.read_table(folder / task / "train-00000-of-00001.parquet").to_pylist()
-        texts = [(f"{x['sentence1']} {x['sentence2']}", names[x["label"]]) for x in rows]
-        fine_tune_elsewhere(base, folder / "experts" / task, names, texts)
+        texts = [(f"{x['sentence1']} {x['sentence2']}", labels[x["label"]]) for x in rows]
+        fine_tune_elsewhere(base, folder / "experts" / task, labels, texts)
         name = f"textattack/bert-base-uncased-{task.upper()}"
         hub.add("models", name, folder / "experts" / task)
     paws = "sentence1,sentence2,label\n" + "a cat,the cat,1\na cat,a dog,0\n" * REPEATS
-    paws_files = {f"labeled_final/{split}.csv": paws.encode() for split in ("train", "validation")}
+    names = [f"labeled_final/{split}.csv" for split in ("train", "validation")]
+    files = "".join(f"  - {{split: {Path(name).stem}, path: {name}}}\n" for name in names)
+    card = f"---\nconfigs:\n- config_name: labeled_final\n  data_files:\n{files}---\n"
+    paws_files = {"README.md": card.encode()} | {name: paws.encode() for name in names}
     hub.add("datasets", "google-research-datasets/paws", paws_files)
 
 
@@ -400,16 +424,24 @@ def is_run(block: Block) -> bool:
     return block.language == "python"
 
 
+def expected_of(block: Block, after: Block | None) -> str:
+    """What a page says that a block prints: the text that follows it at once."""
+    is_next = after and after.line <= block.line + block.text.count("\n") + 4
+    return after.text if after and is_next and after.language == "text" else ""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN)
-def test_the_examples_of_a_page_run_from_top_to_bottom(
-    page: str, tiny_base: Path, tmp_path: Path
+@pytest.mark.parametrize("pages", RUN, ids=lambda pages: pages[0])
+def test_the_examples_of_pages_run_from_top_to_bottom(
+    pages: Sequence[str], tiny_base: Path, tmp_path: Path
 ) -> None:
     project = tmp_path / "project"
     project.mkdir()
-    write_files(page, project)
+    for page in pages:
+        write_files(page, project)
     make_experts(project, tiny_base)
-    blocks = [block for block in BLOCKS if block.page == page and block.language != "yaml"]
+    by_page = {page: [block for block in BLOCKS if block.page == page] for page in pages}
+    blocks = [block for page in pages for block in by_page[page] if block.language != "yaml"]
     with Hub() as hub:
         fill_hub(hub, tmp_path / "hub", tiny_base)
         # The environment of the Hub has its address and this machine's settings.
@@ -418,7 +450,7 @@ def test_the_examples_of_a_page_run_from_top_to_bottom(
         for block, after in zip(blocks, [*blocks[1:], None], strict=True):
             if not is_run(block):
                 continue
-            expected = after.text if after and after.language == "text" else ""
+            expected = expected_of(block, after)
             is_refused = expected.startswith("fmn: ")
             status, printed = run_block(block, project, variables)
             assert (status != 0) == is_refused, f"{block}: {printed}"

@@ -135,7 +135,7 @@ def merge(adapter: Path, base: Path, out: Path, notes: list[str]) -> None:
     try:
         import peft
     except ImportError as error:
-        raise UserError(f"{adapter}: is a LoRA adapter; `pip install 'fmn[lora]'`") from error
+        raise UserError(f"{adapter}: is a LoRA adapter; `pip install peft`") from error
     raw = read_json(adapter / ADAPTER_CONFIG)
     if problem := _problem(raw):
         raise UserError(f"{adapter}: {problem}")
