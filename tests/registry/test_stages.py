@@ -219,7 +219,7 @@ def test_a_version_shows_its_baselines_and_the_change_against_the_champion(
     for words in (
         f"**Champion**: mean score {100 * numbers['mean']['merged']['score']:.2f} %",
         *(f"- {escaped(line)}" for line in summary["verdict"]),
-        "% of expert&emsp;| less version 1's |",
+        "expert&emsp;| % of expert&emsp;| average&emsp;| less version 1's |",
         f"\n| mean&emsp;| {shown(numbers['mean']['merged']['score'])}",
     ):
         assert words in description, words
