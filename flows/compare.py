@@ -11,7 +11,7 @@ from prefect import flow
 from flows import cluster, graph, notices, pages
 from flows.graph import Node
 from flows.pages import server_answers
-from flows.pipeline import RUNNER, Outcomes, run_nodes
+from flows.pipeline import RUNNER, Outcomes, run_nodes, stages_json
 from fmn import params
 from fmn.errors import UserError
 from fmn.experiments import grid
@@ -38,7 +38,7 @@ def compare_methods(profile: str, name: str) -> Outcomes:
         with cluster.joined(settings):
             outcomes = run_nodes(nodes(settings, comparing, Path(profile), name))
     tables = outcomes["comparison", ""].summary
-    pages.show_results(tables.header, tables.body)
+    pages.show_tables(f"{name} of {profile}", tables)
     return outcomes
 
 
@@ -53,7 +53,8 @@ def run_compare(profile: Path, name: str) -> dict[str, Any]:
     say(*tables.summary.notes)
     say(f"report     {tables.out / 'report.html'}", f"{time.monotonic() - started:.0f} s")
     summary: dict[str, Any] = tables.summary.model_dump(mode="json")
-    return summary
+    paths = {"report": str(tables.out / "report.html"), "stages": stages_json(outcomes)}
+    return {**summary, **paths, "seconds": round(time.monotonic() - started, 1)}
 
 
 def _settings(profile: Path, name: str) -> tuple[Params, CompareSettings]:

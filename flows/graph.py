@@ -5,6 +5,8 @@
 """
 
 import io
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +23,11 @@ from fmn.models.stages import finetune
 from fmn.params import Params
 from fmn.registry.stages import register
 from fmn.report.stages import report
-from fmn.rows.stages import data
+from fmn.rows.stages import data, find_source
+from fmn.sources import origin
 from fmn.sources.stages import FetchSettings, fetch
-from fmn.store.stage import Outcome
+from fmn.store.records import Record
+from fmn.store.stage import Outcome, run_stage, write_record
 
 
 class Each(NamedTuple):
@@ -123,6 +127,7 @@ PIPELINE = (
     Row("report", report, ONCE, "report", ALL_RESULTS, values=HEADLINE),
     Row("register", register, ONCE, "registered.json", MODEL_AND_REPORT, "registry"),
 )  # fmt: skip
+REGISTER_TRIALS = "FMN_REGISTER_TRIALS"  # environment variable: trials are registered too
 SETTINGS = "settings.json"  # the settings with every default filled in, which DVC compares
 
 
@@ -189,6 +194,30 @@ def _section(settings: Params, path: str) -> Any:
     return value
 
 
+def looks(settings: Params) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What a run can look at before its first stage, by setting: sources and data sets.
+
+    Each look is cheap, and raises UserError if there is no such thing. Rows at a URL are not looked
+    at, which would take reading them; nor is GLUE on the Hub.
+    """
+    work = Path(settings.work)
+    sources = {"base": (settings.base, work / "base")}
+    for name, each in settings.sources.items():
+        sources[f"sources.{name}"] = each.source, work / "experts" / name
+    for setting, (source, out) in sources.items():
+        is_pinned = re.fullmatch(r"hf://.*@[0-9a-f]{40}", source)
+        if not (is_pinned and out.exists()):  # offline, what was fetched before suffices
+            yield setting, partial(origin.look, source)
+    for name in settings.experts.tasks:
+        definition = settings.tasks.get(name)
+        rows = definition.dataset if definition else None
+        if "://" not in rows.path if rows else settings.data.source != "hub":
+            yield (
+                f"tasks.{name}" if rows else "data",
+                partial(find_source, name, settings.data, definition),
+            )
+
+
 def find_nodes(settings: Params, profile: Path, stage: str, name: str = "") -> list[Node]:
     """A stage of a settings file for one of its names, or for all of them, which may be none.
 
@@ -247,21 +276,41 @@ def make_folders(settings: Params) -> None:
 # ---------------------------------------------------------------------------------------------
 # The same for DVC
 
+
+class Trial(Record):
+    """What an experiment of DVC writes in place of a registered version."""
+
+    trial: str
+    messages: list[str]
+
+
+def trial_name() -> str:
+    """The name of the experiment of DVC (`dvc exp run`) that this process is part of, or ""."""
+    return "" if os.environ.get(REGISTER_TRIALS) else os.environ.get("DVC_EXP_NAME", "")
+
+
+def register_nothing(trial: str, out: Path) -> Outcome:
+    """The stage `register` of an experiment, which is a trial: it leaves the registry alone."""
+    remedy = f"after `dvc exp apply {trial}`, `fmn run` registers its model"
+    note = f"  the trial {trial} registers nothing; {remedy}; {REGISTER_TRIALS}=1 registers all"
+    content = Trial(trial=trial, messages=[note])
+    return run_stage(
+        "register", 0, out, lambda job: write_record(job.path, content),
+        reads={}, settings={"trial": trial}, summary=lambda _: content,
+    )  # fmt: skip
+
+
 _HEADER = """\
 # Written by `make dvc` from flows/graph.py; a test holds the two equal.
-# Commands name a stage of the settings and read them: no setting reaches a shell. Outputs persist,
-# so that a stage sees for itself that nothing changed. What a pinned source or a merge gives again
-# at once is not copied into the cache. Stages of which the settings ask for none compute nothing.
+# Commands name a stage of the settings and read them: no setting reaches a shell. What floats is
+# looked at by the stage settings, which always runs. The results of one task come back from DVC's
+# cache with settings of before; others persist, so that a stage sees for itself what is there. What
+# a pinned source or a merge gives again at once is not copied into the cache. Stages of which the
+# settings ask for none compute nothing.
 """
 _PLOTS = """\
-metrics: ['${work}/report/results.json']
-plots:
-- ${work}/report/pictures
-- scores:
-    template: bar_horizontal
-    x: {'${work}/report/scores.csv': score}
-    y: {'${work}/report/scores.csv': scored}
-    title: scores, %
+metrics: ['${work}/report/metrics.json']
+plots: ['${work}/report/pictures']
 """
 
 
@@ -273,6 +322,12 @@ SECTIONS = {
     "grams": ["gram", "merge", "baselines", "experts"],
     "model": ["calibrate", "realign"],
 }
+PINS = {
+    "fetch-base": "pins.base",
+    "fetch": "pins.sources.{name}",
+    "data": "pins.data.{name}",
+}
+"""What of the stage settings says where floating sources stand now."""
 """The sections that a property of the settings comes from."""
 
 
@@ -313,6 +368,8 @@ def _dvc_stage(rows: Sequence[Row], settings_file: str) -> dict[str, Any]:
     fill = partial(str.format, name=name) if name else _folder
     sections, paths, versions = list[str](), list[str](), dict[str, list[str]]()
     for row in rows:
+        if row.name in PINS:
+            sections.append(PINS[row.name].format(name=name))
         for section in _sections(row, name).values():
             top = section.partition(".")[0]
             sections += SECTIONS.get(top, [section.removesuffix(".")])
@@ -325,8 +382,6 @@ def _dvc_stage(rows: Sequence[Row], settings_file: str) -> dict[str, Any]:
         versions.setdefault(module, []).append(row.function.__name__.upper())
     commands = [f"fmn stage {row.name} {name}".strip() for row in rows]
     body: dict[str, Any] = {"cmd": commands if len(commands) > 1 else commands[0]}
-    if first.name == "fetch":  # a source may float: every repro looks where it stands
-        body["always_changed"] = True
     out = fill(first.out) if name or first.names == ONCE else first.out.partition("/")[0]
     if deps := _outermost([out, *paths], "/")[1:]:
         body["deps"] = [f"${{work}}/{path}" for path in deps]
@@ -334,7 +389,9 @@ def _dvc_stage(rows: Sequence[Row], settings_file: str) -> dict[str, Any]:
     body["params"] = [{settings_file: _outermost(sections, ".")}, *modules]
     outs = [out, f"{out}.fmn.json"] if Path(out).suffix else [out]
     is_cached = first.function not in (fetch, merge, register)
-    body["outs"] = _dvc_outs([f"${{work}}/{path}" for path in outs], is_cached)
+    # DVC takes back from its cache only what does not persist.
+    is_own = is_cached and bool(name)
+    body["outs"] = _dvc_outs([f"${{work}}/{path}" for path in outs], is_cached, not is_own)
     return {"foreach": f"${{{first.names}}}", "do": body} if name else body
 
 
@@ -349,6 +406,8 @@ def _outermost(paths: Iterable[str], separator: str) -> list[str]:
     return [path for path in listed if not any(path.startswith(p + separator) for p in listed)]
 
 
-def _dvc_outs(paths: Iterable[str], is_cached: bool) -> list[Any]:
-    options = {"persist": True} if is_cached else {"persist": True, "cache": False}
-    return [{path: dict(options)} for path in paths]  # copies, so that YAML has no anchors
+def _dvc_outs(paths: Iterable[str], is_cached: bool, persists: bool = True) -> list[Any]:
+    options = {"persist": True} if persists else {}
+    options |= {} if is_cached else {"cache": False}
+    # Copies, so that YAML has no anchors.
+    return [{path: dict(options)} if options else path for path in paths]

@@ -7,19 +7,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 from uuid import UUID
 
 import httpx
 from prefect import artifacts
+from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
 from fmn.errors import causes
-from fmn.report import results as report
-from fmn.store.stage import Progress
+from fmn.registry.stages import Registered
+from fmn.report import results
+from fmn.report.stages import ReportInfo
+from fmn.store.stage import Outcome, Progress
 from fmn.terminal import complain
 
 LONG = 10.0  # seconds after which a stage gets a progress page
@@ -58,24 +60,53 @@ def progress_page(title: str) -> Iterator[Progress]:
         _publish(artifacts.update_progress_artifact, page, 100.0)
 
 
-def show_results(
-    header: Sequence[str], body: Sequence[Sequence[str]], verdict: Sequence[str] = ()
+def show_summary(
+    profile: str, report: ReportInfo, version: Registered, computed: Sequence[Outcome[Any]]
 ) -> None:
-    """Show the table of results of this flow run, and what to make of it."""
-    lines = "".join(f"- {report.escaped(line)}\n" for line in verdict)
-    text = f"{report.markdown(header, body)}\n{lines}"
-    _publish(artifacts.create_markdown_artifact, text, _key("results", flow_run.name))
+    """Show what came out of a run on a page: verdict, table, legend, links, and what it computed.
 
-
-def show_links(store: str, run: str, model: str, version: str, report_file: Path) -> None:
-    """Show links to the MLflow run (its id) in a tracking store, the version and the report."""
-    mlflow = store.rstrip("/") if store.startswith("http") else MLFLOW
+    Args:
+        profile: the settings file; the pages of its runs stand in a row.
+        report: its table and what to make of it.
+        version: what is registered.
+        computed: the stages that were not up to date.
+    """
+    mlflow = version.store.rstrip("/") if version.store.startswith("http") else MLFLOW
+    links = [
+        f"[version {version.version} of {version.name}]"
+        f"({mlflow}/#/models/{quote(version.name)}/versions/{version.version})",
+        f"[its run]({mlflow}/#/runs/{version.run})",
+        f"[the report, among the run's artifacts]({mlflow}/#/runs/{version.run}/artifacts)",
+    ]
+    where = "" if version.store.startswith("http") else " (`make mlflow` serves these pages)"
+    costs = [
+        [outcome.stage, outcome.out.stem, f"{outcome.seconds:.1f}"]
+        for outcome in sorted(computed, key=lambda each: -each.seconds)
+    ]
+    table = f"\n## Computed\n\n{results.markdown(['stage', 'of', 'seconds'], costs)}"
     text = (
-        f"- [MLflow run]({mlflow}/#/runs/{run})\n"
-        f"- [{model} {version}]({mlflow}/#/models/{quote(model)}/versions/{version})\n"
-        f"- [report]({report_file.resolve().as_uri()})\n\n`make mlflow` serves local pages"
+        f"{_tables(report)}\n{' · '.join(links)}{where}\n\n{version.alias or 'registered'}:"
+        f" {results.escaped(version.reason)}\n{table if costs else ''}"
     )
-    _publish(artifacts.create_markdown_artifact, text, _key("links", flow_run.name))
+    _publish(artifacts.create_markdown_artifact, text, _key("summary", profile))
+
+
+def show_tables(title: str, tables: ReportInfo) -> None:
+    """Show the tables of a comparison on a page."""
+    _publish(artifacts.create_markdown_artifact, _tables(tables), _key("summary", title))
+
+
+def _tables(report: ReportInfo) -> str:
+    """Verdict, table and legend in Markdown."""
+    verdict = "\n\n".join(results.escaped(line) for line in report.verdict)
+    legend = "\n".join(f"- {results.escaped(line)}" for line in report.notes)
+    return f"{verdict}\n\n{results.markdown(report.header, report.body)}\n{legend}\n"
+
+
+def name_run(name: str) -> None:
+    """Name this flow run by its outcome, in place of its settings file."""
+    with get_client(sync_client=True) as client:
+        _publish(lambda: client.update_flow_run(UUID(str(flow_run.id)), name=name))
 
 
 def _key(*words: str) -> str:

@@ -6,7 +6,9 @@ that an earlier run, the command line or DVC has done.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,24 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture, wait
+from prefect.settings import PREFECT_API_URL
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 
 from flows import cluster, dvc, graph, notices, pages, workers
+from flows.clock import Clock
 from flows.graph import Node
 from flows.pages import server_answers
-from flows.workers import TransientError, one_line
+from flows.workers import TransientError, is_transient, one_line
 from fmn import params
 from fmn.errors import UserError
-from fmn.store.stage import Outcome
-from fmn.terminal import progress_bar, say, show_table
+from fmn.params import Params
+from fmn.store.stage import Outcome, only_current
+from fmn.store.yaml_file import line_of
+from fmn.terminal import progress_bar, say, show_table, status_line
 
 Outcomes = dict[tuple[str, str], Outcome[Any]]  # by stage and name
+_LOOKS = 8  # sources that are looked at side by side
 RUNNER: Any = ThreadPoolTaskRunner(max_workers=workers.count())
 
 
@@ -45,8 +52,8 @@ def _is_transient(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> boo
     retry_delay_seconds=exponential_backoff(5),
     retry_condition_fn=_is_transient,
 )
-def run_node(node: Node) -> Outcome[Any]:
-    """Run one stage; say what it did in the task's log and on the terminal."""
+def run_node(node: Node, clock: Clock | None = None) -> Outcome[Any]:
+    """Run one stage; say what it did in the task's log and, if it computed, on the terminal."""
     on_cluster = cluster.takes(node.function)
     with progress_bar(node.title) as bar, pages.progress_page(node.title) as page:
 
@@ -58,15 +65,22 @@ def run_node(node: Node) -> Outcome[Any]:
         outcome = run(node.function, node.arguments, progress)
     seconds = f"{outcome.seconds:7.1f} s" if outcome.computed else "already there"
     line = f"{outcome.stage:<9} {node.name or node.stage:<12} {seconds}"
-    get_run_logger().info(line)
-    say(line)
-    messages = getattr(outcome.summary, "messages", ())  # of a fetched checkpoint
-    published = getattr(outcome.summary, "published", None)  # of a statistic
-    warnings = getattr(outcome.summary, "warnings", ())  # of a task's rows
-    for note in (*messages, *warnings, *([published] if published else [])):
+    progressed = clock.count(node, outcome) if clock else ""
+    get_run_logger().info(f"{line}   {progressed}".rstrip())
+    if outcome.computed:
+        say(f"{line}   {progressed}".rstrip())
+    for note in _notes(outcome):
         get_run_logger().warning(note)
         say(note)
     return outcome
+
+
+def _notes(outcome: Outcome[Any]) -> list[str]:
+    """What a user should know of a stage's inputs, whether or not it computed anything."""
+    messages = getattr(outcome.summary, "messages", ())  # of a fetched checkpoint
+    published = getattr(outcome.summary, "published", None)  # of a statistic
+    warnings = getattr(outcome.summary, "warnings", ())  # of a task's rows
+    return [*messages, *warnings, *([published] if published else [])]
 
 
 def tags(node: Node) -> set[str]:
@@ -86,15 +100,22 @@ def run_nodes(nodes: Sequence[Node]) -> Outcomes:
             that were evaluated; what finished is kept.
     """
     futures: dict[tuple[str, str], PrefectFuture[Outcome[Any]]] = {}
-    for node in nodes:
-        after = [futures[need.stage, need.name] for need in graph.needs(node, nodes)]
-        tagged = run_node.with_options(tags=tags(node))
-        futures[node.stage, node.name] = tagged.submit(node, wait_for=after, return_state=False)
-    try:
-        wait(list(futures.values()))
-    except BaseException:  # Ctrl-C, or Prefect ends the run
-        workers.end()
-        raise
+    with status_line("stages") as show:
+        clock = Clock(nodes, show)
+        for node in nodes:
+            after = [futures[need.stage, need.name] for need in graph.needs(node, nodes)]
+            tagged = run_node.with_options(tags=tags(node))
+            futures[node.stage, node.name] = tagged.submit(
+                node, clock, wait_for=after, return_state=False
+            )
+        try:
+            wait(list(futures.values()))
+        except BaseException:  # Ctrl-C, or Prefect ends the run
+            workers.end()
+            raise
+    if clock.up_to_date:
+        say(f"{clock.up_to_date} stages up to date" if clock.up_to_date > 1 else
+            "1 stage up to date")  # fmt: skip
     outcomes: Outcomes = {}
     failures: list[str] = []
     for (stage, name), future in futures.items():
@@ -116,6 +137,32 @@ def run_nodes(nodes: Sequence[Node]) -> Outcomes:
     return outcomes
 
 
+def check_sources(settings: params.Params, profile: Path) -> None:
+    """Look at every source and data set at once, before the first stage.
+
+    What may be better a little later is left to the stages, which try again.
+
+    Raises:
+        UserError: lists the settings that name what is not there.
+    """
+
+    def problem(setting: str, look: Callable[[], object]) -> str | None:
+        try:
+            look()
+        except UserError as error:
+            if is_transient(error):
+                return None
+            line = line_of(profile, setting.split("."))
+            place = f"{profile}:{line}" if line else str(profile)
+            return f"{place}: {setting}: {one_line(error)}"
+        return None
+
+    with ThreadPoolExecutor(_LOOKS) as pool:
+        problems = list(filter(None, pool.map(lambda each: problem(*each), graph.looks(settings))))
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+
+
 @flow(name="fmn", flow_run_name="{profile}", task_runner=RUNNER)
 def pipeline(profile: str = "params.yaml") -> Outcomes:
     """Fetch or fine-tune the experts, compute their Fisher, merge, evaluate and register.
@@ -132,15 +179,21 @@ def pipeline(profile: str = "params.yaml") -> Outcomes:
     path = Path(profile)
     with notices.failures_reported(path):
         settings = params.load(path)
+        check_sources(settings, path)
         with cluster.joined(settings):
             outcomes = run_nodes(graph.nodes(settings, path))
         graph.make_folders(settings)
         dvc.keep_in_step(path, [outcome.out for outcome in outcomes.values()])
         report, registered = outcomes["report", ""], outcomes["register", ""]
-        pages.show_results(report.summary.header, report.summary.body, report.summary.verdict)
         version = registered.summary
-        page = report.out / "report.html"
-        pages.show_links(version.store, version.run, version.name, version.version, page)
+        computed = [outcome for outcome in outcomes.values() if outcome.computed]
+        pages.show_summary(profile, report.summary, version, computed)
+        is_new = registered.computed
+        pages.name_run(
+            f"{profile}: version {version.version}: {version.alias or 'registered'}"
+            if is_new
+            else f"{profile}: {'nothing new to register' if computed else 'nothing changed'}"
+        )
         if registered.computed and version.alias == "champion":
             text = f"{version.name} {version.version} is the new champion: {version.reason}"
             notices.send(path, f"fmn: {text}")
@@ -151,8 +204,10 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     """Run the flow and print its table and where to look; what `fmn run` does."""
     started = time.monotonic()
     settings = params.load(profile)  # a mistake there is reported before Prefect starts
-    with server_answers():
-        outcomes: Outcomes = pipeline(str(profile))
+    outcomes: Outcomes | None = None if PREFECT_API_URL.value() else current(settings, profile)
+    if outcomes is None:
+        with server_answers():
+            outcomes = pipeline(str(profile))
     report, registered = outcomes["report", ""], outcomes["register", ""].summary
     computed = any(outcome.computed for outcome in outcomes.values())
     show_table(report.summary.header, report.summary.body)
@@ -162,12 +217,50 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
     say(f"model      {graph.model_folder(settings, settings.model)}")
     say(f"registry   models:/{registered.name}/{registered.version} in {registered.store}")
     say(f"{registered.alias:<10} {registered.reason}")
-    say(f"{time.monotonic() - started:.0f} s" + ("" if computed else ", nothing had changed"))
+    seconds = time.monotonic() - started
+    say(f"{seconds:.0f} s" + ("" if computed else ", nothing had changed"))
     return {
         **report.summary.model_dump(mode="json"),
         "registered": registered.model_dump(mode="json"),
         "computed": computed,
+        "seconds": round(seconds, 1),
+        "report": str(report.out / "report.html"),
+        "model": str(graph.model_folder(settings, settings.model)),
+        "stages": stages_json(outcomes),
     }
+
+
+def current(settings: Params, profile: Path) -> Outcomes | None:
+    """The outcomes of a run that has nothing to compute; None if a stage has, or fails.
+
+    No Prefect server and no other process has to start for that.
+    """
+    outcomes: Outcomes = {}
+    allowed = only_current.set(True)
+    try:
+        for node in graph.nodes(settings, profile):
+            outcomes[node.stage, node.name] = node.function(**node.arguments)
+    except Exception:  # the flow finds it too, reports it, and retries what may pass
+        return None
+    finally:
+        only_current.reset(allowed)
+    dvc.keep_in_step(profile, [outcome.out for outcome in outcomes.values()])
+    say(f"{len(outcomes)} stages up to date", *chain(*map(_notes, outcomes.values())))
+    return outcomes
+
+
+def stages_json(outcomes: Outcomes) -> list[dict[str, Any]]:
+    """What each stage of a run wrote, whether it computed that, and how long it took."""
+    return [
+        {
+            "stage": stage,
+            "name": name,
+            "out": str(outcome.out),
+            "computed": outcome.computed,
+            "seconds": round(outcome.seconds, 3),
+        }
+        for (stage, name), outcome in outcomes.items()
+    ]
 
 
 @flow(name="fmn-reproduce", flow_run_name="{profile}", task_runner=RUNNER)

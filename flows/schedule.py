@@ -59,6 +59,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _run() -> None:
+    say(f"starting   the server, whose pages come up at http://{HOST}:{PORT} in half a minute")
     running = {"server": _start("server")}
     _wait_for_server(running["server"])
     _prefect("work-pool", "create", "fmn", "--type", "process", "--overwrite")

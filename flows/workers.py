@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from fmn.environment import keep_freed_memory
 from fmn.errors import UserError, causes, redacted, system_error
 from fmn.store.stage import Outcome, Progress
 
@@ -148,6 +149,7 @@ def _start_process(counter: Any, must_end: Any, slot: int, parent: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
     else:
         os.environ["OMP_NUM_THREADS"] = os.environ.get("FMN_THREADS", "1")
+    keep_freed_memory()
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which calls `end`
 

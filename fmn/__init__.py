@@ -4,4 +4,9 @@ The weights are the Fisher information of mask nodes (Thennal D K, Nathan, Suchi
 LREC-COLING 2024).
 """
 
-__version__ = "0.1.0"
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("fmn")
+except PackageNotFoundError:  # a folder of code that is not installed
+    __version__ = "0+unknown"

@@ -7,7 +7,9 @@ fields are the options of that stage's command. Here they come together.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -22,16 +24,25 @@ from fmn.merge.methods import needs_of
 from fmn.merge.stages import CalibrateSettings, MergeSettings, RealignSettings
 from fmn.models.stages import FinetuneSettings
 from fmn.registry.stages import RegistrySettings
-from fmn.rows.sources import local_files
+from fmn.rows.sources import find_files, hub_name, local_files, pin
 from fmn.rows.stages import DataSettings
+from fmn.sources import origin
 from fmn.sources.stages import ArchitectureSettings, ExpertSource
 from fmn.store import artifacts
-from fmn.store.records import Settings
+from fmn.store.records import Settings, in_words
 from fmn.store.stage import Job, Outcome, run_stage
-from fmn.store.yaml_file import read_yaml
-from fmn.tasks.task import DEFINITION, TASKS, TaskSettings, task_folder, task_settings
+from fmn.store.yaml_file import line_of, read_yaml
+from fmn.tasks.dataset import HUB
+from fmn.tasks.task import (
+    DEFINITION,
+    TASKS,
+    DatasetSettings,
+    TaskSettings,
+    task_folder,
+    task_settings,
+)
 
-SETTINGS = 2  # version of the stage
+SETTINGS = 3  # version of the stage
 WEBHOOK = "FMN_WEBHOOK"  # environment variable of the webhook's address
 MERGED, CALIBRATED, REALIGNED = "merged", "calibrated", "realigned"
 BOUNDS = {
@@ -134,11 +145,11 @@ class Params(Settings):
         if self.runner == "dask":
             if self.address is None:
                 raise ValueError(
-                    "runner dask needs `address`, the scheduler's, such as tcp://host:8786"
+                    "runner: runner dask needs `address`, the scheduler's, such as tcp://host:8786"
                 )
             if self.storage is None or "://" not in self.storage:
                 raise ValueError(
-                    "runner dask needs `storage`, a URL such as s3://bucket/fmn or file:///mnt/fmn"
+                    "runner: runner dask needs `storage`, a URL such as s3://bucket/fmn or file:///mnt/fmn"
                 )
         return self
 
@@ -160,20 +171,28 @@ class Params(Settings):
                     f"{hint(name, [*self.tasks, *TASKS]).rstrip('?')}; describe it under `tasks:`"
                 )
             if (name in self.sources) == (name in self.finetune):
-                raise ValueError(f"task {name!r} must be under either `sources` or `finetune`")
-        rows = [
-            name
-            for comparison in self.compare.values()
-            if isinstance(comparison.rows, dict)
-            for name in comparison.rows
-        ]
-        coefficients = [name for merge in self.merges.values() for name in merge.coefficients]
-        for name in [*self.sources, *self.finetune, *self.gram, *coefficients, *rows]:
-            if name not in names:
                 raise ValueError(
-                    f"{name!r} is not one of experts.tasks ({', '.join(names)}){hint(name, names)}"
+                    f"experts.tasks: task {name!r} must be under either `sources` or `finetune`;"
+                    " move it"
+                )
+        for place, name in self._named_tasks():
+            if name not in names:
+                listed = ", ".join(names)
+                raise ValueError(
+                    f"{place}: {name!r} is not one of experts.tasks ({listed}){hint(name, names)}"
                 )
         return self
+
+    def _named_tasks(self) -> Iterator[tuple[str, str]]:
+        """The tasks that sections name, each with its place."""
+        for section in ("sources", "finetune", "gram"):
+            yield from ((f"{section}.{name}", name) for name in getattr(self, section))
+        merges = {f"baselines.{name}": each for name, each in self.baselines.items()}
+        for section, merge in {"merge": self.merge, **merges}.items():
+            yield from ((f"{section}.coefficient", name) for name in merge.coefficients)
+        for title, comparison in self.compare.items():
+            if isinstance(comparison.rows, dict):
+                yield from ((f"compare.{title}.rows", name) for name in comparison.rows)
 
     @property
     def merges(self) -> dict[str, MergeSettings]:
@@ -222,8 +241,8 @@ class Params(Settings):
     def _check_labels(self) -> "Params":
         if not self.labelled:
             raise ValueError(
-                "none of experts.tasks has labels, so no model can be scored; add a task with"
-                " labels, or use `fmn merge`, which needs none"
+                "experts.tasks: none of experts.tasks has labels, so no model can be scored;"
+                " add a task with labels, or use `fmn merge`, which needs none"
             )
         for name in self.experts.tasks:
             if name in self.labelled:
@@ -258,7 +277,11 @@ class Params(Settings):
             if name in (*TAKEN, *self.realign):
                 raise ValueError(f"baselines: {name!r} is another column's name; choose another")
         if clash := [name for name in (*self.baselines, *self.realign) if name in tasks]:
-            raise ValueError(f"{clash[0]!r} is a task and a model; give the model another name")
+            section = "baselines" if clash[0] in self.baselines else "realign"
+            raise ValueError(
+                f"{section}.{clash[0]}: {clash[0]!r} is a task and a model; give the model another"
+                " name"
+            )
         for comparison in self.compare.values():
             for members in comparison.sets:
                 unknown = [name for name in members.split("+") if name not in tasks]
@@ -271,13 +294,30 @@ class Params(Settings):
 
     @model_validator(mode="after")
     def _check_methods(self) -> "Params":
-        for merge in self.merges.values():
+        own = {"merge": self.merge} | {f"baselines.{n}": m for n, m in self.baselines.items()}
+        for place, merge in own.items():
             if needs_of(merge.method).fisher == "parameters":
                 raise ValueError(
-                    f"method {merge.method} is for `fmn merge` alone; choose another method for a"
-                    " pipeline"
+                    f"{place}.method: method {merge.method} is for `fmn merge` alone;"
+                    " choose another method for a pipeline"
                 )
         return self
+
+
+def project_of(path: Path) -> Path:
+    """The folder that the paths in a settings file are relative to.
+
+    It is the working folder, if the file lies in it or below it. Otherwise it is the file's own
+    folder; or the one above, if that is a project (with dvc.yaml or .git) and this is not. So the
+    same files are meant wherever a command is given.
+    """
+    file = Path(os.path.normpath(path.absolute()))
+    if file.is_relative_to(Path.cwd()):
+        return Path.cwd()
+    own, above = file.parents[:2]
+    marks = ("dvc.yaml", ".git")
+    is_project = [any((each / mark).exists() for mark in marks) for each in (own, above)]
+    return above if is_project == [False, True] else own
 
 
 def load(path: Path) -> Params:
@@ -286,14 +326,15 @@ def load(path: Path) -> Params:
     Raises:
         UserError: names the file, the setting and what is wrong with it.
     """
-    return validate(read_yaml(path), str(path))
+    return validate(read_yaml(path), str(path), partial(line_of, path))
 
 
 def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
     """Write the settings with every default filled in, as JSON.
 
-    Each task of the experts is there in full, GLUE's too, with the digests of the local files that
-    its rows come from. Secrets are left out, and so are the settings that only say where stages
+    Each task of the experts is there in full, GLUE's too, with the digests of the files that its
+    rows come from. Sources and data sets that may float stand beside it, with what they name now.
+    Secrets are left out, and so are the settings that only say where stages
     run.
 
     Args:
@@ -303,6 +344,7 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
     settings = load(params)
     content = settings.model_dump(mode="json", exclude={"notify", "runner", "address", "storage"})
     content["tasks"] = {name: _described(name, settings) for name in settings.experts.tasks}
+    content["pins"] = _pins(settings)
     text = redacted(json.dumps(content, indent=1))
 
     def compute(job: Job) -> None:
@@ -320,55 +362,102 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
 
 
 def _described(name: str, settings: Params) -> dict[str, Any]:
-    """A task as settings describe it, and the sha256 of every local file that its rows are in."""
+    """A task as settings describe it, and the sha256 of every file that its rows are in."""
     own = settings.tasks.get(name)
     if own and own.dataset:
-        files = local_files(own)
+        digests = {} if hub_name(own.dataset) else _file_digests(own)
     else:
         folder = task_folder(Path(settings.data.source), name)
         files = [*sorted(folder.glob("*.parquet")), folder / DEFINITION]
-    digests = {str(file): artifacts.digest_file(file) for file in files if file.is_file()}
+        digests = {str(file): artifacts.digest_file(file) for file in files if file.is_file()}
     definition = own or task_settings(name) or TaskSettings()
     return {**definition.model_dump(mode="json"), "files": digests}
 
 
-def validate(content: Any, place: str) -> Params:
-    """Settings from plain data; UserError names `place` and the setting."""
+def _file_digests(definition: TaskSettings) -> dict[str, str]:
+    """The sha256 of each file of a definition's rows, here or at a URL."""
+    digests = {str(file): artifacts.digest_file(file) for file in local_files(definition)}
+    if definition.dataset:
+        for split in find_files(definition.dataset).values():
+            digests |= {file.name: str(file.digest()) for file in split if file.local is None}
+    return digests
+
+
+def _pins(settings: Params) -> dict[str, Any]:
+    """What sources, and data sets on the Hub, stand for now.
+
+    Of a folder, these are its files, with the times of their last changes. What cannot be reached
+    is None: the stage that needs it says why.
+    """
+    sources = {name: each.source for name, each in settings.sources.items()}
+    data: dict[str, str | None] = dict.fromkeys(settings.experts.tasks)
+    for name in data:
+        own = settings.tasks.get(name)
+        rows = own.dataset if own else None
+        if rows is None and settings.data.source == "hub":
+            rows = DatasetSettings(path=HUB, revision=settings.data.revision)
+        if rows and (hub := hub_name(rows)):
+            with suppress(UserError):
+                data[name] = pin(rows, hub)
+    return {"base": _pin_of(settings.base), "sources": {n: _pin_of(s) for n, s in sources.items()},
+            "data": data}  # fmt: skip
+
+
+def _pin_of(source: str) -> dict[str, Any] | None:
+    with suppress(UserError):
+        files = {str(file): file.stat() for file in origin.folder_files(source)}
+        states = {name: [state.st_size, state.st_mtime_ns] for name, state in files.items()}
+        return {"source": origin.pin(source), "files": states}
+    return None
+
+
+def validate(
+    content: Any, place: str, line: Callable[[Sequence[str]], int | None] = lambda keys: None
+) -> Params:
+    """Settings from plain data; UserError names `place`, the line and the setting."""
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{place}: {explain(error, Params)}") from error
+        raise UserError(problems(error, place, line)[0]) from error
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem that a validation met, in one line."""
-    return problems(error, model)[0]
-
-
-def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Every problem that a validation met, a line each.
+def problems(
+    error: ValidationError, place: str, line: Callable[[Sequence[str]], int | None]
+) -> list[str]:
+    """Every problem of settings that a validation met, a line each.
 
     An unknown setting comes first, as it may be the reason that another is missing.
+
+    Args:
+        place: the settings file.
+        line: gives the line of a setting there, if it is known.
     """
     ordered = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    return list(dict.fromkeys(_problem(each, model) for each in ordered))
+    lines = []
+    for setting, message in map(_problem, ordered):
+        number = line(setting.split("."))
+        lines.append(": ".join(filter(None, (f"{place}:{number}" if number else place, setting,
+                                             message))))  # fmt: skip
+    return list(dict.fromkeys(lines))
 
 
-def _problem(problem: Any, model: type[BaseModel]) -> str:
-    path, known = _walk(model, [str(part) for part in problem["loc"]])
+def _problem(problem: Any) -> tuple[str, str]:
+    """A setting, or "" where several do not fit one another, and what is wrong with it."""
+    path, known, about = _walk(Params, [str(part) for part in problem["loc"]])
     setting = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        return f"{setting}: unknown setting{hint(path[-1], known)}"
+        near = hint(path[-1], known) or f"; known here are {', '.join(known)}"
+        return setting, f"unknown setting{near}"
     if problem["type"] == "missing":
-        return f"{setting}: missing"
-    if problem["type"] == "model_type":
-        return f"{setting}: must be a section of settings, NAME: VALUE".removeprefix(": ")
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{setting}: {message}" if setting else message
+        return setting, f"missing; add it: {about}" if about else "missing; add it"
+    message = in_words(problem)
+    if not setting and (match := re.match(r"([a-z]\w*(?:\.[\w-]+)*): (.*)", message)):
+        return match[1], match[2]  # a check of several settings names the first itself
+    return setting, message
 
 
-def _walk(kind: Any, place: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A place in the settings without what pydantic adds to it, and the names that are known there.
+def _walk(kind: Any, place: Sequence[str]) -> tuple[list[str], list[str], str]:
+    """A place in the settings without what pydantic adds to it; what is known there; what it is.
 
     Pydantic adds which type of several it tried, such as `int` of `int | str`.
     """
@@ -376,12 +465,13 @@ def _walk(kind: Any, place: Sequence[str]) -> tuple[list[str], list[str]]:
         kinds = [option for option in get_args(kind) if option is not type(None)]
         kind = kinds[0] if len(kinds) == 1 else None
     if not place or kind is None:
-        return [], []
+        return [], [], ""
     first, *rest = place
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         field = kind.model_fields.get(first)
-        path, known = _walk(field.annotation if field else None, rest)
-        return [first, *path], known or list(kind.model_fields)
+        path, known, about = _walk(field.annotation if field else None, rest)
+        own = field.description if field and not rest else None
+        return [first, *path], known or list(kind.model_fields), about or own or ""
     inner = get_args(kind)[-1] if get_origin(kind) in (dict, list) else None
-    path, known = _walk(inner, rest)
-    return [first, *path], known
+    path, known, about = _walk(inner, rest)
+    return [first, *path], known, about

@@ -1,8 +1,10 @@
 """What a person at a terminal sees: lines, tables, progress bars."""
 
+import codecs
 import os
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,9 @@ from rich.table import Table
 from fmn.errors import UserError, redacted
 
 _terminal: TextIO | None = None  # where our own messages go while standard error goes to a file
+_is_loading = False
+_LOADING = "loading ..."
+_PLAIN = str.maketrans({"±": "+-", "−": "-", "–": "-", "—": "-", "…": "...", "×": "x", "≤": "<="})
 
 
 def errors() -> TextIO:
@@ -45,20 +50,56 @@ def only_ours(log: Path) -> Iterator[None]:
         raise
 
 
+def plain_characters() -> None:
+    """Let standard output and error write what their encoding lacks in characters that it has."""
+    codecs.register_error("fmn.plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "")
+        if encoding != "utf8" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="fmn.plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end].translate(_PLAIN)
+    plain = unicodedata.normalize("NFKD", lacking).encode("ascii", "ignore").decode()
+    return plain or "?", error.end
+
+
+def loading() -> None:
+    """Show on a terminal that libraries are loaded, until something else is printed."""
+    global _is_loading
+    if not _is_loading and errors().isatty():
+        _is_loading = True
+        print(_LOADING, end="", file=errors(), flush=True)
+
+
+def loaded() -> None:
+    """Remove what `loading` shows; called before anything else is printed."""
+    global _is_loading
+    if _is_loading:
+        _is_loading = False
+        print("\r" + " " * len(_LOADING) + "\r", end="", file=errors(), flush=True)
+
+
 def complain(message: str) -> None:
     """Say what went wrong, in one line."""
+    loaded()
     print(f"fmn: {redacted(message)}", file=errors(), flush=True)
 
 
 def say(*lines: object, wrap: bool = False) -> None:
     """Print lines as they are, without colouring them; `wrap`: sentences, at the terminal's end."""
-    console = Console(highlight=False, soft_wrap=not wrap, markup=False)
+    loaded()
+    console = Console(highlight=False, soft_wrap=not wrap, markup=False, emoji=False)
     for line in lines:
         console.print(line)
 
 
 def show_table(header: Sequence[str], body: Sequence[Sequence[str]], words: int = 1) -> None:
     """Print a table; the first columns, `words` of them, are text, the others numbers."""
+    loaded()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number < words else "right")
@@ -66,7 +107,8 @@ def show_table(header: Sequence[str], body: Sequence[Sequence[str]], words: int 
         table.add_row(*row)
     # A narrow terminal wraps the lines, which reads better than wrapped cells.
     natural = Console(width=10_000).measure(table).maximum
-    Console(highlight=False, soft_wrap=True, markup=False, width=natural).print(table)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=natural)
+    console.print(table)
 
 
 _bars = Progress(console=Console(stderr=True), transient=True)
@@ -76,14 +118,28 @@ _changing = threading.Lock()
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar, if there is a terminal; yields a function that takes (done, total)."""
+    with _bar(title) as update:
+        yield lambda done, total: update(completed=done, total=total)
+
+
+@contextmanager
+def status_line(title: str) -> Iterator[Callable[[str], None]]:
+    """A line below the others, if there is a terminal; yields a function that changes its text."""
+    with _bar(title) as update:
+        yield lambda text: update(description=text)
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[..., None]]:
     if not _bars.console.is_terminal:
-        yield lambda done, total: None
+        yield lambda **changes: None
         return
     with _changing:
+        loaded()
         task = _bars.add_task(title, total=None)
         _bars.start()
     try:
-        yield lambda done, total: _bars.update(task, completed=done, total=total)
+        yield lambda **changes: _bars.update(task, **changes)
     finally:
         with _changing:
             _bars.remove_task(task)

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +28,22 @@ from tests.hub_server import Hub
 from tests.projects import FMN, environment, fine_tune_elsewhere
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"bash", "yaml", "csv", "json", "python", "text"}
+LANGUAGES = {"bash", "yaml", "csv", "json", "python", "text", "mermaid"}
 # Commands of the pages that no test runs. What they say of `fmn` is checked all the same.
 NOT_RUN = {
-    *("make", "docker", "kubectl", "prefect", "pip", "dask", "dvc", "mlflow", "curl"),
+    *(
+        "make",
+        "docker",
+        "kubectl",
+        "prefect",
+        "pip",
+        "dask",
+        "dvc",
+        "mlflow",
+        "curl",
+        "mkdir",
+        "cd",
+    ),
     "CUDA_VISIBLE_DEVICES=0",
 }
 REMOTE = {"paws", "web", "bucket"}  # tasks whose rows are on no disk
@@ -42,7 +55,11 @@ SORTS = {
     "rating": REGRESSION,
     "people": SINGLE,
 }
-RUN = ("README.md", "docs/tasks.md")  # the pages whose examples are run from top to bottom
+RUN = (
+    "README.md",
+    "docs/steps.md",
+    "docs/tasks.md",
+)  # the pages whose examples are run from top to bottom
 REPEATS = 20  # a page shows a few rows of a file, and the test writes each so many times
 
 
@@ -270,7 +287,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = target.partition("#")
         path = page.parent / name if name else page
         assert path.exists(), target
-        if anchor:
+        if anchor and not anchor.startswith("only-"):  # of light or dark pages
             headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w-]", "", x.lower().replace(" ", "-")) for x in headings]
 
@@ -286,6 +303,16 @@ def test_the_tests_that_promises_name_exist() -> None:
         source = (ROOT / "tests" / file).read_text()
         assert not name or f"def {name}(" in source, f"{file}::{name}"
     assert len({name for _, name in names}) > 30
+
+
+def test_every_direct_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    extras = project["optional-dependencies"].values()
+    for requirement in [*project["dependencies"], *(each for extra in extras for each in extra)]:
+        name = re.match(r"[\w-]+", requirement)
+        assert name, requirement
+        assert re.search(rf"^\|.*\b{name[0]}\b.*\|$", page, re.MULTILINE), name[0]
 
 
 def test_the_layout_names_every_file() -> None:
@@ -341,11 +368,13 @@ def fill_hub(hub: Hub, folder: Path, base: Path) -> None:
             pq.write_table(rows.slice(0, 64), path)
             glue[f"{task}/{path.name}"] = path
     hub.add("datasets", "nyu-mll/glue", glue)
-    names = ("not_equivalent", "equivalent")
-    sentences = pq.read_table(folder / "mrpc" / "train-00000-of-00001.parquet").to_pylist()
-    texts = [(f"{x['sentence1']} {x['sentence2']}", names[x["label"]]) for x in sentences]
-    fine_tune_elsewhere(base, folder / "expert", names, texts)
-    hub.add("models", "textattack/bert-base-uncased-MRPC", folder / "expert")
+    labels = {"mrpc": ("not_equivalent", "equivalent"), "rte": ("entailment", "not_entailment")}
+    for task, names in labels.items():
+        rows = pq.read_table(folder / task / "train-00000-of-00001.parquet").to_pylist()
+        texts = [(f"{x['sentence1']} {x['sentence2']}", names[x["label"]]) for x in rows]
+        fine_tune_elsewhere(base, folder / "experts" / task, names, texts)
+        name = f"textattack/bert-base-uncased-{task.upper()}"
+        hub.add("models", name, folder / "experts" / task)
     paws = "sentence1,sentence2,label\n" + "a cat,the cat,1\na cat,a dog,0\n" * REPEATS
     paws_files = {f"labeled_final/{split}.csv": paws.encode() for split in ("train", "validation")}
     hub.add("datasets", "google-research-datasets/paws", paws_files)

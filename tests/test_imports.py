@@ -21,7 +21,14 @@ LAYERS = (
     *(("fmn.store",), ("fmn.tasks",), ("fmn.rows",), ("fmn.models",), ("fmn.sources",)),
     *(("fmn.fisher",), ("fmn.merge",)),
     *(("fmn.evaluate",), ("fmn.experiments",), ("fmn.report",), ("fmn.registry",)),
-    *(("fmn.params",), ("fmn.setup",), ("flows",), ("fmn.cli",), ("fmn.__main__",)),
+    *(
+        ("fmn.params",),
+        ("fmn.setup",),
+        ("flows",),
+        ("fmn.commands",),
+        ("fmn.cli",),
+        ("fmn.__main__",),
+    ),
 )
 PURE = ("fisher/mask_nodes", "fisher/architectures", "merge/rules")
 ROOMS = sorted(path for path in (ROOT / "fmn").iterdir() if (path / "__init__.py").is_file())

@@ -92,7 +92,7 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
             for name in ("base", "average", "merged", "calibrated", "realigned", "expert", "mean")
         ),
         ("baselines: {mrpc: {}}", "'mrpc' is a task and a model"),
-        ("calibrate: {texts: 0}", "calibrate.texts: Input should be greater"),
+        ("calibrate: {texts: 0}", "calibrate.texts: must be 1 or more, not 0"),
         ("calibrate: {ridges: 1}", "calibrate.ridges: unknown setting; did you mean 'ridge'"),
         ("merge: {coefficient: [mrpc=x]}", "'x'"),
         ("merge: {coefficient: [mrpc=nan]}", "mrpc=nan: not a finite number"),
@@ -117,7 +117,7 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ),
         ("tasks: {a: {dataset: {path: x, splits: {trian: y}}}}", "did you mean 'train'?"),
         ("tasks: {a: {dataset: {name: x}}}", "tasks.a.dataset.path: missing"),
-        ("tasks: {a: {labels: 3}}", "tasks.a.labels: Input should be a valid list"),
+        ("tasks: {a: {labels: 3}}", "tasks.a.labels: must be a list, [A, B], not 3"),
         ("tasks: {a: reviews.csv}", "tasks.a: must be a section of settings, NAME: VALUE"),
         ("tasks: {a/b: {}}", "tasks: 'a/b' must be of letters, digits, underscores and dashes"),
         ("tasks: {-a: {}}", "tasks: '-a' must be of letters"),
@@ -152,7 +152,7 @@ def test_a_mistake_is_one_line_that_names_file_and_setting(
             "no task 'mrcp' in `tasks`, and GLUE has none; did you mean 'mrpc'; describe it under",
         ),
         ("[sst2, mrpc]", "[sst2, sst2, mrpc]", "twice"),
-        ("[sst2, mrpc]", "[]", "experts.tasks: List should have at least 1 item"),
+        ("[sst2, mrpc]", "[]", "experts.tasks: must be a list of at least 1, not"),
         ("[sst2, mrpc]", "[sst2, mrpc, rte]", "'rte' must be under either"),
         ("[sst2, mrpc]", "[sst2]", "'mrpc' is not one of experts.tasks"),
         ("registry: {name: demo}", "registry: {name: ../demo}", "registry.name"),
@@ -217,6 +217,80 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         params.load(tmp_path / "none.yaml")
 
 
+MISTAKES = {
+    "a word for a number": (
+        "fisher: {samples: many}",
+        "fisher.samples: must be a whole number, not 'many'",
+    ),
+    "a misspelt choice": (
+        "evaluate: {dtype: bfloat61}",
+        "evaluate.dtype: must be one of 'auto', 'float32', 'bfloat16' or 'float64', not 'bfloat61'"
+        "; did you mean 'bfloat16'?",
+    ),
+    "an unknown section": ("fishr: {}", "fishr: unknown setting; did you mean 'fisher'?"),
+    "an unknown entry": (
+        "calibrate:\n  texts: 9\n  ridges: 1",
+        "calibrate.ridges: unknown setting; did you mean 'ridge'?",
+    ),
+    "a value that is too small": (
+        "finetune:\n  mrpc:\n    epochs: -1",
+        "finetune.mrpc.epochs: must be above 0, not -1",
+    ),
+    "a text for a section": (
+        "evaluate: fast",
+        "evaluate: must be a section of settings, NAME: VALUE, not 'fast'",
+    ),
+    "a task that is not merged": (
+        "gram:\n  rte: {}",
+        "gram.rte: 'rte' is not one of experts.tasks (sst2, mrpc)",
+    ),
+    "a key twice": ("fisher: {}\nfisher: {}", 'not valid YAML: found duplicate key "fisher"'),
+    "an open bracket": (
+        "fisher: {seed: 0\nwork: x",
+        "not valid YAML: expected ',' or '}', but got ':' while parsing a flow mapping, which"
+        " begins on line 6; see that brackets, quotes and indents match",
+    ),
+    "a truth that is none": ("fisher: {stratified: maybe}", "must be true or false, not 'maybe'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_tells_file_line_setting_and_remedy(tmp_path: Path, name: str) -> None:
+    change, message = MISTAKES[name]
+    good = GOOD.replace("finetune: {mrpc: {epochs: 2}}\n", "") if "epochs" in change else GOOD
+    text = good.lstrip() + change + "\n"
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text)
+    lines = text.splitlines()
+    number = len(lines)  # the mistake is on the last line
+    assert str(error.value).startswith(f"{tmp_path}/params.yaml:{number}: ")
+    assert message in str(error.value)
+
+
+def test_what_is_missing_is_described(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, GOOD.replace("base: hf://org/base\n", ""))
+    expected = "base: missing; add it: the model that the experts were fine-tuned from"
+    assert str(error.value) == f"{tmp_path}/params.yaml: {expected}"
+
+
+def test_paths_are_relative_to_one_folder_wherever_a_command_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    for folder in ("sub", "params", "other"):
+        (project / folder).mkdir(parents=True)
+    monkeypatch.chdir(project)
+    assert params.project_of(Path("params.yaml")) == project
+    assert params.project_of(Path("params/study.yaml")) == project
+    monkeypatch.chdir(project / "sub")
+    assert params.project_of(Path("../params.yaml")) == project
+    assert params.project_of(Path("../params/study.yaml")) == project / "params", "no project"
+    (project / "dvc.yaml").touch()
+    assert params.project_of(Path("../params/study.yaml")) == project
+    assert params.project_of(project / "params.yaml") == project
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: (
@@ -245,7 +319,10 @@ def test_rows_of_a_comparison_are_one_number_or_one_per_task(
     assert [compare.rows_of(name) for name in ("sst2", "mrpc")] == expected
 
 
-def test_settings_are_written_with_their_defaults_and_without_secrets(tmp_path: Path) -> None:
+def test_settings_are_written_with_their_defaults_and_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     load(tmp_path, GOOD + "notify: {webhook: 'https://host/hook'}\n")
     out = tmp_path / "settings.json"
     assert params.write_settings(tmp_path / "params.yaml", out=out).computed
@@ -257,6 +334,7 @@ def test_settings_are_written_with_their_defaults_and_without_secrets(tmp_path: 
 def test_written_settings_tell_each_task_and_the_digests_of_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     rows, out = Path("reviews.csv"), Path("settings.json")
     folder = Path("glue/sst2/train.parquet")

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fmn.errors import UserError
 from fmn.fisher.runner import LINEAR, Runner, hooked, max_batch_tokens, prepared
 from fmn.models.checkpoints import names_in_base
-from fmn.models.devices import resolve_device, resolve_dtype
+from fmn.models.devices import places, resolve_device, resolve_dtype
 from fmn.tasks.batches import Batch, Examples, by_length, select
 
 
@@ -103,5 +103,5 @@ def _without_padding(read: Tensor, batch: Batch) -> Tensor:
     rows = read.flatten(0, -2)  # [B, T, n] -> [B * T, n]
     for name, mask in batch.inputs.items():  # of the encoder or the decoder, which differ in T
         if name.endswith("attention_mask") and read.shape[:-1] == mask.shape:
-            rows = rows[mask.bool().flatten().to(read.device)]
+            rows = rows[places(mask != 0, read.device)]
     return rows.to(torch.promote_types(rows.dtype, torch.float32))

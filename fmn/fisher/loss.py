@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from fmn.errors import UserError
-from fmn.fisher.runner import float_dtype, to_device
+from fmn.fisher.runner import float_dtype
+from fmn.models.devices import places, to_device
 from fmn.tasks.batches import IGNORED
 from fmn.tasks.task import LossName
 
@@ -59,9 +60,9 @@ class Loss:
             rows: [B], the examples' rows.
         """
         logits = logits.detach().to(float_dtype(logits.dtype))
-        labels = to_device(labels, logits.device, None)
         if self.problem_type == "tokens":
             return self._of_tokens(logits, labels, rows)
+        labels = to_device(labels, logits.device)
         if self.problem_type == "embedding":
             return [torch.special.ndtri(self._uniform(logits, rows, logits.shape[1]))]
         if self.problem_type == "multi_label_classification":
@@ -80,17 +81,19 @@ class Loss:
         return [p.scatter_add(1, labels.long()[:, None], -torch.ones_like(p[:, :1]))]
 
     def _of_tokens(self, logits: Tensor, labels: Tensor, rows: np.ndarray) -> Sequence[Tensor]:
-        is_labelled = labels != IGNORED  # [B, T]
+        answered = places(labels != IGNORED, logits.device)  # [M] of B * T
         is_sparse = logits.ndim == 2
-        p = (logits if is_sparse else logits[is_labelled]).softmax(-1)  # [M, C]
-        ids = labels[is_labelled]
+        flat = logits.flatten(0, -2)  # [M, C], or [B * T, C]
+        p = (flat if is_sparse else flat[answered]).softmax(-1)  # [M, C]
+        ids = to_device(labels[labels != IGNORED], logits.device)
         if self.estimator == "sampled":
-            uniform = self._uniform(logits, rows, labels.shape[1])[is_labelled][:, None]  # [M, 1]
+            draws = self._uniform(logits, rows, labels.shape[1])  # [B, T]
+            uniform = draws.flatten()[answered][:, None]  # [M, 1]
             ids = (p.cumsum(-1) < uniform).sum(-1).clamp(max=p.shape[-1] - 1)
         direction = p.scatter_add_(-1, ids[:, None], -torch.ones_like(p[:, :1]))
         if is_sparse:
             return [direction]
-        return [torch.zeros_like(logits).index_put_((is_labelled,), direction)]
+        return [torch.zeros_like(flat).index_put_((answered,), direction).view_as(logits)]
 
     def _of_many_labels(self, logits: Tensor, labels: Tensor, rows: np.ndarray) -> Sequence[Tensor]:
         p, rest = logits.sigmoid(), (-logits).sigmoid()  # rest: 1 - p, to its last digits

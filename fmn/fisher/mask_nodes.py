@@ -38,9 +38,8 @@ from fmn.fisher.runner import (
     max_batch_tokens,
     outputs_of,
     prepared,
-    to_device,
 )
-from fmn.models.devices import free_memory, resolve_device, resolve_dtype
+from fmn.models.devices import free_memory, resolve_device, resolve_dtype, to_device
 from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, halved, select
 from fmn.tasks.task import LossName
 
@@ -106,7 +105,7 @@ class PartialSums:
             batches = places // BATCH_SIZE
             sizes = np.minimum(BATCH_SIZE, chunk - batches * BATCH_SIZE)
             shares = (np.arange(len(self.pending))[:, None] == batches) / sizes  # of the mean loss
-            self.pending += to_device(torch.from_numpy(shares), terms.device, None) @ terms
+            self.pending += to_device(torch.from_numpy(shares), terms.device) @ terms
         else:
             total, squares = terms.sum(0), terms.square_().sum(0)
             self.total += total
@@ -254,7 +253,8 @@ def _mask_gradients(
         def add(gradient: Tensor) -> None:
             # [B, T, nodes * channels] -> [B, nodes * channels] -> [B, nodes]
             summed = (value * gradient).sum(1, dtype=gradients.dtype)
-            columns.add_(summed.view(-1, site.nodes, site.channels).sum(2))
+            of_nodes = summed.view(-1, site.nodes, site.channels).sum(2)
+            columns.add_(of_nodes.to(columns.device, non_blocking=True))  # of a layer elsewhere
 
         activation.register_hook(add)
         return (activation, *args[1:])
@@ -287,7 +287,8 @@ def _tokens_that_fit(run: _Run, examples: Examples) -> int:
         values += 3 * run.logits * float((labelled / np.maximum(lengths, 1)).max())
     for site in run.sites:
         is_neuron = site.site.node == "neuron"
-        values += site.nodes * (3 if is_neuron else 8 * site.channels + 2 * longest)
+        positions = 2 * longest if run.device.type == "cpu" else 0  # sdpa keeps no products
+        values += site.nodes * (3 if is_neuron else 8 * site.channels + positions)
     # For bfloat16 too: its activations are kept beside their casts.
     fitting = free_memory(run.device) / 2 / (float_dtype(run.dtype).itemsize * values)
     return min(1 << (max(int(fitting), 1).bit_length() - 1), max_batch_tokens(run.device))

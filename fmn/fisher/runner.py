@@ -12,8 +12,16 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fmn.fisher.architectures import mask_sites
 from fmn.models.checkpoints import names_in_base
-from fmn.models.devices import autocast
+from fmn.models.devices import (
+    autocast,
+    known_padding,
+    passing_on,
+    plain_float32,
+    spread,
+    to_device,
+)
 from fmn.models.predict import answered_only
 from fmn.tasks.batches import Batch, Examples
 
@@ -22,19 +30,12 @@ LINEAR = (nn.Linear, Conv1D)
 
 def max_batch_tokens(device: torch.device) -> int:
     """Tokens of a batch, padding included, beyond which batches are no faster."""
-    return 32768 if device.type == "cuda" else 2048
+    return 2048 if device.type == "cpu" else 32768
 
 
 def float_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of weights, sums and logits: only matrix products are in bfloat16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """The tensor on the device; the copy does not wait for the work that is queued there."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, dtype, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Runner:
             for name, tensor in batch.inputs.items()
         }
         computing = autocast(self.device, self.dtype)
-        with computing, answered_only(self.model, batch.labels):
+        known = known_padding(batch.inputs)
+        with computing, known, answered_only(self.model, batch.labels):
             logits: Tensor = functional_call(self.model, dict(self.tensors), (), inputs).logits
         return logits
 
@@ -98,14 +100,20 @@ def prepared(
     linear = {path: module for path, module in model.named_modules() if isinstance(module, LINEAR)}
     head = model.get_output_embeddings() if model.can_generate() else None
     encoder = {path for path in names_in_base(model, linear) if linear[path] is not head}
-    tensors = {}
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+    named = dict(chain(model.named_parameters(), model.named_buffers()))
+    kinds = {}
+    for name, tensor in named.items():
         is_narrow = dtype == torch.bfloat16 and name.rpartition(".")[0] in encoder
         floats = torch.bfloat16 if is_narrow else float_dtype(dtype)
-        kind = floats if tensor.is_floating_point() else tensor.dtype
-        tensors[name] = tensor.detach().to(device, kind)
+        kinds[name] = floats if tensor.is_floating_point() else tensor.dtype
+    where = _where(model, {n: t.numel() * kinds[n].itemsize for n, t in named.items()}, device)
+    tensors = {}
+    for name, tensor in named.items():
+        layer = next((path for path in where if name.startswith(f"{path}.")), "")
+        tensors[name] = tensor.detach().to(where.get(layer, device), kinds[name])
     config = model.config
     with ExitStack() as restored:
+        restored.enter_context(passing_on(model, where, device))
         for module in model.modules():
             _set(restored, module, "training", False)
         # The backward pass of sdpa is slow on a CPU: half the speed in bfloat16.
@@ -123,7 +131,18 @@ def prepared(
         for path in linear.keys() - encoder:
             forward = _without_autocast(linear[path].forward, device)
             _set(restored, linear[path], "forward", forward)
+        restored.enter_context(plain_float32())
         yield Runner(model, tensors, device, dtype)
+
+
+def _where(
+    model: PreTrainedModel, sizes: Mapping[str, int], device: torch.device
+) -> dict[str, torch.device]:
+    """Where layers lie, if not on `device`; `sizes` are the bytes of tensors by name."""
+    layers = {site.layer: 0 for site in mask_sites(model)} if device.type == "cuda" else {}
+    for path in layers:
+        layers[path] = sum(size for name, size in sizes.items() if name.startswith(f"{path}."))
+    return spread(layers, sum(sizes.values()) - sum(layers.values()), device)
 
 
 def _set(restored: ExitStack, target: object, name: str, value: object) -> None:
@@ -139,7 +158,7 @@ def _without_autocast(forward: Callable[..., Any], device: torch.device) -> Call
     """A module's forward in the dtype of its weights."""
 
     def in_float(activation: Tensor) -> Any:
-        with torch.autocast(device.type, enabled=False):
+        with autocast(device, torch.float32):
             is_narrow = activation.dtype == torch.bfloat16
             return forward(activation.float() if is_narrow else activation)
 

@@ -305,7 +305,11 @@ def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
     from fmn.models.devices import resolve_device
 
     checkpoint, task, data, settings, progress = inputs
-    expert = labels.load_expert(checkpoint, task, data, settings.device)
+    device = resolve_device(settings.device)
+    # A float32 copy of a narrow model would take twice its memory, but where it is computed with.
+    is_narrow = device.type != "cpu" or sample.metadata["dtype"] == "bfloat16"
+    dtype = checkpoints.stored_dtype(checkpoint) if is_narrow else None
+    expert = labels.load_expert(checkpoint, task, data, settings.device, dtype)
     arguments = {
         **inputs.options,
         "seed": settings.seed,
@@ -313,7 +317,7 @@ def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
         "model": expert.model,
         "examples": encode(expert.processor, expert.task, sample.table, rows=sample.rows),
         "samples": None if settings.samples == "all" else settings.samples,
-        "device": str(resolve_device(settings.device)),
+        "device": str(device),
         "progress": progress,
     }
     if inputs.options:  # a loss is differentiated

@@ -161,7 +161,8 @@ def calibrated_encoder(
             batches = [(b, _on(target, b)) for b in by_length(examples[task], tokens=tokens)]
             weights, shares = None, dict[Key, Tensor]()
             if settings.target == "outputs":
-                weights, shares = _weights(expert, own, batches, node_rows, generator)
+                start = 0 if last is None else len(layers) - last
+                weights, shares = _weights(expert, own, start, batches, node_rows, generator)
             with torch.no_grad():
                 in_merged = [_before_layers(merged, layers, inputs) for _, inputs in batches]
                 in_own = [_before_layers(expert.base_model, own, inputs) for _, inputs in batches]
@@ -255,11 +256,15 @@ def _node_rows(model: PreTrainedModel, paths: Sequence[str]) -> dict[Key, int]:
 def _weights(
     expert: PreTrainedModel,
     layers: Sequence[nn.Module],
+    start: int,
     batches: Sequence[tuple[Batch, Mapping[str, Tensor]]],
     node_rows: Mapping[Key, int],
     generator: torch.Generator,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Tensor]]:
-    """g_t of every token by batch, and d_j of every node, both by map; at least float32."""
+    """g_t of every token by batch, and d_j of every node, both by map; at least float32.
+
+    Only for the layers from number `start` on, where the backward pass then ends.
+    """
     of_logits: list[Tensor] = []
     of_squares: list[Tensor] = []
     count = 0
@@ -268,8 +273,8 @@ def _weights(
     for batch, inputs in batches:
         outputs: dict[Key, Tensor] = {}
         with ExitStack() as hooks, answered_only(expert, batch.labels):
-            for number, layer in enumerate(layers):
-                for name, module in _maps(layer).items():
+            for number in range(start, len(layers)):
+                for name, module in _maps(layers[number]).items():
                     hook = _store(outputs, (number, name), _is_token(inputs))
                     hooks.callback(module.register_forward_hook(hook).remove)
             z = _wide(expert(**inputs).logits)  # [B, C]; of generated text [M, C]

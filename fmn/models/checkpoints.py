@@ -27,6 +27,7 @@ from fmn.tasks.kinds import KINDS, KindName, kind_of_class
 from fmn.tasks.task import Task, read_task
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -759,10 +760,24 @@ def _decoder_start(folder: Path, config: "PretrainedConfig") -> int:
     return start
 
 
-def load_model(folder: Path, kind: KindName | None = None) -> "PreTrainedModel":
-    """The model in a checkpoint folder, in float32 and evaluation mode.
+def stored_dtype(folder: Path) -> "torch.dtype":
+    """The narrow dtype that all of a checkpoint's tensors are stored in; else float32."""
+    import torch
+
+    dtypes = {header.dtype for header in tensor_headers(folder).values()}
+    narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
+    return narrow.get(dtypes.pop(), torch.float32) if len(dtypes) == 1 else torch.float32
+
+
+def load_model(
+    folder: Path, kind: KindName | None = None, dtype: "torch.dtype | None" = None
+) -> "PreTrainedModel":
+    """The model in a checkpoint folder, in evaluation mode.
 
     An embedding model is a `fmn.models.embedding.SentenceEncoder`, whose "logits" are embeddings.
+
+    Args:
+        dtype: of its tensors; default: float32.
 
     Raises:
         UserError: the folder lacks a weight that the model needs, or cannot be loaded.
@@ -770,7 +785,7 @@ def load_model(folder: Path, kind: KindName | None = None) -> "PreTrainedModel":
     config = load_config(folder)
     kind = kind or kind_in(folder, config)
     check_tensors(folder, config, head=True, kind=kind)
-    model = load_weights(folder, config, kind)
+    model = load_weights(folder, config, kind, dtype=dtype)
     if kind == "sentence-similarity":
         from fmn.models.embedding import sentence_encoder
 
@@ -779,7 +794,11 @@ def load_model(folder: Path, kind: KindName | None = None) -> "PreTrainedModel":
 
 
 def load_weights(
-    folder: Path, config: "PretrainedConfig", kind: KindName, **options: Any
+    folder: Path,
+    config: "PretrainedConfig",
+    kind: KindName,
+    dtype: "torch.dtype | None" = None,
+    **options: Any,
 ) -> "PreTrainedModel":
     """The model of a kind that a configuration describes, with the folder's weights; unchecked."""
     import torch
@@ -793,7 +812,7 @@ def load_weights(
     try:
         with quiet():
             model: PreTrainedModel = auto.from_pretrained(
-                folder, config=config, dtype=torch.float32, **options
+                folder, config=config, dtype=dtype or torch.float32, **options
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder}: cannot be loaded: {first_words(error)}") from error

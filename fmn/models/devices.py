@@ -1,16 +1,30 @@
-"""Where to compute and in which dtype: one rule for fine-tuning, Fisher and evaluation."""
+"""Where to compute and in which dtype: one rule for fine-tuning, statistics and evaluation.
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+- "float32" is float32: no TF32, which rounds the factors of products to 11 bits. Otherwise a GPU
+  would compute convolutions in it, and matrix products where a program around this one says so.
+- "bfloat16" is the dtype of matrix products alone; sums, normalisations and residuals are float32.
+- A CPU computes attention by plain matrix products, a GPU by PyTorch's fused kernels (sdpa).
+- Nothing waits for a GPU between two batches: what decides on the next step is known on the host.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import psutil
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel, masking_utils
 
 from fmn.errors import UserError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+WEIGHTS = 0.8  # of a GPU's free memory; a batch takes half of the rest
 
 
 def resolve_device(name: str) -> torch.device:
@@ -52,7 +66,8 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
     try:
         if device.type == "cpu" and attention == "sdpa":
             model.set_attn_implementation("eager")
-        yield
+        with plain_float32():
+            yield
     finally:
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
@@ -60,7 +75,75 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which a model that is `placed` computes in a dtype."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    kind = device.type if device.type in ("cpu", "cuda") else "cpu"  # others know no autocast
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+@contextmanager
+def plain_float32() -> Iterator[None]:
+    """Within it a GPU computes float32 in float32, whatever the program around it says."""
+    cuda, cudnn = torch.backends.cuda, cast(Any, torch.backends.cudnn)
+    backends = (cuda.matmul, cudnn.conv)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on the device; the copy does not wait for the work that is queued there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype, non_blocking=True)
+
+
+def places(mask: Tensor, device: torch.device) -> Tensor:
+    """Where a mask on the host is true, on the device: places in the flattened mask, int64 [N].
+
+    Indexing by a mask on the device would wait until the number of places is known there.
+    """
+    return to_device(mask.flatten().nonzero()[:, 0], device)
+
+
+_IS_PADDED: ContextVar[bool | None] = ContextVar("is_padded", default=None)
+
+
+@contextmanager
+def known_padding(inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it Transformers does not ask the device whether a batch has padding.
+
+    It asks in every forward pass, to leave out the mask where there is none, and waits for the
+    answer, and so for all the work that is queued on a GPU. The host knows it.
+
+    Args:
+        inputs: of a model, on the CPU.
+    """
+    _ask_the_host()
+    masks = [mask for name, mask in inputs.items() if name.endswith("attention_mask")]
+    token = _IS_PADDED.set(not all(bool(mask.all()) for mask in masks))
+    try:
+        yield
+    finally:
+        _IS_PADDED.reset(token)
+
+
+@cache
+def _ask_the_host() -> None:
+    def known(ask: Callable[..., bool]) -> Callable[..., bool]:
+        def is_needless(padding_mask: Tensor | None, *sizes: Any, **named: Any) -> bool:
+            is_padded = _IS_PADDED.get()
+            if is_padded is None:
+                return ask(padding_mask, *sizes, **named)
+            return not is_padded and ask(None, *sizes, **named)
+
+        return is_needless
+
+    for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa"):
+        setattr(masking_utils, name, known(getattr(masking_utils, name)))
 
 
 def _has_native_bfloat16(device: torch.device) -> bool:
@@ -71,10 +154,83 @@ def _has_native_bfloat16(device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; of a CPU, as the system and the container count."""
+    """Bytes that are free on a device; of a CPU, as the system and the container count.
+
+    What PyTorch holds of a GPU and does not use is free.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     free: int = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # the file is missing outside a container, or says "max"
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return free
+
+
+# ---------------------------------------------------------------------------------------------
+# A model on several GPUs, one after another
+
+
+def spread(layers: Mapping[str, int], rest: int, device: torch.device) -> dict[str, torch.device]:
+    """Where the layers of a model lie that does not fit on a GPU; empty where it fits, or on a CPU.
+
+    Args:
+        layers: bytes by path, in the order of computation.
+        rest: bytes of all else, which stays on `device`.
+
+    Raises:
+        UserError: it does not fit on all GPUs together.
+    """
+    total = rest + sum(layers.values())
+    if device.type != "cuda" or total <= WEIGHTS * free_memory(device):
+        return {}
+    others = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    devices = [device, *(each for each in others if each.index != (device.index or 0))]
+    free = [int(WEIGHTS * free_memory(each)) for each in devices]
+    return dict(zip(layers, (devices[n] for n in split(layers.values(), rest, free)), strict=True))
+
+
+def split(layers: Collection[int], rest: int, free: Sequence[int]) -> list[int]:
+    """The device of each layer by number, in rising order: each has its share of the free bytes.
+
+    >>> split([4, 4, 4, 4], 2, [10, 10])
+    [0, 0, 1, 1]
+    """
+    room = [max(free[0] - rest, 0), *free[1:]]
+    ends = np.cumsum(room) / max(sum(room), 1)
+    sizes = np.array(list(layers))
+    middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
+    numbers = np.minimum(np.searchsorted(ends, middles), len(free) - 1)
+    if (np.bincount(numbers, sizes, len(free)) > room).any():
+        needed, there = (f"{count / 1e9:.1f} GB" for count in (sizes.sum() + rest, sum(free)))
+        problem = f"the model takes {needed}, and the {len(free)} GPUs have room for {there}"
+        raise UserError(f"device: {problem}; use dtype bfloat16, more GPUs, or cpu")
+    return [int(number) for number in numbers]
+
+
+@contextmanager
+def passing_on(
+    model: PreTrainedModel, where: Mapping[str, torch.device], home: torch.device
+) -> Iterator[None]:
+    """Within it each layer reads its inputs on its own device; the last of a row gives to `home`.
+
+    Args:
+        where: devices by path of a layer.
+    """
+
+    def moved(values: Any, device: torch.device) -> Any:
+        return tree_map_only(Tensor, lambda tensor: to_device(tensor, device), values)
+
+    paths = list(where)
+    with ExitStack() as hooks:
+        for path, after in zip(paths, [*paths[1:], ""], strict=False):
+            layer, device = model.get_submodule(path), where[path]
+            is_last = path.rpartition(".")[0] != after.rpartition(".")[0]
+            hook = layer.register_forward_pre_hook(
+                lambda _, args, named, device=device: moved((args, named), device), with_kwargs=True
+            )
+            hooks.callback(hook.remove)
+            if is_last:
+                hook = layer.register_forward_hook(lambda _, __, output: moved(output, home))
+                hooks.callback(hook.remove)
+        yield

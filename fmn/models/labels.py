@@ -26,6 +26,7 @@ from fmn.tasks.encoding import encode
 from fmn.tasks.task import DEFINITION, TASKS, Columns, ColumnSettings, Task, read_task, write_task
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 ROWS, SEED = 512, 0  # at most so many rows of the training data are read, drawn by this seed
@@ -221,7 +222,13 @@ class Expert(NamedTuple):
     labels: Labels
 
 
-def load_expert(checkpoint: Path, task: Task, data: Path | None, device: str = "auto") -> Expert:
+def load_expert(
+    checkpoint: Path,
+    task: Task,
+    data: Path | None,
+    device: str = "auto",
+    dtype: "torch.dtype | None" = None,
+) -> Expert:
     """Load an expert for a task; raises as `decide` does.
 
     Args:
@@ -229,15 +236,16 @@ def load_expert(checkpoint: Path, task: Task, data: Path | None, device: str = "
         task: the definition beside the rows that it is to answer; the expert completes it.
         data: the folder of these rows, whose training split decides or checks the labels.
         device: where the model runs for that.
+        dtype: of its tensors; default: float32.
     """
     config = checkpoints.load_config(checkpoint)
     checkpoints.check_kind(checkpoint, config, task)
     task, processor = complete(task, config), checkpoints.load_processor(checkpoint, task.task)
     if not task.kind.has_head:
-        model = checkpoints.load_model(checkpoint, task.task)
+        model = checkpoints.load_model(checkpoint, task.task, dtype)
         return Expert(model, processor, task, _without_head(task, checkpoint))
     labels = decide(checkpoint, task, data, device=device)
-    model = checkpoints.load_model(checkpoint, task.task)
+    model = checkpoints.load_model(checkpoint, task.task, dtype)
     checkpoints.align_model(model, task, labels.order)
     return Expert(model, processor, task, labels)
 

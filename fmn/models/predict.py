@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.models.devices import (
+    autocast,
+    known_padding,
+    placed,
+    places,
+    resolve_device,
+    resolve_dtype,
+    to_device,
+)
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import IGNORED, Batch, Examples, by_length
 from fmn.tasks.task import Task
@@ -32,9 +40,9 @@ def answered_only(model: PreTrainedModel, labels: Tensor) -> Iterator[None]:
     """
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][is_answered.to(args[0].device)],)  # [B, T, n] -> [M, n]
+        answered = places(labels != IGNORED, args[0].device)
+        return (args[0].flatten(0, 1).index_select(0, answered),)  # [B, T, n] -> [M, n]
 
-    is_answered = labels != IGNORED
     outputs: Any = model.get_output_embeddings() if model.can_generate() else None
     # Before other hooks, which see what the map then reads.
     registered = outputs and outputs.register_forward_pre_hook(hook, prepend=True)
@@ -50,11 +58,11 @@ def token_scores(logits: Tensor, batch: Batch) -> Tensor:
     them are the model's first choice, [B, 3]; all of them are, if it generates the text greedily.
     """
     rows, columns = (batch.labels != IGNORED).nonzero(as_tuple=True)  # [M]
-    labels = batch.labels[rows, columns].to(logits.device)
+    labels = to_device(batch.labels[rows, columns], logits.device)
     losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     terms = torch.stack([losses, torch.ones_like(losses), logits.argmax(-1) == labels], 1)  # [M, 3]
     sums = torch.zeros(len(batch.rows), 3, dtype=torch.float64, device=terms.device)
-    return sums.index_add_(0, rows.to(terms.device), terms.double())
+    return sums.index_add_(0, to_device(rows, terms.device), terms.double())
 
 
 def tokens_at_once(model: PreTrainedModel, device: torch.device) -> int:
@@ -86,7 +94,7 @@ def predict(
     target = resolve_device(device)
     compute_dtype = resolve_dtype(dtype, target)
     model.eval()
-    logits: np.ndarray | None = None
+    outputs: list[tuple[np.ndarray, Tensor]] = []
     done = 0
     tokens = tokens_at_once(model, target)
     if reduce is None:
@@ -94,15 +102,18 @@ def predict(
     computing = autocast(target, compute_dtype)
     with placed(model, target, compute_dtype), torch.inference_mode(), computing:
         for batch in by_length(examples, tokens=tokens):
-            inputs = {name: value.to(target) for name, value in batch.inputs.items()}
-            with answered_only(model, batch.labels):
-                output = reduce(model(**inputs).logits, batch).float().cpu().numpy()
-            if logits is None:  # the first batch has the longest example
-                logits = np.zeros((len(examples), *output.shape[1:]), dtype=np.float32)
-            logits[batch.rows, : output.shape[1]] = output
+            inputs = {name: to_device(value, target) for name, value in batch.inputs.items()}
+            with known_padding(batch.inputs), answered_only(model, batch.labels):
+                outputs.append((batch.rows, reduce(model(**inputs).logits, batch).float()))
             done += len(batch.rows)
             progress(done, len(examples))
-    return np.zeros((0, model.config.num_labels), np.float32) if logits is None else logits
+    if not outputs:
+        return np.zeros((0, model.config.num_labels), np.float32)
+    # The first batch has the longest example. A GPU is not waited for before the last one.
+    logits = np.zeros((len(examples), *outputs[0][1].shape[1:]), dtype=np.float32)
+    for rows, output in outputs:
+        logits[rows, : output.shape[1]] = output.cpu().numpy()
+    return logits
 
 
 def complete(

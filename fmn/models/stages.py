@@ -1,9 +1,9 @@
 """The stage that fine-tunes an expert; and `predict`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -76,6 +76,14 @@ class Completion(Record):
     """A generated text."""
 
     text: str
+
+
+class Input(NamedTuple):
+    """What `predict` answers: a text, a pair of texts, or the file of an image."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    image: Path | None = None
 
 
 Answer = Prediction | Tags | Embedding | Similarity | Completion
@@ -166,18 +174,30 @@ def predict(
         UserError: the model does not have the task, or was changed, or the task takes something
             else.
     """
+    return next(answers(model, [Input(text, text_pair, image)], task=task))
+
+
+def answers(model: Path, inputs: Iterable[Input], *, task: str) -> Iterator[Answer]:
+    """Answer inputs one by one with a merged model, as `predict` does; it is loaded once."""
     folder = model / "tasks" / task
     if not folder.is_dir():
         raise UserError(f"{model}: not a merged model of task {task}; give one, and its task")
     definition = labels.expert_task(folder, task)
-    texts = _check_inputs(definition, text, text_pair, image)
-    stage.check_intact(model)
-    expert = labels.load_expert(folder, definition, None, "cpu")
-    if definition.task == "token-classification":
+    expert: labels.Expert | None = None
+    for text, text_pair, image in inputs:
+        texts = _check_inputs(definition, text, text_pair, image)
+        if expert is None:
+            stage.check_intact(model)
+            expert = labels.load_expert(folder, definition, None, "cpu")
+        yield _answer(expert, texts, image)
+
+
+def _answer(expert: labels.Expert, texts: Sequence[str], image: Path | None) -> Answer:
+    if expert.task.task == "token-classification":
         return _tags(expert, texts[0])
-    if definition.task == "sentence-similarity":
+    if expert.task.task == "sentence-similarity":
         return _embedding(expert, texts)
-    if definition.generates:
+    if expert.task.generates:
         from fmn.models.predict import complete
 
         return Completion(text=complete(expert.model, expert.processor, expert.task, texts[0]))

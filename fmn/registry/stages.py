@@ -28,7 +28,7 @@ from fmn.report.results import points, shown
 from fmn.report.stages import ReportInfo
 from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
-from fmn.store.stage import Outcome
+from fmn.store.stage import NotCurrentError, Outcome, only_current
 from fmn.store.yaml_file import read_yaml, to_yaml
 from fmn.tasks.task import Task
 
@@ -112,6 +112,8 @@ def register(
     baselines = read_baselines(report, scores)
     with tracking.connection() as client:
         version = tracking.find_version(client, settings.experiment, key, settings.name)
+        if version is None and only_current.get():
+            raise NotCurrentError(settings.name)
         if version is None:
             with tracking.new_run(client, settings.experiment, key, settings.name):
                 _log_files(card_text, report)

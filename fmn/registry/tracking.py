@@ -238,25 +238,26 @@ def new_run(
 
 
 def pin(source: str) -> str:
-    """``models:/NAME@ALIAS`` or ``models:/NAME/latest`` as ``models:/NAME/VERSION``.
+    """A source in the registry as ``models:/NAME/VERSION``.
+
+    ``models:/NAME@ALIAS``, ``models:/NAME/latest`` and ``models:/NAME/Production`` float: they name
+    another version tomorrow.
 
     Raises:
         UserError: there is no such version.
     """
-    name, _, alias = source.removeprefix("models:/").partition("@")
-    if alias:
-        with connection() as client:
-            return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
-    name, _, version = name.rpartition("/")
-    if version != "latest":
+    path, _, alias = source.removeprefix("models:/").partition("@")
+    name, _, wanted = path.partition("/")
+    if not alias and (not wanted or wanted.isdecimal()):
         return source
     with connection() as client:
-        numbers = [int(each.version) for each in client.search_model_versions(f"name = '{name}'")]
-    if not numbers:
-        raise UserError(
-            f"{source}: the registry at {redacted(tracking_uri())} has no version of it"
-        )
-    return f"models:/{name}/{max(numbers)}"
+        if alias:
+            return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
+        is_latest = wanted.lower() == "latest"
+        versions = client.get_latest_versions(name, None if is_latest else [wanted])
+    if not versions:
+        raise UserError(f"{source}: the registry has no such version of {name}; name another")
+    return f"models:/{name}/{max(int(version.version) for version in versions)}"
 
 
 def download(source: str, out: Path) -> str:

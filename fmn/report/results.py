@@ -556,6 +556,21 @@ def results(table: Table) -> dict[str, Any]:
     return {"tasks": rows, MACRO: mean}
 
 
+def main_numbers(table: Table) -> dict[str, float]:
+    """``metrics.json``, a few numbers of the headline's model that `dvc exp show` has room for.
+
+    "mean score" and "mean retained" (the mean share of the experts' scores), then a score a task.
+    """
+    column = table.columns[table.headline]
+    score, share = column.get(MACRO, (None, None))
+    numbers = {
+        "mean score": score.value if score else None,
+        "mean retained": share.value if share else None,
+    }
+    numbers |= {row: column[row].score.value for row in table.tasks if row in column}
+    return {name: round(value, 4) for name, value in numbers.items() if value is not None}
+
+
 def score_rows(table: Table) -> list[tuple[str, float]]:
     """The rows of ``scores.csv``: the scores that are percentages, by "TASK: MODEL"."""
     return [

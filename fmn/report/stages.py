@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fmn.report.figures import Picture
     from fmn.report.results import Table
 
-REPORT = 9
+REPORT = 10
 COMPARISON = 6
 Paths = Mapping[str, Path]
 
@@ -113,6 +113,8 @@ def _write_report(
     numbers = results.results(table) | {"parameters": dict(content.sizes)}
     header, body = results.text_table(table)
     (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    main_numbers = json.dumps(results.main_numbers(table), indent=1)
+    (job.path / "metrics.json").write_text(main_numbers + "\n")
     (job.path / "table.md").write_text(results.markdown(header, body))
     tables: Mapping[str, Sequence[Sequence[Any]]] = {
         "scores.csv": [("scored", "score"), *results.score_rows(table)],

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 DATA = 5
 
-MINIATURE = "data/miniature_glue"  # in a checkout; it is no part of the package
+MINIATURE = "data/miniature_glue"
 
 
 class DataSettings(Settings):
@@ -307,11 +307,18 @@ def _source_folder(task: str, settings: DataSettings, is_defined: bool) -> tuple
     return folder, folder.name
 
 
+def quickstart_files() -> Path:
+    """The folder of the quick start's `params.yaml` and data: the package's, or the checkout."""
+    package = Path(fmn.__file__).parent
+    packaged = package / "quickstart"  # pyproject.toml puts it into the wheel
+    return packaged if packaged.is_dir() else package.parent
+
+
 def _miniature_glue(task: str) -> Path:
     """The folder of the miniature GLUE, if it has this task."""
     here = Path(os.environ.get("FMN_MINIATURE_GLUE", MINIATURE))
-    for folder in (here, Path(fmn.__file__).parent.parent / MINIATURE):
+    for folder in (here, quickstart_files() / MINIATURE):
         if (folder / task).is_dir():
             return folder
     remedy = f"set FMN_MINIATURE_GLUE to {MINIATURE} of a checkout, or use another --source"
-    raise UserError(f"data embedded: there is no {task} in {here} or in a checkout; {remedy}")
+    raise UserError(f"data embedded: there is no {task} in {here} or in the package; {remedy}")

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,7 +29,7 @@ from fmn.setup.outline import Outline, outline
 from fmn.setup.preview import first_rows
 from fmn.sources.origin import pin
 from fmn.store.records import Record
-from fmn.store.yaml_file import read_yaml
+from fmn.store.yaml_file import line_of, read_yaml
 from fmn.tasks.dataset import HUB
 from fmn.tasks.kinds import KINDS, KindName
 from fmn.tasks.rows import INPUTS
@@ -132,8 +133,8 @@ def check(file: Path) -> Checked:
     try:
         settings = Params.model_validate(content)
     except ValidationError as error:
-        lines = params.problems(error, Params)
-        return Checked(findings=findings or [Finding.of(f"{file}: {line}") for line in lines])
+        lines = params.problems(error, str(file), partial(line_of, file))
+        return Checked(findings=findings or [Finding.of(line) for line in lines])
     with tempfile.TemporaryDirectory() as scratch:
         data, tasks, download = _check_data(settings, findings)
         outlines = _outlines(settings, Path(scratch), findings)

@@ -1,11 +1,13 @@
 """What comes before a run: `init` writes a settings file, `check` says whether it can run."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmn import params
 from fmn.errors import UserError
+from fmn.rows.stages import MINIATURE, quickstart_files
 from fmn.store import artifacts
 from fmn.store.records import Record
 from fmn.store.yaml_file import read_yaml
@@ -26,6 +28,34 @@ class InitInfo(Record):
     base: str
     unknown: dict[str, str]
     problem: str = ""
+
+
+def write_quickstart(params_file: Path) -> list[Path]:
+    """Write what the quick start needs into a working folder that has no settings file.
+
+    Args:
+        params_file: the settings file of the run; nothing is written unless it is the default
+            one, `params.yaml`, and the folder has no YAML file, which may be somebody's settings.
+
+    Returns:
+        what was written.
+    """
+    here, files = Path(), quickstart_files()
+    if params_file != Path("params.yaml") or [*here.glob("*.yaml"), *here.glob("*.yml")]:
+        return []
+    rows = [
+        path for suffix in ("parquet", "csv") for path in (files / MINIATURE).rglob(f"*.{suffix}")
+    ]
+    for path in (
+        *rows,
+        files / params_file,
+    ):  # the settings last: with them, the folder is complete
+        target = path.relative_to(files)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with artifacts.atomic_file(target) as partial:
+                shutil.copyfile(path, partial)
+    return [params_file, Path(MINIATURE)]
 
 
 def init(

@@ -81,6 +81,19 @@ def folder_files(source: str) -> list[Path]:
     return [origin.local(name) for name in (*_small_files(origin), *weight_files(origin))]
 
 
+def look(source: str) -> None:
+    """See that a source has the files of a checkpoint, of which none but an index is downloaded.
+
+    Raises:
+        UserError: as `copy_checkpoint` does.
+    """
+    source = forms.address(source)
+    if source.startswith("models:"):
+        pin(source)
+    else:
+        weight_files(_origin(source))
+
+
 def locate(source: str, scratch: Path, progress: Progress = no_progress) -> Origin:
     """Where the files of a source are; those of a registered model are put into `scratch`."""
     source = forms.address(source)
@@ -105,7 +118,7 @@ def copy_checkpoint(
     Args:
         source: ``hf://org/name@revision`` (without a revision: main), also with a folder in it,
             ``hf://org/name/folder@revision``; a folder, ``models:/name@alias``,
-            ``models:/name/3`` or ``package:module/path``.
+            ``models:/name/latest``, ``models:/name/3`` or ``package:module/path``.
         folder: where to write; an empty folder.
         progress: called with (bytes, bytes in all) of the file that comes from the Hub.
         base: the folder of the model that an adapter was trained on; without it, the model that

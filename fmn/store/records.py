@@ -1,11 +1,13 @@
 """Records and settings: the pydantic models that rooms build theirs on."""
 
 import json
+import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from fmn.errors import UserError
+from fmn.errors import UserError, hint
 
 
 class Record(BaseModel):
@@ -38,6 +40,42 @@ class Settings(BaseModel):
         if isinstance(value, str) and "\0" in value:
             raise ValueError("has a NUL character")
         return value
+
+
+_MUST_BE: Mapping[str, str] = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    "finite_number": "a finite number",
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    "string_type": "a text, in quotes",
+    "string_too_short": "a text that is not empty",
+    "list_type": "a list, [A, B]",
+    **dict.fromkeys(("dict_type", "model_type"), "a section of settings, NAME: VALUE"),
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "literal_error": "one of {expected}",
+}
+"""What a value must be, by pydantic's name of the mistake."""
+
+
+def in_words(problem: Mapping[str, Any]) -> str:
+    """A problem of pydantic's in words: what the value must be, and what it is.
+
+    >>> in_words({"type": "int_parsing", "input": "many"})
+    "must be a whole number, not 'many'"
+    """
+    wanted = _MUST_BE.get(problem["type"])
+    if wanted is None:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    value, context = problem["input"], problem.get("ctx", {})
+    near = ""
+    if problem["type"] == "literal_error" and isinstance(value, str):
+        near = hint(value, re.findall(r"'([^']*)'", context["expected"]))
+    return f"must be {wanted.format(**context)}, not {value!r:.60}{near}"
 
 
 R = TypeVar("R", bound=Record)

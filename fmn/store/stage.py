@@ -49,6 +49,14 @@ class Outcome(Generic[R]):
 remote: ContextVar[Callable[[Path], None] | None] = ContextVar("remote", default=None)
 
 
+# Where it is set, a stage that would have to compute raises NotCurrentError instead.
+only_current: ContextVar[bool] = ContextVar("only_current", default=False)
+
+
+class NotCurrentError(UserError):
+    """An output is missing, damaged, or of other inputs or settings, and must not be computed."""
+
+
 def no_progress(done: int, total: int) -> None:
     """Ignore progress."""
 
@@ -194,6 +202,7 @@ def run_stage(
             that is computed again has the same bytes, sidecar included.
 
     Raises:
+        NotCurrentError: the output is to be computed, where `only_current` forbids that.
         InputChangedError: another process removes or replaces an input meanwhile.
         UserError: an input is missing or damaged; the output would replace an input, what fmn did
             not write, or what another stage wrote; or the disk, the memory or a permission does
@@ -207,6 +216,8 @@ def run_stage(
         key = artifacts.content_key(name, version, described, inputs)
         with artifacts.locked(out):
             computed, compute_elsewhere = not _is_current(out, key), remote.get()
+            if computed and only_current.get():
+                raise NotCurrentError(f"{out}: not up to date; run {name}")
             if computed and compute_elsewhere:
                 compute_elsewhere(out)
                 if not _is_current(out, key):

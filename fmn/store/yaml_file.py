@@ -1,7 +1,7 @@
 """Settings as YAML files: plain data in, plain data out."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,58 @@ def read_yaml(path: Path) -> Any:
                 kinds = (
                     f"anchors and aliases, tags, and sections nested more than {_MAX_DEPTH} deep"
                 )
-                raise UserError(f"{path}: {kinds} are not read; write plain values")
+                line = event.start_mark.line + 1
+                raise UserError(f"{path}:{line}: {kinds} are not read; write plain values")
         return YAML(typ="safe", pure=True).load(text)
     except OSError as error:
         remedy = "--params names the settings file"
         raise UserError(f"{path}: {error.strerror or error}; {remedy}") from error
     except (YAMLError, ValueError, RecursionError) as error:
         # ValueError: a character that YAML does not allow, or a number out of bounds.
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(_not_valid(path, error)) from error
+
+
+def _not_valid(path: Path, error: Exception) -> str:
+    """What is wrong with a file that is not YAML, and on which line."""
+    from ruamel.yaml.error import MarkedYAMLError
+
+    if not isinstance(error, MarkedYAMLError) or not error.problem_mark:
+        return f"{path}: not valid YAML: {' '.join(str(error).split())}"
+    problem = " ".join(str(error.problem).split())
+    place = f"{path}:{error.problem_mark.line + 1}: not valid YAML: "
+    if "duplicate key" in problem:
+        return f"{place}{problem}; remove one of the two"
+    begin = error.context_mark
+    context = f" {error.context}, which begins on line {begin.line + 1}" if begin else ""
+    return f"{place}{problem}{context}; see that brackets, quotes and indents match"
+
+
+def line_of(path: Path, keys: Sequence[str]) -> int | None:
+    """The line of a setting in a YAML file, counted from 1; of the first of its sections, if not.
+
+    Args:
+        keys: the sections that the setting is in, and its own name; of a list, a position.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.nodes import MappingNode, SequenceNode
+
+    try:
+        node: Any = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8"))
+    except Exception:  # what cannot be read has no lines, and is reported elsewhere
+        return None
+    line = None
+    for key in keys:
+        if isinstance(node, MappingNode):
+            pair = next((pair for pair in node.value if pair[0].value == key), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, SequenceNode) and key.isdecimal() and int(key) < len(node.value):
+            node = node.value[int(key)]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
 
 
 def to_yaml(content: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from fmn.errors import UserError, hint
-from fmn.store.records import Record, Settings
+from fmn.store.records import Record, Settings, in_words
 from fmn.store.stage import read_record, write_record
 from fmn.store.yaml_file import read_yaml
 from fmn.tasks.kinds import (
@@ -563,8 +563,7 @@ def problems_explained(place: str) -> Iterator[None]:
     except ValidationError as error:
         first = error.errors()[0]
         setting = ".".join(map(str, first["loc"])) + ": " * bool(first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{place}: {setting}{message}") from error
+        raise UserError(f"{place}: {setting}{in_words(first)}") from error
 
 
 def task_settings(name: str) -> TaskSettings | None:

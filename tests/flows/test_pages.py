@@ -5,14 +5,20 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psutil
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.runtime import flow_run
 
 from flows import pages
+from fmn.cli import INTERRUPTED
+from fmn.registry.stages import Registered
+from fmn.report.stages import ReportInfo
+from fmn.store.stage import Outcome
 from tests.conftest import wait_until
 from tests.projects import FMN, make_project, start
 
@@ -28,25 +34,37 @@ def shown(key: str) -> Any:
 
 
 @flow(flow_run_name="my params.yaml")
-def show(report_file: Path) -> None:
-    pages.show_results(["task", "merged"], [["sst2", "91.0"]])
-    pages.show_links("http://mlflow.example:5000/", "abc", "my model", "3", report_file)
+def show() -> str:
+    tables = ReportInfo(
+        header=["task", "merged"], body=[["sst2", "91.0"]], notes=["scores: accuracy"],
+        verdict=["It keeps 96 %."], results={},
+    )  # fmt: skip
+    version = Registered(
+        name="my model", version="3", run="abc", store="http://mlflow.example:5000/",
+        alias="champion", reason="the first one",
+    )  # fmt: skip
+    done = Outcome("fisher", Path("fisher/sst2.parquet"), True, 12.34, None)
+    pages.show_summary("my params.yaml", tables, version, [done])
+    pages.name_run("my params.yaml: version 3: champion")
     with pages.progress_page("a long stage") as progress:
         progress(1, 4)
+    return str(flow_run.id)
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_a_run_shows_results_links_and_progress(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_shows_a_summary_and_progress_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "LONG", 0.0)
-    show(tmp_path / "report.html")
-    assert "| sst2 | 91.0 |" in shown("results-my-params-yaml")
-    links = shown("links-my-params-yaml")
-    assert "(http://mlflow.example:5000/#/runs/abc)" in links
-    assert "(http://mlflow.example:5000/#/models/my%20model/versions/3)" in links
-    assert f"({tmp_path.as_uri()}/report.html)" in links
+    run = show()
+    summary = shown("summary-my-params-yaml")
+    assert summary.index("It keeps 96 %.") < summary.index("| sst2 | 91.0 |")
+    assert "- scores: accuracy" in summary
+    assert "(http://mlflow.example:5000/#/runs/abc)" in summary
+    assert "(http://mlflow.example:5000/#/models/my%20model/versions/3)" in summary
+    assert "file:" not in summary, "browsers do not follow it from a server's page"
+    assert "| fisher | sst2 | 12.3 |" in summary
     assert shown("a-long-stage") == 100
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(UUID(run)).name == "my params.yaml: version 3: champion"
 
 
 @pytest.mark.slow
@@ -81,7 +99,7 @@ def is_listening(port: int) -> bool:
 @pytest.mark.parametrize(
     ("sent", "status", "line"),
     [
-        (signal.SIGINT, 130, "fmn: interrupted; finished stages are kept\n"),
+        (signal.SIGINT, 130, f"fmn: {INTERRUPTED}\n"),
         (signal.SIGTERM, 143, ""),
     ],
 )

@@ -1,9 +1,11 @@
 """DVC and flows in one workspace: what a change rebuilds, what a second clone is spared."""
 
+import sqlite3
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import wait_until
 from tests.projects import dvc, flow, make_project, repro, run, take_folders_as_experts
 from tests.test_floating import retune
 
@@ -46,6 +48,12 @@ def test_a_change_rebuilds_what_depends_on_it(project: Path) -> None:
     assert set(ran) == {"fisher@sst2", "fisher@stsb", *FROM_MERGE}
     assert SAME in flow(project)
 
+    edit(project, "seed: 1", "seed: 0")
+    assert not [stage for stage in repro(project) if "@" in stage], "they come from the cache"
+    edit(project, "stsb: {epochs: 2", "stsb: {epochs: 1")
+    assert not [stage for stage in repro(project) if "@" in stage]
+    assert SAME in flow(project)
+
     edit(project, "registry: {name: tiny}", "registry: {name: other}")
     assert SAME not in flow(project)
     assert repro(project) == []
@@ -81,12 +89,32 @@ def test_dvc_looks_where_sources_stand(
     folder = make_project(tmp_path, tiny_base)
     take_folders_as_experts(folder, project / "data/tiny/experts")
     flow(folder)
-    fetches = ["fetch@sst2", "fetch@stsb"]
-    assert repro(folder) == fetches
+    assert repro(folder) == []
     monkeypatch.chdir(folder)
     retune("stsb")
     ran = repro(folder)
-    assert ran[:2] == fetches
-    assert {"fisher@stsb", *FROM_MERGE} < set(ran)
-    assert not [stage for stage in ran[2:] if "@sst2" in stage or stage.startswith("data")]
+    assert {"fetch@stsb", "fisher@stsb", *FROM_MERGE} < set(ran)
+    assert not [stage for stage in ran if "@sst2" in stage or stage.startswith("data")]
     assert SAME in flow(folder)
+
+
+@pytest.mark.parametrize("how", [(), ("--temp",), ("--queue",)])
+def test_a_trial_registers_nothing_until_it_is_taken(project: Path, how: tuple[str, ...]) -> None:
+    dvc(project, "repro")
+    commit(project)
+    change = f"fisher.samples={20 + len(how) + len(''.join(how))}"
+    dvc(project, "exp", "run", "--name", f"trial{''.join(how)}", *how, "-S", change)
+    if "--queue" in how:
+        dvc(project, "queue", "start")
+        wait_until(lambda: "Success" in dvc(project, "queue", "status"))
+    record = project / "data/tiny/registered.json"
+    if not how:
+        assert "trial" in record.read_text()
+        assert "fisher" in dvc(project, "exp", "diff")
+    versions = sqlite3.connect(project / "mlflow.db").execute("select count(*) from model_versions")
+    before = versions.fetchone()[0]
+    dvc(project, "exp", "apply", f"trial{''.join(how)}")
+    flow(project)
+    versions = sqlite3.connect(project / "mlflow.db").execute("select count(*) from model_versions")
+    assert versions.fetchone()[0] == before + 1
+    run(project, "git", "checkout", "-q", ".")

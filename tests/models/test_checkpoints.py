@@ -168,3 +168,13 @@ def test_a_model_without_padding_token_pads_with_its_end_of_text(tmp_path: Path)
         assert torch.allclose(model(**batch).logits[1], model(**single).logits[0], atol=1e-5)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config.get("pad_token_id") is None, "it is set at load time alone"
+
+
+def test_an_expert_of_narrow_tensors_is_loaded_as_it_is_stored(tmp_path: Path) -> None:
+    for number, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64)):
+        folder = tmp_path / str(number)
+        tiny_model("llama", dtype=dtype).save_pretrained(folder)
+        own = checkpoints.stored_dtype(folder)
+        assert own == (dtype if dtype.itemsize == 2 else torch.float32)
+        assert {p.dtype for p in checkpoints.load_model(folder, dtype=own).parameters()} == {own}
+        assert checkpoints.load_model(folder).dtype == torch.float32

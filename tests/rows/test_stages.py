@@ -86,7 +86,7 @@ def test_the_miniature_glue_is_found_or_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fmn, "__file__", str(tmp_path / "site" / "fmn" / "__init__.py"))
-    with pytest.raises(UserError, match="no mrpc in data/miniature_glue or in a checkout; set"):
+    with pytest.raises(UserError, match="no mrpc in data/miniature_glue or in the package; set"):
         data("mrpc", out=tmp_path / "out", settings=EMBEDDED)
     with pytest.raises(UserError, match="did you mean 'mrpc'"):
         data("mprc", out=tmp_path / "out", settings=EMBEDDED)

@@ -98,7 +98,7 @@ def test_settings_that_are_wrong_in_two_places(project: dict[str, Any]) -> None:
     lines = problems(project)
     assert any("mrege: unknown setting; did you mean 'merge'?" in line for line in lines)
     assert any("fisher.samples: at least one example" in line for line in lines)
-    assert problems({}) == [
+    assert [line.split("; ")[0] for line in problems({})] == [
         f"params.yaml: {name}: missing" for name in ("base", "experts", "registry")
     ]
     Path("params.yaml").write_text("a: [")

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from fmn.cli import main
+from fmn.setup.stages import write_quickstart
 from tests.conftest import ROOT
 from tests.projects import FMN, MOODS, fine_tune_elsewhere, flow, run
 
+QUICKSTART = ROOT / "params.yaml"
 GLUE_NAMES = ("negative", "positive")
 
 
@@ -61,3 +63,26 @@ def test_what_init_prints(
     assert json.loads(capsys.readouterr().out)["unknown"] == {}
     main(["check"])
     assert "the run can start" in capsys.readouterr().out
+
+
+def test_an_empty_folder_gets_the_quick_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    default = Path("params.yaml")
+    assert write_quickstart(default) == [default, Path("data/miniature_glue")]
+    assert default.read_bytes() == QUICKSTART.read_bytes()
+    rows = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*") if path.is_file())
+    assert Path("data/miniature_glue/topics/dev.csv") in rows
+    assert all(path.read_bytes() == (ROOT / path).read_bytes() for path in rows)
+    assert len(rows) == 1 + 6 * 2
+
+
+def test_a_folder_with_settings_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert write_quickstart(Path("other.yaml")) == []
+    Path("mine.yaml").write_text("work: data/mine")
+    assert write_quickstart(Path("params.yaml")) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]

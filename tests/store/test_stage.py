@@ -15,9 +15,11 @@ from fmn.store.records import Record, Settings
 from fmn.store.stage import (
     InputChangedError,
     Job,
+    NotCurrentError,
     Outcome,
     check_intact,
     check_output,
+    only_current,
     read_info,
     read_record,
     read_sidecar,
@@ -315,3 +317,19 @@ def test_a_read_only_disk_is_explained(source: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match=f"{small_disk}.*: the file system is read-only"):
         copy(source, small_disk / "out")
+
+
+def test_where_nothing_may_be_computed_only_a_current_output_passes(
+    source: Path, tmp_path: Path
+) -> None:
+    copy(source, out := tmp_path / "copy.txt")
+    allowed = only_current.set(True)
+    try:
+        assert not copy(source, out).computed
+        source.write_text("other")
+        with pytest.raises(NotCurrentError, match=r"copy\.txt: not up to date"):
+            copy(source, out)
+    finally:
+        only_current.reset(allowed)
+    assert out.read_text() == "abc"
+    assert copy(source, out).computed

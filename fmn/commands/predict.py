@@ -1,0 +1,148 @@
+"""The command `predict`: one text, texts of a file or of standard input; a folder or a version."""
+
+import base64
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+from cyclopts import Parameter
+from pydantic import ValidationError
+
+from fmn.commands.options import Json
+from fmn.commands.shown import answer_lines, print_json
+from fmn.errors import UserError
+from fmn.models.stages import (
+    Answer,
+    Completion,
+    Embedding,
+    Input,
+    Prediction,
+    Similarity,
+    Tags,
+    answers,
+)
+from fmn.terminal import loading, say
+
+BATCH = 64  # rows that a registered version answers at once
+_STDIN = "-"
+_KINDS: tuple[type[Answer], ...] = (Tags, Similarity, Embedding, Prediction, Completion)
+
+
+def predict(
+    model: str,
+    text: str | None = None,
+    text_pair: str | None = None,
+    *,
+    task: str,
+    image: Path | None = None,
+    file: Annotated[Path | None, Parameter(name=["--file", "-f"])] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a text, a pair of texts or an image with a merged model; or many of a file.
+
+    Of a file or of standard input, every line is a text (a tab stands between two texts), or a
+    row of .csv, .tsv or .jsonl with columns text and text_pair. There is a line for each answer;
+    with --json each is a JSON object.
+
+    Args:
+        model: folder of the merged model, or models:/NAME/VERSION or models:/NAME@ALIAS
+        text: the text; for a task that generates texts, the prompt; -: lines of standard input
+        text_pair: the second text, for a task of pairs
+        task: the task
+        image: the file of an image, for a task of images
+        file: a file of texts
+    """
+    loading()
+    is_piped = (text, image) == (None, None) and not sys.stdin.isatty()
+    has_many = file is not None or text == _STDIN or is_piped
+    if file and (text or image):
+        raise UserError(f"--file {file}: give it alone, without a text or --image")
+    inputs = _read(file) if has_many else iter([Input(text, text_pair, image)])
+    is_registered = model.startswith("models:")
+    answering = _served(model, inputs, task) if is_registered else answers(
+        Path(model), inputs, task=task
+    )  # fmt: skip
+    for answer in answering:
+        if as_json:
+            print_json(answer.model_dump(mode="json"), indent=None if has_many else 1)
+        else:
+            lines = answer_lines(answer)
+            say(*([" | ".join(lines)] if has_many else lines))
+
+
+def _read(file: Path | None) -> Iterator[Input]:
+    """The inputs of a file, or of standard input."""
+    if file is None:
+        yield from _lines(sys.stdin)
+        return
+    try:
+        with file.open(encoding="utf-8", newline="") as opened:
+            yield from _rows(opened, file)
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or "is not UTF-8"
+        raise UserError(f"{file}: {problem}; give a file of texts") from error
+
+
+def _rows(opened: TextIO, file: Path) -> Iterator[Input]:
+    suffix = file.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        table = csv.DictReader(opened, delimiter="\t" if suffix == ".tsv" else ",")
+        yield from (_row(row, f"{file}:{table.line_num}") for row in table)
+    elif suffix in (".jsonl", ".ndjson"):
+        for number, line in enumerate(opened, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}:{number}: not JSON; write an object a line") from error
+            yield _row(row if isinstance(row, dict) else {}, f"{file}:{number}")
+    else:
+        yield from _lines(opened)
+
+
+def _row(row: Mapping[str, Any], place: str) -> Input:
+    if not isinstance(row.get("text"), str):
+        names = ", ".join(map(str, row)) or "none"
+        raise UserError(f"{place}: no column text but {names}; call the texts text, text_pair")
+    return Input(row["text"], row.get("text_pair"))
+
+
+def _lines(lines: Iterable[str]) -> Iterator[Input]:
+    for line in lines:
+        text, tab, pair = line.rstrip("\r\n").partition("\t")
+        yield Input(text, pair if tab else None)
+
+
+def _served(source: str, inputs: Iterator[Input], task: str) -> Iterator[Answer]:
+    """Answers of a registered version, from batches of rows."""
+    import pandas as pd
+
+    from fmn.registry import tracking
+
+    with tracking.connection():
+        serve = tracking.load_served_model(tracking.pin(source))
+    while batch := list(islice(inputs, BATCH)):
+        rows = [_served_row(each) for each in batch]
+        with tracking.connection():  # which explains what the model refuses
+            table = serve(pd.DataFrame(rows), task)
+        for row in table.to_dict(orient="records"):
+            yield _as_answer({str(name): value for name, value in row.items() if value is not None})
+
+
+def _served_row(row: Input) -> dict[str, Any]:
+    image = base64.b64encode(row.image.read_bytes()).decode() if row.image else None
+    values = {"text": row.text, "text_pair": row.text_pair, "image": image}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _as_answer(content: Mapping[str, Any]) -> Answer:
+    """A row of a served model's answers, as `fmn.models.stages.predict` gives it."""
+    for kind in _KINDS:
+        try:
+            return kind.model_validate(content)
+        except ValidationError:
+            continue
+    raise TypeError(f"no kind of answer has {', '.join(content)}")
