@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
+NOT_COMPARABLE = "not comparable"  # begins the reason of a decision between such versions
 _MAX_CHAMPIONS = 200  # of a history, which has to fit into a tag
 
 
@@ -40,19 +41,19 @@ def decide(new: Standing, champion: Standing | None, tolerance: float) -> Decisi
         return Decision(CHAMPION, "the first version")
     name = f"version {champion.version}"
     if not champion.tasks:
-        return Decision(CHALLENGER, f"not comparable: {name} does not say what it scored")
+        return Decision(CHALLENGER, f"{NOT_COMPARABLE}: {name} does not say what it scored")
     if set(new.tasks) != set(champion.tasks):
         tasks = ", ".join(sorted(champion.tasks))
-        return Decision(CHALLENGER, f"not comparable: {name} is of other tasks ({tasks})")
+        return Decision(CHALLENGER, f"{NOT_COMPARABLE}: {name} is of other tasks ({tasks})")
     if new.data != champion.data:
-        return Decision(CHALLENGER, f"not comparable: {name} was evaluated on other data")
+        return Decision(CHALLENGER, f"{NOT_COMPARABLE}: {name} was evaluated on other data")
     pairs = {
         task: (score, before)
         for task, score in new.tasks.items()
         if score is not None and (before := champion.tasks[task]) is not None
     }
     if not pairs:
-        return Decision(CHALLENGER, f"not comparable: no task has a score in it and in {name}")
+        return Decision(CHALLENGER, f"{NOT_COMPARABLE}: no task has a score in it and in {name}")
     losses = {task: _loss(*pair, task in new.errors) for task, pair in pairs.items()}
     reasons = []
     if shares := [pair for task, pair in pairs.items() if task not in new.errors]:

@@ -13,8 +13,10 @@ import base64
 import copy
 import io
 import json
+import os
 import re
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +38,10 @@ ALL = "*"  # in place of a task: every task that takes what the row holds
 TOKENS = 2048  # of a batch, padding included
 IMAGES = 16  # of a batch
 PIXELS = 89_478_485  # of an image, as Pillow's limit; a small file may hold very many
+SERVER = "__pyfunc_model_path__"  # variable that only MLflow's scoring server sets
+TIMEOUT = "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"
+BATCH = "mlflow models predict -m models:/NAME/VERSION --env-manager local -i FILE -t json"
+PATIENCE = 2  # seconds before it is guessed how long a request takes
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 DEEP_MODES = ("I", "F")  # begin the modes of more than 8 bits a channel, which would be clipped
 AUTO_CLASSES = {
@@ -642,6 +648,39 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), type(value).__name__)
 
 
+class Pace:
+    """How long a request will take, by the answers since the first one.
+
+    Attributes:
+        rows: how many rows there are.
+        wanted: how many answers.
+    """
+
+    def __init__(self, rows: int, wanted: int) -> None:
+        self.rows, self.wanted, self.started = rows, wanted, time.monotonic()
+        self.first = self.started, 0  # when the first answer came, and how many there were
+
+    def check(self, answers: int) -> None:
+        """Refuse a request that MLflow's scoring server would end before all answers are there."""
+        if SERVER not in os.environ:
+            return
+        now, limit = time.monotonic(), float(os.environ.get(TIMEOUT) or 60)
+        before, done = self.first
+        if not done:
+            self.first = now, answers
+        elif now - before > min(PATIENCE, limit / 10) and answers > done:
+            each = (now - before) / (answers - done)
+            whole = before - self.started + each * self.wanted
+            if whole > limit:
+                most = max(1, int(0.8 * self.rows * limit / whole))
+                _refuse(
+                    f"{self.rows} rows would take about {whole:.0f} s, and the server ends a"
+                    f" request after {limit:g} s; send at most {most} rows at once, set {TIMEOUT},"
+                    f" or answer them in a batch, without a server: `{BATCH}`, or in Python"
+                    " mlflow.pyfunc.load_model(URI).predict(table, params=...)"
+                )
+
+
 def _refuse(message: str) -> NoReturn:
     raise MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
 
@@ -709,9 +748,11 @@ class MergedModel(PythonModel):
         table = unfolded(model_input, default, self.tasks)
         rows = read_rows(table, default, self.tasks)
         parts: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        pace = Pace(len(rows), sum(len(row.tasks) for row in rows))
         for tasks, examples in self._grouped(rows):
             for number, task, answer in self._answers(tasks, rows, examples, table.index, limit):
                 parts.setdefault((number, task), []).append(answer)
+                pace.check(len(parts))
         pairs = [(number, task) for number, row in enumerate(rows) for task in row.tasks]
         lines = [{"row": n, "task": task, **_together(parts[n, task])} for n, task in pairs]
         for_all = default == ALL or ("task" in table and bool((table["task"] == ALL).any()))

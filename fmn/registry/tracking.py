@@ -390,7 +390,7 @@ def promote(
         describe: the version's page by the decision and the champion that it was compared with.
 
     Returns:
-        The decision and, if it is a new one, that champion.
+        The decision and, if it is a new one, that champion; None if it is not comparable.
     """
     run = client.get_run(str(version.run_id))
     if DECISION in version.tags:
@@ -405,6 +405,8 @@ def promote(
     if champion:
         standing = _standing(client, client.get_model_version(name, champion))
     decision = promotion.decide(_standing(client, version), standing, tolerance)
+    if decision.reason.startswith(promotion.NOT_COMPARABLE):
+        standing = None
     if decision.alias == CHAMPION:
         make_champion(client, model, number)
     else:

@@ -169,34 +169,25 @@ def _score_table(
     metrics: Metrics, baselines: Baselines, before: Standing | None
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows: scores beside the experts' and the average's, and those of the champion."""
-    columns = {name: baselines.scores.get(name) or {} for name in (EXPERT, AVERAGE)}
-    columns = {name: values for name, values in columns.items() if values}
-    header = ["task", "score", "95 % interval", *columns]
-    header += ["% of expert"] * bool(baselines.retained)
-    compared = before.tasks if before and set(before.tasks) == set(metrics.tasks) else {}
-    header += [f"less version {before.version}'s"] if before and compared else []
+    experts, average = (baselines.scores.get(name) or {} for name in (EXPERT, AVERAGE))
+    header = ["task", "score", "95 % interval", "expert", "% of expert", "average"]
+    header.append(f"less version {before.version}'s" if before else "")
     body = []
-    for name, score in {
-        **{n: e.score for n, e in metrics.tasks.items()},
-        MACRO: metrics.score,
-    }.items():
-        task = metrics.definitions.get(name)
-        if task is None and len(metrics.tasks) < 2:
-            continue
-        is_percent = task is None or higher_is_better(task)
-        interval = metrics.tasks[name].interval.get("score") if task else metrics.interval
+    scores = {name: entry.score for name, entry in metrics.tasks.items()}
+    for name, score in [*scores.items(), *[(MACRO, metrics.score)][: len(scores) > 1]]:
+        is_percent = name == MACRO or higher_is_better(metrics.definitions[name])
+        interval = metrics.interval if name == MACRO else metrics.tasks[name].interval.get("score")
+        share, old = baselines.retained.get(name), before.tasks.get(name) if before else None
         row = [name, shown(score, is_percent), span(interval, is_percent)]
         row += [
-            shown(each.get(name), is_percent) if name in each else "" for each in columns.values()
+            shown(experts[name], is_percent) if name in experts else "",
+            shown(share) if share is not None else "",
+            shown(average[name], is_percent) if name in average else "",
+            points(score - old, is_percent) if score is not None and old is not None else "",
         ]
-        if baselines.retained:
-            row.append(shown(baselines.retained[name]) if name in baselines.retained else "")
-        if compared:
-            old = compared.get(name)
-            known = old is not None and score is not None
-            row.append(points(score - old, is_percent) if known else "")  # type: ignore[operator]
         body.append(row)
-    return header, body
+    filled = [place for place in range(len(header)) if any(row[place] for row in body)]
+    return [header[n] for n in filled], [[row[n] for n in filled] for row in body]
 
 
 def takes(task: Task) -> list[str]:
@@ -208,13 +199,13 @@ def _usage(uri: str, definitions: Mapping[str, Task]) -> str:
     """Python and a request that ask a version for an answer."""
     name, task = next(iter(definitions.items()))
     if takes(task) == ["image"]:
-        row, note = '{"image": image}', '\nimage = open("picture.png", "rb").read()'
+        row, note = '{"image": image}', 'image = open("picture.png", "rb").read()\n'
     elif takes(task) == ["words"]:
         row, note = json.dumps({"text": EXAMPLE[0]}), ""
     else:
         row, note = json.dumps(dict(zip(takes(task), EXAMPLE, strict=False))), ""
     code = (
-        f"import mlflow\nimport pandas as pd\n{note}\n"
+        f"import mlflow\nimport pandas as pd\n\n{note}"
         f'model = mlflow.pyfunc.load_model("{uri}")\n'
         f"table = pd.DataFrame([{row}])\n"
         f'model.predict(table, params={{"task": "{name}"}})'

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -364,6 +365,70 @@ def test_a_table_in_parquet_is_answered(scoring: "TestClient") -> None:
     answer = scoring.post("/invocations", content=content, headers=headers).json()["predictions"]
     tasks = [(row["row"], row["task"]) for row in answer]
     assert tasks == [(0, "sst2"), (1, "mrpc"), (1, "stsb")]
+
+
+def test_a_request_that_would_outlast_the_server_is_refused_and_a_batch_is_not(
+    scoring: "TestClient", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"{FILM} {n}"} for n in range(10_000)]
+    content = {"dataframe_records": rows, **SST2}
+    monkeypatch.setenv("__pyfunc_model_path__", "models:/scored/1")
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "0.5")
+    status, answer = invoke(scoring, content)
+    assert (status, "stack_trace" in answer) == (400, False), answer
+    for words in (
+        r"10000 rows would take about \d+ s, and the server ends a request after 0.5 s",
+        r"send at most \d+ rows at once",
+        "`mlflow models predict -m models:/NAME/VERSION",
+    ):
+        assert re.search(words, answer["message"]), answer["message"]
+    assert invoke(scoring, {"dataframe_records": rows[:20], **SST2})[0] == 200
+    monkeypatch.delenv("__pyfunc_model_path__")
+    status, answer = invoke(scoring, content)
+    assert (status, len(answer["predictions"])) == (200, 10_000)
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_a_registry_that_was_moved_finds_its_files(
+    is_copy: bool, merged: Merged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old place", tmp_path / "new"
+    old.mkdir()
+    monkeypatch.chdir(old)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{old / 'mlflow.db'}")
+    settings = RegistrySettings(name="moving")
+    run = registry_stages.register(merged.model, metrics=merged.metrics, settings=settings)
+    shutil.copytree(old, new)
+    if is_copy:  # the copy has files of its own
+        shutil.rmtree(next((old / "mlruns").iterdir()))
+    else:
+        shutil.rmtree(old)
+    monkeypatch.chdir(new)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new / 'mlflow.db'}")
+    assert tracking.pin("models:/moving/latest") == "models:/moving/1"  # any command of fmn's
+    # In a process of its own: this one remembers the store.
+    code = (
+        "import mlflow, pandas as pd\n"
+        "model = mlflow.pyfunc.load_model('models:/moving/1')\n"
+        "print(model.predict(pd.DataFrame({'text': ['good']}), params={'task': 'sst2'}).label[0])\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert process.stdout.strip() in ("negative", "positive"), process.stderr
+    assert registry_stages.read_lineage("models:/moving@champion").lineage.parts
+    again = registry_stages.register(merged.model, metrics=merged.metrics, settings=settings)
+    assert (again.computed, again.summary.run) == (False, run.summary.run)
+
+
+def test_the_latest_version_is_a_floating_name(register: Register, merged: Merged) -> None:
+    register("floating")
+    assert tracking.pin("models:/floating/latest") == "models:/floating/1"
+    assert tracking.pin("models:/floating/7") == "models:/floating/7"
+    with pytest.raises(
+        UserError, match=r"models:/nobody/latest: the registry at sqlite.* no version"
+    ):
+        tracking.pin("models:/nobody/latest")
 
 
 @pytest.mark.slow
