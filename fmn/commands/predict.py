@@ -28,7 +28,7 @@ from fmn.models.stages import (
 from fmn.terminal import loading, say
 
 BATCH = 64  # rows that a registered version answers at once
-_STDIN = "-"
+_STDIN = Path("-")
 _KINDS: tuple[type[Answer], ...] = (Tags, Similarity, Embedding, Prediction, Completion)
 
 
@@ -39,7 +39,9 @@ def predict(
     *,
     task: str,
     image: Path | None = None,
-    file: Annotated[Path | None, Parameter(name=["--file", "-f"])] = None,
+    file: Annotated[
+        Path | None, Parameter(name=["--file", "-f"], allow_leading_hyphen=True)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a text, a pair of texts or an image with a merged model; or many of a file.
@@ -50,15 +52,15 @@ def predict(
 
     Args:
         model: folder of the merged model, or models:/NAME/VERSION or models:/NAME@ALIAS
-        text: the text; for a task that generates texts, the prompt; -: lines of standard input
+        text: the text; for a task that generates texts, the prompt; default: the lines of a pipe
         text_pair: the second text, for a task of pairs
         task: the task
         image: the file of an image, for a task of images
-        file: a file of texts
+        file: a file of texts; -: standard input
     """
     loading()
-    is_piped = (text, image) == (None, None) and not sys.stdin.isatty()
-    has_many = file is not None or text == _STDIN or is_piped
+    is_piped = (text, image, file) == (None, None, None) and not sys.stdin.isatty()
+    has_many = file is not None or is_piped
     if file and (text or image):
         raise UserError(f"--file {file}: give it alone, without a text or --image")
     inputs = _read(file) if has_many else iter([Input(text, text_pair, image)])
@@ -76,7 +78,7 @@ def predict(
 
 def _read(file: Path | None) -> Iterator[Input]:
     """The inputs of a file, or of standard input."""
-    if file is None:
+    if file is None or file == _STDIN:
         yield from _lines(sys.stdin)
         return
     try:
