@@ -105,8 +105,12 @@ def _tables(report: ReportInfo) -> str:
 
 def name_run(name: str) -> None:
     """Name this flow run by its outcome, in place of its settings file."""
-    with get_client(sync_client=True) as client:
-        _publish(lambda: client.update_flow_run(UUID(str(flow_run.id)), name=name))
+
+    def rename() -> None:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(str(flow_run.id)), name=name)
+
+    _publish(rename)
 
 
 @contextmanager
