@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
-from pydantic import ValidationError
 
 from fmn.commands.options import Json
 from fmn.commands.shown import answer_lines, print_json
@@ -29,7 +28,13 @@ from fmn.terminal import loading, say
 
 BATCH = 64  # rows that a registered version answers at once
 _STDIN = Path("-")
-_KINDS: tuple[type[Answer], ...] = (Tags, Similarity, Embedding, Prediction, Completion)
+_KINDS: Mapping[str, type[Answer]] = {
+    "spans": Tags,
+    "probabilities": Prediction,
+    "embedding": Embedding,
+    "text": Completion,
+}
+"""What an answer is, by a column that only its kind of task has."""
 
 
 def predict(
@@ -124,14 +129,15 @@ def _served(source: str, inputs: Iterator[Input], task: str) -> Iterator[Answer]
 
     from fmn.registry import tracking
 
+    version = tracking.pin(source)
     with tracking.connection():
-        serve = tracking.load_served_model(tracking.pin(source))
+        serve = tracking.load_served_model(version)
     while batch := list(islice(inputs, BATCH)):
         rows = [_served_row(each) for each in batch]
         with tracking.connection():  # which explains what the model refuses
             table = serve(pd.DataFrame(rows), task)
         for row in table.to_dict(orient="records"):
-            yield _as_answer({str(name): value for name, value in row.items() if value is not None})
+            yield _as_answer({str(name): value for name, value in row.items()})
 
 
 def _served_row(row: Input) -> dict[str, Any]:
@@ -142,9 +148,10 @@ def _served_row(row: Input) -> dict[str, Any]:
 
 def _as_answer(content: Mapping[str, Any]) -> Answer:
     """A row of a served model's answers, as `fmn.models.stages.predict` gives it."""
-    for kind in _KINDS:
-        try:
-            return kind.model_validate(content)
-        except ValidationError:
-            continue
-    raise TypeError(f"no kind of answer has {', '.join(content)}")
+    kind = next(kind for column, kind in _KINDS.items() if column in content)
+    present = {name: value for name, value in content.items() if value is not None}
+    if kind is Prediction:
+        present.setdefault("label", "score")  # of a regression task
+    if kind is Embedding and "score" in present:  # of two texts
+        kind = Similarity
+    return kind.model_validate(present)
