@@ -14,7 +14,7 @@ PIP_AUDIT := $(AUDIT)/bin/pip-audit --progress-spinner off --disable-pip --no-de
 IGNORED :=
 export GLUE_DIR
 
-.PHONY: run schedule mlflow test test-slow torture test-gpu audit lint types format lock dvc results docs package \
+.PHONY: run schedule mlflow trials test test-slow torture test-gpu audit lint types format lock dvc results docs package \
   docker-lint image image-base image-run clean help
 
 help: ## what there is
@@ -80,6 +80,9 @@ lock: $(VENV)/installed ## resolve the dependencies anew into constraints.txt
 	$(INSTALL) uv
 	uv pip compile -q --upgrade pyproject.toml --extra dev --extra quickstart --extra dask --extra lora --extra docs --universal --python-version 3.11 \
 	  --no-annotate -o constraints.txt
+
+trials: $(VENV)/installed ## the settings in which trials (dvc exp run) differ, and their scores
+	@dvc exp show --no-pager --only-changed --drop '(data|fmn)/|pins|architecture'
 
 dvc: $(VENV)/installed ## write dvc.yaml from flows/graph.py
 	python -c 'from flows.graph import dvc_yaml; print(dvc_yaml(), end="")' > dvc.yaml

@@ -11,7 +11,7 @@ from prefect import flow
 from flows import cluster, graph, notices, pages
 from flows.graph import Node
 from flows.pages import server_answers
-from flows.pipeline import RUNNER, Outcomes, run_nodes, stages_json
+from flows.pipeline import RUNNER, Outcomes, check_sources, run_nodes, stages_json
 from fmn import params
 from fmn.errors import UserError
 from fmn.experiments import grid
@@ -33,12 +33,18 @@ def compare_methods(profile: str, name: str) -> Outcomes:
     Raises:
         UserError: names the stages that failed and why; cells that finished are kept.
     """
-    with notices.failures_reported(Path(profile)):
+    title = f"{name} of {profile}"
+    with notices.failures_reported(Path(profile)), pages.failures_named(title):
         settings, comparing = _settings(Path(profile), name)
+        check_sources(settings, Path(profile))
         with cluster.joined(settings):
             outcomes = run_nodes(nodes(settings, comparing, Path(profile), name))
     tables = outcomes["comparison", ""].summary
-    pages.show_tables(f"{name} of {profile}", tables)
+    pages.show_tables(title, tables)
+    computed = sum(outcome.computed for outcome in outcomes.values())
+    pages.name_run(
+        f"{title}: " + (f"{computed} stages computed" if computed else "nothing changed")
+    )
     return outcomes
 
 

@@ -341,7 +341,8 @@ def dvc_yaml() -> str:
             "cmd": "fmn stage settings",
             "always_changed": True,  # local data files may have changed
             "deps": ["params.yaml"],
-            "outs": _dvc_outs([settings_file, f"{settings_file}.fmn.json"], is_cached=False),
+            # In the cache, so that DVC can compare the settings of other commits.
+            "outs": _dvc_outs([settings_file, f"{settings_file}.fmn.json"], is_cached=True),
         }
     }
     groups: dict[str, list[Row]] = {}

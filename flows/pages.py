@@ -17,7 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
-from fmn.errors import causes
+from fmn.errors import UserError, causes
 from fmn.registry.stages import Registered
 from fmn.report import results
 from fmn.report.stages import ReportInfo
@@ -105,8 +105,22 @@ def _tables(report: ReportInfo) -> str:
 
 def name_run(name: str) -> None:
     """Name this flow run by its outcome, in place of its settings file."""
-    with get_client(sync_client=True) as client:
-        _publish(lambda: client.update_flow_run(UUID(str(flow_run.id)), name=name))
+
+    def rename() -> None:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(str(flow_run.id)), name=name)
+
+    _publish(rename)
+
+
+@contextmanager
+def failures_named(title: str) -> Iterator[None]:
+    """Name this flow run as failed if a stage fails within."""
+    try:
+        yield
+    except UserError:
+        name_run(f"{title}: failed")
+        raise
 
 
 def _key(*words: str) -> str:

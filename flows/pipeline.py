@@ -177,7 +177,7 @@ def pipeline(profile: str = "params.yaml") -> Outcomes:
         UserError: as `run_nodes` does.
     """
     path = Path(profile)
-    with notices.failures_reported(path):
+    with notices.failures_reported(path), pages.failures_named(profile):
         settings = params.load(path)
         check_sources(settings, path)
         with cluster.joined(settings):

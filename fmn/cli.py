@@ -313,9 +313,13 @@ def tasks(
         else:
             show_table(list(known[0]), [list(task.values()) for task in known], words=len(known[0]))
         return
-    written = data or (Path(settings.work) / "data" if settings else None)
-    view = describe(name, own.get(name), settings.data if settings else None, written)
-    tokens = tokens_of(view.task, view.example, settings)
+    loading()
+    here = data.absolute() if data else None
+    with _project(file) if file else nullcontext():
+        rows = Path(settings.work) / "data" if settings else None
+        rows = Path(os.path.relpath(here)) if here else rows
+        view = describe(name, own.get(name), settings.data if settings else None, rows)
+        tokens = tokens_of(view.task, view.example, settings)
     if as_json:
         print_json({**view.model_dump(mode="json"), "tokens": tokens})
         return

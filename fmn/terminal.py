@@ -62,9 +62,9 @@ def plain_characters() -> None:
 def _plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = error.object[error.start : error.end].translate(_PLAIN)
+    lacking = error.object[error.start].translate(_PLAIN)
     plain = unicodedata.normalize("NFKD", lacking).encode("ascii", "ignore").decode()
-    return plain or "?", error.end
+    return plain or "?", error.start + 1
 
 
 def loading() -> None:

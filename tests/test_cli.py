@@ -256,6 +256,29 @@ def test_a_stage_of_the_pipeline_runs_alone(
     assert "sst2, mrpc" in mistake(capsys, "stage", "data", "rte", "--params", profile)
 
 
+def test_settings_mean_the_same_files_wherever_a_command_is_given(
+    tiny_base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "params.yaml").write_text(
+        f"work: work\nbase: {tiny_base}\nexperts: {{tasks: [sst2, mrpc]}}\n"
+        "finetune: {sst2: {}, mrpc: {}}\ndata: {source: embedded}\nregistry: {name: demo}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert answer(capsys, "stage", "data", "sst2")["computed"]
+    monkeypatch.chdir(tmp_path / "sub")
+    again = answer(capsys, "stage", "data", "sst2", "-p", "../params.yaml")
+    assert (again["computed"], again["out"]) == (False, "work/data/sst2")
+    assert again["seconds"] >= 0
+    fmn("stage", "data", "--params", tmp_path / "params.yaml", "--json")
+    assert [each["stage"] for each in json.loads(capsys.readouterr().out)] == ["data", "data"]
+    assert not list((tmp_path / "sub").iterdir())
+    assert Path.cwd() == tmp_path / "sub"
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

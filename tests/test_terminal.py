@@ -1,12 +1,14 @@
 """What a person at a terminal sees."""
 
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fmn.terminal import progress_bar, say, show_table
+from fmn.terminal import loading, progress_bar, say, show_table
 
 
 def test_lines_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,3 +68,37 @@ def test_libraries_write_to_a_file_and_we_to_the_terminal(tmp_path: Path) -> Non
     assert "Traceback" in done.stderr, "an unforeseen error keeps it"
     assert "KeyError: 'lost'" in done.stderr
     assert "noise of" not in done.stderr
+
+
+def test_what_an_encoding_lacks_is_written_in_characters_that_it_has() -> None:
+    code = (
+        "from fmn.terminal import complain, plain_characters, say, show_table; plain_characters()\n"
+        "say('81.0 ±1.2, é, 語'); show_table(['a'], [['−3 … 4']]); complain('größer')"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert done.stdout.decode("ascii").split() == "81.0 +-1.2, e, ? a -3 ... 4".split()  # noqa: SIM905
+    assert done.stderr == b"fmn: gro?er\n"
+
+
+def test_help_is_readable_without_utf8() -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "fmn", "fisher", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"--samples" in done.stdout
+
+
+def test_a_terminal_shows_that_libraries_are_loaded() -> None:
+    code = "from fmn.terminal import loading, say; loading(); loading(); say('done')"
+    here, there = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", code], stdout=there, stderr=there, check=True)
+    assert done.returncode == 0
+    os.close(there)
+    assert os.read(here, 1000).decode() == f"loading ...\r{' ' * 11}\rdone\r\n"
+
+
+def test_nothing_of_that_reaches_a_file(capfd: pytest.CaptureFixture[str]) -> None:
+    loading()
+    say("done")
+    assert capfd.readouterr() == ("done\n", "")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
-from pydantic import ValidationError
 
 from fmn.commands.options import Json
 from fmn.commands.shown import answer_lines, print_json
@@ -28,8 +27,14 @@ from fmn.models.stages import (
 from fmn.terminal import loading, say
 
 BATCH = 64  # rows that a registered version answers at once
-_STDIN = "-"
-_KINDS: tuple[type[Answer], ...] = (Tags, Similarity, Embedding, Prediction, Completion)
+_STDIN = Path("-")
+_KINDS: Mapping[str, type[Answer]] = {
+    "spans": Tags,
+    "probabilities": Prediction,
+    "embedding": Embedding,
+    "text": Completion,
+}
+"""What an answer is, by a column that only its kind of task has."""
 
 
 def predict(
@@ -39,7 +44,9 @@ def predict(
     *,
     task: str,
     image: Path | None = None,
-    file: Annotated[Path | None, Parameter(name=["--file", "-f"])] = None,
+    file: Annotated[
+        Path | None, Parameter(name=["--file", "-f"], allow_leading_hyphen=True)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a text, a pair of texts or an image with a merged model; or many of a file.
@@ -50,15 +57,15 @@ def predict(
 
     Args:
         model: folder of the merged model, or models:/NAME/VERSION or models:/NAME@ALIAS
-        text: the text; for a task that generates texts, the prompt; -: lines of standard input
+        text: the text; for a task that generates texts, the prompt; default: the lines of a pipe
         text_pair: the second text, for a task of pairs
         task: the task
         image: the file of an image, for a task of images
-        file: a file of texts
+        file: a file of texts; -: standard input
     """
     loading()
-    is_piped = (text, image) == (None, None) and not sys.stdin.isatty()
-    has_many = file is not None or text == _STDIN or is_piped
+    is_piped = (text, image, file) == (None, None, None) and not sys.stdin.isatty()
+    has_many = file is not None or is_piped
     if file and (text or image):
         raise UserError(f"--file {file}: give it alone, without a text or --image")
     inputs = _read(file) if has_many else iter([Input(text, text_pair, image)])
@@ -76,7 +83,7 @@ def predict(
 
 def _read(file: Path | None) -> Iterator[Input]:
     """The inputs of a file, or of standard input."""
-    if file is None:
+    if file is None or file == _STDIN:
         yield from _lines(sys.stdin)
         return
     try:
@@ -122,14 +129,15 @@ def _served(source: str, inputs: Iterator[Input], task: str) -> Iterator[Answer]
 
     from fmn.registry import tracking
 
+    version = tracking.pin(source)
     with tracking.connection():
-        serve = tracking.load_served_model(tracking.pin(source))
+        serve = tracking.load_served_model(version)
     while batch := list(islice(inputs, BATCH)):
         rows = [_served_row(each) for each in batch]
         with tracking.connection():  # which explains what the model refuses
             table = serve(pd.DataFrame(rows), task)
         for row in table.to_dict(orient="records"):
-            yield _as_answer({str(name): value for name, value in row.items() if value is not None})
+            yield _as_answer({str(name): value for name, value in row.items()})
 
 
 def _served_row(row: Input) -> dict[str, Any]:
@@ -140,9 +148,10 @@ def _served_row(row: Input) -> dict[str, Any]:
 
 def _as_answer(content: Mapping[str, Any]) -> Answer:
     """A row of a served model's answers, as `fmn.models.stages.predict` gives it."""
-    for kind in _KINDS:
-        try:
-            return kind.model_validate(content)
-        except ValidationError:
-            continue
-    raise TypeError(f"no kind of answer has {', '.join(content)}")
+    kind = next(kind for column, kind in _KINDS.items() if column in content)
+    present = {name: value for name, value in content.items() if value is not None}
+    if kind is Prediction:
+        present.setdefault("label", "score")  # of a regression task
+    if kind is Embedding and "score" in present:  # of two texts
+        kind = Similarity
+    return kind.model_validate(present)

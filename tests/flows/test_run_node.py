@@ -1,6 +1,7 @@
 """A stage as Prefect runs it: retried after transient errors, with a tag if it needs a device."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from prefect import flow
 
 from flows import pipeline
 from flows.graph import Node
+from fmn import params
 from fmn.errors import UserError
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.store.stage import Outcome
+from tests.hub_server import Hub
 
 ERRORS = {"network": ConnectionError("reset"), "mistake": UserError("no such thing")}
 
@@ -70,3 +73,41 @@ def test_stages_that_compute_on_a_device_have_a_tag_that_a_server_can_limit() ->
 
     assert tags(settings=EvaluateSettings(device="auto")) == {"fmn-gpu"}
     assert tags(settings=EvaluateSettings(device="cpu")) == tags() == set()
+
+
+PROFILE = """\
+base: here
+experts: {tasks: [sst2, stars, more]}
+tasks:
+  stars: {dataset: {path: reviews.csv}, columns: {text: review, label: stars}}
+  more: {dataset: {path: "https://host/more.csv"}, columns: {text: review, label: stars}}
+sources:
+  sst2: nowhere
+  stars: hf://org/none
+finetune: {more: {}}
+data: {source: embedded}
+registry: {name: demo}
+"""
+
+
+def test_sources_and_rows_that_are_not_there_are_listed_with_their_lines(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_base, "here")
+    profile = Path("params.yaml")
+    profile.write_text(PROFILE)
+    with Hub() as hub:
+        for name, value in hub.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError) as error:
+            pipeline.check_sources(params.load(profile), profile)
+        lines = str(error.value).split("; params.yaml")
+        assert len(lines) == 3, "the base is here, and rows at a URL are read when they are needed"
+        for place, problem in ((":7: sources.sst2", "nowhere"), (":8: sources.stars", "org/none"),
+                               (":4: tasks.stars", "reviews.csv")):  # fmt: skip
+            assert any(place in line and problem in line for line in lines), str(error.value)
+        hub.add("models", "org/none", tmp_path / "here")
+        shutil.copytree("here", "nowhere")
+        Path("reviews.csv").write_text("review,stars\ngood,5\n")
+        pipeline.check_sources(params.load(profile), profile)

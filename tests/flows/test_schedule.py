@@ -29,7 +29,7 @@ def test_every_deployment_names_a_flow_and_its_parameters(file: str) -> None:
         inspect.signature(flow.fn).bind(**item["parameters"])
         profile = item["parameters"]["profile"]
         assert (ROOT / profile).is_file() or profile == "settings/params.yaml", "a cluster's own"
-        meanwhile = "ENQUEUE" if item["name"] == "on-demand" else "CANCEL_NEW"
+        meanwhile = "CANCEL_NEW" if item.get("schedules") else "ENQUEUE"
         assert item["concurrency_limit"] == {"limit": 1, "collision_strategy": meanwhile}
 
 

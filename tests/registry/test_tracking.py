@@ -94,7 +94,11 @@ def test_a_version_can_be_fetched_by_alias_and_is_pinned(
     register: Register, tmp_path: Path
 ) -> None:
     version = f"models:/demo/{register().summary.version}"
-    assert tracking.pin("models:/demo@champion") == version
+    for floating in ("models:/demo@champion", "models:/demo/latest", "models:/demo/Latest"):
+        assert tracking.pin(floating) == version
+    assert tracking.pin(version) == version
+    with pytest.raises(UserError, match="no such version of demo"):
+        tracking.pin("models:/demo/Production")
     assert tracking.download("models:/demo@champion", tmp_path / "out") == version
     assert list((tmp_path / "out").rglob("model.safetensors"))
     with pytest.raises(UserError, match="none"):
