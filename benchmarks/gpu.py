@@ -263,7 +263,7 @@ def table(device: str, figures: Mapping[str, float], details: list[dict[str, Any
         measured = "not measured" if math.isnan(value) else f"{value:.3g}"
         is_met = value <= goal if goal and name in AT_MOST else goal and value >= goal
         verdict = "" if goal is None or math.isnan(value) else "yes" if is_met else "no"
-        bound = "" if goal is None else f"{'<=' if name in AT_MOST else '>='} {goal:g}"
+        bound = "" if goal is None else f"at {'most' if name in AT_MOST else 'least'} {goal:g}"
         rows.append([label, measured, bound, verdict])
     heading = f"{device}.\n\n" if device else ""
     summary = markdown(["", "measured", "goal on an H100 or H200", "met"], rows)

@@ -31,6 +31,7 @@ from fmn.merge.rules import generator
 from fmn.merge.stream import DTYPES, NAMES, Read, TensorSpec, row_slices
 from fmn.models import checkpoints, labels
 from fmn.models.checkpoints import CONFIG, SMALL_FILES, read_config
+from fmn.models.devices import resolve_device
 from fmn.models.headers import INDEX, TensorHeader, file_headers, tensor_headers
 from fmn.store.artifacts import digest_file, remember_digest, visible
 from fmn.store.stage import Progress, no_progress, write_record
@@ -402,18 +403,23 @@ def _merged_rows(
     if parameter.is_transposed:  # to [rows, n]
         experts, fisher = [[t.mT if t.ndim else t for t in each] for each in (experts, fisher)]
         turned = None if base is None else base.mT
+    grams = [read(stored, None, None) for stored in parameter.grams]
+    device = _device(plan, parameter)
+    if device.type != "cpu":
+        experts, fisher, grams = [[t.to(device) for t in each] for each in (experts, fisher, grams)]
+        turned = turned if turned is None else turned.to(device)
     merged = method(
         experts=experts,
         base=turned,
         coefficients=plan.coefficients_of(parameter),
         fisher=fisher,
         is_linear_map=parameter.is_linear_map,
-        grams=[read(stored, None, None).double() for stored in parameter.grams] or None,
+        grams=[gram.double() for gram in grams] or None,
         generators=[generator(settings.seed, t, name) for t in tasks if method.random],
         density=settings.density or method.density,
         damping=settings.damping,
     )
-    merged = merged.mT if parameter.is_transposed else merged
+    merged = (merged.mT if parameter.is_transposed else merged).cpu()
     if plan.scale != 1 and base is not None:
         merged = torch.lerp(base.to(merged.dtype), merged, float(plan.scale))
     merged = merged.to(parameter.spec.dtype)
@@ -422,6 +428,14 @@ def _merged_rows(
         dtype = NAMES[parameter.spec.dtype]
         raise UserError(f"tensor {name}: merged values do not fit {dtype}; use a smaller --scale")
     return merged
+
+
+def _device(plan: Plan, parameter: Parameter) -> torch.device:
+    """Where a parameter is merged: systems of equations and singular values on a GPU."""
+    is_mean = plan.method.element_wise or len(parameter.spec.shape) != 2 or parameter.first_row
+    if is_mean or plan.method.random:  # random numbers are the CPU's
+        return torch.device("cpu")
+    return resolve_device(plan.settings.device)
 
 
 def _read_all(
