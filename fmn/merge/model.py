@@ -85,7 +85,7 @@ def write_model(
     files = dict(zip(stream.shard_names(len(parts)), parts, strict=True))
     encoder = folder / "encoder"
     encoder.mkdir(parents=True)
-    with stream.reading(plan.stored) as read:
+    with stream.reading() as read:
         merged = merged_pieces(plan, read)
         if encoder_tensors:
             merged = (encoder_tensors[spec.name].flatten() for spec in plan.specs)
@@ -232,7 +232,7 @@ def _write_split(
             digests[target] = digest_file(source)
             _link(source, target)
         else:
-            with stream.reading(part.values()) as read:
+            with stream.reading() as read:
                 pieces = _pieces([part[spec.name] for spec in files[name]], read)
                 digests[target] = stream.write_file(target, files[name], pieces)
     if len(files) > 1:
@@ -264,7 +264,7 @@ def in_memory(
 ) -> dict[str, Tensor]:
     """The merged encoder's tensors by names in the base model, as `write_model` writes them."""
     plan = _with_scale(plan_merge(experts, settings, base, statistics))
-    with stream.reading(plan.stored) as read:
+    with stream.reading() as read:
         return merged_tensors(plan, read)
 
 
@@ -307,7 +307,7 @@ def scale(
 def effective_number_of(experts: Mapping[str, Path], base: Path) -> float:
     """The effective number of task vectors of experts."""
     plan = plan_merge(experts, MergeSettings(method="average", scale=0.0), base)
-    with stream.reading(plan.stored) as read:
+    with stream.reading() as read:
         return effective_number(plan.parameters, read)
 
 
@@ -318,7 +318,7 @@ def effective_number_of(experts: Mapping[str, Path], base: Path) -> float:
 def _with_scale(plan: Plan) -> Plan:
     if plan.scale != "auto":
         return plan
-    with stream.reading(plan.stored) as read:
+    with stream.reading() as read:
         return replace(plan, scale=plan.tuning.scale(effective_number(plan.parameters, read)))
 
 
@@ -509,7 +509,7 @@ def _write_task(
 ) -> None:
     """Write a task's checkpoint: links to the encoder's files, and what is the expert's own."""
     folder.mkdir(parents=True)
-    with stream.reading(head.values()) as read:
+    with stream.reading() as read:
         tensors = {name: read(stored, None, None) for name, stored in head.items()}
     _write_task_tensors(folder, files, tensors)
     config = _config(expert, files, tokens)

@@ -229,9 +229,10 @@ def regress(
         at_once: systems of equations that are solved at a time; default: as suits the device.
 
     Returns:
-        float64 [rows, n], on the device of the Gram matrices. Where the rows' weights do not differ, one factorisation of n^3 / 3
-        multiplications serves all. For two experts one diagonalisation of both Gram matrices does
-        (about 10 n^3). Otherwise each different column of `rounded` weights takes a factorisation.
+        float64 [rows, n], on the device of the Gram matrices. Where the rows' weights do not
+        differ, one factorisation of n^3 / 3 multiplications serves all. For two experts one
+        diagonalisation of both Gram matrices does (about 10 n^3). Otherwise each different column
+        of `rounded` weights takes a factorisation.
     """
     is_single, is_pair = weights.shape[1] == 1, len(experts) == 2
     weights = weights.to(grams[0].device)

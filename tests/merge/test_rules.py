@@ -299,6 +299,5 @@ def test_equations_that_are_solved_together_have_the_same_solutions(at_once: int
 @pytest.mark.gpu
 def test_a_gpu_solves_the_same_equations() -> None:
     matrices, moments, weights = equations()
-    on_gpu = [[tensor.cuda() for tensor in each] for each in (matrices, moments)]
-    expected = regress(matrices, moments, weights)
-    torch.testing.assert_close(regress(*on_gpu, weights).cpu(), expected)
+    on_gpu = regress([m.cuda() for m in matrices], [m.cuda() for m in moments], weights)
+    torch.testing.assert_close(on_gpu.cpu(), regress(matrices, moments, weights))
