@@ -24,7 +24,7 @@ from fmn.errors import UserError, system_error
 from fmn.evaluate.stages import evaluate
 from fmn.experiments.stages import SearchSettings, search
 from fmn.fisher.stages import STATISTICS, fisher
-from fmn.merge.stages import calibrate, merge, realign
+from fmn.merge.stages import calibrate, cost, merge, realign
 from fmn.models.stages import Completion, Prediction, Similarity, Tags, finetune, predict
 from fmn.registry.push import push
 from fmn.registry.stages import (
@@ -52,6 +52,7 @@ Verbose = Annotated[
 Json = Annotated[bool, Parameter(name="--json", help="print the summary as JSON")]
 Show = Callable[[Any], None]
 
+LARGE = 10 * 10**9  # bytes that a merge reads; beyond them it is said how long that takes
 OPTIONS = {"experts": "--expert", "models": "--model", "tasks": "--task"}
 """Options that are not called like the argument."""
 
@@ -155,6 +156,8 @@ def _add_stage(function: Callable[..., Any], show: Show, name: str = "") -> None
                 options[argument] = _paths_by_name(items, argument, options.get("experts"))
         if isinstance(settings_file := options.get("params"), Path):
             params.load(settings_file)  # `register` keeps them; a mistake in them shows here
+        if function is merge:
+            _tell_cost(options)
         if "progress" not in signature.parameters:
             outcome = function(*args, **options)
         else:
@@ -170,6 +173,16 @@ def _add_stage(function: Callable[..., Any], show: Show, name: str = "") -> None
     )
     wrapped.__annotations__ = {item.name: item.annotation for item in [*parameters, json_option]}
     app.command(wrapped, name=name or function.__name__.replace("_", "-"))
+
+
+def _tell_cost(options: Mapping[str, Any]) -> None:
+    """Say what a large merge takes, before it starts."""
+    experts, out = options["experts"], options["out"]
+    if not out.exists() and all(folder.is_dir() for folder in experts.values()):
+        files = [*(options.get("fisher") or {}).values(), *(options.get("gram") or {}).values()]
+        needed = cost(experts, out, options.get("base"), filter(Path.is_file, files))
+        if needed.read > LARGE:
+            complain(f"the merge {needed.in_words}")
 
 
 def _as_option(parameter: inspect.Parameter) -> inspect.Parameter:

@@ -122,7 +122,14 @@ def test_two_hundred_experts_are_merged_with_few_open_files(tmp_path: Path) -> N
     for number in range(200):
         kind = kinds[number % 4 == 0]  # every fourth is the second
         shutil.copytree(kind, tmp_path / "experts" / f"task-{number:03}")
-    command: list[str | Path] = [sys.executable, "-c", MANY, tmp_path / "experts", tmp_path / "merged", "average"]
+    command: list[str | Path] = [
+        sys.executable,
+        "-c",
+        MANY,
+        tmp_path / "experts",
+        tmp_path / "merged",
+        "average",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     merged = weights(tmp_path / "merged" / "encoder")
