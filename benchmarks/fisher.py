@@ -41,7 +41,7 @@ from transformers import (
 from benchmarks.results import DOCS, keep, parser, ratio, spread
 from fmn.fisher.architectures import mask_sites
 from fmn.fisher.mask_nodes import BATCH_SIZE, estimate
-from fmn.fisher.runner import hooked
+from fmn.models.predict import hooked
 from fmn.report.results import markdown
 from fmn.tasks.batches import Batch, Examples, by_length, pad_batch
 from fmn.tasks.kinds import SINGLE

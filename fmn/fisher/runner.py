@@ -1,6 +1,6 @@
 """A model made ready for the statistics: on its device, in its dtype, one pass per batch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -18,11 +18,6 @@ from fmn.models.predict import answered_only
 from fmn.tasks.batches import Batch, Examples
 
 LINEAR = (nn.Linear, Conv1D)
-
-
-def max_batch_tokens(device: torch.device) -> int:
-    """Tokens of a batch, padding included, beyond which batches are no faster."""
-    return 32768 if device.type == "cuda" else 2048
 
 
 def float_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,15 +69,6 @@ def outputs_of(model: PreTrainedModel) -> int:
     """The width of a model's outputs."""
     config = model.config
     return int(config.vocab_size if model.can_generate() else config.num_labels)
-
-
-@contextmanager
-def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Call a hook before every forward pass of a module."""
-    with ExitStack() as registered:
-        for module, hook in hooks:
-            registered.callback(module.register_forward_pre_hook(hook).remove)
-        yield
 
 
 @contextmanager

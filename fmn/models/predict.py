@@ -1,7 +1,8 @@
 """A model's predictions on a task."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from fmn.errors import UserError
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import IGNORED, Batch, Examples, by_length
+from fmn.tasks.batches import IGNORED, MULTIPLE, Batch, Examples, by_length, pad_batch
 from fmn.tasks.task import Task
 
-# Tokens of a batch on a CPU, where larger ones leave the caches; a GPU takes 16 times as many.
-TOKENS = 2048
 LOGITS = 2**28  # of a batch of generated text at a time: a gigabyte
 Reduce = Callable[[Tensor, Batch], Tensor]
 
@@ -45,6 +44,77 @@ def answered_only(model: PreTrainedModel, labels: Tensor) -> Iterator[None]:
             registered.remove()
 
 
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Call a hook before every forward pass of a module."""
+    with ExitStack() as registered:
+        for module, hook in hooks:
+            registered.callback(module.register_forward_pre_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def first_token_only(
+    model: PreTrainedModel, run: Callable[[Batch], Tensor], examples: Examples
+) -> Iterator[None]:
+    """Within it the last layer computes the first token alone, if the head reads no other.
+
+    Of the other tokens such a layer needs keys and values. The linear maps behind these get the
+    first token, [B, 1, n]; their output, added to the residual stream [B, T, n], is right for that
+    token, and nobody reads the others. Which maps they are is probed on one example.
+
+    Args:
+        run: gives the logits of a batch.
+    """
+
+    def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, :1], *args[1:])
+
+    lengths = examples.lengths
+    rows = [row for row in np.argsort(lengths) if lengths[row] > 1][:1]
+    with ExitStack() as hooks:
+        if rows and not model.can_generate() and not examples.has_token_labels:
+            batch = pad_batch(examples, np.array(rows))
+            try:
+                with torch.no_grad():
+                    logits = run(batch)
+                    maps = _only_first_token_read(model, partial(run, batch))
+                    hooks.enter_context(hooked((module, cut) for module in maps))
+                    is_right = run(batch).allclose(logits, rtol=0.05, atol=0.05)
+            except RuntimeError:  # an attention that computes its queries last checks their shape
+                is_right = False
+            if not is_right:
+                hooks.close()
+        yield
+
+
+def _only_first_token_read(model: nn.Module, run: Callable[[], Tensor]) -> list[nn.Module]:
+    """The last linear maps of whose inputs [B, T, n] only the first token matters for the logits.
+
+    All others are set to NaN, which reaches the logits if anything depends on them.
+    """
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args[0].ndim == 3:
+            calls.append(module)
+
+    def poison(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        poisoned = args[0].clone()
+        poisoned[:, 1:] = torch.nan
+        return (poisoned, *args[1:])
+
+    calls: list[nn.Module] = []
+    with hooked((module, record) for module in model.modules() if isinstance(module, nn.Linear)):
+        run()
+    maps: list[nn.Module] = []
+    for module in reversed(calls):
+        with hooked([(module, poison)]):
+            if calls.count(module) > 1 or not run().isfinite().all():
+                break
+        maps.append(module)
+    return maps
+
+
 def token_scores(logits: Tensor, batch: Batch) -> Tensor:
     """Of each generated text the sum of its tokens' cross entropies, their number, and how many of
     them are the model's first choice, [B, 3]; all of them are, if it generates the text greedily.
@@ -57,9 +127,19 @@ def token_scores(logits: Tensor, batch: Batch) -> Tensor:
     return sums.index_add_(0, rows.to(terms.device), terms.double())
 
 
+def max_batch_tokens(device: torch.device) -> int:
+    """Tokens of a batch, padding included, beyond which batches are no faster."""
+    return 1024 if device.type == "cpu" else 32768  # a CPU's caches hold so many
+
+
+def multiple_of_widths(device: torch.device) -> int:
+    """What widths of batches are rounded up to: on a CPU padding costs more than it saves."""
+    return 1 if device.type == "cpu" else MULTIPLE
+
+
 def tokens_at_once(model: PreTrainedModel, device: torch.device) -> int:
     """Tokens of a batch; fewer where each has very many logits."""
-    tokens = TOKENS if device.type == "cpu" else 16 * TOKENS
+    tokens = max_batch_tokens(device)
     limit = LOGITS // model.config.vocab_size if model.can_generate() else tokens
     return max(1, min(tokens, limit))
 
@@ -91,12 +171,21 @@ def predict(
     tokens = tokens_at_once(model, target)
     if reduce is None:
         reduce = token_scores if model.can_generate() else lambda logits, _: logits
-    computing = autocast(target, compute_dtype)
-    with placed(model, target, compute_dtype), torch.inference_mode(), computing:
-        for batch in by_length(examples, tokens=tokens):
-            inputs = {name: value.to(target) for name, value in batch.inputs.items()}
-            with answered_only(model, batch.labels):
-                output = reduce(model(**inputs).logits, batch).float().cpu().numpy()
+
+    def run(batch: Batch) -> Tensor:
+        inputs = {name: value.to(target) for name, value in batch.inputs.items()}
+        with answered_only(model, batch.labels):
+            outputs: Tensor = model(**inputs).logits
+        return outputs
+
+    with (
+        placed(model, target, compute_dtype),
+        torch.inference_mode(),
+        autocast(target, compute_dtype),
+        first_token_only(model, run, examples),
+    ):
+        for batch in by_length(examples, tokens=tokens, multiple=multiple_of_widths(target)):
+            output = reduce(run(batch), batch).float().cpu().numpy()
             if logits is None:  # the first batch has the longest example
                 logits = np.zeros((len(examples), *output.shape[1:]), dtype=np.float32)
             logits[batch.rows, : output.shape[1]] = output

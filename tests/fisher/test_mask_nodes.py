@@ -17,8 +17,8 @@ from fmn.fisher import mask_nodes
 from fmn.fisher.architectures import mask_sites
 from fmn.fisher.loss import ESTIMATORS, uniform_draws
 from fmn.fisher.mask_nodes import BATCH_SIZE, Estimate, PartialSums, estimate
-from fmn.fisher.runner import hooked
 from fmn.models.embedding import Modules, SentenceEncoder
+from fmn.models.predict import hooked
 from fmn.tasks.batches import IGNORED, Examples, select
 from fmn.tasks.kinds import ProblemType
 from fmn.tasks.task import LossName
