@@ -41,7 +41,7 @@ from transformers import (
 from benchmarks.results import DOCS, keep, parser, ratio, spread
 from fmn.fisher.architectures import mask_sites
 from fmn.fisher.mask_nodes import BATCH_SIZE, estimate
-from fmn.models.predict import hooked
+from fmn.models.predict import hooked, max_batch_tokens, multiple_of_widths
 from fmn.report.results import markdown
 from fmn.tasks.batches import Batch, Examples, by_length, pad_batch
 from fmn.tasks.kinds import SINGLE
@@ -194,10 +194,10 @@ def fisher(setting: Setting, dtype: str) -> np.ndarray:
 
 
 def forward(setting: Setting) -> None:
-    tokens = 2048 if setting.device.type == "cpu" else 32768
+    tokens, multiple = max_batch_tokens(setting.device), multiple_of_widths(setting.device)
     enabled = setting.dtype == "bfloat16"
     with torch.no_grad(), torch.autocast(setting.device.type, torch.bfloat16, enabled=enabled):
-        for batch in by_length(setting.examples, tokens=tokens):
+        for batch in by_length(setting.examples, tokens=tokens, multiple=multiple):
             inputs = {name: tensor.to(setting.device) for name, tensor in batch.inputs.items()}
             setting.model(**inputs)
 
@@ -248,7 +248,7 @@ def peak(setting: Setting) -> float:
     """Operations a second in the model's largest matrix product, the best of many."""
     config = setting.model.config
     dtype = torch.bfloat16 if setting.dtype == "bfloat16" else torch.float32
-    rows = 2048 if setting.device.type == "cpu" else 32768
+    rows = max_batch_tokens(setting.device)
     hidden, inner = int(config.hidden_size), int(config.intermediate_size)
     a = torch.randn(rows, hidden, dtype=dtype, device=setting.device)
     b = torch.randn(hidden, inner, dtype=dtype, device=setting.device)

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
-from fmn.fisher.runner import LINEAR, Runner, prepared
+from fmn.fisher.runner import Runner, prepared
 from fmn.models.checkpoints import names_in_base
 from fmn.models.devices import resolve_device, resolve_dtype
-from fmn.models.predict import hooked, max_batch_tokens, multiple_of_widths
+from fmn.models.predict import LINEAR, hooked, max_batch_tokens, multiple_of_widths
 from fmn.tasks.batches import Batch, Examples, by_length, select
 
 

@@ -1,23 +1,19 @@
 """A model made ready for the statistics: on its device, in its dtype, one pass per batch."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fmn.models.checkpoints import names_in_base
 from fmn.models.devices import autocast
-from fmn.models.predict import answered_only
+from fmn.models.predict import LINEAR, answered_only, in_float, set_until
 from fmn.tasks.batches import Batch, Examples
-
-LINEAR = (nn.Linear, Conv1D)
 
 
 def float_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,7 +89,7 @@ def prepared(
     config = model.config
     with ExitStack() as restored:
         for module in model.modules():
-            _set(restored, module, "training", False)
+            set_until(restored, module, "training", False)
         # The backward pass of sdpa is slow on a CPU: half the speed in bfloat16.
         if device.type == "cpu" and config._attn_implementation == "sdpa":
             restored.callback(model.set_attn_implementation, "sdpa")
@@ -102,31 +98,9 @@ def prepared(
         configs = {id(own): own for m in model.modules() if (own := getattr(m, "config", None))}
         for own in configs.values():
             if getattr(own, "use_cache", False):
-                _set(restored, own, "use_cache", False)
+                set_until(restored, own, "use_cache", False)
         # Decoders look for the last token that is no padding.
         if getattr(config, "pad_token_id", 0) is None:
-            _set(restored, config, "pad_token_id", examples.pad.get("input_ids"))
-        for path in linear.keys() - encoder:
-            forward = _without_autocast(linear[path].forward, device)
-            _set(restored, linear[path], "forward", forward)
+            set_until(restored, config, "pad_token_id", examples.pad.get("input_ids"))
+        in_float(restored, [linear[path] for path in linear.keys() - encoder], device)
         yield Runner(model, tensors, device, dtype)
-
-
-def _set(restored: ExitStack, target: object, name: str, value: object) -> None:
-    """Set an attribute of an object until `restored` closes."""
-    if name in vars(target):
-        restored.callback(setattr, target, name, vars(target)[name])
-    else:
-        restored.callback(delattr, target, name)
-    setattr(target, name, value)
-
-
-def _without_autocast(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """A module's forward in the dtype of its weights."""
-
-    def in_float(activation: Tensor) -> Any:
-        with torch.autocast(device.type, enabled=False):
-            is_narrow = activation.dtype == torch.bfloat16
-            return forward(activation.float() if is_narrow else activation)
-
-    return in_float
