@@ -36,6 +36,7 @@ from fmn.fisher.runner import (
     float_dtype,
     outputs_of,
     prepared,
+    shared_casts,
     to_device,
 )
 from fmn.models.devices import free_memory, resolve_device, resolve_dtype
@@ -180,6 +181,7 @@ def estimate(
     saved = time.monotonic()
     with (
         prepared(model, examples, run.device, run.dtype) as runner,
+        shared_casts(runner),
         first_token_only(model, runner.logits, examples),
     ):
         for _ in _add_batches(runner, run, examples, sums):
@@ -256,8 +258,8 @@ def _mask_gradients(
 
         def add(gradient: Tensor) -> None:
             # [B, T, nodes * channels] -> [B, nodes * channels] -> [B, nodes]
-            summed = (value * gradient).sum(1, dtype=gradients.dtype)
-            columns.add_(summed.view(-1, site.nodes, site.channels).sum(2))
+            summed = (value * gradient).sum(1).view(-1, site.nodes, site.channels)
+            columns.add_(summed.sum(2, dtype=gradients.dtype))
 
         activation.register_hook(add)
         return (activation, *args[1:])

@@ -4,15 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from fmn.models.checkpoints import names_in_base
 from fmn.models.devices import autocast
-from fmn.models.predict import LINEAR, answered_only, in_float, set_until
+from fmn.models.predict import LINEAR, answered_only, hooked, in_float, set_until
 from fmn.tasks.batches import Batch, Examples
 
 
@@ -104,3 +105,25 @@ def prepared(
             set_until(restored, config, "pad_token_id", examples.pad.get("input_ids"))
         in_float(restored, [linear[path] for path in linear.keys() - encoder], device)
         yield Runner(model, tensors, device, dtype)
+
+
+@contextmanager
+def shared_casts(runner: Runner) -> Iterator[None]:
+    """Let maps that read the same activation one after another share its cast to bfloat16.
+
+    Autocast would cast it for each of query, key and value, and their gradients back.
+    """
+    weights = (name for name, tensor in runner.tensors.items() if tensor.dtype == torch.bfloat16)
+    modules = {runner.model.get_submodule(name.rpartition(".")[0]) for name in weights}
+    activation, narrow = None, torch.empty(0)
+
+    def cast(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal activation, narrow
+        if args[0].dtype != torch.float32:
+            return args
+        if args[0] is not activation:
+            activation, narrow = args[0], args[0].bfloat16()
+        return (narrow, *args[1:])
+
+    with hooked((module, cast) for module in modules):
+        yield

@@ -95,7 +95,7 @@ def first_token_only(
     """
 
     def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][:, :1], *args[1:])
+        return (args[0][:, :1].contiguous(), *args[1:])  # strided, it would copy the weights
 
     lengths = examples.lengths
     rows = [row for row in np.argsort(lengths) if lengths[row] > 1][:1]
