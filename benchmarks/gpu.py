@@ -191,10 +191,18 @@ def of_others(sizes: Sizes, options: argparse.Namespace, device: torch.device) -
     return rates | {"calibration": seconds["calibration"]}
 
 
+def timed(compute: Callable[[], object], device: torch.device) -> float:
+    fisher.synchronize(device)
+    started = time.perf_counter()
+    compute()
+    fisher.synchronize(device)
+    return time.perf_counter() - started
+
+
 def best(compute: Callable[[], object], device: torch.device, rounds: int = 2) -> float:
     """Seconds of the faster of some rounds, after one that fills caches."""
     compute()
-    return min(fisher.timed(compute, device) for _ in range(rounds))
+    return min(timed(compute, device) for _ in range(rounds))
 
 
 def seconds_of_solves(width: int, device: torch.device) -> float:
@@ -242,7 +250,7 @@ def of_llama(sizes: Sizes, device: torch.device) -> dict[str, float]:
         estimate(1)()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = fisher.timed(estimate(count), device)
+    seconds = timed(estimate(count), device)
     peak = fisher.peak(fisher.Setting(model, examples, device, "bfloat16"))
     floor = count * counter.get_total_flops() / peak
     figures = {"llama seconds": seconds, "llama floor": floor / seconds}
