@@ -3,7 +3,8 @@
     python -m benchmarks.fisher --glue data/glue --task mrpc --out results/
 
 In one process and alternating, on the same texts, examples a second of
-(a) the forward pass alone, (b) the estimator, both with the same batches and dtype;
+(a) the forward pass alone, under autocast and with the model's own attention (sdpa),
+(b) the estimator, both with the same batches and dtype;
 (c) the method as released, done plainly: float32, random order, batches of 32 padded to their
     longest text, the gradient of the batch's loss with respect to masks in the model;
 (d) the exact diagonal Fisher information of all weights, one example and one class at a time
@@ -41,7 +42,7 @@ from transformers import (
 from benchmarks.results import DOCS, keep, parser, ratio, spread
 from fmn.fisher.architectures import mask_sites
 from fmn.fisher.mask_nodes import BATCH_SIZE, estimate
-from fmn.fisher.runner import hooked
+from fmn.models.predict import hooked, max_batch_tokens, multiple_of_widths
 from fmn.report.results import markdown
 from fmn.tasks.batches import Batch, Examples, by_length, pad_batch
 from fmn.tasks.kinds import SINGLE
@@ -65,6 +66,7 @@ class Setting:
     examples: Examples
     device: torch.device
     dtype: str
+    clock: Callable[[], float] = time.perf_counter
 
 
 def main() -> None:
@@ -73,12 +75,13 @@ def main() -> None:
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     device = torch.device(options.device)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     results = []
     for name in options.models:
         model, vocabulary = build(name, options.classes)
         examples = texts(options, vocabulary)
         for dtype in options.dtypes:
-            setting = Setting(model.to(device), examples, device, dtype)
+            setting = Setting(model.to(device), examples, device, dtype, clock)
             results.append(
                 {"model": name, "dtype": dtype, **measure(setting, options.rounds, options.exact)}
             )
@@ -96,6 +99,7 @@ def parse() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of (a), (b) and (e)")
     add("--threads", type=int, default=torch.get_num_threads())
+    add("--cpu-time", action="store_true", help="time of this process alone, for a busy machine")
     add("--examples", type=int, default=256, help="examples of a round")
     add("--exact", type=int, default=4, help="examples of a round of (d)")
     add("--rounds", type=int, default=5)
@@ -152,7 +156,7 @@ def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {name: [] for name in (*methods, "floor")}
     for round_number in range(rounds + 1):  # the first, which fills caches, is not counted
         for name, (method, examples) in methods.items():
-            seconds = timed(method, setting.device)
+            seconds = timed(method, setting)
             if round_number:
                 speeds[name].append(examples / seconds)
         if round_number:
@@ -173,13 +177,13 @@ def measure(setting: Setting, rounds: int, exact: int) -> dict[str, Any]:
     }
 
 
-def timed(method: Callable[[], object], device: torch.device) -> float:
+def timed(method: Callable[[], object], setting: Setting) -> float:
     gc.collect()
-    synchronize(device)
-    start = time.perf_counter()
+    synchronize(setting.device)
+    start = setting.clock()
     method()
-    synchronize(device)
-    return time.perf_counter() - start
+    synchronize(setting.device)
+    return setting.clock() - start
 
 
 def synchronize(device: torch.device) -> None:
@@ -194,10 +198,10 @@ def fisher(setting: Setting, dtype: str) -> np.ndarray:
 
 
 def forward(setting: Setting) -> None:
-    tokens = 2048 if setting.device.type == "cpu" else 32768
+    tokens, multiple = max_batch_tokens(setting.device), multiple_of_widths(setting.device)
     enabled = setting.dtype == "bfloat16"
     with torch.no_grad(), torch.autocast(setting.device.type, torch.bfloat16, enabled=enabled):
-        for batch in by_length(setting.examples, tokens=tokens):
+        for batch in by_length(setting.examples, tokens=tokens, multiple=multiple):
             inputs = {name: tensor.to(setting.device) for name, tensor in batch.inputs.items()}
             setting.model(**inputs)
 
@@ -248,7 +252,7 @@ def peak(setting: Setting) -> float:
     """Operations a second in the model's largest matrix product, the best of many."""
     config = setting.model.config
     dtype = torch.bfloat16 if setting.dtype == "bfloat16" else torch.float32
-    rows = 2048 if setting.device.type == "cpu" else 32768
+    rows = max_batch_tokens(setting.device)
     hidden, inner = int(config.hidden_size), int(config.intermediate_size)
     a = torch.randn(rows, hidden, dtype=dtype, device=setting.device)
     b = torch.randn(hidden, inner, dtype=dtype, device=setting.device)
@@ -258,7 +262,7 @@ def peak(setting: Setting) -> float:
         for _ in range(repeats):
             torch.mm(a, b)
 
-    best = min(timed(multiply, setting.device) for _ in range(10))
+    best = min(timed(multiply, setting) for _ in range(10))
     return 2.0 * rows * hidden * inner * repeats / best
 
 

@@ -191,10 +191,18 @@ def of_others(sizes: Sizes, options: argparse.Namespace, device: torch.device) -
     return rates | {"calibration": seconds["calibration"]}
 
 
+def timed(compute: Callable[[], object], device: torch.device) -> float:
+    fisher.synchronize(device)
+    started = time.perf_counter()
+    compute()
+    fisher.synchronize(device)
+    return time.perf_counter() - started
+
+
 def best(compute: Callable[[], object], device: torch.device, rounds: int = 2) -> float:
     """Seconds of the faster of some rounds, after one that fills caches."""
     compute()
-    return min(fisher.timed(compute, device) for _ in range(rounds))
+    return min(timed(compute, device) for _ in range(rounds))
 
 
 def seconds_of_solves(width: int, device: torch.device) -> float:
@@ -242,7 +250,7 @@ def of_llama(sizes: Sizes, device: torch.device) -> dict[str, float]:
         estimate(1)()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = fisher.timed(estimate(count), device)
+    seconds = timed(estimate(count), device)
     peak = fisher.peak(fisher.Setting(model, examples, device, "bfloat16"))
     floor = count * counter.get_total_flops() / peak
     figures = {"llama seconds": seconds, "llama floor": floor / seconds}
@@ -263,7 +271,7 @@ def table(device: str, figures: Mapping[str, float], details: list[dict[str, Any
         measured = "not measured" if math.isnan(value) else f"{value:.3g}"
         is_met = value <= goal if goal and name in AT_MOST else goal and value >= goal
         verdict = "" if goal is None or math.isnan(value) else "yes" if is_met else "no"
-        bound = "" if goal is None else f"{'<=' if name in AT_MOST else '>='} {goal:g}"
+        bound = "" if goal is None else f"at {'most' if name in AT_MOST else 'least'} {goal:g}"
         rows.append([label, measured, bound, verdict])
     heading = f"{device}.\n\n" if device else ""
     summary = markdown(["", "measured", "goal on an H100 or H200", "met"], rows)

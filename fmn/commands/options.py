@@ -12,10 +12,11 @@ from fmn import params
 from fmn.commands.shown import Show, print_json
 from fmn.errors import UserError
 from fmn.experiments.stages import SearchSettings, search
+from fmn.merge.stages import cost, merge
 from fmn.registry.stages import log_search
 from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import Outcome
-from fmn.terminal import loading, progress_bar, say
+from fmn.terminal import complain, loading, progress_bar, say
 
 Json = Annotated[bool, Parameter(name="--json", help="print the summary as JSON")]
 NAMES: Mapping[str, str | tuple[str, ...]] = {
@@ -35,6 +36,9 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "gram": (".gram.safetensors",),
 }
 """What NAME=PATH options take from one folder instead: folders, or files that end like this."""
+
+
+LARGE = 10 * 10**9  # bytes that a merge reads; beyond them it is said how long that takes
 
 
 def command_of(function: Callable[..., Any], show: Show) -> Callable[..., None]:
@@ -58,6 +62,8 @@ def command_of(function: Callable[..., Any], show: Show) -> Callable[..., None]:
                 options[argument] = _paths_by_name(items, argument, options.get("experts"))
         if isinstance(settings_file := options.get("params"), Path):
             params.load(settings_file)  # `register` keeps them; a mistake in them shows here
+        if function is merge:
+            _show_cost(options)
         outcome = call(function, function.__name__.replace("_", " "), *args, **options)
         if function is search:
             log_search(outcome.summary, options.get("settings", SearchSettings()))
@@ -69,6 +75,16 @@ def command_of(function: Callable[..., Any], show: Show) -> Callable[..., None]:
     )
     wrapped.__annotations__ = {item.name: item.annotation for item in [*parameters, json_option]}
     return command
+
+
+def _show_cost(options: Mapping[str, Any]) -> None:
+    """Say what a large merge takes, before it starts."""
+    experts, out = options["experts"], options["out"]
+    if not out.exists() and all(folder.is_dir() for folder in experts.values()):
+        files = [*(options.get("fisher") or {}).values(), *(options.get("gram") or {}).values()]
+        needed = cost(experts, out, options.get("base"), filter(Path.is_file, files))
+        if needed.read > LARGE:
+            complain(f"the merge {needed.in_words}")
 
 
 def call(function: Callable[..., Any], title: str, *args: Any, **options: Any) -> Any:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
-from fmn.fisher.runner import LINEAR, Runner, hooked, max_batch_tokens, prepared
+from fmn.fisher.runner import Runner, prepared
 from fmn.models.checkpoints import names_in_base
 from fmn.models.devices import places, resolve_device, resolve_dtype
+from fmn.models.predict import LINEAR, hooked, max_batch_tokens, multiple_of_widths
 from fmn.tasks.batches import Batch, Examples, by_length, select
 
 
@@ -66,7 +67,8 @@ def estimate(
     tokens: dict[str, int] = defaultdict(int)
     done = 0
     with prepared(model, sample, target, resolve_dtype(dtype, target)) as runner, torch.no_grad():
-        for batch in by_length(sample, tokens=max_batch_tokens(target)):
+        multiple = multiple_of_widths(target)
+        for batch in by_length(sample, max_batch_tokens(target), multiple=multiple):
             reads = _reads(runner, batch, linear)
             if not inputs:
                 first: dict[int, str] = {}

@@ -34,12 +34,12 @@ from fmn.fisher.runner import (
     Runner,
     backward_passes,
     float_dtype,
-    hooked,
-    max_batch_tokens,
     outputs_of,
     prepared,
+    shared_casts,
 )
 from fmn.models.devices import free_memory, resolve_device, resolve_dtype, to_device
+from fmn.models.predict import first_token_only, hooked, max_batch_tokens, multiple_of_widths
 from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, halved, select
 from fmn.tasks.task import LossName
 
@@ -178,7 +178,11 @@ def estimate(
     run = _Run(mask_sites(model), loss, rows, target, resolve_dtype(dtype, target), logits)
     sums = resume.copy_to(target) if resume else _no_sums(run, examples)
     saved = time.monotonic()
-    with prepared(model, examples, run.device, run.dtype) as runner:
+    with (
+        prepared(model, examples, run.device, run.dtype) as runner,
+        shared_casts(runner),
+        first_token_only(model, runner.logits, examples),
+    ):
         for _ in _add_batches(runner, run, examples, sums):
             if progress:
                 progress(sums.done, len(rows))
@@ -196,7 +200,8 @@ def _add_batches(
         rows = run.rows[start : start + CHUNK]
         chunk = examples.take(rows)
         while (done := sums.done - start) < len(rows):
-            batch = next(by_length(chunk, tokens=sums.batch_tokens, start=done))
+            multiple = multiple_of_widths(run.device)
+            batch = next(by_length(chunk, sums.batch_tokens, done, multiple))
             try:
                 terms = _terms(runner, run, batch, rows[batch.rows])
                 sums.add(terms, batch.rows, len(rows))
@@ -252,8 +257,8 @@ def _mask_gradients(
 
         def add(gradient: Tensor) -> None:
             # [B, T, nodes * channels] -> [B, nodes * channels] -> [B, nodes]
-            summed = (value * gradient).sum(1, dtype=gradients.dtype)
-            of_nodes = summed.view(-1, site.nodes, site.channels).sum(2)
+            summed = (value * gradient).sum(1).view(-1, site.nodes, site.channels)
+            of_nodes = summed.sum(2, dtype=gradients.dtype)
             columns.add_(of_nodes.to(columns.device, non_blocking=True))  # of a layer elsewhere
 
         activation.register_hook(add)

@@ -1,6 +1,6 @@
 """A model made ready for the statistics: on its device, in its dtype, one pass per batch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fmn.fisher.architectures import mask_sites
 from fmn.models.checkpoints import names_in_base
@@ -22,15 +21,8 @@ from fmn.models.devices import (
     spread,
     to_device,
 )
-from fmn.models.predict import answered_only
+from fmn.models.predict import LINEAR, answered_only, hooked, in_float, set_until
 from fmn.tasks.batches import Batch, Examples
-
-LINEAR = (nn.Linear, Conv1D)
-
-
-def max_batch_tokens(device: torch.device) -> int:
-    """Tokens of a batch, padding included, beyond which batches are no faster."""
-    return 2048 if device.type == "cpu" else 32768
 
 
 def float_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,15 +71,6 @@ def outputs_of(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Call a hook before every forward pass of a module."""
-    with ExitStack() as registered:
-        for module, hook in hooks:
-            registered.callback(module.register_forward_pre_hook(hook).remove)
-        yield
-
-
-@contextmanager
 def prepared(
     model: PreTrainedModel, examples: Examples, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Runner]:
@@ -115,7 +98,7 @@ def prepared(
     with ExitStack() as restored:
         restored.enter_context(passing_on(model, where, device))
         for module in model.modules():
-            _set(restored, module, "training", False)
+            set_until(restored, module, "training", False)
         # The backward pass of sdpa is slow on a CPU: half the speed in bfloat16.
         if device.type == "cpu" and config._attn_implementation == "sdpa":
             restored.callback(model.set_attn_implementation, "sdpa")
@@ -124,13 +107,11 @@ def prepared(
         configs = {id(own): own for m in model.modules() if (own := getattr(m, "config", None))}
         for own in configs.values():
             if getattr(own, "use_cache", False):
-                _set(restored, own, "use_cache", False)
+                set_until(restored, own, "use_cache", False)
         # Decoders look for the last token that is no padding.
         if getattr(config, "pad_token_id", 0) is None:
-            _set(restored, config, "pad_token_id", examples.pad.get("input_ids"))
-        for path in linear.keys() - encoder:
-            forward = _without_autocast(linear[path].forward, device)
-            _set(restored, linear[path], "forward", forward)
+            set_until(restored, config, "pad_token_id", examples.pad.get("input_ids"))
+        in_float(restored, [linear[path] for path in linear.keys() - encoder], device)
         restored.enter_context(plain_float32())
         yield Runner(model, tensors, device, dtype)
 
@@ -145,21 +126,23 @@ def _where(
     return spread(layers, sum(sizes.values()) - sum(layers.values()), device)
 
 
-def _set(restored: ExitStack, target: object, name: str, value: object) -> None:
-    """Set an attribute of an object until `restored` closes."""
-    if name in vars(target):
-        restored.callback(setattr, target, name, vars(target)[name])
-    else:
-        restored.callback(delattr, target, name)
-    setattr(target, name, value)
+@contextmanager
+def shared_casts(runner: Runner) -> Iterator[None]:
+    """Let maps that read the same activation one after another share its cast to bfloat16.
 
+    Autocast would cast it for each of query, key and value, and their gradients back.
+    """
+    weights = (name for name, tensor in runner.tensors.items() if tensor.dtype == torch.bfloat16)
+    modules = {runner.model.get_submodule(name.rpartition(".")[0]) for name in weights}
+    activation, narrow = None, torch.empty(0)
 
-def _without_autocast(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """A module's forward in the dtype of its weights."""
+    def cast(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal activation, narrow
+        if args[0].dtype != torch.float32:
+            return args
+        if args[0] is not activation:
+            activation, narrow = args[0], args[0].bfloat16()
+        return (narrow, *args[1:])
 
-    def in_float(activation: Tensor) -> Any:
-        with autocast(device, torch.float32):
-            is_narrow = activation.dtype == torch.bfloat16
-            return forward(activation.float() if is_narrow else activation)
-
-    return in_float
+    with hooked((module, cast) for module in modules):
+        yield

@@ -45,7 +45,15 @@ from fmn.errors import UserError
 from fmn.fisher import architectures
 from fmn.merge.recipe import CalibrationSettings
 from fmn.models import checkpoints
-from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.models.devices import (
+    autocast,
+    known_padding,
+    placed,
+    places,
+    resolve_device,
+    resolve_dtype,
+    to_device,
+)
 from fmn.models.predict import answered_only, tokens_at_once
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, select
@@ -68,12 +76,12 @@ class _Texts:
     Attributes:
         states: what the next layer reads, [B, T, width].
         calls: by layer, its other positional and named arguments.
-        is_token: [B * T], which positions are no padding; None: all.
+        tokens: int64 [N], which of the B * T positions are no padding; None: all.
     """
 
     states: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    is_token: Tensor | None
+    tokens: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -158,14 +166,14 @@ def calibrated_encoder(
                 raise UserError(f"{task}: there are no training texts to calibrate on; add some")
             own = [expert.base_model.get_submodule(path) for path in paths]
             tokens = tokens_at_once(expert, target)
-            batches = [(b, _on(target, b)) for b in by_length(examples[task], tokens=tokens)]
+            batches = list(by_length(examples[task], tokens=tokens))
             weights, shares = None, dict[Key, Tensor]()
             if settings.target == "outputs":
                 start = 0 if last is None else len(layers) - last
                 weights, shares = _weights(expert, own, start, batches, node_rows, generator)
             with torch.no_grad():
-                in_merged = [_before_layers(merged, layers, inputs) for _, inputs in batches]
-                in_own = [_before_layers(expert.base_model, own, inputs) for _, inputs in batches]
+                in_merged = [_before_layers(merged, layers, batch) for batch in batches]
+                in_own = [_before_layers(expert.base_model, own, batch) for batch in batches]
             tasks[task] = _Task(own, in_merged, in_own, weights, shares)
         with torch.no_grad():
             for number, layer in enumerate(layers):
@@ -216,19 +224,22 @@ def own_part(
     return own
 
 
-def _on(device: torch.device, batch: Batch) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in batch.inputs.items()}
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """What a model reads of a batch, where the model is."""
+    device = next(model.parameters()).device
+    return {name: to_device(value, device) for name, value in batch.inputs.items()}
 
 
-def _is_token(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    mask = inputs.get("attention_mask")
-    return None if mask is None else mask.flatten().bool()  # [B, T] -> [B * T]
+def _places(model: nn.Module, batch: Batch) -> Tensor | None:
+    """Which positions of a batch are tokens, int64 [N]; None: all."""
+    mask = batch.inputs.get("attention_mask")
+    return None if mask is None else places(mask, next(model.parameters()).device)
 
 
-def _tokens(states: Tensor, is_token: Tensor | None) -> Tensor:
+def _tokens(states: Tensor, tokens: Tensor | None) -> Tensor:
     """The states [N, n] of an activation [B, T, n] that belong to tokens; at least float32."""
     rows = states.flatten(0, -2)  # [B, T, n] -> [B * T, n]
-    return _wide(rows if is_token is None else rows[is_token])
+    return _wide(rows if tokens is None else rows.index_select(0, tokens))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -257,7 +268,7 @@ def _weights(
     expert: PreTrainedModel,
     layers: Sequence[nn.Module],
     start: int,
-    batches: Sequence[tuple[Batch, Mapping[str, Tensor]]],
+    batches: Sequence[Batch],
     node_rows: Mapping[Key, int],
     generator: torch.Generator,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Tensor]]:
@@ -270,21 +281,25 @@ def _weights(
     count = 0
     weights: list[dict[Key, Tensor]] = []
     by_row: dict[Key, list[Tensor]] = defaultdict(list)
-    for batch, inputs in batches:
+    for batch in batches:
         outputs: dict[Key, Tensor] = {}
+        tokens = _places(expert, batch)
+        mask = batch.inputs.get("attention_mask")
         with ExitStack() as hooks, answered_only(expert, batch.labels):
             for number in range(start, len(layers)):
                 for name, module in _maps(layers[number]).items():
-                    hook = _store(outputs, (number, name), _is_token(inputs))
+                    hook = _store(outputs, (number, name), mask)
                     hooks.callback(module.register_forward_hook(hook).remove)
-            z = _wide(expert(**inputs).logits)  # [B, C]; of generated text [M, C]
+            hooks.enter_context(known_padding(batch.inputs))
+            # [B, C]; of generated text [M, C]
+            z = _wide(expert(**_inputs(expert, batch)).logits)
         if z.ndim == 3:  # of tokens, those that answer: [B, T, C] -> [N, C]
-            z = z[(batch.labels != IGNORED).to(z.device)]
-        v = torch.randn(z.shape, generator=generator).to(z)
+            z = z.flatten(0, 1).index_select(0, places(batch.labels != IGNORED, z.device))
+        v = to_device(torch.randn(z.shape, generator=generator), z.device, z.dtype)
         gradients = torch.autograd.grad((v * z).sum(), list(outputs.values()))
         weights.append({})
         for key, gradient in zip(outputs, gradients, strict=True):
-            squares = _tokens(gradient, _is_token(inputs)).square()  # [N, rows]
+            squares = _tokens(gradient, tokens).square()  # [N, rows]
             weights[-1][key] = squares.sum(-1)
             if key in node_rows:
                 _add(by_row[key], squares.sum(0))
@@ -292,7 +307,7 @@ def _weights(
         _add(of_logits, z.sum(0))
         _add(of_squares, z.square().sum(0))
     # A text of many answers counts as much as one of a single answer.
-    per_text = count / sum(len(batch.rows) for batch, _ in batches)
+    per_text = count / sum(len(batch.rows) for batch in batches)
     variance = float((of_squares[0] / count - (of_logits[0] / count).square()).mean())
     variance = variance * per_text if variance > 0 else 1.0
     shares = {}
@@ -302,23 +317,22 @@ def _weights(
     return [{key: g / variance for key, g in each.items()} for each in weights], shares
 
 
-def _store(outputs: dict[Key, Tensor], key: Key, is_token: Tensor | None) -> Callable[..., None]:
+def _store(outputs: dict[Key, Tensor], key: Key, mask: Tensor | None) -> Callable[..., None]:
     """A hook that keeps what a map gives for tokens; some maps read embeddings of positions."""
 
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        if is_token is None or output.shape[:-1].numel() == len(is_token):
+        if mask is None or output.shape[:-1].numel() == mask.numel():
             outputs.setdefault(key, output)
 
     return hook
 
 
-def _before_layers(
-    model: nn.Module, layers: Sequence[nn.Module], inputs: Mapping[str, Tensor]
-) -> _Texts:
+def _before_layers(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) -> _Texts:
     """A batch before the first layer, with everything that layers are called with.
 
     The model runs with layers that give back what they read, which shows what it calls them with.
     """
+    inputs = _inputs(model, batch)
     items = _tuple_length(model, layers[0], {name: value[:1] for name, value in inputs.items()})
     states: list[Tensor] = []
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -330,12 +344,12 @@ def _before_layers(
         calls.append((args[1:], named))
         return (hidden, *[None] * (items - 1)) if items else hidden
 
-    with ExitStack() as restored:
+    with ExitStack() as restored, known_padding(batch.inputs):
         for layer in layers:
             layer.forward = forward
             restored.callback(delattr, layer, "forward")
         model(**inputs)
-    return _Texts(states[0], calls, _is_token(inputs))
+    return _Texts(states[0], calls, _places(model, batch))
 
 
 def _tuple_length(model: nn.Module, layer: nn.Module, inputs: Mapping[str, Tensor]) -> int:
@@ -453,9 +467,9 @@ def _computed(
             def hook(
                 _m: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name
             ) -> None:
-                outputs[name] = _tokens(out, texts.is_token)
+                outputs[name] = _tokens(out, texts.tokens)
                 if len(outputs) == len(names):
-                    reads.append(_tokens(args[0], texts.is_token))
+                    reads.append(_tokens(args[0], texts.tokens))
                     raise _Computed
 
             hooks.callback(layer.get_submodule(name).register_forward_hook(hook).remove)
@@ -499,6 +513,6 @@ def _move(
 
 
 def _error(task: _Task) -> float:
-    merged = torch.cat([_tokens(texts.states, texts.is_token) for texts in task.merged])
-    own = torch.cat([_tokens(texts.states, texts.is_token) for texts in task.own])
+    merged = torch.cat([_tokens(texts.states, texts.tokens) for texts in task.merged])
+    own = torch.cat([_tokens(texts.states, texts.tokens) for texts in task.own])
     return float((merged - own).square().mean() / own.var(0, correction=0).mean())

@@ -31,6 +31,7 @@ from fmn.merge.rules import generator
 from fmn.merge.stream import DTYPES, NAMES, Read, TensorSpec, row_slices
 from fmn.models import checkpoints, labels
 from fmn.models.checkpoints import CONFIG, SMALL_FILES, read_config
+from fmn.models.devices import resolve_device
 from fmn.models.headers import INDEX, TensorHeader, file_headers, tensor_headers
 from fmn.store.artifacts import digest_file, remember_digest, visible
 from fmn.store.stage import Progress, no_progress, write_record
@@ -84,7 +85,7 @@ def write_model(
     files = dict(zip(stream.shard_names(len(parts)), parts, strict=True))
     encoder = folder / "encoder"
     encoder.mkdir(parents=True)
-    with stream.reading(plan.stored) as read:
+    with stream.reading() as read:
         merged = merged_pieces(plan, read)
         if encoder_tensors:
             merged = (encoder_tensors[spec.name].flatten() for spec in plan.specs)
@@ -231,7 +232,7 @@ def _write_split(
             digests[target] = digest_file(source)
             _link(source, target)
         else:
-            with stream.reading(part.values()) as read:
+            with stream.reading() as read:
                 pieces = _pieces([part[spec.name] for spec in files[name]], read)
                 digests[target] = stream.write_file(target, files[name], pieces)
     if len(files) > 1:
@@ -263,7 +264,7 @@ def in_memory(
 ) -> dict[str, Tensor]:
     """The merged encoder's tensors by names in the base model, as `write_model` writes them."""
     plan = _with_scale(plan_merge(experts, settings, base, statistics))
-    with stream.reading(plan.stored) as read:
+    with stream.reading() as read:
         return merged_tensors(plan, read)
 
 
@@ -306,7 +307,7 @@ def scale(
 def effective_number_of(experts: Mapping[str, Path], base: Path) -> float:
     """The effective number of task vectors of experts."""
     plan = plan_merge(experts, MergeSettings(method="average", scale=0.0), base)
-    with stream.reading(plan.stored) as read:
+    with stream.reading() as read:
         return effective_number(plan.parameters, read)
 
 
@@ -317,7 +318,7 @@ def effective_number_of(experts: Mapping[str, Path], base: Path) -> float:
 def _with_scale(plan: Plan) -> Plan:
     if plan.scale != "auto":
         return plan
-    with stream.reading(plan.stored) as read:
+    with stream.reading() as read:
         return replace(plan, scale=plan.tuning.scale(effective_number(plan.parameters, read)))
 
 
@@ -402,18 +403,23 @@ def _merged_rows(
     if parameter.is_transposed:  # to [rows, n]
         experts, fisher = [[t.mT if t.ndim else t for t in each] for each in (experts, fisher)]
         turned = None if base is None else base.mT
+    grams = [read(stored, None, None) for stored in parameter.grams]
+    device = _device(plan, parameter)
+    if device.type != "cpu":
+        experts, fisher, grams = [[t.to(device) for t in each] for each in (experts, fisher, grams)]
+        turned = turned if turned is None else turned.to(device)
     merged = method(
         experts=experts,
         base=turned,
         coefficients=plan.coefficients_of(parameter),
         fisher=fisher,
         is_linear_map=parameter.is_linear_map,
-        grams=[read(stored, None, None).double() for stored in parameter.grams] or None,
+        grams=[gram.double() for gram in grams] or None,
         generators=[generator(settings.seed, t, name) for t in tasks if method.random],
         density=settings.density or method.density,
         damping=settings.damping,
     )
-    merged = merged.mT if parameter.is_transposed else merged
+    merged = (merged.mT if parameter.is_transposed else merged).cpu()
     if plan.scale != 1 and base is not None:
         merged = torch.lerp(base.to(merged.dtype), merged, float(plan.scale))
     merged = merged.to(parameter.spec.dtype)
@@ -422,6 +428,14 @@ def _merged_rows(
         dtype = NAMES[parameter.spec.dtype]
         raise UserError(f"tensor {name}: merged values do not fit {dtype}; use a smaller --scale")
     return merged
+
+
+def _device(plan: Plan, parameter: Parameter) -> torch.device:
+    """Where a parameter is merged: systems of equations and singular values on a GPU."""
+    is_mean = plan.method.element_wise or len(parameter.spec.shape) != 2 or parameter.first_row
+    if is_mean or plan.method.random:  # random numbers are the CPU's
+        return torch.device("cpu")
+    return resolve_device(plan.settings.device)
 
 
 def _read_all(
@@ -495,7 +509,7 @@ def _write_task(
 ) -> None:
     """Write a task's checkpoint: links to the encoder's files, and what is the expert's own."""
     folder.mkdir(parents=True)
-    with stream.reading(head.values()) as read:
+    with stream.reading() as read:
         tensors = {name: read(stored, None, None) for name, stored in head.items()}
     _write_task_tensors(folder, files, tensors)
     config = _config(expert, files, tokens)

@@ -83,7 +83,10 @@ class MergeSettings(Settings):
         description="which heads auto measures merges with: those that `fmn realign` would fit, or"
         " the experts' own",
     )
-    device: Device = Field("auto", description="where auto measures: auto, cpu, cuda, cuda:1, ...")
+    device: Device = Field(
+        "auto",
+        description="where auto measures, and equations are solved: auto, cpu, cuda, cuda:1, ...",
+    )
     dtype: Dtype = Field("auto", description="of auto's matrix products; auto: bfloat16 if it pays")
 
     _is_known = field_validator("method")(_known_or_auto)

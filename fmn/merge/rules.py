@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 RIDGE = 1e-6  # of the mean diagonal entry; directions that no input has stay the weighted mean
 STEP = 0.25  # weights are rounded to powers of 2^STEP, so that like rows share a factorisation
+SYSTEMS = 2**26  # entries of the systems of equations that a GPU solves at a time
 SMALLEST = -20.0  # logarithm to base 2 of the smallest weight relative to the largest
 
 
@@ -33,7 +34,7 @@ def shares(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     [0.75, 0.5]
     """
     evidence = torch.stack(list(fisher)).double().log()  # [experts, *shape]
-    lambdas = torch.tensor(list(coefficients), dtype=torch.float64).log()
+    lambdas = torch.tensor(list(coefficients), dtype=torch.float64, device=evidence.device).log()
     lambdas = lambdas.reshape(-1, *[1] * (evidence.ndim - 1)).expand_as(evidence)
     logits = lambdas + evidence
     return torch.where(logits.isneginf().all(0), lambdas, logits).softmax(0)
@@ -193,7 +194,7 @@ def row_weights(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> Tens
         float64 [experts, rows], or [experts, 1] where the rows do not differ.
     """
     rows = torch.stack([each.double().mean(-1).flatten() for each in fisher])
-    return torch.tensor(coefficients, dtype=torch.float64)[:, None] * rows
+    return torch.tensor(coefficients, dtype=torch.float64, device=rows.device)[:, None] * rows
 
 
 def rounded(weights: Tensor, step: float = STEP) -> Tensor:
@@ -213,20 +214,28 @@ def rounded(weights: Tensor, step: float = STEP) -> Tensor:
     return torch.exp2((powers / step).round() * step if step else powers)
 
 
-def regress(experts: Sequence[Tensor], grams: Sequence[Tensor], weights: Tensor) -> Tensor:
+def regress(
+    experts: Sequence[Tensor],
+    grams: Sequence[Tensor],
+    weights: Tensor,
+    at_once: int | None = None,
+) -> Tensor:
     """The matrix W that minimises ``sum_j d_j[o] E_j |(W[o] - W_j[o]) x|^2`` for every row o.
 
     Args:
         experts: W_j, [rows, n].
         grams: ``E_j[x x^T]``, float64 [n, n].
         weights: d_j, at least zero, [experts, rows] or [experts, 1]; zeros stand for equal ones.
+        at_once: systems of equations that are solved at a time; default: as suits the device.
 
     Returns:
-        float64 [rows, n]. Where the rows' weights do not differ, one factorisation of n^3 / 3
-        multiplications serves all. For two experts one diagonalisation of both Gram matrices does
-        (about 10 n^3). Otherwise each different column of `rounded` weights takes a factorisation.
+        float64 [rows, n], on the device of the Gram matrices. Where the rows' weights do not
+        differ, one factorisation of n^3 / 3 multiplications serves all. For two experts one
+        diagonalisation of both Gram matrices does (about 10 n^3). Otherwise each different column
+        of `rounded` weights takes a factorisation.
     """
     is_single, is_pair = weights.shape[1] == 1, len(experts) == 2
+    weights = weights.to(grams[0].device)
     weights = weights.double() if is_single else rounded(weights, 0 if is_pair else STEP)
     weights = torch.where(weights.sum(0) > 0, weights, 1.0)
     shares = weights / weights.sum(0)
@@ -238,12 +247,35 @@ def regress(experts: Sequence[Tensor], grams: Sequence[Tensor], weights: Tensor)
     stacked = torch.stack(list(grams))  # [experts, n, n]
     if is_pair and not is_single:
         return start + _solve_pair(stacked, shares, pull)
-    columns, column_of_row = torch.unique(shares.T, dim=0, return_inverse=True)
-    for number, share in enumerate(columns):  # [experts]
-        rows = slice(None) if is_single else (column_of_row == number).nonzero()[:, 0]
-        total = _regular((share @ stacked.flatten(1)).view_as(stacked[0]))  # sum_j s_j G_j
-        start[rows] += torch.cholesky_solve(pull[rows].T, torch.linalg.cholesky(total)).T
+    if is_single:
+        return start + _solved(stacked, shares.T, pull[None])[0]
+    columns, column_of_row, counts = torch.unique(
+        shares.T, dim=0, return_inverse=True, return_counts=True
+    )
+    rows_by_column = column_of_row.argsort(stable=True)
+    first = counts.cumsum(0) - counts  # of each column's rows among them
+    # Columns with as many rows are solved together, so that hardly any row is filled up.
+    if at_once is None:  # on a CPU one, which fits a cache
+        at_once = max(1, SYSTEMS // start.shape[1] ** 2) if start.is_cuda else 1
+    for some in counts.argsort().split(at_once):
+        places = torch.arange(int(counts[some].max()), device=start.device)
+        is_row = places < counts[some, None]  # [columns, most rows of one]
+        rows = rows_by_column[torch.where(is_row, first[some, None] + places, 0)]
+        steps = _solved(stacked, columns[some], pull[rows] * is_row[..., None])
+        start[rows[is_row]] += steps[is_row]
     return start
+
+
+def _solved(grams: Tensor, shares: Tensor, pulls: Tensor) -> Tensor:
+    """``pulls[k] (sum_j s_j[k] G_j + ridge)^-1`` for each k.
+
+    Args:
+        grams: G_j, [experts, n, n].
+        shares: s_j, [k, experts].
+        pulls: [k, rows, n], which is also the result's shape.
+    """
+    totals = _regular((shares @ grams.flatten(1)).view(-1, *grams.shape[1:]))
+    return torch.cholesky_solve(pulls.mT, torch.linalg.cholesky(totals)).mT
 
 
 def _solve_pair(grams: Tensor, shares: Tensor, pull: Tensor) -> Tensor:
@@ -264,6 +296,9 @@ def _solve_pair(grams: Tensor, shares: Tensor, pull: Tensor) -> Tensor:
     return delta
 
 
-def _regular(gram: Tensor) -> Tensor:
-    ridge = RIDGE * float(gram.diagonal().mean())
-    return gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge or 1.0)
+def _regular(grams: Tensor) -> Tensor:
+    """Gram matrices [..., n, n] with a ridge, which is added in place."""
+    diagonals = grams.diagonal(dim1=-2, dim2=-1)
+    ridge = RIDGE * diagonals.mean(-1, keepdim=True)
+    diagonals += torch.where(ridge == 0, 1.0, ridge)
+    return grams

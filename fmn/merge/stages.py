@@ -1,8 +1,9 @@
 """The stages that merge experts and re-align heads."""
 
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
@@ -18,6 +19,7 @@ from fmn.merge.recipe import (
     task_folder,
 )
 from fmn.models import checkpoints, labels, provenance
+from fmn.models.headers import tensor_headers
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts, stage
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
@@ -41,6 +43,7 @@ __all__ = [
 
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
+SPEED = 1e9  # bytes a second that a disk reads or writes: an assumption, for estimates
 MERGE = 9
 CALIBRATE = 2
 REALIGN = 6
@@ -54,6 +57,50 @@ class CalibrateSettings(CalibrationSettings):
 class RealignSettings(RefitSettings):
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field("auto", description="of matrix products; auto: bfloat16 if it pays")
+
+
+class Cost(NamedTuple):
+    """What a merge reads and writes, in bytes, about, and what is free for it.
+
+    Inputs are read twice, as they are digested before; of one that was digested before that, the
+    digest is known.
+    """
+
+    read: int
+    written: int
+    free: int
+
+    @property
+    def in_words(self) -> str:
+        """The amounts and the time, as people read them."""
+        amounts = (f"{count / 1e9:.1f} GB" for count in (self.read, self.written, self.free))
+        read, written, free = amounts
+        minutes = (2 * self.read + self.written) / SPEED / 60
+        return (
+            f"reads {read} and writes {written} of {free} free; about {minutes:.0f} minutes at"
+            f" {SPEED / 1e9:.0f} GB/s"
+        )
+
+
+def cost(
+    experts: Mapping[str, Path],
+    out: Path,
+    base: Path | None = None,
+    files: Iterable[Path] = (),
+) -> Cost:
+    """What merging experts into the folder `out` takes, from headers alone.
+
+    Args:
+        files: of the statistics that the merge reads.
+    """
+    folders = [*experts.values(), *([base] if base else [])]
+    sizes = [
+        sum(header.end - header.start for header in tensor_headers(folder).values())
+        for folder in folders
+    ]
+    read = sum(sizes) + sum(file.stat().st_size for file in files)
+    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
+    return Cost(read, max(sizes[: len(experts)], default=0), shutil.disk_usage(parent).free)
 
 
 def merge(
@@ -88,6 +135,10 @@ def merge(
     reads: Reads = {f"expert {task}": folder for task, folder in experts.items()}
     reads |= statistics_files(needs, experts, fisher, gram) | {"base": base}
     reads, described = {**reads, "coefficients": coefficients}, settings.used()
+    if not out.exists() and all(folder.is_dir() for folder in experts.values()):
+        needed = cost(experts, out)
+        if needed.written > needed.free:
+            raise UserError(f"{out}: the merge {needed.in_words}; make room, or name another disk")
     if is_auto:
         texts, of_texts = _texts_of_auto(experts, data, coefficients, settings)
         reads, described = reads | texts, described | of_texts

@@ -7,11 +7,13 @@ reading. A thread hashes and writes while the next rows are merged.
 import json
 import math
 import os
+import resource
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9  # of tensors in a file, as Transformers has it
 BATCH_BYTES = 2 * 2**20  # hashed and written together, as a thread takes long to wake up
+MOST_OPEN = 256  # files that are read
 BATCHES = 8  # merged but not yet hashed and written
 
 
@@ -46,15 +49,27 @@ next reading into a buffer of the same number overwrites them; into None, nothin
 
 
 @contextmanager
-def reading(headers: Iterable[TensorHeader]) -> Iterator[Read]:
-    """A function that reads rows of these tensors from their files.
+def reading() -> Iterator[Read]:
+    """A function that reads rows of tensors from their files.
 
-    Files are not mapped, as pages of a map count as the process's memory.
+    Files are not mapped, as pages of a map count as the process's memory. At most MOST_OPEN are
+    open, and half as many as the system allows; those that were read the longest ago are closed.
     """
     buffers: dict[int | None, Tensor] = {}
-    with ExitStack() as stack:
-        paths = {header.file for header in headers}
-        files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in paths}
+    files: dict[Path, FileIO] = {}  # those read last are at the end
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: there is none
+    most = min(MOST_OPEN, max(1, limit // 2)) if limit > 0 else MOST_OPEN
+
+    def opened(path: Path) -> FileIO:
+        file = files.pop(path, None)
+        if file is None:
+            if len(files) >= most:
+                files.pop(next(iter(files))).close()
+            file = FileIO(path)
+        files[path] = file
+        return file
+
+    try:
 
         def read(header: TensorHeader, rows: slice | None, buffer: int | None) -> Tensor:
             dtype, first, shape = DTYPES[header.dtype], 0, header.shape
@@ -66,8 +81,9 @@ def reading(headers: Iterable[TensorHeader]) -> Iterator[Read]:
                 memory = buffers[buffer] = torch.empty(size, dtype=torch.uint8)
             view = memory.numpy().data[:size]
             position = header.start + first * math.prod(shape[1:]) * dtype.itemsize
+            descriptor = opened(header.file).fileno()
             while view:
-                count = os.preadv(files[header.file].fileno(), [view], position)
+                count = os.preadv(descriptor, [view], position)
                 if count == 0:
                     raise UserError(
                         f"{header.file}: ends before its header says it does; get the file again"
@@ -76,12 +92,15 @@ def reading(headers: Iterable[TensorHeader]) -> Iterator[Read]:
             return memory[:size].view(dtype).view(shape)
 
         yield read
+    finally:
+        for file in files.values():
+            file.close()
 
 
 def held(headers: Iterable[TensorHeader]) -> Read:
     """A function that gives rows of these tensors, all of which it holds in memory."""
     headers = set(headers)
-    with reading(headers) as read:
+    with reading() as read:
         tensors = {header: read(header, None, None) for header in headers}
     return lambda header, rows, _: tensors[header] if rows is None else tensors[header][rows]
 

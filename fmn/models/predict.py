@@ -1,15 +1,18 @@
 """A model's predictions on a task."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
+from fmn.models.checkpoints import names_in_base
 from fmn.models.devices import (
     autocast,
     known_padding,
@@ -20,11 +23,10 @@ from fmn.models.devices import (
     to_device,
 )
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import IGNORED, Batch, Examples, by_length
+from fmn.tasks.batches import IGNORED, MULTIPLE, Batch, Examples, by_length, pad_batch
 from fmn.tasks.task import Task
 
-# Tokens of a batch on a CPU, where larger ones leave the caches; a GPU takes 16 times as many.
-TOKENS = 2048
+LINEAR = (nn.Linear, Conv1D)
 LOGITS = 2**28  # of a batch of generated text at a time: a gigabyte
 Reduce = Callable[[Tensor, Batch], Tensor]
 
@@ -53,6 +55,106 @@ def answered_only(model: PreTrainedModel, labels: Tensor) -> Iterator[None]:
             registered.remove()
 
 
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Call a hook before every forward pass of a module."""
+    with ExitStack() as registered:
+        for module, hook in hooks:
+            registered.callback(module.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def set_until(restored: ExitStack, target: object, name: str, value: object) -> None:
+    """Set an attribute of an object until `restored` closes."""
+    if name in vars(target):
+        restored.callback(setattr, target, name, vars(target)[name])
+    else:
+        restored.callback(delattr, target, name)
+    setattr(target, name, value)
+
+
+def in_float(restored: ExitStack, modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Let modules compute in the dtype of their weights under autocast, until `restored` closes.
+
+    So a head does: rounded logits tie, and blur the probabilities of confident models.
+    """
+
+    def exactly(forward: Callable[[Tensor], Any], activation: Tensor) -> Any:
+        with autocast(device, torch.float32):
+            is_narrow = activation.dtype == torch.bfloat16
+            return forward(activation.float() if is_narrow else activation)
+
+    for module in modules:
+        set_until(restored, module, "forward", partial(exactly, module.forward))
+
+
+@contextmanager
+def first_token_only(
+    model: PreTrainedModel, run: Callable[[Batch], Tensor], examples: Examples
+) -> Iterator[None]:
+    """Within it the last layer computes the first token alone, if the head reads no other.
+
+    Of the other tokens such a layer needs keys and values. The linear maps behind these get the
+    first token, [B, 1, n]; their output, added to the residual stream [B, T, n], is right for that
+    token, and nobody reads the others. Which maps they are is probed on one example.
+
+    Args:
+        run: gives the logits of a batch.
+    """
+
+    def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, :1].contiguous(), *args[1:])  # strided, it would copy the weights
+
+    lengths = examples.lengths
+    rows = [row for row in np.argsort(lengths) if lengths[row] > 1][:1]
+    with ExitStack() as hooks:
+        if rows and not model.can_generate() and not examples.has_token_labels:
+            batch = pad_batch(examples, np.array(rows))
+            try:
+                with torch.no_grad():
+                    logits = run(batch)
+                    maps = _only_first_token_read(model, partial(run, batch))
+                    hooks.enter_context(hooked((module, cut) for module in maps))
+                    is_right = _is_near(run(batch), logits)
+            except RuntimeError:  # an attention that computes its queries last checks their shape
+                is_right = False
+            if not is_right:
+                hooks.close()
+        yield
+
+
+def _is_near(values: Tensor, others: Tensor) -> bool:
+    """Whether they are the same but for rounding."""
+    return bool((values - others).abs().max() <= 0.05 * others.abs().max())
+
+
+def _only_first_token_read(model: nn.Module, run: Callable[[], Tensor]) -> list[nn.Module]:
+    """The last linear maps of whose inputs [B, T, n] only the first token matters for the logits.
+
+    All others are set to NaN, which reaches the logits if anything depends on them.
+    """
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args[0].ndim == 3:
+            calls.append(module)
+
+    def poison(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        poisoned = args[0].clone()
+        poisoned[:, 1:] = torch.nan
+        return (poisoned, *args[1:])
+
+    calls: list[nn.Module] = []
+    with hooked((module, record) for module in model.modules() if isinstance(module, nn.Linear)):
+        run()
+    maps: list[nn.Module] = []
+    for module in reversed(calls):
+        with hooked([(module, poison)]):
+            if calls.count(module) > 1 or not run().isfinite().all():
+                break
+        maps.append(module)
+    return maps
+
+
 def token_scores(logits: Tensor, batch: Batch) -> Tensor:
     """Of each generated text the sum of its tokens' cross entropies, their number, and how many of
     them are the model's first choice, [B, 3]; all of them are, if it generates the text greedily.
@@ -65,9 +167,19 @@ def token_scores(logits: Tensor, batch: Batch) -> Tensor:
     return sums.index_add_(0, to_device(rows, terms.device), terms.double())
 
 
+def max_batch_tokens(device: torch.device) -> int:
+    """Tokens of a batch, padding included, beyond which batches are no faster."""
+    return 1024 if device.type == "cpu" else 32768  # a CPU's caches hold so many
+
+
+def multiple_of_widths(device: torch.device) -> int:
+    """What widths of batches are rounded up to: on a CPU padding costs more than it saves."""
+    return 1 if device.type == "cpu" else MULTIPLE
+
+
 def tokens_at_once(model: PreTrainedModel, device: torch.device) -> int:
     """Tokens of a batch; fewer where each has very many logits."""
-    tokens = TOKENS if device.type == "cpu" else 16 * TOKENS
+    tokens = max_batch_tokens(device)
     limit = LOGITS // model.config.vocab_size if model.can_generate() else tokens
     return max(1, min(tokens, limit))
 
@@ -99,12 +211,25 @@ def predict(
     tokens = tokens_at_once(model, target)
     if reduce is None:
         reduce = token_scores if model.can_generate() else lambda logits, _: logits
-    computing = autocast(target, compute_dtype)
-    with placed(model, target, compute_dtype), torch.inference_mode(), computing:
-        for batch in by_length(examples, tokens=tokens):
-            inputs = {name: to_device(value, target) for name, value in batch.inputs.items()}
-            with known_padding(batch.inputs), answered_only(model, batch.labels):
-                outputs.append((batch.rows, reduce(model(**inputs).logits, batch).float()))
+
+    def run(batch: Batch) -> Tensor:
+        inputs = {name: to_device(value, target) for name, value in batch.inputs.items()}
+        with known_padding(batch.inputs), answered_only(model, batch.labels):
+            logits: Tensor = model(**inputs).logits
+        return logits
+
+    linear = {path: each for path, each in model.named_modules() if isinstance(each, LINEAR)}
+    head = linear.keys() - names_in_base(model, linear).keys()
+    with (
+        ExitStack() as restored,
+        placed(model, target, compute_dtype),
+        torch.no_grad(),  # in inference mode autocast would cast the weights for every batch
+        autocast(target, compute_dtype),
+        first_token_only(model, run, examples),
+    ):
+        in_float(restored, [linear[path] for path in head], target)
+        for batch in by_length(examples, tokens=tokens, multiple=multiple_of_widths(target)):
+            outputs.append((batch.rows, reduce(run(batch), batch).float()))
             done += len(batch.rows)
             progress(done, len(examples))
     if not outputs:

@@ -20,6 +20,7 @@ from fmn.fisher import architectures
 from fmn.merge.inputs import plan_merge, stored_tensors
 from fmn.merge.methods import needs_of
 from fmn.merge.recipe import MergeSettings
+from fmn.merge.stages import SPEED
 from fmn.models import checkpoints, labels
 from fmn.params import Params
 from fmn.rows.formats import Table
@@ -76,9 +77,14 @@ class Finding(Record):
 
 
 class Need(Record):
-    """What a run needs, about, in bytes, and what is free here."""
+    """What a run needs, about, in bytes, and what is free here.
+
+    Attributes:
+        moved: what is downloaded, and what merges read and write.
+    """
 
     download: int = 0
+    moved: int = 0
     disk: int = 0
     memory: int = 0
     free_disk: int = 0
@@ -91,6 +97,8 @@ class Need(Record):
             "download": size(self.download),
             "disk": f"{size(self.disk)} of {size(self.free_disk)} free",
             "memory": f"{size(self.memory)} of {size(self.free_memory)} free",
+            "time": f"{self.moved / SPEED / 60:.0f} minutes for files alone, at"
+            f" {size(SPEED)}/s; statistics and scores come on top",
         }
 
 
@@ -369,8 +377,10 @@ def _need(settings: Params, scratch: Path, outlines: Mapping[str, Outline], rows
     while not folder.exists():
         folder = folder.parent
     per_parameter = TRAINING if settings.finetune else 2 * INFERENCE
+    merged = 2 * len(settings.experts.tasks) * largest  # digested and read
     return Need(
         download=download,
+        moved=download + copied + len(settings.merges) * (merged + largest),
         disk=download + copied + tuned + models + gram * len(settings.grams) + rows,
         memory=per_parameter * parameters + gram + PROCESS,
         free_disk=shutil.disk_usage(folder).free,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # as Transformers has it
 DECODER = "decoder_"  # begins the names of a decoder's inputs
-MULTIPLE = 8  # tokens; widths of batches are rounded up to it, so that few shapes occur
+MULTIPLE = 8  # tokens, that widths of batches are rounded up to: GPUs multiply such fastest
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,14 @@ def _sequence(name: str) -> str:
     return DECODER if name.startswith(DECODER) else ""
 
 
-def by_length(examples: Examples, tokens: int | None = None, start: int = 0) -> Iterator[Batch]:
+def by_length(
+    examples: Examples, tokens: int | None = None, start: int = 0, multiple: int = MULTIPLE
+) -> Iterator[Batch]:
     """Batches of examples of similar length, the longest first, with hardly any padding.
 
     A batch holds at most `tokens` tokens, padding included, but at least one example. The `start`
-    examples of the first batches of an earlier call are left out.
+    examples of the first batches of an earlier call are left out. Widths are multiples of
+    `multiple`, as in `pad_batch`.
     """
     order = np.argsort(-examples.lengths, kind="stable")
     sequences = list(examples.sequences.values())
@@ -168,13 +171,13 @@ def by_length(examples: Examples, tokens: int | None = None, start: int = 0) -> 
             widest = [np.maximum.accumulate(lengths[rest]) for lengths in sequences]
             limits = [int(lengths.max()) for lengths in sequences]
             widths = [
-                np.minimum(-(-longest // MULTIPLE) * MULTIPLE, limit)  # of the first 1, 2, ...
+                np.minimum(-(-longest // multiple) * multiple, limit)  # of the first 1, 2, ...
                 for longest, limit in zip(widest, limits, strict=True)
             ]
             width = np.sum(widths, axis=0) if widths else examples.width
             sizes = np.arange(1, count + 1) * np.maximum(width, 1)
             count = max(1, int(np.searchsorted(sizes, tokens, side="right")))
-        yield pad_batch(examples, rest[:count], MULTIPLE)
+        yield pad_batch(examples, rest[:count], multiple)
         start += count
 
 

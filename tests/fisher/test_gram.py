@@ -7,7 +7,7 @@ import torch
 
 from fmn.errors import UserError
 from fmn.fisher import gram
-from fmn.fisher.runner import LINEAR, hooked
+from fmn.models.predict import LINEAR, hooked
 from fmn.tasks.batches import IGNORED
 from tests.tiny import tiny_examples, tiny_generator, tiny_model, tiny_texts
 

@@ -131,7 +131,7 @@ def test_a_token_s_row_comes_from_those_that_have_the_token(
         MergeSettings(method="average"), Tuning(),
         tuple(map(str, range(len(sizes)))), (1.0,) * len(sizes), 1.0, parameters,
     )  # fmt: skip
-    with stream.reading(plan.stored) as read:
+    with stream.reading() as read:
         merged = merged_tensors(plan, read)["w"]
     assert len(merged) == max(rows for _, rows in sizes)
     for row, values in enumerate(merged):

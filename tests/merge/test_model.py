@@ -435,7 +435,7 @@ def prepared(
 
 
 def merge(plan: Plan) -> dict[str, Tensor]:
-    with stream.reading(plan.stored) as read:
+    with stream.reading() as read:
         return model.merged_tensors(plan, read)
 
 
@@ -525,7 +525,7 @@ def test_the_effective_number_of_task_vectors(tmp_path: Path) -> None:
     def number(names: str) -> float:
         experts = {f"{n}{name}": {**base, **tensors[name]} for n, name in enumerate(names)}
         plan = prepared(tmp_path, experts, base)
-        with stream.reading(plan.stored) as read:
+        with stream.reading() as read:
             return model.effective_number(plan.parameters, read)
 
     assert number("ab") == pytest.approx(2)
@@ -554,7 +554,7 @@ if method == "mask-fisher":
 del tensors
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
-with stream.reading(plan.stored) as read:
+with stream.reading() as read:
     specs = [parameter.spec for parameter in plan.parameters]
     stream.write_file(folder / "out", specs, model.merged_pieces(plan, read))
 print(peak() - before)

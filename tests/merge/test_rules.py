@@ -281,3 +281,23 @@ def test_the_leading_singular_vectors_are_those_of_an_svd(shape: tuple[int, int]
         expected = left[:, :rank] * spread[:rank] @ right[:rank]
         np.testing.assert_allclose(u * s @ vh, expected, atol=1e-9)
         np.testing.assert_allclose(u.T @ u, np.eye(rank), atol=1e-9)
+
+
+def equations() -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Four experts; some of their rows have the same weights."""
+    torch.manual_seed(0)
+    moments = [(x := torch.randn(64, 24, dtype=torch.float64)).T @ x for _ in range(4)]
+    matrices = [torch.randn(40, 24, dtype=torch.float64) for _ in moments]
+    return matrices, moments, torch.rand(4, 40).pow(8)[:, torch.randint(0, 30, (40,))]
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 1000])
+def test_equations_that_are_solved_together_have_the_same_solutions(at_once: int) -> None:
+    torch.testing.assert_close(regress(*equations(), at_once), regress(*equations(), 1))
+
+
+@pytest.mark.gpu
+def test_a_gpu_solves_the_same_equations() -> None:
+    matrices, moments, weights = equations()
+    on_gpu = regress([m.cuda() for m in matrices], [m.cuda() for m in moments], weights)
+    torch.testing.assert_close(on_gpu.cpu(), regress(matrices, moments, weights))

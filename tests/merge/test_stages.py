@@ -1,6 +1,8 @@
 """The stages merge and realign: what they write, when they compute again, what they refuse."""
 
+import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from fmn.cli import main
 from fmn.errors import UserError
 from fmn.evaluate.stages import evaluate
 from fmn.fisher.stages import fisher
-from fmn.merge import heads, model
+from fmn.merge import heads, model, stages, stream
+from fmn.merge.inputs import plan_merge
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe, SearchedCoefficients, read_recipe
 from fmn.merge.stages import (
@@ -418,3 +423,48 @@ def test_an_expert_with_a_token_more_goes_through_every_stage(work: Path) -> Non
         assert ("<new>" in tokens) == (task == "sst2")
     metrics = evaluate(work / "both", data=work / "data", out=work / "metrics.json").summary
     assert set(metrics.tasks) == set(TASKS)
+
+
+def sparse_llama(folder: Path) -> Path:
+    """A Llama of 70 B in shards that are holes below their headers."""
+    config = transformers.LlamaConfig(
+        hidden_size=8192, num_hidden_layers=80, intermediate_size=28672, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=128256, architectures=["LlamaForCausalLM"],
+        pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    specs = [
+        stream.TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+    ]
+    parts = stream.shards(specs)
+    files = dict(zip(stream.shard_names(len(parts)), parts, strict=True))
+    for name, own in files.items():
+        content = stream.header(own)
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.truncate(len(content) + sum(spec.bytes for spec in own))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(stream.index(files)))
+    return folder
+
+
+def test_a_merge_of_70_b_is_planned_from_headers_and_refused_without_room(
+    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = {name: sparse_llama(tmp_path / name) for name in ("one", "two")}
+    started = time.process_time()
+    needed = stages.cost(experts, tmp_path / "out")
+    plan = plan_merge(experts, MergeSettings(method="average"))
+    assert needed.read == 2 * needed.written
+    assert needed.written == sum(spec.bytes for spec in plan.specs) > 140e9
+    options = [f"{name}={folder}" for name, folder in experts.items()]
+    command = ["merge", "--method", "average", "--out", str(small_disk / "merged"), "--expert"]
+    with pytest.raises(SystemExit):
+        main([*command, *options])
+    assert time.process_time() - started < 30  # nothing of 280 GB was read
+    lines = capsys.readouterr().err
+    assert "the merge reads 282.2 GB and writes 141.1 GB of 0.1 GB free; about 12 minutes" in lines
+    assert "make room" in lines
+    assert not (small_disk / "merged").exists()

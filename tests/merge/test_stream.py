@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from fmn.errors import UserError
 from fmn.merge import stream
 from fmn.merge.stream import TensorSpec
 from fmn.models.headers import file_headers
+from tests.folders import tiny_bert, weights
 
 TENSORS = {
     "matrix": torch.randn(60, 3),
@@ -38,7 +42,7 @@ def specs_of(path: Path) -> list[TensorSpec]:
 
 def pieces_of(path: Path, limit: int, buffer: int | None = None) -> Iterator[Tensor]:
     headers = file_headers(path)
-    with stream.reading(headers.values()) as read:
+    with stream.reading() as read:
         for spec in specs_of(path):
             for rows in stream.row_slices(spec.shape, limit):
                 yield read(headers[spec.name], rows, buffer).flatten()
@@ -65,7 +69,7 @@ def test_only_the_pieces_of_a_file_are_taken(file: Path) -> None:
 
 def test_a_buffer_is_used_again_and_tensors_without_one_are_not_overwritten(file: Path) -> None:
     header = file_headers(file)["matrix"]
-    with stream.reading([header]) as read:
+    with stream.reading() as read:
         lent, own = read(header, slice(0, 5), 1), read(header, slice(0, 5), None)
         again = read(header, slice(10, 15), 1)
         assert lent.data_ptr() == again.data_ptr()
@@ -99,3 +103,38 @@ def test_shards_hold_the_tensors_in_order() -> None:
         "metadata": {"total_size": 52},
         "weight_map": {"a": "x", "b": "x", "c": "y", "d": "y"},
     }
+
+
+# A program that may open few files merges very many experts.
+MANY = """
+import resource, sys
+from pathlib import Path
+from fmn.merge.model import write_model
+from fmn.merge.recipe import MergeSettings
+experts = {folder.name: folder for folder in Path(sys.argv[1]).iterdir()}
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+write_model(Path(sys.argv[2]), experts, MergeSettings(method=sys.argv[3]))
+"""
+
+
+def test_two_hundred_experts_are_merged_with_few_open_files(tmp_path: Path) -> None:
+    kinds = [tiny_bert(tmp_path / f"seed-{seed}", seed=seed) for seed in range(2)]
+    for number in range(200):
+        kind = kinds[number % 4 == 0]  # every fourth is the second
+        shutil.copytree(kind, tmp_path / "experts" / f"task-{number:03}")
+    command: list[str | Path] = [
+        sys.executable,
+        "-c",
+        MANY,
+        tmp_path / "experts",
+        tmp_path / "merged",
+        "average",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    merged = weights(tmp_path / "merged" / "encoder")
+    first, second = map(weights, kinds)
+    for name, tensor in merged.items():
+        expected = (3 * first[f"bert.{name}"] + second[f"bert.{name}"]) / 4
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
+    assert len(list((tmp_path / "merged" / "tasks").iterdir())) == 200

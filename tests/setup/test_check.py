@@ -60,6 +60,8 @@ def test_a_run_that_can_go_is_told_what_it_needs(
     file = Path("source/base/model.safetensors").stat().st_size
     assert checked.need.download == 3 * file
     assert checked.need.disk > 3 * file
+    assert checked.need.moved > checked.need.download
+    assert "minutes" in checked.need.in_words["time"]
     assert hub.sent < file / 2
     assert not Path("work").exists()
     assert all("@" in source for source in checked.sources.values())
