@@ -41,7 +41,8 @@ class SampleSettings(Settings):
     seed: int = Field(0, ge=0, description="seed of the draw")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field(
-        "float32", description="dtype of matrix products; auto: bfloat16 where it is faster"
+        "float32",
+        description="dtype of matrix products; auto: bfloat16 where it is faster, and near enough",
     )
 
     _at_least_one = field_validator("samples")(at_least_one)
@@ -97,8 +98,12 @@ def fisher(
     """
 
     def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
-        from fmn.fisher.mask_nodes import estimate
+        from fmn.fisher.mask_nodes import checked_dtype, estimate
 
+        if settings.dtype == "auto" and metadata["dtype"] == "bfloat16":
+            own = {name: arguments[name] for name in arguments.keys() - {"dtype", "progress"}}
+            arguments["dtype"], metadata["precision"] = checked_dtype(**own)
+            metadata["dtype"] = arguments["dtype"]
         saved = out.with_name(f".{out.name}.partial-sums")
         key = "{key} {device} {dtype}".format(**metadata)
         result = estimate(
