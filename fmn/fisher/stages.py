@@ -41,8 +41,7 @@ class SampleSettings(Settings):
     seed: int = Field(0, ge=0, description="seed of the draw")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field(
-        "float32",
-        description="dtype of matrix products; auto: bfloat16 where it is faster, and near enough",
+        "float32", description="dtype of matrix products; auto: bfloat16 where it is faster"
     )
 
     _at_least_one = field_validator("samples")(at_least_one)
