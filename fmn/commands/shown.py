@@ -36,7 +36,7 @@ _PRECISE, _COARSE = 0.1, 0.3  # relative standard errors of a Fisher
 
 def show_fisher(metadata: Any) -> None:
     """How a mask Fisher was computed, and what its standard error means."""
-    facts("estimator", "samples", "dtype", "device", "published")(metadata)
+    facts("estimator", "samples", "dtype", "precision", "device", "published")(metadata)
     if (error := metadata.relative_stderr) is None:
         return
     words = (
