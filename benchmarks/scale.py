@@ -271,7 +271,7 @@ def main() -> None:
     arguments.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     options = arguments.parse_args()
     if options.many:
-        of_merges = {"machine": processor(), "date": time.strftime("%Y-%m-%d")}
+        of_merges: dict[str, Any] = {"machine": processor(), "date": time.strftime("%Y-%m-%d")}
         of_merges |= {"methods": measure_many()}
         KEPT_MANY.write_text(json.dumps(of_merges, indent=1) + "\n")
     elif not options.write:
@@ -286,8 +286,8 @@ def main() -> None:
 def tables() -> dict[str, str]:
     """The text of each table of the page, from what is stored."""
     stored = json.loads(KEPT.read_text())
-    of_merges = json.loads(KEPT_MANY.read_text())
-    texts = {"measured": measured(stored), "computed": computed(stored), "many": many(of_merges)}
+    stored_many = json.loads(KEPT_MANY.read_text())
+    texts = {"measured": measured(stored), "computed": computed(stored), "many": many(stored_many)}
     return {name: f"{text}\n" for name, text in texts.items()}
 
 
