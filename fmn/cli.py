@@ -349,7 +349,12 @@ def _show_answer(answer: Any) -> None:
 COMMANDS: tuple[tuple[Callable[..., Any], Show], ...] = (
     (fetch, _facts("revision", "model_type")),
     (finetune, _facts("examples", "steps", "loss")),
-    (fisher, _facts("estimator", "samples", "dtype", "device", "relative_stderr", "published")),
+    (
+        fisher,
+        _facts(
+            "estimator", "samples", "dtype", "precision", "device", "relative_stderr", "published"
+        ),
+    ),
     *((statistic, _facts("samples", "dtype", "published")) for statistic in STATISTICS),
     (merge, _show_merge),
     (calibrate, _show_calibrate),

@@ -47,6 +47,7 @@ class Metadata(Record):
         data_digest: of the files of the training split; `rows`: of the texts and labels in them.
         definition: of the task.
         threads: those of the CPU.
+        precision: which dtype was chosen, where it was to be, and why.
         published: that it was published beside the expert, or why the one there was not taken.
     """
 
@@ -62,6 +63,7 @@ class Metadata(Record):
     dtype: str = ""
     device: str = ""
     threads: int = 1
+    precision: str | None = None
     published: str | None = None
     fmn: str = __version__
 

@@ -97,8 +97,12 @@ def fisher(
     """
 
     def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
-        from fmn.fisher.mask_nodes import estimate
+        from fmn.fisher.mask_nodes import checked_dtype, estimate
 
+        if settings.dtype == "auto" and metadata["dtype"] == "bfloat16":
+            own = {name: arguments[name] for name in arguments.keys() - {"dtype", "progress"}}
+            arguments["dtype"], metadata["precision"] = checked_dtype(**own)
+            metadata["dtype"] = arguments["dtype"]
         saved = out.with_name(f".{out.name}.partial-sums")
         key = "{key} {device} {dtype}".format(**metadata)
         result = estimate(

@@ -106,17 +106,16 @@ def first_token_only(
         return (args[0][:, :1].contiguous(), *args[1:])  # strided, it would copy the weights
 
     lengths = examples.lengths
-    rows = [row for row in np.argsort(lengths) if lengths[row] > 1][:1]
+    rows = [row for row in np.argsort(lengths) if lengths[row] > 1 or not examples.pad][:1]
     with ExitStack() as hooks:
         if rows and not model.can_generate() and not examples.has_token_labels:
             batch = pad_batch(examples, np.array(rows))
             try:
                 with torch.no_grad():
-                    logits = run(batch)
-                    maps = _only_first_token_read(model, partial(run, batch))
+                    logits, maps = _only_first_token_read(model, partial(run, batch))
                     hooks.enter_context(hooked((module, cut) for module in maps))
                     is_right = _is_near(run(batch), logits)
-            except RuntimeError:  # an attention that computes its queries last checks their shape
+            except (MemoryError, RuntimeError):  # such as a shape that an attention checks
                 is_right = False
             if not is_right:
                 hooks.close()
@@ -128,8 +127,10 @@ def _is_near(values: Tensor, others: Tensor) -> bool:
     return bool((values - others).abs().max() <= 0.05 * others.abs().max())
 
 
-def _only_first_token_read(model: nn.Module, run: Callable[[], Tensor]) -> list[nn.Module]:
-    """The last linear maps of whose inputs [B, T, n] only the first token matters for the logits.
+def _only_first_token_read(
+    model: nn.Module, run: Callable[[], Tensor]
+) -> tuple[Tensor, list[nn.Module]]:
+    """The logits, and the last linear maps of whose inputs [B, T, n] they need the first token.
 
     All others are set to NaN, which reaches the logits if anything depends on them.
     """
@@ -145,14 +146,14 @@ def _only_first_token_read(model: nn.Module, run: Callable[[], Tensor]) -> list[
 
     calls: list[nn.Module] = []
     with hooked((module, record) for module in model.modules() if isinstance(module, nn.Linear)):
-        run()
+        logits = run()
     maps: list[nn.Module] = []
     for module in reversed(calls):
         with hooked([(module, poison)]):
             if calls.count(module) > 1 or not run().isfinite().all():
                 break
         maps.append(module)
-    return maps
+    return logits, maps
 
 
 def token_scores(logits: Tensor, batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ from fmn.errors import UserError
 from fmn.fisher import mask_nodes
 from fmn.fisher.architectures import mask_sites
 from fmn.fisher.loss import ESTIMATORS, uniform_draws
-from fmn.fisher.mask_nodes import BATCH_SIZE, Estimate, PartialSums, estimate
+from fmn.fisher.mask_nodes import BATCH_SIZE, Estimate, PartialSums, checked_dtype, estimate
 from fmn.models.embedding import Modules, SentenceEncoder
 from fmn.models.predict import hooked
 from fmn.tasks.batches import IGNORED, Examples, select
@@ -356,7 +356,7 @@ def test_no_gradient_reaches_a_weight_or_what_lies_below_the_lowest_node() -> No
         lambda _module, _args, output: queries.append(output.requires_grad)
     )
     run(model, tiny_examples("bert", 3), "empirical", dtype="float32")
-    assert queries == [False]
+    assert not any(queries)
 
 
 def test_the_attention_implementation_does_not_matter_and_is_kept() -> None:
@@ -375,6 +375,27 @@ def test_bfloat16_stays_close(name: str) -> None:
     exact, rough = (flat(run(model, examples, dtype=dtype)) for dtype in ("float32", "bfloat16"))
     assert spearmanr(exact, rough).statistic >= 0.998
     assert np.mean(np.abs(rough / exact - 1)) <= 0.02
+
+
+@pytest.mark.parametrize(
+    ("estimator", "problem_type"),
+    [("empirical", ONE_LABEL), ("sampled", ONE_LABEL), ("batch", ONE_LABEL), ("sampled", "tokens")],
+)
+def test_bfloat16_is_chosen_only_where_it_is_near_to_float32(
+    estimator: str, problem_type: LossName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if problem_type == "tokens":
+        model, examples = tiny_generator("gpt2").float(), tiny_texts("gpt2", 30)
+    else:
+        model, examples = tiny_model("bert", dtype=torch.float32), tiny_examples("bert", 30)
+    options: dict[str, Any] = {"estimator": estimator, "problem_type": problem_type}
+    monkeypatch.setattr(mask_nodes, "MAX_ERROR", 0.1)  # tiny models average over few channels
+    monkeypatch.setattr(mask_nodes, "MIN_RANK_CORRELATION", 0.9)
+    dtype, why = checked_dtype(model, examples, samples=20, device="cpu", **options)
+    assert (dtype, why[:22]) == ("bfloat16", "bfloat16, on 8 example")
+    monkeypatch.setattr(mask_nodes, "MAX_ERROR", 1e-6)
+    dtype, why = checked_dtype(model, examples, samples=20, device="cpu", **options)
+    assert (dtype, "too far off" in why) == ("float32", True)
 
 
 def test_weights_stored_in_half_precision_are_computed_with_in_single() -> None:

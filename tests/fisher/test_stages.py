@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from fmn.errors import UserError
-from fmn.fisher import read_fisher, stages
+from fmn.fisher import mask_nodes, read_fisher, stages
 from fmn.fisher.files import GramMetadata, StatisticMetadata, read_statistic
 from fmn.fisher.stages import Estimator, FisherSettings, FullFisherSettings, GramSettings
+from fmn.models import devices
 from fmn.store import artifacts
 from fmn.store.stage import Outcome, read_sidecar
 from tests.conftest import FISHER
@@ -65,6 +66,22 @@ def test_the_fisher_artifact_says_what_it_was_computed_from(
             site: len(nodes) for site, nodes in stderr.items()
         }
     assert not run(stages.fisher, tiny_work, out, settings=settings).computed
+
+
+@pytest.mark.parametrize(("error", "dtype"), [(1e9, "bfloat16"), (0.0, "float32")])
+def test_a_dtype_that_is_chosen_is_checked_and_the_artifact_says_so(
+    tiny_work: Path, tmp_path: Path, error: float, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_has_native_bfloat16", lambda device: True)
+    monkeypatch.setattr(mask_nodes, "MAX_ERROR", error)
+    monkeypatch.setattr(mask_nodes, "MIN_RANK_CORRELATION", -1.0)
+    settings = FisherSettings(samples=32, device="cpu", dtype="auto")
+    metadata = run(stages.fisher, tiny_work, tmp_path / "f.parquet", settings=settings).summary
+    assert metadata.dtype == dtype
+    assert metadata.precision.startswith(f"{dtype}, ")
+    settings = FisherSettings(samples=32, device="cpu", dtype="bfloat16")  # as it is asked for
+    metadata = run(stages.fisher, tiny_work, tmp_path / "g.parquet", settings=settings).summary
+    assert (metadata.dtype, metadata.precision) == ("bfloat16", None)
 
 
 def test_full_fisher_and_gram_matrices_say_what_they_were_computed_from(

@@ -1,10 +1,19 @@
 """Prediction."""
 
-import numpy as np
-import torch
+from functools import partial
+from pathlib import Path
+from typing import cast
 
-from fmn.models.predict import predict
-from fmn.tasks.batches import pad_batch
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fmn.fisher.architectures import mask_sites
+from fmn.models.embedding import Modules, SentenceEncoder
+from fmn.models.predict import first_token_only, hooked, predict
+from fmn.tasks.batches import Batch, pad_batch
 from tests.tiny import tiny_examples, tiny_model
 
 
@@ -37,3 +46,51 @@ def test_progress_counts_every_example_and_dropout_is_off() -> None:
     done = [count for count, total in steps if total == 300]
     assert done[-1] == 300
     assert done == 2 * sorted(set(done))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "distilbert", "mpnet", "vit"])
+def test_the_last_layer_computes_what_the_head_reads(name: str) -> None:
+    model, examples = tiny_model(name), tiny_examples(name, 6)
+    batch = pad_batch(examples, np.arange(6))
+    seen: dict[str, int] = {}
+
+    def run(batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = model(**batch.inputs).logits
+        return logits
+
+    def widths() -> torch.Tensor:
+        def watch(module: nn.Module, args: tuple[torch.Tensor, ...], path: str) -> None:
+            if args[0].ndim == 3:
+                seen[path] = args[0].shape[1]
+
+        linear = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Linear)]
+        with torch.no_grad(), hooked((m, partial(watch, path=path)) for path, m in linear):
+            return run(batch)
+
+    whole = widths()
+    assert 1 not in seen.values()
+    with first_token_only(model, run, examples):
+        cut = widths()
+    last = [site.module for site in mask_sites(model)][-2:]
+    assert [seen[path] for path in last] == [1, 1]
+    assert list(seen.values()).count(1) == 3  # both projections, and the one up
+    torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(widths(), whole, rtol=0, atol=0)  # the hooks are gone
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "albert", "mean"])
+def test_a_head_that_reads_other_tokens_gets_them(name: str) -> None:
+    model, examples = tiny_model("bert" if name == "mean" else name), tiny_examples("bert", 6)
+    if name == "mean":
+        pooled = Modules(("mean",), normalise=True)
+        model = cast("PreTrainedModel", SentenceEncoder(model.base_model, pooled, Path()))
+    batch = pad_batch(examples, np.arange(6))
+
+    def run(batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = model(**batch.inputs).logits
+        return logits
+
+    with first_token_only(model, run, examples):
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        assert run(batch).isfinite().all()
