@@ -1,13 +1,15 @@
 """What an expert costs by the size of its model, measured here, and what many large ones cost.
 
     python -m benchmarks.scale           # measures for minutes, writes the tables of docs/scale.md
-    python -m benchmarks.scale --write   # writes them again from docs/results/scale.json
+    python -m benchmarks.scale --many    # merges up to 200 experts instead, and writes that table
+    python -m benchmarks.scale --write   # writes them again from docs/results/
 
 The models are Llama-shaped classifiers of random weights, in float32 on one core, on random texts
 of 52 tokens, which is the mean of GLUE's mrpc. The costs on a cluster are computed from that.
 """
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,14 +21,15 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-from benchmarks.results import DOCS, STORE, parser, processor, with_tables
+from benchmarks.results import DOCS, SPENT, STORE, parser, processor, run, with_tables
 from fmn.fisher import gram, mask_nodes, parameters
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
 from fmn.models.predict import predict
 from fmn.report.results import markdown
 from fmn.tasks.batches import Examples
 
-PAGE, KEPT = DOCS / "scale.md", STORE / "scale.json"
+PAGE, KEPT, KEPT_MANY = DOCS / "scale.md", STORE / "scale.json", STORE / "many.json"
+MANY = (4, 200)  # experts of a merge
 # Hidden size, layers, feed-forward size. Heads are 64 wide; those of SEVEN 128.
 SHAPES = {"S": (256, 8, 688), "M": (512, 10, 1376), "L": (768, 12, 2048), "XL": (1024, 16, 2816)}
 SEVEN = (4096, 32, 11008)
@@ -209,20 +212,83 @@ moving counts as much as computing.
 {markdown(["of one expert, stored", "float32"], one_expert).strip()}"""
 
 
+# A merge of so many experts, which are links to four, by a process that may open 64 files.
+MERGE = """
+import resource
+from fmn.merge.model import write_model
+from fmn.merge.recipe import MergeSettings
+folder, method, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+kinds = sorted((folder / "experts").iterdir())
+experts = {f"task-{number:03}": kinds[number % len(kinds)] for number in range(count)}
+for task, kind in list(experts.items()):
+    experts[task] = folder / "links" / task
+    if not experts[task].exists():
+        experts[task].mkdir(parents=True)
+        for file in kind.iterdir():
+            (experts[task] / file.name).hardlink_to(file)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+out = folder / f"{method}-{count}"
+settings = MergeSettings(method=method)
+first = folder / f"{method}-{count}-first"
+write_model(first, dict(list(experts.items())[:2]), settings, base=kinds[0])
+print(json.dumps(spent(lambda: write_model(out, experts, settings, base=kinds[0]))))
+"""
+
+
+def measure_many() -> dict[str, Any]:
+    """Seconds and memory of merges by method and number of experts."""
+    with tempfile.TemporaryDirectory() as name:
+        for seed in range(4):
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_config(config(SHAPES["S"]))
+            model.save_pretrained(Path(name) / "experts" / str(seed))
+        return {
+            method: {
+                str(count): json.loads(run(sys.executable, SPENT + MERGE, name, method, count))
+                for count in MANY
+            }
+            for method in ("average", "task-arithmetic")
+        }
+
+
+def many(stored: dict[str, Any]) -> str:
+    """The text and table of merges of many experts."""
+    rows = [
+        [method, count, f"{spent['cpu seconds']:.1f}", f"{spent['peak'] / 1e6:.0f}"]
+        for method, counts in stored["methods"].items()
+        for count, spent in counts.items()
+    ]
+    return f"""`python -m benchmarks.scale --many`, {stored["machine"]}, {stored["date"]}; experts \
+of 14.5 M parameters (58 MB) in the page cache, by a process that may open 64 files.
+
+{markdown(["method", "experts", "CPU seconds", "peak memory above start, MB"], rows).strip()}"""
+
+
 def main() -> None:
     arguments = parser(__doc__)
+    arguments.add_argument("--many", action="store_true", help="measure merges of many experts")
     arguments.add_argument("--write", action="store_true", help="measure nothing")
     arguments.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     options = arguments.parse_args()
-    if not options.write:
+    if options.many:
+        of_merges: dict[str, Any] = {"machine": processor(), "date": time.strftime("%Y-%m-%d")}
+        of_merges |= {"methods": measure_many()}
+        KEPT_MANY.write_text(json.dumps(of_merges, indent=1) + "\n")
+    elif not options.write:
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()
         models = {name: measure(SHAPES[name]) for name in options.models}
         stored = {"machine": processor(), "date": time.strftime("%Y-%m-%d"), "models": models}
         KEPT.write_text(json.dumps(stored, indent=1) + "\n")
+    PAGE.write_text(with_tables(PAGE.read_text(), tables().__getitem__))
+
+
+def tables() -> dict[str, str]:
+    """The text of each table of the page, from what is stored."""
     stored = json.loads(KEPT.read_text())
-    tables = {"measured": measured(stored) + "\n", "computed": computed(stored) + "\n"}
-    PAGE.write_text(with_tables(PAGE.read_text(), tables.__getitem__))
+    stored_many = json.loads(KEPT_MANY.read_text())
+    texts = {"measured": measured(stored), "computed": computed(stored), "many": many(stored_many)}
+    return {name: f"{text}\n" for name, text in texts.items()}
 
 
 if __name__ == "__main__":

@@ -103,6 +103,14 @@ def cost(
     return Cost(read, max(sizes[: len(experts)], default=0), shutil.disk_usage(parent).free)
 
 
+def _check_room(experts: Mapping[str, Path], out: Path) -> None:
+    """Refuse a new merge that does not fit on the disk, before anything is read."""
+    if not out.exists() and all(folder.is_dir() for folder in experts.values()):
+        needed = cost(experts, out)
+        if needed.written > needed.free:
+            raise UserError(f"{out}: the merge {needed.in_words}; make room, or name another disk")
+
+
 def merge(
     *,
     experts: Mapping[str, Path],
@@ -135,10 +143,7 @@ def merge(
     reads: Reads = {f"expert {task}": folder for task, folder in experts.items()}
     reads |= statistics_files(needs, experts, fisher, gram) | {"base": base}
     reads, described = {**reads, "coefficients": coefficients}, settings.used()
-    if not out.exists() and all(folder.is_dir() for folder in experts.values()):
-        needed = cost(experts, out)
-        if needed.written > needed.free:
-            raise UserError(f"{out}: the merge {needed.in_words}; make room, or name another disk")
+    _check_room(experts, out)
     if is_auto:
         texts, of_texts = _texts_of_auto(experts, data, coefficients, settings)
         reads, described = reads | texts, described | of_texts

@@ -229,7 +229,7 @@ def test_an_own_layer_is_calibrated_to_the_merged_layers_below_it() -> None:
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem()
     expected, _ = problem.calibrated(target="weights")
-    monkeypatch.setattr("fmn.models.predict.TOKENS", 20)
+    monkeypatch.setattr("fmn.merge.calibrate.tokens_at_once", lambda *_: 20)
     encoder, _ = problem.calibrated(target="weights")
     for name, value in expected.items():
         torch.testing.assert_close(encoder[name], value)
