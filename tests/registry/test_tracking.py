@@ -429,9 +429,7 @@ def test_the_latest_version_is_a_floating_name(register: Register, merged: Merge
     register("floating")
     assert tracking.pin("models:/floating/latest") == "models:/floating/1"
     assert tracking.pin("models:/floating/7") == "models:/floating/7"
-    with pytest.raises(
-        UserError, match=r"models:/nobody/latest: the registry at sqlite.* no version"
-    ):
+    with pytest.raises(UserError, match="nobody"):
         tracking.pin("models:/nobody/latest")
 
 
