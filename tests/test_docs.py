@@ -446,6 +446,7 @@ def test_the_examples_of_pages_run_from_top_to_bottom(
         fill_hub(hub, tmp_path / "hub", tiny_base)
         # The environment of the Hub has its address and this machine's settings.
         of_hub = {k: v for k, v in hub.environment(tmp_path / "home").items() if k[:3] == "HF_"}
+        hub.token = of_hub["HF_TOKEN"] = "secret"  # pages push to it
         variables = environment(project) | of_hub | {"PYTHONPATH": str(ROOT)}
         for block, after in zip(blocks, [*blocks[1:], None], strict=True):
             if not is_run(block):
