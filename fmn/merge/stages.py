@@ -41,7 +41,7 @@ __all__ = [
 
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
-MERGE = 9
+MERGE = 10
 CALIBRATE = 2
 REALIGN = 6
 
@@ -100,6 +100,7 @@ def merge(
         statistics = read_statistics(needs, experts, digests, fisher, gram)
         tasks = {t: _definition(t, experts[t], statistics.definitions) for t in experts}
         notes = checkpoints.check_experts(experts, tasks, base)
+        notes += provenance.check_common_base(experts, base)
         chosen, search = _searched(coefficients, job, digests, settings)
         lineage: dict[str, Any] = {"search": search, "notes": notes}
         encoder = None

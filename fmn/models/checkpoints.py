@@ -308,11 +308,11 @@ def stored_names(folder: Path, config: "PretrainedConfig", kind: KindName | None
     """The names of the tensors in a folder, split as `encoder_names` does."""
     headers = tensor_headers(folder)
     return encoder_names(
-        config, headers, kind, lambda name, same: not _equal(headers[name], headers[same])
+        config, headers, kind, lambda name, same: not equal(headers[name], headers[same])
     )
 
 
-def _equal(first: TensorHeader, second: TensorHeader) -> bool:
+def equal(first: TensorHeader, second: TensorHeader) -> bool:
     """Whether two stored tensors hold the same values."""
     if first == second:
         return True
