@@ -172,29 +172,22 @@ def check_base(expert: Path, base: Path, kind: KindName | None = None) -> list[s
 
 
 def check_common_base(experts: Mapping[str, Path], base: Path | None = None) -> list[str]:
-    """The same for experts by task, among one another and with their base, if that is known.
-
-    Raises:
-        UserError: two have no base in common.
-    """
+    """The same for experts by task; without their base, they are compared with one another."""
     notes: list[str] = []
     samples = {name: sample(folder) for name, folder in experts.items()}
+    places = {name: f"expert {name} ({folder})" for name, folder in experts.items()}
     if base is not None:
         own = sample(base, _of_base(next(iter(experts.values())), None))
-        for name, folder in experts.items():
-            notes += _judged(
-                distance(samples[name], own), f"expert {name} ({folder})", f"the base {base}"
-            )
+        for name, place in places.items():
+            notes += _judged(distance(samples[name], own), place, f"the base {base}")
     for first, second in combinations(experts, 2):
         apart = distance(samples[first], samples[second])
-        if base is None:
-            same = f"the same base as expert {first} ({experts[first]})"
-            notes += _judged(apart, f"expert {second} ({experts[second]})", same)
+        if base is None and (figures := _figures(apart)):
+            words = "perhaps they were not fine-tuned from one base"
+            notes.append(f"{places[first]} and {places[second]}: {words}: {figures}")
         if apart == 0 and _is_same_encoder(experts[first], experts[second]):
-            notes.append(
-                f"experts {first} and {second} have the same encoder, weight for weight"
-                f" ({experts[first]}, {experts[second]}): one of them may be there by mistake"
-            )
+            words = "have the same encoder, weight for weight: one may be there by mistake"
+            notes.append(f"{places[first]} and {places[second]} {words}")
     return notes
 
 
@@ -206,18 +199,21 @@ def _of_base(expert: Path, kind: KindName | None) -> KindName | None:
     return None if KINDS[kind].has_head else kind
 
 
+def _figures(apart: float | None) -> str:
+    """A distance that is doubtful, in words; else nothing."""
+    usual = "of one base they are mostly less than 0.3, of unrelated models about 1.41"
+    is_doubtful = apart is not None and apart >= DOUBTFUL
+    return f"their weights are {apart:.2f} of their size apart ({usual})" if is_doubtful else ""
+
+
 def _judged(apart: float | None, expert: str, base: str) -> Iterator[str]:
     """What a distance says of whether an expert was fine-tuned from a base."""
-    if apart is None or apart < DOUBTFUL:
+    if not (figures := _figures(apart)):
         return
-    figures = (
-        f"their weights are {apart:.2f} of their size apart (of one base they are mostly less than"
-        " 0.3, of unrelated models about 1.41)"
-    )
-    if apart >= UNRELATED:
+    if apart is not None and apart >= UNRELATED:
         raise UserError(
             f"{expert}: was not fine-tuned from {base}: {figures}; give the model that it was"
-            " fine-tuned from, or choose experts of one base"
+            " fine-tuned from, or an expert of this base"
         )
     yield f"{expert}: perhaps it was not fine-tuned from {base}: {figures}"
 

@@ -108,7 +108,7 @@ def fetch(
 
     Raises:
         UserError: the source cannot be reached, was damaged, or is no checkpoint that can be used;
-            its outputs are not the task's labels, or it was fine-tuned from another model than `base`.
+            its outputs are not the task's labels, or it was fine-tuned from another base.
     """
     stage.check_output(out, [Path(forms.address(source))])
     if not task and (data or settings.labels):
