@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from fmn.errors import UserError
 from fmn.models import checkpoints, labels, provenance
 from fmn.models.provenance import CheckpointInfo
-from fmn.sources import forms, origin
+from fmn.sources import doubts, forms, origin
 from fmn.store import stage
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
@@ -133,9 +133,10 @@ def fetch(
             if task:
                 expert = definition or labels.expert_task(job.path, task)
                 facts["labels"] = labels.align(job.path, expert, data, settings.labels)
-                of_base = provenance.check_base(job.path, base, expert.task) if base else []
-                notes = [note.replace(str(job.path), source) for note in of_base]
-                facts["notes"] = [*info.notes, *notes]
+                notes = doubts.about_head(job.path, checkpoints.load_config(job.path), expert)
+                notes += provenance.check_base(job.path, base, expert.task) if base else []
+                own = (note.replace(str(job.path), source) for note in notes)
+                facts["notes"] = [*info.notes, *own]
         except UserError as error:  # the reader does not know the folder that is being written
             raise UserError(str(error).replace(str(job.path), source)) from error
         return info.model_copy(update=facts)
