@@ -154,7 +154,7 @@ def copy_origin(
         config = checkpoints.load_config(folder)
         checkpoints.check_tensors(folder, config, head=False)
         if any((folder / name).is_file() for name in VOCABULARY_FILES):
-            doubts.settle_case(folder, config, notes)
+            doubts.settle_tokens(folder, config, notes)
             checkpoints.load_tokenizer(folder, config)
     except UserError as error:  # the reader does not know the folder that is being written
         raise UserError(_readable(str(error), origin.source, folder, scratch)) from error

@@ -1,19 +1,20 @@
 """What a checkpoint's files say against one another is settled, told, or refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
 from fmn.errors import UserError
 from fmn.models import checkpoints
 from fmn.sources.stages import fetch
-from tests.folders import WORDS, edit_config, save, tiny_bert, weights
+from tests.folders import SIZES, WORDS, edit_config, save, tiny_bert, weights
 
 CASED = (*WORDS[:5], "a", "A", "Paris", "paris", "\u00e9", "\u00c9", "##s")
 TEXT = "Paris a A \u00c9 \u00e9"
@@ -37,6 +38,7 @@ def checkpoint(
         tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "vocab.txt").unlink()
     return folder
@@ -96,6 +98,27 @@ def test_two_files_that_contradict_each_other_are_refused(lowercase: bool, tmp_p
     problem = f"{source}: .* do_lower_case = {values[0]}, but tokenizer.json has {values[1]}; corr"
     with pytest.raises(UserError, match=problem):
         fetch(str(source), out=tmp_path / "out")
+
+
+def test_tokens_that_depend_on_a_default_are_told(tmp_path: Path) -> None:
+    """tokenizer.json puts a blank before the text, which RoBERTa's does not by default."""
+    source = tiny_bert(tmp_path / "source")
+    config = RobertaConfig(**SIZES | {"vocab_size": 300}, num_labels=2, pad_token_id=1)
+    RobertaForSequenceClassification(config).save_pretrained(source)
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (source / name).unlink()
+    letters = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    ids = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(ids, [], unk_token="<unk>"))
+    post = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    for has_blank in (False, True):
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=has_blank)
+        tokenizer.post_processor = post
+        tokenizer.save(str(source / "tokenizer.json"))
+        own = notes(source, tmp_path / f"out-{has_blank}")
+        assert len(own) == has_blank, own
+    words = r"Transformers divides .* into <s> I t .*, tokenizer\.json into <s> \u0120 I t"
+    assert re.match(words, own[0])
 
 
 def test_an_expert_with_another_head_than_it_names_is_told(bert: Path, tmp_path: Path) -> None:
