@@ -15,7 +15,7 @@ from fmn.fisher.stages import Estimator
 from fmn.merge.methods import Needs, needs_of
 from fmn.merge.stages import CalibrationSettings, MergeSettings, RefitSettings, statistics_files
 from fmn.models import checkpoints
-from fmn.models.provenance import rows_tuned_on
+from fmn.models.provenance import check_common_base, rows_tuned_on
 from fmn.store import artifacts
 from fmn.store.records import at_least_one
 from fmn.store.stage import (
@@ -226,6 +226,7 @@ def _search(
 
     experts, base, merging, _, _, tasks = merge
     checkpoints.check_experts(experts, tasks, base)
+    check_common_base(experts, base)
     statistics = _read_statistics(job, merge)
     encoder_of = merged.merger(experts, merging, base, statistics)
     loaded = {task: trial.load_expert(source) for task, source in sources.items()}

@@ -27,14 +27,16 @@ NAMES: Mapping[str, str] = {"fisher": FISHER, "gram": GRAM}
 """Where the statistic of a stage lies beside an expert."""
 _FILES = (*VOCABULARY_FILES, "preprocessor_config.json", "1_Pooling/config.json")
 _CHUNK = 1 << 24
+PROBE = "It's a Fine film at the caf\u00e9 \u6f22\u5b57"
+"""A text whose tokens tell how case, accents, Chinese letters and the ends of texts are read."""
 
 
 def identity(checkpoint: Path) -> str:
     """sha256 of what a checkpoint's statistics depend on.
 
-    It covers the tensors by their names in the base model, whichever files they are in, and the
-    files of vocabulary, image processing and pooling. The outputs have no order in it: `fmn fetch`
-    changes that, and the one logit of a binary task becomes two outputs.
+    It covers the tensors by their names in the base model, whichever files they are in, the files
+    of vocabulary, image processing and pooling, and how texts become tokens. The outputs have no
+    order in it: `fmn fetch` changes that, and the one logit of a binary task becomes two outputs.
 
     Raises:
         UserError: it is no checkpoint that can be used.
@@ -59,6 +61,13 @@ def identity(checkpoint: Path) -> str:
     for file in _FILES:
         if (checkpoint / file).is_file():
             digest.update(artifacts.digest_file(checkpoint / file).encode())
+    if any((checkpoint / file).is_file() for file in VOCABULARY_FILES):
+        tokens = checkpoints.load_tokenizer(checkpoint, config)(PROBE)["input_ids"]
+        digest.update(repr(list(tokens)).encode())
+    if (checkpoint / "modules.json").is_file():
+        from fmn.models import embedding
+
+        digest.update(embedding.read_modules(checkpoint).prompt.encode())
     return digest.hexdigest()
 
 
@@ -119,7 +128,7 @@ def misfit(path: Path, wanted: Mapping[str, Any], *, any_rows: bool, any_dtype: 
         return str(error)
     own = wanted["checkpoint"].identity
     if stored.checkpoint.identity != own:
-        return "of other weights than the expert's"
+        return "of other weights than the expert's, or of texts that were read otherwise"
     settings = ["estimator", "stratified", "samples", "seed", *([] if any_dtype else ["dtype"])]
     for name in settings:
         value, other = getattr(stored, name, None), wanted.get(name)

@@ -44,7 +44,7 @@ __all__ = [
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
 SPEED = 1e9  # bytes a second that a disk reads or writes: an assumption, for estimates
-MERGE = 9
+MERGE = 10
 CALIBRATE = 2
 REALIGN = 6
 
@@ -156,6 +156,8 @@ def merge(
         statistics = read_statistics(needs, experts, digests, fisher, gram)
         tasks = {t: _definition(t, experts[t], statistics.definitions) for t in experts}
         notes = checkpoints.check_experts(experts, tasks, base)
+        notes += provenance.check_common_base(experts, base)
+        notes += _about_statistics(tasks, statistics.definitions)
         chosen, search = _searched(coefficients, job, digests, settings)
         lineage: dict[str, Any] = {"search": search, "notes": notes}
         encoder = None
@@ -180,6 +182,32 @@ def _definition(name: str, expert: Path, by_statistics: Mapping[str, Task | None
     """The definition of an expert's task: in its folder, else as its statistics say."""
     known = None if read_task(expert) else by_statistics.get(name)
     return known or labels.expert_task(expert, name)
+
+
+def _about_statistics(
+    tasks: Mapping[str, Task], of_statistics: Mapping[str, Task | None]
+) -> list[str]:
+    """Notes about statistics of texts of another length; UserError if they are of other labels."""
+    notes = []
+    for name, other in of_statistics.items():
+        if other is None:
+            continue
+        own = tasks[name]
+        labels_of = [checkpoints.listed(sorted(each.labels)) for each in (other, own)]
+        for what, value, expected in (
+            ("kind", other.task, own.task),
+            ("problem_type", other.problem_type, own.problem_type),
+            ("labels", *labels_of),
+        ):
+            if value and expected and value != expected:
+                raise UserError(
+                    f"{name}: its statistics are of the {what} {value}, its expert is of {expected};"
+                    " compute them again"
+                )
+        if other.max_length != own.max_length:
+            lengths = f"{other.max_length} tokens, the expert's task has {own.max_length}"
+            notes.append(f"{name}: its statistics are of texts of at most {lengths}")
+    return notes
 
 
 def _texts_of_auto(

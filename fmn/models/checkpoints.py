@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unicodedata import normalize
 
 from fmn.errors import UserError
 from fmn.models.headers import (
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
     from fmn.tasks.images import ImageReader
 
 CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CASE_UNSTATED = (
+    "nothing says how its tokenizer treats case, and Transformers' default contradicts its"
+    " vocabulary files, which need {}"
+)
 # Files that hold a vocabulary; the others only describe how to use it.
 VOCABULARY_FILES = (
     *("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "spm.model"),
@@ -41,7 +48,7 @@ VOCABULARY_FILES = (
 )
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *(TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     "bpe.codes",
 )
 FISHER, GRAM = "fmn/fisher.parquet", "fmn/gram.safetensors"
@@ -308,11 +315,11 @@ def stored_names(folder: Path, config: "PretrainedConfig", kind: KindName | None
     """The names of the tensors in a folder, split as `encoder_names` does."""
     headers = tensor_headers(folder)
     return encoder_names(
-        config, headers, kind, lambda name, same: not _equal(headers[name], headers[same])
+        config, headers, kind, lambda name, same: not equal(headers[name], headers[same])
     )
 
 
-def _equal(first: TensorHeader, second: TensorHeader) -> bool:
+def equal(first: TensorHeader, second: TensorHeader) -> bool:
     """Whether two stored tensors hold the same values."""
     if first == second:
         return True
@@ -666,8 +673,22 @@ def load_tokenizer(folder: Path, config: Any = None, **options: Any) -> "PreTrai
     """The tokenizer of a checkpoint; without a padding token, it pads with its end of text.
 
     `config` is the checkpoint's, where it is loaded already. `UserError` if there is no tokenizer,
-    or none that can be used.
+    none that can be used, or one that Transformers reads otherwise than its files say.
     """
+    tokenizer = read_tokenizer(folder, config, **options)
+    if missing := unstated_case(folder, tokenizer):
+        raise UserError(
+            f"{folder}: {CASE_UNSTATED.format(json.dumps(missing))}; `fmn fetch` it, which adds"
+            f" that, or add it to {TOKENIZER_CONFIG}"
+        )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"{folder}: its tokenizer has no token for padding; set pad_token")
+    return tokenizer
+
+
+def read_tokenizer(folder: Path, config: Any = None, **options: Any) -> "PreTrainedTokenizerBase":
+    """A checkpoint's tokenizer as Transformers reads it, unchecked; raises as `load_tokenizer`."""
     from transformers import AutoTokenizer
 
     config = config or load_config(folder)
@@ -675,16 +696,65 @@ def load_tokenizer(folder: Path, config: Any = None, **options: Any) -> "PreTrai
         raise UserError(f"{folder}: has no tokenizer files; copy those of its base model into it")
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, config=config, local_files_only=True, trust_remote_code=False, **options
             )
+            return tokenizer
     except Exception as error:  # the libraries below raise what they like on a broken file
         problem = f"its tokenizer files cannot be used: {first_words(error)}"
         raise UserError(f"{folder}: {problem}") from error
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise UserError(f"{folder}: its tokenizer has no token for padding; set pad_token")
-    return tokenizer
+
+
+def unstated_case(folder: Path, tokenizer: Any) -> dict[str, bool]:
+    """What tokenizer_config.json lacks, so that Transformers treats case as the other files say.
+
+    Where it does not say `do_lower_case`, the default of the tokenizer's class holds, whatever
+    tokenizer.json or the vocabulary say: a cased BERT would read small letters alone.
+    """
+    file = folder / TOKENIZER_CONFIG
+    stated = read_json(file).keys() if file.is_file() else set[str]()
+    taken = signature(type(tokenizer).__init__).parameters
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if "do_lower_case" in stated or "do_lower_case" not in taken or backend is None:
+        return {}
+    declared, used = declared_case(folder), _case(backend.normalizer)
+    if all(used[name] == value for name, value in declared.items()):
+        return {}
+    return {name: value for name, value in declared.items() if name in taken.keys() - stated}
+
+
+def declared_case(folder: Path) -> dict[str, bool]:
+    """How tokenizer.json treats case, or how the pieces of vocab.txt need it to be treated."""
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            return _case(Tokenizer.from_file(str(folder / "tokenizer.json")).normalizer)
+        except Exception:  # the library knows no other; loading it says more
+            return {}
+    capitals, pieces = capital_pieces(folder)
+    return {"do_lower_case": False} if capitals * 100 > pieces else {}
+
+
+def capital_pieces(folder: Path) -> tuple[int, int]:
+    """How many pieces of vocab.txt have a capital letter, and how many there are."""
+    file = folder / "vocab.txt"
+    words = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    pieces = [word for word in words if not re.fullmatch(r"\[.*\]|<.*>", word)]
+    return sum(word != word.lower() for word in pieces), len(pieces)
+
+
+def _case(normalizer: Any) -> dict[str, bool]:
+    """What a normalizer of texts does, by what Transformers calls it."""
+
+    def normalised(text: str) -> str:
+        return normalize("NFC", normalizer.normalize_str(text) if normalizer else text)
+
+    return {
+        "do_lower_case": "P" not in normalised("P"),
+        "strip_accents": normalised("\u00e9") != "\u00e9",
+        "tokenize_chinese_chars": " " in normalised("\u6f22"),
+    }
 
 
 def for_words(folder: Path, tokenizer: Any) -> Any:

@@ -1,10 +1,15 @@
 """Whether a served model answers as the merged model did when it was evaluated. Knows no MLflow."""
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
+from subprocess import PIPE, Popen
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -50,6 +55,57 @@ class Sample(NamedTuple):
     rows: Sequence[str]  # what messages call them
     table: "pd.DataFrame"
     answers: Sequence[Mapping[str, Any]]
+
+
+@contextmanager
+def alone(store: str) -> Iterator[Callable[[str], Serve]]:
+    """A function that loads a logged model, by its address, in a process of its own without fmn.
+
+    The process starts at once, and ends with the block.
+
+    Args:
+        store: the address of MLflow's store.
+
+    Raises:
+        UserError: the process or the model fails.
+    """
+    script = [sys.executable, "-P", str(Path(__file__).with_name("alone.py"))]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": store}
+    with (
+        TemporaryFile() as errors,
+        Popen(
+            script, stdin=PIPE, stdout=PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
+
+        def request(**content: Any) -> Any:
+            with suppress(BrokenPipeError):
+                print(json.dumps(content), file=process.stdin, flush=True)
+            if not (line := process.stdout.readline() if process.stdout else ""):
+                errors.seek(0)
+                last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+                line = json.dumps({"error": ": ".join([f"it ended ({process.wait()})", *last])})
+            answer = json.loads(line)
+            if "error" in answer:
+                words = " ".join(str(answer["error"]).split())[:400]
+                raise UserError(
+                    f"the model, as MLflow serves it in a process of its own, fails: {words};"
+                    " see that its packages can be imported there. Nothing was registered"
+                )
+            return answer["rows"]
+
+        def load(uri: str) -> Serve:
+            import pandas as pd
+
+            request(load=uri)
+            return lambda table, task, **params: pd.DataFrame(
+                request(rows=table.to_dict("records"), params={"task": task, **params})
+            )
+
+        try:
+            yield load
+        finally:
+            process.kill()
 
 
 def generated_images() -> list[bytes]:

@@ -20,7 +20,7 @@ from fmn.experiments.files import SearchResult, Trial
 from fmn.experiments.stages import CompareSettings, SearchSettings
 from fmn.merge.recipe import CARD, RECIPE, Recipe, read_recipe
 from fmn.registry import lineage
-from fmn.registry.check import check_served
+from fmn.registry.check import alone, check_served
 from fmn.registry.lineage import Lineage
 from fmn.registry.promotion import Decision, Standing
 from fmn.registry.version import grouped_metrics, page, read_baselines, spaced, version_tags
@@ -176,9 +176,9 @@ def _log_model(
 
     from fmn.registry import tracking
 
-    logged = tracking.log_served_model(model, definitions)
-    served = tracking.load_served_model(logged.model_uri)
-    check_served(served, model, metrics, scores, definitions, data)
+    with alone(tracking.tracking_uri()) as load:
+        logged = tracking.log_served_model(model, definitions)
+        check_served(load(logged.model_uri), model, metrics, scores, definitions, data)
     mlflow.log_metrics(dict(numbers), model_id=logged.model_id)
     mlflow.set_tags(_standing_tags(scores, definitions))
     return str(logged.model_uri)

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from fmn.errors import UserError
-from fmn.models import checkpoints, labels
+from fmn.models import checkpoints, labels, provenance
 from fmn.models.provenance import CheckpointInfo
-from fmn.sources import forms, origin
+from fmn.sources import doubts, forms, origin
 from fmn.store import stage
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
@@ -19,7 +19,7 @@ from fmn.tasks import dataset
 from fmn.tasks.kinds import ARCHITECTURE
 from fmn.tasks.task import load_task, read_task
 
-FETCH = 6
+FETCH = 7
 
 
 class ArchitectureSettings(Settings):
@@ -102,12 +102,13 @@ def fetch(
         out: the folder to write
         task: the task of an expert
         data: folder of the task's rows, whose training split decides or checks the outputs' order
-        base: the model that a LoRA adapter was trained on; default: the one that it names
+        base: the model that the expert was fine-tuned from, which is checked by its weights, or
+            a LoRA adapter was trained on; default: of an adapter, the one that it names
         architecture: where the mask nodes are, if fmn does not know the architecture
 
     Raises:
         UserError: the source cannot be reached, was damaged, or is no checkpoint that can be used;
-            or its outputs are not the task's labels.
+            its outputs are not the task's labels, or it was fine-tuned from another base.
     """
     stage.check_output(out, [Path(forms.address(source))])
     if not task and (data or settings.labels):
@@ -132,6 +133,10 @@ def fetch(
             if task:
                 expert = definition or labels.expert_task(job.path, task)
                 facts["labels"] = labels.align(job.path, expert, data, settings.labels)
+                notes = doubts.about_head(job.path, checkpoints.load_config(job.path), expert)
+                notes += provenance.check_base(job.path, base, expert.task) if base else []
+                own = (note.replace(str(job.path), source) for note in notes)
+                facts["notes"] = [*info.notes, *own]
         except UserError as error:  # the reader does not know the folder that is being written
             raise UserError(str(error).replace(str(job.path), source)) from error
         return info.model_copy(update=facts)

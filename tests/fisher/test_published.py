@@ -1,5 +1,6 @@
 """Statistics beside an expert are taken if they are the ones that would be computed."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from fmn.merge.stages import merge
 from fmn.sources.stages import fetch
 from fmn.store.artifacts import digest_folder
 from fmn.tasks.dataset import read_split
-from tests.folders import save, weights
+from tests.folders import WORDS, save, tiny_bert, weights
 from tests.models.experts import TEXTS, expert, make_task, write_rows
 
 LABELS = ["a", "b", "c"]
@@ -153,6 +154,21 @@ def test_statistics_of_other_weights_or_damaged_ones_are_not_taken(
     (tmp_path / "other1" / "fmn" / "fisher.parquet").write_bytes(b"PAR1")
     fetch(str(tmp_path / "other1"), out=work / "expert", task="own", data=mine / "data")
     assert "not a Fisher artifact" in str(fisher(work, work / "g.parquet").published)
+
+
+def test_statistics_of_texts_that_were_read_otherwise_are_not_taken(tmp_path: Path) -> None:
+    """The same weights and vocabulary, in capital and small letters or in small ones alone."""
+    words = (*WORDS, "Fine")
+    folders = []
+    for is_lower in (False, True):
+        folders.append(tiny_bert(tmp_path / f"{is_lower}", words=words, vocab_size=len(words)))
+        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": is_lower}
+        (folders[-1] / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert identity(folders[0]) != identity(folders[1])
+    settings["tokenizer_class"] = "BertTokenizerFast"  # the same by another name
+    again = Path(shutil.copytree(folders[1], tmp_path / "again"))
+    (again / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert identity(again) == identity(folders[1])
 
 
 def test_the_identity_is_that_of_shards_and_of_a_single_logit(tmp_path: Path) -> None:

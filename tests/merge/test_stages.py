@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from fmn.cli import main
 from fmn.errors import UserError
 from fmn.evaluate.stages import evaluate
+from fmn.fisher import files
 from fmn.fisher.stages import fisher
 from fmn.merge import heads, model, stages, stream
 from fmn.merge.inputs import plan_merge
@@ -32,6 +33,7 @@ from fmn.merge.stages import (
 )
 from fmn.models import checkpoints
 from fmn.models.provenance import rows_tuned_on
+from fmn.sources.stages import fetch
 from fmn.store import artifacts
 from fmn.store.stage import Outcome, check_intact, read_sidecar, write_record
 from fmn.tasks.dataset import read_split
@@ -71,6 +73,50 @@ def realigned(work: Path, settings: RealignSettings = SETTINGS) -> Outcome[Recip
         out=work / "realigned",
         settings=settings,
     )
+
+
+def restated(work: Path, **changes: Any) -> None:
+    """Let sst2's Fisher information say that it is of a task with these entries."""
+    file = work / "fisher" / "sst2.parquet"
+    values, stderr, metadata = files.read_fisher(file)
+    assert metadata.definition
+    definition = metadata.definition.model_copy(update=changes)
+    files.write_fisher(file, values, stderr, metadata.model_copy(update={"definition": definition}))
+
+
+def test_statistics_of_another_task_are_refused_or_told(work: Path) -> None:
+    restated(work, labels=("positive", "negative"))  # the mask Fisher does not depend on the order
+    assert merged(work, MergeSettings()).summary.notes == []
+    restated(work, max_length=16)
+    (note,) = merged(work, MergeSettings()).summary.notes
+    words = "of texts of at most 16 tokens, the expert's task has 128"
+    assert note == f"sst2: its statistics are {words}"
+    restated(work, labels=("bad", "good"))
+    problem = (
+        "sst2: its statistics are of the labels bad, good, its expert is of negative, positive;"
+    )
+    with pytest.raises(UserError, match=f"^{problem}"):
+        merged(work, MergeSettings())
+
+
+def test_experts_of_another_base_and_one_expert_twice(
+    work: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    """The same wherever the merge is computed: by the command, or in a pipeline by `fetch`."""
+    other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
+    noise = torch.Generator().manual_seed(7)
+    tensors = load_file(other / "model.safetensors")
+    tensors = {name: torch.randn(t.shape, generator=noise) * 0.02 for name, t in tensors.items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"expert mrpc .* was not .* from the base .* 1\.4\d of"):
+        merged(work, base=other)
+    source = str(work / "experts" / "sst2")
+    fetch(source, out=tmp_path / "good", task="sst2", base=work / "base")
+    with pytest.raises(UserError, match=rf"^{source}: was not fine-tuned from the base {other}"):
+        fetch(source, out=tmp_path / "bad", task="sst2", base=other)
+    twice = experts(work) | {"again": tmp_path / "good"}
+    (note,) = merged(work, experts=twice).summary.notes
+    assert "have the same encoder, weight for weight" in note
 
 
 def test_the_merged_model_says_where_it_comes_from_and_what_its_files_were(work: Path) -> None:

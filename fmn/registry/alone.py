@@ -1,0 +1,37 @@
+"""A process in which a logged model answers without fmn, as it will where it is served.
+
+It is run as a script. Each line of its input is a request in JSON, ``{"load": URI}`` or ``{"rows":
+[...], "params": {...}}``, and is answered by a line, ``{"rows": [...]}`` or ``{"error": "..."}``.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def main() -> None:
+    sys.modules["fmn"] = None  # type: ignore[assignment]  # its import fails
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    import mlflow.pyfunc
+    import pandas as pd
+    import transformers  # noqa: F401 - while the model is still being logged
+
+    model: Any = None
+    for line in sys.stdin:
+        request, rows = json.loads(line), []
+        try:
+            if "load" in request:
+                model = mlflow.pyfunc.load_model(request["load"])
+            else:
+                table = model.predict(pd.DataFrame(request["rows"]), params=request["params"])
+                rows = table.to_dict("records")
+            answer = json.dumps({"rows": rows}, default=lambda value: value.tolist())
+        except Exception as error:  # whatever it is, the model cannot be served
+            answer = json.dumps({"error": f"{type(error).__name__}: {error}"})
+        print(answer, file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What the files of a checkpoint say against one another: of its tokenizer, and of its head."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fmn.errors import UserError
+from fmn.models import checkpoints
+from fmn.models.checkpoints import TOKENIZER_CONFIG
+from fmn.models.headers import read_json, tensor_headers
+from fmn.tasks.kinds import kind_of_class
+from fmn.tasks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PROBE = "It's a fine film"
+HEADS = r"(\w*classifier|score|qa_outputs|classification_head|logits_proj|sequence_summary)\b"
+"""How the names of the heads begin that Transformers fine-tunes."""
+
+
+def settle_tokens(folder: Path, config: "PretrainedConfig", notes: list[str]) -> None:
+    """Let a copy's tokenizer_config.json say how case is treated, if its other files tell.
+
+    Transformers makes a tokenizer of its class's defaults and tokenizer_config.json; what
+    tokenizer.json says otherwise is a contradiction, or a doubt.
+
+    Raises:
+        UserError: two files contradict each other about case.
+    """
+    file = folder / TOKENIZER_CONFIG
+    settings = read_json(file) if file.is_file() else {}
+    if missing := checkpoints.unstated_case(folder, checkpoints.read_tokenizer(folder, config)):
+        words = checkpoints.CASE_UNSTATED.format(json.dumps(missing))
+        notes.append(f"{words}; that is added to {TOKENIZER_CONFIG}")
+        file.write_text(json.dumps({**settings, **missing}, indent=2) + "\n")
+    elif (folder / "tokenizer.json").is_file():
+        _check_case(folder, settings.get("do_lower_case"))
+    else:
+        notes += _about_pieces(folder, settings.get("do_lower_case"))
+    notes += _about_tokens(folder, config)
+
+
+def _check_case(folder: Path, stated: bool | None) -> None:
+    """Refuse a tokenizer_config.json that says otherwise than tokenizer.json."""
+    declared = checkpoints.declared_case(folder).get("do_lower_case", stated)
+    if stated is not None and declared != stated:
+        raise UserError(
+            f"{folder}: {TOKENIZER_CONFIG} has do_lower_case = {json.dumps(stated)}, but"
+            f" tokenizer.json has {json.dumps(declared)}; correct the one that the model was"
+            " not trained with"
+        )
+
+
+def _about_pieces(folder: Path, stated: bool | None) -> list[str]:
+    """Notes about pieces of vocab.txt that the settings leave unused, or that are missing."""
+    capitals, pieces = checkpoints.capital_pieces(folder)
+    figures = f"{capitals:,} of {pieces:,} pieces of vocab.txt have capital letters"
+    if stated is True and capitals * 100 > pieces:
+        return [f"{TOKENIZER_CONFIG} has do_lower_case = true, but {figures}, and are not used"]
+    if stated is False and pieces and not capitals:
+        problem = "so words with capital letters are unknown"
+        return [f"{TOKENIZER_CONFIG} has do_lower_case = false, but {figures}, {problem}"]
+    return []
+
+
+def _about_tokens(folder: Path, config: "PretrainedConfig") -> list[str]:
+    """A note if Transformers divides a text otherwise than tokenizer.json alone does."""
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    from tokenizers import Tokenizer
+
+    alone = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    alone.no_padding()
+    alone.no_truncation()
+    own = alone.encode(PROBE).tokens
+    used = checkpoints.read_tokenizer(folder, config)(PROBE).tokens()
+    if own == used:
+        return []
+    words = [" ".join(tokens[:8]) for tokens in (used, own)]
+    return [f"Transformers divides {PROBE!r} into {words[0]}, tokenizer.json into {words[1]}"]
+
+
+def about_head(folder: Path, config: "PretrainedConfig", task: Task) -> list[str]:
+    """Notes about an expert whose config.json names another head than its weights have."""
+    if not task.kind.has_head:
+        return []
+    notes = []
+    classes = config.architectures or []
+    if classes and task.task not in map(kind_of_class, classes):
+        names = f"config.json names {', '.join(classes)}"
+        notes.append(f"{names}, but the weights have the head for {task.task}, which is used")
+    split = checkpoints.stored_names(folder, config, task.task)
+    used = {*split.encoder.values(), *split.head.values()}
+    unused = [name for name in tensor_headers(folder) if name not in used]
+    if others := sorted(name for name in unused if re.match(HEADS, name)):
+        notes.append(f"the weights hold another head too, which is not used: {others[0]}")
+    return [f"{task.name}: {note}" for note in notes]
