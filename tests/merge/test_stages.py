@@ -30,7 +30,7 @@ from fmn.models import checkpoints
 from fmn.models.provenance import rows_tuned_on
 from fmn.sources.stages import fetch
 from fmn.store import artifacts
-from fmn.store.stage import Outcome, check_intact, read_sidecar, write_record
+from fmn.store.stage import Outcome, check_intact, read_sidecar, sidecar_path, write_record
 from fmn.tasks.dataset import read_split
 from fmn.tasks.task import get_task, load_task
 from tests.conftest import FISHER, TASKS
@@ -76,6 +76,7 @@ def restated(work: Path, **changes: Any) -> None:
     values, stderr, metadata = files.read_fisher(file)
     assert metadata.definition
     definition = metadata.definition.model_copy(update=changes)
+    sidecar_path(file).unlink(missing_ok=True)
     files.write_fisher(file, values, stderr, metadata.model_copy(update={"definition": definition}))
 
 
