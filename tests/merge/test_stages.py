@@ -104,7 +104,9 @@ def test_experts_of_another_base_and_one_expert_twice(
     tensors = load_file(other / "model.safetensors")
     tensors = {name: torch.randn(t.shape, generator=noise) * 0.02 for name, t in tensors.items()}
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"expert mrpc .* was not .* from the base .* 1\.4\d of"):
+    with pytest.raises(
+        UserError, match=r"expert mrpc .* was not .* from the base .* weights is -?0\.0\d"
+    ):
         merged(work, base=other)
     source = str(work / "experts" / "sst2")
     fetch(source, out=tmp_path / "good", task="sst2", base=work / "base")
