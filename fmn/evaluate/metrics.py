@@ -1,8 +1,8 @@
 """The table of metrics. Each is computed for many resamples of the examples at once.
 
 A resample is a weight per example: how often it was drawn. The plain score is the one resample that
-holds every example once. Metrics are those of scikit-learn and SciPy. Where the labels of a
-resample leave a metric undefined, it is NaN; outside of arrays of resamples, None.
+holds every example once. Metrics are those of scikit-learn and SciPy. Where the labels or
+answers of a resample leave a metric undefined, it is NaN; outside of arrays of resamples, None.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -353,10 +353,9 @@ def _deviations(weights: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _correlation(weights: np.ndarray, predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Pearson's, of values [N] or [R, N]; 0 for a constant answer to labels that vary."""
+    """Pearson's, of values [N] or [R, N]; undefined where one side is constant."""
     (left, of_left), (right, of_right) = (_deviations(weights, v) for v in (predicted, labels))
-    correlation = _ratio((weights * left * right).sum(axis=1), np.sqrt(of_left * of_right), 0.0)
-    return np.where(of_right > 0, correlation, np.nan)
+    return _ratio((weights * left * right).sum(axis=1), np.sqrt(of_left * of_right))
 
 
 # ---- generated texts ----
@@ -366,8 +365,8 @@ def _perplexity(weights: np.ndarray, answers: Answers) -> np.ndarray:
     """The exponential of the mean cross entropy of all tokens."""
     mean = _ratio(weights @ answers.scores[:, 0], weights @ answers.labels)
     with np.errstate(over="ignore"):
-        perplexity: np.ndarray = np.exp(mean)
-    return perplexity
+        perplexity = np.exp(mean)
+    return np.where(np.isfinite(perplexity), perplexity, np.nan)
 
 
 Compute = Callable[[np.ndarray, Answers], np.ndarray]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fmn.tasks.batches import Examples
 
 SEARCH = 4
-COMPARE = 7
+COMPARE = 8
 
 SETS = ("pairs", "triples", "all")
 

@@ -201,8 +201,8 @@ def _about_statistics(
         ):
             if value and expected and value != expected:
                 raise UserError(
-                    f"{name}: its statistics are of the {what} {value}, its expert is of {expected};"
-                    " compute them again"
+                    f"{name}: its statistics are of the {what} {value}, its expert is of"
+                    f" {expected}; compute them again"
                 )
         if other.max_length != own.max_length:
             lengths = f"{other.max_length} tokens, the expert's task has {own.max_length}"

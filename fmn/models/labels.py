@@ -58,14 +58,14 @@ class Labels(Record):
         rows: of training data that decided or checked it, or of tags words; 0 without data.
         score: what this order has of them: the share of rows that are right; for several labels
             at once the share of labels that are found (R-precision); for regression the Pearson
-            correlation.
+            correlation, None if it is undefined.
         notes: what the user should know of it.
     """
 
     order: list[int]
     origin: Literal["settings", "names", "training data", "identity"]
     rows: int = 0
-    score: float = 0
+    score: float | None = 0
     notes: list[str] = Field(default_factory=list)
 
 
@@ -179,6 +179,12 @@ def by_data(
     if task.regression:
         figures = f"its correlation with {rows} is {score:.2f}"
     notes = []
+    if np.isnan(score):
+        sides = {"its values": logits, "the labels": truth}
+        same = [name for name, side in sides.items() if len(np.unique(side)) == 1]
+        reason = f"{same[0]} are all the same" if same else "there are too few"
+        words = f"NOTHING IS KNOWN of how good the expert is: {reason} on {rows}"
+        return labels.model_copy(update={"rows": len(truth), "score": None, "notes": [words]})
     if evidence.contradicts and task.regression:
         raise UserError(
             f"{place}: its values fall where the labels rise: {figures}; give an expert of this"

@@ -5,10 +5,9 @@ Its folder's sidecar says so; the weights tell whether that can be true.
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
@@ -25,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLE = 1 << 14  # values of each matrix that are compared
-# Distances, as `distance` measures them: fine-tuning moves weights by a few hundredths of their
-# size, and unrelated models are 1.41 apart.
-UNRELATED, DOUBTFUL = 1.3, 0.7
+# Fine-tuning leaves the weights' correlation with the base above 0.95, mostly; that of unrelated
+# models is 0, to chance (four standard errors of values that are drawn apart).
+UNRELATED, DOUBTFUL = 0.05, 0.75
 
 
 class Lineage(Record):
@@ -142,23 +141,43 @@ def sample(folder: Path, kind: KindName | None = None) -> Sample:
     return values
 
 
-def distance(first: Sample, second: Sample) -> float | None:
-    """How far two encoders are apart: the median over the linear maps of `|a - b| / size`.
+class Likeness(NamedTuple):
+    """How alike two encoders are: the correlation of so many of their weights."""
 
-    Size is the root of the mean of `|a|**2` and `|b|**2`, so that equal maps are 0 apart, and
-    unrelated ones the root of 2. None if they have no maps in common that are not zero.
+    correlation: float
+    weights: int
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether they may come from different bases."""
+        return self.correlation < DOUBTFUL
+
+    @property
+    def is_unrelated(self) -> bool:
+        """Whether they surely do."""
+        return self.correlation < max(UNRELATED, 4 / sqrt(self.weights))
+
+    def __str__(self) -> str:
+        usual = "of one base it is mostly above 0.95, of unrelated models about 0"
+        return f"the correlation of their weights is {self.correlation:.2f} ({usual})"
+
+
+def likeness(first: Sample, second: Sample) -> Likeness | None:
+    """The mean over the linear maps, by size, of the cosine between the two encoders' values.
+
+    None if they have no maps in common that are not zero.
     """
-    distances = []
+    total, count = 0.0, 0
     for name in first.keys() & second.keys():
         left, right = first[name], second[name]
-        size = float(((left**2).sum() + (right**2).sum()) / 2)
-        if left.shape == right.shape and size > 0:
-            distances.append((float(((left - right) ** 2).sum()) / size) ** 0.5)
-    return median(distances) if distances else None
+        if left.shape == right.shape and (size := float(left.norm() * right.norm())) > 0:
+            total += left.numel() * float((left * right).sum()) / size
+            count += left.numel()
+    return Likeness(total / count, count) if count else None
 
 
 def check_base(expert: Path, base: Path, kind: KindName | None = None) -> list[str]:
-    """Whether an expert was fine-tuned from this base, by the distance of their weights.
+    """Whether an expert was fine-tuned from this base, by their weights.
 
     Returns:
         what the user should know.
@@ -167,8 +186,8 @@ def check_base(expert: Path, base: Path, kind: KindName | None = None) -> list[s
         UserError: it was fine-tuned from another.
     """
     # The base of models with heads is read as it is: taggers have no pooler, and others do.
-    apart = distance(sample(expert, kind), sample(base, _of_base(expert, kind)))
-    return list(_judged(apart, f"{expert}", f"the base {base}"))
+    alike = likeness(sample(expert, kind), sample(base, _of_base(expert, kind)))
+    return list(_judged(alike, f"{expert}", f"the base {base}"))
 
 
 def check_common_base(experts: Mapping[str, Path], base: Path | None = None) -> list[str]:
@@ -179,15 +198,19 @@ def check_common_base(experts: Mapping[str, Path], base: Path | None = None) -> 
     if base is not None:
         own = sample(base, _of_base(next(iter(experts.values())), None))
         for name, place in places.items():
-            notes += _judged(distance(samples[name], own), place, f"the base {base}")
+            notes += _judged(likeness(samples[name], own), place, f"the base {base}")
     for first, second in combinations(experts, 2):
-        apart = distance(samples[first], samples[second])
-        if base is None and (figures := _figures(apart)):
-            words = "perhaps they were not fine-tuned from one base"
-            notes.append(f"{places[first]} and {places[second]}: {words}: {figures}")
-        if apart == 0 and _is_same_encoder(experts[first], experts[second]):
+        pair = f"{places[first]} and {places[second]}"
+        alike = likeness(samples[first], samples[second])
+        if base is None and alike and alike.is_doubtful:
+            notes.append(f"{pair}: perhaps they were not fine-tuned from one base: {alike}")
+        if (
+            alike
+            and alike.correlation > 0.999
+            and _is_same_encoder(experts[first], experts[second])
+        ):
             words = "have the same encoder, weight for weight: one may be there by mistake"
-            notes.append(f"{places[first]} and {places[second]} {words}")
+            notes.append(f"{pair} {words}")
     return notes
 
 
@@ -199,23 +222,15 @@ def _of_base(expert: Path, kind: KindName | None) -> KindName | None:
     return None if KINDS[kind].has_head else kind
 
 
-def _figures(apart: float | None) -> str:
-    """A distance that is doubtful, in words; else nothing."""
-    usual = "of one base they are mostly less than 0.3, of unrelated models about 1.41"
-    is_doubtful = apart is not None and apart >= DOUBTFUL
-    return f"their weights are {apart:.2f} of their size apart ({usual})" if is_doubtful else ""
-
-
-def _judged(apart: float | None, expert: str, base: str) -> Iterator[str]:
-    """What a distance says of whether an expert was fine-tuned from a base."""
-    if not (figures := _figures(apart)):
-        return
-    if apart is not None and apart >= UNRELATED:
+def _judged(alike: Likeness | None, expert: str, base: str) -> Iterator[str]:
+    """What the likeness of an expert and a base says of whether it was fine-tuned from it."""
+    if alike and alike.is_unrelated:
         raise UserError(
-            f"{expert}: was not fine-tuned from {base}: {figures}; give the model that it was"
+            f"{expert}: was not fine-tuned from {base}: {alike}; give the model that it was"
             " fine-tuned from, or an expert of this base"
         )
-    yield f"{expert}: perhaps it was not fine-tuned from {base}: {figures}"
+    if alike and alike.is_doubtful:
+        yield f"{expert}: perhaps it was not fine-tuned from {base}: {alike}"
 
 
 def _is_same_encoder(first: Path, second: Path) -> bool:

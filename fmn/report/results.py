@@ -35,6 +35,7 @@ BOUNDS: Mapping[str, str] = {
 UNLABELED = "not scored, as its rows have no labels"
 MINUS = "\N{MINUS SIGN}"
 UNDEFINED = "undefined"
+NO_INTERVAL = "–"
 FEW = 5  # columns whose intervals have room on a terminal
 DATA_SETS = {"hub": (HUB, "GLUE"), "embedded": ("fmn/miniature-glue", "miniature GLUE")}
 """By source of the rows: the id that a model card calls them by, and a title."""
@@ -269,7 +270,10 @@ class _Column(NamedTuple):
 def _entries(
     column: _Column, expert: _Column | None, averaged: Sequence[str], tasks: Mapping[str, Task]
 ) -> dict[str, Entry]:
-    """A column by row; scores are averaged over some tasks, shares over those that have one."""
+    """A column by row; scores are averaged over some tasks, shares over those that have one.
+
+    Where the expert has a score and the model none, the mean share is undefined.
+    """
     entries = {}
     for name, score in column.scores.items():
         task, share = tasks[name], None
@@ -279,7 +283,12 @@ def _entries(
         entries[name] = Entry(Estimate(score, draws, higher_is_better(task)), share)
     shares = [share for _, share in entries.values() if share]
     scores = [entry.score for name, entry in entries.items() if name in averaged]
-    return entries | {MACRO: Entry(mean(scores), mean(shares) if shares else None)}
+    is_lost = expert is not None and any(
+        score is None and expert.scores.get(name) is not None
+        for name, score in column.scores.items()
+    )
+    share = Estimate(None) if is_lost else mean(shares) if shares else None
+    return entries | {MACRO: Entry(mean(scores), share)}
 
 
 def _differences(first: str, second: str, columns: Mapping[str, _Column]) -> dict[str, Difference]:
@@ -415,6 +424,9 @@ def remarks(table: Table) -> list[str]:
     remark = "its expert alone is no better than guessing here, so shares of its score say little"
     lines = [f"{task}: {remark}" for task in table.guessing]
     lines += [f"{task}: {UNLABELED}" for task in table.unlabeled]
+    for task, (score, share) in table.columns.get(EXPERT, {}).items():
+        if task != MACRO and not share:
+            lines.append(f"{task}: the expert's score is {score.text}: no share of it is defined")
     return lines + score_remarks(scores, table.definitions, table.averaged)
 
 
@@ -427,7 +439,9 @@ def score_remarks(
         if not higher_is_better(task):
             lines.append(f"{name}: {metric_words(task)}; a plain number, no percentage")
         if scores[name] is None:
-            lines.append(f"{name}: undefined: its labels here do not define {metric_words(task)}")
+            lines.append(
+                f"{name}: undefined: its labels or answers here do not define {metric_words(task)}"
+            )
     if len(tasks) > 1 and (others := [name for name in tasks if name not in averaged]):
         over = f"over {listed(averaged)}" if averaged else "over no task"
         lines.append(f"mean score: {over}; without {listed(others)}")
@@ -459,9 +473,10 @@ def evaluate_table(metrics: Metrics) -> TextTable:
         task = metrics.definitions[name]
         for split, metric, value, examples, interval in measured(task, scores):
             is_percent = METRICS[metric].higher_is_better
-            numbers = [shown(value, is_percent, 2), span(interval, is_percent), str(examples)]
+            ends = span(interval, is_percent) or NO_INTERVAL
+            numbers = [shown(value, is_percent, 2), ends, str(examples)]
             body.append([name, metric + " (less is better)" * (not is_percent), split, *numbers])
-    mean = [shown(metrics.score, digits=2), span(metrics.interval), ""]
+    mean = [shown(metrics.score, digits=2), span(metrics.interval) or NO_INTERVAL, ""]
     over = _averaged(metrics)
     left_out = len(over) < len(metrics.tasks)
     body.append([MACRO, "score", f"of {listed(over)}" if over and left_out else "", *mean])
@@ -478,6 +493,10 @@ def evaluate_notes(metrics: Metrics) -> list[str]:
     """What a reader of that table should know, a line each."""
     scores = {name: entry.score for name, entry in metrics.tasks.items()}
     skipped = [f"{name}: {UNLABELED}" for name in metrics.unlabeled]
+    for name, entry in metrics.tasks.items():
+        if entry.score is not None and entry.interval.get("score") is None:
+            reason = "too few of the resamples of its rows define it"
+            skipped.append(f"{name}: the score has no interval ({NO_INTERVAL}): {reason}")
     return score_remarks(scores, metrics.definitions, _averaged(metrics)) + skipped
 
 

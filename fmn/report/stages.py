@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fmn.report.figures import Picture
     from fmn.report.results import Table
 
-REPORT = 10
-COMPARISON = 6
+REPORT = 11
+COMPARISON = 7
 Paths = Mapping[str, Path]
 
 

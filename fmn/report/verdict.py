@@ -68,6 +68,7 @@ def _keeps(report: Report, worse_than: Sequence[str]) -> str:
     """What the model keeps, its place among the others, and what the plain average keeps."""
     table, head, row = report.table, report.table.headline, report.table.rows[-1]
     score, share = table.columns[head][row]
+    share = share if share and share.value is not None else None
     number = share or score
     tasks = [name for name in table.tasks if table.columns[head][name].share or not share]
     over = f"mean of {len(tasks) if share else len(table.averaged)} tasks" if row == MACRO else row

@@ -219,7 +219,7 @@ def _check_tokenizer(adapter: Path, base: Path) -> None:
         return
     config = checkpoints.load_config(base)
     own, other = (
-        checkpoints.load_tokenizer(folder, config).get_vocab() for folder in (adapter, base)
+        checkpoints.read_tokenizer(folder, config).get_vocab() for folder in (adapter, base)
     )
     for token in sorted(own.keys() & other.keys()):
         if own[token] != other[token]:
@@ -409,7 +409,9 @@ def _save(
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / name)
     if config.pad_token_id is None and any((out / name).is_file() for name in VOCABULARY_FILES):
-        config.pad_token_id = checkpoints.load_tokenizer(out, config).pad_token_id
+        tokenizer: Any = checkpoints.read_tokenizer(out, config)
+        has_pad = tokenizer.pad_token is not None
+        config.pad_token_id = tokenizer.pad_token_id if has_pad else tokenizer.eos_token_id
     dtypes = {header.dtype for header in tensor_headers(base).values()}
     narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
     if len(dtypes) == 1 and (dtype := narrow.get(next(iter(dtypes)))):

@@ -289,7 +289,7 @@ def _cut_vocabulary(
     rows = next(iter(padded.values()))
     largest = size
     if any((folder / name).is_file() for name in VOCABULARY_FILES):
-        vocabulary = checkpoints.load_tokenizer(folder, config).get_vocab()
+        vocabulary = checkpoints.read_tokenizer(folder, config).get_vocab()
         largest = max(vocabulary.values(), default=-1)
     if largest < size:
         notes.append(

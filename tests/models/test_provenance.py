@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from fmn.models.provenance import (
     Lineage,
     check_base,
     check_common_base,
-    distance,
+    likeness,
     lineage,
     rows_tuned_on,
     sample,
@@ -69,25 +71,30 @@ def moved(folder: Path, out: Path, share: float) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    ("share", "expected"), [(0.0, 0.0), (0.1, 0.1), (0.5, 0.47), (1.0, 0.82), (2.0, 1.15)]
-)
-def test_a_distance_is_that_of_all_weights(
-    share: float, expected: float, bert: Path, tmp_path: Path
-) -> None:
-    """It is as computed in float64 from whole tensors."""
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0, 3.0])
+def test_likeness_is_the_correlation_of_weights(share: float, bert: Path, tmp_path: Path) -> None:
+    """It is as computed in float64 from whole tensors, and as the noise leaves it."""
     other = moved(bert, tmp_path / "moved", share)
-    apart = distance(sample(bert), sample(other))
-    assert apart == pytest.approx(expected, abs=0.04)
+    alike = likeness(sample(bert), sample(other))
+    assert alike is not None
+    assert alike.correlation == pytest.approx(1 / (1 + share**2) ** 0.5, abs=0.05)
     names = [n for n in weights(bert) if "layer" in n and n.endswith("weight") and "Norm" not in n]
-    parts = []
-    for name in names:
-        left, right = (weights(folder)[name].double() for folder in (bert, other))
-        size = (left.square().sum() + right.square().sum()) / 2
-        parts.append(float(((left - right).square().sum() / size).sqrt()))
-    parts.sort()
-    median = (parts[(len(parts) - 1) // 2] + parts[len(parts) // 2]) / 2
-    assert apart == pytest.approx(median, abs=1e-6)
+    left, right = (
+        [weights(folder)[name].double().ravel() for name in names] for folder in (bert, other)
+    )
+    cosines = [float(a @ b / a.norm() / b.norm()) for a, b in zip(left, right, strict=True)]
+    mean = np.average(cosines, weights=[len(values) for values in left])
+    assert alike.correlation == pytest.approx(mean, abs=1e-6)
+    assert alike.weights == sum(map(len, left))
+    assert (alike.is_doubtful, alike.is_unrelated) == (share > 0.8, False)
+
+
+def test_random_models_are_unrelated(tmp_path: Path) -> None:
+    models = [sample(tiny_bert(tmp_path / f"{seed}", seed=seed)) for seed in range(12)]
+    for first, second in combinations(models, 2):
+        alike = likeness(first, second)
+        assert alike
+        assert alike.is_unrelated
 
 
 def test_experts_of_their_base_pass(tiny_work: Path) -> None:
@@ -100,7 +107,7 @@ def test_experts_of_their_base_pass(tiny_work: Path) -> None:
 def test_an_expert_of_another_base_is_refused_with_both_figures(bert: Path, tmp_path: Path) -> None:
     other = tiny_bert(tmp_path / "other", seed=1)
     expert = moved(bert, tmp_path / "expert", 0.1)
-    figures = r"are 1\.[34]\d of their size apart .* 0\.3, .* 1\.41\); give the model"
+    figures = r"weights is -?0\.\d\d \(.* 0\.95, .* about 0\); give the model"
     with pytest.raises(UserError, match=rf"{expert}: was not .* the base {other}: .* {figures}"):
         check_base(expert, other)
     (note,) = check_common_base({"sst2": expert, "mrpc": other})

@@ -1,6 +1,8 @@
 """The table says what the metrics say: scores, intervals, shares, which differences are real."""
 
+import json
 import re
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -10,10 +12,11 @@ from markdown_it import MarkdownIt
 
 from fmn.errors import UserError
 from fmn.evaluate import bootstrap
+from fmn.evaluate.metrics import TaskAnswers
 from fmn.fisher.architectures import Site
 from fmn.merge.rules import shares
-from fmn.report import results
-from fmn.report.verdict import judgement
+from fmn.report import page, results
+from fmn.report.verdict import judgement, verdict
 from tests import reports
 from tests.reports import NUMBERS, OWN, SEVEN, own_task, value
 
@@ -65,6 +68,55 @@ def test_means_are_over_tasks(table: results.Table) -> None:
     assert value(mean) == pytest.approx(np.mean(shares))
     low, high = mean.interval or (0, 0)
     assert low < value(mean) < high
+
+
+def collapsed(merged: dict[str, results.Evaluated], column: str) -> dict[str, results.Evaluated]:
+    """A model whose answers to stsb are all the same."""
+    metrics, answers = merged[column]
+    task, splits = answers["stsb"]
+    same = {name: each._replace(predicted=0 * each.predicted) for name, each in splits.items()}
+    scores = metrics.tasks["stsb"].model_copy(update={"score": None, "interval": {}})
+    metrics = metrics.model_copy(update={"tasks": {**metrics.tasks, "stsb": scores}})
+    answered = {**answers, "stsb": TaskAnswers(task, same)}
+    return {**merged, column: results.Evaluated(metrics, answered)}
+
+
+def test_a_model_without_a_score_keeps_no_known_share(table: results.Table) -> None:
+    """A model that fails on a task has no better mean for it."""
+    experts, merged = reports.run(FOUR)
+    lost = results.tabulate(experts, collapsed(dict(merged), "merged"))
+    column = lost.columns["merged"]
+    assert column["stsb"].score.text == "undefined"
+    assert column["stsb"].share is None
+    assert column["mean"].share == results.Estimate(None) or column["mean"].share.value is None
+    assert lost.columns["average"]["mean"].share.value == pytest.approx(
+        value(table.columns["average"]["mean"].share)
+    )
+    assert lost.averaged == ("cola", "mnli", "mrpc"), "the same tasks for every model"
+    remark = "stsb: undefined: its labels or answers here do not define pearson + spearmanr"
+    assert remark in results.remarks(lost)
+    numbers = json.dumps(results.results(lost), allow_nan=False)
+    assert json.loads(numbers)["tasks"]["stsb"]["merged"]["score"] is None
+    report = replace(reports.report(FOUR), table=lost)
+    assert "keeps" not in verdict(report)[0]
+    shown = page.render("report.html", report=report, pictures={})
+    assert not re.search(r"\bnan\b", shown)
+
+
+def test_an_expert_without_a_score_is_not_100_percent_of_it(table: results.Table) -> None:
+    experts, merged = reports.run(FOUR)
+    alone = collapsed({"expert": experts["stsb"]}, "expert")["expert"]
+    lost = results.tabulate({**experts, "stsb": alone}, merged)
+    assert lost.columns["expert"]["stsb"] == (lost.columns["expert"]["stsb"].score, None)
+    assert lost.columns["merged"]["stsb"].share is None
+    assert "stsb: the expert's score is undefined: no share of it is defined" in results.remarks(
+        lost
+    )
+    shown = page.render(
+        "report.html", report=replace(reports.report(FOUR), table=lost), pictures={}
+    )
+    assert shown.count('<small class="relative only">100 %</small>') == 4, "three tasks, the mean"
+    assert shown.count('<small class="relative only">–</small>') == 1
 
 
 def test_differences_are_paired_tests_of_the_headline_against_each_other_column(
@@ -161,7 +213,12 @@ def test_only_an_expert_that_guesses_is_said_to_guess() -> None:
     experts = {name: reports.evaluated(names, right) for name, right in rights}
     table = results.tabulate(experts, merged)
     assert table.guessing == ("rte", "stsb")
-    assert [line.split(":")[0] for line in results.notes(table)[1:]] == ["rte", "stsb"]
+    assert [line.split(":")[0] for line in results.notes(table)[1:]] == [
+        "rte", "stsb", "stsb",
+    ]  # fmt: skip
+    assert re.fullmatch(
+        r"stsb: the expert's score is −\d+\.\d: no share of it is defined", results.notes(table)[3]
+    )
 
 
 def test_a_task_without_labels_is_said_to_have_no_score() -> None:
