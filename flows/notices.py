@@ -36,8 +36,9 @@ def send(profile: Path, text: str) -> None:
         webhook = os.environ.get(params.WEBHOOK)
     if webhook is None:
         return
+    plain = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")  # Slack's mark-up
     try:
-        requests.post(webhook, json={"text": text}, timeout=_TIMEOUT).raise_for_status()
+        requests.post(webhook, json={"text": plain}, timeout=_TIMEOUT).raise_for_status()
     except requests.RequestException as error:  # its message holds the address
         reason = type(error).__name__ if error.response is None else error.response.status_code
         say(f"the webhook did not take the notice ({reason})")

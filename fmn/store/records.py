@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, field_validator
 
-from fmn.errors import UserError, hint
+from fmn.errors import HIDING, UserError, hint
 
 
 class Record(BaseModel):
@@ -37,9 +37,25 @@ class Settings(BaseModel):
     def _check_value(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError("a number of more than 64 bits")
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("has a NUL character")
+        for text in _texts(value):
+            if hidden := next((each for each in text if ord(each) in HIDING), None):
+                raise ValueError(f"{text!a:.60} has the character {hidden!a}; leave it out")
         return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value of the settings, and the names in it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, SecretStr):
+        if any(ord(character) in HIDING for character in value.get_secret_value()):
+            raise ValueError("has a line's end or another control character; leave it out")
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from (*_texts(name), *_texts(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 _MUST_BE: Mapping[str, str] = {
