@@ -326,7 +326,10 @@ def load(path: Path) -> Params:
     Raises:
         UserError: names the file, the setting and what is wrong with it.
     """
-    return validate(read_yaml(path), str(path), partial(line_of, path))
+    content = read_yaml(path)
+    if content is None:
+        raise UserError(f"{path}: is empty; write settings, or let `fmn init` write them")
+    return validate(content, str(path), partial(line_of, path))
 
 
 def write_settings(params: Path, *, out: Path) -> Outcome[Params]:

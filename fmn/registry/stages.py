@@ -46,7 +46,7 @@ class RegistrySettings(Settings):
     name: str = Field(
         ..., pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="name of the registered model"
     )
-    experiment: str = Field("fmn", description="MLflow experiment of the run")
+    experiment: str = Field("fmn", min_length=1, description="MLflow experiment of the run")
     tolerance: float = Field(
         0.01,
         ge=0,

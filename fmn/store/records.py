@@ -39,7 +39,7 @@ class Settings(BaseModel):
             raise ValueError("a number of more than 64 bits")
         for text in _texts(value):
             if hidden := next((each for each in text if ord(each) in HIDING), None):
-                raise ValueError(f"{text!a:.60} has the character {hidden!a}; leave it out")
+                raise ValueError(f"{shortened(text)} has the character {hidden!a}; leave it out")
         return value
 
 
@@ -74,6 +74,7 @@ _MUST_BE: Mapping[str, str] = {
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
     "literal_error": "one of {expected}",
+    "string_pattern_mismatch": "a name of letters, digits, dots, dashes and underscores",
 }
 """What a value must be, by pydantic's name of the mistake."""
 
@@ -85,13 +86,25 @@ def in_words(problem: Mapping[str, Any]) -> str:
     "must be a whole number, not 'many'"
     """
     wanted = _MUST_BE.get(problem["type"])
+    if problem["type"] == "extra_forbidden":
+        return "there is no such setting"
     if wanted is None:
         return str(problem["msg"]).removeprefix("Value error, ")
     value, context = problem["input"], problem.get("ctx", {})
     near = ""
     if problem["type"] == "literal_error" and isinstance(value, str):
         near = hint(value, re.findall(r"'([^']*)'", context["expected"]))
-    return f"must be {wanted.format(**context)}, not {value!r:.60}{near}"
+    return f"must be {wanted.format(**context)}, not {shortened(value)}{near}"
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    """A value as Python writes it, of a long one the beginning.
+
+    >>> shortened("many words", 8)
+    "'many..."
+    """
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 R = TypeVar("R", bound=Record)
@@ -109,7 +122,7 @@ def parse_record(content: Any, record: type[R], place: object, remedy: str = "ma
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "it"
         is_missing = first["type"] == "missing"
-        problem = "is missing" if is_missing else f"is {first['input']!r:.60}, not as fmn writes it"
+        problem = "is missing" if is_missing else f"is {shortened(first['input'])}, not as fmn writes it"
         raise UserError(f"{place}: {name} {problem}; {remedy}") from error
 
 
@@ -129,5 +142,5 @@ def pairs(items: list[str], option: str) -> dict[str, str]:
 def at_least_one(number: int | str) -> int | str:
     """A validator of settings that count examples: the number is at least one, or a word."""
     if isinstance(number, int) and number < 1:
-        raise ValueError("at least one example is needed")
+        raise ValueError(f"at least one example is needed, not {number}")
     return number
