@@ -159,6 +159,8 @@ class Params(Settings):
         for name in tasks:  # also the name of a folder, of a DVC stage and of MLflow's metrics
             if not re.fullmatch(r"\w[\w-]{0,99}", name):
                 raise ValueError(f"{name!r} must be of letters, digits, underscores and dashes")
+            if name == "mean":
+                raise ValueError("'mean' is what tables call the mean over tasks; choose another")
         return tasks
 
     @model_validator(mode="after")

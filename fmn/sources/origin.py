@@ -96,8 +96,6 @@ def look(source: str) -> None:
 
 def locate(source: str, scratch: Path, progress: Progress = no_progress) -> Origin:
     """Where the files of a source are; those of a registered model are put into `scratch`."""
-    if not source.strip():
-        raise UserError("the source is empty; write hf://org/name, or the path of a folder")
     source = forms.address(source)
     is_registered = source.startswith("models:")
     return _registered(source, scratch) if is_registered else _origin(source, progress)
@@ -260,6 +258,8 @@ def _copy(origin: Origin, files: Iterable[str], folder: Path) -> None:
 
 
 def _origin(source: str, progress: Progress = no_progress) -> Origin:
+    if not source.strip():
+        raise UserError("a source is empty; write hf://org/name, or the path of a folder")
     if match := _PACKAGE.fullmatch(source):
         return _package_origin(source, *match.groups())
     if (match := _HUB.fullmatch(source)) and ".." not in source:
