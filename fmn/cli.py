@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error), 2)
     except cyclopts.CycloptsError as error:
-        _fail(f"{_one_line(error).rstrip('.?')}; see `fmn --help`", 2)
+        _fail(f"{_one_line(error)}; see `fmn --help`", 2)
     except KeyboardInterrupt:
         _fail(INTERRUPTED, 130)
     except Exception as error:
@@ -94,10 +94,12 @@ def _one_line(error: cyclopts.CycloptsError) -> str:
         first = cause.errors()[0]
         message, option = in_words(first), str(first["loc"][0]) if first["loc"] else ""
         # Without an option it is of several together.
+        message = message.removesuffix("?")
         return f"--{option.replace('_', '-')}: {message}" if option else message
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return f"{' '.join(error.unused_tokens or ())}: no argument of this command"
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if text.endswith("...") else text.rstrip(".?")
 
 
 def _fail(message: str, status: int) -> None:
@@ -266,8 +268,8 @@ def stage(
 
     with _project(params_file) as file:
         settings = params.load(file)
-        make_folders(settings)
         nodes = find_nodes(settings, file, name, of)
+        make_folders(settings)
         if not nodes and not as_json:
             say(f"{name}: {file} asks for none")
         outcomes = []

@@ -23,6 +23,7 @@ SETTINGS: dict[str, Any] = {
     "data": {"source": "embedded"},
     "registry": {"name": "demo"},
 }
+GOOD = to_yaml({name: SETTINGS[name] for name in SETTINGS if name != "work"})
 ROWS = "".join(f"good {row},{row % 2}\n" for row in range(20))
 TENSOR = "bert.encoder.layer.0.output.dense.weight"
 
@@ -134,7 +135,7 @@ def check_words(message: str) -> None:
     for word in ("Traceback", "Error(", "pydantic", "site-packages", "None", "<class", "object at"):
         assert word not in message, message
     for mark in (": :", "::", "??", "..", " ;", "?."):
-        assert mark not in message.replace("...", "").replace("../", ""), message
+        assert mark not in message.replace(", ...", "").replace("...", "").replace("../", ""), message
     assert ".py" not in message, "nobody is to change the package"
 
 
@@ -146,7 +147,6 @@ MERGE = f"merge {OUT} --expert"
 TWO = f"{MERGE} sst2=experts/sst2 mrpc=experts/mrpc"
 SEARCH = "search --expert experts --data data -o out/x.json --method average"
 REPORT = f"report {OUT} --merged"
-PREDICT = "predict experts/sst2 --task sst2"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ PREDICT = "predict experts/sst2 --task sst2"
         ("run -p bad/dangling", "bad/dangling: No such file|--params"),
         ("run more", "more: no argument of this command|fmn --help"),
         ("run --florb", "--florb|fmn --help"),
-        ("florb", "florb|fetch|fmn --help"),
+        ("florb", "florb|fetch, data, |fmn --help"),
         ("compare study -p nowhere.yaml", "nowhere.yaml|--params"),
         ("stage florb -p bad/good.yaml", "stage florb|fetch-base|register"),
         ("stage fetch rte -p bad/good.yaml", "stage fetch: has no rte|sst2, mrpc"),
@@ -230,8 +230,8 @@ PREDICT = "predict experts/sst2 --task sst2"
         (f"{DATA} --dataset 'bad/no gzip.csv.gz'", "bad/no gzip.csv.gz: not csv|gzip"),
         (f"{DATA} --dataset bad/folder.parquet", "bad/folder.parquet: no data file|.csv"),
         (f"{DATA} --dataset florb://rows.csv", "florb://rows.csv|florb|give a file"),
-        (f"{DATA} --dataset bad/rows.csv --text florb", "no column florb|text, label"),
-        (f"{DATA} --dataset bad/rows.csv --label florb", "no column florb|text, label"),
+        (f"{DATA.replace('text text', 'text florb')} --dataset bad/rows.csv", "no column florb|text, label"),
+        (f"{DATA.replace('l label', 'l florb')} --dataset bad/rows.csv", "no column florb|text, label"),
         (f"{DATA} --dataset bad/rows.csv --metric florb", "metric 'florb'|accuracy"),
         (f"{DATA} --dataset bad/rows.csv --validation-size 1.5", "validation_size|below 1|1.5"),
         (f"{DATA} --dataset bad/rows.csv --validation-size 100", "100 of 20 rows|at most 19"),
@@ -243,7 +243,7 @@ PREDICT = "predict experts/sst2 --task sst2"
         (f"data own --definition nowhere.yaml {OUT}", "nowhere.yaml: No such file|--definition"),
         (f"data own --definition bad/good.yaml {OUT}", "bad/good.yaml: work|no such setting"),
         # experts and statistics
-        (f"finetune nowhere --task sst2 --data data {OUT}", "nowhere: has no config.json"),
+        (f"finetune nowhere --task sst2 --data data {OUT}", "nowhere: no such file or folder|check the path"),
         (f"{TUNE} --data nowhere", "nowhere/train.parquet: no such file|fmn data sst2|--data"),
         (f"{TUNE} --data 'bad/cut rows'", "bad/cut rows/train.parquet: not Parquet"),
         (f"{TUNE} --data data --epochs 0", "--epochs: must be above 0, not '0'"),
@@ -252,7 +252,7 @@ PREDICT = "predict experts/sst2 --task sst2"
         (f"{TUNE} --data data --device florb", "device florb|cuda:N"),
         (f"{TUNE} --data data --dtype float8", "--dtype|'float32'|'float8'|did you mean"),
         (f"finetune 'bad/no tokenizer' --task sst2 --data data {OUT}", "no tokenizer files|copy"),
-        (f"{FISHER} experts/stsb", "experts/stsb|1 output|2"),
+        (f"{FISHER} experts/stsb", "experts/stsb|score|negative, positive|--labels"),
         (f"{FISHER} base", "base: has no classification head|fmn finetune"),
         (f"{FISHER} experts/sst2 --samples some", "--samples: must be a whole number, not 'some'"),
         (f"{FISHER} experts/sst2 --estimator emp", "--estimator: must be one of|'emp'"),
@@ -273,7 +273,7 @@ PREDICT = "predict experts/sst2 --task sst2"
          "bad/fisher.parquet: not a Fisher artifact|fmn fisher"),
         (f"{TWO} --fisher sst2=fisher/mrpc.parquet mrpc=fisher/mrpc.parquet",
          "fisher/mrpc.parquet: of task mrpc, not sst2|give that of sst2"),
-        (f"{TWO} --method ties --base nowhere", "base: nowhere: has no config.json"),
+        (f"{TWO} --method ties --base nowhere", "nowhere: no such file or folder|check the path"),
         (f"{TWO} --method ties --base bad/wider", "base: bad/wider|word_embeddings.weight"),
         (f"realign nowhere --expert experts --data data {OUT}", "nowhere/merge.json|fmn merge"),
         (f"calibrate base --expert experts --data data {OUT}", "base/merge.json: no such|fmn mer"),
@@ -288,7 +288,7 @@ PREDICT = "predict experts/sst2 --task sst2"
         (f"{REPORT} merged=bad/list.json", "bad/list.json|[1]|fmn evaluate"),
         (f"{REPORT} merged=bad/other.json", "bad/other.json|is missing|fmn evaluate"),
         ("predict nowhere text --task sst2", "nowhere: not a merged model"),
-        (f"{PREDICT} --file nowhere.txt", "experts/sst2: not a merged model|nowhere.txt"),
+        ("predict experts/sst2 text --task sst2", "experts/sst2: not a merged model|give one"),
         ("register nowhere --metrics x.json --name demo", "nowhere/merge.json|fmn merge"),
         ("register base --metrics x.json --name ../demo", "--name: must be a name|'../demo'"),
         ("register base --metrics x.json --name a --tolerance 2", "--tolerance|at most 1"),
@@ -315,7 +315,7 @@ def test_a_wrong_command(
     ("changes", "words"),
     [
         ({"base": 3}, ":2: base: must be a text|3"),
-        ({"base": None}, ":2: base: must be a text"),
+        ({"base": None}, ":2: base: must be a text, in quotes, not null"),
         ({"work": ""}, ":1: work: must be a text that is not empty"),
         ({"experts": ["sst2"]}, ":3: experts: must be a section|['sst2']"),
         ({"experts": {"tasks": "sst2"}}, "experts.tasks: must be a list|'sst2'"),
@@ -328,8 +328,8 @@ def test_a_wrong_command(
         ({"fisher": {"samples": -1}}, "fisher.samples|at least one example"),
         ({"fisher": {"sample": 9}}, "fisher.sample: unknown setting|did you mean 'samples'"),
         ({"fisher": {"seed": 2**70}}, "fisher.seed|64 bits"),
-        ({"fisher": {"dtype": True}}, "fisher.dtype: must be one of|True"),
-        ({"merge": {"method": "mean"}}, "merge.method|'mean'|average"),
+        ({"fisher": {"dtype": True}}, "fisher.dtype: must be one of|true"),
+        ({"merge": {"method": "mean"}}, "merge.method|'mean'|did you mean 'regmean'"),
         ({"merge": {"coefficient": ["sst2=lots"]}}, "merge.coefficient|sst2='lots': not a number"),
         ({"merge": {"coefficient": "sst2=1"}}, "merge.coefficient: must be a list|'sst2=1'"),
         ({"merge": {"scale": "big"}}, "merge.scale|'big'"),
@@ -378,8 +378,8 @@ def test_a_wrong_setting(
     ("settings", "shown"),
     [
         ("base: café\nfishr: 1\n", "fishr"),
-        ("base: b\nfisher: {estimator: größer}\n", "'groer'"),  # what ASCII has of it
-        ("base: b\nwork: \N{SNOWMAN}\N{SNOWMAN}\nfisher: {samples: \N{SNOWMAN}}\n", "'?'"),
+        (f"{GOOD}fisher: {{estimator: größer}}\n", "'groer'"),  # what ASCII has of it
+        (f"{GOOD}work: \N{SNOWMAN}\nfisher: {{seed: \N{SNOWMAN}}}\n", "fisher.seed|'?'"),
     ],
 )
 def test_a_stream_of_any_encoding_takes_every_message(
@@ -393,7 +393,8 @@ def test_a_stream_of_any_encoding_takes_every_message(
         cli.main(["run", "-p", "réglages.yaml"])
     message = stream.getvalue().decode("ascii")
     assert "reglages.yaml" in message
-    assert shown in message
+    for word in shown.split("|"):
+        assert word in message
     assert message.count("\n") == 1
 
 
@@ -403,5 +404,5 @@ def test_a_name_in_two_lines_is_one_line_of_a_message(
     monkeypatch.chdir(tmp_path)
     message = mistake(capsys, "fetch 'a\nb\x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}' -o x")
     assert r"a\nb\x1b[31m\u202e: no such folder" in message
-    terminal.say("a\x1b[31m\tb\nc")
-    assert capsys.readouterr().out == "a\\x1b[31m\tb\nc\n"
+    terminal.say("a\x1b[31m\nc")
+    assert capsys.readouterr().out == "a\\x1b[31m\nc\n"

@@ -679,7 +679,7 @@ def load_tokenizer(folder: Path, config: Any = None, **options: Any) -> "PreTrai
                 folder, config=config, local_files_only=True, trust_remote_code=False, **options
             )
     except Exception as error:  # the libraries below raise what they like on a broken file
-        problem = f"its tokenizer files cannot be used: {first_words(error)}"
+        problem = f"its tokenizer files cannot be used: {first_words(error)}; get them again"
         raise UserError(f"{folder}: {problem}") from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -134,6 +134,11 @@ def read_labels(
     in_order = sorted(different, key=lambda value: (isinstance(value, str), value))
     present = tuple(dict.fromkeys(map(plain_text, in_order)))
     names = tuple(definition.label_names or classes or present)
+    if isinstance(definition.labels, list) and len(names) < min(2, len(present)):
+        raise UserError(
+            f"{place}: labels has {', '.join(names)}, and the rows have {in_a_line(present)}; list"
+            " a name for each"
+        )
     if len(names) < (1 if kind == MULTI else 2):
         only = f"{names[0]!r} in every row" if names else "nowhere told"
         raise UserError(

@@ -98,12 +98,13 @@ def in_words(problem: Mapping[str, Any]) -> str:
 
 
 def shortened(value: Any, most: int = 60) -> str:
-    """A value as Python writes it, of a long one the beginning.
+    """A value as YAML has it, of a long one the beginning.
 
-    >>> shortened("many words", 8)
-    "'many..."
+    >>> shortened("many words", 8), shortened(None)
+    ("'many...", 'null')
     """
-    text = repr(value)
+    is_word = value is None or isinstance(value, bool)
+    text = json.dumps(value) if is_word else repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
