@@ -29,7 +29,7 @@ from fmn.rows.stages import DataSettings
 from fmn.sources import origin
 from fmn.sources.stages import ArchitectureSettings, ExpertSource
 from fmn.store import artifacts
-from fmn.store.records import Settings, in_words
+from fmn.store.records import Settings, in_words, shortened
 from fmn.store.stage import Job, Outcome, run_stage
 from fmn.store.yaml_file import line_of, read_yaml
 from fmn.tasks.dataset import HUB
@@ -263,7 +263,7 @@ class Params(Settings):
     @model_validator(mode="after")
     def _check_names(self) -> "Params":
         for name in self.compare:  # also the name of a folder
-            if not re.fullmatch(r"\w[\w. -]*", name):
+            if not re.fullmatch(r"\w[\w. -]{0,99}", name):
                 raise ValueError(
                     f"compare: {name!r} must be of letters, digits, dots, dashes and spaces"
                 )
@@ -284,7 +284,14 @@ class Params(Settings):
                 f"{section}.{clash[0]}: {clash[0]!r} is a task and a model; give the model another"
                 " name"
             )
-        for comparison in self.compare.values():
+        for title, comparison in self.compare.items():
+            for name in comparison.methods:  # also the name of a file
+                if name in ("", "expert") or len(name) > 60:
+                    raise ValueError(
+                        f"compare.{title}.methods: {shortened(name)} is"
+                        f" {'the name of another column' if len(name) < 60 else 'too long'}; choose"
+                        " another name"
+                    )
             for members in comparison.sets:
                 unknown = [name for name in members.split("+") if name not in tasks]
                 if members not in SETS and (unknown or "+" not in members):

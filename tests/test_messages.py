@@ -249,7 +249,7 @@ REPORT = f"report {OUT} --merged"
         (f"{TUNE} --data data --epochs 0", "--epochs: must be above 0, not '0'"),
         (f"{TUNE} --data data --epochs nan", "--epochs: must be a finite number, not 'nan'"),
         (f"{TUNE} --data data --examples 0", "--examples: at least one example"),
-        (f"{TUNE} --data data --device florb", "device florb|cuda:N"),
+        (f"{TUNE} --data data --device florb", "device: no device 'florb' here|cuda:N"),
         (f"{TUNE} --data data --dtype float8", "--dtype|'float32'|'float8'|did you mean"),
         (f"finetune 'bad/no tokenizer' --task sst2 --data data {OUT}", "no tokenizer files|copy"),
         (f"{FISHER} experts/stsb", "experts/stsb|score|negative, positive|--labels"),

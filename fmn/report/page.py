@@ -44,7 +44,7 @@ def _templates() -> "Environment":
     )
     filters = (
         *(best, facts, notes, settings, statistics, themed, results.difference_span),
-        *(results.escaped, results.listed, results.metric_words, results.p_value, results.plain),
+        *(results.code, results.escaped, results.listed, results.metric_words, results.p_value, results.plain),
         *(results.points, results.remarks, results.task_titles),
         *(verdict.judgement, verdict.verdict),
     )
