@@ -269,7 +269,10 @@ def test_a_stage_of_the_pipeline_runs_alone(
         (FISHER, "no such file; write it with `fmn data mrpc`"),
         (f"{FISHER} --estimator best", "best"),
         (f"{FISHER} --samples 0", "--samples: at least one example is needed"),
-        ("merge --expert nowhere --out x", "--expert nowhere: no such folder; give it, or NAME=PATH"),
+        (
+            "merge --expert nowhere --out x",
+            "--expert nowhere: no such folder; give it, or NAME=PATH",
+        ),
         ("merge --expert mrpc=a --out x", "--fisher mrpc=FILE is missing"),
         ("merge --expert mrpc=a --out x --method average", "a: no such file"),
         ("merge --expert mrpc=a mrpc=b --out x", "twice"),

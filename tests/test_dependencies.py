@@ -16,7 +16,11 @@ from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DIRECT = [Requirement(line) for line in PROJECT["dependencies"]]
-EXTRAS = [Requirement(each) for name in ("dask", "lora") for each in PROJECT["optional-dependencies"][name]]
+EXTRAS = [
+    Requirement(each)
+    for name in ("dask", "lora")
+    for each in PROJECT["optional-dependencies"][name]
+]
 CALLED = {"PIL": "pillow", "ruamel": "ruamel-yaml"}  # packages that have another name in code
 BOUNDS_ALONE = {"fastapi"}  # not used itself
 COMMANDS = {"dvc"}  # run as a command
@@ -84,7 +88,9 @@ def test_fastapi_is_held_back_while_prefect_says_min_items() -> None:
 @pytest.mark.parametrize("package", ["prefect", "mlflow"])
 def test_sqlalchemy_is_held_back_until_a_newer_prefect_was_tried(package: str) -> None:
     """With SQLAlchemy 2.1, schedules of Prefect 3.8 do not fire, and only its log says so."""
-    assert not excluded_by(package, "sqlalchemy", "2.1.0"), f"remove sqlalchemy<2.1, {package} has it"
+    assert not excluded_by(package, "sqlalchemy", "2.1.0"), (
+        f"remove sqlalchemy<2.1, {package} has it"
+    )
     assert version("prefect").startswith("3.8."), (
         "install sqlalchemy 2.1 and run tests/flows/test_schedule.py (slow): remove the bound, or"
         " name this version of Prefect here"

@@ -32,7 +32,7 @@ HOSTILE = {
     "template": "{{ 7 * 7 }}{% for x in y %}${base}${{ secrets }}#{x}",
     "format": "{0.__class__} {} {base} %s %(a)s %n {:>999999999}",
     "html": "<script>alert(1)</script><img src=x onerror=alert(1)>",
-    "attribute": "\" onmouseover=\"alert(1)\" x='y",
+    "attribute": '" onmouseover="alert(1)" x=\'y',
     "comment": "<!-- registration --> ]]> </style></script></title>",
     "entity": "&lt;script&gt; &amp; &#60;b&#62;",
     "table": "a | b || c \\| d",
@@ -151,7 +151,9 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(item)
 
 
-@pytest.mark.parametrize("place", [*PLACES, ("registry", "name")], ids=lambda p: ".".join(map(str, p)))
+@pytest.mark.parametrize(
+    "place", [*PLACES, ("registry", "name")], ids=lambda p: ".".join(map(str, p))
+)
 def test_a_text_is_refused_by_its_place_or_stays_as_it_is(
     place: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,15 +275,16 @@ def test_a_page_has_the_same_elements_whatever_its_texts_are() -> None:
 
 
 def test_a_comparison_has_the_same_elements_whatever_its_methods_are_called() -> None:
-    def shape(text: str) -> tuple[list[Any], list[Any]]:
-        methods = {"base": 0.5, "average": 0.6, text: 0.7}
+    def shape(names: list[str]) -> tuple[list[Any], list[Any]]:
+        methods = {"base": 0.5, "average": 0.6} | dict.fromkeys(names, 0.7)
         content = comparison.compare(reports.cells({"sst2+cola": ("sst2", "cola")}, methods))
         pictures = figures.draw(figures.COMPARISON_PICTURES, content)
         html = page.render("comparison.html", comparison=content, pictures=pictures)
         table = page.render("table.md", comparison=content, methods="")
         return [e for e in Shape(html).elements if e[0] in SAFE], markdown_shape(table)
 
-    assert shape(ALL) == shape(CLEAN)
+    names = [text[:30] for kind, text in HOSTILE.items() if kind not in ("space", *HIDDEN)]
+    assert shape(names) == shape([f"{CLEAN} {number}" for number in range(len(names))])
 
 
 SAFE = ("script", "style", "a", "img", "iframe", "table", "tr", "td", "th", "section", "svg")

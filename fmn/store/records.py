@@ -122,8 +122,9 @@ def parse_record(content: Any, record: type[R], place: object, remedy: str = "ma
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "it"
-        is_missing = first["type"] == "missing"
-        problem = "is missing" if is_missing else f"is {shortened(first['input'])}, not as fmn writes it"
+        problem = "is missing"
+        if first["type"] != "missing":
+            problem = f"is {shortened(first['input'])}, not as fmn writes it"
         raise UserError(f"{place}: {name} {problem}; {remedy}") from error
 
 

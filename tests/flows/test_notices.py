@@ -82,7 +82,9 @@ def test_a_failure_is_reported_to_the_address_of_settings_or_environment(
     for address in (webhook.address, "$MY_WEBHOOK"):
         Path("params.yaml").write_text(PROFILE + f"notify: {{webhook: {address}}}\n")
         notices.send(Path("params.yaml"), "<!channel> & <http://evil.example|b>")
-    assert webhook.texts[2:] == ["&lt;!channel&gt; &amp; &lt;http://evil.example|b&gt;"] * 2, "no mark-up"
+    assert webhook.texts[2:] == ["&lt;!channel&gt; &amp; &lt;http://evil.example|b&gt;"] * 2, (
+        "no mark-up"
+    )
     assert "SECRET" not in repr(params.load(Path("params.yaml")))
 
 
@@ -91,8 +93,8 @@ def test_a_failure_is_reported_to_the_address_of_settings_or_environment(
     [
         (None, "500"),
         ("http://127.0.0.1:9/SECRET", "ConnectError"),
-        ("http://[SECRET", "InvalidURL"),
-        ("http://SECRET\x00", "InvalidURL"),
+        ("http://[SECRET", "ConnectError"),
+        ("http://SECRET:port", "InvalidURL"),
         ("file:///SECRET", "UnsupportedProtocol"),
     ],
 )

@@ -178,7 +178,7 @@ def full_report(merged: Merged, tiny_work: Path, out: Path) -> Path:
     experts = {task: out / f"{task}.json" for task in TASKS}
     for task, file in experts.items():
         folder = tiny_work / "experts" / task
-        evaluate(folder, data=tiny_work / "data", out=file, settings=cpu, task=(task,))
+        evaluate(folder, data=tiny_work / "data", out=file, settings=cpu, tasks=(task,))
     average = merge_and_evaluate(tiny_work, out / "plain", "average")
     report(
         merged={"average": average.metrics, "merged": merged.metrics}, experts=experts,
