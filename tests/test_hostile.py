@@ -1,6 +1,7 @@
 """Settings are data: a hostile text in any of them is refused, or carried through unharmed."""
 
 import copy
+import csv
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,9 +22,10 @@ from fmn.report.card import card
 from fmn.report.results import markdown
 from fmn.report.stages import ReportInfo
 from fmn.store.stage import Outcome
-from fmn.store.yaml_file import to_yaml
+from fmn.store.yaml_file import read_yaml, to_yaml
 from fmn.tasks.task import Columns, Task
 from tests import reports
+from tests.projects import dvc, fine_tune_elsewhere, flow, make_own_project, repro, run
 
 CLEAN = "harmless"
 HOSTILE = {
@@ -310,10 +312,10 @@ def test_markdown_has_the_same_marks_whatever_its_texts_are(
 ) -> None:
     model = tmp_path / "model"
     (model / "tasks/own").mkdir(parents=True)
-    monkeypatch.setattr(version, "output_names", lambda folder: [current, f"{current} 2"])
+    current = [CLEAN]  # what the model's outputs are called
+    monkeypatch.setattr(version, "output_names", lambda folder: [current[0], f"{current[0]} 2"])
     shown: list[str] = []
     monkeypatch.setattr(pages, "_publish", lambda publish, *arguments: shown.append(arguments[0]))
-    current = CLEAN
 
     def shapes(text: str) -> list[list[str]]:
         task = task_of(text)
@@ -342,7 +344,7 @@ def test_markdown_has_the_same_marks_whatever_its_texts_are(
         return [markdown_shape(each) for each in texts]
 
     clean = shapes(CLEAN)
-    current = HOSTILE[kind]
+    current[0] = HOSTILE[kind]
     assert shapes(HOSTILE[kind]) == clean
 
 
@@ -355,3 +357,48 @@ def test_what_a_comparison_may_be_called(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="compare"):
             params.validate(content | {"compare": titles}, "params.yaml")
     assert CompareSettings.model_validate({"methods": {"a/b": {"method": "average"}}})
+
+
+# ---------------------------------------------------------------------------------------------
+# A whole run
+
+TEXT = "<i onclick=x>{0} %s $(touch pwned);`touch pwned` | ${base} {{1+1}} '\"&amp;"
+NAMES = [f"{name} {TEXT}" for name in ("good", "bad", "so-so")]
+
+
+@pytest.mark.slow
+def test_a_run_of_hostile_texts_is_one_like_any_other(tiny_base: Path, tmp_path: Path) -> None:
+    project = make_own_project(tmp_path / "a 'quoted' $(touch pwned) project", tiny_base)
+    rows = [(f"{NAMES[n % 3]} is what {n} wrote", NAMES[n % 3]) for n in range(60)]
+    folder, expert = project / "rows $(touch pwned); <i>", project / "models/$(touch pwned) `x` | y"
+    folder.mkdir()
+    for split in ("first", "second"):
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([(f"text {TEXT}", f"label {TEXT}"), *rows])
+    fine_tune_elsewhere(project / "source", expert, NAMES[::-1], rows)
+    settings = read_yaml(project / "params.yaml")
+    mood = settings["tasks"]["mood"]
+    mood["dataset"]["path"] = folder.name
+    mood |= {"columns": {"text": f"text {TEXT}", "label": f"label {TEXT}"}, "labels": NAMES}
+    settings["sources"]["mood"] = f"models/{expert.name}"
+    settings["work"] = "data/work $(touch pwned); <i> & 'x' {0} %s"
+    settings["registry"]["experiment"] = TEXT
+    (project / "params.yaml").write_text(to_yaml(settings))
+
+    flow(project)
+    assert repro(project) == []
+    dvc(project, "repro", "-f", "-s", "data@mood", "fisher@mood", "report")
+    read = Shape((project / settings["work"] / "report/report.html").read_text())
+    assert not [names for _, names in read.elements if any(n.startswith("on") for n in names)]
+    assert [tag for tag, _ in read.elements].count("script") == 1
+    assert any(NAMES[0] in text for text in read.texts)
+    assert not list(tmp_path.rglob("pwned"))
+
+    # What failed is not done, of a stage of several commands too: it fails again.
+    settings["realign"] = {"realigned": {"own_layers": 9}}
+    (project / "params.yaml").write_text(to_yaml(settings))
+    for _ in range(2):
+        assert "own_layers is 9" in run(project, "dvc", "repro", "models", fails=True)
+    (folder / "first.csv").write_text("none,of these\n1,2\n")
+    for _ in range(2):
+        assert "no column" in run(project, "dvc", "repro", "data", fails=True)

@@ -232,7 +232,7 @@ REPORT = f"report {OUT} --merged"
         (f"{DATA} --dataset 'bad/no gzip.csv.gz'", "bad/no gzip.csv.gz: not csv|gzip"),
         (f"{DATA} --dataset bad/folder.parquet", "bad/folder.parquet: no data file|.csv"),
         (f"{DATA} --dataset florb://rows.csv", "florb://rows.csv|florb|give a file"),
-        (f"data own --dataset bad/rows.csv --text florb --label label {OUT}", "no column florb|text"),
+        (f"data own --dataset bad/rows.csv --text florb --label label {OUT}", "no column florb"),
         (f"data own --dataset bad/rows.csv --text text --label florb {OUT}", "florb|text, label"),
         (f"{DATA} --dataset bad/rows.csv --metric florb", "metric 'florb'|accuracy"),
         (f"{DATA} --dataset bad/rows.csv --validation-size 1.5", "validation_size|below 1|1.5"),
