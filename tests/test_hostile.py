@@ -391,7 +391,7 @@ def test_a_run_of_hostile_texts_is_one_like_any_other(tiny_base: Path, tmp_path:
     read = Shape((project / settings["work"] / "report/report.html").read_text())
     assert not [names for _, names in read.elements if any(n.startswith("on") for n in names)]
     assert [tag for tag, _ in read.elements].count("script") == 1
-    assert any(NAMES[0] in text for text in read.texts)
+    assert any(NAMES[0][:31] in text for text in read.texts), "long ones are cut"
     assert not list(tmp_path.rglob("pwned"))
 
     # What failed is not done, of a stage of several commands too: it fails again.
