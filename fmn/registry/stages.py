@@ -103,6 +103,9 @@ def register(
     if out:
         reads = [model, metrics, data, report, card, params]
         stage.check_output(out, reads, is_folder=False, stage="register")
+    for path in (report and report / "report.html", card):
+        if path and not path.is_file():
+            raise UserError(f"{path}: no such file; make it with `fmn report`")
     recipe, scores = _read(model, metrics)
     definitions = _definitions(recipe, scores)
     card_text = (card or model / CARD).read_text()
