@@ -13,6 +13,7 @@ import numpy as np
 
 from fmn.errors import UserError
 from fmn.tasks.batches import IGNORED
+from fmn.tasks.spans import groups, split_label
 from fmn.tasks.task import METRICS, Task
 
 
@@ -104,14 +105,18 @@ def listed_answers(
     sides = _lists(predicted), _lists(labels)
     counts = np.zeros((len(labels), 3))
     if "seqeval_f1" in task.metrics:
-        from seqeval.metrics.sequence_labeling import get_entities
-
-        spans = [
-            [set(get_entities(["O" if tag < 0 else task.labels[tag] for tag in x])) for x in side]
-            for side in sides
-        ]
+        spans = [[_spans(["O" if tag < 0 else task.labels[tag] for tag in x]) for x in side]
+                 for side in sides]  # fmt: skip
         counts[:] = [[len(p & r), len(p), len(r)] for p, r in zip(*spans, strict=True)]
     return Answers(*sides, scores=counts)
+
+
+def _spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """The entity, the first and the last word of each span."""
+    return {
+        (split_label(tags[group[0]])[1], group[0], group[-1])
+        for group in groups(tags, has_outside=True)
+    }
 
 
 def _lists(lists: Sequence[Any]) -> np.ndarray:

@@ -99,7 +99,7 @@ class SearchSettings(EvaluateSettings):
     scale_range: tuple[float, float] | None = Field(
         None, description="LOW HIGH: search the scale of the merged task vector too; needs the base"
     )
-    experiment: str = Field("fmn", description="MLflow experiment of the trials")
+    experiment: str = Field("fmn", min_length=1, description="MLflow experiment of the trials")
 
     _some = field_validator("rows")(at_least_one)
 

@@ -701,7 +701,7 @@ def read_tokenizer(folder: Path, config: Any = None, **options: Any) -> "PreTrai
             )
             return tokenizer
     except Exception as error:  # the libraries below raise what they like on a broken file
-        problem = f"its tokenizer files cannot be used: {first_words(error)}"
+        problem = f"its tokenizer files cannot be used: {first_words(error)}; get them again"
         raise UserError(f"{folder}: {problem}") from error
 
 

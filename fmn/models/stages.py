@@ -5,13 +5,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fmn.errors import UserError
 from fmn.models import checkpoints, labels
 from fmn.models.provenance import TrainingInfo, lineage
 from fmn.store import stage
-from fmn.store.records import Record, Settings
+from fmn.store.records import Record, Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.encoding import encode
@@ -37,6 +37,8 @@ class FinetuneSettings(Settings):
     seed: int = Field(0, ge=0, description="seed of the head, the order and the dropout")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field("auto", description="of matrix products; auto: bfloat16 where faster")
+
+    _at_least_one = field_validator("examples")(at_least_one)
 
 
 class Prediction(Record):

@@ -46,7 +46,7 @@ class RegistrySettings(Settings):
     name: str = Field(
         ..., pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="name of the registered model"
     )
-    experiment: str = Field("fmn", description="MLflow experiment of the run")
+    experiment: str = Field("fmn", min_length=1, description="MLflow experiment of the run")
     tolerance: float = Field(
         0.01,
         ge=0,
@@ -103,6 +103,9 @@ def register(
     if out:
         reads = [model, metrics, data, report, card, params]
         stage.check_output(out, reads, is_folder=False, stage="register")
+    for path in (report and report / "report.html", card):
+        if path and not path.is_file():
+            raise UserError(f"{path}: no such file; make it with `fmn report`")
     recipe, scores = _read(model, metrics)
     definitions = _definitions(recipe, scores)
     card_text = (card or model / CARD).read_text()

@@ -556,7 +556,20 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def escaped(text: str) -> str:
     """A text in one line that Markdown, in a table too, shows as it is."""
-    return re.sub(r"([\\`*<\[|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+    marks = r"([\\`*~<\[|&$]|(?<![^\W_])_|_(?![^\W_]))"  # an underscore within a word is none
+    return re.sub(marks, r"\\\1", " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """A text in one line as Markdown's code, in a table too.
+
+    >>> code("a`b")
+    '``a`b``'
+    """
+    line = " ".join(text.split()).replace("|", "\\|")
+    ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " * (line.startswith("`") or line.endswith("`"))
+    return f"{ticks}{pad}{line}{pad}{ticks}"
 
 
 # ---- as numbers ----

@@ -134,8 +134,13 @@ def read_labels(
     in_order = sorted(different, key=lambda value: (isinstance(value, str), value))
     present = tuple(dict.fromkeys(map(plain_text, in_order)))
     names = tuple(definition.label_names or classes or present)
+    if isinstance(definition.labels, list) and len(names) < min(2, len(present)):
+        raise UserError(
+            f"{place}: labels has {', '.join(names)}, and the rows have {in_a_line(present)}; list"
+            " a name for each"
+        )
     if len(names) < (1 if kind == MULTI else 2):
-        only = f"{names[0]!r} in every row" if names else "nowhere told"
+        only = f"{names[0]!r} in every row" if names else "empty in every row"
         raise UserError(
             f"{place}: the label is {only}; list all the labels, such as labels:"
             f" [{', '.join([*names, 'OTHER'])}], or say columns.label: null"
@@ -234,10 +239,12 @@ def encode(values: Sequence[Any], labels: Labels, place: str, column: str) -> li
 
 
 def _number_of(value: Any, labels: Labels) -> float:
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # beside others that are none
+        value = float(value)
     # Beyond that a float32 is infinite.
     if isinstance(value, int | float) and abs(value) < 3.4e38:
         return float(value)
-    raise ValueError("the labels of a regression are finite numbers")
+    raise ValueError("the labels of a regression are finite numbers; correct it")
 
 
 def _id_of(value: Any, labels: Labels) -> int:

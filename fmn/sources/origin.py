@@ -31,7 +31,7 @@ SCHEMES = ("hf://", "models:", "package:")  # how every source begins that is no
 # registered model alone.
 _REGISTRY = "fmn.registry.tracking"
 _HUB = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)((?:/[\w.-]+)*)(?:@([\w.+/-]+))?")
-_PACKAGE = re.compile(r"package:([A-Za-z_]\w*)((?:/[^/@]+)*)/?(?:@([\w.+!-]+))?")
+_PACKAGE = re.compile(r"package:([A-Za-z_]\w*)((?:/(?!\.\.?(?:/|@|$))[^/@]+)*)/?(?:@([\w.+!-]+))?")
 
 
 class Origin(NamedTuple):
@@ -259,6 +259,8 @@ def _copy(origin: Origin, files: Iterable[str], folder: Path) -> None:
 
 
 def _origin(source: str, progress: Progress = no_progress) -> Origin:
+    if not source.strip():
+        raise UserError("a source is empty; write hf://org/name, or the path of a folder")
     if match := _PACKAGE.fullmatch(source):
         return _package_origin(source, *match.groups())
     if (match := _HUB.fullmatch(source)) and ".." not in source:
@@ -312,10 +314,13 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
     spec = util.find_spec(module)  # of a top-level package: this runs none of its code
     roots = list(spec.submodule_search_locations or []) if spec else []
     owner = (metadata.packages_distributions().get(module) or [module.replace("_", "-")])[0]
-    installed = metadata.version(owner) if roots else None
+    installed = None
+    with suppress(metadata.PackageNotFoundError):
+        installed = metadata.version(owner) if roots else None
     if installed is None or version not in (None, installed):
         remedy = f"pip install --no-deps {owner}" + (f"=={version}" if version else "")
-        raise UserError(f"{source}: version {installed} is installed; `{remedy}`")
+        problem = f"version {installed} is installed" if installed else f"no package has {module}"
+        raise UserError(f"{source}: {problem}; `{remedy}`")
     return _folder_origin(Path(roots[0] + path), source, f"package:{module}{path}@{installed}")
 
 

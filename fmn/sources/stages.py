@@ -45,8 +45,11 @@ class ArchitectureSettings(Settings):
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, path: str) -> str:
-        if "{}" not in path:
-            raise ValueError("the path of the layers needs {} in place of their number")
+        if not re.fullmatch(r"[\w.]*(\{\}[\w.]*)+", path):
+            raise ValueError(
+                f"{path!r}: write a path of modules with {{}} in place of the layer's number, such"
+                " as blocks.{}"
+            )
         return path
 
     @field_validator("heads", "neurons")

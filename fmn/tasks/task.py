@@ -213,7 +213,7 @@ class DatasetSettings(Settings):
     @classmethod
     def _check_size(cls, size: float | None) -> float | None:
         if size is not None and size > 1 and size != int(size):
-            raise ValueError("a share below 1, or a whole number of rows")
+            raise ValueError(f"must be a share below 1, or a whole number of rows, not {size:g}")
         return size
 
     @model_validator(mode="after")

@@ -97,8 +97,8 @@ def test_a_description_is_read_as_yaml_has_it() -> None:
         ({"problem_type": "multi_label_classification", "metrics": ["f1"]}, "f1 is not for multi"),
         ({"columns": {"text": "a", "label": None}, "metrics": ["accuracy"]}, "only then"),
         ({"problem_type": None}, "needs a problem type"),
-        ({"validation": ["a/b"]}, "match pattern"),
-        ({"name": "a/b"}, "name: .*match pattern"),
+        ({"validation": ["a/b"]}, "must be a name"),
+        ({"name": "a/b"}, "name: .*must be a name"),
         ({"lables": ["book"]}, "lables"),
     ],
 )
