@@ -399,7 +399,7 @@ def settings_again(version: Version, out: Path) -> Path:
 def compare_digests(version: Version, model: Path, metrics: Path) -> list[tuple[str, str, str]]:
     """A model that was made again beside the version: (what, digest recorded, digest now)."""
     recorded = {part.name: part.digest for part in version.lineage.parts}
-    now = {part.name: part.digest for part in lineage.describe(model, *_read(model, metrics))}
+    now = {part.name: part.digest for part in lineage.describe(model, *_read(model, metrics)[:2])}
     return [(name, recorded.get(name, ""), now.get(name, "")) for name in recorded | now]
 
 
