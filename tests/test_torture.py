@@ -6,9 +6,8 @@ Short as a part of `make test`; `make torture` sets FMN_TORTURE and takes its ti
 import os
 import random
 import shutil
-import subprocess
-import time
-from contextlib import suppress
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,69 +21,76 @@ LANES = [
     for lane in range(2 if LONG else 1)
 ]
 KILLS = 20 if LONG else 2
-DAMAGED = 13 if LONG else 2
+DAMAGED = 15 if LONG else 2
 SEED = int(os.environ.get("FMN_TORTURE_SEED", "0"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A project whose pipeline has run once, and the seconds that it took."""
-    folder = torture.make_project(tmp_path_factory.mktemp("undisturbed"), tiny_base)
-    began = time.monotonic()
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose pipeline has run once."""
+    folder = torture.make_project(tmp_path_factory.mktemp("undisturbed"))
     torture.finish(torture.flow(folder))
-    return folder, time.monotonic() - began
+    return folder
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_kills_change_nothing(
-    lane: int, undisturbed: tuple[Path, float], tiny_base: Path, tmp_path: Path
-) -> None:
-    project, seconds = undisturbed
-    expected, chance = torture.state(project), random.Random(SEED + lane)
-    folder = torture.make_project(tmp_path, tiny_base)
-    work = folder / "data" / "tiny"
+def test_kills_change_nothing(lane: int, undisturbed: Path, tmp_path: Path) -> None:
+    expected, chance = torture.state(undisturbed), random.Random(SEED + lane)
+    seconds = torture.seconds(undisturbed)
+    folder = torture.make_project(tmp_path)
+    work, stages = folder / "data" / "tiny", torture.stages(folder)
     finished: dict[Path, bytes] = {}
-    kills = 0
-    while kills < KILLS:
+    aims, kills = Counter[str](), Counter[str]()
+    while kills.total() < KILLS:
+        ahead = {torture.START, *(stages[out] for out in stages.keys() - finished.keys())}
+        aim = min(sorted(ahead), key=lambda stage: (aims[stage], chance.random()))
+        aims[aim] += 1
+        left = torture.scratches(stages)
         process = torture.flow(folder)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0, seconds))
-        kills += torture.kill(process, whole_group=chance.random() < 0.5)
+        torture.wait_for(process, aim, stages, left, chance.uniform(0, seconds[aim]))
+        at_work = torture.at_work(stages, left)
+        if torture.kill(process, whole_group=chance.random() < 0.5):
+            kills[aim if aim in at_work else at_work[0]] += 1
         present = torture.computations(work)
         again = [path for path, sidecar in finished.items() if present.get(path) != sidecar]
         assert not again, f"computed again after a kill: {again}"
         finished = present
-        if process.returncode == 0 and kills < KILLS:  # and from the start
+        if process.returncode == 0 and kills.total() < KILLS:  # and from the start
             assert torture.state(folder).files == expected.files
             shutil.rmtree(work)
             finished = {}
     torture.finish(torture.flow(folder))
     assert torture.state(folder) == expected, "a file differs, or it was registered twice"
     assert not [path for path in work.rglob("*.partial") if path.is_dir()]
+    names = [torture.START, *dict.fromkeys(stages.values()), torture.BETWEEN]
+    bars = [f"{name:16}{kills[name]:3} {'#' * kills[name]}\n" for name in names]
+    title = f"kills of lane {lane}, seed {SEED + lane}, by what was under way:\n"
+    sys.stdout.writelines([title, *bars])  # pytest -rP shows it
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_damage_is_noticed_and_repaired(lane: int, undisturbed: tuple[Path, float]) -> None:
-    project, chance = undisturbed[0], random.Random(SEED + lane)
-    work, expected = project / "data" / "tiny", torture.state(project)
-    for number in range(DAMAGED):
-        how = ("flip", "cut", "empty", "delete", "swap")[number % 5]
-        path, other = chance.choice(torture.outputs(work)), None
-        if how == "swap":
-            experts = [work / "experts/sst2", work / "experts/stsb"]
-            path, other = chance.sample(experts, 2)
+def test_damage_is_noticed_and_repaired(lane: int, undisturbed: Path) -> None:
+    chance = random.Random(SEED)  # the lanes share the outputs out
+    work, expected = undisturbed / "data" / "tiny", torture.state(undisturbed)
+    paths = torture.outputs(work)
+    stages = torture.stages(undisturbed)
+    chance.shuffle(paths)
+    for number, path in enumerate(paths[lane :: len(LANES)][:DAMAGED]):
+        how, other = ("flip", "cut", "empty", "delete", "swap")[number % 5], None
+        siblings = [each for each in paths if stages[each] == stages[path] and each != path]
+        if how == "swap" and siblings:
+            other = chance.choice(siblings)
         torture.damage(path, how, chance, other)
-        torture.finish(torture.flow(project))
-        assert torture.state(project) == expected, f"{how} {path.relative_to(work)}"
+        torture.finish(torture.flow(undisturbed))
+        assert torture.state(undisturbed) == expected, f"{how} {path.relative_to(work)}"
+        sys.stdout.write(f"{how} {path.relative_to(work)}: repaired\n")
 
 
-def test_two_runs_and_dvc_at_once_come_to_the_same(
-    undisturbed: tuple[Path, float], tiny_base: Path, tmp_path: Path
-) -> None:
-    folder = torture.make_project(tmp_path, tiny_base)
+def test_two_runs_and_dvc_at_once_come_to_the_same(undisturbed: Path, tmp_path: Path) -> None:
+    folder = torture.make_project(tmp_path)
     runs = [torture.flow(folder), torture.flow(folder)]
     repro = torture.start(folder, *projects.DVC, "repro")
     for run in runs:
         torture.finish(run)
     repro.communicate()  # it may find the project busy
-    assert torture.state(folder) == torture.state(undisturbed[0])
+    assert torture.state(folder) == torture.state(undisturbed)

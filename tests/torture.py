@@ -1,5 +1,7 @@
 """What tests of kills, damage and crowds share: a pipeline of seconds, and what it came to."""
 
+import csv
+import json
 import os
 import random
 import re
@@ -13,14 +15,43 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from fmn.store import artifacts
-from fmn.store.stage import sidecar_path
-from tests import projects
+import numpy as np
 
-MORE = """
-gram: {sst2: {samples: 32}, stsb: {samples: 32}}
-realign: {realigned: {texts: 16}}
+from flows import graph
+from fmn import params
+from fmn.store import artifacts
+from fmn.store.stage import read_sidecar, sidecar_path
+from tests import projects, sentences
+
+PROFILE = """
+work: data/tiny
+base: source
+experts: {tasks: [mood, ner, near]}
+tasks:
+  mood:
+    dataset: {path: rows, data_files: {train: train.csv, validation: dev.csv}}
+  ner:
+    task: token-classification
+    dataset: {path: rows, data_files: {train: train.conll, validation: dev.conll}}
+    max_length: 8
+  near:
+    task: sentence-similarity
+    columns: {text: text, text_pair: text_pair}
+    dataset: {path: rows, data_files: {train: train.jsonl, validation: dev.jsonl}}
+sources: {mood: models/mood}
+finetune:
+  ner: {epochs: 2, learning_rate: 3.0e-3}
+  near: {epochs: 2, learning_rate: 3.0e-3}
+fisher: {samples: 64}
+gram: {mood: {samples: 64}, ner: {samples: 64}, near: {samples: 64}}
+merge: {method: auto}
+calibrate: {texts: 32}
+realign: {realigned: {texts: 32}, realigned-own: {texts: 32, own_layers: 1}}
+evaluate: {dtype: float32}
+registry: {name: tiny}
 """
+START, BETWEEN = "(start)", "(between)"  # moments at which no stage is at work
+TAGS = {"film": "B-WORK", "winter": "B-TIME"}  # of the words of `sentences.WORDS`
 # Where the outputs of the stages lie below the work folder.
 OUTPUTS = (
     "base", "data/*", "experts/*", "fisher/*", "gram/*", "models/*",
@@ -31,12 +62,35 @@ CLOCKS = re.compile(r"run\.log|registered\.json.*|cost\.svg|report/(?!results\.j
 SECONDS = re.compile(rb'"seconds": [\d.e+-]+')
 
 
-def make_project(folder: Path, base: Path) -> Path:
-    """A project that also computes Gram matrices and re-aligns the heads."""
+def make_project(folder: Path) -> Path:
+    """A project with a classifier, a tagger and an embedding model, and every stage in its run.
+
+    One expert is fetched, the others are fine-tuned; the rows are CSV, CoNLL and JSON lines.
+    """
+    folder.mkdir(exist_ok=True)
+    base = sentences.embedding_model(folder / "embedding", {"pooling_mode": "mean"})
     projects.make_project(folder, base)
-    merge = "method: mask-fisher, mapping: structured"
-    settings = projects.PROFILE.replace(merge, "method: fisher-regmean")
-    (folder / "params.yaml").write_text(settings.rstrip() + MORE)
+    shutil.rmtree(base)
+    (folder / "params.yaml").write_text(PROFILE)
+    rows = folder / "rows"
+    rows.mkdir()
+    for seed, (split, count) in enumerate((("train", 96), ("dev", 32))):
+        words = np.random.default_rng(seed).choice(sentences.WORDS[5:], (count, 2, 4))
+        texts = [[" ".join(text) for text in pair] for pair in words]
+        moods = [(pair[0], "bad" if "dull" in pair[0] else "good") for pair in texts]
+        with (rows / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *moods])
+        tagged = ["".join(f"{word} {TAGS.get(word, 'O')}\n" for word in pair[0]) for pair in words]
+        (rows / f"{split}.conll").write_text("\n".join(tagged))
+        pairs = [
+            {"text": left, "text_pair": right, "label": len({*left.split()} & {*right.split()})}
+            for left, right in texts
+        ]
+        (rows / f"{split}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+        if split == "train":
+            projects.fine_tune_elsewhere(
+                folder / "source", folder / "models/mood", ("good", "bad"), moods
+            )
     return folder
 
 
@@ -73,8 +127,63 @@ def kill(process: "subprocess.Popen[str]", whole_group: bool) -> bool:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with process:
-        process.communicate()
+        output = process.communicate()[0]
+    assert is_running or process.returncode == 0, output
     return is_running
+
+
+def stages(folder: Path) -> dict[Path, str]:
+    """The stage that writes each output of a project's run, in the order of the run."""
+    profile = folder / "params.yaml"
+    nodes = graph.nodes(params.load(profile), profile)  # the first writes the settings
+    return {folder / node.arguments["out"]: node.stage for node in nodes[1:]}
+
+
+def seconds(folder: Path) -> dict[str, float]:
+    """How long each stage of a run took, the longest of its outputs."""
+    longest = {START: 10.0}
+    for out, stage in stages(folder).items():
+        sidecar = read_sidecar(out)
+        longest[stage] = max(longest.get(stage, 0.1), sidecar.seconds if sidecar else 0.0)
+    return longest
+
+
+def scratches(stages: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
+    """The folders in which stages write, or which killed ones left, each with what tells them."""
+    identities = {}
+    for out in stages:
+        with suppress(FileNotFoundError):
+            status = out.with_name(f".{out.name}.partial").stat()
+            identities[out] = (status.st_ino, status.st_ctime_ns)
+    return identities
+
+
+def at_work(stages: Mapping[Path, str], left: Mapping[Path, tuple[int, int]]) -> list[str]:
+    """The stages that are writing, the latest first; a word if there is none.
+
+    Args:
+        left: the `scratches` before the run.
+    """
+    writing = dict(scratches(stages).items() - left.items())
+    is_begun = any(sidecar_path(out).exists() for out in stages)
+    return [stages[out] for out in stages if out in writing][::-1] or [
+        BETWEEN if is_begun else START
+    ]
+
+
+def wait_for(
+    process: "subprocess.Popen[str]",
+    stage: str,
+    stages: Mapping[Path, str],
+    left: Mapping[Path, tuple[int, int]],
+    seconds: float,
+) -> None:
+    """Wait until a stage writes, and then some seconds; or until the run has ended."""
+    if stage != START:
+        while process.poll() is None and stage not in at_work(stages, left):
+            time.sleep(0.005)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
 
 
 def outputs(work: Path) -> list[Path]:
