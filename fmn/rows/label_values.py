@@ -14,6 +14,8 @@ from fmn.tasks.kinds import MULTI, REGRESSION, SINGLE
 from fmn.tasks.task import METRICS, TaskSettings, in_a_line, plain_text
 
 _NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
+# What parsers raise of a text; a MemoryError if it is nested too deep for Python's.
+_NO_LIST = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 _TRUTH = {"true": True, "false": False}
 
 
@@ -106,8 +108,10 @@ def items(value: Any) -> list[Any]:
         return value if isinstance(value, list) else [] if value is None else [value]
     if _is_list(value):
         for parse in (json.loads, ast.literal_eval):  # as JSON has it, and as pandas writes it
-            with suppress(ValueError, SyntaxError, RecursionError):
-                return list(parse(value))
+            with suppress(*_NO_LIST):
+                parsed = list(parse(value))
+                str(parsed)  # of a number of thousands of digits a ValueError
+                return parsed
     parts = value.split(";" if ";" in value else ",")
     return [part.strip() for part in parts if part.strip()]
 
@@ -194,9 +198,9 @@ def word_list(value: Any) -> list[Any] | None:
     (['a', 'b'], ['a', 'b'], None)
     """
     if isinstance(value, str) and _is_list(value):
-        with suppress(ValueError, RecursionError):
+        with suppress(*_NO_LIST):
             return list(json.loads(value))
-        with suppress(ValueError, SyntaxError, RecursionError):
+        with suppress(*_NO_LIST):
             parsed = ast.literal_eval(value)
             return parsed if str(parsed) == value else None  # NumPy's "['a' 'b']" has no commas
     return value if isinstance(value, list) else None

@@ -1,23 +1,11 @@
 """Files that are broken or hostile: they are read, or refused in one line that names them."""
 
-import gzip
-import io
-import json
-import time
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmn.errors import UserError
-from fmn.rows.formats import read_files
-from fmn.rows.sources import find_files
-from fmn.tasks.task import DatasetSettings
 from tests import readers
 from tests.conftest import ROOT
 
