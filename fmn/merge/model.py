@@ -32,8 +32,8 @@ from fmn.merge.stream import DTYPES, NAMES, Read, TensorSpec, row_slices
 from fmn.models import checkpoints, labels
 from fmn.models.checkpoints import CONFIG, SMALL_FILES, read_config
 from fmn.models.devices import resolve_device
-from fmn.models.headers import INDEX, TensorHeader, file_headers, tensor_headers
 from fmn.store.artifacts import digest_file, remember_digest, visible
+from fmn.store.headers import INDEX, TensorHeader, file_headers, tensor_headers
 from fmn.store.stage import Progress, no_progress, write_record
 from fmn.tasks.kinds import KINDS
 from fmn.tasks.task import Task, write_task

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from fmn.errors import UserError, hint
 from fmn.tasks.kinds import MULTI, REGRESSION, SINGLE
-from fmn.tasks.task import METRICS, TaskSettings, in_a_line, plain_text
+from fmn.tasks.metrics import METRICS
+from fmn.tasks.task import TaskSettings, in_a_line, plain_text
 
 _NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 # What parsers raise of a text; a MemoryError if it is nested too deep for Python's.

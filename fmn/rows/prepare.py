@@ -23,13 +23,13 @@ from fmn.rows.sources import File, used_splits
 from fmn.tasks.batches import random_order
 from fmn.tasks.dataset import label_array
 from fmn.tasks.kinds import KINDS, REGRESSION, SINGLE
+from fmn.tasks.metrics import default_metrics
 from fmn.tasks.rows import schema
 from fmn.tasks.task import (
     Columns,
     DatasetSettings,
     Task,
     TaskSettings,
-    default_metrics,
     in_a_line,
     make_task,
     no_span_tag,

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
+from fmn.models import checkpoints, loading
 from fmn.models.checkpoints import CONFIG, VOCABULARY_FILES
-from fmn.models.headers import INDEX, TensorHeader, read_file, tensor_headers
 from fmn.sources import forms
+from fmn.store.headers import INDEX, TensorHeader, read_file, tensor_headers
 
 if TYPE_CHECKING:
     import torch
@@ -289,7 +289,7 @@ def _cut_vocabulary(
     rows = next(iter(padded.values()))
     largest = size
     if any((folder / name).is_file() for name in VOCABULARY_FILES):
-        vocabulary = checkpoints.read_tokenizer(folder, config).get_vocab()
+        vocabulary = loading.read_tokenizer(folder, config).get_vocab()
         largest = max(vocabulary.values(), default=-1)
     if largest < size:
         notes.append(
