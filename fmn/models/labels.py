@@ -26,7 +26,7 @@ from fmn.models.checkpoints import (
     read_config,
 )
 from fmn.models.evidence import weigh
-from fmn.store.headers import read_file, tensor_headers
+from fmn.store.headers import read_file, tensor_headers, write_json
 from fmn.store.records import Record
 from fmn.tasks import dataset
 from fmn.tasks.batches import IGNORED
@@ -503,5 +503,4 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
             file.unlink()
             save_file(tensors, file, metadata=metadata)
     raw = {name: value for name, value in raw.items() if not name.endswith("num_labels")}
-    content = json.dumps(raw | output_entries(task), indent=2)
-    (folder / CONFIG).write_text(content + "\n")
+    write_json(folder / CONFIG, raw | output_entries(task))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fmn.errors import UserError
 from fmn.models import checkpoints, loading
 from fmn.models.checkpoints import TOKENIZER_CONFIG
-from fmn.store.headers import read_json, tensor_headers
+from fmn.store.headers import read_json, tensor_headers, write_json
 from fmn.tasks.kinds import kind_of_class
 from fmn.tasks.task import Task
 
@@ -34,7 +34,7 @@ def settle_tokens(folder: Path, config: "PretrainedConfig", notes: list[str]) ->
     if missing := loading.unstated_case(folder, loading.read_tokenizer(folder, config)):
         words = loading.CASE_UNSTATED.format(json.dumps(missing))
         notes.append(f"{words}; that is added to {TOKENIZER_CONFIG}")
-        file.write_text(json.dumps({**settings, **missing}, indent=2) + "\n")
+        write_json(file, {**settings, **missing})
     elif (folder / "tokenizer.json").is_file():
         _check_case(folder, settings.get("do_lower_case"))
     else:

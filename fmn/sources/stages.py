@@ -1,6 +1,5 @@
 """The stage that brings in checkpoints: `fetch`."""
 
-import json
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from fmn.models import checkpoints, labels, provenance
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import doubts, forms, origin
 from fmn.store import stage
+from fmn.store.headers import write_json
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
@@ -171,4 +171,4 @@ def _align(
 def _describe(folder: Path, architecture: ArchitectureSettings) -> None:
     """Let the configuration of a copy say where the mask nodes are."""
     content = checkpoints.read_config(folder) | {ARCHITECTURE: architecture.model_dump()}
-    (folder / checkpoints.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / checkpoints.CONFIG, content)
