@@ -177,7 +177,9 @@ def _splits_of(root: str) -> Splits:
     for split, files in splits.items():
         if len({file.format for file in files}) > 1:
             listed = " and ".join(file.name for file in files)
-            raise UserError(f"{root}: {listed} are all {split}; say data_files: {{{split}: FILE}}")
+            both = "both" if len(files) == 2 else "all"
+            remedy = f"say data_files: {{{split}: FILE}}"
+            raise UserError(f"{root}: {listed} are {both} {split}; {remedy}")
     return splits
 
 
