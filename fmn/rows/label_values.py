@@ -42,6 +42,15 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that files can hold: no half a character (a surrogate), no NUL."""
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError):
+        return False
+    return "\0" not in value
+
+
 def plain_values(values: Sequence[Any], classes: Sequence[str] = ()) -> list[Any]:
     """Values as truth values, numbers, texts, lists of them, or None where there is none.
 
@@ -138,6 +147,9 @@ def read_labels(
     in_order = sorted(different, key=lambda value: (isinstance(value, str), value))
     present = tuple(dict.fromkeys(map(plain_text, in_order)))
     names = tuple(definition.label_names or classes or present)
+    if odd := [name for name in names if not str(name).isascii() and not is_text(name)]:
+        problem = f"the label {odd[0]!r:.60} has half a character (a surrogate)"
+        raise UserError(f"{place}: {problem}; write it again, or drop its rows")
     if len(names) < (1 if kind == MULTI else 2):
         only = f"{names[0]!r} in every row" if names else "nowhere told"
         raise UserError(

@@ -350,7 +350,8 @@ def in_a_line(names: Sequence[str], most: int = 12) -> str:
     >>> in_a_line(["a", "b", "c"], most=2)
     'a, b, ...'
     """
-    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+    words = [f"{' '.join(str(name).split()):.100}" for name in names[:most]]
+    return ", ".join(words) + ", ..." * (len(names) > most)
 
 
 class Columns(Record):
