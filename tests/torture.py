@@ -215,7 +215,10 @@ def state(folder: Path) -> State:
         if not CLOCKS.fullmatch(name)
     }
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
-        metrics = "SELECT key, value, step FROM metrics WHERE run_uuid = ? AND key NOT LIKE ? AND key NOT LIKE ?"
+        metrics = (
+            "SELECT key, value, step FROM metrics"
+            " WHERE run_uuid = ? AND key NOT LIKE ? AND key NOT LIKE ?"
+        )
         versions = {
             f"{name}/{version}": sorted(database.execute(metrics, (run, "%seconds%", "time/%")))
             for name, version, run in database.execute(

@@ -147,8 +147,8 @@ def read_labels(
     in_order = sorted(different, key=lambda value: (isinstance(value, str), value))
     present = tuple(dict.fromkeys(map(plain_text, in_order)))
     names = tuple(definition.label_names or classes or present)
-    if odd := [name for name in names if not str(name).isascii() and not is_text(name)]:
-        problem = f"the label {odd[0]!r:.60} has half a character (a surrogate)"
+    if odd := [name for name in names if not is_text(name)]:
+        problem = f"the label {odd[0]!r:.60} has a NUL, or half a character (a surrogate)"
         raise UserError(f"{place}: {problem}; write it again, or drop its rows")
     if len(names) < (1 if kind == MULTI else 2):
         only = f"{names[0]!r} in every row" if names else "nowhere told"
