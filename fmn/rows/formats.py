@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import re
-import sys
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,8 +69,8 @@ class Table(NamedTuple):
 
 
 def listed(names: Iterable[str]) -> str:
-    """The names of columns for a message, each a word of this line."""
-    return in_a_line([f"{' '.join(name.split()):.60}" for name in names])
+    """The names of columns for a message."""
+    return in_a_line(list(names))
 
 
 def read_files(files: Sequence[File]) -> Table:
@@ -125,9 +124,10 @@ Columns = tuple[Iterable[tuple[Any, Any]], dict[str, list[str]]]  # names and va
 def _content(file: File) -> bytes:
     with reachable(file.name), file.system.open(file.path, "rb", compression="infer") as stream:
         size = file.system.size(file.path)
-        most = max(SMALL, UNPACKED * size) if size else sys.maxsize - 1
-        content: bytes = stream.read(most + 1 if file.path.lower().endswith(".gz") else -1)
-    if len(content) > most:
+        is_packed = file.path.lower().endswith(".gz") and size is not None
+        most = max(SMALL, UNPACKED * size) if is_packed else None
+        content: bytes = stream.read(most + 1 if most else -1)
+    if most and len(content) > most:
         raise ValueError(f"it unpacks to more than {UNPACKED} times its size")
     return content
 

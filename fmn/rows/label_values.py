@@ -43,6 +43,15 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that files can hold: no half a character (a surrogate), no NUL."""
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError):
+        return False
+    return "\0" not in value
+
+
 def plain_values(values: Sequence[Any], classes: Sequence[str] = ()) -> list[Any]:
     """Values as truth values, numbers, texts, lists of them, or None where there is none.
 
@@ -139,6 +148,9 @@ def read_labels(
     in_order = sorted(different, key=lambda value: (isinstance(value, str), value))
     present = tuple(dict.fromkeys(map(plain_text, in_order)))
     names = tuple(definition.label_names or classes or present)
+    if odd := [name for name in names if not is_text(name)]:
+        problem = f"the label {odd[0]!r:.60} has a NUL, or half a character (a surrogate)"
+        raise UserError(f"{place}: {problem}; write it again, or drop its rows")
     if isinstance(definition.labels, list) and len(names) < min(2, len(present)):
         raise UserError(
             f"{place}: labels has {', '.join(names)}, and the rows have {in_a_line(present)}; list"

@@ -236,7 +236,8 @@ def in_a_line(names: Iterable[str], most: int = 12) -> str:
     'a, b, ...'
     """
     names = list(names)
-    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+    words = [f"{' '.join(str(name).split()):.100}" for name in names[:most]]
+    return ", ".join(words) + ", ..." * (len(names) > most)
 
 
 class Columns(Record):
