@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 
 import atheris
+import datasets  # noqa: F401  # so that the first input does not wait for it
+import peft  # noqa: F401
 
 with atheris.instrument_imports(include=["fmn"]):
     from tests import readers

@@ -9,13 +9,12 @@ from fmn.errors import UserError
 from fmn.evaluate.files import read_metrics
 from fmn.fisher import files as statistics
 from fmn.merge import recipe
-from fmn.models import headers
 from fmn.rows import images, label_values
 from fmn.rows.formats import read_files
 from fmn.rows.prepare import prepare
 from fmn.rows.sources import find_files
-from fmn.sources import adapters
-from fmn.store import artifacts
+from fmn.sources import adapters, forms
+from fmn.store import artifacts, headers
 from fmn.store.stage import read_sidecar
 from fmn.tasks.task import DatasetSettings, TaskSettings
 
@@ -85,10 +84,16 @@ READERS: list[tuple[str, Callable[[Path], object]]] = [
     ("rows.csv.gz", read_rows),
     ("image.png", lambda path: images.checked([path.read_bytes()], str(path))),
     ("labels.json", read_label_values),
-    (adapters.ADAPTER_CONFIG, read_adapter),
-    (adapters.ADAPTER_WEIGHTS[0], read_adapter_weights),
+    (forms.ADAPTER_CONFIG, read_adapter),
+    (forms.ADAPTER_WEIGHTS[0], read_adapter_weights),
+    ("rows.tagged.jsonl", partial(read_rows, task="token-classification")),
 ]
 """The name of a file, and what reads it. Its number is the first byte of an input of `fuzz`."""
+
+
+def number(name: str) -> int:
+    """The number of what reads a file of this name."""
+    return [each for each, _ in READERS].index(name)
 
 
 def attempt(number: int, content: bytes, folder: Path) -> None:

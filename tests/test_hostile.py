@@ -19,8 +19,8 @@ from fmn.registry.promotion import Decision
 from fmn.registry.stages import Registered
 from fmn.report import comparison, figures, page
 from fmn.report.card import card
-from fmn.report.results import markdown
 from fmn.report.stages import ReportInfo
+from fmn.report.wording import markdown
 from fmn.store.stage import Outcome
 from fmn.store.yaml_file import read_yaml, to_yaml
 from fmn.tasks.task import Columns, Task

@@ -21,7 +21,7 @@ from fmn.merge.stages import (
     merge,
     realign,
 )
-from fmn.models.checkpoints import load_model, load_processor
+from fmn.models.loading import load_model, load_processor
 from fmn.models.predict import predict
 from fmn.report.stages import report
 from fmn.sources.stages import fetch

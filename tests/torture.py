@@ -58,7 +58,9 @@ OUTPUTS = (
     "metrics/experts/*.json", "metrics/*.json", "report", "registered.json",
 )  # fmt: skip
 # Files that say when something happened, or how long it took.
-CLOCKS = re.compile(r"run\.log|registered\.json.*|cost\.svg|report/(?!results\.json|table\.md).*")
+CLOCKS = re.compile(
+    r"run\.log|settings\.json.*|registered\.json.*|cost\.svg|report/(?!results\.json|table\.md).*"
+)
 SECONDS = re.compile(rb'"seconds": [\d.e+-]+')
 
 
@@ -213,9 +215,12 @@ def state(folder: Path) -> State:
         if not CLOCKS.fullmatch(name)
     }
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
-        metrics = "SELECT key, value, step FROM metrics WHERE run_uuid = ? AND key NOT LIKE ?"
+        metrics = (
+            "SELECT key, value, step FROM metrics"
+            " WHERE run_uuid = ? AND key NOT LIKE ? AND key NOT LIKE ?"
+        )
         versions = {
-            f"{name}/{version}": sorted(database.execute(metrics, (run, "%seconds%")))
+            f"{name}/{version}": sorted(database.execute(metrics, (run, "%seconds%", "time/%")))
             for name, version, run in database.execute(
                 "SELECT name, version, run_id FROM model_versions ORDER BY version"
             ).fetchall()

@@ -13,8 +13,9 @@ import numpy as np
 
 from fmn.errors import UserError
 from fmn.tasks.batches import IGNORED
+from fmn.tasks.metrics import METRICS
 from fmn.tasks.spans import groups, split_label
-from fmn.tasks.task import METRICS, Task
+from fmn.tasks.task import Task
 
 
 class Answers(NamedTuple):

@@ -14,7 +14,7 @@ from fmn.experiments.files import Cell, SearchResult, Source, TaskTrials
 from fmn.fisher.stages import Estimator
 from fmn.merge.methods import Needs, needs_of
 from fmn.merge.stages import CalibrationSettings, MergeSettings, RefitSettings, statistics_files
-from fmn.models import checkpoints
+from fmn.models import provenance
 from fmn.models.provenance import check_common_base, rows_tuned_on
 from fmn.store import artifacts
 from fmn.store.records import at_least_one
@@ -225,7 +225,7 @@ def _search(
     from fmn.merge import model as merged
 
     experts, base, merging, _, _, tasks = merge
-    checkpoints.check_experts(experts, tasks, base)
+    provenance.check_experts(experts, tasks, base)
     check_common_base(experts, base)
     statistics = _read_statistics(job, merge)
     encoder_of = merged.merger(experts, merging, base, statistics)

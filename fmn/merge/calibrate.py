@@ -45,7 +45,7 @@ from transformers.pytorch_utils import Conv1D
 from fmn.errors import UserError
 from fmn.fisher import architectures
 from fmn.merge.recipe import CalibrationSettings
-from fmn.models import checkpoints
+from fmn.models import loading
 from fmn.models.devices import (
     autocast,
     known_padding,
@@ -242,7 +242,7 @@ def _maps(layer: nn.Module) -> dict[str, nn.Module]:
 def _with_encoder(model: PreTrainedModel, encoder: Mapping[str, Tensor]) -> PreTrainedModel:
     """A copy of a base model with other tensors."""
     merged = deepcopy(model)
-    checkpoints.fit_vocabulary(merged, encoder)
+    loading.fit_vocabulary(merged, encoder)
     merged.load_state_dict(dict(encoder), strict=False)
     merged.requires_grad_(False)  # autocast would keep casts of parameters as they were
     return merged

@@ -14,17 +14,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.models.checkpoints import (
-    check_tensors,
-    last_linear,
-    load_config,
-    load_model,
-    load_weights,
-    names_in_base,
-    output_entries,
-    quiet,
-)
+from fmn.models.checkpoints import check_tensors, last_linear, load_config, names_in_base, quiet
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.models.labels import output_entries
+from fmn.models.loading import load_model, load_weights
 from fmn.models.predict import answered_only
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import IGNORED, Batch, Examples, pad_batch

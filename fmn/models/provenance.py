@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import Field
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
-from fmn.models.headers import tensor_headers
+from fmn.models import checkpoints, loading
 from fmn.models.labels import Labels
 from fmn.store import artifacts
+from fmn.store.headers import tensor_headers
 from fmn.store.records import Record, parse_record
 from fmn.store.stage import read_sidecar, sidecar_path
 from fmn.tasks.kinds import KindName
+from fmn.tasks.task import Task, in_a_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,14 @@ SAMPLE = 1 << 14  # values of each matrix that are compared
 # Fine-tuning leaves the weights' correlation with the base above 0.95, mostly; that of unrelated
 # models is 0, to chance (four standard errors of values that are drawn apart).
 UNRELATED, DOUBTFUL = 0.05, 0.75
+
+
+# What must be equal among merged models: sizes, as every configuration answers to them.
+_TRAITS = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size"),
+    *("max_position_embeddings", "type_vocab_size", "hidden_act"),
+)
 
 
 class Lineage(Record):
@@ -246,3 +255,95 @@ def _is_same_encoder(first: Path, second: Path) -> bool:
         for name in left.keys() & right.keys()
         if not name.startswith("pooler.")
     )
+
+
+def check_experts(
+    experts: Mapping[str, Path], tasks: Mapping[str, Task], base: Path | None = None
+) -> list[str]:
+    """Refuse experts that cannot be merged, from headers and small files alone.
+
+    All must have the architecture, sizes and encoder tensors of the base (or of the first expert)
+    and mean the same by the same token, and each needs a head that fits its task. Raises
+    `UserError` that names the task, the folder and what differs.
+
+    Returns:
+        what the user should know of them.
+    """
+    if not experts:
+        raise UserError("no experts were given; name at least one, TASK=DIR")
+    folders = {"the base": base} if base is not None else {}
+    folders |= experts
+    expected: dict[str, Any] = {}
+    kinds = {name: task.task for name, task in tasks.items()}
+    for name, folder in folders.items():
+        try:
+            kind = kinds.get(name) or next(iter(kinds.values()), None)  # the base has the experts'
+            traits = _traits(folder, tasks.get(name), kind)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        expected = expected or traits
+        for trait in traits | expected if traits != expected else ():
+            value, other = traits.get(trait, "absent"), expected.get(trait, "absent")
+            if value != other:
+                raise UserError(
+                    f"{name}: {folder} and {next(iter(folders.values()))} were not fine-tuned from"
+                    f" one base: {trait} is {value}, not {other}; choose experts of the same base"
+                )
+    embedding = {name: experts[name] for name, task in tasks.items() if task.loss == "embedding"}
+    if embedding:
+        from fmn.models.embedding import check_agreement
+
+        check_agreement(embedding)
+    return check_vocabularies(folders)
+
+
+def check_vocabularies(folders: Mapping[str, Path]) -> list[str]:
+    """Refuse checkpoints that do not mean the same by one token; notes tokens that some lack.
+
+    Raises:
+        UserError: names the tokens, or those that no tokenizer has together.
+    """
+    ids: dict[str, int] = {}
+    owners: dict[int, tuple[str, str]] = {}  # a token and what has it, by id
+    vocabularies: dict[str, Mapping[str, int]] = {}
+    for name, folder in folders.items():
+        try:
+            tokens = vocabularies[name] = loading.vocabulary(folder)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        for token, number in sorted(tokens.items()):
+            other, owner = owners.setdefault(number, (token, name))
+            if ids.setdefault(token, number) != number:
+                problem = f"the id of token {token!r:.40} is {number}, not {ids[token]}"
+            elif token != other:
+                problem = (
+                    f"the token {token!r:.40} has id {number}, that of {other!r:.40} ({owner})"
+                )
+            else:
+                continue
+            remedy = "choose experts that mean the same by each token"
+            raise UserError(f"{name}: {folder}: {problem}; {remedy}")
+    lacking = {name: sorted(ids.keys() - tokens.keys()) for name, tokens in vocabularies.items()}
+    lacking = {name: tokens for name, tokens in lacking.items() if tokens and ids}
+    if not lacking:
+        return []
+    words = "; ".join(f"{name} lacks {in_a_line(tokens)}" for name, tokens in lacking.items())
+    if len(lacking) == len(folders):
+        raise UserError(f"no tokenizer has all tokens: {words}; add them to one expert")
+    return [f"vocabularies differ: {words}; embeddings of such tokens come from those with them"]
+
+
+def _traits(folder: Path, task: Task | None, kind: KindName | None) -> dict[str, Any]:
+    """What must be equal among checkpoints that are merged, by what messages call it."""
+    config = checkpoints.load_config(folder)
+    if task is not None:
+        checkpoints.check_kind(folder, config, task)
+    kind = kind or checkpoints.kind_of(config)
+    checkpoints.check_tensors(folder, config, head=task is not None, kind=kind)
+    if task is not None and not checkpoints.is_single_logit(config, task):
+        checkpoints.check_head(folder, config, task)
+    sizes = {name: getattr(config, name, None) for name in _TRAITS}
+    # Vocabularies may differ (`check_vocabularies`).
+    tensors = checkpoints.shapes_but_vocabulary(config, kind)
+    shapes = {name: shape for name, shape in tensors.items() if not name.startswith("pooler.")}
+    return sizes | shapes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from fmn.errors import UserError
-from fmn.models import checkpoints, labels
+from fmn.models import checkpoints, labels, loading
 from fmn.models.provenance import TrainingInfo, lineage
 from fmn.store import stage
 from fmn.store.records import Record, Settings, at_least_one
@@ -124,9 +124,9 @@ def finetune(
 
         from fmn.models import finetune
 
-        processor = checkpoints.load_processor(base, definition.task)
+        processor = loading.load_processor(base, definition.task)
         if definition.task == "token-classification":
-            processor = checkpoints.for_words(base, processor)
+            processor = loading.for_words(base, processor)
         rows = _training_rows(data, definition, settings)
         is_pairs = definition.loss == "embedding"
         examples = encode(processor, definition, rows, scored=is_pairs)

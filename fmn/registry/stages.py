@@ -31,8 +31,8 @@ from fmn.registry.version import (
     spaced,
     version_tags,
 )
-from fmn.report.results import points, shown
 from fmn.report.stages import ReportInfo
+from fmn.report.wording import points, shown
 from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
 from fmn.store.stage import NotCurrentError, Outcome, only_current
@@ -109,11 +109,8 @@ def register(
     if out:
         reads = [model, metrics, data, report, card, params]
         stage.check_output(out, reads, is_folder=False, stage="register")
-    for path in (report and report / "report.html", card):
-        if path and not path.is_file():
-            raise UserError(f"{path}: no such file; make it with `fmn report`")
     recipe, scores, definitions = _read(model, metrics)
-    card_text = (card or model / CARD).read_text()
+    card_text = _card_text(model, card, report)
     inputs, key = _key(model, metrics, settings)
     baselines = read_baselines(report, scores)
     with tracking.connection() as client:
@@ -144,6 +141,14 @@ def _key(model: Path, metrics: Path, settings: RegistrySettings) -> tuple[dict[s
     inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
     names = {"name": settings.name, "experiment": settings.experiment}
     return inputs, artifacts.content_key("register", REGISTER, names, inputs)
+
+
+def _card_text(model: Path, card: Path | None, report: Path | None) -> str:
+    """The model card. UserError if it or the report is not there."""
+    for path in (report and report / "report.html", card):
+        if path and not path.is_file():
+            raise UserError(f"{path}: no such file; make it with `fmn report`")
+    return (card or model / CARD).read_text()
 
 
 def _write_registered(out: Path, registered: Registered, inputs: Mapping[str, str]) -> None:

@@ -15,8 +15,9 @@ from fmn.evaluate import bootstrap
 from fmn.evaluate.bootstrap import Difference
 from fmn.evaluate.metrics import TaskAnswers, averaged, higher_is_better, listed_answers
 from fmn.experiments.files import Cell
-from fmn.report import results
-from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, mean, shown
+from fmn.report import results, wording
+from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, mean
+from fmn.report.wording import shown
 from fmn.store.records import Record
 from fmn.tasks.task import Task
 
@@ -167,7 +168,7 @@ def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
 # ---- as text and as numbers ----
 
 
-def text_table(comparison: Comparison) -> results.TextTable:
+def text_table(comparison: Comparison) -> wording.TextTable:
     """Header and rows: each method's means in percent, and the seconds that a merge takes."""
     kinds = list(comparison.means[comparison.best])
     body = []

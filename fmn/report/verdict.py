@@ -3,17 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from fmn.evaluate.bootstrap import Difference
-from fmn.report.results import (
-    AVERAGE,
-    EXPERT,
-    MACRO,
-    Estimate,
-    Report,
-    Table,
-    listed,
-    points,
-    shown,
-)
+from fmn.report.results import AVERAGE, EXPERT, MACRO, Estimate, Report, Table
+from fmn.report.wording import listed, points, shown
 
 JUDGEMENTS = ("better", "worse", "within chance")
 SIGNIFICANT = 0.05  # a difference with a smaller p-value is called real

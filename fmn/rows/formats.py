@@ -10,6 +10,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -19,11 +20,15 @@ import pyarrow.parquet as pq
 from fmn.errors import UserError, hint
 from fmn.rows import images
 from fmn.rows.sources import File, class_names, reachable
+from fmn.tasks.task import in_a_line
 
 DAMAGED = (
     *(pa.ArrowException, OSError, EOFError, ValueError, RecursionError, zlib.error),
     KeyError,  # of a folder of `save_to_disk`
 )
+# What a file may unpack to, in bytes: so many times its own size, or this much if that is less.
+UNPACKED, PARQUET_UNPACKED, SMALL = 200, 1000, 2**26
+MOST_COLUMNS = 2000
 _DOCUMENT = "-DOCSTART-"  # where a document begins; no word
 BOM = "utf-8-sig"  # UTF-8, with or without a byte order mark
 
@@ -51,12 +56,21 @@ class Table(NamedTuple):
             same = [each for each in self.columns if each.lower() == name.lower()]
             near = hint(same[0] if same else name, self.columns)
             raise UserError(
-                f"{self.place}: no column {name} for {task}; there are"
-                f" {', '.join(self.columns)}{near}"
+                f"{self.place}: no column {name} for {task}; there are {listed(self.columns)}{near}"
             )
         values = self.columns[name]
-        plain: list[Any] = values.to_pylist() if hasattr(values, "to_pylist") else list(values)
+        try:
+            plain: list[Any] = values.to_pylist() if hasattr(values, "to_pylist") else list(values)
+        except (*DAMAGED, OverflowError) as error:  # no UTF-8, or a date beyond Python's
+            reason = " ".join(str(error).split())
+            problem = f"column {name!r:.60} has a value that cannot be read ({reason:.200})"
+            raise UserError(f"{self.place}: {problem}; write it again") from error
         return plain
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names of columns for a message."""
+    return in_a_line(list(names))
 
 
 def read_files(files: Sequence[File]) -> Table:
@@ -70,8 +84,8 @@ def read_files(files: Sequence[File]) -> Table:
     for table in tables:
         if set(table.columns) != set(names):
             raise UserError(
-                f"{table.place}: its columns are {', '.join(table.columns)}, and those of"
-                f" {first.place} {', '.join(names)}; files of one split have the same columns"
+                f"{table.place}: its columns are {listed(table.columns)}, and those of"
+                f" {first.place} {listed(names)}; files of one split have the same columns"
             )
     if not any(table.num_rows for table in tables):
         raise UserError(f"{first.place}: there are no rows; write it again")
@@ -95,8 +109,12 @@ def _read(file: File) -> Table:
     columns: dict[str, Any] = {}
     for name, values in named:
         if str(name).strip() in columns:
-            raise UserError(f"{file.name}: two columns are called {name.strip()!r}; rename one")
+            named_twice = f"two columns are called {name.strip()!r:.60}"
+            raise UserError(f"{file.name}: {named_twice}; rename one")
         columns[str(name).strip()] = values
+        if len(columns) > MOST_COLUMNS:
+            problem = f"has more than {MOST_COLUMNS} columns"
+            raise UserError(f"{file.name}: {problem}; write those that the task needs")
     return Table(file.name, columns, {**classes, **file.classes})
 
 
@@ -104,9 +122,13 @@ Columns = tuple[Iterable[tuple[Any, Any]], dict[str, list[str]]]  # names and va
 
 
 def _content(file: File) -> bytes:
-    content: bytes
     with reachable(file.name), file.system.open(file.path, "rb", compression="infer") as stream:
-        content = stream.read()
+        size = file.system.size(file.path)
+        is_packed = file.path.lower().endswith(".gz") and size is not None
+        most = max(SMALL, UNPACKED * size) if is_packed else None
+        content: bytes = stream.read(most + 1 if most else -1)
+    if most and len(content) > most:
+        raise ValueError(f"it unpacks to more than {UNPACKED} times its size")
     return content
 
 
@@ -120,7 +142,10 @@ def _csv(file: File) -> Columns:
         frame = _frame(content, separator, quoted=True)
         # A field with both a tab and a line's end: a stray quote swallowed lines.
         is_torn = separator == "\t" and any(
-            frame[name].str.contains(r"(?s)\t.*\n|\n.*\t", regex=True).any() for name in frame
+            (
+                frame[n].str.contains("\t", regex=False) & frame[n].str.contains("\n", regex=False)
+            ).any()
+            for n in frame
         )
     except pd.errors.ParserError:
         if separator != "\t":
@@ -165,7 +190,9 @@ def _json(file: File) -> Columns:
         if not isinstance(record, dict):
             raise ValueError(f"row {row} is {record!r:.40}, not a record {{NAME: VALUE}}")
     names = dict.fromkeys(name for record in records for name in record)
-    return [(name, [record.get(name) for record in records]) for name in names], {}
+    # One name more, and it is refused before it takes records times names.
+    names = dict.fromkeys(islice(names, MOST_COLUMNS + 1))
+    return ((name, [record.get(name) for record in records]) for name in names), {}
 
 
 def _line(file: File, number: int, line: str) -> Any:
@@ -177,12 +204,23 @@ def _line(file: File, number: int, line: str) -> Any:
 
 
 def _parquet(file: File) -> Columns:
-    table = pq.ParquetFile(io.BytesIO(_content(file))).read()
+    content = _content(file)
+    source, most = pq.ParquetFile(io.BytesIO(content)), max(SMALL, PARQUET_UNPACKED * len(content))
+    batches, size = [], 0
+    for batch in source.iter_batches(1024):
+        batches.append(batch)
+        size += batch.nbytes
+        if size > most or 8 * len(batches) * 1024 > most:  # eight bytes a row
+            raise ValueError(f"it unpacks to more than {PARQUET_UNPACKED} times its size")
+    table = pa.Table.from_batches(batches, source.schema_arrow)
     classes = {}
     if b"huggingface" in (table.schema.metadata or {}):
         from datasets import Features
 
-        classes = class_names(Features.from_arrow_schema(table.schema))
+        try:
+            classes = class_names(Features.from_arrow_schema(table.schema))
+        except Exception as error:  # of what somebody wrote there
+            raise ValueError(f"its metadata of datasets: {error}") from error
     return zip(table.column_names, table.columns, strict=True), classes
 
 

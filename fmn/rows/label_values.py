@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 from fmn.errors import UserError, hint
 from fmn.tasks.kinds import MULTI, REGRESSION, SINGLE
-from fmn.tasks.task import METRICS, TaskSettings, in_a_line, plain_text
+from fmn.tasks.metrics import METRICS
+from fmn.tasks.task import TaskSettings, in_a_line, plain_text
 
 _NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
+# What parsers raise of a text; a MemoryError if it is nested too deep for Python's.
+_NO_LIST = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 _TRUTH = {"true": True, "false": False}
 
 
@@ -38,6 +41,15 @@ def is_missing(value: Any) -> bool:
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or (isinstance(value, str) and not value.strip())
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that files can hold: no half a character (a surrogate), no NUL."""
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError):
+        return False
+    return "\0" not in value
 
 
 def plain_values(values: Sequence[Any], classes: Sequence[str] = ()) -> list[Any]:
@@ -106,8 +118,10 @@ def items(value: Any) -> list[Any]:
         return value if isinstance(value, list) else [] if value is None else [value]
     if _is_list(value):
         for parse in (json.loads, ast.literal_eval):  # as JSON has it, and as pandas writes it
-            with suppress(ValueError, SyntaxError, RecursionError):
-                return list(parse(value))
+            with suppress(*_NO_LIST):
+                parsed = list(parse(value))
+                str(parsed)  # of a number of thousands of digits a ValueError
+                return parsed
     parts = value.split(";" if ";" in value else ",")
     return [part.strip() for part in parts if part.strip()]
 
@@ -134,6 +148,9 @@ def read_labels(
     in_order = sorted(different, key=lambda value: (isinstance(value, str), value))
     present = tuple(dict.fromkeys(map(plain_text, in_order)))
     names = tuple(definition.label_names or classes or present)
+    if odd := [name for name in names if not is_text(name)]:
+        problem = f"the label {odd[0]!r:.60} has a NUL, or half a character (a surrogate)"
+        raise UserError(f"{place}: {problem}; write it again, or drop its rows")
     if isinstance(definition.labels, list) and len(names) < min(2, len(present)):
         raise UserError(
             f"{place}: labels has {', '.join(names)}, and the rows have {in_a_line(present)}; list"
@@ -194,9 +211,9 @@ def word_list(value: Any) -> list[Any] | None:
     (['a', 'b'], ['a', 'b'], None)
     """
     if isinstance(value, str) and _is_list(value):
-        with suppress(ValueError, RecursionError):
+        with suppress(*_NO_LIST):
             return list(json.loads(value))
-        with suppress(ValueError, SyntaxError, RecursionError):
+        with suppress(*_NO_LIST):
             parsed = ast.literal_eval(value)
             return parsed if str(parsed) == value else None  # NumPy's "['a' 'b']" has no commas
     return value if isinstance(value, list) else None

@@ -9,11 +9,12 @@ import pyarrow.compute as pc
 
 from fmn.errors import UserError
 from fmn.rows import images
-from fmn.rows.formats import Table, read_files
+from fmn.rows.formats import Table, listed, read_files
 from fmn.rows.label_values import (
     Labels,
     encode,
     encode_tags,
+    is_text,
     plain_values,
     read_labels,
     tags,
@@ -23,13 +24,13 @@ from fmn.rows.sources import File, used_splits
 from fmn.tasks.batches import random_order
 from fmn.tasks.dataset import label_array
 from fmn.tasks.kinds import KINDS, REGRESSION, SINGLE
+from fmn.tasks.metrics import default_metrics
 from fmn.tasks.rows import schema
 from fmn.tasks.task import (
     Columns,
     DatasetSettings,
     Task,
     TaskSettings,
-    default_metrics,
     in_a_line,
     make_task,
     no_span_tag,
@@ -153,8 +154,8 @@ def _label_column(definition: TaskSettings, first: Table) -> tuple[str | None, l
     label = definition.columns.label
     if label != "label" or label in first.columns or definition.metrics:
         return label, []
-    listed = ", ".join(first.columns)
-    return None, [f"no labels: there is no column {label} in {first.place}, but {listed}"]
+    columns = listed(first.columns)
+    return None, [f"no labels: there is no column {label} in {first.place}, but {columns}"]
 
 
 def _generation_columns(definition: TaskSettings, first: Table) -> tuple[dict[str, str], list[str]]:
@@ -221,7 +222,7 @@ def _inputs(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, A
         elif key == "image":
             place, files = f"{table.place}: column {source}", table.columns.get("file", ())
             content[name] = images.checked(values, place, files)
-        elif wrong := [row for row, value in enumerate(values) if not _is_text(value)]:
+        elif wrong := [row for row, value in enumerate(values) if not is_text(value)]:
             raise UserError(
                 f"{table.place}: column {source} is {values[wrong[0]]!r:.40} in row {wrong[0]}, not"
                 f" a text ({len(wrong)} of {len(values)} rows are so); give a text, or drop the row"
@@ -234,21 +235,13 @@ def _checked_words(values: Sequence[Any], place: str, source: str) -> list[list[
     lists = []
     for row, value in enumerate(values):
         words = word_list(value)
-        if words is None or not all(map(_is_text, words)):
+        if words is None or not all(map(is_text, words)):
             raise UserError(
                 f"{place}: column {source} is {value!r:.40} in row {row}, not a list of words; give"
                 " one, or drop the row"
             )
         lists.append(words)
     return lists
-
-
-def _is_text(value: Any) -> bool:
-    try:
-        value.encode()
-    except (AttributeError, UnicodeEncodeError):  # no text, or half a character (a surrogate)
-        return False
-    return "\0" not in value
 
 
 def _split_off(

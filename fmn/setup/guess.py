@@ -14,7 +14,6 @@ from typing import Any
 
 from fmn.errors import UserError, visible
 from fmn.models.checkpoints import CONFIG
-from fmn.models.headers import read_json
 from fmn.models.labels import output_names
 from fmn.models.provenance import training_metadata
 from fmn.rows.sources import FORMATS
@@ -22,6 +21,7 @@ from fmn.setup.preview import first_rows
 from fmn.sources import forms, origin
 from fmn.sources.forms import ADAPTER_CONFIG
 from fmn.sources.origin import SCHEMES, Origin
+from fmn.store.headers import read_json
 from fmn.tasks.kinds import KINDS, KindName, kind_of_class
 from fmn.tasks.task import DEFINITION, TASKS, DatasetSettings, Task, read_task, task_settings
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from fmn.errors import UserError
 from fmn.models import checkpoints
 from fmn.models.checkpoints import CONFIG
-from fmn.models.headers import PICKLED, WEIGHTS
+from fmn.store.headers import PICKLED, WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,8 @@ from fmn.evaluate.metrics import (
     relative,
     score_splits,
 )
-from fmn.tasks.task import METRICS, TASKS, get_task
+from fmn.tasks.metrics import METRICS
+from fmn.tasks.task import TASKS, get_task
 from tests.reports import BINARY, CLASSES, LABELS, NUMBERS, own_task
 
 AVERAGED = {f"f1_{kind}": partial(sk.f1_score, average=kind) for kind in ("micro", "macro")}

@@ -3,12 +3,10 @@
 import json
 import re
 from dataclasses import replace
-from html import unescape
 
 import numpy as np
 import pytest
 import torch
-from markdown_it import MarkdownIt
 
 from fmn.errors import UserError
 from fmn.evaluate import bootstrap
@@ -272,13 +270,6 @@ def test_many_columns_have_no_room_for_intervals() -> None:
     assert sum("(" in cell for cell in cells) == 5 * 3
 
 
-def test_a_text_of_a_user_is_a_text_in_markdown_too() -> None:
-    html = MarkdownIt("commonmark").enable("table").render
-    for text in ("<b>|x", "*a*", "`a|b`", "_a_ b_c", "[a](b)", "a\\|b", "![x](y)", "two\nlines"):
-        (cell,) = re.findall("<td>(.*)</td>", html(results.markdown(["head"], [[text]])))
-        assert unescape(cell) == " ".join(text.split())
-
-
 def test_shares_of_nodes_are_those_that_the_merge_used() -> None:
     fisher = reports.fisher(["cola", "sst2"], layers=2, heads=3, neurons=5)
     lambdas = {"cola": 1.0, "sst2": 3.0}
@@ -296,11 +287,3 @@ def test_shares_of_nodes_are_those_that_the_merge_used() -> None:
     unweighed = reports.recipe(["cola", "sst2"], "ties")
     assert results.node_shares(fisher, unweighed) == {}
     assert results.node_shares({"cola": fisher["cola"]}, recipe) == {}, "not of every expert"
-
-
-def test_words_are_as_people_say_them() -> None:
-    listed = [results.listed(words) for words in (["a"], ["a", "b"], ["a", "b", "c"])]
-    assert listed == ["a", "a and b", "a, b and c"]
-    times = [results.seconds(seconds) for seconds in (0.04, 9.96, 75, 780)]
-    assert times == ["0.0 s", "10.0 s", "75 s", "13 min"]
-    assert results.markdown(["a"], [["b|c"]]) == "| a |\n| --- |\n| b\\|c |\n"

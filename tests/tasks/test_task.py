@@ -8,17 +8,8 @@ from pydantic import ValidationError
 
 from fmn.errors import UserError
 from fmn.store.stage import write_record
-from fmn.tasks.task import (
-    DEFAULT_METRICS,
-    METRICS,
-    TASKS,
-    Columns,
-    Task,
-    TaskSettings,
-    get_task,
-    load_task,
-    make_task,
-)
+from fmn.tasks.metrics import DEFAULT_METRICS, METRICS
+from fmn.tasks.task import TASKS, Columns, Task, TaskSettings, get_task, load_task, make_task
 
 # From the card of the Hub's data set nyu-mll/glue: columns of texts, and label names.
 HUB = """

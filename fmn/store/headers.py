@@ -7,6 +7,7 @@ JSON header of that length, then the tensors' bytes without gaps).
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,3 +127,20 @@ def names_in(folder: Path) -> set[str]:
 def first_words(error: BaseException) -> str:
     """What another library says, as it fits into one line of ours."""
     return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object as Transformers does: indented, with a last line break."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def json_entries(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value inside a JSON value, with the keys that lead to it."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from json_entries(value, f"{path}.{name}" if path else name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from json_entries(value, path)
+    else:
+        yield path, content
