@@ -350,8 +350,8 @@ def check_tensors(
     """Compare a folder's tensors with the model that its configuration describes.
 
     With `head`, it must have the head of its kind, where the kind has heads. Raises `UserError`
-    that names the first tensor that is missing or of another shape; others are ignored, as
-    Transformers does.
+    that names the first tensor that is missing, of another shape, or of a layer beyond those that
+    the configuration has; others are ignored, as Transformers does.
     """
     headers = tensor_headers(folder)
     kind = kind or kind_of(config)
@@ -369,6 +369,19 @@ def check_tensors(
         if actual != shape:
             problem = f"{stored or name} is {actual}, but {shape} in {CONFIG}"
             raise UserError(f"{folder}: {problem}; one of them is wrong")
+    of_layers = {_of_any_layer(name) for name in shapes.encoder if name != _of_any_layer(name)}
+    for stored in sorted(headers.keys() - set(names.encoder.values())):
+        name = stored.removeprefix(shapes.prefix)
+        if name not in shapes.encoder and _of_any_layer(name) in of_layers:
+            problem = f"{stored} is of a layer that {CONFIG} does not have"
+            raise UserError(f"{folder}: {problem}; one of them is wrong")
+    if not of_layers:
+        raise UserError(f"{folder}: the model that {CONFIG} describes has no layers; correct it")
+
+
+def _of_any_layer(name: str) -> str:
+    """A tensor's name, the same in every layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
 
 
 # ---------------------------------------------------------------------------------------------

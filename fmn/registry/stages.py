@@ -109,8 +109,9 @@ def register(
     if out:
         reads = [model, metrics, data, report, card, params]
         stage.check_output(out, reads, is_folder=False, stage="register")
+    _check_report(report, card)
     recipe, scores, definitions = _read(model, metrics)
-    card_text = _card_text(model, card, report)
+    card_text = (card or model / CARD).read_text()
     inputs, key = _key(model, metrics, settings)
     baselines = read_baselines(report, scores)
     with tracking.connection() as client:
@@ -143,12 +144,11 @@ def _key(model: Path, metrics: Path, settings: RegistrySettings) -> tuple[dict[s
     return inputs, artifacts.content_key("register", REGISTER, names, inputs)
 
 
-def _card_text(model: Path, card: Path | None, report: Path | None) -> str:
-    """The model card. UserError if it or the report is not there."""
+def _check_report(report: Path | None, card: Path | None) -> None:
+    """Refuse a report or a card that is not there, with a `UserError`."""
     for path in (report and report / "report.html", card):
         if path and not path.is_file():
             raise UserError(f"{path}: no such file; make it with `fmn report`")
-    return (card or model / CARD).read_text()
 
 
 def _write_registered(out: Path, registered: Registered, inputs: Mapping[str, str]) -> None:

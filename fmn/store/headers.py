@@ -119,7 +119,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def names_in(folder: Path) -> set[str]:
     """The names in a folder; `UserError` if there is no such folder."""
     if not folder.is_dir():
-        problem = "is a file; give the folder of it" if folder.is_file() else "no such folder"
+        problem = (
+            "is a file; give the folder of it"
+            if folder.is_file()
+            else "no such folder; check the path"
+        )
         raise UserError(f"{folder}: {problem}")
     return {path.name for path in folder.iterdir()}
 
