@@ -160,7 +160,7 @@ def read_labels(
         only = f"{names[0]!r} in every row" if names else "empty in every row"
         raise UserError(
             f"{place}: the label is {only}; list all the labels, such as labels:"
-            f" [{', '.join([*names, 'OTHER'])}], or say columns.label: null"
+            f" [{in_a_line([*names, 'OTHER'])}], or say columns.label: null"
         )
     if definition.labels and isinstance(definition.labels, dict):
         ids = {value: names.index(name) for value, name in definition.labels.items()}

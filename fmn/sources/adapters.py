@@ -73,7 +73,7 @@ def base_source(adapter: Path) -> str:
     """The source of the model that an adapter says it was trained on; "" if it does not say."""
     config = read_json(adapter / ADAPTER_CONFIG)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not name or not isinstance(name, str):
+    if not name or not isinstance(name, str) or not name.isprintable():
         return ""
     if (Path(name) / CONFIG).is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return name

@@ -15,6 +15,8 @@ import safetensors.torch
 import sentence_transformers
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer import modules as parts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -22,6 +24,7 @@ from fmn.errors import UserError
 from fmn.models import checkpoints, loading
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import stages
+from tests import readers
 from tests.folders import edit_config
 from tests.hub_server import Hub
 from tests.models.experts import TEXTS, expert
@@ -318,6 +321,41 @@ def test_adapters_that_are_no_full_models_are_refused(
     source = adapter(tmp_path / "adapter", base, target_modules=BERT)
     edit_adapter(source, **changes)
     assert_refused(source, tmp_path / "out", base, problem)
+
+
+HOSTILE: list[Any] = [
+    *(None, True, -1, 0, 1e400, "", "x\ny", "../../x", [], [[]], {}, {"a": {"b": None}}, 10**30),
+    *(["query", 5], "(a+)+$", "[", "\ud800", "x" * 9999),
+]
+SETTINGS: tuple[str, ...] = (
+    "base_model_name_or_path",
+    "target_modules",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+)
+SETTINGS += ("modules_to_save", "auto_mapping", "task_type", "layers_to_transform", "peft_type")
+
+
+@given(st.sampled_from(SETTINGS), st.sampled_from(HOSTILE), st.data())
+@settings(max_examples=8, derandomize=True)
+def test_changed_settings_and_weights_are_read_or_refused_in_a_line(
+    base_of: Callable[[str], Path], tmp_path_factory: Any, name: str, value: Any, data: Any
+) -> None:
+    folder, base = tmp_path_factory.mktemp("changed"), base_of("bert")
+    source = adapter(folder / "adapter", base, target_modules=BERT)
+    config = (source / "adapter_config.json").read_text()
+    edit_adapter(source, **{name: value})
+    weights = bytearray((source / "adapter_model.safetensors").read_bytes())
+    for number, change in enumerate(("settings", "weights")):
+        if change == "weights":
+            (source / "adapter_config.json").write_text(config)
+            weights[data.draw(st.integers(0, 400))] ^= 1 << data.draw(st.integers(0, 7))
+            (source / "adapter_model.safetensors").write_bytes(weights)
+        try:
+            fetch(source, folder / f"out {number}", base)
+        except UserError as error:
+            readers.check(error, source)
 
 
 def test_an_adapter_beside_a_model_or_without_its_weights_is_refused(
