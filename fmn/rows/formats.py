@@ -119,9 +119,9 @@ Columns = tuple[Iterable[tuple[Any, Any]], dict[str, list[str]]]  # names and va
 
 def _content(file: File) -> bytes:
     with reachable(file.name), file.system.open(file.path, "rb", compression="infer") as stream:
-        size = file.system.size(file.path)
-        is_packed = file.path.lower().endswith(".gz") and size is not None
-        most = max(SMALL, UNPACKED * size) if is_packed else None
+        is_packed = file.path.lower().endswith(".gz")
+        size = file.system.size(file.path) if is_packed else None  # some servers do not say
+        most = None if size is None else max(SMALL, UNPACKED * size)
         content: bytes = stream.read(most + 1 if most else -1)
     if most and len(content) > most:
         raise ValueError(f"it unpacks to more than {UNPACKED} times its size")
