@@ -48,7 +48,7 @@ test-slow: $(VENV)/installed ## the tests that take long
 torture: $(VENV)/installed ## kills, rot and crowds at length, and fuzzing; half an hour
 	$(INSTALL) atheris
 	FMN_TORTURE=1 pytest -n 2 --dist loadgroup -rP tests/test_torture.py
-	python -m tests.fuzz -max_total_time=120 -print_final_stats=1 tests/corpus
+	python -m tests.fuzz -max_total_time=120 -timeout=30 -print_final_stats=1 tests/corpus
 
 test-gpu: $(VENV)/installed ## the tests that need a CUDA device
 	pytest -m gpu

@@ -78,8 +78,8 @@ def test_damage_is_noticed_and_repaired(lane: int, undisturbed: Path) -> None:
     for number, path in enumerate(paths[lane :: len(LANES)][:DAMAGED]):
         how, other = ("flip", "cut", "empty", "delete", "swap")[number % 5], None
         siblings = [each for each in paths if stages[each] == stages[path] and each != path]
-        if how == "swap" and siblings:
-            other = chance.choice(siblings)
+        if how == "swap":
+            how, other = ("swap", chance.choice(siblings)) if siblings else ("delete", None)
         torture.damage(path, how, chance, other)
         torture.finish(torture.flow(undisturbed))
         assert torture.state(undisturbed) == expected, f"{how} {path.relative_to(work)}"

@@ -56,7 +56,8 @@ class Table(NamedTuple):
             same = [each for each in self.columns if each.lower() == name.lower()]
             near = hint(same[0] if same else name, self.columns)
             raise UserError(
-                f"{self.place}: no column {name} for {task}; there are {listed(self.columns)}{near}"
+                f"{self.place}: no column {name} for {task};"
+                f" there are {in_a_line(self.columns)}{near}"
             )
         values = self.columns[name]
         try:
@@ -66,11 +67,6 @@ class Table(NamedTuple):
             problem = f"column {name!r:.60} has a value that cannot be read ({reason:.200})"
             raise UserError(f"{self.place}: {problem}; write it again") from error
         return plain
-
-
-def listed(names: Iterable[str]) -> str:
-    """The names of columns for a message."""
-    return in_a_line(list(names))
 
 
 def read_files(files: Sequence[File]) -> Table:
@@ -84,8 +80,8 @@ def read_files(files: Sequence[File]) -> Table:
     for table in tables:
         if set(table.columns) != set(names):
             raise UserError(
-                f"{table.place}: its columns are {listed(table.columns)}, and those of"
-                f" {first.place} {listed(names)}; files of one split have the same columns"
+                f"{table.place}: its columns are {in_a_line(table.columns)}, and those of"
+                f" {first.place} {in_a_line(names)}; files of one split have the same columns"
             )
     if not any(table.num_rows for table in tables):
         raise UserError(f"{first.place}: there are no rows; write it again")
@@ -123,9 +119,9 @@ Columns = tuple[Iterable[tuple[Any, Any]], dict[str, list[str]]]  # names and va
 
 def _content(file: File) -> bytes:
     with reachable(file.name), file.system.open(file.path, "rb", compression="infer") as stream:
-        size = file.system.size(file.path)
-        is_packed = file.path.lower().endswith(".gz") and size is not None
-        most = max(SMALL, UNPACKED * size) if is_packed else None
+        is_packed = file.path.lower().endswith(".gz")
+        size = file.system.size(file.path) if is_packed else None  # some servers do not say
+        most = None if size is None else max(SMALL, UNPACKED * size)
         content: bytes = stream.read(most + 1 if most else -1)
     if most and len(content) > most:
         raise ValueError(f"it unpacks to more than {UNPACKED} times its size")

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from fmn.errors import UserError
 from fmn.rows import images
-from fmn.rows.formats import Table, listed, read_files
+from fmn.rows.formats import Table, read_files
 from fmn.rows.label_values import (
     Labels,
     encode,
@@ -154,7 +154,7 @@ def _label_column(definition: TaskSettings, first: Table) -> tuple[str | None, l
     label = definition.columns.label
     if label != "label" or label in first.columns or definition.metrics:
         return label, []
-    columns = listed(first.columns)
+    columns = in_a_line(first.columns)
     return None, [f"no labels: there is no column {label} in {first.place}, but {columns}"]
 
 

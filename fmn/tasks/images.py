@@ -1,6 +1,7 @@
 """Images: from encoded bytes to a model's inputs."""
 
 import io
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ def decoded(content: bytes) -> "Image":
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # the message here says what is wrong
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -22,9 +22,9 @@ from fmn.store.artifacts import digest_folder
 from fmn.tasks.dataset import read_split
 from tests.folders import WORDS, save, tiny_bert, weights
 from tests.models.experts import TEXTS, expert, make_task, write_rows
+from tests.pipeline import CPU
 
 LABELS = ["a", "b", "c"]
-CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 FISHER = FisherSettings(samples=50, **CPU)
 GRAM = GramSettings(samples=50, **CPU)
 TRUTH = np.random.default_rng(0).integers(0, 3, len(TEXTS))

@@ -16,8 +16,8 @@ from fmn.models import devices
 from fmn.store import artifacts
 from fmn.store.stage import Outcome, read_sidecar
 from tests.conftest import FISHER
+from tests.pipeline import CPU
 
-CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 RUN = """
 import sys
 from pathlib import Path

@@ -28,6 +28,7 @@ from fmn.merge.recipe import Recipe
 from fmn.merge.stages import MergeSettings, RealignSettings, merge, realign
 from fmn.tasks.task import Columns, Task, load_task, read_task, write_task
 from tests.folders import edit_config
+from tests.pipeline import CPU
 
 TOPICS = ("world", "money", "sport", "science", "art", "food", "travel")
 TASKS = {
@@ -57,7 +58,6 @@ NAMES = {name: task.labels or ("score",) for name, task in TASKS.items()}
 NAMES |= {"fluent": ("yes",), "unseen": ("calm", "angry", "sad")}  # one logit; labels of its own
 WORDS = ["a", "fine", "film", "of", "the", "long", "winter", "that", "nobody", "saw", "twice"]
 ROWS = 40
-CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 
 
 def write_rows(folder: Path, task: Task) -> None:

@@ -327,14 +327,10 @@ HOSTILE: list[Any] = [
     *(None, True, -1, 0, 1e400, "", "x\ny", "../../x", [], [[]], {}, {"a": {"b": None}}, 10**30),
     *(["query", 5], "(a+)+$", "[", "\ud800", "x" * 9999),
 ]
-SETTINGS: tuple[str, ...] = (
-    "base_model_name_or_path",
-    "target_modules",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
+SETTINGS = (
+    *("base_model_name_or_path", "target_modules", "r", "lora_alpha", "rank_pattern"),
+    *("modules_to_save", "auto_mapping", "task_type", "layers_to_transform", "peft_type"),
 )
-SETTINGS += ("modules_to_save", "auto_mapping", "task_type", "layers_to_transform", "peft_type")
 
 
 @given(st.sampled_from(SETTINGS), st.sampled_from(HOSTILE), st.data())
