@@ -26,7 +26,7 @@ from fmn.evaluate.metrics import answers, score_splits
 from fmn.models import labels
 from fmn.models.devices import resolve_device, resolve_dtype
 from fmn.models.predict import predict
-from fmn.report.results import markdown
+from fmn.report.wording import markdown
 from fmn.store.records import pairs
 from fmn.tasks import dataset as data
 from fmn.tasks.batches import Examples

@@ -43,7 +43,7 @@ from benchmarks.results import DOCS, keep, parser, ratio, spread
 from fmn.fisher.architectures import mask_sites
 from fmn.fisher.mask_nodes import BATCH_SIZE, estimate
 from fmn.models.predict import hooked, max_batch_tokens, multiple_of_widths
-from fmn.report.results import markdown
+from fmn.report.wording import markdown
 from fmn.tasks.batches import Batch, Examples, by_length, pad_batch
 from fmn.tasks.kinds import SINGLE
 

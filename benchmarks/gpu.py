@@ -31,7 +31,7 @@ from fmn.merge.calibrate import calibrated_encoder
 from fmn.merge.recipe import CalibrationSettings
 from fmn.merge.rules import regress
 from fmn.models.predict import predict
-from fmn.report.results import markdown
+from fmn.report.wording import markdown
 from fmn.tasks.batches import Examples
 from fmn.tasks.kinds import SINGLE
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import SPENT, keep, parser, ratio, run, spread, summary
-from fmn.report.results import markdown
+from fmn.report.wording import markdown
 
 MERGEKIT = ("torch==2.13.0", "mergekit")
 UNITS = ("seconds", "seconds until all is on the disk", "cpu seconds")

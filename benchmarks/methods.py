@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.results import SPENT, keep, parser, run
 from fmn import params
 from fmn.merge.methods import METHODS
-from fmn.report.results import markdown
+from fmn.report.wording import markdown
 
 # argv: the stage's kind, its JSON arguments, an output, another output
 STAGE = """

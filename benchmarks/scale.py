@@ -25,7 +25,7 @@ from benchmarks.results import DOCS, SPENT, STORE, parser, processor, run, with_
 from fmn.fisher import gram, mask_nodes, parameters
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
 from fmn.models.predict import predict
-from fmn.report.results import markdown
+from fmn.report.wording import markdown
 from fmn.tasks.batches import Examples
 
 PAGE, KEPT, KEPT_MANY = DOCS / "scale.md", STORE / "scale.json", STORE / "many.json"

@@ -231,7 +231,7 @@ def find_nodes(settings: Params, profile: Path, stage: str, name: str = "") -> l
     chosen = [node for node in of_stage if name in ("", node.name)]
     if name and not chosen:
         names = ", ".join(node.name for node in of_stage) or "none"
-        raise UserError(f"stage {stage}: give one of its names: {names}")
+        raise UserError(f"stage {stage}: has no {name}; give one of its names: {names}")
     return chosen
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import requests
+import httpx
 
 from flows.workers import one_line
 from fmn import params
@@ -36,8 +36,11 @@ def send(profile: Path, text: str) -> None:
         webhook = os.environ.get(params.WEBHOOK)
     if webhook is None:
         return
+    plain = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")  # Slack's mark-up
     try:
-        requests.post(webhook, json={"text": text}, timeout=_TIMEOUT).raise_for_status()
-    except requests.RequestException as error:  # its message holds the address
-        reason = type(error).__name__ if error.response is None else error.response.status_code
+        httpx.post(webhook, json={"text": plain}, timeout=_TIMEOUT).raise_for_status()
+    except httpx.HTTPStatusError as error:
+        say(f"the webhook did not take the notice ({error.response.status_code})")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # it holds the address
+        reason = type(error).__name__
         say(f"the webhook did not take the notice ({reason})")

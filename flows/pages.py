@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_API_URL
 
 from fmn.errors import UserError, causes
 from fmn.registry.stages import Registered
-from fmn.report import results
+from fmn.report import wording
 from fmn.report.stages import ReportInfo
 from fmn.store.stage import Outcome, Progress
 from fmn.terminal import complain
@@ -83,10 +83,10 @@ def show_summary(
         [outcome.stage, outcome.out.stem, f"{outcome.seconds:.1f}"]
         for outcome in sorted(computed, key=lambda each: -each.seconds)
     ]
-    table = f"\n## Computed\n\n{results.markdown(['stage', 'of', 'seconds'], costs)}"
+    table = f"\n## Computed\n\n{wording.markdown(['stage', 'of', 'seconds'], costs)}"
     text = (
         f"{_tables(report)}\n{' · '.join(links)}{where}\n\n{version.alias or 'registered'}:"
-        f" {results.escaped(version.reason)}\n{table if costs else ''}"
+        f" {wording.escaped(version.reason)}\n{table if costs else ''}"
     )
     _publish(artifacts.create_markdown_artifact, text, _key("summary", profile))
 
@@ -98,9 +98,9 @@ def show_tables(title: str, tables: ReportInfo) -> None:
 
 def _tables(report: ReportInfo) -> str:
     """Verdict, table and legend in Markdown."""
-    verdict = "\n\n".join(results.escaped(line) for line in report.verdict)
-    legend = "\n".join(f"- {results.escaped(line)}" for line in report.notes)
-    return f"{verdict}\n\n{results.markdown(report.header, report.body)}\n{legend}\n"
+    verdict = "\n\n".join(wording.escaped(line) for line in report.verdict)
+    legend = "\n".join(f"- {wording.escaped(line)}" for line in report.notes)
+    return f"{verdict}\n\n{wording.markdown(report.header, report.body)}\n{legend}\n"
 
 
 def name_run(name: str) -> None:

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error), 2)
     except cyclopts.CycloptsError as error:
-        _fail(f"{_one_line(error)} See `fmn --help`.", 2)
+        _fail(f"{_one_line(error)}; see `fmn --help`", 2)
     except KeyboardInterrupt:
         _fail(INTERRUPTED, 130)
     except Exception as error:
@@ -94,8 +94,12 @@ def _one_line(error: cyclopts.CycloptsError) -> str:
         first = cause.errors()[0]
         message, option = in_words(first), str(first["loc"][0]) if first["loc"] else ""
         # Without an option it is of several together.
-        return f"--{option.replace('_', '-')}: {message}." if option else f"{message}."
-    return " ".join(str(error).split())
+        message = message.removesuffix("?")
+        return f"--{option.replace('_', '-')}: {message}" if option else message
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        return f"{' '.join(error.unused_tokens or ())}: no argument of this command"
+    text = " ".join(str(error).split())
+    return text if text.endswith("...") else text.rstrip(".?")
 
 
 def _fail(message: str, status: int) -> None:
@@ -197,7 +201,8 @@ def check(*, params_file: Profile = Path("params.yaml"), as_json: Json = False) 
         say(*(f"{'' if each.is_error else 'warning: '}{each.message}" for each in checked.findings))
         show_table(["source", "pinned"], [list(row) for row in checked.sources.items()], words=2)
         say(*(f"data {name}: {line}" for name, line in checked.data.items()))
-        say(*(f"{what}: about {amount}" for what, amount in checked.need.in_words.items()))
+        if checked.need.free_disk:  # settings that cannot be read tell of no need
+            say(*(f"{what}: about {amount}" for what, amount in checked.need.in_words.items()))
         say("the run can start" if checked.is_ok else "the run would fail")
     if not checked.is_ok:
         raise SystemExit(1)
@@ -263,8 +268,8 @@ def stage(
 
     with _project(params_file) as file:
         settings = params.load(file)
-        make_folders(settings)
         nodes = find_nodes(settings, file, name, of)
+        make_folders(settings)
         if not nodes and not as_json:
             say(f"{name}: {file} asks for none")
         outcomes = []
@@ -302,6 +307,8 @@ def tasks(
     Args:
         name: a task
     """
+    if data and not data.is_dir():
+        raise UserError(f"--data {data}: no such folder; give the folder that `fmn data` wrote")
     default = Path("params.yaml")
     file = params_file or (default if default.is_file() else None)
     settings = params.load(file) if file else None

@@ -32,7 +32,30 @@ class UserError(Exception):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(redacted(str(message)))
+        super().__init__(visible(redacted(str(message))))
+
+
+HIDING = {
+    *(character for character in range(0xA0) if not chr(character).isprintable()),  # control
+    *(0x2028, 0x2029),  # ends of lines and paragraphs
+    *(0x202A, 0x202B, 0x202C, 0x202D, 0x202E, 0x2066, 0x2067, 0x2068, 0x2069),  # other direction
+    *range(0xD800, 0xE000),  # halves of characters, which no file can hold
+} - {ord("\N{NO-BREAK SPACE}")}
+"""Characters that end a line, move what stands beside them, or command a terminal."""
+_ESCAPES = {character: ascii(chr(character))[1:-1] for character in HIDING}
+
+
+def visible(text: str, but: str = "") -> str:
+    """A text in one line, with what is invisible in it, such as an ESC, written as in Python.
+
+    >>> visible("a name\\nin two lines")
+    'a name\\\\nin two lines'
+
+    Args:
+        text: any text.
+        but: characters that stay as they are.
+    """
+    return text.translate({key: word for key, word in _ESCAPES.items() if chr(key) not in but})
 
 
 def redacted(text: str) -> str:

@@ -29,7 +29,7 @@ from fmn.rows.stages import DataSettings
 from fmn.sources import origin
 from fmn.sources.stages import ArchitectureSettings, ExpertSource
 from fmn.store import artifacts
-from fmn.store.records import Settings, in_words
+from fmn.store.records import Settings, in_words, shortened
 from fmn.store.stage import Job, Outcome, run_stage
 from fmn.store.yaml_file import line_of, read_yaml
 from fmn.tasks.dataset import HUB
@@ -159,6 +159,8 @@ class Params(Settings):
         for name in tasks:  # also the name of a folder, of a DVC stage and of MLflow's metrics
             if not re.fullmatch(r"\w[\w-]{0,99}", name):
                 raise ValueError(f"{name!r} must be of letters, digits, underscores and dashes")
+            if name == "mean":
+                raise ValueError("'mean' is what tables call the mean over tasks; choose another")
         return tasks
 
     @model_validator(mode="after")
@@ -261,7 +263,7 @@ class Params(Settings):
     @model_validator(mode="after")
     def _check_names(self) -> "Params":
         for name in self.compare:  # also the name of a folder
-            if not re.fullmatch(r"\w[\w. -]*", name):
+            if not re.fullmatch(r"\w[\w. -]{0,99}", name):
                 raise ValueError(
                     f"compare: {name!r} must be of letters, digits, dots, dashes and spaces"
                 )
@@ -282,7 +284,14 @@ class Params(Settings):
                 f"{section}.{clash[0]}: {clash[0]!r} is a task and a model; give the model another"
                 " name"
             )
-        for comparison in self.compare.values():
+        for title, comparison in self.compare.items():
+            for name in comparison.methods:  # also the name of a file
+                if name in ("", "expert") or len(name) > 60:
+                    raise ValueError(
+                        f"compare.{title}.methods: {shortened(name)} is"
+                        f" {'the name of another column' if len(name) < 60 else 'too long'}; choose"
+                        " another name"
+                    )
             for members in comparison.sets:
                 unknown = [name for name in members.split("+") if name not in tasks]
                 if members not in SETS and (unknown or "+" not in members):
@@ -326,7 +335,10 @@ def load(path: Path) -> Params:
     Raises:
         UserError: names the file, the setting and what is wrong with it.
     """
-    return validate(read_yaml(path), str(path), partial(line_of, path))
+    content = read_yaml(path)
+    if content is None:
+        raise UserError(f"{path}: is empty; write settings, or let `fmn init` write them")
+    return validate(content, str(path), partial(line_of, path))
 
 
 def write_settings(params: Path, *, out: Path) -> Outcome[Params]:

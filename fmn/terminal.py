@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fmn.errors import UserError, redacted
+from fmn.errors import UserError, redacted, visible
 
 _terminal: TextIO | None = None  # where our own messages go while standard error goes to a file
 _is_loading = False
@@ -86,7 +86,7 @@ def loaded() -> None:
 def complain(message: str) -> None:
     """Say what went wrong, in one line."""
     loaded()
-    print(f"fmn: {redacted(message)}", file=errors(), flush=True)
+    print(f"fmn: {visible(redacted(message))}", file=errors(), flush=True)
 
 
 def say(*lines: object, wrap: bool = False) -> None:
@@ -94,7 +94,7 @@ def say(*lines: object, wrap: bool = False) -> None:
     loaded()
     console = Console(highlight=False, soft_wrap=not wrap, markup=False, emoji=False)
     for line in lines:
-        console.print(line)
+        console.print(visible(str(line), but="\n\t"))
 
 
 def show_table(header: Sequence[str], body: Sequence[Sequence[str]], words: int = 1) -> None:
@@ -104,7 +104,7 @@ def show_table(header: Sequence[str], body: Sequence[Sequence[str]], words: int 
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number < words else "right")
     for row in body:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     # A narrow terminal wraps the lines, which reads better than wrapped cells.
     natural = Console(width=10_000).measure(table).maximum
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=natural)

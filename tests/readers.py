@@ -9,13 +9,12 @@ from fmn.errors import UserError
 from fmn.evaluate.files import read_metrics
 from fmn.fisher import files as statistics
 from fmn.merge import recipe
-from fmn.models import headers
 from fmn.rows import images, label_values
 from fmn.rows.formats import read_files
 from fmn.rows.prepare import prepare
 from fmn.rows.sources import find_files
 from fmn.sources import adapters, forms
-from fmn.store import artifacts
+from fmn.store import artifacts, headers
 from fmn.store.stage import read_sidecar
 from fmn.tasks.task import DatasetSettings, TaskSettings
 

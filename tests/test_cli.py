@@ -294,7 +294,7 @@ def test_settings_mean_the_same_files_wherever_a_command_is_given(
         (f"{FISHER} --samples 0", "--samples: at least one example is needed"),
         (
             "merge --expert nowhere --out x",
-            "--expert nowhere: neither NAME=PATH nor a folder of them",
+            "--expert nowhere: no such folder; give it, or NAME=PATH",
         ),
         ("merge --expert mrpc=a --out x", "--fisher mrpc=FILE is missing"),
         ("merge --expert mrpc=a --out x --method average", "a: no such file"),

@@ -23,7 +23,8 @@ from fmn.params import Params, validate
 from fmn.rows.sources import hub_name
 from fmn.rows.stages import data
 from fmn.tasks.kinds import MULTI, REGRESSION, SINGLE
-from fmn.tasks.task import METRICS, TaskSettings, load_task
+from fmn.tasks.metrics import METRICS
+from fmn.tasks.task import TaskSettings, load_task
 from tests.conftest import ROOT
 from tests.hub_server import Hub
 from tests.projects import FMN, environment, fine_tune_elsewhere

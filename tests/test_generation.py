@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fmn.errors import UserError
 from fmn.evaluate.files import read_metrics, read_predictions
-from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.experiments.stages import ComparedSettings, CompareSettings, compare
 from fmn.fisher.files import read_fisher
-from fmn.fisher.stages import FisherSettings, GramSettings, fisher, gram
+from fmn.fisher.stages import FisherSettings, fisher
 from fmn.merge.model import write_model
 from fmn.merge.stages import (
     CalibrateSettings,
@@ -28,19 +27,17 @@ from fmn.merge.stages import (
     merge,
     realign,
 )
-from fmn.models.checkpoints import load_model, load_processor
+from fmn.models.loading import load_model, load_processor
 from fmn.models.predict import predict
-from fmn.models.stages import FinetuneSettings, finetune
 from fmn.report.stages import report
-from fmn.rows.stages import DataSettings, TaskOptions, data, definition_of
 from fmn.sources.stages import fetch
 from fmn.tasks.dataset import read_split
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import load_task
+from tests.pipeline import CPU, make_expert, merge_inputs, prepare, score
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six"]
 WORDS = ["<pad>", "<s>", "</s>", "?", *NUMBERS, *(f"{word}s" for word in NUMBERS), "then", "all"]
-CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 SIZES = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(WORDS)}
 BASES: Mapping[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaForCausalLM(
@@ -101,12 +98,9 @@ def write_tasks(work: Path, kind: str) -> None:
         ]
         path = work / f"{task}.jsonl"
         path.write_text("\n".join(map(json.dumps, lines)))
-        options = TaskOptions(
-            dataset=str(path), prompt="ask", completion="answer", kind=kind,
-            metric=["perplexity", "exact_match"], validation_size=24,
-        )  # fmt: skip
-        definition = definition_of(task, options, DataSettings())
-        data(task, out=work / "data" / task, definition=definition)
+        options = {"prompt": "ask", "completion": "answer", "validation_size": 24}
+        metric = ["perplexity", "exact_match"]
+        prepare(task, work, dataset=str(path), kind=kind, metric=metric, **options)
 
 
 def make_experts(work: Path, name: str) -> None:
@@ -114,19 +108,8 @@ def make_experts(work: Path, name: str) -> None:
     is_pair = name in ("t5", "bart")
     fetch(str(make_base(work / "source", name)), out=work / "base")
     write_tasks(work, "text2text-generation" if is_pair else "text-generation")
-    tuning = FinetuneSettings(epochs=12, learning_rate=1e-2, batch_size=16, **CPU)
     for task in RULES:
-        common: dict[str, Any] = {"task": task, "data": work / "data"}
-        expert = work / "experts" / task
-        finetune(work / "base", **common, out=expert, settings=tuning)
-        settings = FisherSettings(samples=32, **CPU)
-        fisher(expert, **common, out=work / f"{task}.parquet", settings=settings)
-        gram(
-            expert,
-            **common,
-            out=work / f"{task}.safetensors",
-            settings=GramSettings(samples=32, **CPU),
-        )
+        make_expert(work, task, work / "base", epochs=12, learning_rate=1e-2, batch_size=16)
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -137,12 +120,7 @@ def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def inputs(work: Path) -> dict[str, Any]:
-    return {
-        "experts": {task: work / "experts" / task for task in RULES},
-        "fisher": {task: work / f"{task}.parquet" for task in RULES},
-        "gram": {task: work / f"{task}.safetensors" for task in RULES},
-        "base": work / "base",
-    }
+    return merge_inputs(work, RULES, work / "base")
 
 
 def auto_class(folder: Path) -> Any:
@@ -189,16 +167,13 @@ def test_stages_after_the_merge(work: Path) -> None:
     out = work / "auto"
     merge(**inputs(work), out=out, data=rows, settings=MergeSettings(method="auto", **CPU))
     scores = {}
-    settings = EvaluateSettings(**CPU)
     for task, expert in experts.items():
-        scores[task] = work / f"{task}.json"
-        evaluate(expert, data=rows, out=scores[task], tasks=[task], settings=settings)
+        scores[task] = score(expert, work, task, [task])
         own = read_metrics(scores[task]).tasks[task]
         assert own.interval["perplexity"]
         assert own.score is not None
         assert own.score < 5  # of 20 words
-    evaluate(out, data=rows, out=work / "merged.json", settings=settings)
-    merged = {"merged": work / "merged.json"}
+    merged = {"merged": score(out, work, "merged")}
     written = report(
         merged=merged, models={"merged": out}, experts=scores, fisher=inputs(work)["fisher"],
         out=work / "report",
@@ -215,7 +190,7 @@ def test_stages_after_the_merge(work: Path) -> None:
     if not json.loads((work / "base/config.json").read_text()).get("is_encoder_decoder"):
         calibrate(out, experts=experts, data=rows, out=work / "calibrated", settings=refit)
         state(work / "calibrated" / "encoder")
-        evaluate(work / "calibrated", data=rows, out=work / "calibrated.json", settings=settings)
+        score(work / "calibrated", work, "calibrated")
         both = [read_metrics(work / f"{name}.json").tasks for name in ("merged", "calibrated")]
         for task in RULES:
             before, after = (each[task].score or 0.0 for each in both)
@@ -240,8 +215,7 @@ def test_an_exact_match_is_what_greedy_generation_gives(work: Path) -> None:
         answers.append(processor.decode(text, skip_special_tokens=True) == row["answer"])
     assert (scores[:, 1] == scores[:, 2]).tolist() == answers
     assert any(answers)
-    out = work / "exact.json"
-    evaluate(expert, data=rows, out=out, tasks=["next"], settings=EvaluateSettings(**CPU))
+    out = score(expert, work, "exact", ["next"])
     written = read_predictions(out)["next"].splits["validation"]
     assert (written.predicted == written.labels).tolist() == answers
     own = read_metrics(out).tasks["next"]
@@ -320,11 +294,7 @@ def test_a_cell_of_a_comparison_has_the_scores_of_the_written_merge(work: Path) 
         settings=CompareSettings(methods={"own": merging}, **CPU),
     ).summary  # fmt: skip
     merge(**inputs(work), out=work / "compared", settings=MergeSettings(method="mask-fisher"))
-    evaluate(
-        work / "compared", data=work / "data", out=work / "compared.json",
-        settings=EvaluateSettings(**CPU),
-    )  # fmt: skip
-    written = read_metrics(work / "compared.json").tasks
+    written = read_metrics(score(work / "compared", work, "compared")).tasks
     for task, of_task in cell.tasks.items():
         assert of_task.score == pytest.approx(written[task].score, rel=1e-4)
         assert of_task.score

@@ -12,8 +12,6 @@ from PIL import Image
 
 from fmn.errors import UserError
 from fmn.evaluate.files import read_metrics
-from fmn.evaluate.stages import EvaluateSettings, evaluate
-from fmn.fisher.stages import FisherSettings, GramSettings, fisher, gram
 from fmn.merge.recipe import read_recipe
 from fmn.merge.stages import (
     CalibrateSettings,
@@ -23,17 +21,15 @@ from fmn.merge.stages import (
     merge,
     realign,
 )
-from fmn.models.checkpoints import load_model, load_processor
+from fmn.models.loading import load_model, load_processor
 from fmn.models.predict import predict
-from fmn.models.stages import FinetuneSettings, finetune
 from fmn.report.stages import report
-from fmn.rows.stages import DataSettings, TaskOptions, data, definition_of
 from fmn.sources.stages import fetch
 from fmn.tasks.dataset import read_split
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import load_task
+from tests.pipeline import CPU, METHODS, make_expert, merge_inputs, prepare, score
 
-CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 CLASSES = {"colour": ("blue", "green", "red"), "side": ("left", "right")}
 MODELS = {
     "vit": (transformers.ViTConfig, transformers.ViTModel),
@@ -70,12 +66,6 @@ def write_folders(folder: Path, task: str, count: int = 24) -> Path:
     return folder
 
 
-def prepare(task: str, out: Path, **options: Any) -> Any:
-    options = {"kind": "image-classification", **options}
-    definition = definition_of(task, TaskOptions(**options), DataSettings())
-    return data(task, out=out, definition=definition).summary
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, data, experts and statistics; not to be changed by a test."""
@@ -88,27 +78,17 @@ def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     size = {"height": 8, "width": 8}
     transformers.ViTImageProcessorPil(size=size).save_pretrained(work / "source")
     fetch(str(work / "source"), out=work / "base")
-    tuning = FinetuneSettings(epochs=8, learning_rate=3e-3, batch_size=16, **CPU)
     for task in CLASSES:
         folder = write_folders(work / "images" / task, task)
-        prepare(task, work / "data" / task, dataset=str(folder), validation_size=12)
-        common: dict[str, Any] = {"task": task, "data": work / "data"}
-        expert = work / "experts" / task
-        finetune(work / "base", **common, out=expert, settings=tuning)
-        settings = FisherSettings(samples=32, estimator="expected", **CPU)
-        fisher(expert, **common, out=work / f"{task}.parquet", settings=settings)
-        grams = GramSettings(samples=32, **CPU)
-        gram(expert, **common, out=work / f"{task}.safetensors", settings=grams)
+        options = {"kind": "image-classification", "validation_size": 12}
+        prepare(task, work, dataset=str(folder), **options)
+        tuning = {"epochs": 8, "learning_rate": 3e-3, "batch_size": 16}
+        make_expert(work, task, work / "base", estimator="expected", **tuning)
     return work
 
 
 def inputs(work: Path) -> dict[str, Any]:
-    return {
-        "experts": {task: work / "experts" / task for task in CLASSES},
-        "fisher": {task: work / f"{task}.parquet" for task in CLASSES},
-        "gram": {task: work / f"{task}.safetensors" for task in CLASSES},
-        "base": work / "base",
-    }
+    return merge_inputs(work, CLASSES, work / "base")
 
 
 def answers(folder: Path, contents: list[bytes]) -> np.ndarray:
@@ -134,18 +114,13 @@ def test_an_expert_answers_as_with_transformers_alone_and_has_learnt_something(w
         own = predict(load_model(expert), examples, **CPU)
         wanted = answers(expert, table["image"].to_pylist())
         np.testing.assert_allclose(own, wanted, atol=1e-5)
-        out = work / f"{task}.json"
-        evaluate(
-            expert, data=work / "data", out=out, tasks=[task], settings=EvaluateSettings(**CPU)
-        )
+        out = score(expert, work, task, [task])
         accuracy = (wanted.argmax(1) == np.array(table["label"])).mean()
         assert read_metrics(out).tasks[task].score == pytest.approx(accuracy)
         assert accuracy > 0.8
 
 
-@pytest.mark.parametrize(
-    "method", ["average", "mask-fisher", "regmean", "fisher-regmean", "ties", "wudi", "tsv-m"]
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_models_for_transformers(work: Path, method: str) -> None:
     out = work / method
     merge(**inputs(work), out=out, settings=MergeSettings(method=method))
@@ -176,11 +151,8 @@ def test_a_merge_is_chosen_calibrated_realigned_scored_and_reported(work: Path) 
     recipe = read_recipe(out)
     assert recipe.realign is not None
     assert all(fit.after and fit.after < fit.before for fit in recipe.realign.tasks.values())
-    scores = {"merged": work / "merged.json"}
-    evaluate(out, data=rows, out=scores["merged"], settings=EvaluateSettings(**CPU))
-    of_experts = {task: work / f"expert-{task}.json" for task in CLASSES}
-    for task, path in of_experts.items():
-        evaluate(experts[task], data=rows, out=path, tasks=[task], settings=EvaluateSettings(**CPU))
+    scores = {"merged": score(out, work, "merged")}
+    of_experts = {task: score(experts[task], work, task, [task]) for task in CLASSES}
     written = report(
         merged=scores, models={"merged": out}, experts=of_experts, fisher=inputs(work)["fisher"],
         out=work / "report",

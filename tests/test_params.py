@@ -105,7 +105,7 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("compare: {any: {methods: {a: {method: avarage}}}}", "did you mean 'average'"),
         ("compare: {../evil: {methods: {a: {method: average}}}}", "'../evil' must be of letters"),
         ("data: {source: $FMN_NOT_SET}", "FMN_NOT_SET is not set"),
-        ('data: {source: "a\\0b"}', "NUL character"),
+        ('data: {source: "a\\0b"}', r"has the character '\x00'"),
         ("fisher: {seed: " + "9" * 30 + "}", "more than 64 bits"),
         (
             "tasks: {stars: {datasets: {}}}",

@@ -13,16 +13,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fmn.errors import UserError
 from fmn.evaluate.files import read_metrics
-from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.fisher.files import read_fisher
-from fmn.fisher.stages import (
-    FisherSettings,
-    FullFisherSettings,
-    GramSettings,
-    fisher,
-    full_fisher,
-    gram,
-)
+from fmn.fisher.stages import FisherSettings, FullFisherSettings, fisher, full_fisher
 from fmn.merge.recipe import read_recipe
 from fmn.merge.stages import (
     CalibrateSettings,
@@ -32,18 +24,16 @@ from fmn.merge.stages import (
     merge,
     realign,
 )
-from fmn.models.checkpoints import load_model, load_processor
+from fmn.models.loading import load_model, load_processor
 from fmn.models.predict import predict
-from fmn.models.stages import FinetuneSettings, finetune
 from fmn.report.stages import report
-from fmn.rows.stages import DataSettings, TaskOptions, data, definition_of
 from fmn.sources.stages import fetch
 from fmn.tasks.dataset import read_split
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import load_task
+from tests.pipeline import CPU, METHODS, make_expert, merge_inputs, prepare, score
 from tests.sentences import TEXTS, WORDS, embedding_model, encoded, write_json
 
-CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 NEAR = ("alike", "near")  # embedding models
 TASKS = (*NEAR, "mood")
 PAIR: dict[str, Any] = {"text": "a", "text_pair": "b", "label": "score"}
@@ -64,12 +54,8 @@ def write_data(work: Path) -> None:
     for task, own in rows.items():
         path = work / f"{task}.jsonl"
         path.write_text("\n".join(map(json.dumps, own)))
-        options = TaskOptions(dataset=str(path), validation_size=30)
-        if task in NEAR:
-            options = TaskOptions(**{**options.model_dump(exclude_unset=True), **PAIR})
-        data(
-            task, out=work / "data" / task, definition=definition_of(task, options, DataSettings())
-        )
+        options = PAIR if task in NEAR else {}
+        prepare(task, work, dataset=str(path), validation_size=30, **options)
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +65,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = embedding_model(work / "source", {"pooling_mode": "mean"})
     fetch(str(source), out=work / "base")
     write_data(work)
-    tuning = FinetuneSettings(epochs=3, learning_rate=3e-3, batch_size=16, **CPU)
     for task in TASKS:
-        common: dict[str, Any] = {"task": task, "data": work / "data"}
-        expert = work / "experts" / task
-        finetune(work / "base", **common, out=expert, settings=tuning)
-        settings = FisherSettings(samples=32, **CPU)
-        fisher(expert, **common, out=work / f"{task}.parquet", settings=settings)
-        grams = GramSettings(samples=32, **CPU)
-        gram(expert, **common, out=work / f"{task}.safetensors", settings=grams)
+        make_expert(work, task, work / "base", epochs=3, learning_rate=3e-3, batch_size=16)
     return work
 
 
 def inputs(work: Path, tasks: tuple[str, ...] = NEAR) -> dict[str, Any]:
-    return {
-        "experts": {task: work / "experts" / task for task in tasks},
-        "fisher": {task: work / f"{task}.parquet" for task in tasks},
-        "gram": {task: work / f"{task}.safetensors" for task in tasks},
-        "base": work / "base",
-    }
+    return merge_inputs(work, tasks, work / "base")
 
 
 def test_rows_are_pairs_with_a_number(work: Path) -> None:
@@ -110,9 +84,7 @@ def test_rows_are_pairs_with_a_number(work: Path) -> None:
     assert read_fisher(work / "near.parquet")[-1].estimator == "sampled"
 
 
-@pytest.mark.parametrize(
-    "method", ["average", "mask-fisher", "regmean", "fisher-regmean", "ties", "wudi", "tsv-m"]
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_a_model_for_sentence_transformers(work: Path, method: str) -> None:
     out = work / method
     merge(**inputs(work), out=out, settings=MergeSettings(method=method))
@@ -135,10 +107,9 @@ def test_rows_are_split_off_whatever_their_numbers(tmp_path: Path) -> None:
     for name, scores in (("up", np.linspace(0, 5, 40)), ("down", np.linspace(5, 0, 40))):
         rows = [{"a": f"film {n}", "b": "film", "score": x} for n, x in enumerate(scores)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        options = TaskOptions(dataset=str(tmp_path / f"{name}.jsonl"), validation_size=10, **PAIR)
-        definition = definition_of(name, options, DataSettings())
-        data(name, out=tmp_path / name, definition=definition)
-        table = read_split(tmp_path / name, load_task(tmp_path / name, name), "validation")
+        path, written = tmp_path / f"{name}.jsonl", tmp_path / "data"
+        prepare(name, tmp_path, dataset=str(path), validation_size=10, **PAIR)
+        table = read_split(written, load_task(written, name), "validation")
         validation.append(table["a"].to_pylist())
     assert validation[0] == validation[1]
 
@@ -162,9 +133,8 @@ def cosines(folder: Path, work: Path, task: str) -> tuple[np.ndarray, np.ndarray
 
 
 def test_the_score_is_the_rank_correlation_of_cosines(work: Path) -> None:
-    expert, out = work / "experts" / "near", work / "expert.json"
-    evaluate(expert, data=work / "data", out=out, tasks=["near"], settings=EvaluateSettings(**CPU))
-    scores = read_metrics(out).tasks["near"]
+    expert = work / "experts" / "near"
+    scores = read_metrics(score(expert, work, "expert", ["near"])).tasks["near"]
     wanted = spearmanr(*cosines(expert, work, "near")).statistic
     assert scores.score == pytest.approx(wanted, abs=1e-6)
     assert wanted > 0.3
@@ -187,20 +157,12 @@ def test_a_merge_is_chosen_calibrated_scored_and_reported(work: Path) -> None:
         assert candidates.chosen.tasks[task] == pytest.approx(error, rel=1e-3)
     settings = CalibrateSettings(texts=64, **CPU)
     calibrate(auto, experts=experts, data=rows, out=work / "calibrated", settings=settings)
-    scores = {}
-    for name in ("auto", "calibrated"):
-        scores[name] = work / f"{name}.json"
-        evaluate(work / name, data=rows, out=scores[name], settings=EvaluateSettings(**CPU))
+    scores = {name: score(work / name, work, name) for name in ("auto", "calibrated")}
     realign(auto, experts=experts, data=rows, out=work / "as_it_is", settings=RealignSettings())
     for folder in ("encoder", *(f"tasks/{task}" for task in experts)):  # there are no heads to fit
         files = [work / name / folder / "model.safetensors" for name in ("auto", "as_it_is")]
         assert len({file.read_bytes() for file in files}) == 1
-    of_experts = {}
-    for task, expert in experts.items():
-        of_experts[task] = work / f"{task}.json"
-        evaluate(
-            expert, data=rows, out=of_experts[task], tasks=[task], settings=EvaluateSettings(**CPU)
-        )
+    of_experts = {task: score(expert, work, task, [task]) for task, expert in experts.items()}
     written = report(
         merged=scores, models={name: work / name for name in scores}, experts=of_experts,
         fisher=inputs(work)["fisher"], out=work / "report",
@@ -225,8 +187,7 @@ def test_a_classifier_and_embedding_models_become_one_encoder(work: Path) -> Non
     for name, tensor in classifier.bert.state_dict().items():
         is_own = name.startswith("pooler.")  # of the classifier, as it was re-aligned
         assert torch.equal(encoder[name], tensor) != is_own
-    evaluate(out, data=rows, out=work / "mixed.json", settings=EvaluateSettings(**CPU))
-    assert set(read_metrics(work / "mixed.json").tasks) == set(TASKS)
+    assert set(read_metrics(score(out, work, "mixed")).tasks) == set(TASKS)
 
 
 def test_texts_alone_suffice_to_merge_and_other_pooling_is_refused(
@@ -234,9 +195,7 @@ def test_texts_alone_suffice_to_merge_and_other_pooling_is_refused(
 ) -> None:
     path = tmp_path / "texts.csv"
     path.write_text("text\n" + "\n".join(f"a fine film {n}" for n in range(20)))
-    options = TaskOptions(dataset=str(path), kind="sentence-similarity")
-    definition = definition_of("texts", options, DataSettings())
-    data("texts", out=tmp_path / "data/texts", definition=definition)
+    prepare("texts", tmp_path, dataset=str(path), kind="sentence-similarity")
     fetch(str(work / "experts/near"), out=tmp_path / "texts", task="texts", data=tmp_path / "data")
     out = tmp_path / "f.parquet"
     settings = FisherSettings(samples=8, **CPU)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,10 +16,8 @@ from transformers import (
 )
 
 from fmn.evaluate.bootstrap import resampled
-from fmn.evaluate.files import predictions_path, read_predictions
-from fmn.evaluate.stages import EvaluateSettings, evaluate
+from fmn.evaluate.files import predictions_path, read_metrics, read_predictions
 from fmn.experiments.stages import ComparedSettings, CompareSettings, compare
-from fmn.fisher.stages import FisherSettings, GramSettings, fisher, gram
 from fmn.merge.stages import (
     CalibrateSettings,
     MergeSettings,
@@ -30,13 +27,12 @@ from fmn.merge.stages import (
     realign,
 )
 from fmn.models.labels import align
-from fmn.models.stages import FinetuneSettings, finetune
 from fmn.report.comparison import answers
 from fmn.rows.stages import data
 from fmn.tasks.task import TaskSettings, read_task
 from tests.folders import edit_config
+from tests.pipeline import CPU, make_expert, merge_inputs, score
 
-CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 NAMES, PLACES, VERBS = ("anna", "bob", "carl"), ("paris", "rome", "new york"), ("sees", "likes")
 LENGTH = 8  # tokens; the longest sentences lose words
 
@@ -67,7 +63,6 @@ def work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, experts and statistics of a tagger and of a classifier."""
     work = tmp_path_factory.mktemp("tags")
     write_rows(work / "rows")
-    tuning = FinetuneSettings(epochs=16, learning_rate=5e-3, **CPU)
     for task, kind, end in (
         ("ner", "token-classification", "conll"),
         ("verb", "text-classification", "csv"),
@@ -78,46 +73,28 @@ def work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "dataset": {"path": str(work / "rows"), "data_files": files},
             "max_length": LENGTH,
         })  # fmt: skip
-        rows, expert = work / "data", work / "experts" / task
-        data(task, out=rows / task, definition=definition)
-        finetune(tiny_base, task=task, data=rows, out=expert, settings=tuning)
-        out = work / f"{task}.parquet"
-        fisher(expert, task=task, data=rows, out=out, settings=FisherSettings(samples=32, **CPU))
-        out = work / f"{task}.safetensors"
-        gram(expert, task=task, data=rows, out=out, settings=GramSettings(samples=32, **CPU))
+        data(task, out=work / "data" / task, definition=definition)
+        make_expert(work, task, tiny_base, epochs=16, learning_rate=5e-3)
     return work
-
-
-def inputs(work: Path) -> dict[str, Any]:
-    tasks = ("ner", "verb")
-    return {
-        "experts": {task: work / "experts" / task for task in tasks},
-        "fisher": {task: work / f"{task}.parquet" for task in tasks},
-        "gram": {task: work / f"{task}.safetensors" for task in tasks},
-    }
 
 
 def test_a_tagger_and_a_classifier_are_merged_fitted_and_scored(
     work: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    every, rows = inputs(work), work / "data"
+    every, rows = merge_inputs(work, ("ner", "verb"), tiny_base), work / "data"
     merged, fitted, aligned = (tmp_path / name for name in ("merged", "fitted", "aligned"))
     how = MergeSettings(method="auto", **CPU)
-    recipe = merge(**every, base=tiny_base, data=rows, out=merged, settings=how).summary
+    recipe = merge(**every, data=rows, out=merged, settings=how).summary
     assert recipe.auto
     options = {"experts": every["experts"], "data": rows}
     calibrate(merged, out=fitted, settings=CalibrateSettings(texts=48, **CPU), **options)
     realign(fitted, out=aligned, settings=RealignSettings(texts=48, **CPU), **options)
-    scores = {}
-    for model in (merged, fitted, aligned):
-        out = tmp_path / f"{model.name}.json"
-        scores[model] = evaluate(
-            model, data=rows, out=out, settings=EvaluateSettings(**CPU)
-        ).summary
-    ner = scores[aligned].tasks["ner"]
+    scores = {model: score(model, work, model.name) for model in (merged, fitted, aligned)}
+    metrics = read_metrics(scores[aligned])
+    ner = metrics.tasks["ner"]
     assert (ner.score or 0) > 0.5
     assert ner.interval["seqeval_f1"]
-    assert (scores[aligned].tasks["verb"].score or 0) > 0.7
+    assert (metrics.tasks["verb"].score or 0) > 0.7
 
     # With Transformers alone, and the encoder put below the head by hand.
     classes = (AutoModelForTokenClassification, AutoModelForSequenceClassification)
@@ -137,7 +114,7 @@ def test_a_tagger_and_a_classifier_are_merged_fitted_and_scored(
     definition = read_task(folder)
     assert definition
     model, tokenizer = classes[0].from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    own = read_predictions(tmp_path / "aligned.json")["ner"].splits["validation"]
+    own = read_predictions(scores[aligned])["ner"].splits["validation"]
     table = pq.read_table(rows / "ner" / "validation.parquet").to_pylist()
     cut = 0
     for row, predicted, labels in zip(table, own.predicted, own.labels, strict=True):
@@ -186,10 +163,8 @@ def test_a_taggers_outputs_are_put_into_the_tasks_order(
         torch.testing.assert_close(after[name], value)
 
 
-def test_predictions_are_read_as_they_were_scored(work: Path, tmp_path: Path) -> None:
-    out = tmp_path / "ner.json"
-    expert, settings = work / "experts" / "ner", EvaluateSettings(**CPU)
-    evaluate(expert, data=work / "data", out=out, tasks=["ner"], settings=settings)
+def test_predictions_are_read_as_they_were_scored(work: Path) -> None:
+    out = score(work / "experts" / "ner", work, "ner", ["ner"])
     content = json.loads(out.read_text())["tasks"]["ner"]
     low, high = content["interval"]["seqeval_f1"]
     task, splits = read_predictions(out)["ner"]
@@ -205,7 +180,8 @@ def test_a_comparison_has_the_tags_of_every_sentence(
     merging = ComparedSettings(method="average", realign={"texts": 32})
     settings = CompareSettings(methods={"average": merging}, **CPU)
     cell = compare(
-        experts=inputs(work)["experts"], base=tiny_base, data=work / "data",
+        experts={task: work / "experts" / task for task in ("ner", "verb")},
+        base=tiny_base, data=work / "data",
         out=tmp_path / "cell.json", merging=merging, settings=settings,
     ).summary  # fmt: skip
     again = answers(cell)["ner"]

@@ -166,4 +166,6 @@ def _paths_by_name(
             paths = {name: path for name, path in paths.items() if name in experts}
         if paths:
             return paths
+    if not folder.exists():
+        raise UserError(f"{option} {folder}: no such folder; give it, or NAME=PATH")
     raise UserError(f"{option} {folder}: neither NAME=PATH nor a folder of them")

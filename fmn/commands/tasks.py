@@ -35,7 +35,7 @@ def tokens_of(task: Any, example: Mapping[str, Any], settings: Params | None) ->
         return []
     import pyarrow as pa
 
-    from fmn.models.checkpoints import load_processor
+    from fmn.models.loading import load_processor
     from fmn.tasks.encoding import encode
 
     tokenizer = load_processor(folder, task.task)

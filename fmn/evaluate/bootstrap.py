@@ -172,19 +172,19 @@ def at_chance(task: Task, splits: Splits) -> bool:
     """Whether a model is not surely better, by the task's own score, than a constant answer.
 
     The constant answer is the best one of these examples: a class; some of the most frequent
-    labels; the mean or the median. It is compared in paired resamples (`CHANCE`, one-sided).
+    labels; the mean or the median. It is compared in paired resamples (`CHANCE`, one-sided). Where
+    it has no score, as a correlation, it counts 0.
     """
     sign = 1 if higher_is_better(task) else -1
     constants = [
-        (sign * score, constant)
+        (sign * (score_splits(task, constant)["score"] or 0.0), constant)
         for constant in _constant_answers(task, splits)
-        if (score := score_splits(task, constant)["score"]) is not None
     ]
     if not constants:
         return not task.generates
     _, best = max(constants, key=lambda pair: pair[0])
     own, other = (resampled(task, each)["score"] for each in (splits, best))
-    gains = sign * (own - other)
+    gains = sign * (own - np.nan_to_num(other))
     gains = gains[~np.isnan(gains)]
     return not (len(gains) and np.quantile(gains, CHANCE) > 0)
 

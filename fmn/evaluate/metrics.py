@@ -1,8 +1,8 @@
 """The table of metrics. Each is computed for many resamples of the examples at once.
 
 A resample is a weight per example: how often it was drawn. The plain score is the one resample that
-holds every example once. Metrics are those of scikit-learn and SciPy. Where the labels of a
-resample leave a metric undefined, it is NaN; outside of arrays of resamples, None.
+holds every example once. Metrics are those of scikit-learn and SciPy. Where the labels or
+answers of a resample leave a metric undefined, it is NaN; outside of arrays of resamples, None.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +13,9 @@ import numpy as np
 
 from fmn.errors import UserError
 from fmn.tasks.batches import IGNORED
-from fmn.tasks.task import METRICS, Task
+from fmn.tasks.metrics import METRICS
+from fmn.tasks.spans import groups, split_label
+from fmn.tasks.task import Task
 
 
 class Answers(NamedTuple):
@@ -104,14 +106,18 @@ def listed_answers(
     sides = _lists(predicted), _lists(labels)
     counts = np.zeros((len(labels), 3))
     if "seqeval_f1" in task.metrics:
-        from seqeval.metrics.sequence_labeling import get_entities
-
-        spans = [
-            [set(get_entities(["O" if tag < 0 else task.labels[tag] for tag in x])) for x in side]
-            for side in sides
-        ]
+        spans = [[_spans(["O" if tag < 0 else task.labels[tag] for tag in x]) for x in side]
+                 for side in sides]  # fmt: skip
         counts[:] = [[len(p & r), len(p), len(r)] for p, r in zip(*spans, strict=True)]
     return Answers(*sides, scores=counts)
+
+
+def _spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """The entity, the first and the last word of each span."""
+    return {
+        (split_label(tags[group[0]])[1], group[0], group[-1])
+        for group in groups(tags, has_outside=True)
+    }
 
 
 def _lists(lists: Sequence[Any]) -> np.ndarray:
@@ -353,10 +359,9 @@ def _deviations(weights: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _correlation(weights: np.ndarray, predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Pearson's, of values [N] or [R, N]; 0 for a constant answer to labels that vary."""
+    """Pearson's, of values [N] or [R, N]; undefined where one side is constant."""
     (left, of_left), (right, of_right) = (_deviations(weights, v) for v in (predicted, labels))
-    correlation = _ratio((weights * left * right).sum(axis=1), np.sqrt(of_left * of_right), 0.0)
-    return np.where(of_right > 0, correlation, np.nan)
+    return _ratio((weights * left * right).sum(axis=1), np.sqrt(of_left * of_right))
 
 
 # ---- generated texts ----
@@ -366,8 +371,8 @@ def _perplexity(weights: np.ndarray, answers: Answers) -> np.ndarray:
     """The exponential of the mean cross entropy of all tokens."""
     mean = _ratio(weights @ answers.scores[:, 0], weights @ answers.labels)
     with np.errstate(over="ignore"):
-        perplexity: np.ndarray = np.exp(mean)
-    return perplexity
+        perplexity = np.exp(mean)
+    return np.where(np.isfinite(perplexity), perplexity, np.nan)
 
 
 Compute = Callable[[np.ndarray, Answers], np.ndarray]

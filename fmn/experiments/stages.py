@@ -14,7 +14,7 @@ from fmn.experiments.files import Cell, SearchResult, Source, TaskTrials
 from fmn.fisher.stages import Estimator
 from fmn.merge.methods import Needs, needs_of
 from fmn.merge.stages import CalibrationSettings, MergeSettings, RefitSettings, statistics_files
-from fmn.models import checkpoints
+from fmn.models import provenance
 from fmn.models.provenance import check_common_base, rows_tuned_on
 from fmn.store import artifacts
 from fmn.store.records import at_least_one
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fmn.tasks.batches import Examples
 
 SEARCH = 4
-COMPARE = 7
+COMPARE = 8
 
 SETS = ("pairs", "triples", "all")
 
@@ -99,7 +99,7 @@ class SearchSettings(EvaluateSettings):
     scale_range: tuple[float, float] | None = Field(
         None, description="LOW HIGH: search the scale of the merged task vector too; needs the base"
     )
-    experiment: str = Field("fmn", description="MLflow experiment of the trials")
+    experiment: str = Field("fmn", min_length=1, description="MLflow experiment of the trials")
 
     _some = field_validator("rows")(at_least_one)
 
@@ -225,7 +225,7 @@ def _search(
     from fmn.merge import model as merged
 
     experts, base, merging, _, _, tasks = merge
-    checkpoints.check_experts(experts, tasks, base)
+    provenance.check_experts(experts, tasks, base)
     check_common_base(experts, base)
     statistics = _read_statistics(job, merge)
     encoder_of = merged.merger(experts, merging, base, statistics)

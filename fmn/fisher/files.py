@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fmn.fisher.architectures import NodeValues
-    from fmn.models.headers import TensorHeader
+    from fmn.store.headers import TensorHeader
 
 METADATA = "fmn"  # key in the metadata of Parquet and safetensors
 
@@ -196,7 +196,7 @@ def read_statistic(
     Raises:
         UserError: the file is not such a statistic, or was damaged.
     """
-    from fmn.models.headers import read_file
+    from fmn.store.headers import read_file
 
     kind = kind or record.model_fields["kind"].default
     remedy = f"make it with `fmn {kind}`"

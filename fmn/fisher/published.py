@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from fmn.errors import UserError
 from fmn.fisher import files
 from fmn.fisher.files import GramMetadata, Metadata
-from fmn.models import checkpoints
+from fmn.models import checkpoints, loading
 from fmn.models.checkpoints import FISHER, GRAM, VOCABULARY_FILES
-from fmn.models.headers import TensorHeader, tensor_headers
 from fmn.store import artifacts
+from fmn.store.headers import TensorHeader, tensor_headers
 from fmn.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def identity(checkpoint: Path) -> str:
         if (checkpoint / file).is_file():
             digest.update(artifacts.digest_file(checkpoint / file).encode())
     if any((checkpoint / file).is_file() for file in VOCABULARY_FILES):
-        tokens = checkpoints.load_tokenizer(checkpoint, config)(PROBE)["input_ids"]
+        tokens = loading.load_tokenizer(checkpoint, config)(PROBE)["input_ids"]
         digest.update(repr(list(tokens)).encode())
     if (checkpoint / "modules.json").is_file():
         from fmn.models import embedding

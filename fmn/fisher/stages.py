@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from fmn.errors import UserError
 from fmn.fisher import files, published
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, GramMetadata, StatisticMetadata
-from fmn.models import checkpoints, labels, provenance
+from fmn.models import checkpoints, labels, loading, provenance
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
 from fmn.store.records import Settings, at_least_one
@@ -312,7 +312,7 @@ def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
     device = resolve_device(settings.device)
     # A float32 copy of a narrow model would take twice its memory, but where it is computed with.
     is_narrow = device.type != "cpu" or sample.metadata["dtype"] == "bfloat16"
-    dtype = checkpoints.stored_dtype(checkpoint) if is_narrow else None
+    dtype = loading.stored_dtype(checkpoint) if is_narrow else None
     expert = labels.load_expert(checkpoint, task, data, settings.device, dtype)
     arguments = {
         **inputs.options,

@@ -25,7 +25,7 @@ from fmn.merge import heads, model
 from fmn.merge.inputs import NO_STATISTICS, Statistics
 from fmn.merge.methods import METHODS, Method
 from fmn.merge.recipe import Auto, Candidate, MergeSettings
-from fmn.models import checkpoints
+from fmn.models import checkpoints, loading
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import Examples
 from fmn.tasks.kinds import KINDS
@@ -151,7 +151,7 @@ def _is_tried(method: Method, statistics: Statistics, base: Path | None) -> bool
 def _goal(task: str, expert: Path, examples: Examples, settings: MergeSettings) -> Goal:
     if len(examples) < 2:
         raise UserError(f"{task}: method auto needs two training texts of it; add rows")
-    loaded = checkpoints.load_model(expert)
+    loaded = loading.load_model(expert)
     has_head = KINDS[checkpoints.kind_in(expert)].has_head
     read = heads.features if has_head else heads.outputs
     own = read(loaded, examples, device=settings.device, dtype=settings.dtype)
@@ -160,12 +160,12 @@ def _goal(task: str, expert: Path, examples: Examples, settings: MergeSettings) 
 
 def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
     """The error of a head on another encoder; a refitted one has the expert's own pooler."""
-    loaded = checkpoints.load_model(goal.expert)
+    loaded = loading.load_model(goal.expert)
     tensors, is_refitted = dict(encoder), settings.auto_heads == "refitted"
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in own_parts(loaded.config, shapes, pooler=is_refitted):  # as `fmn realign` has it
         del tensors[name]
-    checkpoints.fit_vocabulary(loaded.base_model, tensors)
+    loading.fit_vocabulary(loaded.base_model, tensors)
     checkpoints.load_encoder(loaded, tensors)
     read = heads.outputs if goal.weight is None else heads.features
     answers = read(loaded, goal.examples, device=settings.device, dtype=settings.dtype)

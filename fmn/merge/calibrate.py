@@ -30,10 +30,11 @@ The states of all texts before one layer are held at a time, of the merged model
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from transformers.pytorch_utils import Conv1D
 from fmn.errors import UserError
 from fmn.fisher import architectures
 from fmn.merge.recipe import CalibrationSettings
-from fmn.models import checkpoints
+from fmn.models import loading
 from fmn.models.devices import (
     autocast,
     known_padding,
@@ -59,6 +60,11 @@ from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, select
 
 Key = tuple[int, str]  # number of a layer, and path of a linear map below it
+# From an expert, its layers and batches to the weights of tokens by batch, and the shares of nodes.
+_Weigh = Callable[
+    [PreTrainedModel, Sequence[nn.Module], Sequence[Batch]],
+    tuple[list[dict[Key, Tensor]], dict[Key, Tensor]],
+]
 
 LINEAR = (nn.Linear, Conv1D)
 SYSTEMS = 2**24  # entries of the systems of equations that are solved at a time
@@ -142,51 +148,30 @@ def calibrated_encoder(
     target = resolve_device(device)
     compute_dtype = resolve_dtype(dtype, target)
     first = next(iter(experts.values()))
-    shapes = {name: tuple(value.shape) for name, value in first.base_model.named_parameters()}
-    paths = architectures.layer_chain(
-        first.config, shapes, "calibrate", "leave it out (`calibrate: null` in the settings)"
-    )
-    merged = deepcopy(first.base_model)
-    checkpoints.fit_vocabulary(merged, encoder)
-    merged.load_state_dict(dict(encoder), strict=False)
-    merged.requires_grad_(False)  # autocast would keep casts of parameters as they were
+    paths = _layer_paths(first)
+    merged = _with_encoder(first.base_model, encoder)
     layers = [merged.get_submodule(path) for path in paths]
-    node_rows = _node_rows(first, paths)
-    generator = torch.Generator().manual_seed(settings.seed)
-    with ExitStack() as stack:
-        for model in (merged, *experts.values()):
-            stack.enter_context(placed(model.eval(), target, compute_dtype))
-            if getattr(model.config, "use_cache", False):  # of a decoder's keys and values
-                stack.callback(setattr, model.config, "use_cache", True)
-                model.config.use_cache = False
-        stack.enter_context(autocast(target, compute_dtype))
+    start = 0 if last is None else len(layers) - last
+    weigh: _Weigh | None = None
+    if settings.target == "outputs":
+        generator = torch.Generator().manual_seed(settings.seed)
+        weigh = partial(
+            _weights, start=start, node_rows=_node_rows(first, paths), generator=generator
+        )
+    with _ready([merged, *experts.values()], target, compute_dtype):
         tasks = {}
         for task, expert in experts.items():
             if not len(examples[task]):
                 raise UserError(f"{task}: there are no training texts to calibrate on; add some")
-            own = [expert.base_model.get_submodule(path) for path in paths]
-            tokens = tokens_at_once(expert, target)
-            batches = list(by_length(examples[task], tokens=tokens))
-            weights, shares = None, dict[Key, Tensor]()
-            if settings.target == "outputs":
-                start = 0 if last is None else len(layers) - last
-                weights, shares = _weights(expert, own, start, batches, node_rows, generator)
-            with torch.no_grad():
-                in_merged = [_before_layers(merged, layers, batch) for batch in batches]
-                in_own = [_before_layers(expert.base_model, own, batch) for batch in batches]
-            tasks[task] = _Task(own, in_merged, in_own, weights, shares)
+            batches = list(by_length(examples[task], tokens=tokens_at_once(expert, target)))
+            tasks[task] = _before_first_layer(expert, merged, paths, batches, weigh)
         with torch.no_grad():
             for number, layer in enumerate(layers):
-                if last is None or number >= len(layers) - last:
+                if number >= start:
                     _calibrate_layer(number, layer, list(tasks.values()), settings.ridge)
                 _advance(number, layer, list(tasks.values()))
                 progress(number + 1, len(layers))
-    state = merged.state_dict()
-    # What is outside the base model, as the map to the vocabulary, stays; a tagger has no pooler.
-    tensors = {
-        name: state.get(name, tensor).to("cpu", tensor.dtype) for name, tensor in encoder.items()
-    }
-    return tensors, {name: _error(task) for name, task in tasks.items()}
+    return _tensors_of(merged, encoder), {name: _error(task) for name, task in tasks.items()}
 
 
 def own_part(
@@ -254,6 +239,62 @@ def _maps(layer: nn.Module) -> dict[str, nn.Module]:
 # ---- before the first layer ----
 
 
+def _with_encoder(model: PreTrainedModel, encoder: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A copy of a base model with other tensors."""
+    merged = deepcopy(model)
+    loading.fit_vocabulary(merged, encoder)
+    merged.load_state_dict(dict(encoder), strict=False)
+    merged.requires_grad_(False)  # autocast would keep casts of parameters as they were
+    return merged
+
+
+def _tensors_of(model: PreTrainedModel, encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `encoder` with the values that a model has of them."""
+    state = model.state_dict()
+    # What is outside the base model, as the map to the vocabulary, stays; a tagger has no pooler.
+    return {
+        name: state.get(name, tensor).to("cpu", tensor.dtype) for name, tensor in encoder.items()
+    }
+
+
+def _layer_paths(model: PreTrainedModel) -> Sequence[str]:
+    """The paths of the layers in the base model; UserError if they are no chain."""
+    shapes = {name: tuple(value.shape) for name, value in model.base_model.named_parameters()}
+    remedy = "leave it out (`calibrate: null` in the settings)"
+    return architectures.layer_chain(model.config, shapes, "calibrate", remedy)
+
+
+@contextmanager
+def _ready(
+    models: Sequence[PreTrainedModel], device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """Within it models compute on a device in a dtype; decoders store no keys and values."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(placed(model.eval(), device, dtype))
+            if getattr(model.config, "use_cache", False):
+                stack.callback(setattr, model.config, "use_cache", True)
+                model.config.use_cache = False
+        stack.enter_context(autocast(device, dtype))
+        yield
+
+
+def _before_first_layer(
+    expert: PreTrainedModel,
+    merged: PreTrainedModel,
+    paths: Sequence[str],
+    batches: Sequence[Batch],
+    weigh: _Weigh | None,
+) -> _Task:
+    """A task whose texts have not entered the first layer, with the weights of their tokens."""
+    layers, own = ([m.get_submodule(p) for p in paths] for m in (merged, expert.base_model))
+    weights, shares = weigh(expert, own, batches) if weigh else (None, {})
+    with torch.no_grad():
+        in_merged = [_before_layers(merged, layers, batch) for batch in batches]
+        in_own = [_before_layers(expert.base_model, own, batch) for batch in batches]
+    return _Task(own, in_merged, in_own, weights, shares)
+
+
 def _node_rows(model: PreTrainedModel, paths: Sequence[str]) -> dict[Key, int]:
     """How many rows of a map belong to each of its mask nodes, for the maps that compute nodes."""
     prefix = f"{model.base_model_prefix}."
@@ -267,8 +308,9 @@ def _node_rows(model: PreTrainedModel, paths: Sequence[str]) -> dict[Key, int]:
 def _weights(
     expert: PreTrainedModel,
     layers: Sequence[nn.Module],
-    start: int,
     batches: Sequence[Batch],
+    *,
+    start: int,
     node_rows: Mapping[Key, int],
     generator: torch.Generator,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Tensor]]:

@@ -28,7 +28,7 @@ from fmn.errors import UserError
 from fmn.fisher.loss import uniform_draws
 from fmn.merge.calibrate import own_part
 from fmn.merge.recipe import Fit, RefitSettings
-from fmn.models import checkpoints
+from fmn.models import loading
 from fmn.models.checkpoints import last_linear as last_linear
 from fmn.models.predict import predict
 from fmn.tasks import dataset
@@ -197,7 +197,7 @@ def realigned_head(
         the changed tensors of the head by names in the classifier, the own parts by names in the
         base model, and the fit.
     """
-    model, merged_model = checkpoints.load_model(expert), checkpoints.load_model(merged)
+    model, merged_model = loading.load_model(expert), loading.load_model(merged)
     options: dict[str, Any] = {"device": device, "dtype": dtype}
     encoder = merged_model.base_model.state_dict()
     own = own_part(
@@ -251,7 +251,7 @@ def unlabeled(
         raise UserError(
             f"{task.name}: no training text is left to re-align its head on; score fewer rows"
         )
-    processor = checkpoints.load_processor(checkpoint, task.task)
+    processor = loading.load_processor(checkpoint, task.task)
     examples = bounded(encode(processor, task, table.take(np.sort(rows))))
     if examples.has_token_labels and not (examples.labels != IGNORED).any():
         raise UserError(f"{task.name}: its training texts have no words; give some that have")

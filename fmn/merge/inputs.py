@@ -17,9 +17,9 @@ from fmn.fisher.architectures import Claim, NodeValues, Site
 from fmn.merge.methods import METHODS, Method, Needs, Tuning, tuned
 from fmn.merge.recipe import MergeSettings, Statistic
 from fmn.merge.stream import DTYPES, TensorSpec
-from fmn.models import checkpoints
-from fmn.models.headers import TensorHeader, tensor_headers
+from fmn.models import checkpoints, loading
 from fmn.store import artifacts
+from fmn.store.headers import TensorHeader, tensor_headers
 from fmn.tasks.kinds import KINDS, KindName
 from fmn.tasks.task import Task
 
@@ -281,7 +281,7 @@ def _tokens(folder: Path) -> Tokens:
     rows = getattr(checkpoints.load_config(folder), "vocab_size", None) or 0
     if not any((folder / name).is_file() for name in checkpoints.VOCABULARY_FILES):
         return Tokens(rows, rows)
-    return Tokens(max(checkpoints.vocabulary(folder).values(), default=-1) + 1, rows)
+    return Tokens(max(loading.vocabulary(folder).values(), default=-1) + 1, rows)
 
 
 def _has(parameter: Parameter, tasks: Sequence[str]) -> list[str]:

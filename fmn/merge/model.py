@@ -1,6 +1,5 @@
 """The merge itself, and the merged model's folder (`fmn.merge.recipe` describes it)."""
 
-import json
 import math
 import os
 import shutil
@@ -32,8 +31,8 @@ from fmn.merge.stream import DTYPES, NAMES, Read, TensorSpec, row_slices
 from fmn.models import checkpoints, labels
 from fmn.models.checkpoints import CONFIG, SMALL_FILES, read_config
 from fmn.models.devices import resolve_device
-from fmn.models.headers import INDEX, TensorHeader, file_headers, tensor_headers
 from fmn.store.artifacts import digest_file, remember_digest, visible
+from fmn.store.headers import INDEX, TensorHeader, file_headers, tensor_headers, write_json
 from fmn.store.stage import Progress, no_progress, write_record
 from fmn.tasks.kinds import KINDS
 from fmn.tasks.task import Task, write_task
@@ -236,7 +235,7 @@ def _write_split(
                 pieces = _pieces([part[spec.name] for spec in files[name]], read)
                 digests[target] = stream.write_file(target, files[name], pieces)
     if len(files) > 1:
-        _write_json(folder / INDEX, stream.index(files))
+        write_json(folder / INDEX, stream.index(files))
     return (dict(list(files.items())[:-1]) if rest else files), digests
 
 
@@ -496,7 +495,7 @@ def _write_encoder_settings(encoder: Path, expert: Path, files: Files, tokens: i
         config["architectures"] = [architecture.__name__]
     _write_settings(encoder, expert, config)
     if len(files) > 1:
-        _write_json(encoder / INDEX, stream.index(files))
+        write_json(encoder / INDEX, stream.index(files))
 
 
 def _write_task(
@@ -528,12 +527,12 @@ def _write_task_tensors(folder: Path, shared: Files, own: Mapping[str, Tensor]) 
         os.link(folder.parents[1] / "encoder" / source, folder / name)
     if not own:
         if len(shared) > 1:
-            _write_json(folder / INDEX, stream.index(shared))
+            write_json(folder / INDEX, stream.index(shared))
         return
     save_file(dict(own), folder / last, {"format": "pt"})
     specs = [TensorSpec(name, own[name].dtype, tuple(own[name].shape)) for name in sorted(own)]
     files = {**dict(zip(names, shared.values(), strict=True)), last: specs}
-    _write_json(folder / INDEX, stream.index(files))
+    write_json(folder / INDEX, stream.index(files))
 
 
 def _head_settings(expert: Path, task: Task) -> dict[str, Any]:
@@ -563,15 +562,11 @@ def _config(expert: Path, files: Files, tokens: int | None) -> dict[str, Any]:
 
 def _write_settings(folder: Path, expert: Path, config: Mapping[str, Any]) -> None:
     """Write a checkpoint's configuration, and the other files that are small."""
-    _write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config)
     for name in SMALL_FILES:
         if (expert / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(expert / name, folder / name)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _write_recipe(folder: Path, recipe: Recipe) -> Recipe:

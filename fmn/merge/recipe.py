@@ -96,7 +96,7 @@ class MergeSettings(Settings):
     def _are_numbers(cls, coefficient: list[str]) -> list[str]:
         for task, value in _by_task(coefficient).items():
             if not 0 <= value < math.inf:
-                raise ValueError(f"coefficient {task}={value}: not a finite number, zero or more")
+                raise ValueError(f"{task}={value}: not a finite number, zero or more")
         return coefficient
 
     @property
@@ -122,9 +122,16 @@ class MergeSettings(Settings):
 
 def _by_task(coefficient: list[str]) -> dict[str, float]:
     try:
-        return {name: float(x) for name, x in pairs(coefficient, "--coefficient").items()}
-    except (UserError, ValueError) as error:
-        raise ValueError(f"coefficient: {error}") from error
+        texts = pairs(coefficient, "coefficient")
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    numbers = {}
+    for task, text in texts.items():
+        try:
+            numbers[task] = float(text)
+        except ValueError as error:
+            raise ValueError(f"{task}={text!r}: not a number") from error
+    return numbers
 
 
 class RefitSettings(Settings):

@@ -18,13 +18,13 @@ from fmn.merge.recipe import (
     read_recipe,
     task_folder,
 )
-from fmn.models import checkpoints, labels, provenance
-from fmn.models.headers import tensor_headers
+from fmn.models import checkpoints, labels, loading, provenance
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts, stage
+from fmn.store.headers import tensor_headers
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
 from fmn.tasks import dataset
-from fmn.tasks.task import Task, load_task, read_task
+from fmn.tasks.task import Task, in_a_line, load_task, read_task
 
 if TYPE_CHECKING:
     from fmn.merge.auto import Choice
@@ -140,13 +140,10 @@ def merge(
     """
     fisher, gram, experts = dict(fisher or {}), dict(gram or {}), dict(sorted(experts.items()))
     needs, is_auto = needs_of(settings.method, bool(fisher), bool(gram)), settings.is_auto
-    reads: Reads = {f"expert {task}": folder for task, folder in experts.items()}
-    reads |= statistics_files(needs, experts, fisher, gram) | {"base": base}
-    reads, described = {**reads, "coefficients": coefficients}, settings.used()
+    reads = _named_experts(experts, experts) | statistics_files(needs, experts, fisher, gram)
+    reads |= {"base": base, "coefficients": coefficients}
     _check_room(experts, out)
-    if is_auto:
-        texts, of_texts = _texts_of_auto(experts, data, coefficients, settings)
-        reads, described = reads | texts, described | of_texts
+    texts, of_texts = _texts_of_auto(experts, data, coefficients, settings) if is_auto else ({}, {})
 
     def compute(job: Job) -> None:
         from fmn.merge.inputs import read_statistics
@@ -154,10 +151,7 @@ def merge(
 
         digests = {task: job.inputs[f"expert {task}"] for task in experts}
         statistics = read_statistics(needs, experts, digests, fisher, gram)
-        tasks = {t: _definition(t, experts[t], statistics.definitions) for t in experts}
-        notes = checkpoints.check_experts(experts, tasks, base)
-        notes += provenance.check_common_base(experts, base)
-        notes += _about_statistics(tasks, statistics.definitions)
+        tasks, notes = _checked_tasks(experts, base, statistics.definitions)
         chosen, search = _searched(coefficients, job, digests, settings)
         lineage: dict[str, Any] = {"search": search, "notes": notes}
         encoder = None
@@ -174,8 +168,19 @@ def merge(
 
     return run_stage(
         "merge", MERGE, out, compute,
-        reads=reads, settings=described, summary=read_recipe, is_folder=True,
+        reads=reads | texts, settings=settings.used() | of_texts, summary=read_recipe,
+        is_folder=True,
     )  # fmt: skip
+
+
+def _checked_tasks(
+    experts: Mapping[str, Path], base: Path | None, by_statistics: Mapping[str, Task | None]
+) -> tuple[dict[str, Task], list[str]]:
+    """The experts' tasks, and what is doubtful about them; UserError if they do not fit."""
+    tasks = {task: _definition(task, experts[task], by_statistics) for task in experts}
+    notes = provenance.check_experts(experts, tasks, base)
+    notes += provenance.check_common_base(experts, base)
+    return tasks, notes + _about_statistics(tasks, by_statistics)
 
 
 def _definition(name: str, expert: Path, by_statistics: Mapping[str, Task | None]) -> Task:
@@ -193,7 +198,7 @@ def _about_statistics(
         if other is None:
             continue
         own = tasks[name]
-        labels_of = [checkpoints.listed(sorted(each.labels)) for each in (other, own)]
+        labels_of = [in_a_line(sorted(each.labels)) for each in (other, own)]
         for what, value, expected in (
             ("kind", other.task, own.task),
             ("problem_type", other.problem_type, own.problem_type),
@@ -201,8 +206,8 @@ def _about_statistics(
         ):
             if value and expected and value != expected:
                 raise UserError(
-                    f"{name}: its statistics are of the {what} {value}, its expert is of {expected};"
-                    " compute them again"
+                    f"{name}: its statistics are of the {what} {value}, its expert is of"
+                    f" {expected}; compute them again"
                 )
         if other.max_length != own.max_length:
             lengths = f"{other.max_length} tokens, the expert's task has {own.max_length}"
@@ -342,12 +347,9 @@ def realign(
         UserError: an expert is missing, or is not the one that was merged; or the encoder has not
             so many layers.
     """
-    stage.check_output(out, [data])
     merged = read_recipe(model)
-    _check_experts(model, merged, experts)
-    definitions, rows, files = _texts(experts, merged.tasks, data)
+    definitions, rows, reads = _fit_inputs(model, merged, experts, data, out)
     headed = [task for task in merged.tasks if definitions[task].kind.has_head]
-    reads: Reads = {"model": model, **{f"expert {t}": experts[t] for t in merged.tasks}, **files}
 
     def compute(job: Job) -> None:
         from fmn.merge.heads import realigned_head, unlabeled
@@ -383,7 +385,7 @@ def realign(
 def _own_parts(encoder: Path, settings: RefitSettings) -> list[str]:
     """The tensors in an encoder's folder that each task has from its own expert."""
     from fmn.fisher import architectures
-    from fmn.models.headers import tensor_headers
+    from fmn.store.headers import tensor_headers
 
     config = checkpoints.load_config(encoder)
     shapes = {name: header.shape for name, header in tensor_headers(encoder).items()}
@@ -414,13 +416,10 @@ def calibrate(
     Raises:
         UserError: an expert is missing, or is not the one that was merged.
     """
-    stage.check_output(out, [data])
     merged = read_recipe(model)
     if merged.calibrate:
         raise UserError(f"{model}: it is calibrated already; give the model before that")
-    _check_experts(model, merged, experts)
-    definitions, rows, files = _texts(experts, merged.tasks, data)
-    reads: Reads = {"model": model, **{f"expert {t}": experts[t] for t in merged.tasks}, **files}
+    definitions, rows, reads = _fit_inputs(model, merged, experts, data, out)
 
     def compute(job: Job) -> None:
         from fmn.merge.calibrate import calibrated_encoder
@@ -434,7 +433,7 @@ def calibrate(
             for task in merged.tasks
         }
         tensors, errors = calibrated_encoder(
-            {task: checkpoints.load_model(experts[task]) for task in merged.tasks},
+            {task: loading.load_model(experts[task]) for task in merged.tasks},
             read_encoder(model), examples, settings=settings, device=settings.device,
             dtype=settings.dtype, progress=progress,
         )  # fmt: skip
@@ -452,6 +451,20 @@ def calibrate(
         "calibrate", CALIBRATE, out, compute,
         reads=reads, settings=described, summary=read_recipe, is_folder=True,
     )  # fmt: skip
+
+
+def _fit_inputs(
+    model: Path, merged: Recipe, experts: Mapping[str, Path], data: Path, out: Path
+) -> tuple[dict[str, Task], dict[str, tuple[int | None, int]], Reads]:
+    """What a merged model is fitted to: its tasks, the rows that experts were tuned on, inputs."""
+    stage.check_output(out, [data])
+    _check_experts(model, merged, experts)
+    definitions, rows, files = _texts(experts, merged.tasks, data)
+    return definitions, rows, {"model": model, **_named_experts(experts, merged.tasks), **files}
+
+
+def _named_experts(experts: Mapping[str, Path], tasks: Iterable[str]) -> Reads:
+    return {f"expert {task}": experts[task] for task in tasks}
 
 
 def _check_experts(model: Path, merged: Recipe, experts: Mapping[str, Path]) -> None:

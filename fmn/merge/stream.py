@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fmn.errors import UserError
-from fmn.models.headers import TensorHeader
+from fmn.store.headers import TensorHeader
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -37,7 +37,7 @@ def resolve_device(name: str) -> torch.device:
         if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count):
             return device
     raise UserError(
-        f"There is no device {name!r} ({count} CUDA devices here); use auto, cpu or cuda:N"
+        f"device: no device {name!r} here ({count} CUDA devices); use auto, cpu or cuda:N"
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.models.headers import json_value, read_json
+from fmn.store.headers import json_value, read_json
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"

@@ -22,7 +22,7 @@ class Evidence(NamedTuple):
     """What rows say of an order of the outputs: for each label, the output that stands for it.
 
     Scores are the share of rows that are right; for several labels at once the share of labels
-    that are found (R-precision); for regression the Pearson correlation.
+    that are found (R-precision); for regression the Pearson correlation, NaN if it is undefined.
 
     Attributes:
         best: the order with the highest score.
@@ -145,11 +145,11 @@ def _weigh_values(values: np.ndarray, truth: np.ndarray) -> Evidence:
     """By Pearson's correlation, and the probability of as much by chance."""
     from scipy.stats import pearsonr
 
-    r, p_value = 0.0, float("nan")
+    r, p_value = float("nan"), float("nan")
     if len(truth) > 2:
         with warnings.catch_warnings(action="ignore"):  # of constant values
             test = pearsonr(values.astype(float), truth.astype(float), alternative="greater")
-        r, p_value = float(np.nan_to_num(test.statistic)), float(test.pvalue)
+        r, p_value = float(test.statistic), float(test.pvalue)
     return Evidence(
         best=[0],
         scores=(r, -r),

@@ -14,20 +14,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.models.checkpoints import (
-    check_tensors,
-    last_linear,
-    load_config,
-    load_model,
-    load_weights,
-    names_in_base,
-    output_entries,
-    quiet,
-)
+from fmn.models.checkpoints import check_tensors, last_linear, load_config, names_in_base, quiet
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.models.labels import output_entries
+from fmn.models.loading import load_model, load_weights
 from fmn.models.predict import answered_only
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import IGNORED, Examples, pad_batch
+from fmn.tasks.batches import IGNORED, Batch, Examples, pad_batch
 from fmn.tasks.task import LossName, Task
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
@@ -139,18 +132,10 @@ def finetune(
         optimizer = torch.optim.AdamW(_groups(model), fused=True)
         for step in range(steps):
             rows = (batches := batches or _batches(lengths, batch_size, random)).pop()
-            for group in optimizer.param_groups:
-                group["lr"] = group["factor"] * learning_rate * _schedule(step, steps)
             rows = np.concatenate([rows, rows + len(lengths)]) if is_pairs else rows
             batch = pad_batch(examples, rows)
-            with autocast(target, compute_dtype), answered_only(model, batch.labels):
-                inputs = {name: value.to(target) for name, value in batch.inputs.items()}
-                logits = model(**inputs).logits
-            loss = _LOSSES[problem_type](logits.float(), batch.labels.to(target))
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = _loss(model, batch, problem_type, target, compute_dtype)
+            _update(model, optimizer, loss, learning_rate * _schedule(step, steps))
             losses.append(loss.item() * scale**2)
             if not math.isfinite(losses[-1]):
                 remedy = f"take a learning_rate below {learning_rate}"
@@ -160,6 +145,32 @@ def finetune(
             _rescale(head, shift, scale)
         model.eval()
     return losses
+
+
+def _loss(
+    model: PreTrainedModel,
+    batch: Batch,
+    problem_type: LossName,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The mean loss of a batch, computed in a dtype; itself float32."""
+    with autocast(device, dtype), answered_only(model, batch.labels):
+        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+        logits = model(**inputs).logits
+    return _LOSSES[problem_type](logits.float(), batch.labels.to(device))
+
+
+def _update(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float
+) -> None:
+    """One step of the optimizer, against the gradient of a loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["factor"] * learning_rate
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _schedule(step: int, steps: int) -> float:

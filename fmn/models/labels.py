@@ -16,17 +16,35 @@ import numpy as np
 from pydantic import Field
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
-from fmn.models.checkpoints import is_single_logit, listed
+from fmn.models import checkpoints, loading
+from fmn.models.checkpoints import (
+    CONFIG,
+    head_map,
+    is_single_logit,
+    last_linear,
+    load_config,
+    read_config,
+)
 from fmn.models.evidence import weigh
+from fmn.store.headers import read_file, tensor_headers, write_json
 from fmn.store.records import Record
 from fmn.tasks import dataset
 from fmn.tasks.batches import IGNORED
 from fmn.tasks.encoding import encode
-from fmn.tasks.task import DEFINITION, TASKS, Columns, ColumnSettings, Task, read_task, write_task
+from fmn.tasks.task import (
+    DEFINITION,
+    TASKS,
+    Columns,
+    ColumnSettings,
+    Task,
+    in_a_line,
+    read_task,
+    write_task,
+)
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 ROWS, SEED = 512, 0  # at most so many rows of the training data are read, drawn by this seed
@@ -58,14 +76,14 @@ class Labels(Record):
         rows: of training data that decided or checked it, or of tags words; 0 without data.
         score: what this order has of them: the share of rows that are right; for several labels
             at once the share of labels that are found (R-precision); for regression the Pearson
-            correlation.
+            correlation, None if it is undefined.
         notes: what the user should know of it.
     """
 
     order: list[int]
     origin: Literal["settings", "names", "training data", "identity"]
     rows: int = 0
-    score: float = 0
+    score: float | None = 0
     notes: list[str] = Field(default_factory=list)
 
 
@@ -179,6 +197,12 @@ def by_data(
     if task.regression:
         figures = f"its correlation with {rows} is {score:.2f}"
     notes = []
+    if np.isnan(score):
+        sides = {"its values": logits, "the labels": truth}
+        same = [name for name, side in sides.items() if len(np.unique(side)) == 1]
+        reason = f"{same[0]} are all the same" if same else "there are too few"
+        words = f"NOTHING IS KNOWN of how good the expert is: {reason} on {rows}"
+        return labels.model_copy(update={"rows": len(truth), "score": None, "notes": [words]})
     if evidence.contradicts and task.regression:
         raise UserError(
             f"{place}: its values fall where the labels rise: {figures}; give an expert of this"
@@ -186,7 +210,7 @@ def by_data(
         )
     if evidence.contradicts:
         turned = names_by_output(task, Labels(order=evidence.best, origin="training data"))
-        name = "turned round" if len(turned) == 2 else f"as {listed(turned)}"
+        name = "turned round" if len(turned) == 2 else f"as {in_a_line(turned)}"
         how = "listed" if labels.origin == "settings" else "named"
         contradiction = f"as {how} {score:.1%}, {name} {best:.1%} of {rows} are right"
         if labels.origin == "names":
@@ -240,13 +264,13 @@ def load_expert(
     """
     config = checkpoints.load_config(checkpoint)
     checkpoints.check_kind(checkpoint, config, task)
-    task, processor = complete(task, config), checkpoints.load_processor(checkpoint, task.task)
+    task, processor = complete(task, config), loading.load_processor(checkpoint, task.task)
     if not task.kind.has_head:
-        model = checkpoints.load_model(checkpoint, task.task, dtype)
+        model = loading.load_model(checkpoint, task.task, dtype)
         return Expert(model, processor, task, _without_head(task, checkpoint))
     labels = decide(checkpoint, task, data, device=device)
-    model = checkpoints.load_model(checkpoint, task.task, dtype)
-    checkpoints.align_model(model, task, labels.order)
+    model = loading.load_model(checkpoint, task.task, dtype)
+    align_model(model, task, labels.order)
     return Expert(model, processor, task, labels)
 
 
@@ -266,7 +290,7 @@ def align(folder: Path, task: Task, data: Path | None, names: Sequence[str] = ()
         write_task(folder, task)
         return _without_head(task, folder)
     labels = decide(folder, task, data, names=names)
-    checkpoints.align_folder(folder, task, labels.order)
+    align_folder(folder, task, labels.order)
     write_task(folder, task)
     return labels
 
@@ -306,14 +330,14 @@ def decide(
     labels = by_names(task, names or own)
     if labels is None and names:
         raise UserError(
-            f"{task.name}: labels {listed(names)}: they must be the task's, each once, in the order"
-            f" of the outputs: {listed(task.labels)}; correct the list"
+            f"{task.name}: labels {in_a_line(names)}: they must be the task's, each once, in the"
+            f" order of the outputs: {in_a_line(task.labels)}; correct the list"
         )
     if labels is None and _mean_something(task, own):
         raise UserError(
-            f"{place}: its outputs are named {listed(own)}, but the task's labels are"
-            f" {listed(task.labels)}; give an expert of this task, or say what each output stands"
-            f" for, in their order: {_remedy(task, task.labels)}"
+            f"{place}: its outputs are named {in_a_line(own)}, but the task's labels are"
+            f" {in_a_line(task.labels)}; give an expert of this task, or say what each output"
+            f" stands for, in their order: {_remedy(task, task.labels)}"
         )
     if labels and names:
         labels = labels.model_copy(update={"origin": "settings"})
@@ -339,8 +363,8 @@ def _answers(
 
     table = dataset.read_split(data, task, "train")
     table = table.take(batches.select(np.zeros(table.num_rows), ROWS, SEED))
-    examples = encode(checkpoints.load_processor(checkpoint, task.task), task, table)
-    model = checkpoints.load_model(checkpoint, task.task)
+    examples = encode(loading.load_processor(checkpoint, task.task), task, table)
+    model = loading.load_model(checkpoint, task.task)
     logits = predict(model, examples, device=device, dtype="float32")
     if examples.has_token_labels:  # [N, T, C] -> [words, C]
         is_labelled = examples.labels != IGNORED
@@ -381,7 +405,7 @@ def _how(task: Task, labels: Labels) -> list[str]:
         "identity": f"NOT NAMED in config.json, and {no_data} to find them; taken as they stand",
         "training data": f"not named; {share}",
     }[labels.origin]
-    return [f"the outputs are {listed(names_by_output(task, labels))}: {reason}"]
+    return [f"the outputs are {in_a_line(names_by_output(task, labels))}: {reason}"]
 
 
 def complete(task: Task, config: "PretrainedConfig", names: Sequence[str] = ()) -> Task:
@@ -414,3 +438,69 @@ def expert_task(checkpoint: Path, name: str) -> Task:
     kind = checkpoints.kind_of(config)
     columns = Columns(**ColumnSettings().of_kind(kind), label=None)
     return complete(Task(name=name, task=kind, problem_type=None, columns=columns), config)
+
+
+# ---------------------------------------------------------------------------------------------
+# The outputs of a head in the order of its task's labels
+
+
+def output_entries(task: Task) -> dict[str, Any]:
+    """What the configuration of an expert says of its outputs, in the task's order."""
+    names = dict(enumerate(task.labels or ("score",)))
+    label2id = {name: label for label, name in names.items()}
+    is_stated = task.task == "text-classification"  # of other kinds there is no other problem
+    problem_type = task.problem_type if is_stated else None
+    return {"id2label": names, "label2id": label2id, "problem_type": problem_type}
+
+
+def _reordered(rows: "Tensor", order: Sequence[int]) -> "Tensor":
+    """Rows of a head's last linear map in another order; of one row z, the rows 0 and z."""
+    import torch
+
+    if len(rows) < len(order):
+        rows = torch.cat([torch.zeros_like(rows), rows])
+    return rows[list(order)].contiguous()
+
+
+def align_model(model: "PreTrainedModel", task: Task, order: Sequence[int]) -> None:
+    """Put the outputs of a model into the task's order; `order` has the output of each label.
+
+    One logit z becomes the two outputs 0 and z, which `order` counts.
+    """
+    from torch import nn
+
+    if list(order) != list(range(model.config.num_labels)):
+        path = last_linear(model)
+        old = model.get_submodule(path)
+        tensors = {
+            name: _reordered(value.detach(), order) for name, value in old.named_parameters()
+        }
+        like = {"device": tensors["weight"].device, "dtype": tensors["weight"].dtype}
+        new = nn.Linear(tensors["weight"].shape[1], len(order), bias="bias" in tensors, **like)
+        new.load_state_dict(tensors)
+        model.set_submodule(path, new.requires_grad_(old.weight.requires_grad).eval())
+    for name, value in output_entries(task).items():
+        setattr(model.config, name, value)
+    model.num_labels = len(order)
+
+
+def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
+    """The same for a checkpoint's files: config.json, and the files that hold the last map.
+
+    Other files are left alone; a file that is rewritten is replaced, and not what it is linked to.
+    """
+    from safetensors.torch import load_file, save_file
+
+    config, raw = load_config(folder), read_config(folder)
+    if list(order) != list(range(config.num_labels)):
+        path = head_map(config)
+        headers = tensor_headers(folder)
+        names = [name for name in (f"{path}.weight", f"{path}.bias") if name in headers]
+        for file in {headers[name].file for name in names}:
+            tensors, metadata = load_file(file), read_file(file)[1]
+            for name in tensors.keys() & names:
+                tensors[name] = _reordered(tensors[name], order)
+            file.unlink()
+            save_file(tensors, file, metadata=metadata)
+    raw = {name: value for name, value in raw.items() if not name.endswith("num_labels")}
+    write_json(folder / CONFIG, raw | output_entries(task))

@@ -5,29 +5,37 @@ Its folder's sidecar says so; the weights tell whether that can be true.
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
-from fmn.models.headers import tensor_headers
+from fmn.models import checkpoints, loading
 from fmn.models.labels import Labels
 from fmn.store import artifacts
+from fmn.store.headers import tensor_headers
 from fmn.store.records import Record, parse_record
 from fmn.store.stage import read_sidecar, sidecar_path
 from fmn.tasks.kinds import KindName
+from fmn.tasks.task import Task, in_a_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLE = 1 << 14  # values of each matrix that are compared
-# Distances, as `distance` measures them: fine-tuning moves weights by a few hundredths of their
-# size, and unrelated models are 1.41 apart.
-UNRELATED, DOUBTFUL = 1.3, 0.7
+# Fine-tuning leaves the weights' correlation with the base above 0.95, mostly; that of unrelated
+# models is 0, to chance (four standard errors of values that are drawn apart).
+UNRELATED, DOUBTFUL = 0.05, 0.75
+
+
+# What must be equal among merged models: sizes, as every configuration answers to them.
+_TRAITS = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size"),
+    *("max_position_embeddings", "type_vocab_size", "hidden_act"),
+)
 
 
 class Lineage(Record):
@@ -142,23 +150,43 @@ def sample(folder: Path, kind: KindName | None = None) -> Sample:
     return values
 
 
-def distance(first: Sample, second: Sample) -> float | None:
-    """How far two encoders are apart: the median over the linear maps of `|a - b| / size`.
+class Likeness(NamedTuple):
+    """How alike two encoders are: the correlation of so many of their weights."""
 
-    Size is the root of the mean of `|a|**2` and `|b|**2`, so that equal maps are 0 apart, and
-    unrelated ones the root of 2. None if they have no maps in common that are not zero.
+    correlation: float
+    weights: int
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether they may come from different bases."""
+        return self.correlation < DOUBTFUL
+
+    @property
+    def is_unrelated(self) -> bool:
+        """Whether they surely do."""
+        return self.correlation < max(UNRELATED, 4 / sqrt(self.weights))
+
+    def __str__(self) -> str:
+        usual = "of one base it is mostly above 0.95, of unrelated models about 0"
+        return f"the correlation of their weights is {self.correlation:.2f} ({usual})"
+
+
+def likeness(first: Sample, second: Sample) -> Likeness | None:
+    """The mean over the linear maps, by size, of the cosine between the two encoders' values.
+
+    None if they have no maps in common that are not zero.
     """
-    distances = []
+    total, count = 0.0, 0
     for name in first.keys() & second.keys():
         left, right = first[name], second[name]
-        size = float(((left**2).sum() + (right**2).sum()) / 2)
-        if left.shape == right.shape and size > 0:
-            distances.append((float(((left - right) ** 2).sum()) / size) ** 0.5)
-    return median(distances) if distances else None
+        if left.shape == right.shape and (size := float(left.norm() * right.norm())) > 0:
+            total += left.numel() * float((left * right).sum()) / size
+            count += left.numel()
+    return Likeness(total / count, count) if count else None
 
 
 def check_base(expert: Path, base: Path, kind: KindName | None = None) -> list[str]:
-    """Whether an expert was fine-tuned from this base, by the distance of their weights.
+    """Whether an expert was fine-tuned from this base, by their weights.
 
     Returns:
         what the user should know.
@@ -167,8 +195,8 @@ def check_base(expert: Path, base: Path, kind: KindName | None = None) -> list[s
         UserError: it was fine-tuned from another.
     """
     # The base of models with heads is read as it is: taggers have no pooler, and others do.
-    apart = distance(sample(expert, kind), sample(base, _of_base(expert, kind)))
-    return list(_judged(apart, f"{expert}", f"the base {base}"))
+    alike = likeness(sample(expert, kind), sample(base, _of_base(expert, kind)))
+    return list(_judged(alike, f"{expert}", f"the base {base}"))
 
 
 def check_common_base(experts: Mapping[str, Path], base: Path | None = None) -> list[str]:
@@ -179,15 +207,19 @@ def check_common_base(experts: Mapping[str, Path], base: Path | None = None) -> 
     if base is not None:
         own = sample(base, _of_base(next(iter(experts.values())), None))
         for name, place in places.items():
-            notes += _judged(distance(samples[name], own), place, f"the base {base}")
+            notes += _judged(likeness(samples[name], own), place, f"the base {base}")
     for first, second in combinations(experts, 2):
-        apart = distance(samples[first], samples[second])
-        if base is None and (figures := _figures(apart)):
-            words = "perhaps they were not fine-tuned from one base"
-            notes.append(f"{places[first]} and {places[second]}: {words}: {figures}")
-        if apart == 0 and _is_same_encoder(experts[first], experts[second]):
+        pair = f"{places[first]} and {places[second]}"
+        alike = likeness(samples[first], samples[second])
+        if base is None and alike and alike.is_doubtful:
+            notes.append(f"{pair}: perhaps they were not fine-tuned from one base: {alike}")
+        if (
+            alike
+            and alike.correlation > 0.999
+            and _is_same_encoder(experts[first], experts[second])
+        ):
             words = "have the same encoder, weight for weight: one may be there by mistake"
-            notes.append(f"{places[first]} and {places[second]} {words}")
+            notes.append(f"{pair} {words}")
     return notes
 
 
@@ -199,23 +231,15 @@ def _of_base(expert: Path, kind: KindName | None) -> KindName | None:
     return None if KINDS[kind].has_head else kind
 
 
-def _figures(apart: float | None) -> str:
-    """A distance that is doubtful, in words; else nothing."""
-    usual = "of one base they are mostly less than 0.3, of unrelated models about 1.41"
-    is_doubtful = apart is not None and apart >= DOUBTFUL
-    return f"their weights are {apart:.2f} of their size apart ({usual})" if is_doubtful else ""
-
-
-def _judged(apart: float | None, expert: str, base: str) -> Iterator[str]:
-    """What a distance says of whether an expert was fine-tuned from a base."""
-    if not (figures := _figures(apart)):
-        return
-    if apart is not None and apart >= UNRELATED:
+def _judged(alike: Likeness | None, expert: str, base: str) -> Iterator[str]:
+    """What the likeness of an expert and a base says of whether it was fine-tuned from it."""
+    if alike and alike.is_unrelated:
         raise UserError(
-            f"{expert}: was not fine-tuned from {base}: {figures}; give the model that it was"
+            f"{expert}: was not fine-tuned from {base}: {alike}; give the model that it was"
             " fine-tuned from, or an expert of this base"
         )
-    yield f"{expert}: perhaps it was not fine-tuned from {base}: {figures}"
+    if alike and alike.is_doubtful:
+        yield f"{expert}: perhaps it was not fine-tuned from {base}: {alike}"
 
 
 def _is_same_encoder(first: Path, second: Path) -> bool:
@@ -231,3 +255,95 @@ def _is_same_encoder(first: Path, second: Path) -> bool:
         for name in left.keys() & right.keys()
         if not name.startswith("pooler.")
     )
+
+
+def check_experts(
+    experts: Mapping[str, Path], tasks: Mapping[str, Task], base: Path | None = None
+) -> list[str]:
+    """Refuse experts that cannot be merged, from headers and small files alone.
+
+    All must have the architecture, sizes and encoder tensors of the base (or of the first expert)
+    and mean the same by the same token, and each needs a head that fits its task. Raises
+    `UserError` that names the task, the folder and what differs.
+
+    Returns:
+        what the user should know of them.
+    """
+    if not experts:
+        raise UserError("no experts were given; name at least one, TASK=DIR")
+    folders = {"the base": base} if base is not None else {}
+    folders |= experts
+    expected: dict[str, Any] = {}
+    kinds = {name: task.task for name, task in tasks.items()}
+    for name, folder in folders.items():
+        try:
+            kind = kinds.get(name) or next(iter(kinds.values()), None)  # the base has the experts'
+            traits = _traits(folder, tasks.get(name), kind)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        expected = expected or traits
+        for trait in traits | expected if traits != expected else ():
+            value, other = traits.get(trait, "absent"), expected.get(trait, "absent")
+            if value != other:
+                raise UserError(
+                    f"{name}: {folder} and {next(iter(folders.values()))} were not fine-tuned from"
+                    f" one base: {trait} is {value}, not {other}; choose experts of the same base"
+                )
+    embedding = {name: experts[name] for name, task in tasks.items() if task.loss == "embedding"}
+    if embedding:
+        from fmn.models.embedding import check_agreement
+
+        check_agreement(embedding)
+    return check_vocabularies(folders)
+
+
+def check_vocabularies(folders: Mapping[str, Path]) -> list[str]:
+    """Refuse checkpoints that do not mean the same by one token; notes tokens that some lack.
+
+    Raises:
+        UserError: names the tokens, or those that no tokenizer has together.
+    """
+    ids: dict[str, int] = {}
+    owners: dict[int, tuple[str, str]] = {}  # a token and what has it, by id
+    vocabularies: dict[str, Mapping[str, int]] = {}
+    for name, folder in folders.items():
+        try:
+            tokens = vocabularies[name] = loading.vocabulary(folder)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        for token, number in sorted(tokens.items()):
+            other, owner = owners.setdefault(number, (token, name))
+            if ids.setdefault(token, number) != number:
+                problem = f"the id of token {token!r:.40} is {number}, not {ids[token]}"
+            elif token != other:
+                problem = (
+                    f"the token {token!r:.40} has id {number}, that of {other!r:.40} ({owner})"
+                )
+            else:
+                continue
+            remedy = "choose experts that mean the same by each token"
+            raise UserError(f"{name}: {folder}: {problem}; {remedy}")
+    lacking = {name: sorted(ids.keys() - tokens.keys()) for name, tokens in vocabularies.items()}
+    lacking = {name: tokens for name, tokens in lacking.items() if tokens and ids}
+    if not lacking:
+        return []
+    words = "; ".join(f"{name} lacks {in_a_line(tokens)}" for name, tokens in lacking.items())
+    if len(lacking) == len(folders):
+        raise UserError(f"no tokenizer has all tokens: {words}; add them to one expert")
+    return [f"vocabularies differ: {words}; embeddings of such tokens come from those with them"]
+
+
+def _traits(folder: Path, task: Task | None, kind: KindName | None) -> dict[str, Any]:
+    """What must be equal among checkpoints that are merged, by what messages call it."""
+    config = checkpoints.load_config(folder)
+    if task is not None:
+        checkpoints.check_kind(folder, config, task)
+    kind = kind or checkpoints.kind_of(config)
+    checkpoints.check_tensors(folder, config, head=task is not None, kind=kind)
+    if task is not None and not checkpoints.is_single_logit(config, task):
+        checkpoints.check_head(folder, config, task)
+    sizes = {name: getattr(config, name, None) for name in _TRAITS}
+    # Vocabularies may differ (`check_vocabularies`).
+    tensors = checkpoints.shapes_but_vocabulary(config, kind)
+    shapes = {name: shape for name, shape in tensors.items() if not name.startswith("pooler.")}
+    return sizes | shapes

@@ -5,13 +5,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fmn.errors import UserError
-from fmn.models import checkpoints, labels
+from fmn.models import checkpoints, labels, loading
 from fmn.models.provenance import TrainingInfo, lineage
 from fmn.store import stage
-from fmn.store.records import Record, Settings
+from fmn.store.records import Record, Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.encoding import encode
@@ -20,6 +20,7 @@ from fmn.tasks.task import Task, load_task, write_task
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
 FINETUNE = 3
 
@@ -37,6 +38,8 @@ class FinetuneSettings(Settings):
     seed: int = Field(0, ge=0, description="seed of the head, the order and the dropout")
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field("auto", description="of matrix products; auto: bfloat16 where faster")
+
+    _at_least_one = field_validator("examples")(at_least_one)
 
 
 class Prediction(Record):
@@ -120,16 +123,13 @@ def finetune(
         import torch
 
         from fmn.models import finetune
-        from fmn.tasks import batches
 
-        processor = checkpoints.load_processor(base, definition.task)
+        processor = loading.load_processor(base, definition.task)
         if definition.task == "token-classification":
-            processor = checkpoints.for_words(base, processor)
-        table = dataset.read_split(data, definition, "train")
-        limit = None if settings.examples == "all" else settings.examples
-        rows = batches.select(np.zeros(table.num_rows), limit, settings.seed)
+            processor = loading.for_words(base, processor)
+        rows = _training_rows(data, definition, settings)
         is_pairs = definition.loss == "embedding"
-        examples = encode(processor, definition, table.take(rows), scored=is_pairs)
+        examples = encode(processor, definition, rows, scored=is_pairs)
         model = finetune.new_expert(base, definition, settings.seed)
         options = settings.model_dump(exclude={"examples"}) | {"progress": progress}
         losses = finetune.finetune(model, examples, problem_type=definition.loss, **options)
@@ -138,7 +138,7 @@ def finetune(
             model.cpu().save_pretrained(job.path, save_original_format=False)
             processor.save_pretrained(job.path)
         write_task(job.path, definition)
-        facts: dict[str, Any] = {"examples": len(rows), "seed": settings.seed}
+        facts: dict[str, Any] = {"examples": rows.num_rows, "seed": settings.seed}
         facts |= {"steps": len(losses), "threads": torch.get_num_threads()}
         facts |= {"data_digest": job.inputs["train"]}
         loss = float(np.mean(losses[-max(1, len(losses) // 10) :]))
@@ -151,6 +151,17 @@ def finetune(
         "finetune", FINETUNE, out, compute,
         reads=reads, settings=keys, summary=summary, is_folder=True,
     )  # fmt: skip
+
+
+def _training_rows(data: Path, task: Task, settings: FinetuneSettings) -> "pa.Table":
+    """The training rows, or as many of them as the settings say, drawn by their seed."""
+    import numpy as np
+
+    from fmn.tasks.batches import select
+
+    rows = dataset.read_split(data, task, "train")
+    limit = None if settings.examples == "all" else settings.examples
+    return rows.take(select(np.zeros(rows.num_rows), limit, settings.seed))
 
 
 def predict(
@@ -226,7 +237,7 @@ def _check_inputs(
     return texts
 
 
-def _logits(expert: labels.Expert, columns: Sequence[Any], scored: bool = False) -> "np.ndarray":
+def _logits(expert: labels.Expert, columns: Sequence[Any]) -> "np.ndarray":
     """The outputs for one example that has these values in the columns of its task."""
     import pyarrow as pa
 
@@ -235,7 +246,7 @@ def _logits(expert: labels.Expert, columns: Sequence[Any], scored: bool = False)
     table = pa.table(
         {name: [value] for name, value in zip(expert.task.text_columns, columns, strict=True)}
     )
-    examples = encode(expert.processor, expert.task, table, scored=scored)
+    examples = encode(expert.processor, expert.task, table)
     return predict(expert.model, examples, device="cpu", dtype="float32")
 
 

@@ -35,7 +35,8 @@ def decide(new: Standing, champion: Standing | None, tolerance: float) -> Decisi
 
     It becomes the champion if in the mean over tasks it is at least as good, and on no task worse
     by more than `tolerance`, a share of one, on the same tasks and data. Of an error, where less is
-    better, the share is that of the champion's error. Undefined scores do not count.
+    better, the share is that of the champion's error. What the champion has no score on does not
+    count; a version without a score where the champion has one does not become it.
     """
     if champion is None:
         return Decision(CHAMPION, "the first version")
@@ -54,6 +55,10 @@ def decide(new: Standing, champion: Standing | None, tolerance: float) -> Decisi
     }
     if not pairs:
         return Decision(CHALLENGER, f"{NOT_COMPARABLE}: no task has a score in it and in {name}")
+    lost = [task for task in champion.tasks if champion.tasks[task] is not None]
+    if lost := [task for task in lost if new.tasks[task] is None]:
+        words = f"its score on {', '.join(sorted(lost))} is undefined, {name} has one"
+        return Decision(CHALLENGER, words)
     losses = {task: _loss(*pair, task in new.errors) for task, pair in pairs.items()}
     reasons = []
     if shares := [pair for task, pair in pairs.items() if task not in new.errors]:

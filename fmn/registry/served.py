@@ -697,6 +697,14 @@ class Example(NamedTuple):
     content: tuple[Any, ...]
 
 
+def _with_none(answers: pd.DataFrame) -> pd.DataFrame:
+    """The same table with None where a value is missing, which becomes null in JSON."""
+    for column in answers.columns[answers.isna().any()]:
+        filled = answers[column].astype(object)
+        answers[column] = filled.where(filled.notna(), None)
+    return answers
+
+
 class MergedModel(PythonModel):
     """Answers rows for one task, for a task of each row's own, or for all tasks that fit."""
 
@@ -759,12 +767,7 @@ class MergedModel(PythonModel):
         named = for_all or "task" in table
         columns = ["row"] * for_all + ["task"] * named + self._columns(default, pairs)
         index = table.index.take(np.array([number for number, _ in pairs], dtype=int))
-        answers = pd.DataFrame(lines, columns=columns, index=index)
-        for column in columns:
-            if answers[column].isna().any():
-                filled = answers[column].astype(object)
-                answers[column] = filled.where(filled.notna(), None)
-        return answers
+        return _with_none(pd.DataFrame(lines, columns=columns, index=index))
 
     def _columns(self, default: str, pairs: Sequence[tuple[int, str]]) -> list[str]:
         """The columns of the kinds of tasks that are asked."""

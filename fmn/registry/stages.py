@@ -23,9 +23,16 @@ from fmn.registry import lineage
 from fmn.registry.check import alone, check_served
 from fmn.registry.lineage import Lineage
 from fmn.registry.promotion import Decision, Standing
-from fmn.registry.version import grouped_metrics, page, read_baselines, spaced, version_tags
-from fmn.report.results import points, shown
+from fmn.registry.version import (
+    Baselines,
+    grouped_metrics,
+    page,
+    read_baselines,
+    spaced,
+    version_tags,
+)
 from fmn.report.stages import ReportInfo
+from fmn.report.wording import points, shown
 from fmn.store import artifacts, stage
 from fmn.store.records import Record, Settings, parse_record
 from fmn.store.stage import NotCurrentError, Outcome, only_current
@@ -46,7 +53,7 @@ class RegistrySettings(Settings):
     name: str = Field(
         ..., pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="name of the registered model"
     )
-    experiment: str = Field("fmn", description="MLflow experiment of the run")
+    experiment: str = Field("fmn", min_length=1, description="MLflow experiment of the run")
     tolerance: float = Field(
         0.01,
         ge=0,
@@ -94,8 +101,7 @@ def register(
         out: file that records name, version and run
 
     Raises:
-        UserError: the metrics are not the model's, it would be served with other answers, or the
-            store refuses.
+        UserError: the metrics are not the model's, it would answer otherwise, or the store refuses.
     """
     from fmn.registry import tracking
 
@@ -103,12 +109,9 @@ def register(
     if out:
         reads = [model, metrics, data, report, card, params]
         stage.check_output(out, reads, is_folder=False, stage="register")
-    recipe, scores = _read(model, metrics)
-    definitions = _definitions(recipe, scores)
-    card_text = (card or model / CARD).read_text()
-    inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
-    names = {"name": settings.name, "experiment": settings.experiment}
-    key = artifacts.content_key("register", REGISTER, names, inputs)
+    recipe, scores, definitions = _read(model, metrics)
+    card_text = _card_text(model, card, report)
+    inputs, key = _key(model, metrics, settings)
     baselines = read_baselines(report, scores)
     with tracking.connection() as client:
         version = tracking.find_version(client, settings.experiment, key, settings.name)
@@ -118,22 +121,34 @@ def register(
             with tracking.new_run(client, settings.experiment, key, settings.name):
                 _log_files(card_text, report)
                 _log_lineage(model, recipe, scores, params)
-                numbers = grouped_metrics(scores, baselines)
-                served = _log_model(model, metrics, scores, definitions, data, numbers)
+                served = _log_model(model, metrics, scores, definitions, data, baselines)
                 tags = version_tags(scores, recipe, definitions, baselines)
                 version = _create_version(served, settings.name, tags)
         is_new = tracking.DECISION not in version.tags
         uri = f"models:/{version.name}/{version.version}"
-        decision, before = tracking.promote(
-            client, version, settings.tolerance,
-            partial(page, uri, model, recipe, scores, definitions, baselines),
-        )  # fmt: skip
+        describe = partial(page, uri, model, recipe, scores, definitions, baselines)
+        decision, before = tracking.promote(client, version, settings.tolerance, describe)
         registered = _registered(version, decision)
         if is_new and report:
             _log_page(registered.run, report, registered, scores, before)
     if out:
         _write_registered(out, registered, inputs)
     return Outcome("register", out or model, is_new, time.monotonic() - started, registered)
+
+
+def _key(model: Path, metrics: Path, settings: RegistrySettings) -> tuple[dict[str, str], str]:
+    """The digests of a model and its metrics, and the content key of their version."""
+    inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
+    names = {"name": settings.name, "experiment": settings.experiment}
+    return inputs, artifacts.content_key("register", REGISTER, names, inputs)
+
+
+def _card_text(model: Path, card: Path | None, report: Path | None) -> str:
+    """The model card. UserError if it or the report is not there."""
+    for path in (report and report / "report.html", card):
+        if path and not path.is_file():
+            raise UserError(f"{path}: no such file; make it with `fmn report`")
+    return (card or model / CARD).read_text()
 
 
 def _write_registered(out: Path, registered: Registered, inputs: Mapping[str, str]) -> None:
@@ -165,7 +180,7 @@ def _log_model(
     scores: Metrics,
     definitions: Mapping[str, Task],
     data: Path | None,
-    numbers: Mapping[str, float],
+    baselines: Baselines,
 ) -> str:
     """Log the model to serve and its scores with the current run; returns its address.
 
@@ -179,7 +194,7 @@ def _log_model(
     with alone(tracking.tracking_uri()) as load:
         logged = tracking.log_served_model(model, definitions)
         check_served(load(logged.model_uri), model, metrics, scores, definitions, data)
-    mlflow.log_metrics(dict(numbers), model_id=logged.model_id)
+    mlflow.log_metrics(grouped_metrics(scores, baselines), model_id=logged.model_id)
     mlflow.set_tags(_standing_tags(scores, definitions))
     return str(logged.model_uri)
 
@@ -192,22 +207,20 @@ def _registered(version: "ModelVersion", decision: Decision) -> Registered:
     return Registered(name=version.name, version=number, run=run, store=store, **decision._asdict())
 
 
-def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics]:
-    """A merged model's recipe, and its metrics, which must be of all its tasks with labels."""
+def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics, dict[str, Task]]:
+    """A merged model's recipe, its metrics, which must be of all tasks with labels, and its tasks.
+
+    The tasks are as they were scored, or as they were merged.
+    """
     recipe, scores = read_recipe(model), read_metrics(metrics)
-    definitions = _definitions(recipe, scores)
+    known = recipe.definitions | scores.definitions
+    definitions = {name: known[name] for name in recipe.tasks if name in known}
     has_all_tasks = set(definitions) == {*recipe.tasks} == {*scores.tasks, *scores.unlabeled}
     is_complete = has_all_tasks and scores.tasks.keys() == scores.data.keys()
     if scores.model != artifacts.digest_folder(model) or not is_complete:
         remedy = f"make them with `fmn evaluate {model}`"
         raise UserError(f"{metrics}: not the metrics of all tasks of {model}; {remedy}")
-    return recipe, scores
-
-
-def _definitions(recipe: Recipe, scores: Metrics) -> dict[str, Task]:
-    """What the model's tasks are: as they were scored, or as they were merged."""
-    definitions = recipe.definitions | scores.definitions
-    return {name: definitions[name] for name in recipe.tasks if name in definitions}
+    return recipe, scores, definitions
 
 
 def _log_lineage(model: Path, recipe: Recipe, scores: Metrics, params: Path | None) -> None:
@@ -394,7 +407,7 @@ def settings_again(version: Version, out: Path) -> Path:
 def compare_digests(version: Version, model: Path, metrics: Path) -> list[tuple[str, str, str]]:
     """A model that was made again beside the version: (what, digest recorded, digest now)."""
     recorded = {part.name: part.digest for part in version.lineage.parts}
-    now = {part.name: part.digest for part in lineage.describe(model, *_read(model, metrics))}
+    now = {part.name: part.digest for part in lineage.describe(model, *_read(model, metrics)[:2])}
     return [(name, recorded.get(name, ""), now.get(name, "")) for name in recorded | now]
 
 

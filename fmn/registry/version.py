@@ -14,19 +14,9 @@ from fmn.merge.recipe import Recipe
 from fmn.models.labels import output_names
 from fmn.registry.promotion import Decision, Standing
 from fmn.report.page import settings
-from fmn.report.results import (
-    AVERAGE,
-    EXPERT,
-    MACRO,
-    escaped,
-    listed,
-    markdown,
-    points,
-    short_list,
-    shown,
-    span,
-)
+from fmn.report.results import AVERAGE, EXPERT, MACRO
 from fmn.report.stages import ReportInfo
+from fmn.report.wording import escaped, listed, markdown, points, short_list, shown, span
 from fmn.store import stage
 from fmn.tasks.task import Task
 

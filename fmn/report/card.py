@@ -10,15 +10,8 @@ from fmn.evaluate.files import Metrics, TaskRows
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe, library, loading
 from fmn.report.page import render
-from fmn.report.results import (
-    DATA_SETS,
-    evaluate_notes,
-    evaluate_table,
-    is_in_percent,
-    markdown,
-    measured,
-    task_table,
-)
+from fmn.report.results import evaluate_notes, evaluate_table, is_in_percent, measured
+from fmn.report.wording import DATA_SETS, markdown, task_table
 from fmn.tasks.kinds import KINDS, KindName
 from fmn.tasks.task import Task
 

@@ -15,8 +15,9 @@ from fmn.evaluate import bootstrap
 from fmn.evaluate.bootstrap import Difference
 from fmn.evaluate.metrics import TaskAnswers, averaged, higher_is_better, listed_answers
 from fmn.experiments.files import Cell
-from fmn.report import results
+from fmn.report import results, wording
 from fmn.report.results import AVERAGE, BOUNDS, EXPERT, MACRO, Estimate, mean
+from fmn.report.wording import shown
 from fmn.store.records import Record
 from fmn.tasks.task import Task
 
@@ -104,7 +105,10 @@ def answers(cell: Cell, of_expert: bool = False) -> dict[str, TaskAnswers]:
 
 
 def _shares(cells: Cells) -> dict[str, dict[str, Estimate]]:
-    """By set and method: the mean share over the tasks that have one."""
+    """By set and method: the mean share over the tasks that have one.
+
+    Where an expert has a score and the merged model none, the mean is undefined.
+    """
     of_experts: dict[str, np.ndarray] = {}  # an expert answers the same in every cell
 
     def share(cell: Cell) -> Estimate:
@@ -114,6 +118,8 @@ def _shares(cells: Cells) -> dict[str, dict[str, Estimate]]:
         parts = []
         for name, draws in bootstrap.draws(answers(cell)).items():
             entry = cell.tasks[name]
+            if entry.score is None and entry.expert is not None:
+                return Estimate(None)
             if entry.relative is not None:
                 shares = bootstrap.relative(entry.definition, draws, of_experts[name])
                 parts.append(Estimate(entry.relative, shares))
@@ -162,14 +168,17 @@ def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
 # ---- as text and as numbers ----
 
 
-def text_table(comparison: Comparison) -> results.TextTable:
+def text_table(comparison: Comparison) -> wording.TextTable:
     """Header and rows: each method's means in percent, and the seconds that a merge takes."""
     kinds = list(comparison.means[comparison.best])
     body = []
     for method, row in comparison.means.items():
         numbers = [row[kind].text for kind in kinds]
         body.append([method, *numbers, row[MACRO].span, f"{comparison.seconds[method]:.1f}"])
-    body.append([EXPERT, *["100.0"] * len(kinds), "", ""])
+    rows = comparison.means.values()
+    has_share = {kind: any(row[kind].value is not None for row in rows) for kind in kinds}
+    whole = [shown(1.0 if has_share[kind] else None) for kind in kinds]
+    body.append([EXPERT, *whole, "", ""])
     return ["method", *kinds, "95 % interval", "seconds"], body
 
 

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from fmn.fisher.architectures import NodeValues, Site
-from fmn.report import results
+from fmn.report import wording
 from fmn.report.comparison import Comparison
-from fmn.report.results import AVERAGE, EXPERT, MACRO, Estimate, Report, seconds, shown
+from fmn.report.results import AVERAGE, EXPERT, MACRO, Estimate, Report
+from fmn.report.wording import seconds, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,7 +192,7 @@ def _numbers(axis: "Axes", grid: np.ndarray, form: str, is_dark: np.ndarray) -> 
     """Write a map's numbers [rows, columns] into it, in percent."""
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            text = form.format(100 * value).replace("-", results.MINUS)
+            text = form.format(100 * value).replace("-", wording.MINUS)
             colour = WHITE if is_dark[row, column] else "black"
             place = (column + 0.5, row + 0.52)
             axis.text(*place, text, ha="center", va="center", fontsize=7.5, color=colour)
@@ -235,7 +236,7 @@ def scores(report: Report) -> Drawn:
     lines = [Line2D([], [], marker=marker, color=colour) for marker, colour in marks.values()]
     _legend(figure, lines, names)
     last = {name: column[rows[-1]] for name, column in table.columns.items() if rows[-1] in column}
-    mean = f"In the mean over {results.listed(table.averaged)}"
+    mean = f"In the mean over {wording.listed(table.averaged)}"
     place = mean if rows[-1] == MACRO else f"On {rows[-1]}"
     words = (f"{name} {entry.score.text} %" for name, entry in last.items())
     return figure, f"{place}: {', '.join(words)}."
@@ -273,7 +274,7 @@ def frontier(report: Report) -> Drawn:
     axis.set(xlabel="parameters of all tasks, in encoders", ylabel="% of the experts' scores")
     axis.set_xlim(0, 1.05 * max(sizes[name] for name in values))
     words = [f"{name} {values[name]:.1f} % with {sizes[name]:.2f}" for name in best]
-    return figure, f"The most that is kept, by parameters in encoders: {results.listed(words)}."
+    return figure, f"The most that is kept, by parameters in encoders: {wording.listed(words)}."
 
 
 def _marks(names: Sequence[str], headline: str) -> dict[str, tuple[str, str]]:
@@ -378,7 +379,7 @@ def owners(report: Report) -> Drawn:
         first = max(nodes, key=lambda task: float(nodes[task].mean()))
         most.append(f"{first} owns most of the {title} ({shown(nodes[first].mean())} %)")
     axes[-1, 0].set_xlabel("layer")
-    words = f"Of {len(tasks)} experts, {results.listed(most)}"
+    words = f"Of {len(tasks)} experts, {wording.listed(most)}"
     return figure, f"{words}; an equal share is {shown(1 / len(tasks))} %."
 
 
@@ -482,7 +483,7 @@ def pairs(comparison: Comparison) -> Drawn:
     row, column = np.unravel_index(np.nanargmax(change), change.shape)
     count, higher = (~np.isnan(change)).sum(), (change > 0).sum()
     words = f"Of {count} scores in pairs, {higher} are higher with {best} than with {first}"
-    gain = f"{results.points(change[row, column])} points, of {tasks[row]}"
+    gain = f"{wording.points(change[row, column])} points, of {tasks[row]}"
     return figure, f"{words}; the largest gain is {gain} when merged with {tasks[column]}."
 
 

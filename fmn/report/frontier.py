@@ -5,8 +5,8 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from fmn.models.headers import TensorHeader, file_headers, tensor_headers
 from fmn.store import artifacts
+from fmn.store.headers import TensorHeader, file_headers, tensor_headers
 
 
 class Size(NamedTuple):

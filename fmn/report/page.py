@@ -16,7 +16,7 @@ from fmn import __version__
 from fmn.errors import redacted
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
-from fmn.report import results, verdict
+from fmn.report import results, verdict, wording
 from fmn.report.comparison import Comparison, notes
 from fmn.report.figures import themed
 from fmn.report.results import BOUNDS, EXPERT, Estimate, Report
@@ -43,9 +43,9 @@ def _templates() -> "Environment":
         lstrip_blocks=True,
     )
     filters = (
-        *(best, facts, notes, settings, statistics, themed, results.difference_span),
-        *(results.escaped, results.listed, results.metric_words, results.p_value, results.plain),
-        *(results.points, results.remarks, results.task_titles),
+        *(best, facts, notes, settings, statistics, themed, wording.difference_span),
+        *(wording.code, wording.escaped, wording.listed, wording.metric_words, wording.p_value),
+        *(wording.plain, wording.points, results.remarks, wording.task_titles),
         *(verdict.judgement, verdict.verdict),
     )
     templates.filters |= {each.__name__: each for each in filters}
@@ -99,14 +99,14 @@ def settings(recipe: Recipe) -> str:
     names = ("mapping", "normalise", "exponent", "damping", "scale", "density", "seed")
     values = {name: getattr(recipe, name) for name in names}
     words = [
-        f"{name} {str(value).replace('-', results.MINUS) if name != 'normalise' else value}"
+        f"{name} {str(value).replace('-', wording.MINUS) if name != 'normalise' else value}"
         for name, value in values.items()
         if value is not None
     ]
     if recipe.auto:
         words.append(recipe.auto.in_words)
     if search := recipe.search:
-        shares = [results.shown(share) for share in (search.score, search.uniform)]
+        shares = [wording.shown(share) for share in (search.score, search.uniform)]
         words.append(
             "coefficients and scale by search on the training data ({} % of the experts'"
             " scores there; equal coefficients: {} %)".format(*shares)
@@ -115,7 +115,7 @@ def settings(recipe: Recipe) -> str:
         words.append(f"encoder calibrated on {recipe.calibrate.texts} texts of each task")
     if realigned := recipe.realign:
         layers = [f"last {realigned.own_layers} layers"] * bool(realigned.own_layers)
-        own = results.listed(["pooler"] * realigned.own_pooler + layers)
+        own = wording.listed(["pooler"] * realigned.own_pooler + layers)
         words.append("heads re-aligned")
         words += [f"each task with its expert's {own}"] if own != "nothing" else []
     return ", ".join(words)

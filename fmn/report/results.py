@@ -1,6 +1,5 @@
 """The scores of experts and merged models side by side: tables as data, and as text."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmn.errors import UserError, redacted
+from fmn.errors import UserError
 from fmn.evaluate import bootstrap
 from fmn.evaluate.bootstrap import Difference, Interval
 from fmn.evaluate.files import Metrics, TaskRows, TaskScores, read_metrics, read_predictions
@@ -19,9 +18,10 @@ from fmn.evaluate.metrics import TaskAnswers, averaged, higher_is_better, relati
 from fmn.fisher.architectures import NodeValues, tempered
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import Recipe
+from fmn.report.wording import TextTable, listed, metric_words, shown, span, task_table
 from fmn.store.stage import read_sidecar
-from fmn.tasks.dataset import HUB
-from fmn.tasks.task import METRICS, Task
+from fmn.tasks.metrics import METRICS
+from fmn.tasks.task import Task
 
 MACRO = "mean"
 EXPERT = "expert"
@@ -33,14 +33,8 @@ BOUNDS: Mapping[str, str] = {
 }
 """What a merge is compared with: the column's name, and what it is."""
 UNLABELED = "not scored, as its rows have no labels"
-MINUS = "\N{MINUS SIGN}"
-UNDEFINED = "undefined"
+NO_INTERVAL = "–"
 FEW = 5  # columns whose intervals have room on a terminal
-DATA_SETS = {"hub": (HUB, "GLUE"), "embedded": ("fmn/miniature-glue", "miniature GLUE")}
-"""By source of the rows: the id that a model card calls them by, and a title."""
-
-TextTable = tuple[list[str], list[list[str]]]
-"""Header and rows."""
 
 
 class Evaluated(NamedTuple):
@@ -269,7 +263,10 @@ class _Column(NamedTuple):
 def _entries(
     column: _Column, expert: _Column | None, averaged: Sequence[str], tasks: Mapping[str, Task]
 ) -> dict[str, Entry]:
-    """A column by row; scores are averaged over some tasks, shares over those that have one."""
+    """A column by row; scores are averaged over some tasks, shares over those that have one.
+
+    Where the expert has a score and the model none, the mean share is undefined.
+    """
     entries = {}
     for name, score in column.scores.items():
         task, share = tasks[name], None
@@ -279,7 +276,12 @@ def _entries(
         entries[name] = Entry(Estimate(score, draws, higher_is_better(task)), share)
     shares = [share for _, share in entries.values() if share]
     scores = [entry.score for name, entry in entries.items() if name in averaged]
-    return entries | {MACRO: Entry(mean(scores), mean(shares) if shares else None)}
+    is_lost = expert is not None and any(
+        score is None and expert.scores.get(name) is not None
+        for name, score in column.scores.items()
+    )
+    share = Estimate(None) if is_lost else mean(shares) if shares else None
+    return entries | {MACRO: Entry(mean(scores), share)}
 
 
 def _differences(first: str, second: str, columns: Mapping[str, _Column]) -> dict[str, Difference]:
@@ -334,55 +336,6 @@ def node_shares(fisher: Mapping[str, NodeValues], recipe: Recipe) -> dict[str, N
 # ---- as text ----
 
 
-def shown(value: float | None, is_percent: bool = True, digits: int = 1) -> str:
-    """A number in percent, or an error as it is; or that it is undefined."""
-    if value is None:
-        return UNDEFINED
-    plain = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    text = f"{100 * value:z.{digits}f}" if is_percent else plain
-    return text.replace("-", MINUS)
-
-
-def span(interval: Sequence[float] | None, is_percent: bool = True) -> str:
-    """An interval; nothing for None."""
-    return " to ".join(shown(end, is_percent) for end in interval or ())
-
-
-def points(value: float | None, is_percent: bool = True) -> str:
-    """A difference in percent points, or of errors, with its sign."""
-    sign = "+" if value is not None and value >= 0 else ""
-    return sign + shown(value, is_percent)
-
-
-def difference_span(difference: Difference) -> str:
-    """The interval of a difference; nothing if there is none."""
-    ends = difference.interval or ()
-    return " to ".join(points(end, difference.higher_is_better) for end in ends)
-
-
-def p_value(difference: Difference) -> str:
-    """A p-value; where no resample has the other sign, that it is no more than this."""
-    return f"p {'≤' if difference.is_floor else '='} {difference.p_value:.3f}"
-
-
-def plain(value: float) -> str:
-    """A number of the settings, with a minus sign."""
-    return f"{value:.4g}".replace("-", MINUS)
-
-
-def seconds(value: float) -> str:
-    """A time for people: "0.4 s", "75 s", "13 min"."""
-    if value >= 600:
-        return f"{value / 60:.0f} min"
-    return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-
-
-def listed(words: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"; "nothing"."""
-    *first, last = words or ["nothing"]
-    return f"{', '.join(first)} and {last}" if first else last
-
-
 def text_table(table: Table) -> TextTable:
     """Header and rows: scores, half of their intervals if there is room, shares of the expert's."""
 
@@ -415,6 +368,9 @@ def remarks(table: Table) -> list[str]:
     remark = "its expert alone is no better than guessing here, so shares of its score say little"
     lines = [f"{task}: {remark}" for task in table.guessing]
     lines += [f"{task}: {UNLABELED}" for task in table.unlabeled]
+    for task, (score, share) in table.columns.get(EXPERT, {}).items():
+        if task != MACRO and not share:
+            lines.append(f"{task}: the expert's score is {score.text}: no share of it is defined")
     return lines + score_remarks(scores, table.definitions, table.averaged)
 
 
@@ -427,17 +383,13 @@ def score_remarks(
         if not higher_is_better(task):
             lines.append(f"{name}: {metric_words(task)}; a plain number, no percentage")
         if scores[name] is None:
-            lines.append(f"{name}: undefined: its labels here do not define {metric_words(task)}")
+            lines.append(
+                f"{name}: undefined: its labels or answers here do not define {metric_words(task)}"
+            )
     if len(tasks) > 1 and (others := [name for name in tasks if name not in averaged]):
         over = f"over {listed(averaged)}" if averaged else "over no task"
         lines.append(f"mean score: {over}; without {listed(others)}")
     return lines
-
-
-def metric_words(task: Task) -> str:
-    """The metrics that a task's score is the mean of."""
-    names = " + ".join(metric.replace("_", " ") for metric in task.score_metrics)
-    return names if not task.metrics or higher_is_better(task) else f"{names} (less is better)"
 
 
 def measured(
@@ -459,9 +411,10 @@ def evaluate_table(metrics: Metrics) -> TextTable:
         task = metrics.definitions[name]
         for split, metric, value, examples, interval in measured(task, scores):
             is_percent = METRICS[metric].higher_is_better
-            numbers = [shown(value, is_percent, 2), span(interval, is_percent), str(examples)]
+            ends = span(interval, is_percent) or NO_INTERVAL
+            numbers = [shown(value, is_percent, 2), ends, str(examples)]
             body.append([name, metric + " (less is better)" * (not is_percent), split, *numbers])
-    mean = [shown(metrics.score, digits=2), span(metrics.interval), ""]
+    mean = [shown(metrics.score, digits=2), span(metrics.interval) or NO_INTERVAL, ""]
     over = _averaged(metrics)
     left_out = len(over) < len(metrics.tasks)
     body.append([MACRO, "score", f"of {listed(over)}" if over and left_out else "", *mean])
@@ -478,66 +431,16 @@ def evaluate_notes(metrics: Metrics) -> list[str]:
     """What a reader of that table should know, a line each."""
     scores = {name: entry.score for name, entry in metrics.tasks.items()}
     skipped = [f"{name}: {UNLABELED}" for name in metrics.unlabeled]
+    for name, entry in metrics.tasks.items():
+        if entry.score is not None and entry.interval.get("score") is None:
+            reason = "too few of the resamples of its rows define it"
+            skipped.append(f"{name}: the score has no interval ({NO_INTERVAL}): {reason}")
     return score_remarks(scores, metrics.definitions, _averaged(metrics)) + skipped
 
 
 def _averaged(metrics: Metrics) -> list[str]:
     scores = {name: entry.score for name, entry in metrics.tasks.items()}
     return averaged(scores, metrics.definitions)
-
-
-def task_table(tasks: Mapping[str, Task], data: Mapping[str, TaskRows]) -> TextTable:
-    """Header and rows: what the tasks are, and where their rows come from."""
-    body = [
-        [
-            name,
-            (task.problem_type or task.task * task.generates).replace("_", " "),
-            short_list(task.labels),
-            metric_words(task),
-            str(task.max_length),
-            origin(data[name]) if name in data else "",
-        ]
-        for name, task in tasks.items()
-    ]
-    return ["task", "kind", "labels", "score", "tokens at most", "rows"], body
-
-
-def origin(rows: TaskRows) -> str:
-    """Where the rows of a task come from, in words, without folders of this machine."""
-    source = redacted(rows.source)
-    name = DATA_SETS[source][1] if source in DATA_SETS else source
-    words = [Path(name).name if Path(name).is_absolute() else name]
-    words += [f"revision {rows.revision}"] if rows.revision else []
-    words += [f"seed {rows.seed}"] if rows.seed is not None else []
-    return ", ".join(words)
-
-
-def task_titles(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """What each task is, in a line."""
-    return {
-        name: ": ".join(filter(None, [
-            (task.problem_type or task.task).replace("_", " "), short_list(task.labels)
-        ]))
-        for name, task in tasks.items()
-    }  # fmt: skip
-
-
-def short_list(names: Sequence[str], most: int = 8, length: int = 32) -> str:
-    """Names with commas; of many the first, and of long ones the beginning."""
-    words = [name if len(name) <= length else f"{name[: length - 1]}…" for name in names[:most]]
-    return ", ".join(words) + (f", ... ({len(names)} labels)" if len(names) > most else "")
-
-
-def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of cells without markup."""
-    rule = ["---"] * len(header)
-    lines = [[escaped(cell) for cell in header], rule, *([*map(escaped, line)] for line in body)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def escaped(text: str) -> str:
-    """A text in one line that Markdown, in a table too, shows as it is."""
-    return re.sub(r"([\\`*<\[|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
 
 
 # ---- as numbers ----

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fmn.report.figures import Picture
     from fmn.report.results import Table
 
-REPORT = 10
-COMPARISON = 6
+REPORT = 11
+COMPARISON = 7
 Paths = Mapping[str, Path]
 
 
@@ -92,7 +92,7 @@ def _write_report(
     job: Job, headline: str, registry: str,
     merged: Paths, models: Paths, experts: Paths, fisher: Paths,
 ) -> ReportInfo:  # fmt: skip
-    from fmn.report import card, figures, page, results, verdict
+    from fmn.report import card, figures, page, results, verdict, wording
 
     evaluated = {name: results.read_evaluated(path) for name, path in merged.items()}
     alone = {task: results.read_evaluated(path) for task, path in experts.items()}
@@ -115,7 +115,7 @@ def _write_report(
     (job.path / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     main_numbers = json.dumps(results.main_numbers(table), indent=1)
     (job.path / "metrics.json").write_text(main_numbers + "\n")
-    (job.path / "table.md").write_text(results.markdown(header, body))
+    (job.path / "table.md").write_text(wording.markdown(header, body))
     tables: Mapping[str, Sequence[Sequence[Any]]] = {
         "scores.csv": [("scored", "score"), *results.score_rows(table)],
         "costs.csv": [results.Cost._fields, *costs],
@@ -209,7 +209,7 @@ def comparison(*, cells: Mapping[str, Path], out: Path) -> Outcome[ReportInfo]:
 
 
 def _write_comparison(folder: Path, paths: Paths) -> ReportInfo:
-    from fmn.report import comparison, figures, page, results
+    from fmn.report import comparison, figures, page, wording
 
     cells: dict[str, dict[str, Cell]] = {}
     for name, path in paths.items():
@@ -219,7 +219,7 @@ def _write_comparison(folder: Path, paths: Paths) -> ReportInfo:
     numbers = comparison.numbers(cells, content)
     stage.write_record(folder / "results.json", numbers)
     header, body = comparison.text_table(content)
-    methods = results.markdown(header, body)
+    methods = wording.markdown(header, body)
     tables = page.render("table.md", comparison=content, methods=methods)
     (folder / "table.md").write_text(tables.rstrip() + "\n")
     pictures = figures.draw(figures.COMPARISON_PICTURES, content)

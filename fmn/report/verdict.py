@@ -3,17 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from fmn.evaluate.bootstrap import Difference
-from fmn.report.results import (
-    AVERAGE,
-    EXPERT,
-    MACRO,
-    Estimate,
-    Report,
-    Table,
-    listed,
-    points,
-    shown,
-)
+from fmn.report.results import AVERAGE, EXPERT, MACRO, Estimate, Report, Table
+from fmn.report.wording import listed, points, shown
 
 JUDGEMENTS = ("better", "worse", "within chance")
 SIGNIFICANT = 0.05  # a difference with a smaller p-value is called real
@@ -68,6 +59,7 @@ def _keeps(report: Report, worse_than: Sequence[str]) -> str:
     """What the model keeps, its place among the others, and what the plain average keeps."""
     table, head, row = report.table, report.table.headline, report.table.rows[-1]
     score, share = table.columns[head][row]
+    share = share if share and share.value is not None else None
     number = share or score
     tasks = [name for name in table.tasks if table.columns[head][name].share or not share]
     over = f"mean of {len(tasks) if share else len(table.averaged)} tasks" if row == MACRO else row

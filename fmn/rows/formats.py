@@ -199,7 +199,8 @@ def _line(file: File, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{file.name}: line {number} is not JSON ({error.msg})") from error
+        problem = f"line {number} is not JSON ({error.msg}); correct it"
+        raise UserError(f"{file.name}: {problem}") from error
 
 
 def _parquet(file: File) -> Columns:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from fmn.errors import UserError, hint
 from fmn.tasks.kinds import MULTI, REGRESSION, SINGLE
-from fmn.tasks.task import METRICS, TaskSettings, in_a_line, plain_text
+from fmn.tasks.metrics import METRICS
+from fmn.tasks.task import TaskSettings, in_a_line, plain_text
 
 _NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 # What parsers raise of a text; a MemoryError if it is nested too deep for Python's.
@@ -150,8 +151,13 @@ def read_labels(
     if odd := [name for name in names if not is_text(name)]:
         problem = f"the label {odd[0]!r:.60} has a NUL, or half a character (a surrogate)"
         raise UserError(f"{place}: {problem}; write it again, or drop its rows")
+    if isinstance(definition.labels, list) and len(names) < min(2, len(present)):
+        raise UserError(
+            f"{place}: labels has {', '.join(names)}, and the rows have {in_a_line(present)}; list"
+            " a name for each"
+        )
     if len(names) < (1 if kind == MULTI else 2):
-        only = f"{names[0]!r} in every row" if names else "nowhere told"
+        only = f"{names[0]!r} in every row" if names else "empty in every row"
         raise UserError(
             f"{place}: the label is {only}; list all the labels, such as labels:"
             f" [{in_a_line([*names, 'OTHER'])}], or say columns.label: null"
@@ -250,10 +256,12 @@ def encode(values: Sequence[Any], labels: Labels, place: str, column: str) -> li
 
 
 def _number_of(value: Any, labels: Labels) -> float:
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # beside others that are none
+        value = float(value)
     # Beyond that a float32 is infinite.
     if isinstance(value, int | float) and abs(value) < 3.4e38:
         return float(value)
-    raise ValueError("the labels of a regression are finite numbers")
+    raise ValueError("the labels of a regression are finite numbers; correct it")
 
 
 def _id_of(value: Any, labels: Labels) -> int:

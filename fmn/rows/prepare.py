@@ -24,13 +24,13 @@ from fmn.rows.sources import File, used_splits
 from fmn.tasks.batches import random_order
 from fmn.tasks.dataset import label_array
 from fmn.tasks.kinds import KINDS, REGRESSION, SINGLE
+from fmn.tasks.metrics import default_metrics
 from fmn.tasks.rows import schema
 from fmn.tasks.task import (
     Columns,
     DatasetSettings,
     Task,
     TaskSettings,
-    default_metrics,
     in_a_line,
     make_task,
     no_span_tag,
@@ -93,10 +93,9 @@ def prepare(
     tables = {}
     for split, table in splits.items():
         content = _inputs(task, columns, table)
-        if labels and definition.kind == "token-classification":
-            content["label"] = encode_tags(values[split], labels, table.place, f"column {label}")
-        elif labels:
-            content["label"] = encode(values[split], labels, table.place, f"column {label}")
+        if labels:
+            encode_all = encode_tags if task.task == "token-classification" else encode
+            content["label"] = encode_all(values[split], labels, table.place, f"column {label}")
         content["idx"] = range(table.num_rows)
         tables[split] = pa.table(content, schema=schema(task))
     origins = {split: f"of {table.place}" for split, table in splits.items()}
@@ -105,13 +104,13 @@ def prepare(
         validation = _split_off(task, tables, size, dataset.seed, place)
         origins["validation"] = f"split off {first.place} by seed {dataset.seed}"
         task = task.model_copy(update={"validation": tuple(validation)})
-    notes = [
-        f"{split}: {len(rows)} rows {origins[split]}" for split, rows in tables.items()
-    ] + notes
-    if task.labels:
-        notes.append(f"labels: {in_a_line(task.labels, 20)}")
-    notes += _tag_notes(task, definition, place)
+    counts = [f"{split}: {len(rows)} rows {origins[split]}" for split, rows in tables.items()]
+    notes = [*counts, *notes, *_label_notes(task), *_tag_notes(task, definition, place)]
     return Prepared(task, tables, notes, odd_rows(task, tables))
+
+
+def _label_notes(task: Task) -> list[str]:
+    return [f"labels: {in_a_line(task.labels, 20)}"] if task.labels else []
 
 
 def _tag_notes(task: Task, definition: TaskSettings, place: str) -> list[str]:

@@ -142,6 +142,8 @@ def _splits_of(root: str) -> Splits:
     """The splits of a file, or of a folder."""
     system, path = _open(root)
     if not system.exists(path):
+        if "://" in root:
+            raise UserError(f"{root}: not there, or not to be reached; check address and network")
         raise UserError(f"{root}: no such file or folder{_what_there_is(system, path)}")
     if not system.isdir(path):
         return {"train": [_file(root, path, system)]}
@@ -175,7 +177,9 @@ def _splits_of(root: str) -> Splits:
     for split, files in splits.items():
         if len({file.format for file in files}) > 1:
             listed = " and ".join(file.name for file in files)
-            raise UserError(f"{root}: {listed} are both {split}; say data_files: {{{split}: FILE}}")
+            both = "both" if len(files) == 2 else "all"
+            remedy = f"say data_files: {{{split}: FILE}}"
+            raise UserError(f"{root}: {listed} are {both} {split}; {remedy}")
     return splits
 
 

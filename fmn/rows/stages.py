@@ -145,7 +145,7 @@ def read_definition(path: Path, task: str) -> TaskSettings:
     Raises:
         UserError: the file cannot be read, or holds no such task.
     """
-    content = read_yaml(path)
+    content = read_yaml(path, "--definition")
     if isinstance(content, dict) and "tasks" in content:
         tasks = content["tasks"] or {}
         if task not in tasks:

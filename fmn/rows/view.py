@@ -12,11 +12,11 @@ from fmn.store.records import Record
 from fmn.tasks import dataset
 from fmn.tasks.images import decoded
 from fmn.tasks.kinds import REGRESSION
+from fmn.tasks.metrics import default_metrics
 from fmn.tasks.task import (
     TASKS,
     Task,
     TaskSettings,
-    default_metrics,
     in_a_line,
     load_task,
     read_task,

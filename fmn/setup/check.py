@@ -21,7 +21,7 @@ from fmn.merge.inputs import plan_merge, stored_tensors
 from fmn.merge.methods import needs_of
 from fmn.merge.recipe import MergeSettings
 from fmn.merge.stages import SPEED
-from fmn.models import checkpoints, labels
+from fmn.models import checkpoints, labels, provenance
 from fmn.params import Params
 from fmn.rows.formats import Table
 from fmn.rows.sources import hub_name, local_files
@@ -307,7 +307,7 @@ def _check_fit(
     for name, folder in folders.items():
         first: Path = base or next(iter(folders.values()))
         with _explained(findings, settings, scratch, f"sources.{name}"):
-            checkpoints.check_experts({name: folder}, {}, None if first == folder else first)
+            provenance.check_experts({name: folder}, {}, None if first == folder else first)
         with _explained(findings, settings, scratch, f"sources.{name}"):
             kind = (settings.tasks.get(name) or TaskSettings()).kind
             _check_head(kind, folder, tasks.get(name), settings.sources[name].labels)

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fmn.errors import UserError
+from fmn.errors import UserError, visible
 from fmn.models.checkpoints import CONFIG
-from fmn.models.headers import read_json
 from fmn.models.labels import output_names
 from fmn.models.provenance import training_metadata
 from fmn.rows.sources import FORMATS
@@ -22,6 +21,7 @@ from fmn.setup.preview import first_rows
 from fmn.sources import forms, origin
 from fmn.sources.forms import ADAPTER_CONFIG
 from fmn.sources.origin import SCHEMES, Origin
+from fmn.store.headers import read_json
 from fmn.tasks.kinds import KINDS, KindName, kind_of_class
 from fmn.tasks.task import DEFINITION, TASKS, DatasetSettings, Task, read_task, task_settings
 
@@ -326,7 +326,7 @@ def settings_text(
         section: CommentedMap = document
         for parent in parents:
             section = section[parent]
-        section.yaml_add_eol_comment(f"fill in: {' '.join(what.split())}", key)
+        section.yaml_add_eol_comment(f"fill in: {visible(' '.join(what.split()))}", key)
     document.yaml_set_start_comment("Written by `fmn init`; `fmn check` says whether it can run.")
     return _dump(document), missing
 

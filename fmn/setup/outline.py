@@ -17,11 +17,11 @@ from typing import IO, Any, NamedTuple
 from fmn.errors import UserError
 from fmn.models import checkpoints
 from fmn.models.checkpoints import FISHER, GRAM
-from fmn.models.headers import WEIGHTS, tensor_headers
 from fmn.sources import adapters, origin
 from fmn.sources.forms import ADAPTER_CONFIG
 from fmn.sources.origin import Origin
 from fmn.store import hub
+from fmn.store.headers import WEIGHTS, tensor_headers
 
 LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 

@@ -74,6 +74,8 @@ def init(
     """
     from fmn.setup.guess import guess, settings_text
 
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name a file, --out")
     if out.exists() and not force:
         raise UserError(f"{out}: is there already; name another --out, or replace it with --force")
     guesses = [guess(source, base) for source in sources]

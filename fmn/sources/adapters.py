@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
+from fmn.models import checkpoints, loading
 from fmn.models.checkpoints import CONFIG, SMALL_FILES, TOKENIZER_FILES, VOCABULARY_FILES
-from fmn.models.headers import TensorHeader, file_headers, first_words, read_json, tensor_headers
 from fmn.sources import forms, names, weights
 from fmn.sources.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from fmn.store.headers import TensorHeader, file_headers, first_words, read_json, tensor_headers
 
 if TYPE_CHECKING:
     import torch
@@ -218,9 +218,7 @@ def _check_tokenizer(adapter: Path, base: Path) -> None:
     if not all(has):
         return
     config = checkpoints.load_config(base)
-    own, other = (
-        checkpoints.load_tokenizer(folder, config).get_vocab() for folder in (adapter, base)
-    )
+    own, other = (loading.read_tokenizer(folder, config).get_vocab() for folder in (adapter, base))
     for token in sorted(own.keys() & other.keys()):
         if own[token] != other[token]:
             raise UserError(
@@ -409,7 +407,9 @@ def _save(
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / name)
     if config.pad_token_id is None and any((out / name).is_file() for name in VOCABULARY_FILES):
-        config.pad_token_id = checkpoints.load_tokenizer(out, config).pad_token_id
+        tokenizer: Any = loading.read_tokenizer(out, config)
+        has_pad = tokenizer.pad_token is not None
+        config.pad_token_id = tokenizer.pad_token_id if has_pad else tokenizer.eos_token_id
     dtypes = {header.dtype for header in tensor_headers(base).values()}
     narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
     if len(dtypes) == 1 and (dtype := narrow.get(next(iter(dtypes)))):

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
+from fmn.models import checkpoints, loading
 from fmn.models.checkpoints import TOKENIZER_CONFIG
-from fmn.models.headers import read_json, tensor_headers
+from fmn.store.headers import read_json, tensor_headers, write_json
 from fmn.tasks.kinds import kind_of_class
 from fmn.tasks.task import Task
 
@@ -31,10 +31,10 @@ def settle_tokens(folder: Path, config: "PretrainedConfig", notes: list[str]) ->
     """
     file = folder / TOKENIZER_CONFIG
     settings = read_json(file) if file.is_file() else {}
-    if missing := checkpoints.unstated_case(folder, checkpoints.read_tokenizer(folder, config)):
-        words = checkpoints.CASE_UNSTATED.format(json.dumps(missing))
+    if missing := loading.unstated_case(folder, loading.read_tokenizer(folder, config)):
+        words = loading.CASE_UNSTATED.format(json.dumps(missing))
         notes.append(f"{words}; that is added to {TOKENIZER_CONFIG}")
-        file.write_text(json.dumps({**settings, **missing}, indent=2) + "\n")
+        write_json(file, {**settings, **missing})
     elif (folder / "tokenizer.json").is_file():
         _check_case(folder, settings.get("do_lower_case"))
     else:
@@ -44,7 +44,7 @@ def settle_tokens(folder: Path, config: "PretrainedConfig", notes: list[str]) ->
 
 def _check_case(folder: Path, stated: bool | None) -> None:
     """Refuse a tokenizer_config.json that says otherwise than tokenizer.json."""
-    declared = checkpoints.declared_case(folder).get("do_lower_case", stated)
+    declared = loading.declared_case(folder).get("do_lower_case", stated)
     if stated is not None and declared != stated:
         raise UserError(
             f"{folder}: {TOKENIZER_CONFIG} has do_lower_case = {json.dumps(stated)}, but"
@@ -55,7 +55,7 @@ def _check_case(folder: Path, stated: bool | None) -> None:
 
 def _about_pieces(folder: Path, stated: bool | None) -> list[str]:
     """Notes about pieces of vocab.txt that the settings leave unused, or that are missing."""
-    capitals, pieces = checkpoints.capital_pieces(folder)
+    capitals, pieces = loading.capital_pieces(folder)
     figures = f"{capitals:,} of {pieces:,} pieces of vocab.txt have capital letters"
     if stated is True and capitals * 100 > pieces:
         return [f"{TOKENIZER_CONFIG} has do_lower_case = true, but {figures}, and are not used"]
@@ -75,7 +75,7 @@ def _about_tokens(folder: Path, config: "PretrainedConfig") -> list[str]:
     alone.no_padding()
     alone.no_truncation()
     own = alone.encode(PROBE).tokens
-    used = checkpoints.read_tokenizer(folder, config)(PROBE).tokens()
+    used = loading.read_tokenizer(folder, config)(PROBE).tokens()
     if own == used:
         return []
     words = [" ".join(tokens[:8]) for tokens in (used, own)]

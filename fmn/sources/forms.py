@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from fmn.errors import UserError
 from fmn.models import checkpoints
 from fmn.models.checkpoints import CONFIG
-from fmn.models.headers import PICKLED, WEIGHTS
+from fmn.store.headers import PICKLED, WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,7 +139,8 @@ def no_checkpoint(names: Set[str]) -> str:
         return f"holds the checkpoints of a training run: {', '.join(inner)}; give one of them"
     if inner:
         return f"has no {CONFIG}, but {', '.join(inner[:12])} has; give that folder"
-    return _unusable(names) or checkpoints.no_checkpoint(names)
+    has_weights = WEIGHTS in names or PICKLED in names
+    return (not has_weights and _unusable(names)) or checkpoints.no_checkpoint(names)
 
 
 def no_weights(names: Iterable[str]) -> str:

@@ -4,7 +4,6 @@ Wrappers leave prefixes in names, tied weights are stored under any of their nam
 padded. What is changed here, and Transformers would pass over in silence, is said in a note.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
+from fmn.models import checkpoints, loading
 from fmn.models.checkpoints import CONFIG, VOCABULARY_FILES
-from fmn.models.headers import INDEX, TensorHeader, read_file, tensor_headers
 from fmn.sources import forms
+from fmn.store.headers import INDEX, TensorHeader, read_file, tensor_headers, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +183,7 @@ def normalise(folder: Path, notes: list[str]) -> None:
     _complete(folder, headers, config, config_changes, notes)
     if config_changes:
         content = checkpoints.read_config(folder) | config_changes
-        (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / CONFIG, content)
 
 
 def _refuse_placeholders(headers: Mapping[str, TensorHeader], model: Layout) -> None:
@@ -289,7 +288,7 @@ def _cut_vocabulary(
     rows = next(iter(padded.values()))
     largest = size
     if any((folder / name).is_file() for name in VOCABULARY_FILES):
-        vocabulary = checkpoints.load_tokenizer(folder, config).get_vocab()
+        vocabulary = loading.read_tokenizer(folder, config).get_vocab()
         largest = max(vocabulary.values(), default=-1)
     if largest < size:
         notes.append(
@@ -337,7 +336,7 @@ def write_index(folder: Path) -> None:
             shard_of[name] = path.name
             total += header.end - header.start
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ Sources are pinned and verified. Nothing that comes with one is ever executed: a
 by ``torch.load(weights_only=True)`` alone.
 """
 
-import json
 import os
 import re
 import shutil
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fmn.errors import UserError
-from fmn.models import checkpoints, headers
+from fmn.models import checkpoints, loading
 from fmn.models.checkpoints import CONFIG, FISHER, GRAM, SMALL_FILES, VOCABULARY_FILES
-from fmn.models.headers import INDEX, WEIGHTS, names_in
 from fmn.models.provenance import CheckpointInfo, lineage
 from fmn.sources import adapters, doubts, forms, names, weights
 from fmn.sources.forms import ADAPTER_CONFIG
-from fmn.store import hub
+from fmn.store import headers, hub
+from fmn.store.headers import INDEX, WEIGHTS, names_in, write_json
 from fmn.store.stage import Progress, no_progress
 
 SCHEMES = ("hf://", "models:", "package:")  # how every source begins that is not a folder
@@ -31,7 +30,7 @@ SCHEMES = ("hf://", "models:", "package:")  # how every source begins that is no
 # registered model alone.
 _REGISTRY = "fmn.registry.tracking"
 _HUB = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)((?:/[\w.-]+)*)(?:@([\w.+/-]+))?")
-_PACKAGE = re.compile(r"package:([A-Za-z_]\w*)((?:/[^/@]+)*)/?(?:@([\w.+!-]+))?")
+_PACKAGE = re.compile(r"package:([A-Za-z_]\w*)((?:/(?!\.\.?(?:/|@|$))[^/@]+)*)/?(?:@([\w.+!-]+))?")
 
 
 class Origin(NamedTuple):
@@ -155,7 +154,7 @@ def copy_origin(
         checkpoints.check_tensors(folder, config, head=False)
         if any((folder / name).is_file() for name in VOCABULARY_FILES):
             doubts.settle_tokens(folder, config, notes)
-            checkpoints.load_tokenizer(folder, config)
+            loading.load_tokenizer(folder, config)
     except UserError as error:  # the reader does not know the folder that is being written
         raise UserError(_readable(str(error), origin.source, folder, scratch)) from error
     return CheckpointInfo(
@@ -181,7 +180,7 @@ def _copy_files(origin: Origin, files: list[str], folder: Path, notes: list[str]
     raw, changes = forms.tidy(checkpoints.read_config(folder))
     notes += [*changes, *weights.left_over(origin.names)]
     if raw != checkpoints.read_config(folder):
-        (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+        write_json(folder / CONFIG, raw)
     checkpoints.load_config(folder)  # before weights are downloaded that cannot be used
     _copy(origin, files, folder)
     weights.unpickle_files(folder)
@@ -259,6 +258,8 @@ def _copy(origin: Origin, files: Iterable[str], folder: Path) -> None:
 
 
 def _origin(source: str, progress: Progress = no_progress) -> Origin:
+    if not source.strip():
+        raise UserError("a source is empty; write hf://org/name, or the path of a folder")
     if match := _PACKAGE.fullmatch(source):
         return _package_origin(source, *match.groups())
     if (match := _HUB.fullmatch(source)) and ".." not in source:
@@ -312,10 +313,13 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
     spec = util.find_spec(module)  # of a top-level package: this runs none of its code
     roots = list(spec.submodule_search_locations or []) if spec else []
     owner = (metadata.packages_distributions().get(module) or [module.replace("_", "-")])[0]
-    installed = metadata.version(owner) if roots else None
+    installed = None
+    with suppress(metadata.PackageNotFoundError):
+        installed = metadata.version(owner) if roots else None
     if installed is None or version not in (None, installed):
         remedy = f"pip install --no-deps {owner}" + (f"=={version}" if version else "")
-        raise UserError(f"{source}: version {installed} is installed; `{remedy}`")
+        problem = f"version {installed} is installed" if installed else f"no package has {module}"
+        raise UserError(f"{source}: {problem}; `{remedy}`")
     return _folder_origin(Path(roots[0] + path), source, f"package:{module}{path}@{installed}")
 
 

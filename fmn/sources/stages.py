@@ -1,7 +1,7 @@
 """The stage that brings in checkpoints: `fetch`."""
 
-import json
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from fmn.models import checkpoints, labels, provenance
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import doubts, forms, origin
 from fmn.store import stage
+from fmn.store.headers import write_json
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.kinds import ARCHITECTURE
-from fmn.tasks.task import load_task, read_task
+from fmn.tasks.task import Task, load_task, read_task
 
 FETCH = 7
 
@@ -45,8 +46,11 @@ class ArchitectureSettings(Settings):
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, path: str) -> str:
-        if "{}" not in path:
-            raise ValueError("the path of the layers needs {} in place of their number")
+        if not re.fullmatch(r"[\w.]*(\{\}[\w.]*)+", path):
+            raise ValueError(
+                f"{path!r}: write a path of modules with {{}} in place of the layer's number, such"
+                " as blocks.{}"
+            )
         return path
 
     @field_validator("heads", "neurons")
@@ -115,8 +119,7 @@ def fetch(
         raise UserError("fetch: --data and --labels are for an expert; say its task, --task TASK")
     pinned = origin.pin(source)
     reads: dict[str, Any] = {"folder": origin.folder_files(pinned), "base": base}
-    keys: dict[str, Any] = {"source": pinned}
-    keys |= {"architecture": architecture} if architecture else {}
+    keys = {"source": pinned, **({"architecture": architecture} if architecture else {})}
     # Of an expert that fmn fine-tuned, the definition lies in its folder.
     definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
     if task:
@@ -125,21 +128,14 @@ def fetch(
         reads["train"] = dataset.split_files(data, definition, "train")
 
     def compute(job: Job) -> CheckpointInfo:
-        facts: dict[str, Any] = {"source": source}
         info = origin.copy_checkpoint(pinned, job.path, progress, base, statistics=bool(task))
+        info = info.model_copy(update={"source": source})
         if architecture:
             _describe(job.path, architecture)
-        try:
-            if task:
-                expert = definition or labels.expert_task(job.path, task)
-                facts["labels"] = labels.align(job.path, expert, data, settings.labels)
-                notes = doubts.about_head(job.path, checkpoints.load_config(job.path), expert)
-                notes += provenance.check_base(job.path, base, expert.task) if base else []
-                own = (note.replace(str(job.path), source) for note in notes)
-                facts["notes"] = [*info.notes, *own]
-        except UserError as error:  # the reader does not know the folder that is being written
-            raise UserError(str(error).replace(str(job.path), source)) from error
-        return info.model_copy(update=facts)
+        if not task:
+            return info
+        order, notes = _align(job.path, source, definition or task, data, base, settings.labels)
+        return info.model_copy(update={"labels": order, "notes": [*info.notes, *notes]})
 
     # Without a time, the base that a second clone fetches again is the same to DVC.
     return stage.run_stage(
@@ -149,7 +145,30 @@ def fetch(
     )  # fmt: skip
 
 
+def _align(
+    folder: Path,
+    source: str,
+    task: Task | str,
+    data: Path | None,
+    base: Path | None,
+    names: Sequence[str],
+) -> tuple[labels.Labels, list[str]]:
+    """Align the copy of an expert with its task, or with the task of a name, and check its base.
+
+    Returns:
+        its labels, and what is doubtful about it; messages and notes name its source.
+    """
+    try:
+        expert = labels.expert_task(folder, task) if isinstance(task, str) else task
+        order = labels.align(folder, expert, data, names)
+        notes = doubts.about_head(folder, checkpoints.load_config(folder), expert)
+        notes += provenance.check_base(folder, base, expert.task) if base else []
+    except UserError as error:  # the reader does not know the folder that is being written
+        raise UserError(str(error).replace(str(folder), source)) from error
+    return order, [note.replace(str(folder), source) for note in notes]
+
+
 def _describe(folder: Path, architecture: ArchitectureSettings) -> None:
     """Let the configuration of a copy say where the mask nodes are."""
     content = checkpoints.read_config(folder) | {ARCHITECTURE: architecture.model_dump()}
-    (folder / checkpoints.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / checkpoints.CONFIG, content)

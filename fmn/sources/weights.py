@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmn.errors import UserError
-from fmn.models.headers import INDEX, PICKLED, WEIGHTS
 from fmn.sources import forms, names
+from fmn.store.headers import INDEX, PICKLED, WEIGHTS
 
 if TYPE_CHECKING:
     import torch

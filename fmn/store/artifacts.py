@@ -72,7 +72,8 @@ def visible(folder: Path, only: Sequence[str] = ()) -> dict[str, Path]:
 def digest_files(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder by relative name; not of sidecar and card."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        problem = "is a file; give the folder of it" if folder.is_file() else "no such folder"
+        raise UserError(f"{folder}: {problem}")
     files = visible(folder).items()
     return {name: digest_file(path) for name, path in files if name not in (SIDECAR, CARD)}
 

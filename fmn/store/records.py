@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, field_validator
 
-from fmn.errors import UserError, hint
+from fmn.errors import HIDING, UserError, hint
 
 
 class Record(BaseModel):
@@ -37,9 +37,25 @@ class Settings(BaseModel):
     def _check_value(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError("a number of more than 64 bits")
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("has a NUL character")
+        for text in _texts(value):
+            if hidden := next((each for each in text if ord(each) in HIDING), None):
+                raise ValueError(f"{shortened(text)} has the character {hidden!a}; leave it out")
         return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value of the settings, and the names in it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, SecretStr):
+        if any(ord(character) in HIDING for character in value.get_secret_value()):
+            raise ValueError("has a line's end or another control character; leave it out")
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from (*_texts(name), *_texts(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 _MUST_BE: Mapping[str, str] = {
@@ -58,6 +74,7 @@ _MUST_BE: Mapping[str, str] = {
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
     "literal_error": "one of {expected}",
+    "string_pattern_mismatch": "a name of letters, digits, dots, dashes and underscores",
 }
 """What a value must be, by pydantic's name of the mistake."""
 
@@ -69,13 +86,26 @@ def in_words(problem: Mapping[str, Any]) -> str:
     "must be a whole number, not 'many'"
     """
     wanted = _MUST_BE.get(problem["type"])
+    if problem["type"] == "extra_forbidden":
+        return "there is no such setting"
     if wanted is None:
         return str(problem["msg"]).removeprefix("Value error, ")
     value, context = problem["input"], problem.get("ctx", {})
     near = ""
     if problem["type"] == "literal_error" and isinstance(value, str):
         near = hint(value, re.findall(r"'([^']*)'", context["expected"]))
-    return f"must be {wanted.format(**context)}, not {value!r:.60}{near}"
+    return f"must be {wanted.format(**context)}, not {shortened(value)}{near}"
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    """A value as YAML has it, of a long one the beginning.
+
+    >>> shortened("many words", 8), shortened(None)
+    ("'many...", 'null')
+    """
+    is_word = value is None or isinstance(value, bool)
+    text = json.dumps(value) if is_word else repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 R = TypeVar("R", bound=Record)
@@ -92,8 +122,9 @@ def parse_record(content: Any, record: type[R], place: object, remedy: str = "ma
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "it"
-        is_missing = first["type"] == "missing"
-        problem = "is missing" if is_missing else f"is {first['input']!r:.60}, not as fmn writes it"
+        problem = "is missing"
+        if first["type"] != "missing":
+            problem = f"is {shortened(first['input'])}, not as fmn writes it"
         raise UserError(f"{place}: {name} {problem}; {remedy}") from error
 
 
@@ -113,5 +144,5 @@ def pairs(items: list[str], option: str) -> dict[str, str]:
 def at_least_one(number: int | str) -> int | str:
     """A validator of settings that count examples: the number is at least one, or a word."""
     if isinstance(number, int) and number < 1:
-        raise ValueError("at least one example is needed")
+        raise ValueError(f"at least one example is needed, not {number}")
     return number

@@ -5,6 +5,7 @@ A stage is a function from files to files that ends in `run_stage`. Beside its o
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -143,7 +144,8 @@ def read_record(path: Path, record: type[T], remedy: str = "make it again") -> T
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no such file, or not JSON; {remedy}") from error
+        problem = "not JSON" if path.is_file() else "no such file"
+        raise UserError(f"{path}: {problem}; {remedy}") from error
     check_intact(path)
     return parse_record(content, record, path, remedy)
 
@@ -296,10 +298,12 @@ def check_output(out: Path, reads: Iterable[Any], is_folder: bool = True, stage:
     """
     if out.name in ("", "..") or (out.exists() and out.is_dir() != is_folder):
         raise UserError(f"--out {out}: name a {'folder' if is_folder else 'file'} of its own")
-    target = out.resolve()
+    if file := next((parent for parent in out.parents if parent.is_file()), None):
+        raise UserError(f"--out {out}: {file} is a file and no folder; {_REMEDY}")
+    target = Path(os.path.realpath(out))
     each = [path for read in reads for path in (read if isinstance(read, list | tuple) else [read])]
     for path in (path for path in each if isinstance(path, Path)):
-        source = path.resolve()
+        source = Path(os.path.realpath(path))  # which takes a loop of links as it is
         is_model = any((source / name).is_file() for name in ("merge.json", "config.json"))
         if target == source or target in source.parents or (is_model and source in target.parents):
             raise UserError(f"--out {out}: would change {path}, which is read; {_REMEDY}")
@@ -336,7 +340,7 @@ def _digest(read: Path | Sequence[Path] | str) -> str:
     if not isinstance(read, Path):
         return artifacts.digest_bytes("".join(map(_digest, read)).encode())
     if not read.exists():
-        raise UserError(f"{read}: no such file or folder")
+        raise UserError(f"{read}: no such file or folder; check the path")
     check_intact(read)
     return artifacts.digest_folder(read) if read.is_dir() else artifacts.digest_file(read)
 

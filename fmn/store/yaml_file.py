@@ -10,8 +10,8 @@ from fmn.errors import UserError
 _MAX_DEPTH = 20  # sections within sections of a settings file
 
 
-def read_yaml(path: Path) -> Any:
-    """The plain data in a YAML 1.2 file.
+def read_yaml(path: Path, option: str = "--params") -> Any:
+    """The plain data in a YAML 1.2 file, which an option of the command named.
 
     Raises:
         UserError: the file cannot be read, or has aliases, tags, or a key twice.
@@ -33,8 +33,12 @@ def read_yaml(path: Path) -> Any:
                 raise UserError(f"{path}:{line}: {kinds} are not read; write plain values")
         return YAML(typ="safe", pure=True).load(text)
     except OSError as error:
-        remedy = "--params names the settings file"
+        remedy = f"check the path that {option} names"
         raise UserError(f"{path}: {error.strerror or error}; {remedy}") from error
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        wrong = error.object[error.start]
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {wrong:#x}); save it as UTF-8") from error
     except (YAMLError, ValueError, RecursionError) as error:
         # ValueError: a character that YAML does not allow, or a number out of bounds.
         raise UserError(_not_valid(path, error)) from error

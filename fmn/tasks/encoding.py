@@ -219,7 +219,7 @@ def _of_translations(
 
     A prompt of too many tokens loses its last ones, a completion too, and its end.
     """
-    start = tokenizer.decoder_start_token_id  # set by `fmn.models.checkpoints.load_processor`
+    start = tokenizer.decoder_start_token_id  # set by `fmn.models.loading.load_processor`
     wanted = _wanted(table, rows)
     encoded = tokenizer(_prompts(task, table, wanted), truncation=True, max_length=task.max_length)[
         "input_ids"

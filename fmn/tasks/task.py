@@ -5,10 +5,10 @@ files; GLUE's nine tasks are built in (`glue.yaml`).
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     ConfigDict,
@@ -25,13 +25,12 @@ from fmn.store.yaml_file import read_yaml
 from fmn.tasks.kinds import (
     GENERATORS,
     KINDS,
-    MULTI,
     REGRESSION,
-    SINGLE,
     Kind,
     KindName,
     ProblemType,
 )
+from fmn.tasks.metrics import METRICS, check_metrics, default_metrics
 
 MAX_LENGTH = 128  # tokens of an example, unless its task says otherwise
 UNLIMITED = 2**20  # of embedding models, which say themselves where they cut texts
@@ -39,62 +38,6 @@ DEFINITION = "task.json"
 # What `fmn.fisher.loss` differentiates: of a task's one answer, of an answer per token, or of a
 # text's embedding.
 LossName = ProblemType | Literal["tokens", "embedding"]
-_CLASSIFIERS = ("text-classification", "image-classification")
-
-
-class MetricFacts(NamedTuple):
-    """What a metric is for.
-
-    Attributes:
-        problem_types: the tasks that it scores; none: those without labels.
-        higher_is_better: its direction.
-        is_binary: whether it is the score of class 1 of two classes.
-        kinds: the kinds of those tasks.
-    """
-
-    problem_types: tuple[str, ...]
-    higher_is_better: bool = True
-    is_binary: bool = False
-    kinds: tuple[str, ...] = _CLASSIFIERS
-
-
-METRICS: Mapping[str, MetricFacts] = {
-    "accuracy": MetricFacts((SINGLE, MULTI), kinds=(*_CLASSIFIERS, "token-classification")),
-    "balanced_accuracy": MetricFacts((SINGLE,)),
-    "f1": MetricFacts((SINGLE,), is_binary=True),
-    "f1_micro": MetricFacts((SINGLE, MULTI)),
-    "f1_macro": MetricFacts((SINGLE, MULTI)),
-    "f1_weighted": MetricFacts((SINGLE, MULTI)),
-    "precision": MetricFacts((SINGLE,), is_binary=True),
-    "recall": MetricFacts((SINGLE,), is_binary=True),
-    "matthews_correlation": MetricFacts((SINGLE,)),
-    "roc_auc": MetricFacts((SINGLE, MULTI)),
-    "mse": MetricFacts((REGRESSION,), higher_is_better=False),
-    "mae": MetricFacts((REGRESSION,), higher_is_better=False),
-    "r2": MetricFacts((REGRESSION,)),
-    "pearson": MetricFacts((REGRESSION,)),
-    "spearmanr": MetricFacts((REGRESSION,)),
-    "seqeval_f1": MetricFacts((SINGLE,), kinds=("token-classification",)),
-    "pearson_cosine": MetricFacts((REGRESSION,), kinds=("sentence-similarity",)),
-    "spearmanr_cosine": MetricFacts((REGRESSION,), kinds=("sentence-similarity",)),
-    "perplexity": MetricFacts((), higher_is_better=False, kinds=GENERATORS),
-    "exact_match": MetricFacts((), kinds=GENERATORS),
-}
-"""Every metric, in the words of scikit-learn, SciPy and seqeval; `fmn.evaluate.metrics` computes
-them."""
-
-DEFAULT_METRICS: Mapping[str | None, tuple[str, ...]] = {
-    SINGLE: ("accuracy",),
-    MULTI: ("f1_micro",),
-    REGRESSION: ("pearson", "spearmanr"),
-    None: (),
-}
-_METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
-    "token-classification": ("seqeval_f1",),
-    "sentence-similarity": ("spearmanr_cosine",),
-    "text-generation": ("perplexity",),
-    "text2text-generation": ("perplexity",),
-}
 
 
 _SPAN = re.compile(r"O|[BIES]-.+")
@@ -109,70 +52,12 @@ def no_span_tag(labels: Sequence[str]) -> str | None:
     return next((name for name in labels if not _SPAN.fullmatch(name)), None)
 
 
-def default_metrics(kind: KindName, problem_type: str | None) -> tuple[str, ...]:
-    """The metrics of a task with labels that names none."""
-    return _METRICS_OF_KIND.get(kind) or DEFAULT_METRICS[problem_type]
-
-
 def check_labels(names: Sequence[str]) -> None:
     """Refuse names that are empty or the same. ValueError says which."""
     if "" in names:
         raise ValueError("a label has no name")
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"label {twice[0]!r} is listed twice")
-
-
-def check_metrics(
-    metrics: Sequence[str],
-    problem_type: str | None,
-    labels: int,
-    kind: str = "text-classification",
-) -> None:
-    """Refuse metrics that are unknown, do not fit a task, or differ in direction.
-
-    Args:
-        metrics: their names.
-        problem_type: the task's; None: it is not known yet.
-        labels: how many labels the task has; 0: it is not known yet.
-        kind: the task's.
-
-    Raises:
-        ValueError: names the metric and what fits.
-    """
-    for name in metrics:
-        if name not in METRICS:
-            raise ValueError(
-                f"unknown metric {name!r}{hint(name, METRICS)}; {_known(problem_type, kind)}"
-            )
-        if kind not in METRICS[name].kinds:
-            raise ValueError(f"metric {name} is not for {kind}; {_known(problem_type, kind)}")
-        if problem_type and problem_type not in METRICS[name].problem_types:
-            raise ValueError(
-                f"metric {name} is not for {problem_type}; {_known(problem_type, kind)}"
-            )
-        if METRICS[name].is_binary and labels > 2:
-            raise ValueError(
-                f"metric {name} is of class 1 of two classes, and here are {labels}; say"
-                f" {'f1_macro' if name == 'f1' else 'f1_macro or balanced_accuracy'}"
-            )
-    directions = {METRICS[name].higher_is_better for name in metrics}
-    if len(directions) > 1 and kind not in GENERATORS:  # of those, the first decides
-        less = [name for name in metrics if not METRICS[name].higher_is_better]
-        raise ValueError(
-            f"less is better of {', '.join(less)}, and more of the other metrics, so that their"
-            " mean would mean nothing; choose metrics of one direction"
-        )
-    if len(set(metrics)) < len(metrics):
-        raise ValueError(f"metrics {', '.join(metrics)}: one is listed twice")
-
-
-def _known(problem_type: str | None, kind: str) -> str:
-    fitting = [
-        name
-        for name, facts in METRICS.items()
-        if kind in facts.kinds and problem_type in (None, *facts.problem_types)
-    ]
-    return f"choose from {', '.join(fitting)}"
 
 
 class SplitSettings(Settings):
@@ -213,7 +98,7 @@ class DatasetSettings(Settings):
     @classmethod
     def _check_size(cls, size: float | None) -> float | None:
         if size is not None and size > 1 and size != int(size):
-            raise ValueError("a share below 1, or a whole number of rows")
+            raise ValueError(f"must be a share below 1, or a whole number of rows, not {size:g}")
         return size
 
     @model_validator(mode="after")
@@ -344,12 +229,13 @@ def plain_text(value: Any) -> Any:
     return str(value).strip() if isinstance(value, str | int | float) else value
 
 
-def in_a_line(names: Sequence[str], most: int = 12) -> str:
+def in_a_line(names: Iterable[str], most: int = 12) -> str:
     """Names for a message, of many the first ones.
 
     >>> in_a_line(["a", "b", "c"], most=2)
     'a, b, ...'
     """
+    names = list(names)
     words = [f"{' '.join(str(name).split()):.100}" for name in names[:most]]
     return ", ".join(words) + ", ..." * (len(names) > most)
 

@@ -1,5 +1,6 @@
 """Metrics, plain and resampled, against scikit-learn and SciPy."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,8 @@ from fmn.evaluate.metrics import (
     relative,
     score_splits,
 )
-from fmn.tasks.task import METRICS, TASKS, get_task
+from fmn.tasks.metrics import METRICS
+from fmn.tasks.task import TASKS, get_task
 from tests.reports import BINARY, CLASSES, LABELS, NUMBERS, own_task
 
 AVERAGED = {f"f1_{kind}": partial(sk.f1_score, average=kind) for kind in ("micro", "macro")}
@@ -54,7 +56,7 @@ KINDS += [(kind, "roc_auc") for kind in (BINARY, CLASSES, LABELS)]
 
 
 def expected(kind: str, name: str, answers: Answers) -> float:
-    """The library's value; NaN where the labels leave it undefined, 0 for a constant answer."""
+    """The library's value; NaN where it is undefined."""
     predicted, labels, scores = answers
     if kind == TEXTS:
         of_token = np.repeat(scores[:, 0] / labels, labels)  # the mean in each text's place
@@ -75,7 +77,7 @@ def expected(kind: str, name: str, answers: Answers) -> float:
     if (name in ("matthews_correlation", "r2") or is_correlation) and is_constant:
         return np.nan
     if is_correlation and len(np.unique(predicted)) < 2:
-        return 0.0
+        return np.nan
     has_ones = (bool((labels == 1).any()), bool((predicted == 1).any()))
     if kind == BINARY and not (has_ones[0] or (has_ones[1] and name != "recall")):
         return np.nan
@@ -157,10 +159,32 @@ def test_right_answers_score_one_and_what_is_undefined_is_none(name: str) -> Non
     assert list(right.values()) == pytest.approx([1.0] * len(right))
     constant = np.full((len(labels), task.num_outputs), 0.1, dtype=np.float32)
     of_constant = answers(task, constant, labels)
-    assert score_splits(task, {"validation": of_constant})["score"] is not None
+    is_undefined = score_splits(task, {"validation": of_constant})["score"] is None
+    assert is_undefined == task.regression, "a correlation"
     of_one = Answers(*(side[:1] for side in of_constant))
     is_undefined = score_splits(task, {"validation": of_one})["score"] is None
     assert is_undefined == (name in ("cola", "stsb", "mrpc", "qqp")), "of one row of class 0"
+
+
+@pytest.mark.parametrize(("kind", "name"), KINDS)
+def test_no_metric_is_a_number_that_is_none(kind: str, name: str) -> None:
+    """Of one class, of constant answers, of one row: a number in its range, or None."""
+    higher = METRICS[name].higher_is_better
+    for count, label, answer in itertools.product((1, 2, 9), (0, 1), (0, 1, None)):
+        labels, predicted = np.full(count, label), np.full(count, answer or 0)
+        predicted = np.arange(count) % 2 if answer is None else predicted
+        scores = np.stack([1.0 - predicted, predicted], axis=1)
+        if kind == LABELS:
+            labels, predicted = (np.stack([side, side], axis=1) for side in (labels, predicted))
+        if kind == TEXTS:
+            labels, scores = labels + 1, np.full((count, 1), 1e4)
+        score = COMPUTE[name](np.ones((1, count)), Answers(predicted, labels, scores))[0]
+        assert np.isnan(score) or (np.isfinite(score) and (score <= 1 or not higher)), (
+            count, label, answer,
+        )  # fmt: skip
+        is_constant = len(np.unique(labels)) == 1 or len(np.unique(predicted)) == 1
+        if name in ("pearson", "spearmanr") and is_constant:
+            assert np.isnan(score)
 
 
 def test_splits_count_alike_whatever_their_size() -> None:

@@ -14,7 +14,7 @@ from fmn.experiments.files import Source, TunedOn
 from fmn.merge import heads
 from fmn.merge import model as merged
 from fmn.merge.stages import MergeSettings
-from fmn.models import checkpoints
+from fmn.models import loading
 from fmn.models.predict import predict
 from fmn.tasks import dataset
 from fmn.tasks.batches import select
@@ -47,7 +47,7 @@ def test_the_experts_head_answers_on_another_encoder(tiny_work: Path, tmp_path: 
     assert len(tried.predicted) == len(expert.rows) == 20
 
     merged.write_model(tmp_path / "merged", experts, average)
-    written = checkpoints.load_model(tmp_path / "merged" / "tasks" / "sst2")
+    written = loading.load_model(tmp_path / "merged" / "tasks" / "sst2")
     logits = predict(written, expert.examples, device="cpu", dtype="float32")
     expected = answers(get_task("sst2"), logits, expert.examples.labels)
     np.testing.assert_array_equal(tried.predicted, expected.predicted)
@@ -84,7 +84,7 @@ def test_heads_are_realigned_on_texts_that_are_not_tried(tiny_work: Path) -> Non
     labels = table["label"].to_numpy()
     tried = source(tiny_work, "sst2", "train", 50, (200, 3))
     expert = trial.load_expert(tried)
-    tokenizer = checkpoints.load_tokenizer(tried.checkpoint)
+    tokenizer = loading.load_tokenizer(tried.checkpoint)
     tokens = encode(tokenizer, get_task("sst2"), table).inputs["input_ids"]
     unseen = {tuple(tokens[row]) for row in set(range(len(labels))) - {*select(labels, 200, 3)}}
     left = len(labels) - 200 - 50

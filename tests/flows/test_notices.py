@@ -81,8 +81,10 @@ def test_a_failure_is_reported_to_the_address_of_settings_or_environment(
     monkeypatch.setenv("MY_WEBHOOK", webhook.address)
     for address in (webhook.address, "$MY_WEBHOOK"):
         Path("params.yaml").write_text(PROFILE + f"notify: {{webhook: {address}}}\n")
-        notices.send(Path("params.yaml"), "text")
-    assert webhook.texts[2:] == ["text", "text"]
+        notices.send(Path("params.yaml"), "<!channel> & <http://evil.example|b>")
+    assert webhook.texts[2:] == ["&lt;!channel&gt; &amp; &lt;http://evil.example|b&gt;"] * 2, (
+        "no mark-up"
+    )
     assert "SECRET" not in repr(params.load(Path("params.yaml")))
 
 
@@ -90,8 +92,10 @@ def test_a_failure_is_reported_to_the_address_of_settings_or_environment(
     ("address", "reason"),
     [
         (None, "500"),
-        ("http://127.0.0.1:9/SECRET", "ConnectionError"),
-        ("file:///SECRET", "InvalidSchema"),
+        ("http://127.0.0.1:9/SECRET", "ConnectError"),
+        ("http://[SECRET", "ConnectError"),
+        ("http://SECRET:port", "InvalidURL"),
+        ("file:///SECRET", "UnsupportedProtocol"),
     ],
 )
 def test_a_webhook_that_fails_costs_a_line_without_its_address(

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from fmn.fisher import architectures, gram, parameters
 from fmn.fisher.architectures import NodeValues
 from fmn.merge.inputs import StoredGrams
-from fmn.models.headers import TensorHeader, file_headers
+from fmn.store.headers import TensorHeader, file_headers
 from tests.tiny import tiny_examples, tiny_model
 
 LABELS = {"mrpc": 2, "stsb": 1, "mnli": 3}

@@ -17,7 +17,7 @@ from fmn.merge.inputs import Plan, Statistics, Tokens, matching, plan_merge
 from fmn.merge.methods import Tuning
 from fmn.merge.model import merged_tensors
 from fmn.merge.recipe import MergeSettings
-from fmn.models.headers import TensorHeader, file_headers
+from fmn.store.headers import TensorHeader, file_headers
 from tests.merge.experts import checkpoints, node_fisher, save
 from tests.tiny import tiny_model
 

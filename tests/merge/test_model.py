@@ -24,8 +24,8 @@ from fmn.merge.inputs import Plan, Statistics, matching
 from fmn.merge.methods import METHODS, Tuning
 from fmn.merge.recipe import MergeSettings, read_recipe
 from fmn.merge.rules import rounded
-from fmn.models.headers import file_headers
 from fmn.store import artifacts
+from fmn.store.headers import file_headers
 from fmn.tasks.task import Columns, Task, read_task
 from tests.folders import edit_config
 from tests.merge.experts import LABELS, checkpoints, full_fisher, grams, load, node_fisher, save

@@ -17,7 +17,7 @@ from torch import Tensor
 from fmn.errors import UserError
 from fmn.merge import stream
 from fmn.merge.stream import TensorSpec
-from fmn.models.headers import file_headers
+from fmn.store.headers import file_headers
 from tests.folders import tiny_bert, weights
 
 TENSORS = {

@@ -10,8 +10,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from fmn.errors import UserError
-from fmn.models.checkpoints import kind_in, load_model, load_processor
+from fmn.models.checkpoints import kind_in
 from fmn.models.embedding import POOLINGS, check_agreement, notes, read_modules
+from fmn.models.loading import load_model, load_processor
 from fmn.tasks.batches import Examples, pad_batch
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import Columns, Task

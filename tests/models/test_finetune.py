@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.models.checkpoints import load_model
 from fmn.models.embedding import Modules, SentenceEncoder
 from fmn.models.finetune import finetune, new_expert
+from fmn.models.loading import load_model
 from fmn.models.predict import predict
 from fmn.tasks.batches import Examples, pad_batch
 from fmn.tasks.task import Task, get_task

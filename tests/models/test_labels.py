@@ -15,7 +15,7 @@ from fmn.models.predict import predict
 from fmn.tasks import dataset
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import TASKS, Columns, Task, get_task
-from tests.folders import edit_config
+from tests.folders import edit_config, save, weights
 from tests.models.experts import answers, expert, make_task, write_rows
 
 MNLI = get_task("mnli")
@@ -220,6 +220,22 @@ def test_values_that_fall_where_the_labels_rise_stop(tmp_path: Path) -> None:
     assert decided.notes == []
     with pytest.raises(UserError, match=r"fall where the labels rise.*240 training rows is -1\.00"):
         decide(folder, task, write_rows(tmp_path / "down", task, 7 - values))
+
+
+def test_a_correlation_that_is_undefined_is_told_as_none(tmp_path: Path) -> None:
+    task = make_task([], "regression")
+    folder = expert(tmp_path / "expert", 1)
+    values = answers(folder)[:, 0]
+    flat = decide(folder, task, write_rows(tmp_path / "flat", task, 0 * values + 2))
+    assert flat.score is None
+    (note,) = flat.notes
+    assert "NOTHING IS KNOWN of how good" in note
+    assert note.endswith("the labels are all the same on 240 training rows")
+    state = weights(folder)
+    state["classifier.weight"] *= 0
+    save(folder, state)
+    (note,) = decide(folder, task, write_rows(tmp_path / "rows", task, values)).notes
+    assert "its values are all the same on 240 training rows" in note
 
 
 @pytest.mark.parametrize(

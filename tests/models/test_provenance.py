@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +15,8 @@ from fmn.models.provenance import (
     Lineage,
     check_base,
     check_common_base,
-    distance,
+    check_experts,
+    likeness,
     lineage,
     rows_tuned_on,
     sample,
@@ -21,8 +25,9 @@ from fmn.models.provenance import (
 )
 from fmn.store.artifacts import digest_folder
 from fmn.store.stage import read_sidecar
+from fmn.tasks.task import TASKS as DEFINITIONS
 from tests.conftest import TASKS, TUNING
-from tests.folders import save, tiny_bert, weights
+from tests.folders import WORDS, save, tiny_bert, weights
 
 
 def test_provenance_says_where_an_expert_comes_from(
@@ -69,25 +74,30 @@ def moved(folder: Path, out: Path, share: float) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    ("share", "expected"), [(0.0, 0.0), (0.1, 0.1), (0.5, 0.47), (1.0, 0.82), (2.0, 1.15)]
-)
-def test_a_distance_is_that_of_all_weights(
-    share: float, expected: float, bert: Path, tmp_path: Path
-) -> None:
-    """It is as computed in float64 from whole tensors."""
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0, 3.0])
+def test_likeness_is_the_correlation_of_weights(share: float, bert: Path, tmp_path: Path) -> None:
+    """It is as computed in float64 from whole tensors, and as the noise leaves it."""
     other = moved(bert, tmp_path / "moved", share)
-    apart = distance(sample(bert), sample(other))
-    assert apart == pytest.approx(expected, abs=0.04)
+    alike = likeness(sample(bert), sample(other))
+    assert alike is not None
+    assert alike.correlation == pytest.approx(1 / (1 + share**2) ** 0.5, abs=0.05)
     names = [n for n in weights(bert) if "layer" in n and n.endswith("weight") and "Norm" not in n]
-    parts = []
-    for name in names:
-        left, right = (weights(folder)[name].double() for folder in (bert, other))
-        size = (left.square().sum() + right.square().sum()) / 2
-        parts.append(float(((left - right).square().sum() / size).sqrt()))
-    parts.sort()
-    median = (parts[(len(parts) - 1) // 2] + parts[len(parts) // 2]) / 2
-    assert apart == pytest.approx(median, abs=1e-6)
+    left, right = (
+        [weights(folder)[name].double().ravel() for name in names] for folder in (bert, other)
+    )
+    cosines = [float(a @ b / a.norm() / b.norm()) for a, b in zip(left, right, strict=True)]
+    mean = np.average(cosines, weights=[len(values) for values in left])
+    assert alike.correlation == pytest.approx(mean, abs=1e-6)
+    assert alike.weights == sum(map(len, left))
+    assert (alike.is_doubtful, alike.is_unrelated) == (share > 0.8, False)
+
+
+def test_random_models_are_unrelated(tmp_path: Path) -> None:
+    models = [sample(tiny_bert(tmp_path / f"{seed}", seed=seed)) for seed in range(12)]
+    for first, second in combinations(models, 2):
+        alike = likeness(first, second)
+        assert alike
+        assert alike.is_unrelated
 
 
 def test_experts_of_their_base_pass(tiny_work: Path) -> None:
@@ -100,7 +110,7 @@ def test_experts_of_their_base_pass(tiny_work: Path) -> None:
 def test_an_expert_of_another_base_is_refused_with_both_figures(bert: Path, tmp_path: Path) -> None:
     other = tiny_bert(tmp_path / "other", seed=1)
     expert = moved(bert, tmp_path / "expert", 0.1)
-    figures = r"are 1\.[34]\d of their size apart .* 0\.3, .* 1\.41\); give the model"
+    figures = r"weights is -?0\.\d\d \(.* 0\.95, .* about 0\); give the model"
     with pytest.raises(UserError, match=rf"{expert}: was not .* the base {other}: .* {figures}"):
         check_base(expert, other)
     (note,) = check_common_base({"sst2": expert, "mrpc": other})
@@ -126,3 +136,73 @@ def test_one_file_as_two_experts_is_a_doubt(bert: Path, tmp_path: Path) -> None:
     state["bert.embeddings.word_embeddings.weight"] += 0.01
     save(again, state)
     assert check_common_base({"sst2": expert, "imdb": again}, bert) == []
+
+
+def test_experts_of_one_base_pass(bert: Path, tmp_path: Path) -> None:
+    stsb = tiny_bert(tmp_path / "stsb", seed=1, outputs=1)
+    mnli = tiny_bert(tmp_path / "mnli", seed=2, outputs=3)
+    # Other dtypes can be merged.
+    save(mnli, {name: value.half() for name, value in weights(mnli).items()})
+    state = weights(bert)
+    base = Path(shutil.copytree(bert, tmp_path / "base"))
+    encoder = {name[5:]: value for name, value in state.items() if name.startswith("bert.")}
+    encoder["embeddings.position_ids"] = torch.arange(16)
+    save(base, encoder)
+    check_experts({"mrpc": bert, "stsb": stsb, "mnli": mnli}, DEFINITIONS, base)
+    check_experts({"sst2": bert}, DEFINITIONS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"outputs": 3}, "a head of 3 outputs, rte needs 2"),
+        ({"hidden_size": 12}, "hidden_size is 12, not 8"),
+        ({"num_attention_heads": 4}, "num_attention_heads is 4, not 2"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1, not 2"),
+        ({"words": (*WORDS[:6], "film", "fine", *WORDS[8:])}, "the id of token 'film' is 6, not 7"),
+        ({"words": (*WORDS, "more")}, "ids up to 10, the model 10 embeddings"),
+    ],
+)
+def test_experts_that_do_not_fit_are_named(
+    changes: dict[str, Any], problem: str, bert: Path, tmp_path: Path
+) -> None:
+    other = tiny_bert(tmp_path / "other", **changes)
+    with pytest.raises(UserError, match=problem) as caught:
+        check_experts({"mrpc": bert, "rte": other}, DEFINITIONS)
+    assert str(caught.value).startswith(f"rte: {other}")
+    assert "\n" not in str(caught.value)
+
+
+def test_vocabularies_may_differ_by_tokens_and_by_padding(bert: Path, tmp_path: Path) -> None:
+    wider = tiny_bert(tmp_path / "wider", seed=1, words=(*WORDS, "more"), vocab_size=12)
+    padded = tiny_bert(tmp_path / "padded", seed=2, outputs=1, vocab_size=16)
+    (note,) = check_experts({"mrpc": bert, "rte": wider, "stsb": padded}, DEFINITIONS, bert)
+    lacks = "the base lacks more; mrpc lacks more; stsb lacks more"
+    assert note.startswith(f"vocabularies differ: {lacks}; embeddings")
+    assert check_experts({"mrpc": bert, "stsb": padded}, DEFINITIONS) == []
+    other = tiny_bert(tmp_path / "other", vocab_size=12, words=(*WORDS, "less"))
+    with pytest.raises(UserError, match=r"cola: .*'less' has id 10, that of 'more' \(rte\)"):
+        check_experts({"rte": wider, "cola": other}, DEFINITIONS)
+    apart = tiny_bert(tmp_path / "apart", vocab_size=12, words=(*WORDS, "[unused]", "less"))
+    (apart / "vocab.txt").write_text("\n".join([*WORDS, "more", "less"]) + "\n")
+    assert len(check_experts({"rte": wider, "cola": apart}, DEFINITIONS)) == 1
+
+
+def test_experts_without_parts_are_named(bert: Path, copy: Path, tmp_path: Path) -> None:
+    def refused(problem: str, experts: dict[str, Path], base: Path | None = None) -> None:
+        with pytest.raises(UserError, match=problem):
+            check_experts(experts, DEFINITIONS, base)
+
+    state = weights(copy)
+    encoder = {name: value for name, value in state.items() if not name.startswith("classifier")}
+    save(copy, encoder)
+    refused(r"rte: .*no classification head", {"mrpc": bert, "rte": copy})
+    check_experts({"mrpc": bert}, DEFINITIONS, copy)
+    (copy / "vocab.txt").unlink()
+    refused(r"the base: .* has no tokenizer files", {"mrpc": bert}, copy)
+    (copy / "adapter_config.json").write_text("{}")
+    refused("adapter beside a model", {"mrpc": bert}, copy)
+    (copy / "config.json").unlink()
+    refused(r"rte: .*PEFT adapter; `fmn fetch`", {"mrpc": bert, "rte": copy})
+    refused(r"rte: .*no such folder", {"mrpc": bert, "rte": tmp_path / "none"})
+    refused("no experts", {})

@@ -24,8 +24,8 @@ from fmn.models.stages import predict
 from fmn.registry import stages as registry_stages
 from fmn.registry.stages import RegistrySettings
 from fmn.registry.version import Baselines, grouped_metrics, version_tags
-from fmn.report.results import escaped, points, shown
 from fmn.report.stages import ReportInfo, report
+from fmn.report.wording import escaped, points, shown
 from fmn.store.stage import Job, check_intact, read_record, run_stage
 from fmn.store.yaml_file import read_yaml, to_yaml
 from fmn.tasks.task import Columns, Task

@@ -119,14 +119,14 @@ def test_own_tasks_are_told_in_the_hubs_words_and_names_are_text() -> None:
         ("mse", None, "price"),
     ]
     for words in (
-        "| odd | f1_macro | validation | 50.00 |  | 9 |",
+        "| odd | f1_macro | validation | 50.00 | – | 9 |",
         "| price | mse (less is better) | validation | 12.35 | 9 to 16 | 9 |",
-        "| flat | r2 | validation | undefined |  | 9 |",
+        "| flat | r2 | validation | undefined | – | 9 |",
         "| mean | score | of odd | 62.50 |",
         r"\<b>\|x, \*a\* b, label 2, label 3, label 4, label 5, label 6, label 7, ... (40 labels)",
         "| f1 macro + roc auc | 512 | org/odd-texts, revision abc |",
         "| mse (less is better) | 128 | prices.csv |",
-        "- flat: undefined: its labels here do not define r2",
+        "- flat: undefined: its labels or answers here do not define r2",
         "- mean score: over odd; without price and flat",
         "- bare: not scored, as its rows have no labels",
     ):

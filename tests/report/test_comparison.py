@@ -125,4 +125,5 @@ def test_own_tasks_of_every_sort_are_compared() -> None:
     again = comparison.compare(cells)
     assert list(again.averaged) == ["intents", "topics"]
     assert again.scores["mine"]["spam"].text == "undefined"
+    assert again.means["mine"]["mean"].text == "undefined", "the expert has a score there"
     assert "spam" in comparison.numbers(cells, again).sets[names]["mine"]

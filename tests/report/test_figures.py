@@ -10,7 +10,8 @@ import pytest
 from fmn.fisher.architectures import NodeValues, Site
 from fmn.report import comparison, figures
 from fmn.report.figures import Picture
-from fmn.report.results import MINUS, Report, tabulate
+from fmn.report.results import Report, tabulate
+from fmn.report.wording import MINUS
 from tests import reports
 
 NAMES = ("cola", "sst2", "stsb")

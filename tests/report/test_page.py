@@ -99,9 +99,9 @@ def test_errors_are_plain_numbers_and_what_is_undefined_says_so() -> None:
     read = Reader(page.render("report.html", report=report, pictures=pictures))
     for words in (
         "price mse + mae (less is better)",
-        "flat pearson 64 undefined undefined undefined undefined",
+        "flat pearson 64 undefined – undefined – undefined – undefined –",
         "price: mse + mae (less is better); a plain number, no percentage",
-        "flat: undefined: its labels here do not define pearson",
+        "flat: undefined: its labels or answers here do not define pearson",
         "mean score: over intents, topics and spam; without price and flat",
         "mean of 3 tasks",
         "in the mean over 4 tasks",

@@ -1,19 +1,20 @@
 """The table says what the metrics say: scores, intervals, shares, which differences are real."""
 
+import json
 import re
-from html import unescape
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from markdown_it import MarkdownIt
 
 from fmn.errors import UserError
 from fmn.evaluate import bootstrap
+from fmn.evaluate.metrics import TaskAnswers
 from fmn.fisher.architectures import Site
 from fmn.merge.rules import shares
-from fmn.report import results
-from fmn.report.verdict import judgement
+from fmn.report import page, results
+from fmn.report.verdict import judgement, verdict
 from tests import reports
 from tests.reports import NUMBERS, OWN, SEVEN, own_task, value
 
@@ -65,6 +66,56 @@ def test_means_are_over_tasks(table: results.Table) -> None:
     assert value(mean) == pytest.approx(np.mean(shares))
     low, high = mean.interval or (0, 0)
     assert low < value(mean) < high
+
+
+def collapsed(merged: dict[str, results.Evaluated], column: str) -> dict[str, results.Evaluated]:
+    """A model whose answers to stsb are all the same."""
+    metrics, answers = merged[column]
+    task, splits = answers["stsb"]
+    same = {name: each._replace(predicted=0 * each.predicted) for name, each in splits.items()}
+    scores = metrics.tasks["stsb"].model_copy(update={"score": None, "interval": {}})
+    metrics = metrics.model_copy(update={"tasks": {**metrics.tasks, "stsb": scores}})
+    answered = {**answers, "stsb": TaskAnswers(task, same)}
+    return {**merged, column: results.Evaluated(metrics, answered)}
+
+
+def test_a_model_without_a_score_keeps_no_known_share(table: results.Table) -> None:
+    """A model that fails on a task has no better mean for it."""
+    experts, merged = reports.run(FOUR)
+    lost = results.tabulate(experts, collapsed(dict(merged), "merged"))
+    column = lost.columns["merged"]
+    assert column["stsb"].score.text == "undefined"
+    assert column["stsb"].share is None
+    shares = [each.columns["average"]["mean"].share for each in (lost, table)]
+    share = column["mean"].share
+    assert share
+    assert share.value is None
+    assert value(shares[0]) == pytest.approx(value(shares[1]))
+    assert lost.averaged == ("cola", "mnli", "mrpc"), "the same tasks for every model"
+    remark = "stsb: undefined: its labels or answers here do not define pearson + spearmanr"
+    assert remark in results.remarks(lost)
+    numbers = json.dumps(results.results(lost), allow_nan=False)
+    assert json.loads(numbers)["tasks"]["stsb"]["merged"]["score"] is None
+    report = replace(reports.report(FOUR), table=lost)
+    assert "keeps" not in verdict(report)[0]
+    shown = page.render("report.html", report=report, pictures={})
+    assert not re.search(r"\bnan\b", shown)
+
+
+def test_an_expert_without_a_score_is_not_100_percent_of_it(table: results.Table) -> None:
+    experts, merged = reports.run(FOUR)
+    alone = collapsed({"expert": experts["stsb"]}, "expert")["expert"]
+    lost = results.tabulate({**experts, "stsb": alone}, merged)
+    assert lost.columns["expert"]["stsb"] == (lost.columns["expert"]["stsb"].score, None)
+    assert lost.columns["merged"]["stsb"].share is None
+    assert "stsb: the expert's score is undefined: no share of it is defined" in results.remarks(
+        lost
+    )
+    shown = page.render(
+        "report.html", report=replace(reports.report(FOUR), table=lost), pictures={}
+    )
+    assert shown.count('<small class="relative only">100 %</small>') == 4, "three tasks, the mean"
+    assert shown.count('<small class="relative only">–</small>') == 1
 
 
 def test_differences_are_paired_tests_of_the_headline_against_each_other_column(
@@ -161,7 +212,12 @@ def test_only_an_expert_that_guesses_is_said_to_guess() -> None:
     experts = {name: reports.evaluated(names, right) for name, right in rights}
     table = results.tabulate(experts, merged)
     assert table.guessing == ("rte", "stsb")
-    assert [line.split(":")[0] for line in results.notes(table)[1:]] == ["rte", "stsb"]
+    assert [line.split(":")[0] for line in results.notes(table)[1:]] == [
+        "rte", "stsb", "stsb",
+    ]  # fmt: skip
+    assert re.fullmatch(
+        r"stsb: the expert's score is −\d+\.\d: no share of it is defined", results.notes(table)[3]
+    )
 
 
 def test_a_task_without_labels_is_said_to_have_no_score() -> None:
@@ -214,13 +270,6 @@ def test_many_columns_have_no_room_for_intervals() -> None:
     assert sum("(" in cell for cell in cells) == 5 * 3
 
 
-def test_a_text_of_a_user_is_a_text_in_markdown_too() -> None:
-    html = MarkdownIt("commonmark").enable("table").render
-    for text in ("<b>|x", "*a*", "`a|b`", "_a_ b_c", "[a](b)", "a\\|b", "![x](y)", "two\nlines"):
-        (cell,) = re.findall("<td>(.*)</td>", html(results.markdown(["head"], [[text]])))
-        assert unescape(cell) == " ".join(text.split())
-
-
 def test_shares_of_nodes_are_those_that_the_merge_used() -> None:
     fisher = reports.fisher(["cola", "sst2"], layers=2, heads=3, neurons=5)
     lambdas = {"cola": 1.0, "sst2": 3.0}
@@ -238,11 +287,3 @@ def test_shares_of_nodes_are_those_that_the_merge_used() -> None:
     unweighed = reports.recipe(["cola", "sst2"], "ties")
     assert results.node_shares(fisher, unweighed) == {}
     assert results.node_shares({"cola": fisher["cola"]}, recipe) == {}, "not of every expert"
-
-
-def test_words_are_as_people_say_them() -> None:
-    listed = [results.listed(words) for words in (["a"], ["a", "b"], ["a", "b", "c"])]
-    assert listed == ["a", "a and b", "a, b and c"]
-    times = [results.seconds(seconds) for seconds in (0.04, 9.96, 75, 780)]
-    assert times == ["0.0 s", "10.0 s", "75 s", "13 min"]
-    assert results.markdown(["a"], [["b|c"]]) == "| a |\n| --- |\n| b\\|c |\n"

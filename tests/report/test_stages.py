@@ -12,7 +12,7 @@ from fmn import __version__
 from fmn.errors import UserError
 from fmn.evaluate import files as evaluate_files
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
-from fmn.report import results, stages
+from fmn.report import stages, wording
 from fmn.report.page import git_commit, registry_page
 from fmn.report.results import Evaluated
 from fmn.store import artifacts
@@ -98,7 +98,7 @@ def test_the_folder_holds_page_pictures_numbers_and_cards(run: Run, tmp_path: Pa
     assert {path.name for path in (out / "cards").iterdir()} == {f"{name}.md" for name in MERGED}
     card = (out / "cards" / "merged.md").read_text()
     assert "merged with mask-fisher" in card
-    assert all(f"- {results.escaped(line)}" in card for line in outcome.summary.verdict)
+    assert all(f"- {wording.escaped(line)}" in card for line in outcome.summary.verdict)
     assert outcome.summary.verdict[0] not in (out / "cards" / "average.md").read_text()
     assert "| sst2 | accuracy | validation |" in card
     page = unescape((out / "report.html").read_text())

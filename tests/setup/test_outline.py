@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
-from fmn.models.headers import tensor_headers
+from fmn.models import provenance
 from fmn.setup.outline import Outline, outline
+from fmn.store.headers import tensor_headers
 from tests.folders import pickled, save, shards, tiny_bert, weights
 from tests.hub_server import Hub
 
@@ -45,7 +45,7 @@ def test_of_the_hub_only_headers_are_transferred(form: str, hub: Hub, tmp_path: 
     assert hub.sent < sum(sizes) / 4
     used = sum(file.stat().st_blocks * 512 for file in out.glob("*.safetensors"))
     assert used < sum(sizes) / 4, "the weights are holes"
-    checkpoints.check_experts({"a": out}, {}, folder)
+    provenance.check_experts({"a": out}, {}, folder)
 
 
 def test_pickled_weights_are_outlined_by_their_configuration(hub: Hub, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer import modules as parts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
+from fmn.models import checkpoints, loading
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import stages
 from tests import readers
@@ -485,7 +485,7 @@ def test_labels_beside_the_adapter_are_the_experts(
     config = checkpoints.load_config(tmp_path / "out")
     assert config.id2label == {0: "no", 1: "maybe", 2: "yes"}
     assert (tmp_path / "out" / "task.json").is_file()
-    checkpoints.load_model(tmp_path / "out")
+    loading.load_model(tmp_path / "out")
 
 
 def test_tokens_that_the_adapter_adds_come_with_it(
@@ -504,7 +504,7 @@ def test_tokens_that_the_adapter_adds_come_with_it(
     tokenizer.save_pretrained(source)
     fetch(source, tmp_path / "out", base)
     assert checkpoints.load_config(tmp_path / "out").vocab_size == len(tokenizer)
-    assert "<new>" in checkpoints.load_tokenizer(tmp_path / "out").get_vocab()
+    assert "<new>" in loading.load_tokenizer(tmp_path / "out").get_vocab()
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
     for name, value in adapted.merge_and_unload().state_dict().items():
         torch.testing.assert_close(merged[name], value)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
+from fmn.models import loading
 from fmn.sources.stages import fetch
 from tests.folders import SIZES, WORDS, edit_config, save, tiny_bert, weights
 
@@ -58,12 +58,12 @@ def test_a_cased_vocabulary_is_read_as_cased_where_nothing_says_so(
     with pytest.raises(
         UserError, match=r"nothing says how .*\"do_lower_case\": false.* `fmn fetch`"
     ):
-        checkpoints.load_tokenizer(source)
+        loading.load_tokenizer(source)
     (note,) = notes(source, tmp_path / "out")
     assert "nothing says how its tokenizer treats case" in note
     for tokenizer in (
         AutoTokenizer.from_pretrained(tmp_path / "out"),
-        checkpoints.load_tokenizer(tmp_path / "out"),
+        loading.load_tokenizer(tmp_path / "out"),
     ):
         assert tokenizer.tokenize(TEXT) == TEXT.split()
     assert notes(tmp_path / "out", tmp_path / "again") == []
@@ -76,7 +76,7 @@ def test_an_uncased_vocabulary_needs_no_word(settings: Any, is_fast: bool, tmp_p
         tmp_path / "source", (*WORDS, "[NEW]"), settings, is_fast=is_fast, lowercase=True
     )
     assert notes(source, tmp_path / "out") == []
-    assert checkpoints.load_tokenizer(tmp_path / "out").tokenize("A Fine film") == [
+    assert loading.load_tokenizer(tmp_path / "out").tokenize("A Fine film") == [
         "a", "fine", "film",
     ]  # fmt: skip
 

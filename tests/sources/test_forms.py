@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
+from fmn.models import checkpoints, loading
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import forms, stages
 from fmn.store.artifacts import digest_files
@@ -193,12 +193,12 @@ def test_places_that_hold_no_checkpoint_are_named(copy: Path, tmp_path: Path) ->
 def test_entries_that_stand_for_nothing_are_left_out(
     changes: dict[str, Any], notes: list[str], copy: Path, tmp_path: Path
 ) -> None:
-    expected = checkpoints.load_model(copy).state_dict()
+    expected = loading.load_model(copy).state_dict()
     edit_config(copy, **changes)
     info = fetch(copy, tmp_path / "out")
     assert len(info.notes) == len(notes)
     assert all(part in note for part, note in zip(notes, info.notes, strict=True))
-    loaded = checkpoints.load_model(tmp_path / "out").state_dict()
+    loaded = loading.load_model(tmp_path / "out").state_dict()
     assert all((loaded[name] == value).all() for name, value in expected.items())
     config = checkpoints.load_config(tmp_path / "out")
     assert config.architectures == ["BertForSequenceClassification"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
+from fmn.models import checkpoints, loading
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import names, stages
 from tests.folders import WORDS, edit_config, pickled, save, shards, weights
@@ -77,7 +77,7 @@ def test_a_wrappers_part_within_names_is_taken_off(part: str, copy: Path, tmp_pa
     for file in (tmp_path / "out").glob("*.safetensors"):
         loaded |= safetensors.torch.load_file(file)
     assert_same(loaded, state)
-    checkpoints.load_model(tmp_path / "out")
+    loading.load_model(tmp_path / "out")
 
 
 @given(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
+from fmn.models import checkpoints, loading
 from fmn.models.embedding import read_modules
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import stages
@@ -305,7 +305,7 @@ def test_pickled_weights_are_converted(zipped: bool, copy: Path, out: Path) -> N
     converted = weights(out)
     assert set(converted) == set(stored)
     assert all(torch.equal(converted[name], value) for name, value in stored.items())
-    checkpoints.load_model(out)
+    loading.load_model(out)
 
 
 class _Bomb:

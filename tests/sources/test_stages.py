@@ -208,7 +208,10 @@ def test_a_described_architecture_is_part_of_the_copy_and_of_its_key(tmp_path: P
 
 @pytest.mark.parametrize(
     ("change", "problem"),
-    [({"layers": "encoder.layer"}, "needs {}"), ({"heads": ["o", "x=query", ""]}, "PARENT: q=")],
+    [
+        ({"layers": "encoder.layer"}, "in place of the layer's number"),
+        ({"heads": ["o", "x=query", ""]}, "PARENT: q="),
+    ],
 )
 def test_a_description_that_says_nothing_is_refused(change: dict[str, Any], problem: str) -> None:
     whole = {"layers": "l.{}", "heads": ["o", "q=q", ""], "neurons": ["d", "u=u", ""]}

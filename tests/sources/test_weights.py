@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fmn.errors import UserError
-from fmn.models import checkpoints
-from fmn.models.headers import tensor_headers
+from fmn.models import loading
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import stages
+from fmn.store.headers import tensor_headers
 from tests.folders import pickled, save, shards, weights
 
 State = dict[str, torch.Tensor]
@@ -54,7 +54,7 @@ def test_weights_in_every_form_are_the_same_model(form: str, copy: Path, tmp_pat
     assert info.is_converted == ("pickle" in form)
     assert info.notes == []
     assert tensor_headers(tmp_path / "out").keys() == state.keys()
-    loaded = checkpoints.load_model(tmp_path / "out").state_dict()
+    loaded = loading.load_model(tmp_path / "out").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
     assert not list((tmp_path / "out").glob("*.bin*"))
 

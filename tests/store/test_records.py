@@ -43,11 +43,11 @@ def test_a_record_is_read_and_unknown_entries_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (CONTENT | {"model": None}, "model is None, not as fmn writes it"),
+        (CONTENT | {"model": None}, "model is null, not as fmn writes it"),
         (CONTENT | {"model": 1}, "model is 1, not"),
         (CONTENT | {"tasks": []}, r"tasks is \[\], not"),
         (CONTENT | {"tasks": {"rte": {"value": 0.5}}}, "tasks.rte.rows is missing"),
-        (CONTENT | {"tasks": {"rte": {"value": True, "rows": 1}}}, "tasks.rte.value is True"),
+        (CONTENT | {"tasks": {"rte": {"value": True, "rows": 1}}}, "tasks.rte.value is true"),
         (CONTENT | {"tasks": {"rte": {"value": 1, "rows": 1.5}}}, "tasks.rte.rows is 1.5"),
         (CONTENT | {"order": [0, "1"]}, "order.1 is '1'"),
         (CONTENT | {"model": ["x" * 1000, "\n"]}, "model is .{60}, not"),

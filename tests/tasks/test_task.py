@@ -8,17 +8,8 @@ from pydantic import ValidationError
 
 from fmn.errors import UserError
 from fmn.store.stage import write_record
-from fmn.tasks.task import (
-    DEFAULT_METRICS,
-    METRICS,
-    TASKS,
-    Columns,
-    Task,
-    TaskSettings,
-    get_task,
-    load_task,
-    make_task,
-)
+from fmn.tasks.metrics import DEFAULT_METRICS, METRICS
+from fmn.tasks.task import TASKS, Columns, Task, TaskSettings, get_task, load_task, make_task
 
 # From the card of the Hub's data set nyu-mll/glue: columns of texts, and label names.
 HUB = """
@@ -97,8 +88,8 @@ def test_a_description_is_read_as_yaml_has_it() -> None:
         ({"problem_type": "multi_label_classification", "metrics": ["f1"]}, "f1 is not for multi"),
         ({"columns": {"text": "a", "label": None}, "metrics": ["accuracy"]}, "only then"),
         ({"problem_type": None}, "needs a problem type"),
-        ({"validation": ["a/b"]}, "match pattern"),
-        ({"name": "a/b"}, "name: .*match pattern"),
+        ({"validation": ["a/b"]}, "must be a name"),
+        ({"name": "a/b"}, "name: .*must be a name"),
         ({"lables": ["book"]}, "lables"),
     ],
 )

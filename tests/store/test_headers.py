@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmn.errors import UserError
-from fmn.models.headers import tensor_headers
+from fmn.store.headers import tensor_headers
 from tests.folders import shards, weights
 
 

@@ -7,6 +7,7 @@ JSON header of that length, then the tensors' bytes without gaps).
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,10 +119,28 @@ def read_json(path: Path) -> dict[str, Any]:
 def names_in(folder: Path) -> set[str]:
     """The names in a folder; `UserError` if there is no such folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        problem = "is a file; give the folder of it" if folder.is_file() else "no such folder"
+        raise UserError(f"{folder}: {problem}")
     return {path.name for path in folder.iterdir()}
 
 
 def first_words(error: BaseException) -> str:
     """What another library says, as it fits into one line of ours."""
     return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object as Transformers does: indented, with a last line break."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def json_entries(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value inside a JSON value, with the keys that lead to it."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from json_entries(value, f"{path}.{name}" if path else name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from json_entries(value, path)
+    else:
+        yield path, content
