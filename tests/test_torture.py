@@ -56,6 +56,8 @@ def test_kills_change_nothing(lane: int, undisturbed: Path, tmp_path: Path) -> N
         again = [path for path, sidecar in finished.items() if present.get(path) != sidecar]
         assert not again, f"computed again after a kill: {again}"
         finished = present
+        if process.returncode == 0:
+            assert torture.state(folder).files == expected.files
         if finished.keys() == stages.keys() and kills.total() < KILLS:  # and from the start
             shutil.rmtree(work)
             finished = {}
