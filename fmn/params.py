@@ -463,7 +463,7 @@ def _problem(problem: Any) -> tuple[str, str]:
     if problem["type"] == "missing":
         return setting, f"missing; add it: {about}" if about else "missing; add it"
     message = in_words(problem)
-    if not setting and (match := re.match(r"([a-z]\w*(?:\.[\w-]+)*): (.*)", message)):
+    if not setting and (match := re.match(r"([a-z]\w*(?:\.[^.:]+)*): (.*)", message)):
         return match[1], match[2]  # a check of several settings names the first itself
     return setting, message
 

@@ -73,13 +73,21 @@ class Cost(NamedTuple):
     @property
     def in_words(self) -> str:
         """The amounts and the time, as people read them."""
-        amounts = (f"{count / 1e9:.1f} GB" for count in (self.read, self.written, self.free))
-        read, written, free = amounts
+        read, written, free = map(_size, (self.read, self.written, self.free))
         minutes = (2 * self.read + self.written) / SPEED / 60
         return (
             f"reads {read} and writes {written} of {free} free; about {minutes:.0f} minutes at"
             f" {SPEED / 1e9:.0f} GB/s"
         )
+
+
+def _size(count: int) -> str:
+    """A number of bytes.
+
+    >>> _size(1_500_000_000), _size(250_000)
+    ('1.5 GB', '0.2 MB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def cost(

@@ -63,7 +63,7 @@ def no_progress(done: int, total: int) -> None:
 
 
 class InputChangedError(UserError, FileNotFoundError):
-    """An input was removed or replaced while a stage read it; flows retry the stage."""
+    """An input is missing, or was replaced while a stage read it; flows retry the stage."""
 
 
 class Sidecar(Record):
@@ -340,7 +340,10 @@ def _digest(read: Path | Sequence[Path] | str) -> str:
     if not isinstance(read, Path):
         return artifacts.digest_bytes("".join(map(_digest, read)).encode())
     if not read.exists():
-        raise UserError(f"{read}: no such file or folder; check the path")
+        with artifacts.locked(read):  # DVC removes an output before its stage writes it anew
+            pass
+    if not read.exists():
+        raise InputChangedError(f"{read}: no such file or folder; check the path")
     check_intact(read)
     return artifacts.digest_folder(read) if read.is_dir() else artifacts.digest_file(read)
 

@@ -212,5 +212,5 @@ def test_failures_of_network_servers_and_locks_are_transient_and_others_are_not(
 
 
 def test_an_error_is_one_line() -> None:
-    assert one_line(TransientError("a\n  b")) == "a b"
+    assert one_line(TransientError("a\n b")) == r"a\n b"
     assert one_line(ValueError("a\nb")) == r"ValueError('a\nb')"

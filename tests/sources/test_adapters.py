@@ -365,7 +365,7 @@ def test_an_adapter_beside_a_model_or_without_its_weights_is_refused(
         shutil.copyfile(base / "config.json", source / "config.json")
     (source / "model.safetensors").unlink()
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert_refused(source, out, base, r"is a LoRA adapter; `pip install 'fmn\[lora\]'`")
+    assert_refused(source, out, base, r"is a LoRA adapter; `pip install peft`")
     (source / "adapter_model.safetensors").unlink()
     assert_refused(source, out, base, "no adapter_model.safetensors")
     (tmp_path / "deep").mkdir()
