@@ -8,18 +8,18 @@ from flows.graph import Node
 from fmn.store.stage import Outcome, read_sidecar
 
 TYPICAL = {
-    "finetune": 60.0,
     "full-fisher": 60.0,
-    "calibrate": 20.0,
-    "fisher": 10.0,
+    "realign": 60.0,
+    "calibrate": 50.0,
+    "finetune": 30.0,
+    "evaluate": 15.0,
+    "merge": 15.0,
     "gram": 10.0,
-    "realign": 10.0,
     "compare": 10.0,
-    "evaluate": 8.0,
+    "fisher": 8.0,
     "register": 8.0,
     "evaluate-expert": 4.0,
     "report": 3.0,
-    "merge": 3.0,
 }
 """Seconds of the quick start's stages: shares of a run that has not been recorded before."""
 SHORT = 1.0  # seconds of other stages
