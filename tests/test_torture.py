@@ -22,6 +22,8 @@ LANES = [
 ]
 KILLS = 20 if LONG else 2
 DAMAGED = 15 if LONG else 2
+# `make test` has no time for them.
+at_length = pytest.mark.skipif(False, reason="") if LONG else pytest.mark.slow
 SEED = int(os.environ.get("FMN_TORTURE_SEED", "0"))
 
 
@@ -70,6 +72,7 @@ def test_kills_change_nothing(lane: int, undisturbed: Path, tmp_path: Path) -> N
     sys.stdout.writelines([title, *bars])  # pytest -rP shows it
 
 
+@at_length
 @pytest.mark.parametrize("lane", LANES)
 def test_damage_is_noticed_and_repaired(lane: int, undisturbed: Path) -> None:
     chance = random.Random(SEED)  # the lanes share the outputs out
@@ -88,6 +91,7 @@ def test_damage_is_noticed_and_repaired(lane: int, undisturbed: Path) -> None:
         sys.stdout.write(f"{how} {path.relative_to(work)}: repaired\n")
 
 
+@at_length
 def test_two_runs_and_dvc_at_once_come_to_the_same(undisturbed: Path, tmp_path: Path) -> None:
     folder = torture.make_project(tmp_path)
     runs = [torture.flow(folder), torture.flow(folder)]
