@@ -193,19 +193,40 @@ def spread(layers: Mapping[str, int], rest: int, device: torch.device) -> dict[s
 def split(layers: Collection[int], rest: int, free: Sequence[int]) -> list[int]:
     """The device of each layer by number, in rising order: each has its share of the free bytes.
 
+    Where whole layers do not fit like that, each device takes as many as it has room for.
+
     >>> split([4, 4, 4, 4], 2, [10, 10])
     [0, 0, 1, 1]
+    >>> split([22, 1, 1], 0, [21, 21, 48])
+    [2, 2, 2]
     """
     room = [max(free[0] - rest, 0), *free[1:]]
     ends = np.cumsum(room) / max(sum(room), 1)
     sizes = np.array(list(layers))
     middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
     numbers = np.minimum(np.searchsorted(ends, middles), len(free) - 1)
-    if (np.bincount(numbers, sizes, len(free)) > room).any():
+    if not _fits(numbers, sizes, room):
+        numbers = _filled(sizes, room)
+    if not _fits(numbers, sizes, room):
         needed, there = (f"{count / 1e9:.1f} GB" for count in (sizes.sum() + rest, sum(free)))
         problem = f"the model takes {needed}, and the {len(free)} GPUs have room for {there}"
         raise UserError(f"device: {problem}; use dtype bfloat16, more GPUs, or cpu")
     return [int(number) for number in numbers]
+
+
+def _fits(numbers: np.ndarray, sizes: np.ndarray, room: Sequence[int]) -> bool:
+    return bool((np.bincount(numbers, sizes, len(room)) <= room).all())
+
+
+def _filled(sizes: np.ndarray, room: Sequence[int]) -> np.ndarray:
+    """The device of each layer if devices are filled in turn; the last takes the rest."""
+    left, device, numbers = list(room), 0, []
+    for size in sizes:
+        while left[device] < size and device < len(room) - 1:
+            device += 1
+        left[device] -= size
+        numbers.append(device)
+    return np.array(numbers)
 
 
 @contextmanager

@@ -320,6 +320,8 @@ def _digests(reads: Reads) -> dict[str, str]:
     """The digest of each input, which must still be what its sidecar says."""
     try:
         return {what: _digest(read) for what, read in reads.items() if read is not None}
+    except InputChangedError:
+        raise
     except FileNotFoundError as error:  # between the listing of a folder and the reading
         message = f"{error.filename}: was removed while it was read; run again"
         raise InputChangedError(message) from error
