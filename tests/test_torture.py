@@ -1,6 +1,6 @@
 """Kills, damage and crowds: outputs come out right or not at all, whatever happens in between.
 
-Short as a part of `make test`; `make torture` sets FMN_TORTURE and takes its time.
+Short as a part of `make test-slow`; `make torture` sets FMN_TORTURE and takes its time.
 """
 
 import os
@@ -35,6 +35,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@at_length
 @pytest.mark.parametrize("lane", LANES)
 def test_kills_change_nothing(lane: int, undisturbed: Path, tmp_path: Path) -> None:
     expected, chance = torture.state(undisturbed), random.Random(SEED + lane)

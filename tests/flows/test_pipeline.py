@@ -84,6 +84,7 @@ def test_a_setting_changed_through_dvc_leaves_the_flow_nothing_to_do(project: Pa
     assert "models:/tiny/2" in third
 
 
+@pytest.mark.slow
 def test_calibration_and_other_entries_come_and_go_with_the_settings(project: Path) -> None:
     flow(project)
     profile = (project / "params.yaml").read_text()
