@@ -149,7 +149,8 @@ class Params(Settings):
                 )
             if self.storage is None or "://" not in self.storage:
                 raise ValueError(
-                    "runner: runner dask needs `storage`, a URL such as s3://bucket/fmn or file:///mnt/fmn"
+                    "runner: runner dask needs `storage`, a URL such as s3://bucket/fmn or"
+                    " file:///mnt/fmn"
                 )
         return self
 

@@ -84,15 +84,15 @@ def unstated_case(folder: Path, tokenizer: Any) -> dict[str, bool]:
     tokenizer.json or the vocabulary say: a cased BERT would read small letters alone.
     """
     file = folder / TOKENIZER_CONFIG
-    stated = read_json(file).keys() if file.is_file() else set[str]()
-    taken = signature(type(tokenizer).__init__).parameters
+    settings = read_json(file).keys() if file.is_file() else set[str]()
+    parameters = signature(type(tokenizer).__init__).parameters
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if "do_lower_case" in stated or "do_lower_case" not in taken or backend is None:
+    if "do_lower_case" in settings or "do_lower_case" not in parameters or backend is None:
         return {}
     declared, used = declared_case(folder), _case(backend.normalizer)
     if all(used[name] == value for name, value in declared.items()):
         return {}
-    return {name: value for name, value in declared.items() if name in taken.keys() - stated}
+    return {name: value for name, value in declared.items() if name in parameters.keys() - settings}
 
 
 def declared_case(folder: Path) -> dict[str, bool]:

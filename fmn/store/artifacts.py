@@ -69,8 +69,8 @@ def visible(folder: Path, only: Sequence[str] = ()) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in files}
 
 
-def digest_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder by relative name; not of sidecar and card."""
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is not there, with a `UserError`."""
     if not folder.is_dir():
         problem = (
             "is a file; give the folder of it"
@@ -78,6 +78,11 @@ def digest_files(folder: Path) -> dict[str, str]:
             else "no such folder; check the path"
         )
         raise UserError(f"{folder}: {problem}")
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder by relative name; not of sidecar and card."""
+    check_folder(folder)
     files = visible(folder).items()
     return {name: digest_file(path) for name, path in files if name not in (SIDECAR, CARD)}
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from fmn.errors import UserError
+from fmn.store.artifacts import check_folder
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -118,13 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def names_in(folder: Path) -> set[str]:
     """The names in a folder; `UserError` if there is no such folder."""
-    if not folder.is_dir():
-        problem = (
-            "is a file; give the folder of it"
-            if folder.is_file()
-            else "no such folder; check the path"
-        )
-        raise UserError(f"{folder}: {problem}")
+    check_folder(folder)
     return {path.name for path in folder.iterdir()}
 
 
