@@ -44,7 +44,7 @@ from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, halved, selec
 from fmn.tasks.task import LossName
 
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
-CHECKED = 8  # examples on which bfloat16 is compared with float32
+CHECKED = 32  # examples on which bfloat16 is compared with float32
 MAX_ERROR, MIN_RANK_CORRELATION = 0.02, 0.999  # of bfloat16 to float32, where it is chosen
 CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH_SIZE
 

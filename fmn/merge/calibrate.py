@@ -53,6 +53,7 @@ from fmn.models.devices import (
     places,
     resolve_device,
     resolve_dtype,
+    side_by_side,
     to_device,
 )
 from fmn.models.predict import answered_only, tokens_at_once
@@ -96,11 +97,14 @@ class _Task:
 
     Attributes:
         layers: of the expert.
+        merged_layers: of the merged model; modules of the task's own, whose parameters are those of
+            all tasks.
         weights: for each batch, g_t [N] by layer number and map; None: all are 1.
         shares: d_j of each node, [nodes] by layer number and map, where it is not 1.
     """
 
     layers: list[nn.Module]
+    merged_layers: list[nn.Module]
     merged: list[_Texts]
     own: list[_Texts]
     weights: list[dict[Key, Tensor]] | None
@@ -150,28 +154,27 @@ def calibrated_encoder(
     first = next(iter(experts.values()))
     paths = _layer_paths(first)
     merged = _with_encoder(first.base_model, encoder)
-    layers = [merged.get_submodule(path) for path in paths]
-    start = 0 if last is None else len(layers) - last
+    start = 0 if last is None else len(paths) - last
     weigh: _Weigh | None = None
     if settings.target == "outputs":
-        generator = torch.Generator().manual_seed(settings.seed)
-        weigh = partial(
-            _weights, start=start, node_rows=_node_rows(first, paths), generator=generator
-        )
+        nodes = _node_rows(first, paths)
+        weigh = partial(_weights, start=start, node_rows=nodes, seed=settings.seed)
+
+    def begun(name: str) -> _Task:
+        if not len(examples[name]):
+            raise UserError(f"{name}: there are no training texts to calibrate on; add some")
+        batches = list(by_length(examples[name], tokens=tokens_at_once(experts[name], target)))
+        return _before_first_layer(experts[name], _shared_copy(merged), paths, batches, weigh)
+
     with _ready([merged, *experts.values()], target, compute_dtype):
-        tasks = {}
-        for task, expert in experts.items():
-            if not len(examples[task]):
-                raise UserError(f"{task}: there are no training texts to calibrate on; add some")
-            batches = list(by_length(examples[task], tokens=tokens_at_once(expert, target)))
-            tasks[task] = _before_first_layer(expert, merged, paths, batches, weigh)
+        tasks = list(side_by_side(begun, experts, target))
         with torch.no_grad():
-            for number, layer in enumerate(layers):
+            for number in range(len(paths)):
                 if number >= start:
-                    _calibrate_layer(number, layer, list(tasks.values()), settings.ridge)
-                _advance(number, layer, list(tasks.values()))
-                progress(number + 1, len(layers))
-    return _tensors_of(merged, encoder), {name: _error(task) for name, task in tasks.items()}
+                    _calibrate_layer(number, tasks, settings.ridge, target)
+                list(side_by_side(partial(_advance, number), tasks, target))
+                progress(number + 1, len(paths))
+    return _tensors_of(merged, encoder), dict(zip(experts, map(_error, tasks), strict=True))
 
 
 def own_part(
@@ -248,6 +251,12 @@ def _with_encoder(model: PreTrainedModel, encoder: Mapping[str, Tensor]) -> PreT
     return merged
 
 
+def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model, for hooks of its own, that has the same parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def _tensors_of(model: PreTrainedModel, encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `encoder` with the values that a model has of them."""
     state = model.state_dict()
@@ -292,7 +301,7 @@ def _before_first_layer(
     with torch.no_grad():
         in_merged = [_before_layers(merged, layers, batch) for batch in batches]
         in_own = [_before_layers(expert.base_model, own, batch) for batch in batches]
-    return _Task(own, in_merged, in_own, weights, shares)
+    return _Task(own, layers, in_merged, in_own, weights, shares)
 
 
 def _node_rows(model: PreTrainedModel, paths: Sequence[str]) -> dict[Key, int]:
@@ -312,7 +321,7 @@ def _weights(
     *,
     start: int,
     node_rows: Mapping[Key, int],
-    generator: torch.Generator,
+    seed: int,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Tensor]]:
     """g_t of every token by batch, and d_j of every node, both by map; at least float32.
 
@@ -321,6 +330,7 @@ def _weights(
     of_logits: list[Tensor] = []
     of_squares: list[Tensor] = []
     count = 0
+    generator = torch.Generator().manual_seed(seed)
     weights: list[dict[Key, Tensor]] = []
     by_row: dict[Key, list[Tensor]] = defaultdict(list)
     for batch in batches:
@@ -419,22 +429,26 @@ def _run(layer: nn.Module, number: int, texts: _Texts) -> Tensor:
     return states
 
 
-def _calibrate_layer(number: int, layer: nn.Module, tasks: Sequence[_Task], ridge: float) -> None:
+def _calibrate_layer(
+    number: int, tasks: Sequence[_Task], ridge: float, device: torch.device
+) -> None:
     """Calibrate the maps of a layer."""
+    layer = tasks[0].merged_layers[number]
     for names in _groups(number, layer, tasks[0].merged[0]):
-        moments = [_moments(number, layer, task, names) for task in tasks]
+        moments = list(side_by_side(partial(_moments, number, names), tasks, device))
         for name in names:
             shares = [task.shares[number, name] for task in tasks if (number, name) in task.shares]
-            _move(layer, name, moments, torch.stack(shares) if shares else None, ridge)
+            # With one task its weights cancel out.
+            together = torch.stack(shares) if len(shares) > 1 else None
+            _move(layer, name, moments, together, ridge)
 
 
-def _advance(number: int, layer: nn.Module, tasks: Sequence[_Task]) -> None:
-    """Move all texts through a layer."""
-    for task in tasks:
-        for texts in task.merged:
-            texts.states = _run(layer, number, texts)
-        for texts in task.own:
-            texts.states = _run(task.layers[number], number, texts)
+def _advance(number: int, task: _Task) -> None:
+    """Move a task's texts through a layer."""
+    for texts in task.merged:
+        texts.states = _run(task.merged_layers[number], number, texts)
+    for texts in task.own:
+        texts.states = _run(task.layers[number], number, texts)
 
 
 def _groups(number: int, layer: nn.Module, texts: _Texts) -> list[list[str]]:
@@ -454,8 +468,9 @@ def _groups(number: int, layer: nn.Module, texts: _Texts) -> list[list[str]]:
     return list(readers.values())
 
 
-def _moments(number: int, layer: nn.Module, task: _Task, names: Sequence[str]) -> _Moments:
+def _moments(number: int, names: Sequence[str], task: _Task) -> _Moments:
     """The moments of one task for a group of maps."""
+    layer = task.merged_layers[number]
     of_reads: list[Tensor] = []
     of_residuals: dict[str, list[Tensor]] = {name: [] for name in names}
     count = 0

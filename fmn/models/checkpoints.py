@@ -5,6 +5,7 @@ Nothing in it is ever executed: ``trust_remote_code`` is never true.
 
 import json
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -118,19 +119,26 @@ def no_checkpoint(names: Set[str]) -> str:
     return f"has no {CONFIG}; give the folder or repository of a Transformers checkpoint"
 
 
+_quiet = threading.RLock()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings of Transformers from the terminal; and its progress bars, from now on."""
+    """Keep warnings of Transformers from the terminal; and its progress bars, from now on.
+
+    One thread at a time: what Transformers sets while it loads a model is the whole process's.
+    """
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with _quiet:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                yield
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -385,16 +385,16 @@ def test_bfloat16_is_chosen_only_where_it_is_near_to_float32(
     estimator: str, problem_type: LossName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if problem_type == "tokens":
-        model, examples = tiny_generator("gpt2").float(), tiny_texts("gpt2", 30)
+        model, examples = tiny_generator("gpt2").float(), tiny_texts("gpt2", 50)
     else:
-        model, examples = tiny_model("bert", dtype=torch.float32), tiny_examples("bert", 30)
+        model, examples = tiny_model("bert", dtype=torch.float32), tiny_examples("bert", 50)
     options: dict[str, Any] = {"estimator": estimator, "problem_type": problem_type}
     monkeypatch.setattr(mask_nodes, "MAX_ERROR", 0.1)  # tiny models average over few channels
     monkeypatch.setattr(mask_nodes, "MIN_RANK_CORRELATION", 0.9)
-    dtype, why = checked_dtype(model, examples, samples=20, device="cpu", **options)
-    assert (dtype, why[:22]) == ("bfloat16", "bfloat16, on 8 example")
+    dtype, why = checked_dtype(model, examples, samples=40, device="cpu", **options)
+    assert (dtype, why[:22]) == ("bfloat16", "bfloat16, on 32 exampl")
     monkeypatch.setattr(mask_nodes, "MAX_ERROR", 1e-6)
-    dtype, why = checked_dtype(model, examples, samples=20, device="cpu", **options)
+    dtype, why = checked_dtype(model, examples, samples=40, device="cpu", **options)
     assert (dtype, "too far off" in why) == ("float32", True)
 
 
