@@ -129,6 +129,11 @@ def takes(function: Stage) -> bool:
     return function.__name__ in STAGES and _cluster.get() is not None
 
 
+def at_once() -> int:
+    """How many stages of a flow run at a time; those on the cluster only wait here."""
+    return workers.count() if _cluster.get() is None else MAX_STAGES
+
+
 def run(function: Stage, arguments: Mapping[str, Any], progress: Progress) -> Outcome:
     """Call a stage, with its computation on the cluster; raises what `flows.workers.run` does."""
     cluster = cast(_Cluster, _cluster.get())

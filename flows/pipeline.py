@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import httpx
@@ -33,9 +34,15 @@ from fmn.store.stage import Outcome, only_current
 from fmn.store.yaml_file import line_of
 from fmn.terminal import progress_bar, say, show_table, status_line
 
-Outcomes = dict[tuple[str, str], Outcome[Any]]  # by stage and name
+Key = tuple[str, str]  # stage and name
+Outcomes = dict[Key, Outcome[Any]]
 _LOOKS = 8  # sources that are looked at side by side
 RUNNER: Any = ThreadPoolTaskRunner(max_workers=workers.count())
+
+
+def key_of(node: Node) -> Key:
+    """What identifies a node in a run."""
+    return node.stage, node.name
 
 
 def _is_transient(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -92,24 +99,50 @@ def tags(node: Node) -> set[str]:
     return set() if device == "cpu" or cluster.takes(node.function) else {"fmn-gpu"}
 
 
+def _run_all(nodes: Sequence[Node], clock: Clock) -> dict[Key, PrefectFuture[Outcome[Any]]]:
+    """A task run for each node, as soon as those that it needs have ended and there is room for it.
+
+    No thread waits for other stages, which could do without it. Of the nodes that are ready, the
+    one with the longest chain of stages behind it comes first.
+    """
+    needs = {key_of(node): [key_of(need) for need in graph.needs(node, nodes)] for node in nodes}
+    behind = dict.fromkeys(needs, 0)
+    for key, needed in reversed(needs.items()):
+        for each in needed:
+            behind[each] = max(behind[each], behind[key] + 1)
+    waiting = sorted(nodes, key=lambda node: -behind[key_of(node)])
+    futures: dict[Key, PrefectFuture[Outcome[Any]]] = {}
+    ended: set[Key] = set()
+    ends: SimpleQueue[Key] = SimpleQueue()
+
+    def tell_of(key: Key) -> Callable[[object], None]:
+        return lambda _: ends.put(key)
+
+    while len(ended) < len(nodes):
+        ready = [node for node in waiting if ended.issuperset(needs[key_of(node)])]
+        for node in ready[: cluster.at_once() - len(futures) + len(ended)]:
+            key = key_of(node)
+            waiting.remove(node)
+            futures[key] = future = run_node.with_options(tags=tags(node)).submit(
+                node, clock, wait_for=[futures[need] for need in needs[key]], return_state=False
+            )
+            future.add_done_callback(tell_of(key))
+        ended.add(ends.get())
+    wait(list(futures.values()))
+    return futures
+
+
 def run_nodes(nodes: Sequence[Node]) -> Outcomes:
-    """Submit a task run for each node, after those that it needs, and wait for all.
+    """Run a task for each node, after those that it needs, and wait for all.
 
     Raises:
         UserError: names the stages that failed by themselves and why, and the scores of the models
             that were evaluated; what finished is kept.
     """
-    futures: dict[tuple[str, str], PrefectFuture[Outcome[Any]]] = {}
     with status_line("stages") as show:
         clock = Clock(nodes, show)
-        for node in nodes:
-            after = [futures[need.stage, need.name] for need in graph.needs(node, nodes)]
-            tagged = run_node.with_options(tags=tags(node))
-            futures[node.stage, node.name] = tagged.submit(
-                node, clock, wait_for=after, return_state=False
-            )
         try:
-            wait(list(futures.values()))
+            futures = _run_all(nodes, clock)
         except BaseException:  # Ctrl-C, or Prefect ends the run
             workers.end()
             raise
@@ -118,7 +151,8 @@ def run_nodes(nodes: Sequence[Node]) -> Outcomes:
             "1 stage up to date")  # fmt: skip
     outcomes: Outcomes = {}
     failures: list[str] = []
-    for (stage, name), future in futures.items():
+    for stage, name in map(key_of, nodes):
+        future = futures[stage, name]
         result = future.result(raise_on_failure=False) if future.state.is_final() else None
         if isinstance(result, Outcome):
             outcomes[stage, name] = result

@@ -15,6 +15,7 @@ from fmn import params
 from fmn.errors import UserError
 from fmn.evaluate.stages import EvaluateSettings
 from fmn.store.stage import Outcome
+from tests.conftest import wait_until
 from tests.hub_server import Hub
 
 ERRORS = {"network": ConnectionError("reset"), "mistake": UserError("no such thing")}
@@ -65,6 +66,31 @@ def test_transient_failures_are_retried_three_times_and_mistakes_are_not(
         assert len([line for line in lines if line.startswith("fails x: ")]) == times
         assert lines[-1].split() == ["test", "x", "0.1", "s"]
     assert (tmp_path / "out").read_text() == str(attempts)
+
+
+def waits_for(out: Path, file: str, after: Path | None = None) -> Outcome:
+    """Stands for a stage that ends once a file is there, and reads the output `after`."""
+    wait_until(lambda: Path(file).exists(), seconds=60)
+    out.write_text("")
+    return Outcome("test", out, True, 0.1, {})
+
+
+@pytest.mark.usefixtures("prefect_server", "own_workers")
+def test_a_stage_that_waits_for_others_keeps_no_stage_from_running(tmp_path: Path) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    after = {"file": str(first), "after": first}
+    nodes = [  # the first can only end while the last, which needs nothing, runs beside it
+        Node("first", "", waits_for, {"out": first, "file": str(other)}),
+        Node("next", "", waits_for, {"out": tmp_path / "next", **after}),
+        Node("next", "too", waits_for, {"out": tmp_path / "next too", **after}),
+        Node("other", "", waits_for, {"out": other, "file": str(tmp_path)}),
+    ]
+
+    @flow(task_runner=pipeline.RUNNER)
+    def run_all() -> list[pipeline.Key]:
+        return list(pipeline.run_nodes(nodes))
+
+    assert run_all() == [pipeline.key_of(node) for node in nodes]
 
 
 def test_stages_that_compute_on_a_device_have_a_tag_that_a_server_can_limit() -> None:
