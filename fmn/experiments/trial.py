@@ -14,7 +14,6 @@ from fmn.evaluate.metrics import Answers, answers, relative, score_splits
 from fmn.experiments.files import CellTask, Source
 from fmn.fisher.architectures import own_parts
 from fmn.merge import heads
-from fmn.merge.calibrate import own_part
 from fmn.merge.recipe import RefitSettings
 from fmn.models import labels
 from fmn.models.checkpoints import in_model
@@ -135,7 +134,7 @@ def with_own_parts(
     pooler, layers = realign.own_pooler, realign.own_layers
     names = own_parts(expert.model.config, shapes, pooler=pooler, layers=layers)
     device, dtype = expert.source.device, expert.source.dtype
-    own = own_part(
+    own = heads.own_part(
         expert.model, encoder, names, layers, texts.examples,
         seed=realign.seed, device=device, dtype=dtype,
     )  # fmt: skip
