@@ -27,7 +27,7 @@ METADATA = "fmn"  # key in the metadata of Parquet and safetensors
 
 
 class CheckpointOrigin(Record):
-    """Which checkpoint a statistic is of: its source, pinned to a revision, and its digest.
+    """The checkpoint of a statistic: its source, pinned to a revision, and its digest.
 
     `identity`: of what the statistic depends on (`fmn.fisher.published`); a copy of the checkpoint
     that was aligned with a task has another digest, and the same identity.
@@ -40,7 +40,7 @@ class CheckpointOrigin(Record):
 
 
 class Metadata(Record):
-    """What a statistic was computed from.
+    """The origin of a statistic.
 
     Attributes:
         key: its content key.

@@ -92,7 +92,7 @@ def estimate(
 def _reads(
     runner: Runner, batch: Batch, linear: Mapping[str, nn.Module]
 ) -> dict[str, list[Tensor]]:
-    """What every linear map reads in a forward pass: several inputs if layers share the map."""
+    """The inputs of every linear map in a forward pass; several if layers share the map."""
     reads: dict[str, list[Tensor]] = defaultdict(list)
     hooks = {name: lambda _, args, own=name: reads[own].append(args[0]) for name in linear}
     with hooked((linear[name], hook) for name, hook in hooks.items()):

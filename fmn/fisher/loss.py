@@ -115,7 +115,7 @@ class Loss:
         return to_device(draws, logits.device, logits.dtype)
 
     def check(self, labels: np.ndarray, outputs: int) -> None:
-        """Refuse at once what would otherwise fail, or be nonsense, after hours.
+        """Check the inputs of an estimate before a long computation.
 
         Args:
             labels: of all examples, [N] or [N, C].
@@ -190,7 +190,7 @@ def _factor_of_covariance(logits: Tensor) -> list[Tensor]:
 
 
 def uniform_draws(seed: int, rows: np.ndarray, count: int = 1) -> np.ndarray:
-    """So many numbers in (0, 1) for each row, float64 [B, count].
+    """Random numbers in (0, 1) for each row, float64 [B, count].
 
     They depend on seed, row and column alone (SplitMix64).
     """

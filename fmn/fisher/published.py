@@ -115,7 +115,7 @@ def _names(task: Task, label: Any) -> Any:
 
 
 def misfit(path: Path, wanted: Mapping[str, Any], *, any_rows: bool, any_dtype: bool) -> str | None:
-    """Why a published statistic cannot stand for the one that is wanted; None if it can.
+    """The reason why a published statistic cannot replace the wanted one; None if it can.
 
     Args:
         path: the statistic's file.

@@ -1,4 +1,4 @@
-"""A model made ready for the statistics: on its device, in its dtype, one pass per batch."""
+"""Prepare a model for the statistics: on its device, in its dtype, one pass per batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -74,7 +74,7 @@ def outputs_of(model: PreTrainedModel) -> int:
 def prepared(
     model: PreTrainedModel, examples: Examples, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Runner]:
-    """The model in evaluation mode, with its tensors on the device; afterwards as it was.
+    """Put the model into evaluation mode and its tensors on the device; undone at the end.
 
     For bfloat16 the encoder's matrices are cast here, once: autocast would cast them again in every
     pass. The head stays in float32, as rounded logits would blur the probabilities of confident

@@ -66,14 +66,14 @@ class Names(NamedTuple):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says; `UserError` if there is none, or it is no JSON object."""
+    """Read config.json; `UserError` if there is none, or it is not a JSON object."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: {no_checkpoint(names_in(folder))}")
     return read_json(folder / CONFIG)
 
 
 def load_config(folder: Path) -> "PretrainedConfig":
-    """The configuration of a checkpoint; `UserError` if it is absurd, or asks for code to run."""
+    """Load a checkpoint's configuration; `UserError` if it is absurd, or would run remote code."""
     raw = read_config(folder)
     if problem := _problem(raw, folder):
         raise UserError(f"{folder}: {problem}")
@@ -87,7 +87,7 @@ def load_config(folder: Path) -> "PretrainedConfig":
 
 
 def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
-    """Why even describing the model would run code, or take all time and memory; or None."""
+    """The reason why a model must not even be described: remote code, or absurd sizes; or None."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if (folder / "adapter_config.json").exists():  # Transformers would apply it to the weights
@@ -159,7 +159,7 @@ def kind_of(config: "PretrainedConfig") -> KindName:
 
 
 def kind_in(folder: Path, config: "PretrainedConfig | None" = None) -> KindName:
-    """The kind of the checkpoint in a folder: as its task says, else as `kind_of` does."""
+    """The kind of the checkpoint in a folder: its task's, or that of `kind_of`."""
     task = read_task(folder)
     return task.task if task else kind_of(config or load_config(folder))
 
@@ -250,7 +250,7 @@ def encoder_names(
     kind: KindName | None = None,
     untied: Callable[[str, str], bool] = lambda name, same: False,
 ) -> Names:
-    """Split stored names into encoder and head, with or without the base model's prefix.
+    """Split stored names, with or without the base model's prefix, into encoder and head.
 
     Buffers and the heads of pretraining (``cls.*``, ``lm_head.*``) are in neither, nor is a pooler
     that the classifier does not use. Of tied tensors one is in the encoder, whichever is stored.
@@ -304,7 +304,7 @@ def equal(first: TensorHeader, second: TensorHeader) -> bool:
 
 
 def names_in_base(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
-    """Those parameters or modules of a model that are merged, with their names in its base model.
+    """The parameters or modules of a model that are merged, with their names in its base model.
 
     That is the base model, and all of a generative model; what is outside its base model, if it has
     one within (T5 has none), has the same name there.
@@ -317,18 +317,18 @@ def names_in_base(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, s
 
 
 def in_model(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """Those of an encoder's tensors, by names in the base model, that a model has; by its names."""
+    """Rename an encoder's tensors from their names in the base model to those in a model."""
     names = {short: name for name, short in names_in_base(model, model.state_dict()).items()}
     return {names[short]: tensor for short, tensor in tensors.items() if short in names}
 
 
 def load_encoder(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> None:
-    """Give a model other tensors of its encoder, by names in the base model; others stay."""
+    """Replace tensors of a model's encoder, by names in the base model."""
     model.load_state_dict(in_model(model, tensors), strict=False)
 
 
 def names_in_model(config: "PretrainedConfig", kind: KindName) -> Mapping[str, str]:
-    """The names under which an encoder is stored, where they are not those in the base model.
+    """Stored names of an encoder's tensors that differ from their names in the base model.
 
     A generative model has the names that Transformers gives them, which other programs look for.
     """
@@ -403,7 +403,7 @@ def token_parameters(config: "PretrainedConfig", kind: KindName) -> set[str]:
 
 
 def check_kind(folder: Path, config: "PretrainedConfig", task: Task) -> None:
-    """Refuse a model with the head of another kind of task, with a `UserError`."""
+    """Raise a `UserError` if a model has the head of another kind of task."""
     for name in config.architectures or ():
         kind = kind_of_class(name)
         if kind and KINDS[kind].has_head and kind != task.task:
@@ -414,7 +414,7 @@ def check_kind(folder: Path, config: "PretrainedConfig", task: Task) -> None:
 
 
 def check_head(folder: Path, config: "PretrainedConfig", task: Task) -> None:
-    """Refuse a head that has not one output for each label of the task, with a `UserError`."""
+    """Raise a `UserError` if a head does not have one output for each label of the task."""
     if config.num_labels == task.num_outputs or not task.kind.has_head:
         return
     problem = f"has a head of {config.num_labels} outputs, {task.name} needs {task.num_outputs}"

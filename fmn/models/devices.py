@@ -28,7 +28,7 @@ WEIGHTS = 0.8  # of a GPU's free memory; a batch takes half of the rest
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto": the first CUDA device, or else the CPU. `UserError` if none."""
+    """The device with a name; "auto": the first GPU, else the CPU. `UserError` if missing."""
     count = torch.cuda.device_count()
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
@@ -81,7 +81,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @contextmanager
 def plain_float32() -> Iterator[None]:
-    """Within it a GPU computes float32 in float32, whatever the program around it says."""
+    """Let a GPU compute float32 in full precision, whatever the program's own settings are."""
     cuda, cudnn = torch.backends.cuda, cast(Any, torch.backends.cudnn)
     backends = (cuda.matmul, cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
@@ -114,7 +114,7 @@ _IS_PADDED: ContextVar[bool | None] = ContextVar("is_padded", default=None)
 
 @contextmanager
 def known_padding(inputs: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it Transformers does not ask the device whether a batch has padding.
+    """Answer Transformers' question whether a batch has padding without asking the device.
 
     It asks in every forward pass, to leave out the mask where there is none, and waits for the
     answer, and so for all the work that is queued on a GPU. The host knows it.
@@ -172,7 +172,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def spread(layers: Mapping[str, int], rest: int, device: torch.device) -> dict[str, torch.device]:
-    """Where the layers of a model lie that does not fit on a GPU; empty where it fits, or on a CPU.
+    """The devices of the layers of a model that does not fit on one GPU; empty if it fits.
 
     Args:
         layers: bytes by path, in the order of computation.
@@ -233,7 +233,7 @@ def _filled(sizes: np.ndarray, room: Sequence[int]) -> np.ndarray:
 def passing_on(
     model: PreTrainedModel, where: Mapping[str, torch.device], home: torch.device
 ) -> Iterator[None]:
-    """Within it each layer reads its inputs on its own device; the last of a row gives to `home`.
+    """Move each layer's inputs to its device, and the last output to `home`.
 
     Args:
         where: devices by path of a layer.

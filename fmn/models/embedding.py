@@ -24,7 +24,7 @@ FILES = (MODULES, SETTINGS, TEXT_SETTINGS, "1_Pooling/config.json", "2_Normalize
 
 
 class Modules(NamedTuple):
-    """What an embedding model does with its encoder's states; experts that are merged must agree.
+    """The steps of an embedding model after its encoder; merged experts must have the same.
 
     Attributes:
         pooling: the modes; of several, the embeddings stand one after another.
@@ -126,7 +126,7 @@ class SentenceEncoder(nn.Module):
 
 
 def sentence_encoder(encoder: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The embedding model in a folder, of which the encoder was loaded.
+    """Load the embedding model in a folder around its encoder, which is already loaded.
 
     Raises:
         UserError: it has a decoder, or as `read_modules` does.
@@ -138,7 +138,7 @@ def sentence_encoder(encoder: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def notes(folder: Path) -> list[str]:
-    """What the user should know of an embedding model. Raises as `read_modules`."""
+    """Notes about an embedding model, for the user. Raises as `read_modules`."""
     read_modules(folder)
     if (folder / MODULES).is_file():
         return []
@@ -146,7 +146,7 @@ def notes(folder: Path) -> list[str]:
 
 
 def read_modules(folder: Path) -> Modules:
-    """What the embedding model in a folder does with its encoder's states.
+    """Read the steps of the embedding model in a folder.
 
     Without `modules.json` it is the mean over tokens, as for SentenceTransformer.
 
@@ -205,7 +205,7 @@ def _pooling(path: Path, is_prompted: bool) -> tuple[str, ...]:
 
 
 def set_up_tokenizer(tokenizer: Any, folder: Path, config: Any) -> None:
-    """Let a tokenizer cut texts, and begin them, as SentenceTransformer does.
+    """Set a tokenizer's limit of tokens and prompt as SentenceTransformer does.
 
     Its `model_max_length` is the most tokens of a text, its `prompt` what texts begin with.
 
@@ -224,7 +224,7 @@ def set_up_tokenizer(tokenizer: Any, folder: Path, config: Any) -> None:
 
 
 def check_agreement(folders: Mapping[str, Path]) -> None:
-    """Refuse embedding models, by task, of which one encoder cannot serve all.
+    """Raise a UserError if embedding models, by task, need different encoders.
 
     Raises:
         UserError: their pooling, normalisation or prompts differ.

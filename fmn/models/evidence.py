@@ -1,4 +1,4 @@
-"""What labelled rows say of an expert's outputs: which order fits them, and if any is worth much.
+"""Judge from labelled rows which order of an expert's outputs is right, and whether one is.
 
 Numbers alone: logits [N, C] in the order of the outputs, and the labels of the same N rows.
 """
@@ -19,7 +19,7 @@ Hits = Callable[[int], np.ndarray]
 
 
 class Evidence(NamedTuple):
-    """What rows say of an order of the outputs: for each label, the output that stands for it.
+    """The evidence of rows for an order of the outputs: for each label, the output that is its own.
 
     Scores are the share of rows that are right; for several labels at once the share of labels
     that are found (R-precision); for regression the Pearson correlation, NaN if it is undefined.
@@ -43,7 +43,7 @@ class Evidence(NamedTuple):
 
 
 def weigh(task: Task, logits: np.ndarray, truth: np.ndarray, order: Sequence[int]) -> Evidence:
-    """What rows say of an order of the outputs."""
+    """Weigh the evidence of rows for an order of the outputs."""
     if task.regression:
         return _weigh_values(logits[:, 0], truth)
     now = np.array(order)
@@ -101,7 +101,7 @@ def _hits(task: Task, logits: np.ndarray, truth: np.ndarray) -> Hits:
 
 
 def _right(hits: Hits, order: np.ndarray) -> np.ndarray:
-    """How many labels of each row an order has right, int [N]."""
+    """The number of labels of each row that an order gets right, int [N]."""
     columns = np.stack([hits(label)[:, output] for label, output in enumerate(order)])  # [C, N]
     right: np.ndarray = columns.sum(axis=0, dtype=int)
     return right

@@ -194,7 +194,7 @@ def _unit_scores(scores: np.ndarray) -> np.ndarray:
 
 
 def _standardized(examples: Examples, head: nn.Module) -> tuple[Examples, float, float]:
-    """Values of mean 0 and variance 1, and the mean and standard deviation that they had.
+    """Standardise values; returns them with their mean and standard deviation.
 
     A head without a bias cannot add a mean, which then stays: the values' square has the mean 1.
     """
@@ -206,7 +206,7 @@ def _standardized(examples: Examples, head: nn.Module) -> tuple[Examples, float,
 
 
 def _rescale(head: nn.Module, shift: float, scale: float) -> None:
-    """Let a linear map answer on the task's own scale."""
+    """Rescale a linear map's outputs to the task's scale."""
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.mul_(scale).add_(shift if name == "bias" else 0.0)

@@ -92,7 +92,7 @@ class Labels(Record):
 
 
 def output_names(folder: Path) -> list[str]:
-    """The names in a checkpoint's config.json, by output; empty where there are none."""
+    """The names of the outputs in a checkpoint's config.json, in order; empty if there are none."""
     try:
         id2label = checkpoints.read_config(folder)["id2label"]
         names = {int(output): str(name) for output, name in id2label.items()}
@@ -102,7 +102,7 @@ def output_names(folder: Path) -> list[str]:
 
 
 def by_names(task: Task, names: Sequence[str]) -> Labels | None:
-    """The order that the outputs' names give; None if they do not name each label once.
+    """The order of the outputs from their names; None unless they name each label once.
 
     The one output of a regression task needs no name. One name alone is that of a single logit.
     """
@@ -130,12 +130,12 @@ def names_by_output(task: Task, labels: Labels) -> list[str]:
 
 
 def as_they_stand(task: Task) -> Labels:
-    """The task's own order, for want of names and data."""
+    """The task's own order, if there are neither names nor data."""
     return Labels(order=list(range(task.num_outputs)), origin="identity")
 
 
 def _without_head(task: Task, folder: Path) -> Labels:
-    """That an expert without a head has no outputs to put into an order."""
+    """The result for an expert without a head, which has no outputs to order."""
     notes: list[str] = []
     if task.loss == "embedding":
         from fmn.models import embedding
@@ -145,7 +145,7 @@ def _without_head(task: Task, folder: Path) -> Labels:
 
 
 def _plain(name: str) -> str:
-    """A name without case and punctuation; a number without the zeros behind its point."""
+    """A name in lower case without punctuation; a number without trailing zeros."""
     try:
         return f"{float(name):g}"
     except ValueError:
@@ -153,14 +153,14 @@ def _plain(name: str) -> str:
 
 
 def _mean_something(task: Task, names: Sequence[str]) -> bool:
-    """Whether names that are not the task's are those of another: words, where it has words."""
+    """Whether names that are not the task's are another task's: words, if its own are words."""
     is_wordless = all(re.fullmatch(r"[-+\d.]+", name) for name in task.labels)
     unnamed = (rf"(?i)label_\d+|{output}|\s*" for output in range(len(names)))
     return bool(names) and not (is_wordless or any(map(re.fullmatch, unnamed, names)))
 
 
 def _remedy(task: Task, names: Sequence[str]) -> str:
-    """The end of a message: how a user says what the outputs stand for."""
+    """The end of a message: how to name the labels of the outputs."""
     entry = f"{{source: ..., labels: {json.dumps(list(names), ensure_ascii=False)}}}"
     return f"`sources: {{{task.name}: {entry}}}` or `--labels {shlex.join(names)}`"
 
@@ -172,7 +172,7 @@ def _remedy(task: Task, names: Sequence[str]) -> str:
 def by_data(
     task: Task, labels: Labels | None, logits: np.ndarray, truth: np.ndarray, place: str
 ) -> Labels:
-    """Check on training rows how the outputs stand for the labels; without `labels`, decide it.
+    """Check the order of the outputs on training rows; without `labels`, decide it there.
 
     Another order is taken only if it is clearly better than the outputs as they stand.
 
@@ -380,7 +380,7 @@ def _unit(task: Task) -> str:
 
 
 def _kind_notes(config: "PretrainedConfig", task: Task, place: str) -> list[str]:
-    """What to say of an expert's problem type; UserError if it contradicts the task's."""
+    """Notes about an expert's problem type; UserError if it contradicts the task's."""
     kind = config.problem_type
     is_logit = is_single_logit(config, task) and kind != "regression"
     if is_logit or kind in (None, task.problem_type):
@@ -394,7 +394,7 @@ def _kind_notes(config: "PretrainedConfig", task: Task, place: str) -> list[str]
 
 
 def _how(task: Task, labels: Labels) -> list[str]:
-    """What decided, unless the outputs name the task's labels in the task's order."""
+    """What decided the order; "" if the outputs name the task's labels in the task's order."""
     if labels.origin == "names" and labels.order == sorted(labels.order):
         return []
     no_data = "too few training rows" if labels.rows else "no data"
@@ -427,7 +427,7 @@ def complete(task: Task, config: "PretrainedConfig", names: Sequence[str] = ()) 
 
 
 def expert_task(checkpoint: Path, name: str) -> Task:
-    """The definition of the task that an expert is for, where no rows are at hand.
+    """The definition of an expert's task, from its own files alone.
 
     It is that in the expert's folder, which `fmn fetch` and `fmn finetune` write; else GLUE's of
     this name; else what the expert's configuration says.
@@ -445,7 +445,7 @@ def expert_task(checkpoint: Path, name: str) -> Task:
 
 
 def output_entries(task: Task) -> dict[str, Any]:
-    """What the configuration of an expert says of its outputs, in the task's order."""
+    """The entries of an expert's configuration about its outputs, in the task's order."""
     names = dict(enumerate(task.labels or ("score",)))
     label2id = {name: label for label, name in names.items()}
     is_stated = task.task == "text-classification"  # of other kinds there is no other problem

@@ -1,4 +1,4 @@
-"""A checkpoint in memory: its tokenizer or image processor, and its model.
+"""Load a checkpoint's tokenizer or image processor, and its model.
 
 Nothing in it is ever executed: ``trust_remote_code`` is never true.
 """
@@ -138,7 +138,7 @@ def for_words(folder: Path, tokenizer: Any) -> Any:
 
 
 def load_processor(folder: Path, kind: KindName | None = None) -> Any:
-    """What makes inputs of a checkpoint's texts or images: its tokenizer, or image processor.
+    """Load a checkpoint's tokenizer, or its image processor.
 
     Raises:
         UserError: there is none, or none that can be used.
@@ -284,7 +284,7 @@ def _vocabulary(folder: Path, digests: tuple[str, ...]) -> Mapping[str, int]:
 
 
 def fit_vocabulary(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> None:
-    """Give a base model as many embeddings as tensors by its names have."""
+    """Resize a base model's embeddings to the size in tensors by its names."""
     embeddings = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is embeddings)
     stored = tensors.get(f"{path}.weight")

@@ -33,7 +33,7 @@ Reduce = Callable[[Tensor, Batch], Tensor]
 
 @contextmanager
 def answered_only(model: PreTrainedModel, labels: Tensor) -> Iterator[None]:
-    """Within it a generative model gives logits only where there is a label, [M, C].
+    """Let a generative model compute logits only at positions with a label, [M, C].
 
     Those of all tokens of a batch would take gigabytes. Other models are left alone.
 
@@ -92,7 +92,7 @@ def in_float(restored: ExitStack, modules: Iterable[nn.Module], device: torch.de
 def first_token_only(
     model: PreTrainedModel, run: Callable[[Batch], Tensor], examples: Examples
 ) -> Iterator[None]:
-    """Within it the last layer computes the first token alone, if the head reads no other.
+    """Let the last layer compute only the first token, if the head reads no other.
 
     Of the other tokens such a layer needs keys and values. The linear maps behind these get the
     first token, [B, 1, n]; their output, added to the residual stream [B, T, n], is right for that
@@ -123,7 +123,7 @@ def first_token_only(
 
 
 def _is_near(values: Tensor, others: Tensor) -> bool:
-    """Whether they are the same but for rounding."""
+    """Whether two tensors are equal up to rounding."""
     return bool((values - others).abs().max() <= 0.05 * others.abs().max())
 
 
@@ -245,7 +245,7 @@ def predict(
 def complete(
     model: PreTrainedModel, tokenizer: Any, task: Task, prompt: str, limit: int | None = None
 ) -> str:
-    """What a generative model writes after a prompt, with the most probable token each time.
+    """Generate the text after a prompt, always with the most probable token.
 
     Args:
         limit: the most tokens that it writes; by default the task's `max_length`, of which a causal

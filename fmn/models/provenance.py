@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from, and how it was fine-tuned.
+"""The origin of a checkpoint, and the settings of its fine-tuning.
 
 Its folder's sidecar says so; the weights tell whether that can be true.
 """
@@ -46,7 +46,7 @@ class Lineage(Record):
 
 
 class CheckpointInfo(Lineage):
-    """What `fmn fetch` reports.
+    """The result of `fmn fetch`.
 
     Attributes:
         is_converted: whether the weights were pickled.
@@ -87,7 +87,7 @@ class TrainingInfo(Record):
 
 
 def lineage(folder: Path) -> Lineage:
-    """Where a checkpoint comes from."""
+    """Read the origin of a checkpoint."""
     sidecar = read_sidecar(folder)
     if sidecar is None:
         return Lineage(source="folder", revision=f"sha256:{artifacts.digest_folder(folder)}")
@@ -98,7 +98,7 @@ def lineage(folder: Path) -> Lineage:
 
 
 def training_metadata(folder: Path) -> TrainingInfo | None:
-    """How a checkpoint was fine-tuned; None if fmn did not fine-tune it."""
+    """Read how a checkpoint was fine-tuned; None if fmn did not fine-tune it."""
     sidecar = read_sidecar(folder)
     if sidecar is None or sidecar.stage != "finetune":
         return None
@@ -112,7 +112,7 @@ def tuning(folder: Path) -> dict[str, Any]:
 
 
 def rows_tuned_on(expert: Path) -> tuple[int | None, int]:
-    """How many training rows an expert was fine-tuned on, and the seed that drew them.
+    """The number of training rows an expert was fine-tuned on, and the seed of their draw.
 
     (None, 0), which stands for all rows, if that is not known.
     """

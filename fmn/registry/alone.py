@@ -1,8 +1,8 @@
 """Answer for a logged model in a process without fmn, as on the machine that will serve it.
 
-This file is run as a script. Each line of its input is a request in JSON, ``{"load": URI}`` or
-``{"rows": [...], "params": {...}}``. The answer is a line, ``{"rows": [...]}`` or ``{"error":
-"..."}``.
+This file is run as a script. Each line of its input is a request in JSON: ``{"load": URI, "store":
+URI}`` loads a model from MLflow's store, ``{"rows": [...], "params": {...}}`` asks it. The answer
+is a line, ``{"rows": [...]}`` or ``{"error": "..."}``.
 """
 
 import json
@@ -24,6 +24,7 @@ def main() -> None:
         request, rows = json.loads(line), []
         try:
             if "load" in request:
+                mlflow.set_tracking_uri(request["store"])
                 model = mlflow.pyfunc.load_model(request["load"])
             else:
                 table = model.predict(pd.DataFrame(request["rows"]), params=request["params"])

@@ -5,7 +5,6 @@ This module does not import MLflow.
 
 import base64
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -67,24 +66,19 @@ class Sample(NamedTuple):
 
 
 @contextmanager
-def alone(store: str) -> Iterator[Callable[[str], Serve]]:
+def alone() -> Iterator[Callable[[str, str], Serve]]:
     """Start a process without fmn; yields a function that loads a logged model there.
 
-    The function's argument is the model's address. The process ends with the block.
-
-    Args:
-        store: the address of MLflow's store.
+    The function's arguments are the addresses of the model and of MLflow's store. The process ends
+    with the block.
 
     Raises:
         UserError: the process or the model fails.
     """
     script = [sys.executable, "-P", str(Path(__file__).with_name("alone.py"))]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": store}
     with (
         TemporaryFile() as errors,
-        Popen(
-            script, stdin=PIPE, stdout=PIPE, stderr=errors, text=True, env=environment
-        ) as process,
+        Popen(script, stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as process,
     ):
 
         def request(**content: Any) -> Any:
@@ -103,10 +97,10 @@ def alone(store: str) -> Iterator[Callable[[str], Serve]]:
                 )
             return answer["rows"]
 
-        def load(uri: str) -> Serve:
+        def load(uri: str, store: str) -> Serve:
             import pandas as pd
 
-            request(load=uri)
+            request(load=uri, store=store)
             return lambda table, task, **params: pd.DataFrame(
                 request(rows=table.to_dict("records"), params={"task": task, **params})
             )

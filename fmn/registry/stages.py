@@ -170,9 +170,10 @@ def _log_model(
 
     from fmn.registry import tracking
 
-    with alone(tracking.tracking_uri()) as load:
+    with alone() as load:  # starts while the model is logged
         logged = tracking.log_served_model(model, definitions)
-        check_served(load(logged.model_uri), model, metrics, scores, definitions, data)
+        serve = load(logged.model_uri, tracking.tracking_uri())
+        check_served(serve, model, metrics, scores, definitions, data)
     mlflow.log_metrics(grouped_metrics(scores, baselines), model_id=logged.model_id)
     mlflow.set_tags(_standing_tags(scores, definitions))
     return str(logged.model_uri)

@@ -1,4 +1,4 @@
-"""The content of files of rows, as columns.
+"""Read files of rows as columns.
 
 The files are CSV, TSV, JSON, JSON lines, Parquet, CoNLL text, or what `save_to_disk` wrote.
 """
@@ -34,7 +34,7 @@ BOM = "utf-8-sig"  # UTF-8, with or without a byte order mark
 
 
 class Table(NamedTuple):
-    """The rows of a split, as they are in their files.
+    """The rows of a split, as read from their files.
 
     Attributes:
         place: what messages call it.

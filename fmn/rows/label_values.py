@@ -1,4 +1,4 @@
-"""From the values of a label column to class ids, numbers, or lists of ids."""
+"""Convert the values of a label column to class ids, numbers, or lists of ids."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ _TRUTH = {"true": True, "false": False}
 
 
 class Labels(NamedTuple):
-    """What the values of a label column mean.
+    """The meaning of the values of a label column.
 
     Attributes:
         problem_type: of the task.

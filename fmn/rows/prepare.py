@@ -1,4 +1,4 @@
-"""From a user's definition of a task to its checked rows, and the definition without gaps."""
+"""Read and check the rows of a user's task, and complete its definition."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -273,7 +273,7 @@ def _split_off(
 
 
 def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
-    """What is odd in the rows, though they can be used."""
+    """Warnings about unusual rows that can still be used."""
     lines = []
     texts = {
         split: list(zip(*(_as_texts(rows[name]) for name in task.text_columns), strict=True))

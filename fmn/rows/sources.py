@@ -1,4 +1,4 @@
-"""Where a task's data set lies: its files by split, here, at a URL, or on the Hub.
+"""Find the files of a task's data set by split: on this machine, at a URL, or on the Hub.
 
 Nothing that comes with a data set is executed, and nothing is cached but what the Hub gives.
 """
@@ -38,7 +38,7 @@ _ROWS = re.compile(rf"(.*?)(-\d+(-of-\d+)?)?({'|'.join(map(re.escape, FORMATS))}
 
 
 class File(NamedTuple):
-    """A file or folder of rows. `name` is what messages call it."""
+    """A file or folder of rows; `name` is its name in messages."""
 
     name: str
     path: str
@@ -70,7 +70,7 @@ Splits = Mapping[str, Sequence[File]]
 
 @contextmanager
 def reachable(name: str) -> Iterator[None]:
-    """Explain what goes wrong while rows at a URL are looked for or read, whoever serves them."""
+    """Convert errors of finding and reading rows at a URL to a UserError."""
     try:
         yield
     except UserError:

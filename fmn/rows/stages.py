@@ -61,7 +61,7 @@ class DataSettings(Settings):
 
 
 class TaskOptions(ScoringSettings):
-    """A task of one's own, as options of a command."""
+    """The user's own task, as options of a command."""
 
     definition: Path | None = Field(
         None, description="a YAML file: the task, or a section `tasks` with it"
@@ -107,7 +107,7 @@ COLUMNS = (
 
 
 def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> TaskSettings | None:
-    """What the options of a command say of a task; None if they say nothing.
+    """The task that options of a command describe; None without such options.
 
     Raises:
         UserError: options contradict one another, or the file defines no such task.
@@ -255,7 +255,7 @@ def find_source(task: str, settings: DataSettings, definition: TaskSettings | No
 
 
 def _read_checked(folder: Path, task: Task, splits: Sequence[str]) -> "Prepared":
-    """Rows that are in their task's schema already: GLUE's, or those that fmn wrote."""
+    """Read rows that have their task's schema already: GLUE's, or rows that fmn wrote."""
     from fmn.rows.prepare import Prepared, odd_rows
 
     tables = {split: dataset.read_split(folder, task, split) for split in splits}

@@ -1,4 +1,4 @@
-"""What there is to see of tasks: those that are known, and one of them with its first example."""
+"""List the known tasks, and show one of them with its first example."""
 
 from collections.abc import Mapping
 from pathlib import Path

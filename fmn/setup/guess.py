@@ -1,4 +1,4 @@
-"""What a checkpoint tells of its task: the settings that `fmn init` writes for it.
+"""Guess the settings of a task from its checkpoint, for `fmn init`.
 
 Only small files are read: config.json, the model card, task.json. What they do not tell is marked
 with a comment.
@@ -69,7 +69,7 @@ _UNNAMED = re.compile(r"(?i)label_?\d+|\d+|\s*")
 
 @dataclass
 class Guess:
-    """What an expert's files tell.
+    """The guesses from an expert's files.
 
     Attributes:
         kind: the Hub's name of its kind of task; None: the files do not tell.
@@ -93,7 +93,7 @@ class Guess:
 
 
 def guess(source: str, base: str | None = None) -> Guess:
-    """What the small files of a source tell of an expert.
+    """Guess an expert's task from the small files of its source.
 
     Args:
         base: the source of the base, if it is known; its words are not taken for the task's name.

@@ -1,4 +1,4 @@
-"""The outline of a checkpoint: its small files, and its weights as holes below real headers.
+"""Make the outline of a checkpoint: its small files, and real headers of weights without weights.
 
 A file of weights in an outline has the header and the size of the real one, and its bytes are a
 hole of the file system, which takes no room. So every check that reads headers and small files
@@ -27,7 +27,7 @@ LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
 class Outline(NamedTuple):
-    """What is known of a checkpoint.
+    """The known facts about a checkpoint.
 
     Attributes:
         pinned: its source, such that it means the same bytes tomorrow.

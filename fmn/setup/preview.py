@@ -1,4 +1,4 @@
-"""The first rows of a data set, read without the rest of it: what `fmn check` looks at."""
+"""Read the first rows of a data set, without the rest of it, for `fmn check`."""
 
 import io
 import json

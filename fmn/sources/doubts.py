@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say against one another: of its tokenizer, and of its head."""
+"""Contradictions between the files of a checkpoint, about its tokenizer and its head."""
 
 import json
 import re
@@ -21,7 +21,7 @@ HEADS = r"(\w*classifier|score|qa_outputs|classification_head|logits_proj|sequen
 
 
 def settle_tokens(folder: Path, config: "PretrainedConfig", notes: list[str]) -> None:
-    """Let a copy's tokenizer_config.json say how case is treated, if its other files tell.
+    """Write into a copy's tokenizer_config.json how case is treated, if its other files show it.
 
     Transformers makes a tokenizer of its class's defaults and tokenizer_config.json; what
     tokenizer.json says otherwise is a contradiction, or a doubt.
@@ -43,7 +43,7 @@ def settle_tokens(folder: Path, config: "PretrainedConfig", notes: list[str]) ->
 
 
 def _check_case(folder: Path, stated: bool | None) -> None:
-    """Refuse a tokenizer_config.json that says otherwise than tokenizer.json."""
+    """Raise a UserError if tokenizer_config.json contradicts tokenizer.json."""
     declared = loading.declared_case(folder).get("do_lower_case", stated)
     if stated is not None and declared != stated:
         raise UserError(

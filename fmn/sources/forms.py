@@ -179,7 +179,7 @@ _EMPTY: Mapping[str, tuple[Any, ...]] = {
 
 
 def tidy(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A configuration without what holds only on its author's machine, or stands for nothing.
+    """Remove entries of a configuration that are valid only on its author's machine, or empty.
 
     Returns:
         the configuration, and what the user should know of the changes.

@@ -1,4 +1,4 @@
-"""The tensors of a fetched checkpoint under the names and in the shapes that its model has.
+"""Give the tensors of a fetched checkpoint the names and shapes of its model.
 
 Wrappers leave prefixes in names, tied weights are stored under any of their names, vocabularies are
 padded. What is changed here, and Transformers would pass over in silence, is said in a note.
@@ -45,7 +45,7 @@ _HEADS = (
 
 
 class Layout(NamedTuple):
-    """What a class of models stores.
+    """The tensors that a class of models stores.
 
     Attributes:
         shapes: of its parameters and buffers, by name.
@@ -119,7 +119,7 @@ def runtime_names(stored: Iterable[str], model: Layout, notes: list[str]) -> dic
 
 
 def _prefixes(names: Iterable[str], model: Layout) -> set[str]:
-    """What stands before the names of the whole model, such as ``module``."""
+    """The prefix of all names of a model, such as ``module``."""
     base, prefixes = model.prefix.removesuffix("."), set()
     for name in names:
         parts = name.split(".")
@@ -134,7 +134,7 @@ def _prefixes(names: Iterable[str], model: Layout) -> set[str]:
 
 
 def refuse_doubles(names: Mapping[str, str]) -> None:
-    """Refuse names by stored name, of which two are the same, with a `UserError`."""
+    """Raise a `UserError` if two stored names get the same name."""
     stored_as: dict[str, str] = {}
     for stored, name in names.items():
         if name in stored_as:
@@ -148,7 +148,7 @@ def refuse_doubles(names: Mapping[str, str]) -> None:
 
 
 class Changes(NamedTuple):
-    """What is to be changed in a folder: names by stored name (None: left out), rows by name."""
+    """Changes of a folder: new names by stored name (None: remove), numbers of rows by name."""
 
     names: dict[str, str | None]
     rows: dict[str, int]
@@ -301,7 +301,7 @@ def _cut_vocabulary(
 
 
 def _rewrite(folder: Path, stored: Mapping[str, TensorHeader], changes: Changes) -> None:
-    """Write anew the files whose tensors change; a link is replaced, and not what it leads to."""
+    """Rewrite the files whose tensors change; a link is replaced, not its target."""
     from safetensors.torch import load_file, save_file
 
     for path in sorted({header.file for header in stored.values()}):

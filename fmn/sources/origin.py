@@ -1,4 +1,4 @@
-"""A checkpoint from where it is (Hub, folder, MLflow registry, installed package), into a folder.
+"""Copy a checkpoint from the Hub, a folder, an MLflow registry or a package into a folder.
 
 Sources are pinned and verified. Nothing that comes with one is ever executed: a pickle is loaded
 by ``torch.load(weights_only=True)`` alone.
@@ -59,7 +59,7 @@ class Origin(NamedTuple):
 
 
 def pin(source: str) -> str:
-    """A source such that the same string means the same bytes; raises as `copy_checkpoint` does.
+    """Pin a source, so that the same text always means the same bytes; raises as `copy_checkpoint`.
 
     ``hf://org/name@<40 hex>``, ``models:/name/3``, ``package:module/path@<version>``; a folder
     stands for itself. A source that is pinned to a commit needs no network.
@@ -81,7 +81,7 @@ def folder_files(source: str) -> list[Path]:
 
 
 def look(source: str) -> None:
-    """See that a source has the files of a checkpoint, of which none but an index is downloaded.
+    """Check that a source has the files of a checkpoint; at most an index is downloaded.
 
     Raises:
         UserError: as `copy_checkpoint` does.
@@ -167,7 +167,7 @@ def copy_origin(
 
 
 def _readable(message: str, source: str, folder: Path, scratch: Path) -> str:
-    """A message without the folders that are gone when it is read."""
+    """Remove temporary folders from a message."""
     places = {f"{scratch}/adapter": source, f"{scratch}/named": "it names", str(folder): source}
     for path, words in places.items():
         message = message.replace(path, words)

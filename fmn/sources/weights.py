@@ -1,4 +1,4 @@
-"""The files of a checkpoint's weights: which of them are taken, and safetensors made of pickles."""
+"""Choose the files of a checkpoint's weights, and convert pickled weights to safetensors."""
 
 import re
 import warnings
