@@ -248,8 +248,8 @@ class Calibrated(Record):
 
     Attributes:
         merged: digest of the model before.
-        errors: by task, mean squared difference of the last layer's states from the expert's,
-            divided by the variance of the expert's.
+        errors: by task, mean squared difference of the last layer's states from the expert's, over
+            the variance of the expert's.
     """
 
     merged: str

@@ -5,6 +5,7 @@ otherwise ``mlflow.db`` (SQLite) and the folder ``mlruns`` in the working folder
 database, ``MLFLOW_DEFAULT_ARTIFACT_ROOT`` says where files go; a server knows that itself.
 """
 
+import io
 import json
 import logging
 import os
@@ -16,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, redirect_stderr
 from importlib.metadata import version as installed_version
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,8 +56,8 @@ for name in ("mlflow", "alembic"):
     logging.getLogger(name).setLevel(logging.WARNING)
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
-# Tags of a run: its content key; score by task, tasks whose score is an error, digest of the data;
-# its version's alias and the reason.
+# Tags of a run: content key; score by task, tasks whose score is an error, digest of the data; the
+# alias that its version got, and why.
 KEY = "fmn.key"
 SCORES, ERRORS, DATA = "fmn.scores", "fmn.errors", "fmn.data"
 PROMOTION = "promotion"
@@ -120,9 +120,9 @@ def page(port: int) -> str:
 
 @contextmanager
 def connection() -> Iterator[mlflow.MlflowClient]:
-    """Connect to the store, under a lock that all processes of this user and machine share.
+    """A client of the store, under a lock that all processes of this user and machine share.
 
-    The lock is for the creation of the tables, and for the choice of the champion.
+    The first one creates the tables; and who becomes the champion depends on who is.
 
     Raises:
         UserError: the store refuses, or cannot be reached.
@@ -194,7 +194,7 @@ def _follow_move(file: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """MLflow's message in one line; if its server did not answer, the reason and a remedy."""
+    """One line on what MLflow said or, if its server did not answer, why and what to do."""
     modules = ("requests.", "urllib3.")
     network = [cause for cause in causes(error) if type(cause).__module__.startswith(modules)]
     if not network:
@@ -239,10 +239,10 @@ def new_run(
 
 
 def pin(source: str) -> str:
-    """Pin a source in the registry to ``models:/NAME/VERSION``.
+    """A source in the registry as ``models:/NAME/VERSION``.
 
-    ``models:/NAME@ALIAS``, ``models:/NAME/latest`` and ``models:/NAME/Production`` may name another
-    version later.
+    ``models:/NAME@ALIAS``, ``models:/NAME/latest`` and ``models:/NAME/Production`` float: they name
+    another version tomorrow.
 
     Raises:
         UserError: there is no such version.
@@ -262,7 +262,7 @@ def pin(source: str) -> str:
 
 
 def download(source: str, out: Path) -> str:
-    """Download a registered version's files into a folder; returns its pinned source."""
+    """Put a registered version's files into a folder; returns its pinned source."""
     pinned = pin(source)
     with connection():
         mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=str(out))
@@ -322,7 +322,7 @@ def _example(task: Task) -> "pd.DataFrame":
 
 def create_version(uri: str, name: str, tags: Mapping[str, str]) -> ModelVersion:
     """Register a logged model as a new version."""
-    with redirect_stderr(StringIO()):  # the caller reports the version
+    with redirect_stderr(io.StringIO()):  # the caller reports the version
         return mlflow.register_model(uri, name, tags=dict(tags))
 
 

@@ -124,7 +124,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def first_words(error: BaseException) -> str:
-    """The message of another library's error, in one short line."""
+    """What another library says, as it fits into one line of ours."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
