@@ -490,7 +490,6 @@ def _move(
 
 
 def _error(task: _Task) -> float:
-    """The error of the states after the last layer, as `calibrated_encoder` returns it."""
     merged = torch.cat([_tokens(texts.states, texts.tokens) for texts in task.merged])
     own = torch.cat([_tokens(texts.states, texts.tokens) for texts in task.own])
     return float((merged - own).square().mean() / own.var(0, correction=0).mean())
