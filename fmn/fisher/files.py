@@ -1,8 +1,8 @@
-"""The files of statistics, and the records in them that say what they were computed from.
+"""Read and write files of statistics, with records of their origin.
 
-The mask Fisher, with one number a node, is a Parquet file. The full Fisher and Gram matrices, as
-large as the expert, are safetensors, so that a merge can read them a slice at a time. Both have
-their record as JSON in the file's metadata, under ``fmn``. Their sha256 is in the stage's sidecar.
+The mask Fisher, with one number for each node, is a Parquet file. The full Fisher and the Gram
+matrices are as large as the expert; they are safetensors files, so that a merge can read slices.
+The record is JSON in the file's metadata, under ``fmn``. The files' sha256 is in the sidecar.
 """
 
 import hashlib

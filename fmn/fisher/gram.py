@@ -1,7 +1,7 @@
-"""Gram matrices of the inputs of an encoder's linear maps: what RegMean needs of every expert.
+"""Compute the Gram matrices of the inputs of an encoder's linear maps, which RegMean needs.
 
-For a linear map y = W x + b, the second moment E[x x^T] over all tokens that are no padding (Jin et
-al. 2023, arXiv 2212.09849, section 3). Maps that read the same input (query, key, value) share one.
+For a linear map y = W x + b, it is the second moment E[x x^T] over all tokens except padding (Jin
+et al. 2023, arXiv 2212.09849, section 3). Maps with the same input (query, key, value) share one.
 """
 
 from collections import defaultdict

@@ -6,7 +6,7 @@ An estimator of the Fisher information is the mean over examples of
 - "expected": E_y[(d log p(y))^2] over labels y of the model's own distribution p, exactly;
 - "sampled": (d log p(y))^2 for one y drawn from p by the seed and the example's row.
 
-"batch" takes the loss of "empirical". The problem type says what L and p are:
+"batch" uses the loss of "empirical". The problem type determines L and p:
 
 - single-label classification: the cross entropy, and the softmax of the logits;
 - multi-label classification: the sum over labels of binary cross entropies, and an independent

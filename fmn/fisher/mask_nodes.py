@@ -10,9 +10,9 @@ the chain rule gives
 for every example of a batch separately, from one backward pass without weight gradients, which
 stops at the lowest layer's attention output projection.
 
-`fmn.fisher.loss` says what the losses L are. For the estimator "batch", L is the mean loss of 32
-consecutive examples, and the squares are summed over such batches, as in the released code of the
-paper; for the others they are averaged over examples.
+`fmn.fisher.loss` defines the losses L. For the estimator "batch", L is the mean loss of 32
+consecutive examples, and the squares are summed over such batches, as in the paper's released code;
+for the other estimators the squares are averaged over examples.
 """
 
 import time
@@ -122,7 +122,7 @@ class PartialSums:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run computes: the terms of the examples `rows`, int64 [N], in this order."""
+    """The computation of a run: the terms of the examples `rows`, int64 [N], in this order."""
 
     sites: tuple[MaskSite, ...]
     loss: Loss
@@ -154,8 +154,8 @@ def estimate(
 ) -> Estimate:
     """The diagonal Fisher information of the mask nodes of a Transformer with a classifier's head.
 
-    It does not depend on batch size or device, but for rounding. Batches are as large as memory
-    allows. The model is left as it was.
+    Except for rounding, it does not depend on batch size or device. Batches are as large as memory
+    allows. The model does not change.
 
     Args:
         estimator: one of `fmn.fisher.loss.ESTIMATORS`.

@@ -1,8 +1,8 @@
-"""Statistics that are published beside an expert, and the checkpoint that they are of.
+"""Use statistics that are published beside an expert, and check that they belong to it.
 
-A folder or repository of an expert may hold ``fmn/fisher.parquet`` and ``fmn/gram.safetensors``.
-They are taken in place of a computation if they are of this checkpoint, of the settings and of the
-same rows. docs/statistics.md describes the files.
+An expert's folder or repository may have ``fmn/fisher.parquet`` and ``fmn/gram.safetensors``. They
+replace a computation if checkpoint, settings and rows are the same. docs/statistics.md describes
+the files.
 """
 
 import hashlib
@@ -32,14 +32,15 @@ PROBE = "It's a Fine film at the caf\u00e9 \u6f22\u5b57"
 
 
 def identity(checkpoint: Path) -> str:
-    """sha256 of what a checkpoint's statistics depend on.
+    """sha256 of everything that a checkpoint's statistics depend on.
 
-    It covers the tensors by their names in the base model, whichever files they are in, the files
-    of vocabulary, image processing and pooling, and how texts become tokens. The outputs have no
-    order in it: `fmn fetch` changes that, and the one logit of a binary task becomes two outputs.
+    It covers the tensors by their names in the base model, the files of vocabulary, image
+    processing and pooling, and the settings of tokenisation. It does not depend on the division
+    into files, nor on the order of the outputs, which `fmn fetch` may change (it also turns the
+    single logit of a binary task into two outputs).
 
     Raises:
-        UserError: it is no checkpoint that can be used.
+        UserError: the checkpoint cannot be used.
     """
     config, headers = checkpoints.load_config(checkpoint), tensor_headers(checkpoint)
     names = checkpoints.encoder_names(config, headers)

@@ -87,7 +87,7 @@ def fisher(
 ) -> Outcome[FisherMetadata]:
     """Compute the Fisher information of an expert's mask nodes.
 
-    Partial sums are saved beside the output meanwhile: a run that was killed goes on from them.
+    Partial sums are saved beside the output; a run that was killed continues from them.
 
     Args:
         checkpoint: the expert's folder

@@ -165,13 +165,13 @@ def kind_in(folder: Path, config: "PretrainedConfig | None" = None) -> KindName:
 
 
 class _Shapes(NamedTuple):
-    """Shapes of a model's tensors; its encoder's names begin with `prefix` in it.
+    """Shapes of a model's tensors. A model without a head is all encoder.
 
-    What has no head of its own is all encoder.
-
-    `linear` are the matrices of the encoder's linear maps: whether each is stored [in, out];
-    `tied` are further names of tensors, each with the name of the tensor that it stands for;
-    `in_model` are the names in the model of all that is in `encoder` and `tied`.
+    Attributes:
+        prefix: the prefix of the encoder's names in the model.
+        linear: for each matrix of the encoder's linear maps, whether it is stored [in, out].
+        tied: further names of tensors, each with the name of the tensor that it is tied to.
+        in_model: names in the model of the tensors in `encoder` and `tied`.
     """
 
     encoder: dict[str, tuple[int, ...]]

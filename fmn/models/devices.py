@@ -1,10 +1,10 @@
 """Where to compute and in which dtype: one rule for fine-tuning, statistics and evaluation.
 
-- "float32" is float32: no TF32, which rounds the factors of products to 11 bits. Otherwise a GPU
-  would compute convolutions in it, and matrix products where a program around this one says so.
-- "bfloat16" is the dtype of matrix products alone; sums, normalisations and residuals are float32.
+- "float32" is full precision. TF32, which rounds the factors of products to 11 bits, is off; by
+  default a GPU would use it for convolutions, and depending on settings for matrix products.
+- "bfloat16" is the dtype of matrix products; sums, normalisations and residuals are float32.
 - A CPU computes attention by plain matrix products, a GPU by PyTorch's fused kernels (sdpa).
-- Nothing waits for a GPU between two batches: what decides on the next step is known on the host.
+- The host does not wait for a GPU between two batches.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -116,8 +116,8 @@ _IS_PADDED: ContextVar[bool | None] = ContextVar("is_padded", default=None)
 def known_padding(inputs: Mapping[str, Tensor]) -> Iterator[None]:
     """Answer Transformers' question whether a batch has padding without asking the device.
 
-    It asks in every forward pass, to leave out the mask where there is none, and waits for the
-    answer, and so for all the work that is queued on a GPU. The host knows it.
+    Transformers asks in every forward pass, as it leaves out a mask without padding. The answer
+    from a GPU would have to wait for all its queued work; the host has it at once.
 
     Args:
         inputs: of a model, on the CPU.

@@ -1,5 +1,4 @@
-"""Embedding models: an encoder, a pooling, and perhaps a normalisation, as Sentence Transformers
-writes them (`modules.json`)."""
+"""Embedding models in the format of Sentence Transformers: encoder, pooling, normalisation."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,10 +26,10 @@ class Modules(NamedTuple):
     """The steps of an embedding model after its encoder; merged experts must have the same.
 
     Attributes:
-        pooling: the modes; of several, the embeddings stand one after another.
-        normalise: whether the embedding has the length 1.
-        prompt: what every text begins with.
-        prompts: by name, what a user may let texts begin with.
+        pooling: the modes; the embeddings of several modes are concatenated.
+        normalise: whether embeddings are scaled to the length 1.
+        prompt: a text that is put before every text.
+        prompts: other such texts, by name, which users can choose.
     """
 
     pooling: tuple[str, ...] = ("mean",)

@@ -70,12 +70,12 @@ def weigh(task: Task, logits: np.ndarray, truth: np.ndarray, order: Sequence[int
 
 
 def _guessed(task: Task, answers: np.ndarray, truth: np.ndarray) -> float:
-    """The share that guessing has right.
+    """The share of rows that guessing gets right.
 
-    By always answering the most frequent label; if the task's metric is a Matthews correlation,
-    which that does not raise, by answering each label as often as these answers do (Cohen 1960,
-    the expected agreement of kappa). For several labels at once, of the labels that are answered,
-    by drawing the rows of each at random.
+    Guessing means: always answer the most frequent label. If the task's metric is a Matthews
+    correlation, for which that is useless: answer each label as often as these answers do (Cohen
+    1960, the expected agreement of kappa). For several labels at once: draw the rows of each
+    answered label at random.
     """
     if task.multi_label:
         answered, present = answers.sum(axis=0), truth.sum(axis=0)  # [C]

@@ -1,8 +1,8 @@
-"""Which output of an expert stands for which label of its task: decided once, and checked.
+"""Match the outputs of an expert with the labels of its task, and check the match.
 
-Published checkpoints permute labels. A list of the user's decides; without one, the names in the
-checkpoint's configuration where they mean something; else a slice of the training data; else the
-outputs are taken as they stand. Whatever decides, the training data that are there check it.
+Published checkpoints permute labels. The order comes from the user's list, if there is one; else
+from the names in the checkpoint's configuration, if these are meaningful; else from a slice of the
+training data; else it is the task's own order. If there are training data, they check the order.
 """
 
 import json
@@ -67,17 +67,17 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 
 
 class Labels(Record):
-    """How the outputs of an expert stand for the labels of its task.
+    """The match of an expert's outputs with the labels of its task.
 
     Attributes:
-        order: the output that stands for each label, in the task's order. A single logit of a
-            binary task counts as two outputs.
-        origin: what decided it; "identity": nothing did, the outputs are taken as they stand.
-        rows: of training data that decided or checked it, or of tags words; 0 without data.
-        score: what this order has of them: the share of rows that are right; for several labels
-            at once the share of labels that are found (R-precision); for regression the Pearson
-            correlation, None if it is undefined.
-        notes: what the user should know of it.
+        order: the output for each label, in the task's order. A single logit of a binary task
+            counts as two outputs.
+        origin: what decided the order; "identity": it is the task's own, without evidence.
+        rows: number of training rows (for taggers, words) that decided or checked it.
+        score: the score of this order on them: the share of right rows; for several labels at once
+            the share of right labels (R-precision); for regression the Pearson correlation, None
+            if it is undefined.
+        notes: notes for the user.
     """
 
     order: list[int]

@@ -94,12 +94,13 @@ def first_token_only(
 ) -> Iterator[None]:
     """Let the last layer compute only the first token, if the head reads no other.
 
-    Of the other tokens such a layer needs keys and values. The linear maps behind these get the
-    first token, [B, 1, n]; their output, added to the residual stream [B, T, n], is right for that
-    token, and nobody reads the others. Which maps they are is probed on one example.
+    Such a layer needs only keys and values of the other tokens. The linear maps after them get only
+    the first token, [B, 1, n]. Their output is added to the residual stream [B, T, n]; it is right
+    for the first token, and the head does not read the others. A pass of one example shows which
+    maps these are.
 
     Args:
-        run: gives the logits of a batch.
+        run: computes the logits of a batch.
     """
 
     def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
-"""What can be known before a run: whether its sources and data fit, and what it needs.
+"""Check a run before it starts: whether sources and data fit together, and what it needs.
 
-Every source is outlined (`fmn.setup.outline`), so that the checks of a merge run on headers. Of
-data only the first rows are read. All problems are listed, not the first one alone.
+Each source is replaced by its outline (`fmn.setup.outline`), so that the checks of a merge read
+only headers. Only the first rows of data are read. All problems are listed, not only the first.
 """
 
 import shutil

@@ -1,8 +1,8 @@
-"""A LoRA adapter becomes the full model that it makes of its base.
+"""Merge a LoRA adapter into its base, to get a full model.
 
 PEFT computes it (Hu et al., 2022, https://arxiv.org/abs/2106.09685): ``W + scale * B A`` for every
-adapted matrix, trained biases and whole modules in place of the base's. Nothing of an adapter is
-passed over: each of its tensors is used, or it is refused.
+adapted matrix; trained biases and whole modules replace those of the base. Every tensor of an
+adapter is used; otherwise the adapter is refused.
 """
 
 import re

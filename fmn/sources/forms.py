@@ -1,7 +1,7 @@
 """The forms in which people keep checkpoints: addresses, folders, and entries of config.json.
 
-What can be used is brought into the one form that the rest of the package reads; for what cannot,
-`no_checkpoint` and `no_weights` say what it is and what to do.
+Usable forms are converted to the form that the rest of the package reads. For the others,
+`no_checkpoint` and `no_weights` return a message with the form and a remedy.
 """
 
 import os

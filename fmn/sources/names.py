@@ -1,7 +1,7 @@
 """Give the tensors of a fetched checkpoint the names and shapes of its model.
 
-Wrappers leave prefixes in names, tied weights are stored under any of their names, vocabularies are
-padded. What is changed here, and Transformers would pass over in silence, is said in a note.
+Wrappers leave prefixes in names, tied weights may have any of their names, and vocabularies are
+padded. A note reports each change that Transformers would not make, and would not report.
 """
 
 import re
