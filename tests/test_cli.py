@@ -14,8 +14,6 @@ COMMANDS = (
     *("search", "merge", "realign", "evaluate", "report", "predict"),
     *("register", "rollback", "reproduce", "tasks", "init", "check", "push"),
 )
-FISHER = "fisher x --task mrpc --data x --out y"
-SEARCH = "search --expert mrpc=a sst2=b --data x --out y"
 
 
 def fmn(*arguments: object) -> None:
@@ -205,39 +203,12 @@ def test_settings_mean_the_same_files_wherever_a_command_is_given(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("fetch nowhere --out x", "nowhere"),
-        ("fetch package:none_such/model --out x", "none_such"),
         ("data mprc --source embedded --out x", "mrpc"),
-        ("data mrpc --source nowhere --out x", "nowhere"),
-        ("data mrpc --source embedded", "--out"),
         ("data mrpc --sorce embedded --out x", "--sorce"),
         ("data mrpc --source embedded --out .", "--out ."),
-        (FISHER, "no such file; write it with `fmn data mrpc`"),
-        (f"{FISHER} --estimator best", "best"),
-        (f"{FISHER} --samples 0", "--samples: at least one example is needed"),
-        (
-            "merge --expert nowhere --out x",
-            "--expert nowhere: no such folder; give it, or NAME=PATH",
-        ),
-        ("merge --expert mrpc=a --out x", "--fisher mrpc=FILE is missing"),
+        ("fisher x --task mrpc --data x --out y --samples 0", "--samples: at least one example"),
         ("merge --expert mrpc=a --out x --method average", "a: no such file"),
-        ("merge --expert mrpc=a mrpc=b --out x", "twice"),
-        ("merge --expert mrpc=a --out x --coefficient mrpc=much", "'much'"),
-        (f"{SEARCH} --method average", "no such file; write it with `fmn data mrpc`"),
-        (f"{SEARCH} --scale_range 2 1", "LOW must be zero or more, and HIGH above it"),
-        (f"{SEARCH} --rows 0", "--rows: at least one example is needed"),
-        ("evaluate nowhere --data x --out y", "nowhere"),
-        ("register nowhere --metrics x --name demo", "nowhere"),
         ("push nowhere org/name", "write hf://ORG/NAME"),
-        ("push nowhere hf://org/name", "is no merged model"),
-        ("init nowhere", "nowhere: no such folder"),
-        ("register nowhere --metrics x --name ../demo", "name"),
-        ("reproduce demo", "write models:/NAME/VERSION"),
-        ("predict nowhere text --task sst2", "nowhere"),
-        ("report --merged merged=nowhere.json --out x", "nowhere.json"),
-        ("run --params nowhere.yaml", "nowhere.yaml"),
-        ("compare any --params nowhere.yaml", "nowhere.yaml"),
-        ("marge", "marge"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(

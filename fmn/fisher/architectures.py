@@ -356,7 +356,7 @@ def _recognised(config: "PretrainedConfig", shapes: Shapes) -> Architecture:
     """Recognise the layers of a model that is not in the table, from the blocks in the table.
 
     If several combinations fit (they differ in their normalisations), it is the one that explains
-    most parameters and misses fewest modules; None if that is not unique.
+    most parameters and misses fewest modules; UserError if that is not unique.
     """
     layers = [blocks for entry in ARCHITECTURES.values() for blocks in entry.values()]
     known = dict.fromkeys(block for blocks in layers for block in blocks)
