@@ -265,8 +265,7 @@ def effective_number_of(experts: Mapping[str, Path], base: Path) -> float:
         return effective_number(plan.parameters, read)
 
 
-# ---------------------------------------------------------------------------------------------
-# Merging parameters
+# ---- merging parameters ----
 
 
 def _with_scale(plan: Plan) -> Plan:
@@ -352,7 +351,8 @@ def _merged_rows(
     base, tensors = inputs.get("base"), list(inputs.values())
     experts = tensors[: len(tasks)]
     fisher = tensors[len(tasks) :][: len(parameter.fisher)]
-    fisher = fisher or [_rows_of(each, rows) for each in nodes]
+    if not fisher:  # that of mask nodes, broadcastable against the parameter
+        fisher = [f if rows is None or f.ndim == 0 or len(f) == 1 else f[rows] for f in nodes]
     turned = base
     if parameter.is_transposed:  # to [rows, n]
         experts, fisher = [[t.mT if t.ndim else t for t in each] for each in (experts, fisher)]
@@ -399,12 +399,6 @@ def _read_all(
     return [read(header, rows, number) for number, header in enumerate(headers) if header]
 
 
-def _rows_of(fisher: Tensor, rows: slice | None) -> Tensor:
-    """Rows of Fisher information that is broadcastable against a parameter."""
-    is_same_for_all = rows is None or fisher.ndim == 0 or len(fisher) == 1
-    return fisher if is_same_for_all else fisher[rows]
-
-
 def _refuse_not_finite(inputs: Mapping[str, Tensor], name: str) -> None:
     for source, tensor in inputs.items():
         if not finite(tensor):
@@ -422,8 +416,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# ---------------------------------------------------------------------------------------------
-# Writing the folder
+# ---- writing the folder ----
 
 
 def _counted(plan: Plan, pieces: Iterator[Tensor], progress: Progress) -> Iterator[Tensor]:

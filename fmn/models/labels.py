@@ -87,8 +87,7 @@ class Labels(Record):
     notes: list[str] = Field(default_factory=list)
 
 
-# ---------------------------------------------------------------------------------------------
-# Names
+# ---- names ----
 
 
 def output_names(folder: Path) -> list[str]:
@@ -165,8 +164,7 @@ def _remedy(task: Task, names: Sequence[str]) -> str:
     return f"`sources: {{{task.name}: {entry}}}` or `--labels {shlex.join(names)}`"
 
 
-# ---------------------------------------------------------------------------------------------
-# Data
+# ---- data ----
 
 
 def by_data(
@@ -230,8 +228,7 @@ def by_data(
     return labels.model_copy(update={"rows": len(truth), "score": score, "notes": notes})
 
 
-# ---------------------------------------------------------------------------------------------
-# Experts
+# ---- experts ----
 
 
 class Expert(NamedTuple):
@@ -440,16 +437,14 @@ def expert_task(checkpoint: Path, name: str) -> Task:
     return complete(Task(name=name, task=kind, problem_type=None, columns=columns), config)
 
 
-# ---------------------------------------------------------------------------------------------
-# The outputs of a head in the order of its task's labels
+# ---- the outputs of a head in the order of its task's labels ----
 
 
 def output_entries(task: Task) -> dict[str, Any]:
     """The entries of an expert's configuration about its outputs, in the task's order."""
     names = dict(enumerate(task.labels or ("score",)))
     label2id = {name: label for label, name in names.items()}
-    is_stated = task.task == "text-classification"  # of other kinds there is no other problem
-    problem_type = task.problem_type if is_stated else None
+    problem_type = task.problem_type if task.task == "text-classification" else None
     return {"id2label": names, "label2id": label2id, "problem_type": problem_type}
 
 
@@ -485,7 +480,7 @@ def align_model(model: "PreTrainedModel", task: Task, order: Sequence[int]) -> N
 
 
 def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
-    """The same for a checkpoint's files: config.json, and the files that hold the last map.
+    """Put the outputs in a checkpoint's files into the task's order: config.json and the last map.
 
     Other files are left alone; a file that is rewritten is replaced, and not what it is linked to.
     """
