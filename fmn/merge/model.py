@@ -26,7 +26,7 @@ from fmn.merge.inputs import (
 )
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import CARD, RECIPE, MergeSettings, Recipe, card
-from fmn.merge.rules import finite, generator
+from fmn.merge.rules import generator
 from fmn.merge.stream import DTYPES, NAMES, WORKING_SET, Files, Read, row_slices
 from fmn.models import checkpoints, labels
 from fmn.models.checkpoints import CONFIG, SMALL_FILES, read_config
@@ -351,8 +351,7 @@ def _merged_rows(
     base, tensors = inputs.get("base"), list(inputs.values())
     experts = tensors[: len(tasks)]
     fisher = tensors[len(tasks) :][: len(parameter.fisher)]
-    if not fisher:  # that of mask nodes, broadcastable against the parameter
-        fisher = [f if rows is None or f.ndim == 0 or len(f) == 1 else f[rows] for f in nodes]
+    fisher = fisher or [_rows_of(each, rows) for each in nodes]
     turned = base
     if parameter.is_transposed:  # to [rows, n]
         experts, fisher = [[t.mT if t.ndim else t for t in each] for each in (experts, fisher)]
@@ -397,6 +396,18 @@ def _read_all(
 ) -> list[Tensor]:
     """Rows of several tensors, each in a buffer of its own."""
     return [read(header, rows, number) for number, header in enumerate(headers) if header]
+
+
+def _rows_of(fisher: Tensor, rows: slice | None) -> Tensor:
+    """Those rows of Fisher information that is broadcastable against a parameter."""
+    is_same_for_all = rows is None or fisher.ndim == 0 or len(fisher) == 1
+    return fisher if is_same_for_all else fisher[rows]
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or Inf; one pass unless a sum of finite numbers overflows."""
+    accumulator = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
+    return bool(tensor.sum(dtype=accumulator).isfinite()) or bool(tensor.isfinite().all())
 
 
 def _refuse_not_finite(inputs: Mapping[str, Tensor], name: str) -> None:

@@ -40,12 +40,6 @@ def shares(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     return torch.where(logits.isneginf().all(0), lambdas, logits).softmax(0)
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or Inf; takes a second pass only if the sum overflows."""
-    accumulator = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
-    return bool(tensor.sum(dtype=accumulator).isfinite()) or bool(tensor.isfinite().all())
-
-
 def even(count: int) -> list[Tensor]:
     """Equal Fisher information for a number of experts."""
     return [torch.ones((), dtype=torch.float64)] * count
