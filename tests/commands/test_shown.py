@@ -12,7 +12,7 @@ from fmn.registry.stages import ChampionChange
 from fmn.tasks.dataset import DataInfo
 from fmn.tasks.spans import Span
 
-FISHER = dict.fromkeys(("estimator", "dtype", "precision", "device"), "x")
+FISHER: dict[str, Any] = dict.fromkeys(("estimator", "dtype", "precision", "device"), "x")
 FISHER |= {"samples": 8, "published": None}
 
 

@@ -139,12 +139,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
         settings = MergeSettings(mapping=mapping, coefficient=WEIGHTED)
         model.write_model(out, experts, settings, statistics=Statistics(values))
         models[name] = Written(experts, out, values)
-    experts = {name: models[name].experts for name in ("bert", "roberta")}
-    experts |= {name: checkpoints(folder / name, name) for name in ("deberta-v3", "gpt2")}
-    experts["sharded"] = experts["bert"]
-    experts["half"] = checkpoints(folder / "half", dtype=torch.bfloat16)
-    experts["mixed"] = {**experts["bert"], "mrpc": experts["half"]["mrpc"]}
-    for name, folders in experts.items():
+    sets = {name: models[name].experts for name in ("bert", "roberta")}
+    sets |= {name: checkpoints(folder / name, name) for name in ("deberta-v3", "gpt2")}
+    sets["sharded"] = sets["bert"]
+    sets["half"] = checkpoints(folder / "half", dtype=torch.bfloat16)
+    sets["mixed"] = {**sets["bert"], "mrpc": sets["half"]["mrpc"]}
+    for name, folders in sets.items():
         size = 5_000 if name == "sharded" else stream.SHARD_BYTES
         models[f"own {name}"] = write_own_parts(folder / f"own-{name}", folders, size)
     results = loaded([each.out for each in models.values()], folder)

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -62,8 +61,8 @@ def test_a_page_has_code_scores_and_the_change(
 ) -> None:
     uri, definitions = "models:/demo/2", {name: KINDS[name]}
     old = Standing("1", {"sst2": undefined.tasks["sst2"].score}, (), "")
-    known: Any = merged.model, read_recipe(merged.model), undefined, definitions, Baselines()
-    text = page(uri, *known, Decision("challenger", "a <b> reason"), old)
+    decision, recipe = Decision("challenger", "a <b> reason"), read_recipe(merged.model)
+    text = page(uri, merged.model, recipe, undefined, definitions, Baselines(), decision, old)
     assert text.startswith("**Challenger**: a \\<b> reason.")
     assert code in text
     assert "less version 1's |" in text
