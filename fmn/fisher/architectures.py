@@ -405,7 +405,7 @@ def _score(
 
 
 # ---------------------------------------------------------------------------------------------
-# Which nodes weigh which parameters
+# The parameters that each node weighs
 
 
 @dataclass(frozen=True)

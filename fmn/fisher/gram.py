@@ -103,7 +103,7 @@ def _reads(
 def _without_padding(read: Tensor, batch: Batch) -> Tensor:
     """The vectors [N, n] of an activation [..., n] that belong to tokens."""
     rows = read.flatten(0, -2)  # [B, T, n] -> [B * T, n]
-    for name, mask in batch.inputs.items():  # of the encoder or the decoder, which differ in T
+    for name, mask in batch.inputs.items():  # the encoder's or the decoder's mask: their T differs
         if name.endswith("attention_mask") and read.shape[:-1] == mask.shape:
             rows = rows[places(mask != 0, read.device)]
     return rows.to(torch.promote_types(rows.dtype, torch.float32))

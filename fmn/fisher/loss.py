@@ -33,7 +33,7 @@ from fmn.tasks.task import LossName
 ESTIMATORS = ("empirical", "expected", "sampled", "batch")
 
 
-# Of tokens and embeddings, which have very many outputs.
+# For tokens and embeddings, which have very many outputs.
 _OFFERED: Mapping[str, tuple[str, ...]] = {
     "tokens": ("empirical", "sampled", "batch"),
     "embedding": ("sampled",),

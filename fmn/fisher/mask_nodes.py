@@ -45,7 +45,7 @@ from fmn.tasks.task import LossName
 
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
 CHECKED = 8  # examples on which bfloat16 is compared with float32
-MAX_ERROR, MIN_RANK_CORRELATION = 0.02, 0.999  # of bfloat16 to float32, where it is chosen
+MAX_ERROR, MIN_RANK_CORRELATION = 0.02, 0.999  # limits for choosing bfloat16 instead of float32
 CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH_SIZE
 
 
@@ -129,7 +129,7 @@ class _Run:
     rows: np.ndarray
     device: torch.device
     dtype: torch.dtype
-    logits: int = 0  # of each labelled token, where texts are generated
+    logits: int = 0  # logits of each labelled token, for generated texts
 
     @property
     def nodes(self) -> int:
@@ -300,7 +300,7 @@ def _mask_gradients(
             # [B, T, nodes * channels] -> [B, nodes * channels] -> [B, nodes]
             summed = (value * gradient).sum(1).view(-1, site.nodes, site.channels)
             of_nodes = summed.sum(2, dtype=gradients.dtype)
-            columns.add_(of_nodes.to(columns.device, non_blocking=True))  # of a layer elsewhere
+            columns.add_(of_nodes.to(columns.device, non_blocking=True))  # maybe another device
 
         activation.register_hook(add)
         return (activation, *args[1:])

@@ -45,7 +45,7 @@ def identity(checkpoint: Path) -> str:
     config, headers = checkpoints.load_config(checkpoint), tensor_headers(checkpoint)
     names = checkpoints.encoder_names(config, headers)
     last = ""
-    with suppress(UserError):  # of a head that ends in no linear map, the outputs have an order
+    with suppress(UserError):  # a head that does not end in a linear map has ordered outputs
         last = checkpoints.head_map(config) if names.head else ""
     digest = hashlib.sha256(str(config.model_type).encode())
     for name, stored in sorted((names.encoder | names.head).items()):
@@ -57,7 +57,7 @@ def identity(checkpoint: Path) -> str:
         if stored := names.head.get(name, ""):
             rows = _rows(headers[stored])
             outputs = [a + b for a, b in zip(outputs, rows, strict=True)] if outputs else rows
-    for row in sorted(filter(any, outputs)):  # one of zeros stands for "not the other"
+    for row in sorted(filter(any, outputs)):  # a row of zeros stands for "not the other"
         digest.update(row)
     for file in _FILES:
         if (checkpoint / file).is_file():

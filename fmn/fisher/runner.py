@@ -99,16 +99,16 @@ def prepared(
         restored.enter_context(passing_on(model, where, device))
         for module in model.modules():
             set_until(restored, module, "training", False)
-        # The backward pass of sdpa is slow on a CPU: half the speed in bfloat16.
+        # On a CPU the backward pass of sdpa is slow: half the speed in bfloat16.
         if device.type == "cpu" and config._attn_implementation == "sdpa":
             restored.callback(model.set_attn_implementation, "sdpa")
             model.set_attn_implementation("eager")
-        # A decoder within the model may have a configuration of its own.
+        # A decoder inside the model may have its own configuration.
         configs = {id(own): own for m in model.modules() if (own := getattr(m, "config", None))}
         for own in configs.values():
             if getattr(own, "use_cache", False):
                 set_until(restored, own, "use_cache", False)
-        # Decoders look for the last token that is no padding.
+        # Decoders search for the last token that is not padding.
         if getattr(config, "pad_token_id", 0) is None:
             set_until(restored, config, "pad_token_id", examples.pad.get("input_ids"))
         in_float(restored, [linear[path] for path in linear.keys() - encoder], device)

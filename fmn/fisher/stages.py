@@ -199,7 +199,7 @@ class _Inputs(NamedTuple):
         """Settings that only some statistics have."""
         options = self.settings.model_dump(include={"estimator", "stratified"})
         if options.get("estimator") not in (None, *self.task.kind.estimators):
-            options["estimator"] = "sampled"  # the settings are for tasks of every kind
+            options["estimator"] = "sampled"  # one section of settings serves tasks of every kind
         if self.task.loss == "tokens" and "stratified" in options:
             options["stratified"] = False  # a text has many labels
         return options
@@ -310,7 +310,7 @@ def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
 
     checkpoint, task, data, settings, progress = inputs
     device = resolve_device(settings.device)
-    # A float32 copy of a narrow model would take twice its memory, but where it is computed with.
+    # A narrow model stays narrow on a GPU: a float32 copy would take twice its memory.
     is_narrow = device.type != "cpu" or sample.metadata["dtype"] == "bfloat16"
     dtype = loading.stored_dtype(checkpoint) if is_narrow else None
     expert = labels.load_expert(checkpoint, task, data, settings.device, dtype)
@@ -324,7 +324,7 @@ def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
         "device": str(device),
         "progress": progress,
     }
-    if inputs.options:  # a loss is differentiated
+    if inputs.options:  # the loss is differentiated
         arguments["problem_type"] = expert.task.loss
     return arguments
 

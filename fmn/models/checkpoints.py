@@ -43,7 +43,7 @@ TOKENIZER_FILES = (
 )
 FISHER, GRAM = "fmn/fisher.parquet", "fmn/gram.safetensors"
 """Statistics that may be published beside an expert (docs/statistics.md)."""
-# Those that are needed beside the configuration and the weights, by the kind of model.
+# Files that a kind of model needs besides its configuration and weights.
 SMALL_FILES = (
     *TOKENIZER_FILES,
     *("chat_template.jinja", "generation_config.json", "preprocessor_config.json"),
@@ -54,7 +54,7 @@ SMALL_FILES = (
 # describing the model takes all time and memory.
 _LIMITS = {"hidden_groups|group_num": 30, "layers?|blocks": 1000, "num_labels": 10**5, "": 2**31}
 CHUNK = 2**24  # bytes of tensors that are compared at a time
-# What a configuration says that changes no tensor's name or shape.
+# Entries of a configuration that change no tensor's name or shape.
 _NAMING = ("id2label", "label2id", "_name_or_path")
 
 
@@ -362,7 +362,7 @@ def check_tensors(
         stored = by_name.get(name)
         if stored is None and name in shapes.head:
             raise UserError(f"{folder}: has no classification head ({name}); `fmn finetune` it")
-        # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
+        # Fine-tuning a classifier may add a pooler, as it adds a head.
         if stored is None and not is_pooled and name.startswith("pooler."):
             continue
         actual = headers[stored].shape if stored else "missing"

@@ -32,7 +32,7 @@ def resolve_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
-    with suppress(RuntimeError):  # the name of no device of PyTorch's
+    with suppress(RuntimeError):  # PyTorch has no device of this name
         device = torch.device(name)
         if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count):
             return device
@@ -75,7 +75,7 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which a model that is `placed` computes in a dtype."""
-    kind = device.type if device.type in ("cpu", "cuda") else "cpu"  # others know no autocast
+    kind = device.type if device.type in ("cpu", "cuda") else "cpu"  # others lack autocast
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 

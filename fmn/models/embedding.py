@@ -65,7 +65,7 @@ POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lasttoken": _last_token,
 }
 """From states [B, T, D] and a mask [B, T, 1], padded on the right, to embeddings [B, D]."""
-_OLD_KEYS = {  # of older files, which have a truth value for each mode
+_OLD_KEYS = {  # older files have a truth value for each mode
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -132,7 +132,7 @@ def sentence_encoder(encoder: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """
     if encoder.config.is_encoder_decoder:
         raise _refused(folder / "config.json", "the model has a decoder", "give another model")
-    # It has what is needed here of a model of Transformers.
+    # It has the methods of a Transformers model that fmn calls.
     return cast("PreTrainedModel", SentenceEncoder(encoder, read_modules(folder), folder).eval())
 
 

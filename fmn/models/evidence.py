@@ -14,7 +14,7 @@ from fmn.tasks.task import Task
 
 CLEARLY = 0.001  # level of the tests by which rows contradict an order
 CHANCE = 0.05  # an expert is better than guessing if the one-sided test is below this
-# For a label, the rows that have it and that each output has right as this label, bool [N, C].
+# For a label, the rows that have it and that each output gets right as this label, bool [N, C].
 Hits = Callable[[int], np.ndarray]
 
 
@@ -51,7 +51,7 @@ def weigh(task: Task, logits: np.ndarray, truth: np.ndarray, order: Sequence[int
     best = _best(hits, now)
     total = int(truth.sum()) if task.multi_label else len(truth)
     right, right_at_best = (int(_right(hits, each).sum()) for each in (now, best))
-    # Of several labels at once, as many rows are taken for each as have it.
+    # With several labels per row, each label takes as many rows as have it.
     outputs = logits.argmax(axis=1)
     guesses = [
         _guessed(task, truth if task.multi_label else np.argsort(each)[outputs], truth)
@@ -147,7 +147,7 @@ def _weigh_values(values: np.ndarray, truth: np.ndarray) -> Evidence:
 
     r, p_value = float("nan"), float("nan")
     if len(truth) > 2:
-        with warnings.catch_warnings(action="ignore"):  # of constant values
+        with warnings.catch_warnings(action="ignore"):  # SciPy warns of constant values
             test = pearsonr(values.astype(float), truth.astype(float), alternative="greater")
         r, p_value = float(test.statistic), float(test.pvalue)
     return Evidence(

@@ -77,7 +77,7 @@ def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         auto = getattr(transformers, task.kind.auto_class)
         fresh = auto.from_config(config, dtype=torch.float32)
-        torch.manual_seed(seed)  # a pooler is drawn too, where the base has none
+        torch.manual_seed(seed)  # a pooler is random too, if the base has none
         model = load_weights(base, config, kind, ignore_mismatched_sizes=True)
     with torch.no_grad():
         drawn = dict(fresh.named_parameters())

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
-ROWS, SEED = 512, 0  # at most so many rows of the training data are read, drawn by this seed
-# Other names of labels, in small letters and digits alone.
+ROWS, SEED = 512, 0  # training rows that are read at most, and the seed that draws them
+# Other names of labels, in lower-case letters and digits.
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "negative": ("neg",),
     "positive": ("pos",),
@@ -108,7 +108,7 @@ def by_names(task: Task, names: Sequence[str]) -> Labels | None:
     identity = list(range(task.num_outputs))
     if task.regression:
         return Labels(order=identity, origin="names") if len(names) == 1 else None
-    for form in (str.strip, _plain):  # letter for letter, or else loosely
+    for form in (str.strip, _plain):  # first letter for letter, then loosely
         meaning = {form(name): label for label, name in enumerate(task.labels)}
         if len(meaning) < task.num_outputs:
             continue

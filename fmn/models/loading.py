@@ -102,7 +102,7 @@ def declared_case(folder: Path) -> dict[str, bool]:
 
         try:
             return _case(Tokenizer.from_file(str(folder / "tokenizer.json")).normalizer)
-        except Exception:  # the library knows no other; loading it says more
+        except Exception:  # the library raises no narrower error; loading the file explains more
             return {}
     capitals, pieces = capital_pieces(folder)
     return {"do_lower_case": False} if capitals * 100 > pieces else {}
@@ -247,7 +247,7 @@ def load_weights(
     import transformers
 
     auto = getattr(transformers, KINDS[kind].auto_class)
-    # It tells where each text of a batch ends.
+    # Generation needs it to see where each text of a batch ends.
     if kind != "image-classification" and config.pad_token_id is None:
         config.pad_token_id = load_tokenizer(folder, config).pad_token_id
     options |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}

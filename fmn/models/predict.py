@@ -27,7 +27,7 @@ from fmn.tasks.batches import IGNORED, MULTIPLE, Batch, Examples, by_length, pad
 from fmn.tasks.task import Task
 
 LINEAR = (nn.Linear, Conv1D)
-LOGITS = 2**28  # of a batch of generated text at a time: a gigabyte
+LOGITS = 2**28  # logits of generated text held at once: a gigabyte in float32
 Reduce = Callable[[Tensor, Batch], Tensor]
 
 
@@ -46,7 +46,7 @@ def answered_only(model: PreTrainedModel, labels: Tensor) -> Iterator[None]:
         return (args[0].flatten(0, 1).index_select(0, answered),)  # [B, T, n] -> [M, n]
 
     outputs: Any = model.get_output_embeddings() if model.can_generate() else None
-    # Before other hooks, which see what the map then reads.
+    # Runs before other hooks, so that they see the input that the map reads.
     registered = outputs and outputs.register_forward_pre_hook(hook, prepend=True)
     try:
         yield
@@ -104,7 +104,7 @@ def first_token_only(
     """
 
     def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][:, :1].contiguous(), *args[1:])  # strided, it would copy the weights
+        return (args[0][:, :1].contiguous(), *args[1:])  # a strided input would copy the weights
 
     lengths = examples.lengths
     rows = [row for row in np.argsort(lengths) if lengths[row] > 1 or not examples.pad][:1]
@@ -116,7 +116,7 @@ def first_token_only(
                     logits, maps = _only_first_token_read(model, partial(run, batch))
                     hooks.enter_context(hooked((module, cut) for module in maps))
                     is_right = _is_near(run(batch), logits)
-            except (MemoryError, RuntimeError):  # such as a shape that an attention checks
+            except (MemoryError, RuntimeError):  # for example, an attention checks a shape
                 is_right = False
             if not is_right:
                 hooks.close()
@@ -171,7 +171,7 @@ def token_scores(logits: Tensor, batch: Batch) -> Tensor:
 
 def max_batch_tokens(device: torch.device) -> int:
     """Tokens of a batch, padding included, beyond which batches are no faster."""
-    return 1024 if device.type == "cpu" else 32768  # a CPU's caches hold so many
+    return 1024 if device.type == "cpu" else 32768  # as many tokens as a CPU's caches hold
 
 
 def multiple_of_widths(device: torch.device) -> int:
@@ -236,7 +236,7 @@ def predict(
             progress(done, len(examples))
     if not outputs:
         return np.zeros((0, model.config.num_labels), np.float32)
-    # The first batch has the longest example. A GPU is not waited for before the last one.
+    # The first batch has the longest example. Copying waits for the GPU, so it comes last.
     logits = np.zeros((len(examples), *outputs[0][1].shape[1:]), dtype=np.float32)
     for rows, output in outputs:
         logits[rows, : output.shape[1]] = output.cpu().numpy()
@@ -259,7 +259,7 @@ def complete(
     cut = {} if is_causal else {"truncation": True, "max_length": task.max_length}
     ids = tokenizer(prompt, **cut)["input_ids"]
     if is_causal and ids[-1:] == [tokenizer.eos_token_id]:
-        ids = ids[:-1]  # which some tokenizers add
+        ids = ids[:-1]  # some tokenizers add an end token
     room = task.max_length - len(ids) * is_causal
     if not ids or room < 1:
         problem = f"the prompt has {len(ids)} tokens of the {task.max_length} that it takes"

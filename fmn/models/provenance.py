@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLE = 1 << 14  # values of each matrix that are compared
-# Fine-tuning leaves the weights' correlation with the base above 0.95, mostly; that of unrelated
-# models is 0, to chance (four standard errors of values that are drawn apart).
+# After fine-tuning, weights mostly correlate with the base above 0.95. Unrelated models correlate
+# by chance alone: below UNRELATED, or four standard errors if few values are compared.
 UNRELATED, DOUBTFUL = 0.05, 0.75
 
 
-# What must be equal among merged models: sizes, as every configuration answers to them.
+# Sizes that merged models must share, under names that every configuration has.
 _TRAITS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "intermediate_size"),
@@ -143,7 +143,7 @@ def sample(folder: Path, kind: KindName | None = None) -> Sample:
     for file in {headers[name].file for name in maps.values()}:
         with safe_open(file, framework="pt") as tensors:
             for name, own in maps.items():
-                # A classifier may have made a pooler of its own.
+                # Fine-tuning may have added a pooler to a classifier.
                 if headers[own].file == file and not name.startswith("pooler."):
                     rows = max(1, SAMPLE // max(1, prod(headers[own].shape[1:])))
                     values[name] = tensors.get_slice(own)[:rows].float()
@@ -277,7 +277,7 @@ def check_experts(
     kinds = {name: task.task for name, task in tasks.items()}
     for name, folder in folders.items():
         try:
-            kind = kinds.get(name) or next(iter(kinds.values()), None)  # the base has the experts'
+            kind = kinds.get(name) or next(iter(kinds.values()), None)  # of the base
             traits = _traits(folder, tasks.get(name), kind)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
@@ -304,7 +304,7 @@ def check_vocabularies(folders: Mapping[str, Path]) -> list[str]:
         UserError: names the tokens, or those that no tokenizer has together.
     """
     ids: dict[str, int] = {}
-    owners: dict[int, tuple[str, str]] = {}  # a token and what has it, by id
+    owners: dict[int, tuple[str, str]] = {}  # by id: a token, and the model that has it
     vocabularies: dict[str, Mapping[str, int]] = {}
     for name, folder in folders.items():
         try:

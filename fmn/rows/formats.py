@@ -24,12 +24,12 @@ from fmn.tasks.task import in_a_line
 
 DAMAGED = (
     *(pa.ArrowException, OSError, EOFError, ValueError, RecursionError, zlib.error),
-    KeyError,  # of a folder of `save_to_disk`
+    KeyError,  # raised for a folder of `save_to_disk`
 )
-# What a file may unpack to, in bytes: so many times its own size, or this much if that is less.
+# A file may unpack to this many times its size; a small file to SMALL bytes.
 UNPACKED, PARQUET_UNPACKED, SMALL = 200, 1000, 2**26
 MOST_COLUMNS = 2000
-_DOCUMENT = "-DOCSTART-"  # where a document begins; no word
+_DOCUMENT = "-DOCSTART-"  # marks the beginning of a document; not a word
 BOM = "utf-8-sig"  # UTF-8, with or without a byte order mark
 
 
@@ -62,7 +62,7 @@ class Table(NamedTuple):
         values = self.columns[name]
         try:
             plain: list[Any] = values.to_pylist() if hasattr(values, "to_pylist") else list(values)
-        except (*DAMAGED, OverflowError) as error:  # no UTF-8, or a date beyond Python's
+        except (*DAMAGED, OverflowError) as error:  # not UTF-8, or a date that Python cannot hold
             reason = " ".join(str(error).split())
             problem = f"column {name!r:.60} has a value that cannot be read ({reason:.200})"
             raise UserError(f"{self.place}: {problem}; write it again") from error
@@ -120,7 +120,7 @@ Columns = tuple[Iterable[tuple[Any, Any]], dict[str, list[str]]]  # names and va
 def _content(file: File) -> bytes:
     with reachable(file.name), file.system.open(file.path, "rb", compression="infer") as stream:
         is_packed = file.path.lower().endswith(".gz")
-        size = file.system.size(file.path) if is_packed else None  # some servers do not say
+        size = file.system.size(file.path) if is_packed else None  # some servers give no size
         most = None if size is None else max(SMALL, UNPACKED * size)
         content: bytes = stream.read(most + 1 if most else -1)
     if most and len(content) > most:
@@ -186,7 +186,7 @@ def _json(file: File) -> Columns:
         if not isinstance(record, dict):
             raise ValueError(f"row {row} is {record!r:.40}, not a record {{NAME: VALUE}}")
     names = dict.fromkeys(name for record in records for name in record)
-    # One name more, and it is refused before it takes records times names.
+    # Stop at the first name too many, before memory for all records times names is used.
     names = dict.fromkeys(islice(names, MOST_COLUMNS + 1))
     return ((name, [record.get(name) for record in records]) for name in names), {}
 
@@ -215,7 +215,7 @@ def _parquet(file: File) -> Columns:
 
         try:
             classes = class_names(Features.from_arrow_schema(table.schema))
-        except Exception as error:  # of what somebody wrote there
+        except Exception as error:  # the file may hold anything
             raise ValueError(f"its metadata of datasets: {error}") from error
     return zip(table.column_names, table.columns, strict=True), classes
 
@@ -265,7 +265,7 @@ def _conll(file: File) -> Columns:
             )
     numbers = re.compile(r"\d+([-.]\d+)?")
     is_numbered = bool(words) and all(numbers.fullmatch(f[0]) for each in sentences for f in each)
-    if is_numbered:  # "1-2" and "8.1" are no words
+    if is_numbered:  # "1-2" and "8.1" are not words
         sentences = [[f for f in each if f[0].isdigit()] for each in sentences]
     columns = {f"column {place + 1}": place for place in range(width)}
     if not is_numbered:

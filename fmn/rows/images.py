@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_LEFT_BY_SYSTEMS = ("Thumbs.db", "desktop.ini")  # into folders of images
+_LEFT_BY_SYSTEMS = ("Thumbs.db", "desktop.ini")  # added by operating systems
 
 
 def files_in(system: "AbstractFileSystem", folder: str) -> list[str]:

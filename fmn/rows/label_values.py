@@ -15,7 +15,7 @@ from fmn.tasks.metrics import METRICS
 from fmn.tasks.task import TaskSettings, in_a_line, plain_text
 
 _NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
-# What parsers raise of a text; a MemoryError if it is nested too deep for Python's.
+# Errors of parsers; a MemoryError if a text is nested too deeply for Python's parser.
 _NO_LIST = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 _TRUTH = {"true": True, "false": False}
 
@@ -117,10 +117,10 @@ def items(value: Any) -> list[Any]:
     if not isinstance(value, str):
         return value if isinstance(value, list) else [] if value is None else [value]
     if _is_list(value):
-        for parse in (json.loads, ast.literal_eval):  # as JSON has it, and as pandas writes it
+        for parse in (json.loads, ast.literal_eval):  # JSON's form, then pandas' form
             with suppress(*_NO_LIST):
                 parsed = list(parse(value))
-                str(parsed)  # of a number of thousands of digits a ValueError
+                str(parsed)  # raises a ValueError for a number of thousands of digits
                 return parsed
     parts = value.split(";" if ";" in value else ",")
     return [part.strip() for part in parts if part.strip()]
@@ -256,7 +256,7 @@ def encode(values: Sequence[Any], labels: Labels, place: str, column: str) -> li
 
 
 def _number_of(value: Any, labels: Labels) -> float:
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # beside others that are none
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # other values are not numbers
         value = float(value)
     # Beyond that a float32 is infinite.
     if isinstance(value, int | float) and abs(value) < 3.4e38:

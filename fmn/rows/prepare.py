@@ -36,7 +36,7 @@ from fmn.tasks.task import (
     no_span_tag,
 )
 
-SHARE = 0.1  # of the rows are split off for validation, if the data have no split for it
+SHARE = 0.1  # share of rows split off for validation if the data have no such split
 MANY = 50  # classes; with more, the column may be something else than a label
 
 
@@ -63,7 +63,7 @@ def prepare(
     Raises:
         UserError: a file, a column, a text or a label is not as it should be; says where.
     """
-    if len(problem_types := KINDS[definition.kind].problem_types) == 1:  # whatever labels look like
+    if len(problem_types := KINDS[definition.kind].problem_types) == 1:  # labels decide nothing
         definition = definition.model_copy(update={"problem_type": problem_types[0]})
     dataset = definition.dataset or DatasetSettings(path=place)
     if definition.kind != "token-classification":
@@ -186,7 +186,7 @@ def _task(
     Args:
         columns: the names of the columns in the data, by key.
     """
-    if {*columns.values()} & {"label", "idx"}:  # of the rows' own columns
+    if {*columns.values()} & {"label", "idx"}:  # the rows have columns of these names
         columns = {key: key for key in columns}
     kind = labels.problem_type if labels else definition.problem_type
     names = labels.names if labels else tuple(definition.label_names)

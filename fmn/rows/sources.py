@@ -29,9 +29,9 @@ FORMATS: Mapping[str, str] = {
     ".parquet": "parquet",
     **dict.fromkeys((".conll", ".bio", ".iob", ".iob2", ".txt"), "conll"),
 }
-OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # beside rows, and no rows themselves
+OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # JSON files that are not rows
 IMAGE_FOLDER = "imagefolder"  # what `datasets.load_dataset` calls a folder of images, `data_dir`
-VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that there is
+VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that exists is used
 _HUB_NAME = re.compile(r"(?:hf://)?(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)")
 _TEXT = re.compile(r"(?i)\.txt(\.gz)?$")
 _ROWS = re.compile(rf"(.*?)(-\d+(-of-\d+)?)?({'|'.join(map(re.escape, FORMATS))})(\.gz)?", re.I)
@@ -45,7 +45,7 @@ class File(NamedTuple):
     system: "AbstractFileSystem"
     # One of FORMATS; or, of a folder, saved (`save_to_disk`) or images.
     format: str
-    classes: Mapping[str, Sequence[str]] = MappingProxyType({})  # names by column, of a data card
+    classes: Mapping[str, Sequence[str]] = MappingProxyType({})  # class names by column
 
     @property
     def local(self) -> Path | None:
@@ -159,7 +159,7 @@ def _splits_of(root: str) -> Splits:
     splits: dict[str, list[File]] = {}
     own = [name for name in names if name not in OTHER_JSON and not name.startswith("_")]
     rows = {name: match[1] for name in own if (match := _ROWS.fullmatch(name))}
-    # Beside other files, a text is a description of them.
+    # A text file next to other files describes them.
     for name in [name for name in rows if not _TEXT.search(name)] or rows:
         file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
         splits.setdefault(rows[name], []).append(file)
@@ -249,7 +249,7 @@ def _what_there_is(system: "AbstractFileSystem", path: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Which splits are read
+# Choosing the splits to read
 
 
 def choose_splits(
@@ -409,7 +409,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _snapshot(name: str, revision: str, files: Sequence[str]) -> Path:
-    from httpx2 import HTTPError  # of the HTTP client of huggingface_hub
+    from httpx2 import HTTPError  # raised by the HTTP client of huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from fmn.store import hub

@@ -128,7 +128,7 @@ def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> Ta
     path, validation = values.pop("dataset", None), values.pop("validation", None)
     if path or validation or rows:
         rows |= {"path": path or "", "revision": settings.revision}
-        if validation:  # files of their own, wherever they are
+        if validation:  # separate files for validation
             rows |= {"path": path and ".", "data_files": {"train": path, "validation": validation}}
         values["dataset"] = rows
     values |= {"metrics": values.pop("metric", []), "task": values.pop("kind", None)}

@@ -93,7 +93,7 @@ def describe(
         return TaskView(
             task=task, source=str(task_folder(data, name)), example=_example(task, rows)
         )
-    if settings is None and name in TASKS:  # no network for a look
+    if settings is None and name in TASKS:  # viewing rows must not need the network
         settings = DataSettings(source="embedded")
         try:
             source = find_source(name, settings, definition)

@@ -44,7 +44,7 @@ from fmn.tasks.task import (
     task_settings,
 )
 
-WHOLE = 1 << 26  # bytes of local rows up to which all of them are read
+WHOLE = 1 << 26  # all local rows are read up to this many bytes
 # Bytes a parameter, in float32: the weights; with gradients and Adam's two moments.
 INFERENCE, TRAINING = 4, 16
 PROCESS = 700_000_000  # bytes of a process with PyTorch and Transformers, and of its activations

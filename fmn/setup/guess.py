@@ -35,7 +35,7 @@ ADAPTER_KINDS: Mapping[str, KindName] = {
     "SEQ_2_SEQ_LM": "text2text-generation",
     "FEATURE_EXTRACTION": "sentence-similarity",
 }
-# What the columns of each kind are called in most data sets, the likeliest name first.
+# Usual names of the columns for each kind of task, the likeliest first.
 _LABEL = ("label", "labels", "target", "class", "category")
 _TEXT = ("text", "sentence", "sentence1", "content", "question", "question1", "premise", "review")
 _SECOND = ("text_pair", "sentence2", "question2", "hypothesis")
@@ -57,7 +57,7 @@ COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
 }
 COLUMNS = {**COLUMNS, "text2text-generation": COLUMNS["text-generation"]}
-# Parts of a model's name that do not name its task.
+# Parts of a model's name that say nothing about its task.
 _COMMON = re.compile(
     "(distil|ro|al|de|modern)?bert(a)?|electra|mpnet|vit|gpt2|t5|llama|qwen|mistral|minilm|base"
     "|large|small|tiny|(un)?cased|fine|finetuned?|tun(ed|ing)|ft|lora|model|adapter|english|en"
@@ -155,7 +155,7 @@ def _outputs(folder: Path, config: Mapping[str, Any]) -> list[str]:
 
 def _base(place: Origin, config: Mapping[str, Any], card: Mapping[str, Any]) -> str | None:
     """The source of the model that an expert was fine-tuned from."""
-    training = training_metadata(Path(place.source))  # of an expert that fmn fine-tuned
+    training = training_metadata(Path(place.source))  # only experts that fmn fine-tuned have it
     if training and training.base.revision.startswith(SCHEMES):
         return training.base.revision
     of_card = card.get("base_model")
@@ -305,7 +305,7 @@ def settings_text(
     for task, each in zip(names, guesses, strict=True):
         if not each.is_glue:
             own[task] = each
-        elif task != each.name and (glue := task_settings(each.name)):  # a second expert of it
+        elif task != each.name and (glue := task_settings(each.name)):  # its second expert
             own[task] = replace(each, task=glue.model_dump(mode="json", exclude_defaults=True))
     content: dict[str, Any] = {"work": f"data/{name}", "base": chosen, "experts": {"tasks": names}}
     if own:
@@ -368,6 +368,6 @@ def _dump(document: Any) -> str:
 
     text = io.StringIO()
     yaml = YAML()
-    yaml.width = 4096  # a comment stays at its line
+    yaml.width = 4096  # keeps a comment on its line
     yaml.dump(document, text)
     return text.getvalue()

@@ -23,7 +23,7 @@ from fmn.sources.origin import Origin
 from fmn.store import hub
 from fmn.store.headers import WEIGHTS, tensor_headers
 
-LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
+LONGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 
 
 class Outline(NamedTuple):
@@ -125,7 +125,7 @@ def _copy_header(stream: IO[bytes], size: int, path: Path, place: str) -> None:
         problem = f"is {size} bytes, and its header tells of {8 + length + end}"
         raise UserError(f"{place}: {problem}; get it again")
     renamed = {_runtime_name(name): entry for name, entry in header.items()}
-    if len(renamed) < len(header):  # the names are refused where all names are
+    if len(renamed) < len(header):  # two tensors of one name: the check of names refuses them
         renamed = header
     _write(path, renamed, end)
 

@@ -34,7 +34,7 @@ _AUTO_CLASSES: Mapping[str, str] = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
 }
-# Settings of LoRA under which the adapter is not a change of its base's weights alone.
+# Settings of LoRA with which an adapter changes more than its base's weights.
 _UNSUPPORTED: Mapping[str, str] = {
     "alora_invocation_tokens": "is active for a part of a text only",
     "layer_replication": "repeats layers of its base",
@@ -152,7 +152,7 @@ def merge(adapter: Path, base: Path, out: Path, notes: list[str]) -> None:
             merged = _merged(model, settings, tensors)
     except UserError as error:
         raise UserError(f"{adapter}: {error}") from error
-    except Exception as error:  # PEFT refuses what does not fit in its own ways
+    except Exception as error:  # PEFT raises many kinds of errors for an adapter that does not fit
         problem = f"does not fit the base {base}: {first_words(error)}"
         raise UserError(f"{adapter}: {problem}; give the base that it was trained on") from error
     _save(merged, adapter, base, out, notes)
@@ -193,7 +193,7 @@ def _tensors(adapter: Path) -> "dict[str, torch.Tensor]":
     if file.suffix == ".bin":
         stored = weights.unpickle(file)
     else:
-        file_headers(file)  # says in one line what is wrong with a file
+        file_headers(file)  # raises an error of one line if a file is damaged
         stored = load_file(file)
     if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
         raise UserError("has empty tensors, as DeepSpeed ZeRO-3 leaves them; save it again")
@@ -202,7 +202,7 @@ def _tensors(adapter: Path) -> "dict[str, torch.Tensor]":
         .replace(".modules_to_save.", ".")
         .removeprefix("module.")
         for name, clean in names.without_wrappers(stored).items()
-        if ".original_module." not in clean  # the base's values, which a module to save replaces
+        if ".original_module." not in clean  # the base's values, which a saved module replaces
     }
     tensors: dict[str, torch.Tensor] = {}
     for name, new in renamed.items():  # PEFT writes some parameters under two names
@@ -251,7 +251,7 @@ def _base_model(
     if outputs is not None and outputs != config.num_labels:
         config.num_labels = outputs
     model, missing = _loaded(model_class, base, config)
-    if missing and all(name.startswith("pooler.") for name in missing):  # which nothing uses
+    if missing and all(name.startswith("pooler.") for name in missing):  # nothing uses the pooler
         model, missing = _loaded(model_class, base, config, add_pooling_layer=False)
     for name in sorted(missing):
         if _MODEL + name not in tensors:

@@ -28,7 +28,7 @@ _HUB_PATH = re.compile(
     r"(?!datasets/|spaces/)([\w.-]+(?:/[\w.-]+)??)(?:/(tree|blob|resolve)/([^/]+)(/.+)?)?"
 )
 
-# What a folder without usable weights holds, by the names of its files, and what to do.
+# By file name: what a folder without usable weights holds, and what the user can do.
 _UNUSABLE: Mapping[str, str] = {
     r"(.*/)?(global_step\d+/|zero_to_fp32\.py$|mp_rank_\d+_|(bf16_)?zero_pp_rank_)": (
         "holds DeepSpeed's shards of a model; run `python zero_to_fp32.py . OUT"
@@ -161,12 +161,12 @@ def _unusable(names: Iterable[str]) -> str | None:
 # ---------------------------------------------------------------------------------------------
 # Entries of config.json
 
-# Entries that say how the checkpoint's author computed, and not what the model is.
+# Entries that describe how the author ran the model, not the model itself.
 _MACHINE = re.compile(
     r"_?attn_implementation(_internal|_autoset)?|use_flash_attn|use_flash_attention_2?"
     r"|_experts_implementation|device_map"
 )
-# Entries that stand for nothing where they are so; Transformers stumbles on them.
+# Entries that mean nothing with these values; Transformers fails on them.
 _EMPTY: Mapping[str, tuple[Any, ...]] = {
     "architectures": ("", [], {}, [None], [""]),
     "dtype": ("", [], {}, "auto"),
@@ -195,7 +195,7 @@ def tidy(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _tidy_entries(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in config.items():
-        # Code from elsewhere, such as "someone/kernel", is left for a refusal.
+        # Code from elsewhere, such as "someone/kernel", stays and is refused later.
         is_code = isinstance(value, str) and re.search(r"\W", value)
         if _MACHINE.fullmatch(name) and not is_code:
             if value not in (None, False, "eager", "sdpa"):

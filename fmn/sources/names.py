@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Parts of names that wrappers of PyTorch (compile, FSDP, checkpointing) and DeepSpeed leave.
+# Parts of names that PyTorch's wrappers (compile, FSDP, checkpointing) and DeepSpeed add.
 _WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module"
     r"|_forward_module)\."
 )
-# Parts of names that only an unfinished or another kind of checkpoint has, and what to do.
+# Parts of names that mark another or an unfinished kind of checkpoint, and what to do.
 _UNFINISHED: Mapping[str, str] = {
     r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.": (
         "is of a PEFT adapter that was not merged; `merge_and_unload` and save it again, or give"
@@ -36,7 +36,7 @@ _UNFINISHED: Mapping[str, str] = {
         "is of quantized weights; take the checkpoint that was quantized"
     ),
 }
-# Which classes are looked at where the configuration names none.
+# The classes to try if the configuration names none.
 _HEADS = (
     *("", "_FOR_SEQUENCE_CLASSIFICATION", "_FOR_TOKEN_CLASSIFICATION", "_FOR_MASKED_LM"),
     *("_FOR_CAUSAL_LM", "_FOR_SEQ_TO_SEQ_CAUSAL_LM", "_FOR_IMAGE_CLASSIFICATION"),
@@ -80,7 +80,7 @@ def layout(config: "PretrainedConfig", model_class: "type[PreTrainedModel] | Non
         table = get_model_conversion_mapping(model)
     renamings = [each for each in table if isinstance(each, WeightRenaming)]
     if any(apply_renamings(name, renamings) != name for name in shapes):
-        renamings = []  # it would change today's names too
+        renamings = []  # the renamings would change today's names too
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     return Layout(shapes, base, prefix, ties, renamings)
 
@@ -123,7 +123,7 @@ def _prefixes(names: Iterable[str], model: Layout) -> set[str]:
     base, prefixes = model.prefix.removesuffix("."), set()
     for name in names:
         parts = name.split(".")
-        for start in range(len(parts) - 3):  # short names could be those of other parts
+        for start in range(len(parts) - 3):  # shorter names could belong to other parts
             if ".".join(parts[start:]) in model.base:
                 before = parts[:start]
                 if base and before[-1:] == [base]:
@@ -168,7 +168,7 @@ def normalise(folder: Path, notes: list[str]) -> None:
     config = checkpoints.load_config(folder)
     try:
         model = layout(config, forms.architecture(config.architectures))
-    except Exception:  # what is wrong with the configuration is said where it is checked
+    except Exception:  # the check of the configuration explains what is wrong
         return
     try:
         names: dict[str, str | None] = {**runtime_names(stored, model, notes)}

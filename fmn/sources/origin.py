@@ -25,7 +25,7 @@ from fmn.store import headers, hub
 from fmn.store.headers import INDEX, WEIGHTS, names_in, write_json
 from fmn.store.stage import Progress, no_progress
 
-SCHEMES = ("hf://", "models:", "package:")  # how every source begins that is not a folder
+SCHEMES = ("hf://", "models:", "package:")  # a source without one of these is a folder
 # The only import upwards, and so by name: only the room `registry` knows MLflow. It is loaded for a
 # registered model alone.
 _REGISTRY = "fmn.registry.tracking"
@@ -181,7 +181,7 @@ def _copy_files(origin: Origin, files: list[str], folder: Path, notes: list[str]
     notes += [*changes, *weights.left_over(origin.names)]
     if raw != checkpoints.read_config(folder):
         write_json(folder / CONFIG, raw)
-    checkpoints.load_config(folder)  # before weights are downloaded that cannot be used
+    checkpoints.load_config(folder)  # check before downloading weights that cannot be used
     _copy(origin, files, folder)
     weights.unpickle_files(folder)
 
@@ -247,7 +247,7 @@ def _copy(origin: Origin, files: Iterable[str], folder: Path) -> None:
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         if origin.is_linked and name.endswith((".safetensors", ".bin")):
-            with suppress(OSError):  # another file system, or one without links
+            with suppress(OSError):  # other file systems, and some have no links
                 os.link(path, target)
                 continue
         shutil.copyfile(path, target)
@@ -310,7 +310,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _package_origin(source: str, module: str, path: str, version: str | None) -> Origin:
-    spec = util.find_spec(module)  # of a top-level package: this runs none of its code
+    spec = util.find_spec(module)  # for a top-level package this runs none of its code
     roots = list(spec.submodule_search_locations or []) if spec else []
     owner = (metadata.packages_distributions().get(module) or [module.replace("_", "-")])[0]
     installed = None

@@ -96,7 +96,7 @@ def unpickle(path: Path) -> "dict[str, torch.Tensor]":
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not state or any(value.nbytes > path.stat().st_size for value in state.values()):
             raise ValueError("it is empty, or larger than the file")
-        # Tied weights are written once for each name: which to drop is the model's business.
+        # Tied weights are written under each of their names; the model drops those that it ties.
         return {str(name): value.detach().contiguous().clone() for name, value in state.items()}
     except Exception as error:  # a hostile pickle can raise anything
         problem = "is damaged, or holds more than tensors; ask its author for safetensors"
