@@ -16,6 +16,7 @@ for the other estimators the squares are averaged over examples.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from fmn.fisher.runner import (
     float_dtype,
     outputs_of,
     prepared,
+    recomputed,
     shared_casts,
 )
 from fmn.models.devices import free_memory, resolve_device, resolve_dtype, to_device
@@ -44,7 +46,7 @@ from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, halved, selec
 from fmn.tasks.task import LossName
 
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
-CHECKED = 8  # examples on which bfloat16 is compared with float32
+CHECKED = 32  # examples on which bfloat16 is compared with float32
 MAX_ERROR, MIN_RANK_CORRELATION = 0.02, 0.999  # limits for choosing bfloat16 instead of float32
 CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH_SIZE
 
@@ -130,6 +132,12 @@ class _Run:
     device: torch.device
     dtype: torch.dtype
     logits: int = 0  # logits of each labelled token, for generated texts
+    recompute: bool = False
+
+    @property
+    def layers(self) -> list[str]:
+        """The paths of the layers that are computed again in the backward pass."""
+        return sorted({site.layer for site in self.sites}) if self.recompute else []
 
     @property
     def nodes(self) -> int:
@@ -147,6 +155,7 @@ def estimate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    recompute: bool = False,
     progress: Callable[[int, int], None] | None = None,
     resume: PartialSums | None = None,
     save: Callable[[PartialSums], None] | None = None,
@@ -163,6 +172,8 @@ def estimate(
             share); None or at least N: all, in file order.
         dtype: "float32", "float64", "bfloat16" (of matrix products; sums, normalisations and
             residuals stay in float32), "auto" (bfloat16 where the hardware multiplies it).
+        recompute: compute each layer's activations again in the backward pass, which takes less
+            memory and more time (`fmn.fisher.runner.recomputed`).
         progress: gets the number of examples done, and to do.
         resume: sums of a killed run with the same arguments, to go on from; on a CPU to the same
             bits as without a break.
@@ -177,13 +188,15 @@ def estimate(
     rows = select(examples.labels, samples, seed, stratified)
     target = resolve_device(device)
     logits = outputs_of(model) if model.can_generate() else 0
-    run = _Run(mask_sites(model), loss, rows, target, resolve_dtype(dtype, target), logits)
+    compute_dtype = resolve_dtype(dtype, target)
+    run = _Run(mask_sites(model), loss, rows, target, compute_dtype, logits, recompute)
     sums = resume.copy_to(target) if resume else _no_sums(run, examples)
     saved = time.monotonic()
     with (
         prepared(model, examples, run.device, run.dtype) as runner,
         shared_casts(runner),
         first_token_only(model, runner.logits, examples),
+        recomputed(runner, run.layers),
     ):
         for _ in _add_batches(runner, run, examples, sums):
             if progress:
@@ -262,12 +275,31 @@ def _terms(runner: Runner, run: _Run, batch: Batch, rows: np.ndarray) -> Tensor:
     with torch.enable_grad(), _mask_gradients(runner.model, run.sites, gradients) as leaves:
         logits = runner.logits(batch)
         directions = run.loss.directions(logits, batch.labels, rows)
-        for _ in backward_passes(logits, leaves, directions):
+        # A copy of `leaves`: with `recompute`, the backward pass appends to it.
+        for _ in backward_passes(logits, tuple(leaves), directions):
             if run.loss.estimator == "batch":
                 return gradients
             terms.addcmul_(gradients, gradients)
             gradients.zero_()
     return terms
+
+
+class _Watched(torch.autograd.Function):
+    """The identity; the backward pass calls a function with the activation and its gradient.
+
+    Autograd saves the activation, so with `recompute` it is not held between the passes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, function: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(activation)
+        ctx.function = function
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.function(*ctx.saved_tensors, gradient)
+        return gradient, None
 
 
 @contextmanager
@@ -294,16 +326,15 @@ def _mask_gradients(
         if not activation.requires_grad:
             activation = activation.detach().requires_grad_()
             leaves.append(activation)
-        value = activation.detach()  # the activation itself would make a reference cycle
 
-        def add(gradient: Tensor) -> None:
+        def add(activation: Tensor, gradient: Tensor) -> None:
             # [B, T, nodes * channels] -> [B, nodes * channels] -> [B, nodes]
-            summed = (value * gradient).sum(1).view(-1, site.nodes, site.channels)
+            summed = (activation * gradient).sum(1).view(-1, site.nodes, site.channels)
             of_nodes = summed.sum(2, dtype=gradients.dtype)
             columns.add_(of_nodes.to(columns.device, non_blocking=True))  # maybe another device
 
-        activation.register_hook(add)
-        return (activation, *args[1:])
+        watched: Tensor = _Watched.apply(activation, add)  # type: ignore[no-untyped-call]
+        return (watched, *args[1:])
 
     columns = torch.split(gradients, [site.nodes for site in sites], dim=1)
     with hooked(
@@ -327,14 +358,18 @@ def _tokens_that_fit(run: _Run, examples: Examples) -> int:
     feed-forward block 3 a neuron; the loss of generated text 3 a logit.
     """
     lengths = examples.lengths[run.rows]
-    longest, values = int(lengths.max()), 0.0
-    if run.logits:
-        labelled = (examples.labels[run.rows] != IGNORED).sum(1)
-        values += 3 * run.logits * float((labelled / np.maximum(lengths, 1)).max())
+    longest, by_layer, read = int(lengths.max()), defaultdict[str, int](int), 0
     for site in run.sites:
         is_neuron = site.site.node == "neuron"
         positions = 2 * longest if run.device.type == "cpu" else 0  # sdpa keeps no products
-        values += site.nodes * (3 if is_neuron else 8 * site.channels + positions)
+        by_layer[site.layer] += site.nodes * (3 if is_neuron else 8 * site.channels + positions)
+        read += (
+            0 if is_neuron else site.nodes * site.channels
+        )  # about as wide as what a layer reads
+    values = float(max(by_layer.values()) + read if run.recompute else sum(by_layer.values()))
+    if run.logits:
+        labelled = (examples.labels[run.rows] != IGNORED).sum(1)
+        values += 3 * run.logits * float((labelled / np.maximum(lengths, 1)).max())
     # For bfloat16 too: its activations are kept beside their casts.
     fitting = free_memory(run.device) / 2 / (float_dtype(run.dtype).itemsize * values)
     return min(1 << (max(int(fitting), 1).bit_length() - 1), max_batch_tokens(run.device))

@@ -1,14 +1,16 @@
 """Prepare a model for the statistics: on its device, in its dtype, one pass per batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fmn.fisher.architectures import mask_sites
@@ -146,3 +148,45 @@ def shared_casts(runner: Runner) -> Iterator[None]:
 
     with hooked((module, cast) for module in modules):
         yield
+
+
+@contextmanager
+def recomputed(runner: Runner, layers: Iterable[str]) -> Iterator[None]:
+    """In the block, the backward pass computes the activations of layers again.
+
+    Memory then holds the input of each layer and the activations of one layer, at the cost of a
+    second forward pass (activation checkpointing, arXiv 1604.06174).
+
+    Args:
+        layers: the layers' paths in the model.
+    """
+    with ExitStack() as restored:
+        for path in layers:
+            layer, start = runner.model.get_submodule(path), f"{path}."
+            own = {
+                f"layer.{name.removeprefix(start)}": tensor
+                for name, tensor in runner.tensors.items()
+                if name.startswith(start)
+            }
+            forward = partial(_computed_with, _Layer(layer), own)
+            set_until(
+                restored, layer, "forward",
+                partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False),
+            )  # fmt: skip
+        yield
+
+
+class _Layer(nn.Module):
+    """Calls a layer's forward function as it is at construction, without the layer's hooks."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.original = layer, layer.forward
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        return self.original(*args, **named)
+
+
+def _computed_with(layer: _Layer, tensors: Mapping[str, Tensor], *args: Any, **named: Any) -> Any:
+    """The output of a layer with these tensors; in the backward pass the model has others."""
+    return functional_call(layer, dict(tensors), args, named)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 
 # DVC reads these: it does not see chained assignments.
-FISHER = 6
+FISHER = 7
 FULL_FISHER = 5
 GRAM = 5
 SAVE_SECONDS = 5.0  # from one save of partial sums to the next
@@ -63,6 +63,11 @@ class FisherSettings(PublishedSettings):
         " released code",
     )
     stratified: bool = Field(False, description="draw every label in its share")
+    recompute: bool = Field(
+        False,
+        description="compute each layer's activations again in the backward pass: a third slower,"
+        " for models whose activations do not fit in memory",
+    )
 
 
 class FullFisherSettings(SampleSettings):
@@ -107,6 +112,7 @@ def fisher(
         key = "{key} {device} {dtype}".format(**metadata)
         result = estimate(
             **arguments,
+            recompute=settings.recompute,
             resume=_read_sums(saved, key),
             save=lambda sums: _write_sums(saved, key, sums),
             save_seconds=SAVE_SECONDS,

@@ -13,6 +13,7 @@ The plain average is the first candidate, so the choice is never worse than it b
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from fmn.merge.inputs import NO_STATISTICS, Statistics
 from fmn.merge.methods import METHODS, Method
 from fmn.merge.recipe import Auto, Candidate, MergeSettings
 from fmn.models import checkpoints, loading
+from fmn.models.devices import resolve_device, side_by_side
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import Examples
 from fmn.tasks.kinds import KINDS
@@ -89,6 +91,7 @@ def choose(
     Raises:
         UserError: a task has too few texts, or the experts cannot be merged.
     """
+    device = resolve_device(settings.device)
     goals = {task: _goal(task, experts[task], examples[task], settings) for task in sorted(experts)}
     names = [name for name in TRIED if _is_tried(METHODS[name], statistics, base)]
     total = len(names) + (len(GROWTHS) if base else 0)
@@ -100,7 +103,8 @@ def choose(
 
     def attempt(name: str, encoder: Encoder, scale: float) -> None:
         tensors = _scaled(encoder, origin, scale)
-        errors = {task: _error(goal, tensors, settings) for task, goal in goals.items()}
+        measured = side_by_side(partial(_error, tensors, settings), goals.values(), device)
+        errors = dict(zip(goals, measured, strict=True))
         mean = float(np.mean(list(errors.values())))
         tried.append(Candidate(method=name, scale=scale, error=mean, tasks=errors))
         progress(len(tried), max(total, len(tried)))
@@ -162,7 +166,7 @@ def _goal(task: str, expert: Path, examples: Examples, settings: MergeSettings) 
     return Goal(expert, examples, own, *(heads.last_map(loaded) if has_head else ()))
 
 
-def _error(goal: Goal, encoder: Encoder, settings: MergeSettings) -> float:
+def _error(encoder: Encoder, settings: MergeSettings, goal: Goal) -> float:
     """The error of a head on another encoder; with a refitted head, the pooler is the expert's."""
     loaded = loading.load_model(goal.expert)
     tensors, is_refitted = dict(encoder), settings.auto_heads == "refitted"

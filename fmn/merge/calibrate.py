@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ from fmn.models.devices import (
     places,
     resolve_device,
     resolve_dtype,
+    side_by_side,
     to_device,
 )
 from fmn.models.predict import answered_only, tokens_at_once
@@ -90,12 +92,15 @@ class _Task:
 
     Attributes:
         layers: the expert's layers.
+        merged_layers: the merged model's layers, as modules of the task's own (so that tasks can
+            run in several threads) with parameters that all tasks share.
         merged, own: the batches in the merged model and in the expert.
         weights: for each batch, g_t [N] by layer number and map; None: all are 1.
         shares: d_j of each node, [nodes] by layer number and map, where it is not 1.
     """
 
     layers: list[nn.Module]
+    merged_layers: list[nn.Module]
     merged: list[_Texts]
     own: list[_Texts]
     weights: list[dict[Key, Tensor]] | None
@@ -145,30 +150,32 @@ def calibrated_encoder(
     first = next(iter(experts.values()))
     paths = _layer_paths(first)
     merged = _with_encoder(first.base_model, encoder)
-    layers = [merged.get_submodule(path) for path in paths]
-    start = 0 if last is None else len(layers) - last
-    generator = torch.Generator().manual_seed(settings.seed)
+    start = 0 if last is None else len(paths) - last
+
+    def start_task(name: str) -> _Task:
+        """Run a task's texts up to the first layer, and weigh their tokens."""
+        if not len(examples[name]):
+            raise UserError(f"{name}: there are no training texts to calibrate on; add some")
+        expert, model = experts[name], _shared_copy(merged)
+        batches = list(by_length(examples[name], tokens=tokens_at_once(expert, target)))
+        layers, own = ([m.get_submodule(p) for p in paths] for m in (model, expert.base_model))
+        weights, shares = None, dict[Key, Tensor]()
+        if settings.target == "outputs":
+            rows = _node_rows(first, paths)
+            weights, shares = _weights(expert, own, batches, start, rows, settings.seed)
+        in_merged = [_before_layers(model, layers, batch) for batch in batches]
+        in_own = [_before_layers(expert.base_model, own, batch) for batch in batches]
+        return _Task(own, layers, in_merged, in_own, weights, shares)
+
     with _ready([merged, *experts.values()], target, compute_dtype):
-        tasks = {}
-        for task, expert in experts.items():
-            if not len(examples[task]):
-                raise UserError(f"{task}: there are no training texts to calibrate on; add some")
-            batches = list(by_length(examples[task], tokens=tokens_at_once(expert, target)))
-            own = [expert.base_model.get_submodule(path) for path in paths]
-            weights, shares = None, dict[Key, Tensor]()
-            if settings.target == "outputs":
-                rows = _node_rows(first, paths)
-                weights, shares = _weights(expert, own, batches, start, rows, generator)
-            in_merged = [_before_layers(merged, layers, batch) for batch in batches]
-            in_own = [_before_layers(expert.base_model, own, batch) for batch in batches]
-            tasks[task] = _Task(own, in_merged, in_own, weights, shares)
+        tasks = list(side_by_side(start_task, experts, target))
         with torch.no_grad():
-            for number, layer in enumerate(layers):
+            for number in range(len(paths)):
                 if number >= start:
-                    _calibrate_layer(number, layer, list(tasks.values()), settings.ridge)
-                _advance(number, layer, list(tasks.values()))
-                progress(number + 1, len(layers))
-    return _tensors_of(merged, encoder), {name: _error(task) for name, task in tasks.items()}
+                    _calibrate_layer(number, tasks, settings.ridge, target)
+                list(side_by_side(partial(_advance, number), tasks, target))
+                progress(number + 1, len(paths))
+    return _tensors_of(merged, encoder), dict(zip(experts, map(_error, tasks), strict=True))
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -208,6 +215,12 @@ def _with_encoder(model: PreTrainedModel, encoder: Mapping[str, Tensor]) -> PreT
     merged.load_state_dict(dict(encoder), strict=False)
     merged.requires_grad_(False)  # autocast would cache casts of parameters that change later
     return merged
+
+
+def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that shares its parameters and buffers but can have other hooks."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _tensors_of(model: PreTrainedModel, encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -257,7 +270,7 @@ def _weights(
     batches: Sequence[Batch],
     start: int,
     node_rows: Mapping[Key, int],
-    generator: torch.Generator,
+    seed: int,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Tensor]]:
     """g_t of every token by batch, and d_j of every node, both by map; at least float32.
 
@@ -266,6 +279,7 @@ def _weights(
     logit_sum: Any = 0  # the sums are tensors after the first term
     square_sum: Any = 0
     count = 0
+    generator = torch.Generator().manual_seed(seed)
     weights: list[dict[Key, Tensor]] = []
     row_sums: dict[Key, Any] = defaultdict(int)
     for batch in batches:
@@ -364,22 +378,26 @@ def _run(layer: nn.Module, number: int, texts: _Texts) -> Tensor:
     return states
 
 
-def _calibrate_layer(number: int, layer: nn.Module, tasks: Sequence[_Task], ridge: float) -> None:
+def _calibrate_layer(
+    number: int, tasks: Sequence[_Task], ridge: float, device: torch.device
+) -> None:
     """Calibrate the maps of a layer."""
+    layer = tasks[0].merged_layers[number]
     for names in _groups(number, layer, tasks[0].merged[0]):
-        moments = [_moments(number, layer, task, names) for task in tasks]
+        moments = list(side_by_side(partial(_moments, number, names), tasks, device))
         for name in names:
             shares = [task.shares[number, name] for task in tasks if (number, name) in task.shares]
-            _move(layer, name, moments, torch.stack(shares) if shares else None, ridge)
+            # With one task, the weights cancel out.
+            together = torch.stack(shares) if len(shares) > 1 else None
+            _move(layer, name, moments, together, ridge)
 
 
-def _advance(number: int, layer: nn.Module, tasks: Sequence[_Task]) -> None:
-    """Move all texts through a layer."""
-    for task in tasks:
-        for texts in task.merged:
-            texts.states = _run(layer, number, texts)
-        for texts in task.own:
-            texts.states = _run(task.layers[number], number, texts)
+def _advance(number: int, task: _Task) -> None:
+    """Move a task's texts through a layer."""
+    for texts in task.merged:
+        texts.states = _run(task.merged_layers[number], number, texts)
+    for texts in task.own:
+        texts.states = _run(task.layers[number], number, texts)
 
 
 def _groups(number: int, layer: nn.Module, texts: _Texts) -> list[list[str]]:
@@ -399,8 +417,9 @@ def _groups(number: int, layer: nn.Module, texts: _Texts) -> list[list[str]]:
     return list(readers.values())
 
 
-def _moments(number: int, layer: nn.Module, task: _Task, names: Sequence[str]) -> _Moments:
+def _moments(number: int, names: Sequence[str], task: _Task) -> _Moments:
     """The moments of one task for a group of maps."""
+    layer = task.merged_layers[number]
     read_sum: Any = 0  # the sums are tensors after the first term
     residual_sums: dict[str, Any] = dict.fromkeys(names, 0)
     count = 0

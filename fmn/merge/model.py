@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fmn.merge.rules import generator
 from fmn.merge.stream import DTYPES, NAMES, WORKING_SET, Files, Read, row_slices
 from fmn.models import checkpoints, labels
 from fmn.models.checkpoints import CONFIG, SMALL_FILES, read_config
-from fmn.models.devices import resolve_device
+from fmn.models.devices import resolve_device, side_by_side
 from fmn.store.artifacts import digest_file, remember_digest, visible
 from fmn.store.headers import INDEX, TensorHeader, file_headers, tensor_headers, write_json
 from fmn.store.stage import Progress, no_progress, write_record
@@ -216,8 +217,16 @@ def in_memory(
     Values are those that `write_model` writes.
     """
     plan = _with_scale(plan_merge(experts, settings, base, statistics))
-    with stream.reading() as read:
-        return merged_tensors(plan, read)
+
+    def merged(parameter: Parameter) -> list[Tensor]:
+        with stream.reading() as read:
+            return list(merged_pieces(replace(plan, parameters=[parameter]), read))
+
+    if plan.method.element_wise:  # limited by memory: more threads would not help
+        with stream.reading() as read:
+            return merged_tensors(plan, merged_pieces(plan, read))
+    device = resolve_device(settings.device)
+    return merged_tensors(plan, chain.from_iterable(side_by_side(merged, plan.parameters, device)))
 
 
 def merger(
@@ -243,7 +252,8 @@ def merger(
 
     def merge(by_task: Mapping[str, float], scale: float) -> dict[str, Tensor]:
         lambdas = coefficients(plan.tasks, by_task)
-        return merged_tensors(replace(plan, coefficients=lambdas, scale=scale), read)
+        tuned = replace(plan, coefficients=lambdas, scale=scale)
+        return merged_tensors(tuned, merged_pieces(tuned, read))
 
     return merge
 
@@ -299,9 +309,8 @@ def effective_number(parameters: Sequence[Parameter], read: Read) -> float:
     return count * single / together if together else 1.0
 
 
-def merged_tensors(plan: Plan, read: Read) -> dict[str, Tensor]:
-    """The merged encoder's tensors by names in the base model."""
-    pieces = merged_pieces(plan, read)
+def merged_tensors(plan: Plan, pieces: Iterator[Tensor]) -> dict[str, Tensor]:
+    """The merged encoder's tensors by names in the base model, from their pieces."""
     tensors = {}
     for name, dtype, shape in plan.specs:
         parts = [torch.empty(0, dtype=dtype)]

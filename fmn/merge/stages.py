@@ -27,8 +27,12 @@ from fmn.tasks import dataset
 from fmn.tasks.task import Task, in_a_line, load_task, read_task
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fmn.merge.auto import Choice
     from fmn.merge.inputs import Statistics
+
+    Tensors = dict[str, Tensor]
 
 __all__ = [
     "CalibrateSettings",
@@ -45,8 +49,8 @@ Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
 SPEED = 1e9  # bytes a second that a disk reads or writes: an assumption, for estimates
 MERGE = 10
-CALIBRATE = 2
-REALIGN = 6
+CALIBRATE = 3
+REALIGN = 7
 
 
 class CalibrateSettings(CalibrationSettings):
@@ -365,17 +369,21 @@ def realign(
     def compute(job: Job) -> None:
         from fmn.merge.heads import realigned_head, unlabeled
         from fmn.merge.model import write_realigned
+        from fmn.models.devices import resolve_device, side_by_side
 
         own_parts = _own_parts(model / "encoder", settings) if headed else []
         texts = None if settings.texts == "all" else settings.texts
         tensors, own, fits = {}, {}, {}
-        for task in headed:
+
+        def realigned_task(task: str) -> "tuple[Tensors, Tensors, records.Fit]":
             expert, folder = experts[task], task_folder(model, task)
             examples = unlabeled(expert, definitions[task], data, texts, settings.seed, rows[task])
             options = settings, settings.device, settings.dtype
-            tensors[task], own[task], fits[task] = realigned_head(
-                expert, folder, own_parts, examples, *options
-            )
+            return realigned_head(expert, folder, own_parts, examples, *options)
+
+        results = side_by_side(realigned_task, headed, resolve_device(settings.device))
+        for task, result in zip(headed, results, strict=True):
+            tensors[task], own[task], fits[task] = result
             progress(len(fits), len(headed))
         realigned = records.Realigned(
             merged=job.inputs["model"],

@@ -5,6 +5,7 @@ Nothing in it is ever executed: ``trust_remote_code`` is never true.
 
 import json
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -118,19 +119,27 @@ def no_checkpoint(names: Set[str]) -> str:
     return f"has no {CONFIG}; give the folder or repository of a Transformers checkpoint"
 
 
+_quiet = threading.RLock()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings of Transformers from the terminal; and its progress bars, from now on."""
+    """Hide warnings of Transformers in the block, and its progress bars from now on.
+
+    Only one thread at a time is in the block: while it loads a model, Transformers changes settings
+    of the whole process.
+    """
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with _quiet:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                yield
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@
 - The host does not wait for a GPU between two batches.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import psutil
@@ -23,8 +25,11 @@ from transformers import PreTrainedModel, masking_utils
 
 from fmn.errors import UserError
 
+T = TypeVar("T")
+R = TypeVar("R")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WEIGHTS = 0.8  # of a GPU's free memory; a batch takes half of the rest
+AT_ONCE = 4  # most computations side by side: each needs memory
 
 
 def resolve_device(name: str) -> torch.device:
@@ -77,6 +82,34 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which a model that is `placed` computes in a dtype."""
     kind = device.type if device.type in ("cpu", "cuda") else "cpu"  # others lack autocast
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def side_by_side(
+    function: Callable[[T], R], items: Iterable[T], device: torch.device
+) -> Iterator[R]:
+    """The results of a function for items, in their order; several are computed at a time.
+
+    The number at a time is the number of CPU cores divided by PyTorch's number of threads, at most
+    AT_ONCE, and one on a GPU. Results do not depend on it: each is computed as it would be alone.
+    The function must not change anything that another call reads.
+    """
+    threads = len(os.sched_getaffinity(0)) // torch.get_num_threads()
+    if device.type != "cpu" or threads < 2:
+        yield from map(function, items)
+        return
+    has_gradients, is_cast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+    def call(item: T) -> R:  # a new thread has PyTorch's defaults
+        with torch.set_grad_enabled(has_gradients), torch.autocast("cpu", enabled=is_cast):
+            return function(item)
+
+    with ThreadPoolExecutor(min(threads, AT_ONCE)) as pool:
+        futures = [pool.submit(call, item) for item in items]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

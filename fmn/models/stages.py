@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-FINETUNE = 3
+FINETUNE = 4
 
 Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]

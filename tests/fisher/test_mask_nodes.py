@@ -385,17 +385,40 @@ def test_bfloat16_is_chosen_only_where_it_is_near_to_float32(
     estimator: str, problem_type: LossName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if problem_type == "tokens":
-        model, examples = tiny_generator("gpt2").float(), tiny_texts("gpt2", 30)
+        model, examples = tiny_generator("gpt2").float(), tiny_texts("gpt2", 50)
     else:
-        model, examples = tiny_model("bert", dtype=torch.float32), tiny_examples("bert", 30)
+        model, examples = tiny_model("bert", dtype=torch.float32), tiny_examples("bert", 50)
     options: dict[str, Any] = {"estimator": estimator, "problem_type": problem_type}
     monkeypatch.setattr(mask_nodes, "MAX_ERROR", 0.1)  # tiny models average over few channels
     monkeypatch.setattr(mask_nodes, "MIN_RANK_CORRELATION", 0.9)
-    dtype, why = checked_dtype(model, examples, samples=20, device="cpu", **options)
-    assert (dtype, why[:22]) == ("bfloat16", "bfloat16, on 8 example")
+    dtype, why = checked_dtype(model, examples, samples=40, device="cpu", **options)
+    assert (dtype, why[:22]) == ("bfloat16", "bfloat16, on 32 exampl")
     monkeypatch.setattr(mask_nodes, "MAX_ERROR", 1e-6)
-    dtype, why = checked_dtype(model, examples, samples=20, device="cpu", **options)
+    dtype, why = checked_dtype(model, examples, samples=40, device="cpu", **options)
     assert (dtype, "too far off" in why) == ("float32", True)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "albert"])
+@pytest.mark.parametrize("estimator", ["empirical", "expected"])
+def test_layers_that_are_computed_again_give_the_same(name: str, estimator: str) -> None:
+    model, examples = tiny_model(name), tiny_examples(name, 6)
+    options: dict[str, Any] = {"estimator": estimator, "problem_type": ONE_LABEL, "device": "cpu"}
+    options["dtype"] = "float64"
+    sizes: dict[bool, int] = {}
+    results = []
+    for recompute in (False, True):
+        saved: list[int] = []  # bytes that the backward pass holds
+
+        def pack(tensor: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            results.append(estimate(model, examples, recompute=recompute, **options).fisher)
+        sizes[recompute] = sum(saved)
+    for site, values in results[0].items():
+        np.testing.assert_allclose(results[1][site], values, rtol=1e-12, atol=0)
+    assert sizes[True] < sizes[False] / 2
 
 
 def test_weights_stored_in_half_precision_are_computed_with_in_single() -> None:

@@ -118,10 +118,11 @@ def matrix(model: PreTrainedModel, path: str) -> Tensor:
 def test_every_map_minimises_its_objective(name: str, target: str) -> None:
     problem, ridge = Problem(name), 0.3
     encoder, _ = problem.calibrated(ridge=ridge, target=target, seed=5)
-    generator = torch.Generator().manual_seed(5)
     own = {task: Pass(problem.experts[task], problem.examples[task]) for task in LABELS}
     squares = {
-        task: passed.gradients(torch.randn(passed.logits.shape, generator=generator))
+        task: passed.gradients(
+            torch.randn(passed.logits.shape, generator=torch.Generator().manual_seed(5))
+        )
         for task, passed in own.items()
     }
     merged = {

@@ -15,7 +15,7 @@ from fmn.fisher.architectures import Site
 from fmn.merge import stream
 from fmn.merge.inputs import Plan, Statistics, Tokens, matching, plan_merge
 from fmn.merge.methods import Tuning
-from fmn.merge.model import merged_tensors
+from fmn.merge.model import merged_pieces, merged_tensors
 from fmn.merge.recipe import MergeSettings
 from fmn.store.headers import TensorHeader, file_headers
 from tests.merge.experts import checkpoints, node_fisher, save
@@ -132,7 +132,7 @@ def test_a_token_s_row_comes_from_those_that_have_the_token(
         tuple(map(str, range(len(sizes)))), (1.0,) * len(sizes), 1.0, parameters,
     )  # fmt: skip
     with stream.reading() as read:
-        merged = merged_tensors(plan, read)["w"]
+        merged = merged_tensors(plan, merged_pieces(plan, read))["w"]
     assert len(merged) == max(rows for _, rows in sizes)
     for row, values in enumerate(merged):
         having = [n for n, (used, _) in enumerate(sizes) if row < used]

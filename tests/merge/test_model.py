@@ -459,7 +459,7 @@ def prepared(
 
 def merge(plan: Plan) -> dict[str, Tensor]:
     with stream.reading() as read:
-        return model.merged_tensors(plan, read)
+        return model.merged_tensors(plan, model.merged_pieces(plan, read))
 
 
 def randoms(count: int) -> list[dict[str, Tensor]]:

@@ -1,5 +1,7 @@
 """One rule for where to compute and in which precision."""
 
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from fmn.models.devices import (
     placed,
     resolve_device,
     resolve_dtype,
+    side_by_side,
     split,
 )
 from fmn.tasks.batches import Examples, pad_batch
@@ -140,6 +143,28 @@ def test_padding_that_the_host_knows_changes_no_output(name: str) -> None:
             expected = model(**batch.inputs).logits
             with known_padding(batch.inputs):
                 assert torch.equal(model(**batch.inputs).logits, expected)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core computes one at a time")
+def test_threads_compute_in_order_and_in_the_callers_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    both = threading.Barrier(2)
+
+    def call(item: int) -> tuple[int, bool, bool]:
+        both.wait(60)  # ends when two calls run at a time
+        return item, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+    with torch.no_grad(), autocast(CPU, torch.bfloat16):
+        results = list(side_by_side(call, range(8), CPU))
+    assert results == [(item, False, True) for item in range(8)]
+    with pytest.raises(UserError, match="no device 'tpu'"):
+        list(side_by_side(resolve_device, ["cpu", "tpu", "cpu"], CPU))
+
+
+def test_a_gpu_computes_one_at_a_time() -> None:
+    own = threading.get_ident()
+    idents = side_by_side(lambda _: threading.get_ident(), range(3), torch.device("cuda"))
+    assert list(idents) == [own] * 3
 
 
 def test_float32_is_plain_within_a_program_that_allows_less() -> None:

@@ -1,5 +1,6 @@
 """Fine-tuning an expert from a base."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fmn.errors import UserError
+from fmn.models import finetune as finetuning
 from fmn.models.embedding import Modules, SentenceEncoder
 from fmn.models.finetune import finetune, new_expert
 from fmn.models.loading import load_model
@@ -120,6 +122,27 @@ def test_a_seed_repeats_a_run_in_which_every_parameter_is_trained() -> None:
     same_as_before = {name for name in weights if torch.equal(weights[name], before[name])}
     # Nothing depends on the bias of the keys: softmax cancels it.
     assert all(name.endswith("key.bias") for name in same_as_before)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "t5"])
+def test_embeddings_of_other_tokens_decay_as_if_the_optimizer_saw_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = tiny_examples(name, 24)
+    trained, numbers = [], []
+    options: dict[str, Any] = {"problem_type": "single_label_classification", "epochs": 4}
+    options |= {"learning_rate": 1e-3, "batch_size": 4, "seed": 0, "device": "cpu"}
+    for _ in range(2):
+        model = tiny_model(name, dtype=torch.float64)
+        model.register_forward_pre_hook(
+            lambda module, _: numbers.append(sum(p.numel() for p in module.parameters()))
+        )
+        finetune(model, examples, dtype="float64", **options)
+        trained.append(model.state_dict())
+        monkeypatch.setattr(finetuning, "few_embeddings", lambda *_: nullcontext(lambda _: None))
+    for key, values in trained[1].items():
+        torch.testing.assert_close(trained[0][key], values, rtol=1e-9, atol=1e-12)
+    assert (numbers[0] < numbers[-1]) == (name != "t5")  # whose decoder reads them too
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 13), (2, 26), (0.5, 6), (0.01, 1)])

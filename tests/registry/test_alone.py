@@ -54,9 +54,10 @@ def logged(folder: Path, before: str = "") -> str:
 def test_a_model_answers_in_a_process_of_its_own_as_it_was_evaluated(
     store: str, merged: Merged, tiny_work: Path
 ) -> None:
-    mlflow.set_experiment("alone")  # another test may have left one of another store
-    with tracking.connection(), mlflow.start_run(), alone() as load:
-        info = tracking.log_served_model(merged.model, DEFINITIONS)
+    with tracking.connection(), alone() as load:
+        mlflow.set_experiment("alone")  # another test may have left one of another store
+        with mlflow.start_run():
+            info = tracking.log_served_model(merged.model, DEFINITIONS)
         serve = load(info.model_uri, store)
         metrics = read_metrics(merged.metrics)
         check_served(serve, merged.model, merged.metrics, metrics, DEFINITIONS, tiny_work / "data")

@@ -362,11 +362,11 @@ def test_a_request_that_would_outlast_the_server_is_refused_and_a_batch_is_not(
     rows = [{"text": f"{FILM} {n}"} for n in range(10_000)]
     content = {"dataframe_records": rows, **SST2}
     monkeypatch.setenv("__pyfunc_model_path__", "models:/scored/1")
-    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "0.5")
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "0.05")
     status, answer = invoke(scoring, content)
     assert (status, "stack_trace" in answer) == (400, False), answer
     for words in (
-        r"10000 rows would take about \d+ s, and the server ends a request after 0.5 s",
+        r"10000 rows would take about \d+ s, and the server ends a request after 0.05 s",
         r"send at most \d+ rows at once",
         "`mlflow models predict -m models:/NAME/VERSION",
     ):
