@@ -101,7 +101,7 @@ def prepared(
         restored.enter_context(passing_on(model, where, device))
         for module in model.modules():
             set_until(restored, module, "training", False)
-        # On a CPU the backward pass of sdpa is slow: half the speed in bfloat16.
+        # The backward pass of sdpa is slow on a CPU: half the speed in bfloat16.
         if device.type == "cpu" and config._attn_implementation == "sdpa":
             restored.callback(model.set_attn_implementation, "sdpa")
             model.set_attn_implementation("eager")

@@ -190,7 +190,7 @@ def merge(
 def _checked_tasks(
     experts: Mapping[str, Path], base: Path | None, by_statistics: Mapping[str, Task | None]
 ) -> tuple[dict[str, Task], list[str]]:
-    """The experts' tasks, and notes about doubts; UserError if the experts do not fit together."""
+    """The experts' tasks, and what is doubtful about them; UserError if they do not fit."""
     tasks = {task: _definition(task, experts[task], by_statistics) for task in experts}
     notes = provenance.check_experts(experts, tasks, base)
     notes += provenance.check_common_base(experts, base)

@@ -247,7 +247,7 @@ def load_weights(
     import transformers
 
     auto = getattr(transformers, KINDS[kind].auto_class)
-    # Generation needs it to see where each text of a batch ends.
+    # It tells where each text of a batch ends.
     if kind != "image-classification" and config.pad_token_id is None:
         config.pad_token_id = load_tokenizer(folder, config).pad_token_id
     options |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}

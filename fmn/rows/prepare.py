@@ -36,7 +36,7 @@ from fmn.tasks.task import (
     no_span_tag,
 )
 
-SHARE = 0.1  # share of rows split off for validation if the data have no such split
+SHARE = 0.1  # of the rows are split off for validation, if the data have no split for it
 MANY = 50  # classes; with more, the column may be something else than a label
 
 
