@@ -328,7 +328,7 @@ def own_parts(
 def layer_chain(
     config: "PretrainedConfig", shapes: Shapes, setting: str, remedy: str = "leave it out"
 ) -> list[str]:
-    """The paths of an encoder's layers, each of which reads what the one before gives.
+    """The paths of an encoder's layers if each layer reads the output of the layer before it.
 
     Args:
         setting, remedy: what needs such layers, and what to do where there are none.

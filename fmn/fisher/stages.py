@@ -288,7 +288,7 @@ def _sample(job: Job, inputs: _Inputs) -> _Sample:
 
 
 def _take(path: Path, job: Job, inputs: _Inputs, sample: _Sample) -> bool:
-    """Take a published statistic if it is the one that is asked for; the metadata say why not."""
+    """Copy a published statistic if it fits the settings; else the metadata get the reason."""
     settings, metadata = inputs.settings, sample.metadata
     if not isinstance(settings, PublishedSettings) or settings.published == "none":
         return False

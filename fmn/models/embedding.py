@@ -245,7 +245,7 @@ def _words(value: Any) -> str:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    """The content of a file of settings; empty where there is none."""
+    """The content of a JSON file of settings; empty if the file does not exist."""
     return read_json(folder / name) if (folder / name).is_file() else {}
 
 

@@ -88,8 +88,10 @@ def _guessed(task: Task, answers: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _hits(task: Task, logits: np.ndarray, truth: np.ndarray) -> Hits:
-    """An output has a row right where it is the row's largest; for several labels at once, where
-    it is among its own largest values, as many as there are rows that have the label.
+    """The rows that each output gets right as a label.
+
+    With one label per row: the rows where the output is the largest. With several labels at once:
+    the k rows where the output has its largest values, for a label that k rows have.
     """
     if task.multi_label:
         from scipy.stats import rankdata
@@ -118,10 +120,11 @@ def _best(hits: Hits, order: np.ndarray, rows: slice = slice(None)) -> np.ndarra
 
 
 def _is_clearly_better(hits: Hits, best: np.ndarray, order: np.ndarray) -> bool:
-    """Whether another order has clearly more rows right, by McNemar's exact test, one-sided.
+    """Whether another order gets clearly more rows right, by McNemar's exact test, one-sided.
 
-    On all rows, times the number of other orders (Bonferroni). There are too many orders of many
-    labels for that, so also on every other row, for the order that is best on the rest.
+    The test is done twice. On all rows, its p-value is multiplied by the number of other orders
+    (Bonferroni), which is too many if there are many labels. So half of the rows also choose the
+    best order, and the other half test it.
     """
 
     def p_value(better: np.ndarray, rows: slice) -> float:
@@ -142,7 +145,7 @@ def _one_sided(hits: int, trials: int, share: float) -> float:
 
 
 def _weigh_values(values: np.ndarray, truth: np.ndarray) -> Evidence:
-    """By Pearson's correlation, and the probability of as much by chance."""
+    """The evidence of numbers: Pearson's r, and the probability of such an r by chance."""
     from scipy.stats import pearsonr
 
     r, p_value = float("nan"), float("nan")

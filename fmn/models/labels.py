@@ -152,7 +152,7 @@ def _plain(name: str) -> str:
 
 
 def _mean_something(task: Task, names: Sequence[str]) -> bool:
-    """Whether names that are not the task's are another task's: words, if its own are words."""
+    """Whether names of outputs are words, not LABEL_0; False if the task's labels are numbers."""
     is_wordless = all(re.fullmatch(r"[-+\d.]+", name) for name in task.labels)
     unnamed = (rf"(?i)label_\d+|{output}|\s*" for output in range(len(names)))
     return bool(names) and not (is_wordless or any(map(re.fullmatch, unnamed, names)))
@@ -372,7 +372,7 @@ def _answers(
 
 
 def _unit(task: Task) -> str:
-    """What is counted in messages."""
+    """The noun for the number of examples in messages."""
     return "words of training rows" if task.task == "token-classification" else "training rows"
 
 

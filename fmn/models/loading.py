@@ -78,10 +78,10 @@ def read_tokenizer(folder: Path, config: Any = None, **options: Any) -> "PreTrai
 
 
 def unstated_case(folder: Path, tokenizer: Any) -> dict[str, bool]:
-    """What tokenizer_config.json lacks, so that Transformers treats case as the other files say.
+    """Settings to add to tokenizer_config.json, so that case is treated as the other files say.
 
-    Where it does not say `do_lower_case`, the default of the tokenizer's class holds, whatever
-    tokenizer.json or the vocabulary say: a cased BERT would read small letters alone.
+    Without `do_lower_case`, Transformers uses the default of the tokenizer's class and ignores
+    tokenizer.json and the vocabulary: a cased BERT would read lower-case letters only.
     """
     file = folder / TOKENIZER_CONFIG
     settings = read_json(file).keys() if file.is_file() else set[str]()
@@ -117,7 +117,7 @@ def capital_pieces(folder: Path) -> tuple[int, int]:
 
 
 def _case(normalizer: Any) -> dict[str, bool]:
-    """What a normalizer of texts does, by what Transformers calls it."""
+    """What a normalizer does to texts, by the names of Transformers' settings."""
 
     def normalised(text: str) -> str:
         return normalize("NFC", normalizer.normalize_str(text) if normalizer else text)

@@ -131,9 +131,9 @@ def _is_near(values: Tensor, others: Tensor) -> bool:
 def _only_first_token_read(
     model: nn.Module, run: Callable[[], Tensor]
 ) -> tuple[Tensor, list[nn.Module]]:
-    """The logits, and the last linear maps of whose inputs [B, T, n] they need the first token.
+    """The logits, and those last linear maps whose inputs [B, T, n] matter at the first token only.
 
-    All others are set to NaN, which reaches the logits if anything depends on them.
+    To see this, the inputs at the other tokens become NaN, which reaches the logits if they matter.
     """
 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -158,8 +158,10 @@ def _only_first_token_read(
 
 
 def token_scores(logits: Tensor, batch: Batch) -> Tensor:
-    """Of each generated text the sum of its tokens' cross entropies, their number, and how many of
-    them are the model's first choice, [B, 3]; all of them are, if it generates the text greedily.
+    """Three sums over the tokens of each generated text, [B, 3].
+
+    They are the cross entropy, the number of tokens, and the number of tokens that are the model's
+    first choice. If the last two are equal, greedy generation gives this text.
     """
     rows, columns = (batch.labels != IGNORED).nonzero(as_tuple=True)  # [M]
     labels = to_device(batch.labels[rows, columns], logits.device)
@@ -175,7 +177,7 @@ def max_batch_tokens(device: torch.device) -> int:
 
 
 def multiple_of_widths(device: torch.device) -> int:
-    """What widths of batches are rounded up to: on a CPU padding costs more than it saves."""
+    """The number that divides the widths of batches; 1 on a CPU, where padding does not pay."""
     return 1 if device.type == "cpu" else MULTIPLE
 
 

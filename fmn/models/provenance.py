@@ -158,12 +158,12 @@ class Likeness(NamedTuple):
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether they may come from different bases."""
+        """Whether the two encoders may come from different bases."""
         return self.correlation < DOUBTFUL
 
     @property
     def is_unrelated(self) -> bool:
-        """Whether they surely do."""
+        """Whether the two encoders surely come from different bases."""
         return self.correlation < max(UNRELATED, 4 / sqrt(self.weights))
 
     def __str__(self) -> str:
@@ -186,13 +186,13 @@ def likeness(first: Sample, second: Sample) -> Likeness | None:
 
 
 def check_base(expert: Path, base: Path, kind: KindName | None = None) -> list[str]:
-    """Whether an expert was fine-tuned from this base, by their weights.
+    """Check by the weights that an expert was fine-tuned from a base.
 
     Returns:
-        what the user should know.
+        notes for the user about doubts.
 
     Raises:
-        UserError: it was fine-tuned from another.
+        UserError: the expert was fine-tuned from another base.
     """
     # The base of models with heads is read as it is: taggers have no pooler, and others do.
     alike = likeness(sample(expert, kind), sample(base, _of_base(expert, kind)))
@@ -200,7 +200,14 @@ def check_base(expert: Path, base: Path, kind: KindName | None = None) -> list[s
 
 
 def check_common_base(experts: Mapping[str, Path], base: Path | None = None) -> list[str]:
-    """The same for experts by task; without their base, they are compared with one another."""
+    """Check by the weights that experts, by task, have one base; returns notes about doubts.
+
+    Experts with the same encoder are noted too. Without the base, the experts are compared with one
+    another.
+
+    Raises:
+        UserError: an expert was fine-tuned from another base.
+    """
     notes: list[str] = []
     samples = {name: sample(folder) for name, folder in experts.items()}
     places = {name: f"expert {name} ({folder})" for name, folder in experts.items()}
@@ -232,7 +239,7 @@ def _of_base(expert: Path, kind: KindName | None) -> KindName | None:
 
 
 def _judged(alike: Likeness | None, expert: str, base: str) -> Iterator[str]:
-    """What the likeness of an expert and a base says of whether it was fine-tuned from it."""
+    """A note if an expert may have another base; UserError if it surely has."""
     if alike and alike.is_unrelated:
         raise UserError(
             f"{expert}: was not fine-tuned from {base}: {alike}; give the model that it was"

@@ -56,7 +56,7 @@ class File(NamedTuple):
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
     def digest(self) -> Path | str:
-        """What the stage's key has of it: the local path, or the digest of what lies elsewhere."""
+        """This file in a stage's key: its local path, or the digest of a remote file."""
         if path := self.local:
             return path
         with reachable(self.name):

@@ -345,7 +345,7 @@ def _todays_names(stored: Iterable[str], model: names.Layout) -> dict[str, str]:
 def _rename_targets(
     settings: "PeftConfig", stored: Iterable[str], renamed: Mapping[str, str]
 ) -> None:
-    """Name the adapted modules as they are called today, where an adapter calls them otherwise.
+    """Rename the modules in an adapter's settings if its Transformers had older names for them.
 
     Raises:
         UserError: other settings name modules too.

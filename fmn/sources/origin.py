@@ -54,7 +54,7 @@ class Origin(NamedTuple):
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is an adapter of PEFT, which needs its base."""
+        """Whether the files are an adapter of PEFT, which needs its base model."""
         return ADAPTER_CONFIG in self.names
 
 
@@ -73,7 +73,7 @@ def pin(source: str) -> str:
 
 
 def folder_files(source: str) -> list[Path]:
-    """The files that are taken from a folder; none for other sources, whose pin says enough."""
+    """The files that are copied from a folder; none for other sources, which have a pin."""
     if source.startswith(SCHEMES):
         return []
     origin = _origin(source)
