@@ -228,7 +228,7 @@ def _file(name: str, path: str, system: "AbstractFileSystem") -> File:
 
 
 def _names(system: "AbstractFileSystem", folder: str) -> list[str]:
-    """What a folder holds, except for what is hidden; folders end in a slash."""
+    """The names in a folder that are not hidden; those of folders end in a slash."""
     names = [
         Path(entry["name"]).name + "/" * (entry["type"] == "directory")
         for entry in system.ls(folder, detail=True)
@@ -237,7 +237,7 @@ def _names(system: "AbstractFileSystem", folder: str) -> list[str]:
 
 
 def _what_there_is(system: "AbstractFileSystem", path: str) -> str:
-    """The end of a message about a file that is not there: what lies in its folder."""
+    """The end of a message about a missing file: the files in its folder."""
     folder, _, wanted = path.rpartition("/")
     try:
         names = _names(system, folder)
@@ -255,9 +255,9 @@ def _what_there_is(system: "AbstractFileSystem", path: str) -> str:
 def choose_splits(
     dataset: DatasetSettings, splits: Sequence[str], place: str
 ) -> tuple[str | None, list[str]]:
-    """The split to train on, and those to validate on, of the splits that there are.
+    """Choose the split to train on and the splits to validate on.
 
-    The validation is empty where rows are to be split off for it.
+    There are no validation splits if rows of the training split will be split off for them.
 
     Raises:
         UserError: a split that the settings name is not there, or none can be guessed.
@@ -298,7 +298,7 @@ def used_splits(
 
 
 def guess(splits: Sequence[str], words: Sequence[str]) -> list[str]:
-    """The splits that are called by the first of the words that any of them has in its name.
+    """The splits named by a word: the first of `words` that is in any split's name.
 
     >>> guess(["reviews_dev", "test"], VALIDATION)
     ['reviews_dev']
@@ -321,7 +321,7 @@ def pin(dataset: DatasetSettings, name: str) -> str:
 
 
 def download(dataset: DatasetSettings, name: str, revision: str) -> Path:
-    """The folder of a data set's files, in the Hub's cache; of its configuration alone.
+    """Download the files of a data set's configuration; returns their folder in the Hub's cache.
 
     Raises:
         UserError: the Hub cannot be reached, or has no such data set, revision or configuration.
@@ -367,7 +367,7 @@ def _patterns(dataset: DatasetSettings, snapshot: Path) -> list[str]:
 
 @contextmanager
 def _understood(dataset: DatasetSettings) -> Iterator[None]:
-    """Explain what `datasets` does not understand; a card may hold anything."""
+    """Turn errors of `datasets`, which a card can cause, into a UserError that explains them."""
     try:
         yield
     except Exception as error:
@@ -379,10 +379,10 @@ def _understood(dataset: DatasetSettings) -> Iterator[None]:
 
 
 def hub_files(dataset: DatasetSettings, snapshot: Path) -> Splits:
-    """The files of each split of a downloaded data set, as its card or their names say.
+    """The files of each split of a downloaded data set, by its card or by the files' names.
 
     Raises:
-        UserError: there are none.
+        UserError: the data set has no files of rows.
     """
     import datasets
 
