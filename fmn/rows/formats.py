@@ -51,7 +51,7 @@ class Table(NamedTuple):
         return len(next(iter(self.columns.values()), ()))
 
     def values(self, name: str, task: str) -> list[Any]:
-        """The values of a column as Python's own. UserError says which columns there are."""
+        """The values of a column as Python objects; UserError if the column does not exist."""
         if name not in self.columns:
             same = [each for each in self.columns if each.lower() == name.lower()]
             near = hint(same[0] if same else name, self.columns)
@@ -156,7 +156,7 @@ def _csv(file: File) -> Columns:
 
 
 def _frame(content: bytes, separator: str, quoted: bool) -> pd.DataFrame:
-    """All fields as text, the first row being the names. Short rows are filled with ""."""
+    """All fields as text. The first row has the names; short rows are filled with ""."""
     if not content.removeprefix(b"\xef\xbb\xbf").strip():
         return pd.DataFrame()
     return pd.read_csv(
@@ -236,7 +236,7 @@ def _images(folder: File) -> Columns:
 
 
 def _conll(file: File) -> Columns:
-    """Words and tags: a word a line with its columns, and an empty line between sentences.
+    """Words and tags from CoNLL: one word per line, and an empty line between sentences.
 
     Column "tokens" has the first of each line, "label" the last; "column 1" and so on have all.
     In CoNLL-U, whose lines begin with numbers, there are the numbered columns alone.
@@ -275,7 +275,7 @@ def _conll(file: File) -> Columns:
 
 
 def _fields(line: str, separator: str) -> list[str]:
-    """The columns of a line; only plain blanks divide them, as a word may hold others."""
+    """The columns of a line, divided by plain blanks only: a word may contain other blanks."""
     return line.split("\t") if separator == "\t" else re.split("[ \t]+", line.strip(" \t"))
 
 

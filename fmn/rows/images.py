@@ -68,7 +68,7 @@ def _is_image(name: str) -> bool:
 
 
 def checked(values: Sequence[Any], place: str, files: Sequence[Any] = ()) -> list[bytes]:
-    """The bytes of images, each of which can be decoded.
+    """The bytes of images, after checking that each can be decoded.
 
     Args:
         values: bytes, or a structure of `bytes` and `path`, as `datasets.Image` has it.

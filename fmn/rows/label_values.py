@@ -44,7 +44,7 @@ def is_missing(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a text that files can hold: no half a character (a surrogate), no NUL."""
+    """Whether a value is a text that files can hold: without surrogates and NUL."""
     try:
         value.encode()
     except (AttributeError, UnicodeEncodeError):
@@ -53,7 +53,7 @@ def is_text(value: Any) -> bool:
 
 
 def plain_values(values: Sequence[Any], classes: Sequence[str] = ()) -> list[Any]:
-    """Values as truth values, numbers, texts, lists of them, or None where there is none.
+    """Values as bool, int, float, str, lists of these, or None for missing ones.
 
     A column of texts that are all numbers, or all "true" and "false", holds these. With `classes`,
     numbers are the ids of these names (`datasets.ClassLabel`), and -1 is none.
@@ -86,7 +86,7 @@ def _class_name(value: Any, classes: Sequence[str]) -> Any:
 
 
 def problem_type(values: Sequence[Any], definition: TaskSettings) -> str:
-    """The kind of problem that plain values are of, unless the definition says it.
+    """The problem type: the definition's, or else the one that plain values look like.
 
     Lists are of several labels, numbers with decimals are of a regression; so are numbers of which
     the definition asks for a regression's metrics.
@@ -109,7 +109,7 @@ def _is_list(value: Any) -> bool:
 
 
 def items(value: Any) -> list[Any]:
-    """The labels of a cell that may hold several: a list, a list as text, or a;b, or a,b.
+    """The labels in a cell that may hold several: a list, a list as text, "a;b" or "a,b".
 
     >>> items('["a", "b"]'), items("a; b"), items(3)
     (['a', 'b'], ['a', 'b'], [3])
@@ -129,7 +129,7 @@ def items(value: Any) -> list[Any]:
 def read_labels(
     values: Sequence[Any], classes: Sequence[str], definition: TaskSettings, place: str
 ) -> Labels:
-    """What the plain values of the training rows, or of all rows, say of the labels.
+    """The meaning of a label column, from the plain values of the training rows or of all rows.
 
     Raises:
         UserError: they are of one class alone, and the definition names no other.
@@ -205,7 +205,7 @@ def tags(
 
 
 def word_list(value: Any) -> list[Any] | None:
-    """A list that a cell holds, or that a text spells out; None if it is something else.
+    """The list in a cell, which may be written as text; None if the cell holds no list.
 
     >>> word_list('["a", "b"]'), word_list("['a', 'b']"), word_list("a b")
     (['a', 'b'], ['a', 'b'], None)

@@ -221,7 +221,7 @@ class Source(NamedTuple):
 
 
 def find_source(task: str, settings: DataSettings, definition: TaskSettings | None) -> Source:
-    """Where a task's rows come from: its definition's data set, or what `settings` name.
+    """The origin of a task's rows: the data set in its definition, or the source in `settings`.
 
     Raises:
         UserError: there is nothing, or nothing says what the task is.
@@ -255,7 +255,7 @@ def find_source(task: str, settings: DataSettings, definition: TaskSettings | No
 
 
 def _read_checked(folder: Path, task: Task, splits: Sequence[str]) -> "Prepared":
-    """Read rows that have their task's schema already: GLUE's, or rows that fmn wrote."""
+    """Read rows that already have the schema of fmn: GLUE's rows, or rows that fmn wrote."""
     from fmn.rows.prepare import Prepared, odd_rows
 
     tables = {split: dataset.read_split(folder, task, split) for split in splits}
@@ -315,7 +315,7 @@ def quickstart_files() -> Path:
 
 
 def _miniature_glue(task: str) -> Path:
-    """The folder of the miniature GLUE, if it has this task."""
+    """The folder of miniature GLUE if it has this task, else None."""
     here = Path(os.environ.get("FMN_MINIATURE_GLUE", MINIATURE))
     for folder in (here, quickstart_files() / MINIATURE):
         if (folder / task).is_dir():
