@@ -69,7 +69,7 @@ class Metadata(Record):
 
 
 class FisherMetadata(Metadata):
-    """Of a mask Fisher. `heads`, `neurons`: those of a layer; of the largest if layers differ."""
+    """Metadata of a mask Fisher. `heads`, `neurons`: per layer; of the largest if layers differ."""
 
     format: Literal[1] = 1
     estimator: str
@@ -81,7 +81,7 @@ class FisherMetadata(Metadata):
 
 
 class StatisticMetadata(Metadata):
-    """Of a statistic with a value per parameter: the full Fisher, or another of its `kind`."""
+    """Metadata of a statistic with a value per parameter, such as the full Fisher (see `kind`)."""
 
     format: Literal[2] = 2
     kind: str = "full-fisher"
@@ -186,7 +186,7 @@ def write_statistic(
 def read_statistic(
     path: Path, record: type[M], kind: str = ""
 ) -> "tuple[dict[str, TensorHeader], M]":
-    """Where the tensors of a full Fisher or of Gram matrices lie, by name, and their metadata.
+    """The places of the tensors of a full Fisher or of Gram matrices, by name, and the metadata.
 
     Args:
         record: StatisticMetadata or GramMetadata.

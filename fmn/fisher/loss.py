@@ -42,7 +42,7 @@ _OFFERED: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of an estimator's labels; `seed` draws those of "sampled"."""
+    """The loss with the labels that an estimator uses; `seed` draws the labels of "sampled"."""
 
     estimator: str
     problem_type: LossName

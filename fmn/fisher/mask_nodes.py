@@ -53,7 +53,7 @@ CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH
 
 @dataclass(frozen=True)
 class Estimate:
-    """The Fisher information of every mask node and how certain it is.
+    """The Fisher information of every mask node and its standard error.
 
     Attributes:
         fisher: mean over examples of the squared mask gradient; for "batch" the sum over batches.
@@ -218,10 +218,10 @@ def checked_dtype(
     seed: int = 0,
     device: str = "auto",
 ) -> tuple[str, str]:
-    """Whether bfloat16 will do for an estimate, tried on the shortest examples of its sample.
+    """Choose bfloat16 or float32: bfloat16 is compared with float32 on the shortest examples.
 
-    It is compared with float32, in a loss that no draw blurs. Few examples err on the safe side:
-    over more of them rounding averages out. Arguments as for `estimate`.
+    The comparison uses a loss without random draws. A few examples are a strict test, because
+    rounding errors average out over more examples. Arguments as for `estimate`.
 
     Returns:
         "bfloat16" or "float32", and why.
@@ -352,10 +352,10 @@ def _no_sums(run: _Run, examples: Examples) -> PartialSums:
 
 
 def _tokens_that_fit(run: _Run, examples: Examples) -> int:
-    """Tokens of a batch that surely fit the free memory: a power of two, so that it seldom changes.
+    """Tokens of a batch that fit the free memory: a power of two, so that it rarely changes.
 
-    For each token an attention keeps up to 8 values a channel and 2 a head and position, a
-    feed-forward block 3 a neuron; the loss of generated text 3 a logit.
+    For each token, an attention keeps up to 8 values per channel and 2 per head and position, a
+    feed-forward block 3 per neuron, and the loss of generated text 3 per logit.
     """
     lengths = examples.lengths[run.rows]
     longest, by_layer, read = int(lengths.max()), defaultdict[str, int](int), 0

@@ -32,7 +32,7 @@ PROBE = "It's a Fine film at the caf\u00e9 \u6f22\u5b57"
 
 
 def identity(checkpoint: Path) -> str:
-    """sha256 of everything that a checkpoint's statistics depend on.
+    """sha256 of the weights and settings of a checkpoint that its statistics depend on.
 
     It covers the tensors by their names in the base model, the files of vocabulary, image
     processing and pooling, and the settings of tokenisation. It does not depend on the division
@@ -108,7 +108,7 @@ def rows_digest(task: Task, table: "pa.Table") -> str:
 
 
 def _names(task: Task, label: Any) -> Any:
-    """The name of a label, or of each of several; what is no label stays as it is."""
+    """The name of a label, or of each label in a list; other values stay as they are."""
     if isinstance(label, list):
         names = [_names(task, each) for each in label]
         return sorted(names) if task.multi_label else names
@@ -153,7 +153,7 @@ def read(path: Path) -> Metadata:
 
 
 def take(path: Path, out: Path, changes: Mapping[str, Any]) -> None:
-    """Copy a published statistic; `changes` say which expert and task it stands for here."""
+    """Copy a published statistic; `changes` to its metadata name this run's expert and task."""
     if path.suffix == ".parquet":
         values, stderr, of_fisher = files.read_fisher(path)
         files.write_fisher(out, values, stderr, of_fisher.model_copy(update=dict(changes)))
@@ -165,7 +165,7 @@ def take(path: Path, out: Path, changes: Mapping[str, Any]) -> None:
 
 
 def check(checkpoint: Path, fisher: Path | None, gram: Path | None) -> None:
-    """Refuse statistics that are not of a checkpoint. UserError says which."""
+    """Raise a UserError if statistics do not belong to a checkpoint."""
     if not fisher and not gram:
         raise UserError(
             f"{checkpoint}: is no merged model; give one, or the statistics of an expert (--fisher,"

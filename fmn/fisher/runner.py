@@ -121,7 +121,7 @@ def prepared(
 def _where(
     model: PreTrainedModel, sizes: Mapping[str, int], device: torch.device
 ) -> dict[str, torch.device]:
-    """Where layers lie, if not on `device`; `sizes` are the bytes of tensors by name."""
+    """The device of each layer that is not on `device`; `sizes`: bytes of tensors by name."""
     layers = {site.layer: 0 for site in mask_sites(model)} if device.type == "cuda" else {}
     for path in layers:
         layers[path] = sum(size for name, size in sizes.items() if name.startswith(f"{path}."))

@@ -192,7 +192,7 @@ def gram(
 
 
 class _Inputs(NamedTuple):
-    """What a statistic is computed from: an expert, and the rows of its task in `data`."""
+    """The inputs of a statistic: an expert, and the rows of its task in `data`."""
 
     checkpoint: Path
     task: Task
@@ -308,7 +308,7 @@ def _take(path: Path, job: Job, inputs: _Inputs, sample: _Sample) -> bool:
 
 
 def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
-    """What the functions that estimate a statistic take.
+    """The arguments of the functions that estimate statistics.
 
     The model's outputs are in the task's order; only the sampled rows have tokens.
     """
@@ -343,7 +343,7 @@ def _write_sums(path: Path, key: str, sums: "PartialSums") -> None:
 
 
 def _read_sums(path: Path, key: str) -> "PartialSums | None":
-    """The partial sums that the same run left when it was killed."""
+    """The partial sums that a killed run with the same inputs left behind."""
     import torch
 
     from fmn.fisher.mask_nodes import PartialSums

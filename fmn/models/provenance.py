@@ -1,6 +1,6 @@
 """The origin of a checkpoint, and the settings of its fine-tuning.
 
-Both come from the sidecar in its folder. Its weights show whether the stated base can be true.
+Both come from the sidecar in its folder. Its weights show whether the base named there can be true.
 """
 
 from collections.abc import Iterator, Mapping

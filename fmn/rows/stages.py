@@ -315,7 +315,7 @@ def quickstart_files() -> Path:
 
 
 def _miniature_glue(task: str) -> Path:
-    """The folder of miniature GLUE if it has this task, else None."""
+    """The folder of miniature GLUE; UserError if it lacks the task."""
     here = Path(os.environ.get("FMN_MINIATURE_GLUE", MINIATURE))
     for folder in (here, quickstart_files() / MINIATURE):
         if (folder / task).is_dir():

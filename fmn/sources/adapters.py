@@ -70,7 +70,7 @@ def choose(files: frozenset[str]) -> list[str]:
 
 
 def base_source(adapter: Path) -> str:
-    """The source of the model that an adapter says it was trained on; "" if it does not say."""
+    """The source of the model that an adapter was trained on; "" if its files do not name one."""
     config = read_json(adapter / ADAPTER_CONFIG)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not name or not isinstance(name, str) or not name.isprintable():
@@ -81,7 +81,7 @@ def base_source(adapter: Path) -> str:
 
 
 def difference(base: Path, other: Path) -> str | None:
-    """What differs first between the encoders of two checkpoints; None if nothing does.
+    """The first difference between the encoders of two checkpoints; None if they are equal.
 
     Values in two dtypes are the same if they round to the same in the narrower one.
     """
@@ -159,7 +159,7 @@ def merge(adapter: Path, base: Path, out: Path, notes: list[str]) -> None:
 
 
 def _problem(raw: Mapping[str, Any]) -> str | None:
-    """Why no full model can be made of an adapter of this configuration; None if one can."""
+    """The reason in its configuration why an adapter cannot become a full model, or None."""
     import dataclasses
 
     import peft
@@ -323,7 +323,7 @@ def _model_class(
 
 
 def _todays_names(stored: Iterable[str], model: names.Layout) -> dict[str, str]:
-    """An adapter's names by stored name, with the names that their modules have today.
+    """Today's names of an adapter's tensors, by stored name.
 
     A module may have its name in an older version of Transformers, or that in the base model alone.
     A module that is unknown has the name "".

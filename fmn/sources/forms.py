@@ -92,7 +92,7 @@ def address(source: str) -> str:
 
 
 def checkpoint_folder(folder: Path) -> Path:
-    """The folder of a checkpoint: of a repository in the Hub's cache, that of its one snapshot.
+    """The folder of a checkpoint; for a repository in the Hub's cache, that of its only snapshot.
 
     Raises:
         UserError: there is no such folder, or the cache has several snapshots and no main.

@@ -63,7 +63,7 @@ class Layout(NamedTuple):
 
 
 def layout(config: "PretrainedConfig", model_class: "type[PreTrainedModel] | None") -> Layout:
-    """What the model of a configuration stores; of no class, that of the base model.
+    """The tensors that a model of a configuration stores; without a class, those of the base model.
 
     Raises whatever the class does at sizes that it does not take.
     """
@@ -90,12 +90,12 @@ def layout(config: "PretrainedConfig", model_class: "type[PreTrainedModel] | Non
 
 
 def without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Names by stored name, without the parts that wrappers leave in the middle of them."""
+    """Names without the parts that wrappers add in the middle, by stored name."""
     return {name: _WRAPPERS.sub("", name) for name in names}
 
 
 def runtime_names(stored: Iterable[str], model: Layout, notes: list[str]) -> dict[str, str]:
-    """The names of today by stored name; what Transformers would not rename itself is noted.
+    """Today's names by stored name; adds notes about those that Transformers would not rename.
 
     Raises:
         UserError: two tensors get one name, as of two models in one checkpoint.
@@ -209,7 +209,7 @@ def _untie(
     config_changes: dict[str, Any],
     notes: list[str],
 ) -> None:
-    """Leave tied weights under one name each, which is the one that the model has for them."""
+    """Keep each tied weight under one name: the one that the model uses."""
     olds = {name: old for old, name in names.items() if name}
     pairs = [[_own_name(each, headers, model) for each in pair] for pair in model.ties.items()]
     for tied, name in pairs:
@@ -350,7 +350,7 @@ def _complete(
     config_changes: dict[str, Any],
     notes: list[str],
 ) -> None:
-    """Fill in what a configuration lacks and the tensors say: its class, and how many labels."""
+    """Add to a configuration what its tensors show: the model's class, and the number of labels."""
     if not forms.architecture(config.architectures):
         fitting = [each for each in classes(config.model_type) if _fits(each, headers, config)]
         if len(fitting) != 1:
@@ -400,7 +400,7 @@ def head_outputs(
     model_class: "type[PreTrainedModel]",
     shapes: Mapping[str, tuple[int, ...]],
 ) -> int | None:
-    """The number of outputs of a stored head: rows of what grows with the number of labels."""
+    """The number of outputs of a stored head: rows of the tensors that have one row per label."""
     described = []
     for count in (7, 11):
         changed = deepcopy(config)

@@ -293,7 +293,7 @@ def _folder_origin(folder: Path, source: str, pinned: str) -> Origin:
 
 
 def _registered(source: str, scratch: Path) -> Origin:
-    """The one checkpoint in a registered model: of a model that fmn registered, the encoder."""
+    """The only checkpoint in a registered model; if fmn registered it, the merged encoder."""
     pinned = str(import_module(_REGISTRY).download(source, scratch))
     folders = [file.parent for file in sorted(scratch.rglob(CONFIG)) if _has_weights(file.parent)]
     if len(folders) != 1:
@@ -328,7 +328,7 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
 
 
 def _small_files(origin: Origin) -> list[str]:
-    """What a checkpoint or an adapter needs beside its weights, and statistics beside them."""
+    """The files, besides weights, of a checkpoint or adapter, and files of statistics."""
     if CONFIG not in origin.names and not origin.is_adapter:
         raise UserError(f"{origin.source}: {forms.no_checkpoint(origin.names)}")
     small = (ADAPTER_CONFIG, CONFIG, *SMALL_FILES, FISHER, GRAM)
@@ -336,7 +336,7 @@ def _small_files(origin: Origin) -> list[str]:
 
 
 def weight_files(origin: Origin) -> list[str]:
-    """The files of weights, and the index where they are shards; pickled only without others."""
+    """The files of weights, and the index of shards; pickled files only if there are no others."""
     _small_files(origin)
     if not origin.is_adapter and WEIGHTS not in origin.names and INDEX in origin.names:
         shards = set(headers.weight_map(origin.local(INDEX)).values())

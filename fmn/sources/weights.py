@@ -17,7 +17,7 @@ _SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 
 
 def shards(files: Iterable[str], ending: str) -> list[str]:
-    """The shards among files of this ending, all of them; none if there are no shards.
+    """All shards among files with this ending; empty if there are no shards.
 
     Raises:
         UserError: one is missing, or there are those of several checkpoints.
