@@ -17,14 +17,6 @@ from pydantic import Field
 
 from fmn.errors import UserError
 from fmn.models import checkpoints, loading
-from fmn.models.checkpoints import (
-    CONFIG,
-    head_map,
-    is_single_logit,
-    last_linear,
-    load_config,
-    read_config,
-)
 from fmn.models.evidence import weigh
 from fmn.store.headers import read_file, tensor_headers, write_json
 from fmn.store.records import Record
@@ -321,7 +313,7 @@ def decide(
             another task, or as `by_data` does.
     """
     config, place = checkpoints.load_config(checkpoint), f"{task.name}: {checkpoint}"
-    if not is_single_logit(config, task):
+    if not checkpoints.is_single_logit(config, task):
         checkpoints.check_head(checkpoint, config, task)
     own = output_names(checkpoint)
     labels = by_names(task, names or own)
@@ -379,7 +371,7 @@ def _unit(task: Task) -> str:
 def _kind_notes(config: "PretrainedConfig", task: Task, place: str) -> list[str]:
     """Notes about an expert's problem type; UserError if it contradicts the task's."""
     kind = config.problem_type
-    is_logit = is_single_logit(config, task) and kind != "regression"
+    is_logit = checkpoints.is_single_logit(config, task) and kind != "regression"
     if is_logit or kind in (None, task.problem_type):
         return []
     if (kind, task.problem_type) == ("multi_label_classification", "single_label_classification"):
@@ -465,7 +457,7 @@ def align_model(model: "PreTrainedModel", task: Task, order: Sequence[int]) -> N
     from torch import nn
 
     if list(order) != list(range(model.config.num_labels)):
-        path = last_linear(model)
+        path = checkpoints.last_linear(model)
         old = model.get_submodule(path)
         tensors = {
             name: _reordered(value.detach(), order) for name, value in old.named_parameters()
@@ -486,9 +478,9 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
     """
     from safetensors.torch import load_file, save_file
 
-    config, raw = load_config(folder), read_config(folder)
+    config, raw = checkpoints.load_config(folder), checkpoints.read_config(folder)
     if list(order) != list(range(config.num_labels)):
-        path = head_map(config)
+        path = checkpoints.head_map(config)
         headers = tensor_headers(folder)
         names = [name for name in (f"{path}.weight", f"{path}.bias") if name in headers]
         for file in {headers[name].file for name in names}:
@@ -498,4 +490,4 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
             file.unlink()
             save_file(tensors, file, metadata=metadata)
     raw = {name: value for name, value in raw.items() if not name.endswith("num_labels")}
-    write_json(folder / CONFIG, raw | output_entries(task))
+    write_json(folder / checkpoints.CONFIG, raw | output_entries(task))

@@ -310,8 +310,8 @@ def test_every_form_of_a_request_is_understood(
     assert (status, len(answer["predictions"])) == (200, texts), answer
     if texts:
         is_pair = content.get("params") == MRPC["params"]
-        task, given = ("mrpc", PAIR) if is_pair else ("sst2", [FILM])
-        expected: Any = predict(merged.model, *given, task=task)
+        task, texts_of_task = ("mrpc", PAIR) if is_pair else ("sst2", [FILM])
+        expected: Any = predict(merged.model, *texts_of_task, task=task)
         assert answer["predictions"][0]["label"] == expected.label
         shares = answer["predictions"][0]["probabilities"]
         assert shares == pytest.approx(expected.probabilities, abs=1e-5)
