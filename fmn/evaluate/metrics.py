@@ -275,7 +275,7 @@ def _matthews(weights: np.ndarray, answers: Answers) -> np.ndarray:
 
 
 def _span_f1(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    """F1 of all spans (seqeval's micro average); undefined where there are none."""
+    """F1 of all spans (seqeval's micro average); undefined without spans."""
     right, predicted, present = (weights @ answers.scores).T  # [R] each
     return _ratio(2 * right, predicted + present)
 

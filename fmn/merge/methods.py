@@ -243,7 +243,7 @@ def dare_ties(
 def tsv_m(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
     """The first 1/m of each task's singular vectors, made orthonormal together (algorithm 1).
 
-    Parameters that are no matrices, or too small for a vector a task, are averaged.
+    Parameters that are not matrices, or too small for one vector per task, are averaged.
     """
     import torch
 
@@ -263,7 +263,7 @@ def tsv_m(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
 def iso_c(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
     """The sum of the task matrices with each singular value replaced by their mean (eq. 4).
 
-    Parameters that are no matrices are averaged.
+    Parameters that are not matrices are averaged.
     """
     from fmn.merge.rules import strengths, svd, task_vectors, weighted_sum
 

@@ -364,7 +364,7 @@ def read_recipe(folder: Path) -> Recipe:
     """Read the recipe of a merged model.
 
     Raises:
-        UserError: there is none, or this version of fmn cannot read it.
+        UserError: the folder has no recipe, or this version of fmn cannot read it.
     """
     return read_record(folder / RECIPE, Recipe, "`fmn merge` makes a merged model")
 

@@ -141,7 +141,7 @@ def load_processor(folder: Path, kind: KindName | None = None) -> Any:
     """Load a checkpoint's tokenizer, or its image processor.
 
     Raises:
-        UserError: there is none, or none that can be used.
+        UserError: the checkpoint has no tokenizer or image processor that can be used.
     """
     config = load_config(folder)
     kind = kind or kind_in(folder, config)

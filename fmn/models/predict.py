@@ -251,8 +251,8 @@ def complete(
     """Generate the text after a prompt, always with the most probable token.
 
     Args:
-        limit: the most tokens that it writes; by default the task's `max_length`, of which a causal
-            model's prompt takes its part.
+        limit: the most tokens to write; by default the task's `max_length`, minus the tokens of the
+            prompt for a causal model.
 
     Raises:
         UserError: the prompt has no tokens, or leaves no room.

@@ -40,7 +40,7 @@ def points(value: float | None, is_percent: bool = True) -> str:
 
 
 def difference_span(difference: Difference) -> str:
-    """The interval of a difference; "" if there is none."""
+    """The interval of a difference as text; "" for a difference without an interval."""
     ends = difference.interval or ()
     return " to ".join(points(end, difference.higher_is_better) for end in ends)
 

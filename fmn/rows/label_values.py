@@ -55,8 +55,8 @@ def is_text(value: Any) -> bool:
 def plain_values(values: Sequence[Any], classes: Sequence[str] = ()) -> list[Any]:
     """Values as bool, int, float, str, lists of these, or None for missing ones.
 
-    A column of texts that are all numbers, or all "true" and "false", holds these. With `classes`,
-    numbers are the ids of these names (`datasets.ClassLabel`), and -1 is none.
+    If all texts of a column are numbers, or "true" and "false", they are converted. With `classes`,
+    numbers are the ids of these names (`datasets.ClassLabel`), and -1 becomes None.
     """
     plain: list[Any] = [float(each) if isinstance(each, Decimal) else each for each in values]
     plain = [None if is_missing(value) else value for value in plain]
@@ -88,8 +88,8 @@ def _class_name(value: Any, classes: Sequence[str]) -> Any:
 def problem_type(values: Sequence[Any], definition: TaskSettings) -> str:
     """The problem type: the definition's, or else the one that plain values look like.
 
-    Lists are of several labels, numbers with decimals are of a regression; so are numbers of which
-    the definition asks for a regression's metrics.
+    Lists mean several labels at once. Numbers mean regression if they have decimals, or if the
+    definition's metrics are metrics of regression.
     """
     if definition.problem_type:
         return definition.problem_type

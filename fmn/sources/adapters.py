@@ -49,10 +49,10 @@ _MODEL = "base_model.model."  # how PEFT's names of an adapter's tensors begin
 
 
 def choose(files: frozenset[str]) -> list[str]:
-    """The file of an adapter's weights; pickled only without another.
+    """The file of an adapter's weights; a pickled file only if there is no other.
 
     Raises:
-        UserError: there is none, or a full model lies beside the adapter.
+        UserError: there are no weights of an adapter, or a full model is beside the adapter.
     """
     try:
         beside: list[str] = weights.choose(files)

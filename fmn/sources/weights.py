@@ -44,10 +44,10 @@ def pickled_shards(files: Iterable[str]) -> list[str]:
 
 
 def choose(files: frozenset[str]) -> list[str]:
-    """The files of weights of a checkpoint without an index; pickled only without others.
+    """The files of a checkpoint's weights without the index; pickled files only if need be.
 
     Raises:
-        UserError: there are none, or not all.
+        UserError: there are no weights, or shards are missing.
     """
     if WEIGHTS in files:
         return [WEIGHTS]

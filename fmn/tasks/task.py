@@ -404,7 +404,7 @@ def load_task(data: Path, name: str) -> Task:
     """Read the definition beside a task's rows; without one, it is GLUE's task of that name.
 
     Raises:
-        UserError: the definition is damaged or of another task, or there is none.
+        UserError: the definition is missing, damaged or of another task.
     """
     folder = task_folder(data, name)
     task = read_task(folder)
