@@ -1,4 +1,4 @@
-"""How far a run is, and about how long it still takes."""
+"""Estimate how long a run still takes."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ TYPICAL = {
     "evaluate-expert": 4.0,
     "report": 3.0,
 }
-"""Seconds of the quick start's stages: shares of a run that has not been recorded before."""
+"""Seconds of the quick start's stages, used for a run that has not been recorded before."""
 SHORT = 1.0  # seconds of other stages
-_ENOUGH = 0.05  # share of a first run from which on its remaining time is told
+_ENOUGH = 0.05  # share of a first run after which the remaining time is shown
 Key = tuple[str, str]  # stage and name
 
 
 class Clock:
-    """Counts the stages of a run. Several threads use it.
+    """Counts the stages of a run, and estimates the remaining time. It is thread-safe.
 
-    A stage is expected to take as long as the sidecar of its present output says, or a typical
-    time; what stages really took corrects that.
+    The expected time of a stage is that in the sidecar of its present output, or a typical time.
+    The actual times of finished stages correct the estimate.
     """
 
     def __init__(self, nodes: Sequence[Node], show: Callable[[str], None]) -> None:
@@ -51,7 +51,7 @@ class Clock:
         show(f"stage 1 of {self._total}")
 
     def count(self, node: Node, outcome: Outcome) -> str:
-        """Count a stage that ended; says how far the run is: "12 of 31, about 3 min left"."""
+        """Count a finished stage; returns the progress, such as "12 of 31, about 3 min left"."""
         with self._lock:
             expected = self._waiting.pop((node.stage, node.name), 0.0)
             if outcome.computed:
@@ -76,7 +76,7 @@ class Clock:
 
 
 def duration(seconds: float) -> str:
-    """A rough time.
+    """A rounded time.
 
     >>> [duration(3), duration(47), duration(200), duration(9000)]
     ['3 s', '50 s', '3 min', '2.5 h']

@@ -1,8 +1,8 @@
-"""Stages on the workers of a Dask cluster, with files that travel through a shared storage.
+"""Run stages on the workers of a Dask cluster; files are transferred through a shared storage.
 
-The flow calls a stage as ever. Where its output is not current, the inputs go to the storage, a
-worker calls the same stage function on its copies of them, and the output comes back with its
-sidecar. Retries, progress and messages are the flow's, so workers need no Prefect server.
+The flow calls a stage as usual. If its output is not up to date, the inputs are copied to the
+storage, a worker calls the same stage function on its copies, and the output and its sidecar are
+copied back. The flow handles retries, progress and messages, so workers need no Prefect server.
 """
 
 import os
@@ -37,7 +37,7 @@ _START = "`dask worker ADDRESS --nthreads 1 --memory-limit 0 --local-directory D
 
 
 class Files(NamedTuple):
-    """Stands for a path in a stage's arguments while they travel."""
+    """Replaces a path in the arguments that are sent to a worker."""
 
     name: str  # of the file; empty for a folder
     digests: Digests  # of the folder's files, or of the file and what belongs to it
@@ -54,7 +54,7 @@ _cluster: ContextVar[_Cluster | None] = ContextVar("cluster", default=None)
 
 @cache
 def versions() -> str:
-    """What must be the same on all machines: fmn's version and files, and the libraries."""
+    """The versions that must be equal on all machines: fmn's, its files', and the libraries'."""
     import flows
     import fmn
 
@@ -70,7 +70,7 @@ def versions() -> str:
 
 @contextmanager
 def joined(settings: Params) -> Iterator[None]:
-    """Within it, stages named in `STAGES` run on the cluster that the settings name, if any.
+    """Run the stages in `STAGES` on the cluster in the settings, if there is one.
 
     Raises:
         UserError: the scheduler does not answer or has no workers, or a worker has no fmn or
@@ -135,7 +135,7 @@ def at_once() -> int:
 
 
 def run(function: Stage, arguments: Mapping[str, Any], progress: Progress) -> Outcome:
-    """Call a stage, with its computation on the cluster; raises what `flows.workers.run` does."""
+    """Call a stage that computes on the cluster; raises the errors of `flows.workers.run`."""
     cluster = cast(_Cluster, _cluster.get())
 
     def send(path: Path) -> Files:
@@ -160,14 +160,14 @@ def run(function: Stage, arguments: Mapping[str, Any], progress: Progress) -> Ou
 
 
 def _replace(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """A stage's arguments with every value of a kind changed, in mappings too."""
+    """Change every value of a type in a stage's arguments, in mappings too."""
     if isinstance(value, Mapping):
         return {key: _replace(item, kind, change) for key, item in value.items()}
     return change(value) if isinstance(value, kind) else value
 
 
 def _submit(cluster: _Cluster, title: str, call: tuple[Any, ...], progress: Progress) -> Digests:
-    """Have a worker run `work(*call, ...)`; it is cancelled when this run ends first."""
+    """Run `work(*call, ...)` on a worker; it is cancelled if this run ends before."""
     from distributed import KilledWorker
 
     client, topic = cluster.client, f"{title}-{uuid.uuid4().hex}"
@@ -210,7 +210,7 @@ def work(
 ) -> Digests:
     """Fetch a stage's inputs, run it, and store its output.
 
-    Inputs stay in the worker's folder, which Dask removes when the worker ends.
+    Inputs stay in the worker's folder; Dask removes it when the worker ends.
     """
     from distributed import get_worker
 

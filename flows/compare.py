@@ -1,4 +1,4 @@
-"""The comparison of merge methods as a Prefect flow: every cell is computed once, and kept."""
+"""The comparison of merge methods as a Prefect flow; each cell is computed only once."""
 
 import time
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def compare_methods(profile: str, name: str) -> Outcomes:
 
 
 def run_compare(profile: Path, name: str) -> dict[str, Any]:
-    """Run the flow and print its table and where to look; what `fmn compare` does."""
+    """Run the flow, then print its table and the path of its report (`fmn compare`)."""
     started = time.monotonic()
     _settings(profile, name)  # a mistake there is reported before Prefect starts
     with server_answers():
@@ -72,10 +72,14 @@ def _settings(profile: Path, name: str) -> tuple[Params, CompareSettings]:
 
 
 class Statistic(NamedTuple):
-    """What a method takes of every expert.
+    """A statistic of every expert that a method needs.
 
-    `settings` (by task) are those of the stage that computes it, `argument` is the one of the stage
-    `compare` that takes the files, whose names end in `suffix`; `label` is for people.
+    Attributes:
+        argument: the argument of the stage `compare` that takes its files.
+        stage, function: the stage that computes it, and its function.
+        label: its name for people.
+        suffix: the end of the files' names.
+        settings: the settings of the stage, by task.
     """
 
     argument: str
@@ -87,7 +91,7 @@ class Statistic(NamedTuple):
 
 
 def statistics(merging: ComparedSettings, settings: Params) -> list[Statistic]:
-    """What a method takes of every expert."""
+    """The statistics that a method needs."""
     needs, names, own = needs_of(merging.method), settings.experts.tasks, settings.fisher
     chosen = own.model_copy(update={"estimator": merging.estimator or own.estimator})
     infix = "" if chosen == own else f".{chosen.estimator}"
@@ -104,10 +108,10 @@ def statistics(merging: ComparedSettings, settings: Params) -> list[Statistic]:
 
 
 def nodes(settings: Params, comparing: CompareSettings, profile: Path, title: str) -> list[Node]:
-    """Experts, the statistics that the methods take, the cells, the tables, and their log."""
+    """The nodes of a comparison: experts, statistics, cells, tables, and their log in MLflow."""
     work, names = Path(settings.work), settings.experts.tasks
     out = work / "compare" / title
-    methods = grid.bounded(comparing.methods)
+    methods = {**grid.BOUNDS, **comparing.methods}
     comparing = comparing.model_copy(update={"methods": methods})
     takes = {method: statistics(merging, settings) for method, merging in methods.items()}
     listed = [node for node in graph.nodes(settings, profile) if node.stage in EXPERT_STAGES]

@@ -1,4 +1,4 @@
-"""dvc.lock, kept in step with what a flow computed."""
+"""Update dvc.lock after a flow."""
 
 import json
 import os
@@ -18,10 +18,10 @@ _BUSY = re.compile("Unable to acquire lock|is busy")
 
 
 def keep_in_step(profile: Path, outputs: Iterable[Path]) -> None:
-    """Record in dvc.lock what the flow computed, so that `dvc repro` has nothing to do.
+    """Record the outputs of a flow in dvc.lock, so that `dvc repro` has nothing to do.
 
-    Only for params.yaml, which dvc.yaml describes, and not inside a DVC stage. Where DVC fails, a
-    line says so: its stages then find out by themselves, a few seconds each.
+    This is only for params.yaml, which dvc.yaml describes, and not inside a DVC stage. If DVC
+    fails, a line reports it; `dvc repro` then checks each stage itself, which takes seconds each.
     """
     lock = Path("dvc.lock")
     is_described = profile.resolve() == Path("params.yaml").resolve()
@@ -36,12 +36,12 @@ def keep_in_step(profile: Path, outputs: Iterable[Path]) -> None:
     if problem:
         say(f"DVC was not brought in step: {problem}; `dvc commit --force` does it")
     else:
-        lock.touch()  # DVC leaves the file alone where nothing is new to it
+        lock.touch()  # DVC does not write the file if nothing changed
 
 
 def _commit() -> str | None:
-    """Record all outputs as they are; what DVC said if it could not."""
-    # In the middle of a stage, another DVC process wants back the lock that a commit would take.
+    """Record all outputs with `dvc commit`; returns DVC's message if it failed."""
+    # Another DVC process in the middle of a stage needs the lock that a commit would take.
     try:
         holders = json.loads(Path(".dvc/tmp/rwlock").read_text()).get("write", {}).values()
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""The pipeline, written down once: its stages, what each reads and writes, and for which names.
+"""The table of the pipeline: its stages, their inputs and outputs, and the names they run for.
 
-`PIPELINE` is the table. The Prefect flow submits its `nodes`, `fmn stage` runs one of them, and
-``dvc.yaml`` is rendered from it (`make dvc`). Paths are below the folder `work` of the settings.
+The Prefect flow submits the `nodes` of `PIPELINE`, `fmn stage` runs one of them, and ``dvc.yaml``
+is rendered from it (`make dvc`). Paths are below the folder `work` of the settings.
 """
 
 import io
@@ -31,7 +31,7 @@ from fmn.store.stage import Outcome, run_stage, write_record
 
 
 class Each(NamedTuple):
-    """A mapping from names, as the settings list them, to paths: an argument of a stage."""
+    """An argument of a stage that maps names, which the settings list, to paths."""
 
     path: str
     names: str
@@ -45,17 +45,17 @@ class Row:
     """A stage of the pipeline, and the names that it runs for.
 
     Attributes:
-        name: what `fmn stage` calls it.
+        name: its name for `fmn stage`.
         function: the stage function.
-        names: what of the settings (`Params`) lists the names; ONCE: it runs once, without a name.
-        out: its output; ``{name}`` stands for a name, ``{encoder}`` and ``{model}`` for the models
-            that the settings call so.
-        reads: its arguments that are paths, in the same way.
-        section: what of the settings is its argument `settings`.
-        values: its other arguments that are in the settings, and where.
+        names: the attribute of `Params` that lists the names; ONCE: it runs once, without a name.
+        out: its output; ``{name}`` is replaced by a name, ``{encoder}`` and ``{model}`` by
+            `Params.encoder` and `Params.model`.
+        reads: its arguments that are paths, with the same replacements.
+        section: the section of the settings for its argument `settings`.
+        values: its other arguments from the settings, with their sections.
         is_task: whether the names are tasks that the function takes as an argument.
-        dvc: what ``dvc.yaml`` calls it, if not by its name: stages that write into one folder are
-            one stage there.
+        dvc: its name in ``dvc.yaml``, if it differs: stages that write into one folder are one
+            stage there.
     """
 
     name: str
@@ -133,7 +133,7 @@ SETTINGS = "settings.json"  # the settings with every default filled in, which D
 
 @dataclass(frozen=True)
 class Node:
-    """A stage of a run, with its arguments; `stage` and `name` identify it."""
+    """A stage of a run with its arguments, identified by `stage` and `name`."""
 
     stage: str
     name: str
@@ -146,11 +146,11 @@ class Node:
 
 
 def nodes(settings: Params, profile: Path) -> list[Node]:
-    """What a settings file asks for, each node after those that it needs.
+    """The nodes of a run, each after those that it needs.
 
     Args:
         settings: the content of the settings file.
-        profile: the settings file, which the registry keeps with the model.
+        profile: the settings file, which the registry stores with the model.
     """
     out = Path(settings.work) / SETTINGS
     first = Node("settings", "", params.write_settings, {"params": profile, "out": out})
@@ -181,13 +181,13 @@ def _row_nodes(row: Row, settings: Params, profile: Path) -> Iterator[Node]:
 
 
 def _sections(row: Row, name: str) -> dict[str, str]:
-    """Where the settings have a stage's arguments."""
+    """The sections of the settings for a stage's arguments."""
     sections = {"settings": row.section, **row.values} if row.section else row.values
     return {argument: section.format(name=name) for argument, section in sections.items()}
 
 
 def _section(settings: Params, path: str) -> Any:
-    """A section of the settings, or what stands in it; None for an entry that is not there."""
+    """The value at a dotted path in the settings; None for a missing entry."""
     value: Any = settings
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else getattr(value, part)
@@ -195,10 +195,10 @@ def _section(settings: Params, path: str) -> Any:
 
 
 def looks(settings: Params) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What a run can look at before its first stage, by setting: sources and data sets.
+    """Cheap checks that sources and data sets exist, by setting, before the first stage.
 
-    Each look is cheap, and raises UserError if there is no such thing. Rows at a URL are not looked
-    at, which would take reading them; nor is GLUE on the Hub.
+    Each check raises a UserError if its source does not exist. Rows at a URL, which would have to
+    be downloaded, and GLUE on the Hub are not checked.
     """
     work = Path(settings.work)
     sources = {"base": (settings.base, work / "base")}
@@ -206,7 +206,7 @@ def looks(settings: Params) -> Iterator[tuple[str, Callable[[], object]]]:
         sources[f"sources.{name}"] = each.source, work / "experts" / name
     for setting, (source, out) in sources.items():
         is_pinned = re.fullmatch(r"hf://.*@[0-9a-f]{40}", source)
-        if not (is_pinned and out.exists()):  # offline, what was fetched before suffices
+        if not (is_pinned and out.exists()):  # offline, the fetched copy is enough
             yield setting, partial(origin.look, source)
     for name in settings.experts.tasks:
         definition = settings.tasks.get(name)
@@ -219,10 +219,10 @@ def looks(settings: Params) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def find_nodes(settings: Params, profile: Path, stage: str, name: str = "") -> list[Node]:
-    """A stage of a settings file for one of its names, or for all of them, which may be none.
+    """The nodes of a stage for one of its names, or for all of them (possibly none).
 
     Raises:
-        UserError: the pipeline has no such stage, or the stage no such name.
+        UserError: the pipeline has no such stage, or the stage has no such name.
     """
     known = ["settings", *(row.name for row in PIPELINE)]
     if stage not in known:
@@ -236,18 +236,15 @@ def find_nodes(settings: Params, profile: Path, stage: str, name: str = "") -> l
 
 
 def needs(node: Node, listed: Iterable[Node]) -> list[Node]:
-    """The nodes that write what a node reads; one that registers or logs writes nothing."""
+    """The nodes among `listed` whose outputs a node reads; nodes that only log have no output."""
     reads = {name: value for name, value in node.arguments.items() if name != "out"}
     paths = list(_paths_in(reads))
+
+    def is_read(out: Path) -> bool:
+        return any(out == path or out in path.parents or path in out.parents for path in paths)
+
     writers = [other for other in listed if other is not node and "out" in other.arguments]
-    return [
-        other for other in writers if any(_overlap(other.arguments["out"], path) for path in paths)
-    ]
-
-
-def _overlap(out: Path, path: Path) -> bool:
-    """Whether an output is what is read, holds it, or lies in it."""
-    return out == path or out in path.parents or path in out.parents
+    return [other for other in writers if is_read(other.arguments["out"])]
 
 
 def _paths_in(value: Any) -> Iterator[Path]:
@@ -269,7 +266,7 @@ def model_folder(settings: Params, name: str) -> Path:
 
 
 def make_folders(settings: Params) -> None:
-    """Make the folder that DVC looks for where no merge takes Gram matrices; it stays empty."""
+    """Make the folder of Gram matrices, which DVC expects even if no merge needs them."""
     _path(GRAM, settings, "").parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -278,7 +275,7 @@ def make_folders(settings: Params) -> None:
 
 
 class Trial(Record):
-    """What an experiment of DVC writes in place of a registered version."""
+    """The output of the stage `register` in an experiment of DVC."""
 
     trial: str
     messages: list[str]
@@ -290,7 +287,7 @@ def trial_name() -> str:
 
 
 def register_nothing(trial: str, out: Path) -> Outcome:
-    """The stage `register` of an experiment, which is a trial: it leaves the registry alone."""
+    """The stage `register` of an experiment of DVC: it registers nothing, and says so."""
     remedy = f"after `dvc exp apply {trial}`, `fmn run` registers its model"
     note = f"  the trial {trial} registers nothing; {remedy}; {REGISTER_TRIALS}=1 registers all"
     content = Trial(trial=trial, messages=[note])
@@ -315,20 +312,20 @@ plots: ['${work}/report/pictures']
 
 
 FOREACH = {EXPERTS: "${item}", "sources": "${key}", "finetune": "${key}"}
-"""What params.yaml itself lists, so that DVC has a stage for each name, and the name there."""
+"""Names that params.yaml itself lists, so that DVC has a stage for each; and DVC's variable."""
 SECTIONS = {
     "merges": ["merge", "baselines"],
     "calibrations": ["calibrate"],
     "grams": ["gram", "merge", "baselines", "experts"],
     "model": ["calibrate", "realign"],
 }
+"""The sections that a property of the settings is computed from."""
 PINS = {
     "fetch-base": "pins.base",
     "fetch": "pins.sources.{name}",
     "data": "pins.data.{name}",
 }
-"""What of the stage settings says where floating sources stand now."""
-"""The sections that a property of the settings comes from."""
+"""The entries of the stage `settings` with the present revisions of sources that are not pinned."""
 
 
 def dvc_yaml() -> str:
@@ -363,7 +360,7 @@ def dvc_yaml() -> str:
 
 
 def _dvc_stage(rows: Sequence[Row], settings_file: str) -> dict[str, Any]:
-    """A stage of ``dvc.yaml``: for each name of a row, or for rows that write into one folder."""
+    """A stage of ``dvc.yaml``, for each name of a row or for rows that write into one folder."""
     first = rows[0]
     name = FOREACH.get(first.names, "")
     fill = partial(str.format, name=name) if name else _folder
@@ -397,12 +394,12 @@ def _dvc_stage(rows: Sequence[Row], settings_file: str) -> dict[str, Any]:
 
 
 def _folder(template: str) -> str:
-    """A path, or the folder of the paths of all names."""
+    """A path; for a path with a name in it, the folder of all names."""
     return template.rpartition("/")[0] if "{" in template else template
 
 
 def _outermost(paths: Iterable[str], separator: str) -> list[str]:
-    """Paths, each once, without those that lie in another."""
+    """Paths without duplicates, and without those inside another."""
     listed = list(dict.fromkeys(paths))
     return [path for path in listed if not any(path.startswith(p + separator) for p in listed)]
 

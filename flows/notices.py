@@ -1,4 +1,4 @@
-"""Notices to a webhook that takes Slack's JSON: a new champion, or a run that failed."""
+"""Send notices to a webhook in Slack's format: about a new champion, or a failed run."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _TIMEOUT = 10.0  # seconds
 
 @contextmanager
 def failures_reported(profile: Path) -> Iterator[None]:
-    """Send a notice of what goes wrong within, to the settings file's webhook."""
+    """Send a notice to the settings file's webhook if the block raises an error."""
     try:
         yield
     except Exception as error:
@@ -28,11 +28,11 @@ def failures_reported(profile: Path) -> Iterator[None]:
 def send(profile: Path, text: str) -> None:
     """Post a text to the settings file's webhook, if there is one.
 
-    Where that fails, a line says so, without the address, which is a secret.
+    If that fails, a line reports it without the address, which is a secret.
     """
     try:
         webhook = params.load(profile).notify.address
-    except UserError:  # the failure to report may be the file's
+    except UserError:  # the failure may be about the settings file itself
         webhook = os.environ.get(params.WEBHOOK)
     if webhook is None:
         return
@@ -41,6 +41,6 @@ def send(profile: Path, text: str) -> None:
         httpx.post(webhook, json={"text": plain}, timeout=_TIMEOUT).raise_for_status()
     except httpx.HTTPStatusError as error:
         say(f"the webhook did not take the notice ({error.response.status_code})")
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # it holds the address
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # its message has the address
         reason = type(error).__name__
         say(f"the webhook did not take the notice ({reason})")

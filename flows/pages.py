@@ -1,4 +1,4 @@
-"""A flow run's pages on its Prefect server, and a server that does not answer."""
+"""Show a flow run's results on its Prefect server, and handle a server that does not answer."""
 
 import os
 import re
@@ -25,12 +25,12 @@ from fmn.store.stage import Outcome, Progress
 from fmn.terminal import complain
 
 LONG = 10.0  # seconds after which a stage gets a progress page
-MLFLOW = "http://127.0.0.1:5000"  # where `make mlflow` shows a store that has no pages of its own
+MLFLOW = "http://127.0.0.1:5000"  # the pages of `make mlflow`, for a store without a server
 _POLL = 5.0  # seconds between two updates of a progress page
 
 
 def _publish(publish: Callable[..., Any], *arguments: Any) -> Any:
-    """Create or update an artifact; None where the server refuses it, as the run goes on."""
+    """Create or update an artifact; None if the server refuses it, as the run continues."""
     try:
         return publish(*arguments)
     except httpx.HTTPError:
@@ -39,7 +39,7 @@ def _publish(publish: Callable[..., Any], *arguments: Any) -> Any:
 
 @contextmanager
 def progress_page(title: str) -> Iterator[Progress]:
-    """Show a stage's progress on a page if it takes long; yields what takes (done, total)."""
+    """Show the progress of a long stage on a page; yields a function of (done, total)."""
     page: UUID | None = None
     due = time.monotonic() + LONG
 
@@ -63,12 +63,12 @@ def progress_page(title: str) -> Iterator[Progress]:
 def show_summary(
     profile: str, report: ReportInfo, version: Registered, computed: Sequence[Outcome[Any]]
 ) -> None:
-    """Show what came out of a run on a page: verdict, table, legend, links, and what it computed.
+    """Show the results of a run on a page: verdict, table, legend, links, and computed stages.
 
     Args:
-        profile: the settings file; the pages of its runs stand in a row.
-        report: its table and what to make of it.
-        version: what is registered.
+        profile: the settings file; Prefect lists the pages of its runs together.
+        report: the report's table and verdict.
+        version: the registered version.
         computed: the stages that were not up to date.
     """
     mlflow = version.store.rstrip("/") if version.store.startswith("http") else MLFLOW
@@ -104,7 +104,7 @@ def _tables(report: ReportInfo) -> str:
 
 
 def name_run(name: str) -> None:
-    """Name this flow run by its outcome, in place of its settings file."""
+    """Rename this flow run by its outcome."""
 
     def rename() -> None:
         with get_client(sync_client=True) as client:
@@ -115,7 +115,7 @@ def name_run(name: str) -> None:
 
 @contextmanager
 def failures_named(title: str) -> Iterator[None]:
-    """Name this flow run as failed if a stage fails within."""
+    """Rename this flow run as failed if a stage fails in the block."""
     try:
         yield
     except UserError:
@@ -124,15 +124,15 @@ def failures_named(title: str) -> Iterator[None]:
 
 
 def _key(*words: str) -> str:
-    """Words as an artifact's key, under which Prefect lines up the artifacts of all runs."""
+    """An artifact's key; Prefect lists the artifacts of all runs with the same key together."""
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
 @contextmanager
 def server_answers() -> Iterator[None]:
-    """End this process with one line if the Prefect server does not answer, or not any more.
+    """End this process with one line if the Prefect server does not answer.
 
-    A server that this process started ends with it, on SIGTERM too.
+    A server that this process started ends with it, also on SIGTERM.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -149,4 +149,4 @@ def server_answers() -> Iterator[None]:
             " what finished is kept: run again to go on from here"
         )
         sys.stdout.flush()
-        os._exit(1)  # Prefect would spend minutes at exit on events that nobody takes
+        os._exit(1)  # a normal exit waits minutes for Prefect to send its events

@@ -1,7 +1,7 @@
-"""The pipeline as a Prefect flow: a task run for every node of the graph.
+"""The pipeline as a Prefect flow: a task run for each node of the graph.
 
-The stages keep content keys of their own, so Prefect's result cache is off: a run repeats nothing
-that an earlier run, the command line or DVC has done.
+The stages have their own content keys, so Prefect's result cache is off. A run computes nothing
+that an earlier run, the command line or DVC has computed.
 """
 
 import os
@@ -36,7 +36,7 @@ from fmn.terminal import progress_bar, say, show_table, status_line
 
 Key = tuple[str, str]  # stage and name
 Outcomes = dict[Key, Outcome[Any]]
-_LOOKS = 8  # sources that are looked at side by side
+_LOOKS = 8  # sources that are checked in parallel
 RUNNER: Any = ThreadPoolTaskRunner(max_workers=workers.count())
 
 
@@ -60,7 +60,7 @@ def _is_transient(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> boo
     retry_condition_fn=_is_transient,
 )
 def run_node(node: Node, clock: Clock | None = None) -> Outcome[Any]:
-    """Run one stage; say what it did in the task's log and, if it computed, on the terminal."""
+    """Run one stage; report it in the task's log and, if it computed, on the terminal."""
     on_cluster = cluster.takes(node.function)
     with progress_bar(node.title) as bar, pages.progress_page(node.title) as page:
 
@@ -83,7 +83,7 @@ def run_node(node: Node, clock: Clock | None = None) -> Outcome[Any]:
 
 
 def _notes(outcome: Outcome[Any]) -> list[str]:
-    """What a user should know of a stage's inputs, whether or not it computed anything."""
+    """Notes about a stage's inputs for the user, whether or not it computed anything."""
     messages = getattr(outcome.summary, "messages", ())  # of a fetched checkpoint
     published = getattr(outcome.summary, "published", None)  # of a statistic
     warnings = getattr(outcome.summary, "warnings", ())  # of a task's rows
@@ -136,8 +136,8 @@ def run_nodes(nodes: Sequence[Node]) -> Outcomes:
     """Run a task for each node, after those that it needs, and wait for all.
 
     Raises:
-        UserError: names the stages that failed by themselves and why, and the scores of the models
-            that were evaluated; what finished is kept.
+        UserError: names the stages that failed and why, and the scores of the evaluated models;
+            finished stages keep their outputs.
     """
     with status_line("stages") as show:
         clock = Clock(nodes, show)
@@ -172,12 +172,12 @@ def run_nodes(nodes: Sequence[Node]) -> Outcomes:
 
 
 def check_sources(settings: params.Params, profile: Path) -> None:
-    """Look at every source and data set at once, before the first stage.
+    """Check in parallel that every source and data set exists, before the first stage.
 
-    What may be better a little later is left to the stages, which try again.
+    Transient errors are ignored here: the stages retry.
 
     Raises:
-        UserError: lists the settings that name what is not there.
+        UserError: lists the settings whose sources do not exist.
     """
 
     def problem(setting: str, look: Callable[[], object]) -> str | None:
@@ -205,7 +205,7 @@ def pipeline(profile: str = "params.yaml") -> Outcomes:
         profile: the settings file; its paths are relative to the working folder.
 
     Returns:
-        what every stage did, by stage and name.
+        the outcome of every stage, by stage and name.
 
     Raises:
         UserError: as `run_nodes` does.
@@ -235,7 +235,7 @@ def pipeline(profile: str = "params.yaml") -> Outcomes:
 
 
 def run_pipeline(profile: Path) -> dict[str, Any]:
-    """Run the flow and print its table and where to look; what `fmn run` does."""
+    """Run the flow, then print its table and the places of its results (`fmn run`)."""
     started = time.monotonic()
     settings = params.load(profile)  # a mistake there is reported before Prefect starts
     outcomes: Outcomes | None = None if PREFECT_API_URL.value() else current(settings, profile)
@@ -265,16 +265,16 @@ def run_pipeline(profile: Path) -> dict[str, Any]:
 
 
 def current(settings: Params, profile: Path) -> Outcomes | None:
-    """The outcomes of a run that has nothing to compute; None if a stage has, or fails.
+    """The outcomes of a run that has nothing to compute; None if a stage must compute, or fails.
 
-    No Prefect server and no other process has to start for that.
+    This needs neither a Prefect server nor other processes.
     """
     outcomes: Outcomes = {}
     allowed = only_current.set(True)
     try:
         for node in graph.nodes(settings, profile):
             outcomes[node.stage, node.name] = node.function(**node.arguments)
-    except Exception:  # the flow finds it too, reports it, and retries what may pass
+    except Exception:  # the flow will report or retry it
         return None
     finally:
         only_current.reset(allowed)
@@ -284,7 +284,7 @@ def current(settings: Params, profile: Path) -> Outcomes | None:
 
 
 def stages_json(outcomes: Outcomes) -> list[dict[str, Any]]:
-    """What each stage of a run wrote, whether it computed that, and how long it took."""
+    """The output of each stage of a run, whether it was computed, and the run time."""
     return [
         {
             "stage": stage,
@@ -299,18 +299,18 @@ def stages_json(outcomes: Outcomes) -> list[dict[str, Any]]:
 
 @flow(name="fmn-reproduce", flow_run_name="{profile}", task_runner=RUNNER)
 def reproduce(profile: str) -> Outcomes:
-    """Compute everything that a settings file asks for, but register nothing."""
+    """Run everything in a settings file except the registration."""
     nodes = graph.nodes(params.load(Path(profile)), Path(profile))
     return run_nodes([node for node in nodes if node.stage != "register"])
 
 
 def rebuild(profile: Path, name: str, threads: int | None) -> tuple[Path, Path]:
-    """Run the flow `reproduce`; what `fmn reproduce --run` does.
+    """Run the flow `reproduce` (`fmn reproduce --run`).
 
     Args:
         profile: the settings file.
-        name: name of the model among those of the settings.
-        threads: threads of each stage's process, on which the last bits depend; None: the default.
+        name: the model's name in the settings.
+        threads: threads of each stage's process, which affect the last bits; None: the default.
 
     Returns:
         the merged model and its metrics.

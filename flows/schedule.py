@@ -1,7 +1,7 @@
 """`make schedule`: a Prefect server, a worker and the deployments of prefect.yaml, until Ctrl-C.
 
-The server listens on loopback. A server or worker that ends is started again. A flow run that is
-under way at Ctrl-C is ended; its finished stages are kept.
+The server listens on loopback. A server or worker that ends is started again. Ctrl-C ends a flow
+run in progress; its finished stages are kept.
 """
 
 import os
@@ -26,13 +26,13 @@ COMMANDS = {
     "server": ["server", "start", "--host", HOST, "--port", PORT],
     "worker": ["worker", "start", "--pool", "fmn", "--type", "process"],
 }
-_MARK = "FMN_SCHEDULE"  # in the environment of all that this process starts, however far down
+_MARK = "FMN_SCHEDULE"  # environment variable of all processes that this process starts
 _PATIENCE = 60.0  # seconds for the server to come up, and for processes to end
 _POLL = 2.0  # seconds between two looks at the processes
 
 
 def main() -> None:
-    """Start everything, say what happens, and leave no process behind."""
+    """Start everything, report on it, and end all processes at the end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     os.environ |= {"PREFECT_API_URL": API, _MARK: str(os.getpid())}
@@ -49,7 +49,7 @@ def main() -> None:
     except KeyboardInterrupt:
         say("stopped")
     finally:
-        _end("prefect.engine")  # flow runs first: they tell the server
+        _end("prefect.engine")  # flow runs first, as they report to the server
         _end("")
 
 
@@ -78,7 +78,7 @@ def _start(name: str) -> "subprocess.Popen[bytes]":
     LOGS.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "prefect", *COMMANDS[name]]
     with (LOGS / f"{name}.log").open("ab") as log:
-        # A session of its own: Ctrl-C is for this process, which ends the others in order.
+        # A new session, so that only this process receives Ctrl-C, and ends the others in order.
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -103,7 +103,7 @@ def _wait_for_server(server: "subprocess.Popen[bytes]") -> None:
 
 
 def _end(word: str) -> None:
-    """Ask marked processes with this word in their commands to end; kill those that do not."""
+    """Terminate marked processes with a word in their commands; kill those that do not end."""
     processes = [
         process
         for process in psutil.process_iter(["environ", "cmdline"])

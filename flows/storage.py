@@ -1,7 +1,7 @@
-"""Files that several machines share at an fsspec URL.
+"""Share files among machines at an fsspec URL.
 
-A file lies at ``files/AB/ABCD...``, named by the sha256 of its bytes, by which it is checked on
-arrival. Everything may be removed while nothing runs: what is missing is stored again.
+A file's path is ``files/AB/ABCD...``, the sha256 of its bytes, which is checked after a download.
+Everything may be removed while nothing runs: missing files are stored again.
 """
 
 import os
@@ -19,10 +19,9 @@ Digests = Mapping[str, str]  # sha256 of each file by its name, relative to a fo
 
 
 def digest_files(path: Path) -> dict[str, str]:
-    """The digests of a folder's files, or of a file with its sidecar and what belongs to it.
+    """The digests of a folder's files, or of a file, its sidecar, and the files listed there.
 
-    Names are relative to the folder, or to the folder that holds the file. Hidden files are left
-    out.
+    Names are relative to the folder, or to the folder of the file. Hidden files are left out.
     """
     if path.is_dir():
         files = artifacts.visible(path)
@@ -51,7 +50,7 @@ class Storage:
             raise UserError(f"storage {url}: {error}") from error
 
     def put(self, folder: Path, digests: Digests) -> None:
-        """Store those files of a folder that are not stored yet."""
+        """Store the files of a folder that are not stored yet."""
         for name, digest in digests.items():
             place = self._place(digest)
             with self._uploading:
@@ -64,10 +63,10 @@ class Storage:
                         shutil.copyfile(folder / name, partial)
 
     def get(self, folder: Path, digests: Digests) -> None:
-        """Fetch files into a folder; files with the same bytes become hard links of one another.
+        """Fetch files into a folder; equal files are hard links of one another.
 
         Raises:
-            TransientError: a file is missing, or was damaged and is removed: the next attempt
+            TransientError: a file is missing, or was damaged and is now removed; the next attempt
                 stores it again.
         """
         fetched: dict[str, Path] = {}

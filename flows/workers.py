@@ -1,4 +1,4 @@
-"""Stages in processes of their own, side by side: each process has one GPU, or one core."""
+"""Run stages in parallel, each in its own process with one GPU or one core."""
 
 import inspect
 import multiprocessing
@@ -23,7 +23,7 @@ from fmn.store.stage import Outcome, Progress
 Stage = Callable[..., Outcome]
 _POLL = 0.1  # seconds between two looks at a stage's progress
 _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
-# Errors of Python and of the HTTP clients; by name, as importing the clients takes long.
+# Errors of Python and of the HTTP clients, by name, as importing the clients is slow.
 _NETWORK_ERRORS = {
     *("ConnectionError", "TimeoutError", "TransportError", "Timeout", "ChunkedEncodingError"),
     "RetryError",
@@ -31,11 +31,11 @@ _NETWORK_ERRORS = {
 
 
 class TransientError(UserError):
-    """A failure that may not happen again, such as a lost connection: the stage is retried."""
+    """A failure that may not happen again, such as a lost connection; the stage is retried."""
 
 
 class UnexpectedError(Exception):
-    """A bug in a stage, as the process that ran the stage reports it."""
+    """A bug in a stage, reported by its process."""
 
 
 def one_line(error: BaseException) -> str:
@@ -47,15 +47,15 @@ def one_line(error: BaseException) -> str:
 def is_transient(error: BaseException) -> bool:
     """Whether a retry may help: after a network failure, a busy server or a locked database.
 
-    It may also help where a file vanished, as `dvc checkout` removes a file before it puts another
-    there. (A file that never existed is a UserError.)
+    It may also help if a file disappeared, as `dvc checkout` removes a file before it writes the
+    new one. (A file that never existed raises a UserError.)
     """
     if isinstance(error, FileNotFoundError):
         return True
     if system_error(error) is not None:  # a full disk, too little memory
         return False
     chain = list(causes(error))
-    # MLflow calls every error of its database transient; SQLite's own message is more precise.
+    # MLflow treats every error of its database as transient; SQLite's message is more precise.
     if database := [cause for cause in chain if isinstance(cause, sqlite3.OperationalError)]:
         return any("locked" in str(cause) or "busy" in str(cause) for cause in database)
     return any(map(_is_network_error, chain))
@@ -71,12 +71,12 @@ def _is_network_error(error: BaseException) -> bool:
 
 
 def gpus() -> int:
-    """Number of this machine's GPUs; without PyTorch, which takes seconds to import."""
+    """The number of this machine's GPUs, without PyTorch, which is slow to import."""
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def count() -> int:
-    """How many stages run side by side: one on each GPU, or one on each core."""
+    """The number of stages that run in parallel: one on each GPU, or one on each core."""
     return gpus() or len(os.sched_getaffinity(0))
 
 
@@ -91,10 +91,10 @@ _pools: dict[int, tuple[ProcessPoolExecutor, Any]] = {}
 
 
 def run(function: Stage, arguments: Mapping[str, Any], progress: Progress) -> Outcome:
-    """Call a stage function in a process of its own, as soon as a slot is free.
+    """Call a stage function in its own process, as soon as a slot is free.
 
     Raises:
-        UserError: what the stage raises.
+        UserError: the stage raised it.
         TransientError: a retry may help: the stage failed that way, or the process was killed.
         UnexpectedError: the stage has a bug.
     """
@@ -166,10 +166,9 @@ def _report(done: int, total: int) -> None:
 
 
 def call(function: Stage, arguments: Mapping[str, Any], progress: Progress) -> Outcome:
-    """Call a stage function in this process; raises what `run` does, each with one line.
+    """Call a stage function in this process; raises the errors of `run`, with one-line messages.
 
-    What an error was raised from does not leave the process: it could not always be pickled, and
-    might hold secrets.
+    The causes of an error stay in the process, as they may not be picklable and may have secrets.
     """
     if "progress" in inspect.signature(function).parameters:
         arguments = {**arguments, "progress": progress}

@@ -187,10 +187,10 @@ def init(
 
 @_command(commands.START)
 def check(*, params_file: Profile = Path("params.yaml"), as_json: Json = False) -> None:
-    """Say what can be known of a run before anything large is downloaded; exit status 0 or 1.
+    """Check a run before anything large is downloaded or computed; exit status 0 or 1.
 
-    It reads small files, headers of weights and first rows: whether sources and data exist and fit
-    one another, and whether disk and memory suffice.
+    It reads small files, headers of weights and first rows. It checks that sources and data exist
+    and fit together, and that disk and memory are large enough.
     """
     loading()
     with _project(params_file) as file:

@@ -29,10 +29,10 @@ def settle_environment() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process use freed memory again instead of giving it back to the system (glibc).
+    """Keep freed memory in this process instead of returning it to the system (glibc).
 
-    Each large tensor would otherwise be new to the process and its pages be zeroed by the kernel,
-    which takes a fifth of the time of a training step on a CPU.
+    Otherwise the kernel zeroes the pages of each large tensor, which takes a fifth of the time of a
+    training step on a CPU.
     """
     with suppress(AttributeError, OSError):  # another C library
         library = ctypes.CDLL(None)

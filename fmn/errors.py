@@ -1,7 +1,7 @@
-"""Errors that the user can fix: mistakes, and a full disk, missing permission or too little memory.
+"""Errors that the user can fix: mistakes, a full disk, a missing permission, or too little memory.
 
 `UserError` is the exception for all of them. The command line and `fmn.store.stage.run_stage` use
-`system_error` to recognise what the system lacks behind any exception, however a library words it.
+`system_error` to recognise problems of the system in the exceptions of libraries.
 """
 
 import difflib
@@ -27,8 +27,8 @@ _QUERY = re.compile(r"(?i)([?&][\w-]*(?:token|key|password|secret|signature|sig)
 class UserError(Exception):
     """An error that the user can fix. Its message is one line: ``place: problem; remedy``.
 
-    The command line prints it without a traceback; any other exception is a bug. The message holds
-    no secrets (`redacted`).
+    The command line prints it without a traceback; any other exception is a bug. Secrets are
+    removed from the message (`redacted`).
     """
 
     def __init__(self, message: object = "") -> None:
@@ -41,28 +41,28 @@ HIDING = {
     *(0x202A, 0x202B, 0x202C, 0x202D, 0x202E, 0x2066, 0x2067, 0x2068, 0x2069),  # other direction
     *range(0xD800, 0xE000),  # halves of characters, which no file can hold
 } - {ord("\N{NO-BREAK SPACE}")}
-"""Characters that end a line, move what stands beside them, or command a terminal."""
+"""Characters that end a line, change the order of others, or control a terminal."""
 _ESCAPES = {character: ascii(chr(character))[1:-1] for character in HIDING}
 
 
 def visible(text: str, but: str = "") -> str:
-    """A text in one line, with what is invisible in it, such as an ESC, written as in Python.
+    """Replace invisible characters of a text, such as ESC or a newline, by Python's escapes.
 
     >>> visible("a name\\nin two lines")
     'a name\\\\nin two lines'
 
     Args:
         text: any text.
-        but: characters that stay as they are.
+        but: characters that are not replaced.
     """
     return text.translate({key: word for key, word in _ESCAPES.items() if chr(key) not in but})
 
 
 def redacted(text: str) -> str:
-    """A text without secrets.
+    """Remove secrets from a text.
 
-    It removes the values of environment variables that are named like a secret, user names and
-    passwords in addresses, and tokens and keys in their queries.
+    These are the values of environment variables with names such as TOKEN or PASSWORD, user names
+    and passwords in addresses, and tokens and keys in their queries.
 
     >>> redacted("postgresql://me:pw@host/mlflow")
     'postgresql://host/mlflow'
@@ -81,15 +81,15 @@ def _without_user(address: re.Match[str]) -> str:
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, if any is near."""
-    close = difflib.get_close_matches(name[:100], list(islice(known, 1000)), n=1)  # in no time
+    """The end of a message about an unknown name: the nearest known name, if one is similar."""
+    close = difflib.get_close_matches(name[:100], list(islice(known, 1000)), n=1)  # fast enough
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-# Messages of libraries that give no errno: safetensors, SQLite, datasets, PyTorch (whose "iostream
-# error" has no reason), C++.
+# Messages of libraries whose exceptions have no errno: safetensors, SQLite, datasets, PyTorch
+# ("iostream error"), C++.
 _DISK_FULL_WORDS = re.compile(
     "No space left on device|database or disk is full|Not enough disk space|Disk quota exceeded"
     "|iostream error"
@@ -107,18 +107,18 @@ _RETRY = "run again to go on from here"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, then the exceptions that led to it, latest first."""
+    """An exception and its causes, the latest first."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def system_error(error: BaseException, place: Path | None = None) -> UserError | None:
-    """The message for a full disk, a missing permission or too little memory.
+    """The UserError for a full disk, a missing permission or too little memory.
 
     Args:
-        error: the exception; the exceptions that led to it are examined too.
-        place: the output that was being written.
+        error: the exception; its causes are examined too.
+        place: the output of the failed step, if there is one.
 
     Returns:
         None if the error has another cause.
@@ -169,13 +169,13 @@ def _at(place: Path | None, message: str) -> str:
 
 
 def _file_of(error: BaseException) -> Path | None:
-    """The file that an error names; of a copy, the target."""
+    """The file that an error names; for a copy, the target."""
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     return Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
 
 
 def _fullest_disk(file: Path | None, place: Path | None) -> tuple[Path, int]:
-    """A folder on the disk with the least room, of those that may be full, and its free bytes."""
+    """The folder with the least free disk space among those in use, and its free bytes."""
     cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     free = {}
     for path in (place, file, Path(tempfile.gettempdir()), cache):

@@ -1,7 +1,7 @@
 """The settings file, ``params.yaml``: its sections, read and checked as a whole.
 
-Each section is a model that stands beside the stage that it is for; with the same names, its
-fields are the options of that stage's command. Here they come together.
+Each section is a pydantic model, defined beside its stage. Its fields are also the options of the
+stage's command. This module combines the sections.
 """
 
 import json

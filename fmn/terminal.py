@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: lines, tables, progress bars."""
+"""Output for a person at a terminal: lines, tables, progress bars."""
 
 import codecs
 import os
@@ -23,16 +23,16 @@ _PLAIN = str.maketrans({"±": "+-", "−": "-", "–": "-", "—": "-", "…": "
 
 
 def errors() -> TextIO:
-    """Where messages to the person at the terminal go that are no results."""
+    """The stream for messages that are not results."""
     return _terminal or sys.stderr
 
 
 @contextmanager
 def only_ours(log: Path) -> Iterator[None]:
-    """Send to a file what libraries and other processes write on standard error.
+    """Redirect standard error of libraries and other processes to a file.
 
-    Only our own lines reach the terminal. That lasts until this process ends, because libraries
-    write at exit too; only an unforeseen exception ends it.
+    Only our own lines reach the terminal. This lasts until the process ends, because libraries
+    write at exit too; only an unexpected exception ends it before.
     """
     global _terminal
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def only_ours(log: Path) -> Iterator[None]:
 
 
 def plain_characters() -> None:
-    """Let standard output and error write what their encoding lacks in characters that it has."""
+    """Replace characters that the encoding of standard output or error does not have."""
     codecs.register_error("fmn.plain", _plain)
     for stream in (sys.stdout, sys.stderr):
         encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "")
@@ -68,7 +68,7 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def loading() -> None:
-    """Show on a terminal that libraries are loaded, until something else is printed."""
+    """Show "loading ..." on a terminal, until something else is printed."""
     global _is_loading
     if not _is_loading and errors().isatty():
         _is_loading = True
@@ -76,7 +76,7 @@ def loading() -> None:
 
 
 def loaded() -> None:
-    """Remove what `loading` shows; called before anything else is printed."""
+    """Remove the text of `loading`; called before anything else is printed."""
     global _is_loading
     if _is_loading:
         _is_loading = False
@@ -84,13 +84,18 @@ def loaded() -> None:
 
 
 def complain(message: str) -> None:
-    """Say what went wrong, in one line."""
+    """Print an error message in one line."""
     loaded()
     print(f"fmn: {visible(redacted(message))}", file=errors(), flush=True)
 
 
 def say(*lines: object, wrap: bool = False) -> None:
-    """Print lines as they are, without colouring them; `wrap`: sentences, at the terminal's end."""
+    """Print lines without colours.
+
+    Args:
+        lines: the lines.
+        wrap: whether to break long lines between words.
+    """
     loaded()
     console = Console(highlight=False, soft_wrap=not wrap, markup=False, emoji=False)
     for line in lines:
@@ -98,14 +103,14 @@ def say(*lines: object, wrap: bool = False) -> None:
 
 
 def show_table(header: Sequence[str], body: Sequence[Sequence[str]], words: int = 1) -> None:
-    """Print a table; the first columns, `words` of them, are text, the others numbers."""
+    """Print a table; the first `words` columns are text, the others numbers."""
     loaded()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number < words else "right")
     for row in body:
         table.add_row(*map(visible, row))
-    # A narrow terminal wraps the lines, which reads better than wrapped cells.
+    # A narrow terminal wraps whole lines, not cells.
     natural = Console(width=10_000).measure(table).maximum
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=natural)
     console.print(table)
@@ -117,14 +122,14 @@ _changing = threading.Lock()
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, if there is a terminal; yields a function that takes (done, total)."""
+    """Show a progress bar on a terminal; yields a function of (done, total)."""
     with _bar(title) as update:
         yield lambda done, total: update(completed=done, total=total)
 
 
 @contextmanager
 def status_line(title: str) -> Iterator[Callable[[str], None]]:
-    """A line below the others, if there is a terminal; yields a function that changes its text."""
+    """Show a line below the others on a terminal; yields a function that changes its text."""
     with _bar(title) as update:
         yield lambda text: update(description=text)
 

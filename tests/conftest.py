@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +80,33 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         yield server
+
+
+Load = Callable[[str, str], Any]
+"""Loads a logged model, by its address and that of its store."""
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[Load]:
+    """`fmn.registry.check.alone`, for all tests together: starting the process takes seconds."""
+    from fmn.registry.check import alone
+
+    with ExitStack() as stack:
+        started: list[Load] = []
+
+        def load(uri: str, store: str) -> Any:
+            if not started:
+                started.append(stack.enter_context(alone()))
+            return started[0](uri, store)
+
+        yield load
+
+
+@pytest.fixture
+def shared_process(one_process: Load, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Let the registrations of a test use the process that all tests share."""
+    monkeypatch.setattr("fmn.registry.stages.alone", lambda: nullcontext(one_process))
+    return one_process
 
 
 @pytest.fixture

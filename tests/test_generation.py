@@ -150,6 +150,7 @@ def test_a_merge_is_that_by_hand_and_loads_without_our_code(work: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("work", ["llama", "t5"], indirect=True)
 @pytest.mark.parametrize(
     "method", ["mask-fisher", "regmean", "fisher-regmean", "ties", "wudi", "tsv-m", "fisher-wudi"]
 )

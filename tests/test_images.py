@@ -120,6 +120,7 @@ def test_an_expert_answers_as_with_transformers_alone_and_has_learnt_something(w
         assert accuracy > 0.8
 
 
+@pytest.mark.parametrize("work", ["vit"], indirect=True)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_models_for_transformers(work: Path, method: str) -> None:
     out = work / method
@@ -165,6 +166,7 @@ def test_a_merge_is_chosen_calibrated_realigned_scored_and_reported(work: Path) 
         assert read_metrics(scores["merged"]).tasks[task].score == pytest.approx(accuracy)
 
 
+@pytest.mark.parametrize("work", ["vit"], indirect=True)
 def test_a_processor_that_makes_other_images_is_refused(work: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((work / "experts/side" / name).read_bytes())

@@ -72,17 +72,12 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
     [
         ("fisher: {estimater: batch}", "fisher.estimater: unknown setting; did you mean 'estimat"),
         ("finetune: {mrpc: {epoch: 2}}", "finetune.mrpc.epoch: unknown setting; did you mean 'ep"),
-        ("fishr: {}", "fishr: unknown setting; did you mean 'fisher'"),
-        ("fisher: {estimator: bath}", "fisher.estimator"),
-        ("fisher: {samples: 0}", "at least one example"),
-        ("runner: desk", "runner"),
         ("runner: dask\nstorage: s3://bucket/fmn", "runner dask needs `address`"),
         ("runner: dask\naddress: tcp://host:8786", "runner dask needs `storage`"),
         (f"{DASK}/mnt/fmn", "a URL such as s3://bucket/fmn or file:///mnt/fmn"),
         ("realign: {realigned: {texts: 0}}", "at least one example"),
         ("realign: {merged: {}}", "'merged' must be realigned, or begin with realigned-"),
         ("realign: {realigned: {ridge: -1}}", "realign.realigned.ridge"),
-        ("merge: {method: mask-fischer}", "did you mean 'mask-fisher'"),
         ("merge: {method: fisher}", "for `fmn merge` alone"),
         ("baselines: {a: {method: fisher}}", "for `fmn merge` alone"),
         ("baselines: {a: {coefficient: [rte=2]}}", "'rte' is not one of experts.tasks"),
@@ -93,8 +88,6 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ),
         ("baselines: {mrpc: {}}", "'mrpc' is a task and a model"),
         ("calibrate: {texts: 0}", "calibrate.texts: must be 1 or more, not 0"),
-        ("calibrate: {ridges: 1}", "calibrate.ridges: unknown setting; did you mean 'ridge'"),
-        ("merge: {coefficient: [mrpc=x]}", "'x'"),
         ("merge: {coefficient: [mrpc=nan]}", "mrpc=nan: not a finite number"),
         ("merge: {coefficient: [rte=2]}", "'rte' is not one of experts.tasks"),
         ("merge: {scale: .inf}", "finite"),
@@ -104,7 +97,6 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         (comparison("rows: 0"), "compare.any.rows"),
         ("compare: {any: {methods: {a: {method: avarage}}}}", "did you mean 'average'"),
         ("compare: {../evil: {methods: {a: {method: average}}}}", "'../evil' must be of letters"),
-        ("data: {source: $FMN_NOT_SET}", "FMN_NOT_SET is not set"),
         ('data: {source: "a\\0b"}', r"has the character '\x00'"),
         ("fisher: {seed: " + "9" * 30 + "}", "more than 64 bits"),
         (
@@ -118,12 +110,10 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("tasks: {a: {dataset: {path: x, splits: {trian: y}}}}", "did you mean 'train'?"),
         ("tasks: {a: {dataset: {name: x}}}", "tasks.a.dataset.path: missing"),
         ("tasks: {a: {labels: 3}}", "tasks.a.labels: must be a list, [A, B], not 3"),
-        ("tasks: {a: reviews.csv}", "tasks.a: must be a section of settings, NAME: VALUE"),
         ("tasks: {a/b: {}}", "tasks: 'a/b' must be of letters, digits, underscores and dashes"),
         ("tasks: {-a: {}}", "tasks: '-a' must be of letters"),
         ("tasks: {a.b: {}}", "tasks: 'a.b' must be of letters"),
         ("compare: {any: {methods: {a: {methd: ties}}}}", "a.methd: unknown setting; did you mean"),
-        ("base: other", "base"),
         ("work: a\nwork: b", "duplicate key"),
         ("work: &a x\ndata: {source: *a}", "anchors and aliases"),
         ("work: !!python/name:os.system x", "tag"),
@@ -155,8 +145,6 @@ def test_a_mistake_is_one_line_that_names_file_and_setting(
         ("[sst2, mrpc]", "[]", "experts.tasks: must be a list of at least 1, not"),
         ("[sst2, mrpc]", "[sst2, mrpc, rte]", "'rte' must be under either"),
         ("[sst2, mrpc]", "[sst2]", "'mrpc' is not one of experts.tasks"),
-        ("registry: {name: demo}", "registry: {name: ../demo}", "registry.name"),
-        ("base: hf://org/base", "", "base: missing"),
     ],
 )
 def test_sections_that_do_not_fit_one_another_are_refused(
@@ -212,11 +200,6 @@ def test_a_task_without_labels_is_merged_but_neither_fine_tuned_nor_alone(tmp_pa
         load(tmp_path, alone)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.yaml"):
-        params.load(tmp_path / "none.yaml")
-
-
 MISTAKES = {
     "a word for a number": (
         "fisher: {samples: many}",
@@ -227,7 +210,6 @@ MISTAKES = {
         "evaluate.dtype: must be one of 'auto', 'float32', 'bfloat16' or 'float64', not 'bfloat61'"
         "; did you mean 'bfloat16'?",
     ),
-    "an unknown section": ("fishr: {}", "fishr: unknown setting; did you mean 'fisher'?"),
     "an unknown entry": (
         "calibrate:\n  texts: 9\n  ridges: 1",
         "calibrate.ridges: unknown setting; did you mean 'ridge'?",

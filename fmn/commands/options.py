@@ -1,4 +1,4 @@
-"""From a stage function to a command: its options and help come from signature and docstring."""
+"""Make a command of a stage function: options and help come from its signature and docstring."""
 
 import functools
 import inspect
@@ -26,7 +26,7 @@ NAMES: Mapping[str, str | tuple[str, ...]] = {
     "out": ("--out", "-o"),
     "params": ("--params", "-p"),
 }
-"""Options that are not called like the argument, or have a short form."""
+"""Options whose name differs from the argument's, or that have a short form."""
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "experts": ("", ".json"),
@@ -35,14 +35,14 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "fisher": (".parquet", ".safetensors"),
     "gram": (".gram.safetensors",),
 }
-"""What NAME=PATH options take from one folder instead: folders, or files that end like this."""
+"""Options of NAME=PATH also accept one folder: of folders (""), or of files with this suffix."""
 
 
-LARGE = 10 * 10**9  # bytes that a merge reads; beyond them it is said how long that takes
+LARGE = 10 * 10**9  # a merge that reads more bytes prints its cost first
 
 
 def command_of(function: Callable[..., Any], show: Show) -> Callable[..., None]:
-    """The command of a stage function, with ``--json`` beside the function's own options."""
+    """The command of a stage function: its own options, and ``--json``."""
     signature = inspect.signature(function, eval_str=True)
     parameters = [
         _as_option(parameter)
@@ -56,12 +56,12 @@ def command_of(function: Callable[..., Any], show: Show) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*args: Any, as_json: bool = False, **options: Any) -> None:
-        for argument in mappings:  # the experts first, which say of what a folder's files are
+        for argument in mappings:  # the experts first, as statistics are selected by their names
             items = options.pop(argument, None)
             if items is not None:
                 options[argument] = _paths_by_name(items, argument, options.get("experts"))
         if isinstance(settings_file := options.get("params"), Path):
-            params.load(settings_file)  # `register` keeps them; a mistake in them shows here
+            params.load(settings_file)  # reports a mistake before `register` stores the file
         if function is merge:
             _show_cost(options)
         outcome = call(function, function.__name__.replace("_", " "), *args, **options)
@@ -78,7 +78,7 @@ def command_of(function: Callable[..., Any], show: Show) -> Callable[..., None]:
 
 
 def _show_cost(options: Mapping[str, Any]) -> None:
-    """Say what a large merge takes, before it starts."""
+    """Print the cost of a large merge before it starts."""
     experts, out = options["experts"], options["out"]
     if not out.exists() and all(folder.is_dir() for folder in experts.values()):
         files = [*(options.get("fisher") or {}).values(), *(options.get("gram") or {}).values()]
@@ -97,7 +97,7 @@ def call(function: Callable[..., Any], title: str, *args: Any, **options: Any) -
 
 
 def outcome_json(outcome: Outcome[Any] | Record) -> dict[str, Any]:
-    """What a stage did and reports; or the record that a function without output returns."""
+    """The result of a stage as JSON; or the record that a function without output returns."""
     if not isinstance(outcome, Outcome):
         return outcome.model_dump(mode="json", by_alias=True)
     head = {
@@ -111,7 +111,7 @@ def outcome_json(outcome: Outcome[Any] | Record) -> dict[str, Any]:
 
 
 def print_outcome(outcome: Outcome[Any] | Record, as_json: bool, show: Show) -> None:
-    """Print what a stage did and reports."""
+    """Print the result of a stage."""
     if as_json:
         print_json(outcome_json(outcome))
         return
@@ -125,7 +125,7 @@ def print_outcome(outcome: Outcome[Any] | Record, as_json: bool, show: Show) -> 
 
 
 def _as_option(parameter: inspect.Parameter) -> inspect.Parameter:
-    """A stage's argument as the command line takes it."""
+    """Convert a stage's argument to an option of the command line."""
     annotation, default = parameter.annotation, parameter.default
     option = Parameter(name=NAMES.get(parameter.name))
     if isinstance(annotation, type) and issubclass(annotation, Settings):
@@ -146,9 +146,9 @@ def _is_mapping(parameter: inspect.Parameter) -> bool:
 def _paths_by_name(
     items: Sequence[str], argument: str, experts: Mapping[str, Path] | None
 ) -> dict[str, Path]:
-    """``NAME=PATH ...``, or one folder that holds a folder or file for each name.
+    """Paths by name, from ``NAME=PATH ...`` or from one folder with a folder or file for each name.
 
-    Of a folder of statistics, only those of the experts are taken.
+    From a folder of statistics, only those of the experts are used.
     """
     option = str(NAMES.get(argument, f"--{argument}"))
     if len(items) != 1 or "=" in items[0]:
@@ -160,7 +160,7 @@ def _paths_by_name(
             for path in sorted(folder.glob(f"[!.]*{suffix}"))
             if path.is_dir() == (not suffix)
         }
-        # TASK.gram.safetensors is no TASK.safetensors
+        # TASK.gram.safetensors also ends in .safetensors
         paths = {name: path for name, path in paths.items() if not suffix or "." not in name}
         if experts and argument in ("fisher", "gram"):
             paths = {name: path for name, path in paths.items() if name in experts}

@@ -1,4 +1,4 @@
-"""The command `predict`: one text, texts of a file or of standard input; a folder or a version."""
+"""The command `predict`: answer one input, a file or standard input, with a folder or a version."""
 
 import base64
 import csv
@@ -34,7 +34,7 @@ _KINDS: Mapping[str, type[Answer]] = {
     "embedding": Embedding,
     "text": Completion,
 }
-"""What an answer is, by a column that only its kind of task has."""
+"""The type of an answer, by a column that only its kind of task has."""
 
 
 def predict(
@@ -49,11 +49,11 @@ def predict(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Answer a text, a pair of texts or an image with a merged model; or many of a file.
+    """Answer a text, a pair of texts or an image with a merged model; or all texts of a file.
 
-    Of a file or of standard input, every line is a text (a tab stands between two texts), or a
-    row of .csv, .tsv or .jsonl with columns text and text_pair. There is a line for each answer;
-    with --json each is a JSON object.
+    In a file or standard input, every line is a text (with a tab between two texts); a .csv, .tsv
+    or .jsonl file has columns text and text_pair. Each answer is a line; with --json, a JSON object
+    in a line.
 
     Args:
         model: folder of the merged model, or models:/NAME/VERSION or models:/NAME@ALIAS
@@ -82,7 +82,7 @@ def predict(
 
 
 def _read(file: Path | None) -> Iterator[Input]:
-    """The inputs of a file, or of standard input."""
+    """Read the inputs from a file, or from standard input."""
     if file is None or file == _STDIN:
         yield from _lines(sys.stdin)
         return
@@ -124,7 +124,7 @@ def _lines(lines: Iterable[str]) -> Iterator[Input]:
 
 
 def _served(source: str, inputs: Iterator[Input], task: str) -> Iterator[Answer]:
-    """Answers of a registered version, from batches of rows."""
+    """The answers of a registered version, batch by batch."""
     import pandas as pd
 
     from fmn.registry import tracking
@@ -134,7 +134,7 @@ def _served(source: str, inputs: Iterator[Input], task: str) -> Iterator[Answer]
         serve = tracking.load_served_model(version)
     while batch := list(islice(inputs, BATCH)):
         rows = [_served_row(each) for each in batch]
-        with tracking.connection():  # which explains what the model refuses
+        with tracking.connection():  # turns errors of the model into a UserError
             table = serve(pd.DataFrame(rows), task)
         for row in table.to_dict(orient="records"):
             yield _as_answer({str(name): value for name, value in row.items()})
@@ -147,7 +147,7 @@ def _served_row(row: Input) -> dict[str, Any]:
 
 
 def _as_answer(content: Mapping[str, Any]) -> Answer:
-    """A row of a served model's answers, as `fmn.models.stages.predict` gives it."""
+    """Convert a row of a served model's answers to the type of `fmn.models.stages.predict`."""
     kind = next(kind for column, kind in _KINDS.items() if column in content)
     present = {name: value for name, value in content.items() if value is not None}
     if kind is Prediction:

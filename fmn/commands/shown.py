@@ -1,4 +1,4 @@
-"""What commands print of what stages report."""
+"""Print the results of stages, for the commands."""
 
 import json
 from collections.abc import Callable
@@ -18,15 +18,14 @@ def print_json(content: Any, indent: int | None = 1) -> None:
 
 
 def facts(*names: str) -> Show:
-    """Show some entries of a summary, a line each."""
+    """A function that shows some entries of a summary, a line each."""
 
     def show(summary: Any) -> None:
         for name in names:
             value = getattr(summary, name)
-            if value is None:
-                continue
-            say(f"  {name.replace('_', ' ')}: {value:.3g}" if isinstance(value, float)
-                else f"  {name.replace('_', ' ')}: {value}")  # fmt: skip
+            text = f"{value:.3g}" if isinstance(value, float) else str(value)
+            if value is not None:
+                say(f"  {name.replace('_', ' ')}: {text}")
 
     return show
 
@@ -35,17 +34,13 @@ _PRECISE, _COARSE = 0.1, 0.3  # relative standard errors of a Fisher
 
 
 def show_fisher(metadata: Any) -> None:
-    """How a mask Fisher was computed, and what its standard error means."""
+    """Show how a mask Fisher was computed, and how precise it is."""
     facts("estimator", "samples", "dtype", "precision", "device", "published")(metadata)
     if (error := metadata.relative_stderr) is None:
         return
-    words = (
-        "precise"
-        if error < _PRECISE
-        else "precise enough for a merge"
-        if error < _COARSE
-        else f"imprecise, raise --samples above {metadata.samples}"
-    )
+    words = f"imprecise, raise --samples above {metadata.samples}"
+    if error < _COARSE:
+        words = "precise" if error < _PRECISE else "precise enough for a merge"
     say(f"  standard error: {100 * error:.0f} % of a node's value on average: {words}")
 
 
@@ -118,7 +113,7 @@ def show_report(summary: Any) -> None:
 
 
 def answer_lines(answer: Any) -> list[str]:
-    """What `predict` gives, by kind of task."""
+    """The lines of an answer of `predict`, by kind of task."""
     if isinstance(answer, Prediction):
         return [f"{answer.label} ({answer.score:.3f})"]
     if isinstance(answer, Tags):

@@ -47,8 +47,8 @@ def write_data(
 ) -> Outcome[DataInfo]:
     """Write a task's rows as Parquet files, one for each split, and its definition as task.json.
 
-    GLUE's tasks and those with a task.json beside their rows need no more than --source. Any other
-    is described by --definition, or by --dataset and the columns:
+    GLUE's tasks and tasks with a task.json beside their rows need only --source. Describe any other
+    task with --definition, or with --dataset and the columns:
 
     fmn data stars --dataset reviews.csv --text review --label stars --out data/stars
 
@@ -63,7 +63,7 @@ def write_data(
 
 
 class Command(NamedTuple):
-    """A stage function as a command; `name` is how it is called, if not by the function's name."""
+    """A stage function as a command; `name` is the command's, if it differs from the function's."""
 
     group: Group
     function: Callable[..., Any]
@@ -127,4 +127,4 @@ EXAMPLES: Mapping[str, str] = {
     "stage": "fmn stage fisher sst2 -p params.yaml",
     "schema": "fmn schema > params.schema.json",
 }
-"""What `fmn COMMAND --help` ends with."""
+"""The example at the end of `fmn COMMAND --help`."""

@@ -1,4 +1,4 @@
-"""What `fmn tasks TASK` prints of a task: its definition, and an example as text and as tokens."""
+"""Print a task (`fmn tasks TASK`): its definition, and an example as text and as tokens."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from fmn.terminal import say
 
 
 def show_view(view: TaskView, tokens: Any) -> None:
-    """Show a task as it is resolved."""
+    """Print a task's complete definition, its source, and its first example."""
     definition = view.task.model_dump(mode="json", exclude_none=True)
     say(*(f"{key}: {_listed(value)}" for key, value in definition.items()))
     say(f"source: {view.source}", *view.notes)
@@ -27,7 +27,7 @@ def _listed(value: Any) -> str:
 
 
 def tokens_of(task: Any, example: Mapping[str, Any], settings: Params | None) -> Any:
-    """The first example's tokens, by the tokenizer of `base`; or why there are none."""
+    """The first example's tokens, by the tokenizer of `base`; or the reason why there are none."""
     folder = _local_base(settings) if settings else None
     if folder is None:
         return "not shown, as no tokenizer is at hand; --params names settings whose base is here"

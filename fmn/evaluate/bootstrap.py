@@ -1,7 +1,7 @@
-"""How certain a score is: bootstrap intervals, and paired tests of the difference of two models.
+"""Bootstrap intervals of scores, and paired tests of the difference between two models.
 
 Examples are drawn with replacement within each validation split (Efron and Tibshirani 1993, chapter
-13, the percentile interval). The draws depend on task, split and number of examples alone:
+13, the percentile interval). The draws depend only on task, split and number of examples, so
 resamples of two models on the same examples are paired, and those of two tasks are independent.
 Resamples in which a metric is undefined are left out.
 """
@@ -26,17 +26,21 @@ from fmn.tasks.kinds import REGRESSION
 from fmn.tasks.task import Task
 
 RESAMPLES = 1000
-CHANCE = 0.05  # a model is better than a constant answer if that is so in all but this share
+CHANCE = 0.05  # most resamples in which a model may be no better than a constant answer
 _CHUNK = 1 << 20  # weights in memory at a time
 
 Interval = tuple[float, float]
 
 
 class Difference(NamedTuple):
-    """One model's score minus another's, its 95 % interval and its two-sided p-value.
+    """One model's score minus another's, with its 95 % interval and two-sided p-value.
 
-    Without a difference, a score is undefined; without an interval, too few resamples define it.
-    `is_floor`: no resample has the other sign, so the p-value is at most this.
+    Attributes:
+        difference: None if one of the scores is undefined.
+        interval: None if too few resamples define the difference.
+        p_value: the p-value.
+        higher_is_better: False if the scores are errors.
+        is_floor: whether no resample has the other sign, so that the p-value is an upper bound.
     """
 
     difference: float | None
@@ -49,7 +53,7 @@ class Difference(NamedTuple):
 def resampled(task: Task, splits: Splits, *, resamples: int = RESAMPLES) -> dict[str, np.ndarray]:
     """Every metric of the task by name and split, and "score", in each resample, [resamples].
 
-    NaN where it is undefined, which a single row leaves it: all its resamples are the same.
+    Undefined values are NaN. So are all values of a split with one row, whose resamples are equal.
     """
 
     def weights(split: str, examples: int) -> Iterator[np.ndarray]:
@@ -71,7 +75,7 @@ def resampled(task: Task, splits: Splits, *, resamples: int = RESAMPLES) -> dict
 def interval(values: np.ndarray) -> Interval | None:
     """The 95 % percentile interval of a statistic's values in the resamples [R].
 
-    None if it is undefined, NaN, in half of them.
+    Returns None if half of the values are NaN (undefined), or more.
     """
     defined = values[~np.isnan(values)]
     if 2 * len(defined) <= len(values):
@@ -81,9 +85,11 @@ def interval(values: np.ndarray) -> Interval | None:
 
 
 def relative(task: Task, scores: np.ndarray, expert: np.ndarray) -> np.ndarray | None:
-    """`metrics.relative` in each resample [R]; None if a resample has nothing to take a share of.
+    """`metrics.relative` in each resample [R]; None if it is undefined in one of them.
 
-    Both come from `resampled`.
+    Args:
+        task: the task.
+        scores, expert: "score" of `resampled`, of a model and of the expert, [R].
     """
     part, whole = (scores, expert) if higher_is_better(task) else (expert, scores)
     return None if (whole <= 0).any() else part / whole
@@ -103,16 +109,19 @@ def compare(
     resamples: int = RESAMPLES,
     drawn: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]] | None = None,
 ) -> Difference:
-    """How two models differ in the score of a task, or in the mean over several.
+    """Test the difference between two models in the score of a task, or in the mean over several.
 
     The mean is over the tasks where more is better and both scores are defined. The p-value is
-    twice the share of (paired) resamples in which the difference has not its sign; one more is
-    counted, so that it is never 0 (Davison and Hinkley 1997, equation 4.11).
+    twice the share of paired resamples in which the difference does not have its sign; one resample
+    is added, so that it is never 0 (Davison and Hinkley 1997, equation 4.11).
 
     Args:
-        first, second: answers on the same examples; ValueError if tasks or examples differ.
-        resamples: number of the draws.
-        drawn: the models' `draws` of this number, where they are known.
+        first, second: answers by task, on the same examples.
+        resamples: number of resamples.
+        drawn: the `draws` of both models, if they are known.
+
+    Raises:
+        ValueError: tasks or examples differ.
     """
     if first.keys() != second.keys() or not first:
         raise ValueError(f"tasks {', '.join(first)} and {', '.join(second)}: not the same")
@@ -150,11 +159,11 @@ Name = TypeVar("Name")
 
 
 def holm(tests: Mapping[Name, Difference]) -> dict[Name, Difference]:
-    """Tests that stand side by side, with p-values after Holm's correction for their number.
+    """Apply Holm's correction for multiple tests to the p-values of several differences.
 
-    The k-th smallest of m p-values is multiplied by m - k + 1, and is no smaller than those before
-    it (Holm 1979): the chance that any of the differences that are none looks real stays below the
-    level. Undefined differences do not count.
+    The k-th smallest of m p-values is multiplied by m - k + 1, and is at least as large as the
+    corrected ones before it (Holm 1979). The probability of one or more false positives then stays
+    below the level. Undefined differences do not count.
 
     >>> tests = {p: Difference(0.1, None, p) for p in (0.01, 0.04, 0.03)}
     >>> [round(test.p_value, 2) for test in holm(tests).values()]
@@ -169,11 +178,11 @@ def holm(tests: Mapping[Name, Difference]) -> dict[Name, Difference]:
 
 
 def at_chance(task: Task, splits: Splits) -> bool:
-    """Whether a model is not surely better, by the task's own score, than a constant answer.
+    """Whether a model is not significantly better, by the task's score, than a constant answer.
 
-    The constant answer is the best one of these examples: a class; some of the most frequent
-    labels; the mean or the median. It is compared in paired resamples (`CHANCE`, one-sided). Where
-    it has no score, as a correlation, it counts 0.
+    The constant answer is the best for these examples: a class; some of the most frequent labels;
+    the mean or the median. The test uses paired resamples (`CHANCE`, one-sided). If the score of
+    the constant answer is undefined, as that of a correlation, it counts as 0.
     """
     sign = 1 if higher_is_better(task) else -1
     constants = [

@@ -1,4 +1,4 @@
-"""The files of an evaluation: the metrics as JSON, and the predictions beside them as Parquet."""
+"""The files of an evaluation: metrics as JSON, and predictions beside them as Parquet."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +18,9 @@ from fmn.tasks.task import Task
 
 
 class TaskScores(Record):
-    """A task's scores; its metrics are further entries, with a suffix from the second split on.
+    """A task's scores. Its metrics are further entries, with a suffix from the second split on.
 
-    What the rows leave undefined is None.
+    Undefined scores are None.
 
     Attributes:
         score: the mean over splits of the mean over metrics.
@@ -37,7 +37,7 @@ class TaskScores(Record):
 
 
 class TaskRows(Record):
-    """The rows that a task's metrics are of: digest by split, and where they come from."""
+    """The evaluated rows of a task: digest by split, and their origin."""
 
     splits: dict[str, str]
     source: str = "a folder"
@@ -46,17 +46,17 @@ class TaskRows(Record):
 
 
 class Metrics(Record):
-    """What `fmn evaluate` writes.
+    """The content of a metrics file.
 
     Attributes:
         model: digest of the model's folder.
         tasks: scores by task.
         score: the mean over the tasks where more is better and the score is defined.
         interval: its 95 % bootstrap interval.
-        unlabeled: tasks of the model that are not scored, as their rows have no labels.
-        labels: by task, which output of the model stands for which label.
-        data: rows by task.
-        definitions: what the tasks are.
+        unlabeled: tasks of the model without scores, as their rows have no labels.
+        labels: by task, the model's outputs and the labels that they stand for.
+        data: the evaluated rows by task.
+        definitions: the tasks' definitions.
     """
 
     model: str
@@ -70,12 +70,12 @@ class Metrics(Record):
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The content of a metrics file; UserError if it is missing, changed, or something else."""
+    """Read a metrics file; UserError if it is missing, changed, or another kind of file."""
     return read_record(path, Metrics, "make it with `fmn evaluate`")
 
 
 def predictions_path(metrics: Path) -> Path:
-    """Where the predictions of a metrics file lie: beside it."""
+    """The path of the predictions, beside their metrics file."""
     return metrics.with_suffix(".predictions.parquet")
 
 
@@ -121,10 +121,10 @@ def write_predictions(path: Path, predictions: Mapping[str, TaskAnswers]) -> Non
 
 
 def read_predictions(metrics: Path) -> dict[str, TaskAnswers]:
-    """The answers by task that a metrics file was computed from.
+    """Read the predictions beside a metrics file, by task.
 
     Raises:
-        UserError: they are not beside it, or were changed.
+        UserError: they are missing, or were changed.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -153,7 +153,7 @@ def read_predictions(metrics: Path) -> dict[str, TaskAnswers]:
 
 
 def _read_side(task: Task, rows: Any, side: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Predictions or labels: [N], or zeros and ones of `shape`, [N, C]."""
+    """Read predictions or labels: [N], or zeros and ones of `shape`, [N, C]."""
     if not task.multi_label:
         values: np.ndarray = rows[side].to_numpy()
         return values if task.problem_type == REGRESSION else values.astype(np.int64)

@@ -1,8 +1,8 @@
-"""The table of metrics. Each is computed for many resamples of the examples at once.
+"""The table of metrics, each computed for many resamples of the examples at once.
 
-A resample is a weight per example: how often it was drawn. The plain score is the one resample that
-holds every example once. Metrics are those of scikit-learn and SciPy. Where the labels or
-answers of a resample leave a metric undefined, it is NaN; outside of arrays of resamples, None.
+A resample is a weight for each example: the number of times that it was drawn. The plain score is
+that of the resample with every example once. Metrics are defined as in scikit-learn and SciPy. An
+undefined metric is NaN in arrays of resamples, and None elsewhere.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,16 +19,16 @@ from fmn.tasks.task import Task
 
 
 class Answers(NamedTuple):
-    """A model's answers to N examples, and the right ones.
+    """A model's answers to N examples, and the right answers.
 
     Attributes:
-        predicted: class ids [N]; or 0 and 1 for each of several labels [N, C]; or values [N]; or
-            of tags, lists of ids [N], as long as the texts have words. Of generated texts, how many
-            tokens are the model's first choice [N].
-        labels: the right answers, in the same form; of generated texts, all of their tokens.
-        scores: probabilities [N, C]; of a regression task, the values [N, 1]; of embeddings, the
-            cosines [N, 1]; of generated texts, the sum of the tokens' cross entropies [N, 1]; of
-            tags, how many spans are right, predicted, and there, [N, 3].
+        predicted: class ids [N]; zeros and ones for each of several labels [N, C]; values [N]; for
+            tags, lists of ids [N] with an id for each word; for generated texts, the number of
+            tokens that are the model's first choice [N].
+        labels: the right answers in the same form; for generated texts, the number of tokens.
+        scores: probabilities [N, C]; for regression, the values [N, 1]; for embeddings, the cosines
+            [N, 1]; for generated texts, the sum of the tokens' cross entropies [N, 1]; for tags,
+            the numbers of spans that are right, predicted, and labelled [N, 3].
     """
 
     predicted: np.ndarray
@@ -48,15 +48,15 @@ class TaskAnswers(NamedTuple):
 
 
 def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
-    """The answers that a model's outputs stand for.
+    """Convert a model's outputs to answers.
 
     Args:
         task: the task.
-        logits: outputs in the task's order, [N, C]; C is 1 for regression; of tags [N, T, C]. Of
-            generated texts what `fmn.models.predict.token_scores` gives, [N, 3].
-        labels: class ids or values [N], or zeros and ones [N, C]. Of embeddings, the 2N texts and
-            labels, and of tags the position and the tag of each word, [N, W, 2], as
-            `fmn.tasks.encoding.encode` gives them for rows to be scored.
+        logits: outputs in the task's order, [N, C]; C is 1 for regression; for tags [N, T, C]. For
+            generated texts, the output of `fmn.models.predict.token_scores`, [N, 3].
+        labels: class ids or values [N], or zeros and ones [N, C]. For embeddings, the labels twice,
+            [2N]; for tags, the position and the tag of each word, [N, W, 2], as
+            `fmn.tasks.encoding.encode` returns them for rows to be scored.
 
     Raises:
         UserError: there are no examples, or an output is not finite.
@@ -85,7 +85,7 @@ def answers(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
 
 
 def _tags(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
-    """The tag of every word; one that was cut off has the tag O, or no tag (-1)."""
+    """The tag of every word; a word beyond the limit has the tag O, or -1 if there is no O."""
     outside = task.labels.index("O") if "O" in task.labels else -1
     best = logits.argmax(axis=-1)  # [N, T]
     predicted, right = [], []
@@ -100,7 +100,7 @@ def _tags(task: Task, logits: np.ndarray, labels: np.ndarray) -> Answers:
 def listed_answers(
     task: Task, predicted: Sequence[Any], labels: Sequence[Any], scores: Sequence[Any] = ()
 ) -> Answers:
-    """Answers from lists, as files have them; of tags, the spans are counted."""
+    """Make answers of lists from a file; for tags, the spans are counted."""
     if task.task != "token-classification":
         return Answers(np.array(predicted), np.array(labels), np.array(scores))
     sides = _lists(predicted), _lists(labels)
@@ -133,14 +133,14 @@ def higher_is_better(task: Task) -> bool:
 
 
 def averaged(scores: Mapping[str, float | None], tasks: Mapping[str, Task]) -> list[str]:
-    """The tasks that a mean of scores is over: more is better, and the score is defined."""
+    """The tasks of a mean score: those where more is better and the score is defined."""
     return [n for n, value in scores.items() if value is not None and higher_is_better(tasks[n])]
 
 
 def relative(task: Task, score: float | None, expert: float | None) -> float | None:
-    """A score as a share of the expert's; of errors, the expert's as a share of this one.
+    """A score divided by the expert's; for errors, the expert's error divided by this one.
 
-    None where a score is undefined, or there is nothing to take a share of.
+    Returns None if a score is undefined, or if the divisor is not positive.
     """
     if score is None or expert is None:
         return None
@@ -153,7 +153,7 @@ def relative(task: Task, score: float | None, expert: float | None) -> float | N
 def score_splits(task: Task, splits: Splits) -> dict[str, float | None]:
     """The metrics by name and split, and "score": the mean over splits of the mean over metrics.
 
-    What is undefined is None; the score is, if one of the metrics is.
+    An undefined metric is None. If one is, the score is undefined too.
 
     >>> right = Answers(np.array([0, 1]), np.array([0, 1]), np.eye(2))
     >>> score_splits(get_task("mrpc"), {"validation": right})
@@ -166,12 +166,13 @@ def score_splits(task: Task, splits: Splits) -> dict[str, float | None]:
 def scores(
     task: Task, splits: Splits, weights: Callable[[str, int], Iterable[np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """What `score_splits` gives, in each of R resamples, [R]; NaN where it is undefined.
+    """The metrics of `score_splits` in each of R resamples, [R]; NaN where undefined.
 
     Args:
         task: the task.
         splits: answers by split.
-        weights: from a split and its N examples to chunks of the resamples' weights, [r, N].
+        weights: a function of a split and its number of examples N, that returns the resamples'
+            weights in chunks [r, N].
     """
     named: dict[str, np.ndarray] = {}
     means = []
@@ -199,9 +200,9 @@ def _ratio(part: np.ndarray, whole: np.ndarray, otherwise: float = np.nan) -> np
 
 
 def _counts(weights: np.ndarray, answers: Answers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How often a label is predicted and right, predicted, and right: each [R, C].
+    """Counts of each label's right predictions, predictions, and occurrences: each [R, C].
 
-    The classes of single-label classification are those among predictions and labels.
+    The classes of single-label classification are those that are predicted or occur.
     """
     sides = (answers.predicted, answers.labels)
     if answers.labels.ndim == 1:
@@ -217,7 +218,7 @@ def _counts(weights: np.ndarray, answers: Answers) -> tuple[np.ndarray, np.ndarr
 
 
 def _accuracy(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    """The share of right examples, or words; of several labels, all must be right."""
+    """The share of right examples, or words; with several labels, all of them must be right."""
     if answers.labels.dtype == object:  # lists of tags
         pairs = zip(answers.predicted, answers.labels, strict=True)
         right = [float(np.equal(*pair).sum()) for pair in pairs]
@@ -274,7 +275,7 @@ def _matthews(weights: np.ndarray, answers: Answers) -> np.ndarray:
 
 
 def _span_f1(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    """F1 of all spans (seqeval's micro average); undefined where there are none."""
+    """F1 of all spans (seqeval's micro average); undefined without spans."""
     right, predicted, present = (weights @ answers.scores).T  # [R] each
     return _ratio(2 * right, predicted + present)
 
@@ -283,7 +284,7 @@ def _span_f1(weights: np.ndarray, answers: Answers) -> np.ndarray:
 
 
 def _roc_auc(weights: np.ndarray, answers: Answers) -> np.ndarray:
-    """Of class 1; with several classes, each against the others; with several labels, of each."""
+    """The area under the ROC curve of class 1; of several classes or labels, the mean of each's."""
     labels, scores = answers.labels, answers.scores
     if labels.ndim == 1:
         classes = np.arange(scores.shape[1]) if scores.shape[1] > 2 else np.array([1])

@@ -1,4 +1,4 @@
-"""What the stages of this room read of an expert, and what they write."""
+"""The inputs and outputs of the stages `search` and `compare`."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,14 +10,21 @@ from fmn.store.records import Record
 from fmn.tasks.task import Task
 
 TunedOn = tuple[int | None, int]
-"""How many training rows an expert was fine-tuned on (None: all), and the seed that drew them."""
+"""The number of training rows an expert was fine-tuned on (None: all), and their draw's seed."""
 
 
 class Source(NamedTuple):
     """An expert, the rows that encoders are tried on, and how to compute.
 
-    `rows` of the split are drawn by `seed`, all where it is None; of the training split only those
-    that the expert was not tuned on, while there are some. `digests` are of expert and split.
+    Attributes:
+        checkpoint: the expert's folder.
+        task: its task.
+        data, split: the folder of the rows, and their split.
+        rows: how many of them, drawn by `seed`; None: all. From the training split, only rows that
+            the expert was not tuned on, if there are some.
+        device, dtype: as for `fmn.models.predict.predict`.
+        tuned_on: the rows that the expert was tuned on.
+        digests: those of expert and split.
     """
 
     checkpoint: Path
@@ -33,7 +40,7 @@ class Source(NamedTuple):
 
 
 class Trial(Record):
-    """What was tried: `tasks` are the shares of the experts' scores, `score` is their mean."""
+    """A trial: coefficients and scale, shares of the experts' scores by task, and their mean."""
 
     coefficients: dict[str, float]
     scale: float
@@ -42,7 +49,7 @@ class Trial(Record):
 
 
 class TaskTrials(Record):
-    """The score of a task's expert, and its shares that the first and the best trial have."""
+    """The score of a task's expert, and the shares of it in the first and in the best trial."""
 
     expert: float
     uniform: float
@@ -50,12 +57,13 @@ class TaskTrials(Record):
 
 
 class SearchResult(SearchedCoefficients):
-    """What `fmn search` writes: what a merge reads of it, and how it was found.
+    """The output of `fmn search`: coefficients for a merge, and the trials.
 
     Attributes:
         tasks: scores of the first trial, which has equal coefficients, and of the best.
-        rows: how many rows of each task a trial is scored on.
-        study: names the search, whatever its number of trials.
+        rows: number of rows of each task that a trial is scored on.
+        trials: all trials, in order.
+        study: identifies the search; it does not depend on the number of trials.
     """
 
     tasks: dict[str, TaskTrials]
@@ -72,7 +80,7 @@ class CellTask(Record):
     """The merged model's score and answers on N rows of a task, beside the expert's.
 
     `relative` is the merged model's share of the expert's score (`fmn.evaluate.metrics.relative`).
-    What is undefined is None. `scores` are empty where no metric of the task needs them.
+    Undefined numbers are None. `scores` are empty if no metric of the task needs them.
     """
 
     definition: Task
@@ -87,9 +95,9 @@ class CellTask(Record):
 
 
 class Cell(Record):
-    """A cell of a comparison: experts merged in one way, and the run time of the merge.
+    """A cell of a comparison: experts merged with one method, and the run time of the merge.
 
-    `auto` is what the method auto tried.
+    `auto` has the merges that the method auto tried.
     """
 
     tasks: dict[str, CellTask]

@@ -1,6 +1,6 @@
-"""Which sets of experts a comparison merges, and the bounds that stand beside every method."""
+"""The sets of experts that a comparison merges, and the bounds that it adds to the methods."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 from fmn.experiments.stages import ComparedSettings
@@ -11,18 +11,15 @@ BOUNDS = {
     "base": ComparedSettings(method="average", scale=0),
     AVERAGE: ComparedSettings(method="average"),
 }
-"""What stands beside every comparison: nothing merged, and what everybody tries first."""
-
-
-def bounded(methods: Mapping[str, ComparedSettings]) -> dict[str, ComparedSettings]:
-    """The methods to compare, the bounds before them."""
-    return {**BOUNDS, **methods}
+"""Methods that every comparison has: the base without any expert, and the plain average."""
 
 
 def sets(tasks: Sequence[str], kinds: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The sets of experts to merge, by name ("mrpc+rte").
 
-    `kinds` are "pairs", "triples", "all", or such names.
+    Args:
+        tasks: the experts' tasks.
+        kinds: "pairs", "triples", "all", or names of sets.
     """
     chosen = [pick for kind in kinds if kind in SIZES for pick in combinations(tasks, SIZES[kind])]
     chosen += [tuple(kind.split("+")) for kind in kinds if "+" in kind]

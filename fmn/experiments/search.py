@@ -1,8 +1,8 @@
-"""Coefficients lambda_j by search, with Optuna.
+"""Search the coefficients lambda_j of a merge, with Optuna.
 
-The coefficients of m experts are m - 1 ratios to the first one's, searched on a log scale, and
-scaled to sum to m. Every finished trial is stored at once. What is tried next depends on the seed
-and the finished trials alone, so that a search that was killed goes on as if it never was.
+The coefficients of m experts are m - 1 ratios to the first expert's, searched on a log scale, and
+scaled to sum to m. Each trial is stored when it finishes. The next trial depends only on the seed
+and the finished trials, so a search that was killed continues with the same trials.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +19,14 @@ from fmn.store.stage import Progress, no_progress
 if TYPE_CHECKING:
     import optuna
 
-RATIO = 30.0  # of a coefficient to the first expert's, at most, either way
+RATIO = 30.0  # largest ratio of a coefficient to the first expert's, and of the first to it
 
 Attempt = Callable[[Mapping[str, float], float], Mapping[str, float]]
-"""From coefficients by task and a scale to the score of each task relative to its expert's."""
+"""A function of coefficients by task and a scale; returns shares of the experts' scores by task."""
 
 
 def coefficients(tasks: Sequence[str], ratios: Sequence[float]) -> dict[str, float]:
-    """Coefficients that sum to the number of tasks, with these ratios to the first task's.
+    """Coefficients with these ratios to the first task's; their sum is the number of tasks.
 
     >>> coefficients(["mrpc", "sst2"], [3.0])
     {'mrpc': 0.5, 'sst2': 1.5}
@@ -47,18 +47,24 @@ def search(
     name: str,
     progress: Progress = no_progress,
 ) -> list[Trial]:
-    """Try coefficients with TPE until there are so many trials; returns all, in order.
+    """Try coefficients with TPE until there are `trials` trials; returns all of them in order.
 
     TPE: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization". The first trial has
-    equal coefficients, and the given scale or the nearest in range.
+    equal coefficients, and the scale `scale` or the nearest one in range.
 
     Args:
         attempt: computes a trial.
-        tasks: of the experts, in order of name.
-        scale_range: lowest and highest scale; None does not search it.
+        tasks: the experts' tasks, in order of name.
+        scale_range: lowest and highest scale; None: the scale is not searched.
+        scale: the scale of the first trial, or of all.
         trials: the number of trials, those of earlier runs included.
-        file: SQLite file of the trials; UserError if it is another file.
-        name: of the Optuna study; it must differ between searches whose trials score differently.
+        seed: seed of the search.
+        file: SQLite file of the trials.
+        name: name of the Optuna study; it must differ between searches that score differently.
+        progress: called with the finished trials and all of them.
+
+    Raises:
+        UserError: `file` is not a file of trials.
     """
     from optuna.trial import TrialState
 
@@ -78,7 +84,7 @@ def search(
         return study.get_trials(states=(TrialState.COMPLETE,))[:trials]
 
     def prepare_next(study: "optuna.Study", _trial: Any = None) -> None:
-        # A sampler's own state does not outlive the process, so each trial has a new one.
+        # A sampler's state ends with the process, so each trial gets a new sampler.
         study.sampler = _sampler(seed, len(finished()))
         progress(len(finished()), trials)
 
@@ -90,7 +96,7 @@ def search(
 
 
 def _sampler(seed: int, trials: int) -> "optuna.samplers.BaseSampler":
-    """TPE, all parameters in one model, seeded for the trial after so many."""
+    """A TPE sampler that models all parameters together, seeded by the number of earlier trials."""
     from optuna.samplers import TPESampler
 
     (state,) = np.random.SeedSequence([seed, trials]).generate_state(1)
@@ -98,7 +104,10 @@ def _sampler(seed: int, trials: int) -> "optuna.samplers.BaseSampler":
 
 
 def _open_study(file: Path, name: str, first: Mapping[str, float]) -> "optuna.Study":
-    """The study in a file, cleared of a killed trial; `first` are the first trial's parameters."""
+    """Open the study in a file, and mark trials that were killed as failed.
+
+    `first` has the parameters of the first trial.
+    """
     import optuna
     from optuna.trial import TrialState
     from sqlalchemy.exc import DatabaseError

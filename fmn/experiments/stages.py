@@ -1,4 +1,4 @@
-"""The stages that try many merges in memory: searching coefficients, comparing methods."""
+"""The stages that try merges in memory: the search for coefficients, and a comparison's cells."""
 
 import time
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ class ComparedSettings(MergeSettings):
 
     @property
     def reads_texts(self) -> bool:
-        """Whether unlabeled training texts are read."""
+        """Whether the method reads unlabeled training texts."""
         return self.is_auto or bool(self.realign or self.calibrate)
 
 
@@ -84,7 +84,7 @@ class CompareSettings(EvaluateSettings):
     )
 
     def rows_of(self, task: str) -> int | Literal["all"]:
-        """How many rows of a task are tried."""
+        """The number of a task's rows that encoders are tried on."""
         return self.rows.get(task, "all") if isinstance(self.rows, dict) else self.rows
 
 
@@ -112,7 +112,7 @@ class SearchSettings(EvaluateSettings):
 
 
 class Merge(NamedTuple):
-    """A merge to try: the experts, the base, how, statistics, and definitions; all by task."""
+    """A merge to try: experts, base, settings, files of statistics, and definitions, by task."""
 
     experts: Files
     base: Path | None
@@ -141,9 +141,9 @@ def search(
 ) -> Outcome[SearchResult]:
     """Search the coefficients of a merge, on rows of the training data.
 
-    The best have the highest mean, over tasks, of the score relative to the expert's, on rows that
-    the experts were not fine-tuned on, where there are some. Trials are kept beside the output: a
-    search that was killed, or is run again with more trials, goes on from them.
+    The best coefficients have the highest mean, over tasks, of the score relative to the expert's.
+    Rows that an expert was not fine-tuned on are used if there are some. Trials are stored beside
+    the output: a search that was killed, or is run again with more trials, continues from them.
 
     Args:
         experts: TASK=DIR for each expert, or one folder of them
@@ -184,7 +184,7 @@ def search(
 
 
 def _tasks(experts: Files, data: Path) -> dict[str, Task]:
-    """The definitions of the experts' tasks. UserError if the rows of one have no labels."""
+    """The definitions of the experts' tasks; UserError if a task's rows have no labels."""
     tasks = {name: load_task(data, name) for name in sorted(experts)}
     for name, task in tasks.items():
         if not task.has_labels:
@@ -246,7 +246,7 @@ def _search(
         shares = {}
         for task, expert in loaded.items():
             score = trial.score(expert.task, trial.try_encoder(expert, encoder))
-            # Labels that define the expert's score define this one; no error is exactly zero.
+            # If the labels define the expert's score, they define this one.
             shares[task] = relative(expert.task, score, scores[task]) or 0.0
         return shares
 
@@ -283,9 +283,9 @@ def compare(
     settings: CompareSettings,
     progress: Progress = no_progress,
 ) -> Outcome[Cell]:
-    """Compute a cell of a comparison: merge experts in one way, in memory, and score them.
+    """Compute a cell of a comparison: merge experts with one method in memory, and score them.
 
-    Arguments as of `search`, but `out` is the cell, and `progress` counts finished tasks.
+    The arguments are those of `search`, but `out` is the cell, and `progress` counts tasks.
     """
     merge = Merge(experts, base, merging, fisher or {}, gram or {}, _tasks(experts, data))
     is_train = settings.split == "train"
@@ -345,7 +345,7 @@ def _cell(
 def _merged_encoder(
     job: Job, merge: Merge, merging: ComparedSettings, sources: Mapping[str, Source]
 ) -> "tuple[Mapping[str, Tensor], Auto | None]":
-    """The encoder, merged and calibrated in memory, and what auto tried."""
+    """Merge and calibrate the encoder in memory; also returns the merges that auto tried."""
     from fmn.experiments import trial
     from fmn.merge import model as merged
     from fmn.merge.auto import TEXTS, choose
@@ -387,7 +387,7 @@ def _sources(
     seed: int,
     settings: SearchSettings | CompareSettings,
 ) -> dict[str, Source]:
-    """The experts by task, with the split and the number of rows that encoders are tried on."""
+    """The sources of the experts by task; `rows` has the split and number of rows to try."""
     return {
         task: Source(
             merge.experts[task],
@@ -406,7 +406,7 @@ def _sources(
 
 
 def _reads(merge: Merge, data: Path, rows: RowsByTask) -> dict[str, Path | list[Path] | None]:
-    """What a stage reads, by name: experts, base, the method's statistics, rows."""
+    """The inputs of a stage by name: experts, base, the method's statistics, rows."""
     reads: dict[str, Path | list[Path] | None] = {"base": merge.base}
     reads |= statistics_files(merge.needs, sorted(merge.experts), merge.fisher, merge.gram)
     for task, (split, _) in rows.items():

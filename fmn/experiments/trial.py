@@ -1,4 +1,4 @@
-"""Trying a merged encoder in memory: each expert's model is loaded once, and lends its head."""
+"""Try a merged encoder in memory, under each expert's head; each expert is loaded only once."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,6 @@ from fmn.evaluate.metrics import Answers, answers, relative, score_splits
 from fmn.experiments.files import CellTask, Source
 from fmn.fisher.architectures import own_parts
 from fmn.merge import heads
-from fmn.merge.calibrate import own_part
 from fmn.merge.recipe import RefitSettings
 from fmn.models import labels
 from fmn.models.checkpoints import in_model
@@ -27,7 +26,7 @@ from fmn.tasks.task import Task
 
 @dataclass(frozen=True)
 class ExpertOnTask:
-    """An expert, N examples at the places `rows` of their split, its answers and their score."""
+    """An expert, its N examples (`rows` are their numbers in the split), its answers, its score."""
 
     source: Source
     task: Task
@@ -39,7 +38,7 @@ class ExpertOnTask:
 
 
 class TextsForHead(NamedTuple):
-    """N texts, and what the last linear map of the expert's head reads of them, [N, n]."""
+    """N texts, and the inputs of the last linear map of the expert's head for them, [N, n]."""
 
     examples: Examples
     features: np.ndarray
@@ -52,7 +51,7 @@ def score(task: Task, answers: Answers) -> float | None:
 
 @lru_cache(maxsize=16)  # the cells of a comparison share experts
 def load_expert(source: Source) -> ExpertOnTask:
-    """Load an expert and its rows, and let it answer."""
+    """Load an expert and its rows, and compute its answers."""
     model, processor, task, *_ = labels.load_expert(
         source.checkpoint, source.task, source.data, source.device
     )
@@ -69,11 +68,12 @@ def load_expert(source: Source) -> ExpertOnTask:
 def try_encoder(
     expert: ExpertOnTask, encoder: Mapping[str, Tensor], head: Mapping[str, Tensor] | None = None
 ) -> Answers:
-    """The answers of the expert's head on another encoder.
+    """The answers of the expert's head on another encoder; the expert itself does not change.
 
-    `encoder` has tensors by their names in the base model, and those that it lacks stay the
-    expert's own; `head` those of the head to change by their names in the classifier. The expert is
-    afterwards what it was.
+    Args:
+        expert: the expert and its examples.
+        encoder: tensors by name in the base model; others stay the expert's own.
+        head: tensors of the head that are replaced, by name in the classifier.
     """
     device, dtype = expert.source.device, expert.source.dtype
     tensors = {**in_model(expert.model, encoder), **(head or {})}
@@ -85,7 +85,7 @@ def try_encoder(
 def cell_task(
     expert: ExpertOnTask, encoder: Mapping[str, Tensor], head: Mapping[str, Tensor] | None
 ) -> CellTask:
-    """What a cell of a comparison says of a task; arguments as of `try_encoder`."""
+    """The scores and answers of a task in a cell of a comparison; arguments as of `try_encoder`."""
     answers, own = try_encoder(expert, encoder, head), expert.answers
     merged = score(expert.task, answers)
     scores = {}
@@ -105,9 +105,13 @@ def cell_task(
 
 @lru_cache(maxsize=16)
 def texts_for_head(source: Source, limit: int | None, seed: int, digest: str) -> TextsForHead:
-    """Texts to re-align a head on, none of them tried: `limit` at most, drawn by `seed`.
+    """Texts to re-align a head on, without the rows that encoders are tried on.
 
-    `digest` is that of the rows.
+    Args:
+        source: the expert and its rows.
+        limit: most texts; None: all.
+        seed: seed of their draw.
+        digest: the digest of the training rows, so that the cache notices other rows.
     """
     expert = load_expert(source)
     tried = expert.rows.tolist() if source.split == "train" else ()
@@ -120,7 +124,7 @@ def texts_for_head(source: Source, limit: int | None, seed: int, digest: str) ->
 def realigned_head(
     expert: ExpertOnTask, encoder: Mapping[str, Tensor], texts: TextsForHead, ridge: float | str
 ) -> dict[str, Tensor]:
-    """The expert's head re-aligned with another encoder (`fmn.merge.heads`), for `try_encoder`."""
+    """Re-align the expert's head with another encoder; the result is `head` of `try_encoder`."""
     with _tensors_in(expert.model, in_model(expert.model, encoder)):
         merged = _features(expert, texts.examples)
     weight, bias, _ = heads.refit(texts.features, merged, *heads.last_map(expert.model), ridge)
@@ -130,12 +134,12 @@ def realigned_head(
 def with_own_parts(
     encoder: Mapping[str, Tensor], expert: ExpertOnTask, texts: TextsForHead, realign: RefitSettings
 ) -> dict[str, Tensor]:
-    """A merged encoder with the expert's own parts, as `fmn realign` has them."""
+    """Replace parts of a merged encoder by the expert's own, as `fmn realign` does."""
     shapes = {name: tuple(tensor.shape) for name, tensor in encoder.items()}
     pooler, layers = realign.own_pooler, realign.own_layers
     names = own_parts(expert.model.config, shapes, pooler=pooler, layers=layers)
     device, dtype = expert.source.device, expert.source.dtype
-    own = own_part(
+    own = heads.own_part(
         expert.model, encoder, names, layers, texts.examples,
         seed=realign.seed, device=device, dtype=dtype,
     )  # fmt: skip

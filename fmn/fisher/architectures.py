@@ -1,9 +1,9 @@
-"""Where mask nodes sit in a Transformer, and which rows or columns of which parameters they own.
+"""The places of mask nodes in a Transformer, and the rows and columns of parameters they weigh.
 
-An architecture is an entry of the table `ARCHITECTURES`. `mask_sites` reads from it which modules'
-inputs the mask nodes multiply, `claims` which nodes weigh each parameter of the encoder in a merge,
-and `own_parts` which parameters belong to the last layers and to what comes after them.
-A model that is not in the table is put together from the blocks of those that are.
+Each architecture is an entry of the table `ARCHITECTURES`. From it, `mask_sites` returns the
+modules whose inputs the mask nodes multiply, `claims` the nodes that weigh each parameter in a
+merge, and `own_parts` the parameters of the last layers and of the modules after them. A model that
+is not in the table is recognised if its layers consist of blocks that are.
 """
 
 import re
@@ -46,10 +46,10 @@ class Block:
     Attributes:
         node: the kind of nodes, as in `Site`.
         output: the projection whose input the nodes multiply.
-        inputs: the projections that compute the nodes, as (rows, module). The letters of `rows` say
-            what its output rows are, one after another: q (a head each), k and v (a key-value head
-            each, which serves a group of heads under grouped-query attention), u (a neuron each).
-        norms: normalisations before or after that belong to the block.
+        inputs: the projections that compute the nodes, as (rows, module). The letters of `rows` are
+            the kinds of output rows in order: q (by head), k and v (by key-value head, which
+            several heads share in grouped-query attention), u (by neuron).
+        norms: normalisations before or after the block that belong to it.
         transposed: whether weights are stored [in, out].
     """
 
@@ -254,7 +254,7 @@ def mask_sites(model: "PreTrainedModel") -> tuple[MaskSite, ...]:
 
 
 def node_counts(config: "PretrainedConfig", shapes: Shapes) -> dict[Site, int]:
-    """How many mask nodes every site of a model has."""
+    """The number of mask nodes of each site of a model."""
     return {site.site: site.nodes for site in _sites(config, shapes)}
 
 
@@ -300,19 +300,20 @@ def _layer_paths(path: str, shapes: Shapes) -> list[str]:
 def own_parts(
     config: "PretrainedConfig", shapes: Shapes, *, pooler: bool = True, layers: int = 0
 ) -> list[str]:
-    """The parameters of an encoder that a task has for itself; tasks share all others.
+    """The parameters of an encoder that each task has for itself; tasks share all others.
 
     Args:
-        pooler: whether a task has its own pooler, where the encoder has one.
-        layers: how many of the last layers a task has for itself. If there are any, it has all that
-            comes after them too: the final normalisation and the pooler.
+        config, shapes: of the encoder.
+        pooler: whether a task has its own pooler, if the encoder has one.
+        layers: the number of last layers that a task has for itself; with one or more, it also has
+            its own final normalisation and pooler.
 
     Returns:
         names in the base model, in the order of `shapes`.
 
     Raises:
-        UserError: the encoder has not so many layers and one to share, or its layers are no chain
-            in which each has parameters of its own.
+        UserError: the encoder does not have more layers than that, or its layers are not a chain in
+            which each has its own parameters.
     """
     paths = ["pooler"] if pooler else []
     if layers:
@@ -327,7 +328,7 @@ def own_parts(
 def layer_chain(
     config: "PretrainedConfig", shapes: Shapes, setting: str, remedy: str = "leave it out"
 ) -> list[str]:
-    """The paths of an encoder's layers, each of which reads what the one before gives.
+    """The paths of an encoder's layers if each layer reads the output of the layer before it.
 
     Args:
         setting, remedy: what needs such layers, and what to do where there are none.
@@ -352,10 +353,10 @@ def _architecture(config: "PretrainedConfig", shapes: Shapes) -> Architecture:
 
 
 def _recognised(config: "PretrainedConfig", shapes: Shapes) -> Architecture:
-    """The layers of a model that is not in the table, put together from blocks that are.
+    """Recognise the layers of a model that is not in the table, from the blocks in the table.
 
-    Among several that fit (they differ in their normalisations), those that explain most parameters
-    and miss fewest modules, if there is only one.
+    If several combinations fit (they differ in their normalisations), it is the one that explains
+    most parameters and misses fewest modules; UserError if that is not unique.
     """
     layers = [blocks for entry in ARCHITECTURES.values() for blocks in entry.values()]
     known = dict.fromkeys(block for blocks in layers for block in blocks)
@@ -404,16 +405,16 @@ def _score(
 
 
 # ---------------------------------------------------------------------------------------------
-# Which nodes weigh which parameters
+# The parameters that each node weighs
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some consecutive entries of a parameter along one axis, and the nodes that weigh them.
+    """A range of a parameter's entries along one axis, and the nodes that weigh them.
 
-    The nodes of `site` fall into `groups` runs of equal length; the mean of each run weighs an
-    equal share of the `entries`. As many groups as nodes: each row by its node; one group: all
-    by the site's mean.
+    The nodes of `site` are divided into `groups` of equal size, and the `entries` likewise; the
+    mean of a group of nodes weighs its group of entries. With as many groups as nodes, each node
+    weighs its own entries; with one group, the site's mean weighs all.
     """
 
     site: Site
@@ -423,13 +424,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Claim:
-    """Which nodes weigh a parameter.
+    """The nodes that weigh a parameter.
 
     Attributes:
-        shape: of the weights: (-1, 1) by row, (1, -1) by column, (-1,) by entry of a bias, () one
-            for the whole parameter.
-        parts: of the axis -1, in order. None at all: the universal weight, the mean over layers of
-            the sum of their site means.
+        shape: the shape of the weights: (-1, 1) by row, (1, -1) by column, (-1,) by entry of a
+            bias, () one weight for the whole parameter.
+        parts: the ranges along the axis -1, in order. Empty: the universal weight, which is the
+            mean over layers of the sum of their site means.
     """
 
     shape: tuple[int, ...] = ()
@@ -491,14 +492,16 @@ def weights(claim: Claim, values: NodeValues) -> np.ndarray:
 
 
 def tempered(values: NodeValues, normalise: str, exponent: float) -> NodeValues:
-    """An expert's Fisher information to a power, then divided so that experts can be compared.
+    """Raise an expert's Fisher information to a power, and divide it to a common scale.
 
-    Experts differ in the scale of their losses, and without a common scale the one with the largest
-    loss would own every node. Fisher information that is zero everywhere stays so.
+    The scales of experts' losses differ; without a common scale, the expert with the largest loss
+    would determine every node. Fisher information that is zero everywhere stays zero.
 
     Args:
-        normalise: what to divide by. "none": nothing; "expert": the universal weight (see `Claim`);
-            "kind": the mean over all nodes of a kind; "site": that over a kind in one layer.
+        values: the Fisher information, float64 [nodes] by site.
+        normalise: the divisor. "none": 1; "expert": the universal weight (see `Claim`); "kind":
+            the mean over all nodes of a kind; "site": the mean over a kind in one layer.
+        exponent: the power.
     """
     raised = {site: np.asarray(nodes, np.float64) ** exponent for site, nodes in values.items()}
     if normalise == "none":

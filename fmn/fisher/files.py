@@ -1,8 +1,8 @@
-"""The files of statistics, and the records in them that say what they were computed from.
+"""Read and write files of statistics, with records of their origin.
 
-The mask Fisher, with one number a node, is a Parquet file. The full Fisher and Gram matrices, as
-large as the expert, are safetensors, so that a merge can read them a slice at a time. Both have
-their record as JSON in the file's metadata, under ``fmn``. Their sha256 is in the stage's sidecar.
+The mask Fisher, with one number for each node, is a Parquet file. The full Fisher and the Gram
+matrices are as large as the expert; they are safetensors files, so that a merge can read slices.
+The record is JSON in the file's metadata, under ``fmn``. The files' sha256 is in the sidecar.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ METADATA = "fmn"  # key in the metadata of Parquet and safetensors
 
 
 class CheckpointOrigin(Record):
-    """Which checkpoint a statistic is of: its source, pinned to a revision, and its digest.
+    """The checkpoint of a statistic: its source, pinned to a revision, and its digest.
 
     `identity`: of what the statistic depends on (`fmn.fisher.published`); a copy of the checkpoint
     that was aligned with a task has another digest, and the same identity.
@@ -40,7 +40,7 @@ class CheckpointOrigin(Record):
 
 
 class Metadata(Record):
-    """What a statistic was computed from.
+    """The origin of a statistic.
 
     Attributes:
         key: its content key.
@@ -69,7 +69,7 @@ class Metadata(Record):
 
 
 class FisherMetadata(Metadata):
-    """Of a mask Fisher. `heads`, `neurons`: those of a layer; of the largest if layers differ."""
+    """Metadata of a mask Fisher. `heads`, `neurons`: per layer; of the largest if layers differ."""
 
     format: Literal[1] = 1
     estimator: str
@@ -81,7 +81,7 @@ class FisherMetadata(Metadata):
 
 
 class StatisticMetadata(Metadata):
-    """Of a statistic with a value per parameter: the full Fisher, or another of its `kind`."""
+    """Metadata of a statistic with a value per parameter, such as the full Fisher (see `kind`)."""
 
     format: Literal[2] = 2
     kind: str = "full-fisher"
@@ -186,7 +186,7 @@ def write_statistic(
 def read_statistic(
     path: Path, record: type[M], kind: str = ""
 ) -> "tuple[dict[str, TensorHeader], M]":
-    """Where the tensors of a full Fisher or of Gram matrices lie, by name, and their metadata.
+    """The places of the tensors of a full Fisher or of Gram matrices, by name, and the metadata.
 
     Args:
         record: StatisticMetadata or GramMetadata.

@@ -1,7 +1,7 @@
-"""Gram matrices of the inputs of an encoder's linear maps: what RegMean needs of every expert.
+"""Compute the Gram matrices of the inputs of an encoder's linear maps, which RegMean needs.
 
-For a linear map y = W x + b, the second moment E[x x^T] over all tokens that are no padding (Jin et
-al. 2023, arXiv 2212.09849, section 3). Maps that read the same input (query, key, value) share one.
+For a linear map y = W x + b, it is the second moment E[x x^T] over all tokens except padding (Jin
+et al. 2023, arXiv 2212.09849, section 3). Maps with the same input (query, key, value) share one.
 """
 
 from collections import defaultdict
@@ -92,7 +92,7 @@ def estimate(
 def _reads(
     runner: Runner, batch: Batch, linear: Mapping[str, nn.Module]
 ) -> dict[str, list[Tensor]]:
-    """What every linear map reads in a forward pass: several inputs if layers share the map."""
+    """The inputs of every linear map in a forward pass; several if layers share the map."""
     reads: dict[str, list[Tensor]] = defaultdict(list)
     hooks = {name: lambda _, args, own=name: reads[own].append(args[0]) for name in linear}
     with hooked((linear[name], hook) for name, hook in hooks.items()):
@@ -103,7 +103,7 @@ def _reads(
 def _without_padding(read: Tensor, batch: Batch) -> Tensor:
     """The vectors [N, n] of an activation [..., n] that belong to tokens."""
     rows = read.flatten(0, -2)  # [B, T, n] -> [B * T, n]
-    for name, mask in batch.inputs.items():  # of the encoder or the decoder, which differ in T
+    for name, mask in batch.inputs.items():  # the encoder's or the decoder's mask: their T differs
         if name.endswith("attention_mask") and read.shape[:-1] == mask.shape:
             rows = rows[places(mask != 0, read.device)]
     return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -6,7 +6,7 @@ An estimator of the Fisher information is the mean over examples of
 - "expected": E_y[(d log p(y))^2] over labels y of the model's own distribution p, exactly;
 - "sampled": (d log p(y))^2 for one y drawn from p by the seed and the example's row.
 
-"batch" takes the loss of "empirical". The problem type says what L and p are:
+"batch" uses the loss of "empirical". The problem type determines L and p:
 
 - single-label classification: the cross entropy, and the softmax of the logits;
 - multi-label classification: the sum over labels of binary cross entropies, and an independent
@@ -33,7 +33,7 @@ from fmn.tasks.task import LossName
 ESTIMATORS = ("empirical", "expected", "sampled", "batch")
 
 
-# Of tokens and embeddings, which have very many outputs.
+# For tokens and embeddings, which have very many outputs.
 _OFFERED: Mapping[str, tuple[str, ...]] = {
     "tokens": ("empirical", "sampled", "batch"),
     "embedding": ("sampled",),
@@ -42,7 +42,7 @@ _OFFERED: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of an estimator's labels; `seed` draws those of "sampled"."""
+    """The loss with the labels that an estimator uses; `seed` draws the labels of "sampled"."""
 
     estimator: str
     problem_type: LossName
@@ -115,7 +115,7 @@ class Loss:
         return to_device(draws, logits.device, logits.dtype)
 
     def check(self, labels: np.ndarray, outputs: int) -> None:
-        """Refuse at once what would otherwise fail, or be nonsense, after hours.
+        """Check the inputs of an estimate before a long computation.
 
         Args:
             labels: of all examples, [N] or [N, C].
@@ -190,7 +190,7 @@ def _factor_of_covariance(logits: Tensor) -> list[Tensor]:
 
 
 def uniform_draws(seed: int, rows: np.ndarray, count: int = 1) -> np.ndarray:
-    """So many numbers in (0, 1) for each row, float64 [B, count].
+    """Random numbers in (0, 1) for each row, float64 [B, count].
 
     They depend on seed, row and column alone (SplitMix64).
     """

@@ -10,9 +10,9 @@ the chain rule gives
 for every example of a batch separately, from one backward pass without weight gradients, which
 stops at the lowest layer's attention output projection.
 
-`fmn.fisher.loss` says what the losses L are. For the estimator "batch", L is the mean loss of 32
-consecutive examples, and the squares are summed over such batches, as in the released code of the
-paper; for the others they are averaged over examples.
+`fmn.fisher.loss` defines the losses L. For the estimator "batch", L is the mean loss of 32
+consecutive examples, and the squares are summed over such batches, as in the paper's released code;
+for the other estimators the squares are averaged over examples.
 """
 
 import time
@@ -47,13 +47,13 @@ from fmn.tasks.task import LossName
 
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
 CHECKED = 32  # examples on which bfloat16 is compared with float32
-MAX_ERROR, MIN_RANK_CORRELATION = 0.02, 0.999  # of bfloat16 to float32, where it is chosen
+MAX_ERROR, MIN_RANK_CORRELATION = 0.02, 0.999  # limits for choosing bfloat16 instead of float32
 CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH_SIZE
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The Fisher information of every mask node and how certain it is.
+    """The Fisher information of every mask node and its standard error.
 
     Attributes:
         fisher: mean over examples of the squared mask gradient; for "batch" the sum over batches.
@@ -124,14 +124,14 @@ class PartialSums:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run computes: the terms of the examples `rows`, int64 [N], in this order."""
+    """The computation of a run: the terms of the examples `rows`, int64 [N], in this order."""
 
     sites: tuple[MaskSite, ...]
     loss: Loss
     rows: np.ndarray
     device: torch.device
     dtype: torch.dtype
-    logits: int = 0  # of each labelled token, where texts are generated
+    logits: int = 0  # logits of each labelled token, for generated texts
     recompute: bool = False
 
     @property
@@ -163,8 +163,8 @@ def estimate(
 ) -> Estimate:
     """The diagonal Fisher information of the mask nodes of a Transformer with a classifier's head.
 
-    It does not depend on batch size or device, but for rounding. Batches are as large as memory
-    allows. The model is left as it was.
+    Except for rounding, it does not depend on batch size or device. Batches are as large as memory
+    allows. The model does not change.
 
     Args:
         estimator: one of `fmn.fisher.loss.ESTIMATORS`.
@@ -218,10 +218,10 @@ def checked_dtype(
     seed: int = 0,
     device: str = "auto",
 ) -> tuple[str, str]:
-    """Whether bfloat16 will do for an estimate, tried on the shortest examples of its sample.
+    """Choose bfloat16 or float32: bfloat16 is compared with float32 on the shortest examples.
 
-    It is compared with float32, in a loss that no draw blurs. Few examples err on the safe side:
-    over more of them rounding averages out. Arguments as for `estimate`.
+    The comparison uses a loss without random draws. A few examples are a strict test, because
+    rounding errors average out over more examples. Arguments as for `estimate`.
 
     Returns:
         "bfloat16" or "float32", and why.
@@ -275,7 +275,7 @@ def _terms(runner: Runner, run: _Run, batch: Batch, rows: np.ndarray) -> Tensor:
     with torch.enable_grad(), _mask_gradients(runner.model, run.sites, gradients) as leaves:
         logits = runner.logits(batch)
         directions = run.loss.directions(logits, batch.labels, rows)
-        # Where layers are computed again, so are leaves.
+        # A copy of `leaves`: with `recompute`, the backward pass appends to it.
         for _ in backward_passes(logits, tuple(leaves), directions):
             if run.loss.estimator == "batch":
                 return gradients
@@ -285,9 +285,9 @@ def _terms(runner: Runner, run: _Run, batch: Batch, rows: np.ndarray) -> Tensor:
 
 
 class _Watched(torch.autograd.Function):
-    """The identity; in the backward pass a function gets the activation and its gradient.
+    """The identity; the backward pass calls a function with the activation and its gradient.
 
-    Autograd saves the activation, so that it need not be held where it is computed again.
+    Autograd saves the activation, so with `recompute` it is not held between the passes.
     """
 
     @staticmethod
@@ -331,7 +331,7 @@ def _mask_gradients(
             # [B, T, nodes * channels] -> [B, nodes * channels] -> [B, nodes]
             summed = (activation * gradient).sum(1).view(-1, site.nodes, site.channels)
             of_nodes = summed.sum(2, dtype=gradients.dtype)
-            columns.add_(of_nodes.to(columns.device, non_blocking=True))  # of a layer elsewhere
+            columns.add_(of_nodes.to(columns.device, non_blocking=True))  # maybe another device
 
         watched: Tensor = _Watched.apply(activation, add)  # type: ignore[no-untyped-call]
         return (watched, *args[1:])
@@ -352,10 +352,10 @@ def _no_sums(run: _Run, examples: Examples) -> PartialSums:
 
 
 def _tokens_that_fit(run: _Run, examples: Examples) -> int:
-    """Tokens of a batch that surely fit the free memory: a power of two, so that it seldom changes.
+    """Tokens of a batch that fit the free memory: a power of two, so that it rarely changes.
 
-    For each token an attention keeps up to 8 values a channel and 2 a head and position, a
-    feed-forward block 3 a neuron; the loss of generated text 3 a logit.
+    For each token, an attention keeps up to 8 values per channel and 2 per head and position, a
+    feed-forward block 3 per neuron, and the loss of generated text 3 per logit.
     """
     lengths = examples.lengths[run.rows]
     longest, by_layer, read = int(lengths.max()), defaultdict[str, int](int), 0

@@ -1,7 +1,7 @@
 """The exact diagonal Fisher information of every parameter of the encoder.
 
-The statistic of Fisher merging (Matena and Raffel 2022, arXiv 2111.09832, eq. 3), which mask nodes
-stand in for at a fraction of its cost (`fmn.fisher.mask_nodes`).
+This is the statistic of Fisher merging (Matena and Raffel 2022, arXiv 2111.09832, eq. 3). Mask
+nodes approximate it at a fraction of its cost (`fmn.fisher.mask_nodes`).
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""Statistics that are published beside an expert, and the checkpoint that they are of.
+"""Use statistics that are published beside an expert, and check that they belong to it.
 
-A folder or repository of an expert may hold ``fmn/fisher.parquet`` and ``fmn/gram.safetensors``.
-They are taken in place of a computation if they are of this checkpoint, of the settings and of the
-same rows. docs/statistics.md describes the files.
+An expert's folder or repository may have ``fmn/fisher.parquet`` and ``fmn/gram.safetensors``. They
+replace a computation if checkpoint, settings and rows are the same. docs/statistics.md describes
+the files.
 """
 
 import hashlib
@@ -32,19 +32,20 @@ PROBE = "It's a Fine film at the caf\u00e9 \u6f22\u5b57"
 
 
 def identity(checkpoint: Path) -> str:
-    """sha256 of what a checkpoint's statistics depend on.
+    """sha256 of the weights and settings of a checkpoint that its statistics depend on.
 
-    It covers the tensors by their names in the base model, whichever files they are in, the files
-    of vocabulary, image processing and pooling, and how texts become tokens. The outputs have no
-    order in it: `fmn fetch` changes that, and the one logit of a binary task becomes two outputs.
+    It covers the tensors by their names in the base model, the files of vocabulary, image
+    processing and pooling, and the settings of tokenisation. It does not depend on the division
+    into files, nor on the order of the outputs, which `fmn fetch` may change (it also turns the
+    single logit of a binary task into two outputs).
 
     Raises:
-        UserError: it is no checkpoint that can be used.
+        UserError: the checkpoint cannot be used.
     """
     config, headers = checkpoints.load_config(checkpoint), tensor_headers(checkpoint)
     names = checkpoints.encoder_names(config, headers)
     last = ""
-    with suppress(UserError):  # of a head that ends in no linear map, the outputs have an order
+    with suppress(UserError):  # a head that does not end in a linear map has ordered outputs
         last = checkpoints.head_map(config) if names.head else ""
     digest = hashlib.sha256(str(config.model_type).encode())
     for name, stored in sorted((names.encoder | names.head).items()):
@@ -56,7 +57,7 @@ def identity(checkpoint: Path) -> str:
         if stored := names.head.get(name, ""):
             rows = _rows(headers[stored])
             outputs = [a + b for a, b in zip(outputs, rows, strict=True)] if outputs else rows
-    for row in sorted(filter(any, outputs)):  # one of zeros stands for "not the other"
+    for row in sorted(filter(any, outputs)):  # a row of zeros stands for "not the other"
         digest.update(row)
     for file in _FILES:
         if (checkpoint / file).is_file():
@@ -107,7 +108,7 @@ def rows_digest(task: Task, table: "pa.Table") -> str:
 
 
 def _names(task: Task, label: Any) -> Any:
-    """The name of a label, or of each of several; what is no label stays as it is."""
+    """The name of a label, or of each label in a list; other values stay as they are."""
     if isinstance(label, list):
         names = [_names(task, each) for each in label]
         return sorted(names) if task.multi_label else names
@@ -115,7 +116,7 @@ def _names(task: Task, label: Any) -> Any:
 
 
 def misfit(path: Path, wanted: Mapping[str, Any], *, any_rows: bool, any_dtype: bool) -> str | None:
-    """Why a published statistic cannot stand for the one that is wanted; None if it can.
+    """The reason why a published statistic cannot replace the wanted one; None if it can.
 
     Args:
         path: the statistic's file.
@@ -152,7 +153,7 @@ def read(path: Path) -> Metadata:
 
 
 def take(path: Path, out: Path, changes: Mapping[str, Any]) -> None:
-    """Copy a published statistic; `changes` say which expert and task it stands for here."""
+    """Copy a published statistic; `changes` to its metadata name this run's expert and task."""
     if path.suffix == ".parquet":
         values, stderr, of_fisher = files.read_fisher(path)
         files.write_fisher(out, values, stderr, of_fisher.model_copy(update=dict(changes)))
@@ -164,7 +165,7 @@ def take(path: Path, out: Path, changes: Mapping[str, Any]) -> None:
 
 
 def check(checkpoint: Path, fisher: Path | None, gram: Path | None) -> None:
-    """Refuse statistics that are not of a checkpoint. UserError says which."""
+    """Raise a UserError if statistics do not belong to a checkpoint."""
     if not fisher and not gram:
         raise UserError(
             f"{checkpoint}: is no merged model; give one, or the statistics of an expert (--fisher,"

@@ -1,4 +1,4 @@
-"""A model made ready for the statistics: on its device, in its dtype, one pass per batch."""
+"""Prepare a model for the statistics: on its device, in its dtype, one pass per batch."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -76,7 +76,7 @@ def outputs_of(model: PreTrainedModel) -> int:
 def prepared(
     model: PreTrainedModel, examples: Examples, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Runner]:
-    """The model in evaluation mode, with its tensors on the device; afterwards as it was.
+    """Put the model into evaluation mode and its tensors on the device; undone at the end.
 
     For bfloat16 the encoder's matrices are cast here, once: autocast would cast them again in every
     pass. The head stays in float32, as rounded logits would blur the probabilities of confident
@@ -105,12 +105,12 @@ def prepared(
         if device.type == "cpu" and config._attn_implementation == "sdpa":
             restored.callback(model.set_attn_implementation, "sdpa")
             model.set_attn_implementation("eager")
-        # A decoder within the model may have a configuration of its own.
+        # A decoder inside the model may have its own configuration.
         configs = {id(own): own for m in model.modules() if (own := getattr(m, "config", None))}
         for own in configs.values():
             if getattr(own, "use_cache", False):
                 set_until(restored, own, "use_cache", False)
-        # Decoders look for the last token that is no padding.
+        # Decoders search for the last token that is not padding.
         if getattr(config, "pad_token_id", 0) is None:
             set_until(restored, config, "pad_token_id", examples.pad.get("input_ids"))
         in_float(restored, [linear[path] for path in linear.keys() - encoder], device)
@@ -121,7 +121,7 @@ def prepared(
 def _where(
     model: PreTrainedModel, sizes: Mapping[str, int], device: torch.device
 ) -> dict[str, torch.device]:
-    """Where layers lie, if not on `device`; `sizes` are the bytes of tensors by name."""
+    """The device of each layer that is not on `device`; `sizes`: bytes of tensors by name."""
     layers = {site.layer: 0 for site in mask_sites(model)} if device.type == "cuda" else {}
     for path in layers:
         layers[path] = sum(size for name, size in sizes.items() if name.startswith(f"{path}."))
@@ -152,13 +152,13 @@ def shared_casts(runner: Runner) -> Iterator[None]:
 
 @contextmanager
 def recomputed(runner: Runner, layers: Iterable[str]) -> Iterator[None]:
-    """Within it layers keep no activations for the backward pass, which computes them again.
+    """In the block, the backward pass computes the activations of layers again.
 
-    Memory then holds what each layer reads, and the activations of one layer; the price is a second
-    forward pass (activation checkpointing, arXiv 1604.06174).
+    Memory then holds the input of each layer and the activations of one layer, at the cost of a
+    second forward pass (activation checkpointing, arXiv 1604.06174).
 
     Args:
-        layers: their paths.
+        layers: the layers' paths in the model.
     """
     with ExitStack() as restored:
         for path in layers:
@@ -177,7 +177,7 @@ def recomputed(runner: Runner, layers: Iterable[str]) -> Iterator[None]:
 
 
 class _Layer(nn.Module):
-    """Calls the forward function that a layer has now, without the layer's hooks."""
+    """Calls a layer's forward function as it is at construction, without the layer's hooks."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -188,5 +188,5 @@ class _Layer(nn.Module):
 
 
 def _computed_with(layer: _Layer, tensors: Mapping[str, Tensor], *args: Any, **named: Any) -> Any:
-    """What a layer gives with other tensors: in the backward pass the model has its own again."""
+    """The output of a layer with these tensors; in the backward pass the model has others."""
     return functional_call(layer, dict(tensors), args, named)

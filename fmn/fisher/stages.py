@@ -92,7 +92,7 @@ def fisher(
 ) -> Outcome[FisherMetadata]:
     """Compute the Fisher information of an expert's mask nodes.
 
-    Partial sums are saved beside the output meanwhile: a run that was killed goes on from them.
+    Partial sums are saved beside the output; a run that was killed continues from them.
 
     Args:
         checkpoint: the expert's folder
@@ -192,7 +192,7 @@ def gram(
 
 
 class _Inputs(NamedTuple):
-    """What a statistic is computed from: an expert, and the rows of its task in `data`."""
+    """The inputs of a statistic: an expert, and the rows of its task in `data`."""
 
     checkpoint: Path
     task: Task
@@ -205,7 +205,7 @@ class _Inputs(NamedTuple):
         """Settings that only some statistics have."""
         options = self.settings.model_dump(include={"estimator", "stratified"})
         if options.get("estimator") not in (None, *self.task.kind.estimators):
-            options["estimator"] = "sampled"  # the settings are for tasks of every kind
+            options["estimator"] = "sampled"  # one section of settings serves tasks of every kind
         if self.task.loss == "tokens" and "stratified" in options:
             options["stratified"] = False  # a text has many labels
         return options
@@ -288,7 +288,7 @@ def _sample(job: Job, inputs: _Inputs) -> _Sample:
 
 
 def _take(path: Path, job: Job, inputs: _Inputs, sample: _Sample) -> bool:
-    """Take a published statistic if it is the one that is asked for; the metadata say why not."""
+    """Copy a published statistic if it fits the settings; else the metadata get the reason."""
     settings, metadata = inputs.settings, sample.metadata
     if not isinstance(settings, PublishedSettings) or settings.published == "none":
         return False
@@ -308,7 +308,7 @@ def _take(path: Path, job: Job, inputs: _Inputs, sample: _Sample) -> bool:
 
 
 def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
-    """What the functions that estimate a statistic take.
+    """The arguments of the functions that estimate statistics.
 
     The model's outputs are in the task's order; only the sampled rows have tokens.
     """
@@ -316,7 +316,7 @@ def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
 
     checkpoint, task, data, settings, progress = inputs
     device = resolve_device(settings.device)
-    # A float32 copy of a narrow model would take twice its memory, but where it is computed with.
+    # A narrow model stays narrow on a GPU: a float32 copy would take twice its memory.
     is_narrow = device.type != "cpu" or sample.metadata["dtype"] == "bfloat16"
     dtype = loading.stored_dtype(checkpoint) if is_narrow else None
     expert = labels.load_expert(checkpoint, task, data, settings.device, dtype)
@@ -330,7 +330,7 @@ def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
         "device": str(device),
         "progress": progress,
     }
-    if inputs.options:  # a loss is differentiated
+    if inputs.options:  # the loss is differentiated
         arguments["problem_type"] = expert.task.loss
     return arguments
 
@@ -343,7 +343,7 @@ def _write_sums(path: Path, key: str, sums: "PartialSums") -> None:
 
 
 def _read_sums(path: Path, key: str) -> "PartialSums | None":
-    """The partial sums that the same run left when it was killed."""
+    """The partial sums that a killed run with the same inputs left behind."""
     import torch
 
     from fmn.fisher.mask_nodes import PartialSums

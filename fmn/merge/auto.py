@@ -1,15 +1,15 @@
-"""Method ``auto``: several merges are tried in memory, and the best is taken.
+"""Method ``auto``: try several merges in memory, and choose the best.
 
-A merge is as good as heads above its encoder can answer what the experts answer to training texts,
-whose labels are not read. For each task the last map of the head is refitted on one half of its
-texts (`fmn.merge.heads.refit`), and its error is measured on the other half, in both directions:
-the mean squared difference of the logits from the expert's, over the variance of the expert's. The
-error on the texts that a head was fitted to would not rank encoders. The mean over tasks decides.
+The error of a merge is the difference between the experts' answers to training texts and the
+answers of heads on the merged encoder; labels are not read. For each task, the last map of the head
+is refitted on one half of the texts (`fmn.merge.heads.refit`), and the error is measured on the
+other half, and then with the halves exchanged: the mean squared difference of the logits from the
+expert's, divided by the variance of the expert's. (The error on the texts that a head was fitted to
+does not rank encoders.) The candidate with the smallest mean error over tasks is chosen.
 
-A task without a head has nothing to refit: the error is that of its outputs
-(`fmn.merge.heads.outputs`).
+For a task without a head, the error is that of its outputs (`fmn.merge.heads.outputs`).
 
-The plain average is the first candidate, so no choice is worse than it by this measure.
+The plain average is the first candidate, so the choice is never worse than it by this measure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,29 +32,33 @@ from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import Examples
 from fmn.tasks.kinds import KINDS
 
-TEXTS = 256  # of each task
+TEXTS = 256  # number of texts of each task
 AVERAGE = "average"
 TRIED = {
     **{AVERAGE: 0.0, "mask-fisher": 0.2, "regmean": 0.2, "fisher-regmean": 0.2},
     **{"wudi": 0.0, "fisher-wudi": 0.0, "tsv-m": 0.2},
 }
-"""The methods; each is tried at this power of the effective number of task vectors as its scale."""
+"""The methods, each with a power of the effective number of task vectors, which is its scale."""
 GROWTHS = (0.0, 0.2, 0.4)  # the best method is then tried at all of these powers
-WITHOUT_GRAMS = ("wudi", "fisher-wudi")  # they stand in for Gram matrices, and do not gain on them
+WITHOUT_GRAMS = ("wudi", "fisher-wudi")  # tried only without Gram matrices, which are better
 Encoder = Mapping[str, Tensor]  # tensors by names in the base model
 
 
 class Choice(NamedTuple):
-    """What was tried, without the digests of the texts; and the best merge's encoder."""
+    """The candidates, without the digests of the texts; and the best merge's encoder."""
 
     auto: Auto
     encoder: Encoder
 
 
 class Goal(NamedTuple):
-    """An expert, texts, what the last map of its head reads of them [N, n], and that map.
+    """An expert's answers to its texts.
 
-    Without a head: what the model answers, [N, n], and no map.
+    Attributes:
+        expert: the expert's folder.
+        examples: the texts.
+        features: the input of the head's last map for them, [N, n]; without a head, the outputs.
+        weight, bias: the head's last map; None without a head.
     """
 
     expert: Path
@@ -78,11 +82,11 @@ def choose(
     Args:
         experts: checkpoint folders by task.
         examples: unlabeled texts of each task, at least two.
-        settings: what all merges have in common, and how to measure.
-        base: the folder of the model that the experts were tuned from; without it, no method that
-            takes it and no scale but 1 is tried.
-        statistics: mask Fisher, Gram matrices, or both; methods that take others are not tried.
-        progress: called with how many merges were measured, and how many will be at most.
+        settings: the settings of all merges, and how to measure.
+        base: the folder of the model that the experts were tuned from; without it, methods that
+            need it are not tried, and the scale is 1.
+        statistics: mask Fisher, Gram matrices, or both; methods that need others are not tried.
+        progress: called with the number of measured merges, and with their largest number.
 
     Raises:
         UserError: a task has too few texts, or the experts cannot be merged.
@@ -129,7 +133,7 @@ def choose(
 
 
 def _scaled(encoder: Encoder, base: Encoder, scale: float) -> Encoder:
-    """An encoder whose difference from the base is scaled."""
+    """Scale an encoder's difference from the base."""
     if scale == 1:
         return encoder
     return {name: base[name].lerp(tensor, scale) for name, tensor in encoder.items()}
@@ -163,7 +167,7 @@ def _goal(task: str, expert: Path, examples: Examples, settings: MergeSettings) 
 
 
 def _error(encoder: Encoder, settings: MergeSettings, goal: Goal) -> float:
-    """The error of a head on another encoder; a refitted one has the expert's own pooler."""
+    """The error of a head on another encoder; with a refitted head, the pooler is the expert's."""
     loaded = loading.load_model(goal.expert)
     tensors, is_refitted = dict(encoder), settings.auto_heads == "refitted"
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -185,14 +189,14 @@ def error(
     kind: str = "refitted",
     texts: np.ndarray | None = None,
 ) -> float:
-    """How far a head on another encoder is from the expert's answers, in their variance.
+    """The mean squared difference from the expert's answers, divided by their variance.
 
     Args:
-        own, merged: [N, n], what the head's last map reads in the expert and in the merged model.
-        weight, bias: [C, n] and [C], that map; without one, `own` and `merged` are the answers.
-        kind: "refitted": the map is refitted on every second text, and answers the others, and the
-            other way round; "own": it is as it is.
-        texts: [N], the text that each row is of; default: each is of its own.
+        own, merged: [N, n], inputs of the head's last map in the expert and in the merged model.
+        weight, bias: [C, n] and [C], that map; without it, `own` and `merged` are the answers.
+        kind: "refitted": the map is refitted on every second text and answers the other texts, and
+            vice versa; "own": the map does not change.
+        texts: [N], the number of each row's text; default: each row is a text of its own.
     """
     if weight is None:
         return float(np.square(merged - own).mean() / (own.var(0).mean() or 1.0))
@@ -207,9 +211,9 @@ def error(
 
 
 def lowest(errors: Mapping[float, float]) -> float:
-    """The scale where a parabola through the errors by scale is lowest, or a scale near it.
+    """The scale at the minimum of a parabola through the errors by scale, at most 25 % outside.
 
-    It is the best scale itself where there are fewer than three, or no lowest point.
+    With fewer than three scales, or without a minimum, it is the best of the scales.
 
     >>> lowest({1.0: 0.5, 1.2: 0.34, 1.5: 0.25})
     1.5

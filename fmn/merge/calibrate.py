@@ -1,36 +1,37 @@
-"""A merged encoder calibrated layer by layer: each linear map regressed on what the experts give.
+"""Layer by layer, fit the linear maps of a merged encoder to the outputs of the experts' maps.
 
 A layer of a merged encoder reads other states than the experts' layers do, and its maps are a
-compromise. For task j and the tokens t of texts without labels, let h_t be what a linear map of the
-merged encoder reads, and y_t what the expert's map gives in the expert. From the first layer to the
-last, and in the order in which a layer computes them, each map W, b becomes the W', b of
+compromise. For task j and the tokens t of texts without labels, let h_t be the input of a linear
+map of the merged encoder, and y_t the output of the expert's map in the expert. From the first
+layer to the last, and in the order in which a layer computes them, each map W, b becomes the W', b
+that solves
 
     min over W'   sum_j d_j E_t g_t |W' h_t + b - y_t|^2  +  rho |W' - W|^2
     W' = W + (sum_j d_j E_t g_t r_t h_t^T) (sum_j d_j E_t g_t h_t h_t^T + rho I)^-1
     r_t = y_t - W h_t - b
 
-- The states h_t are those above the maps that were calibrated before, so that a map makes up for
-  what is still lacking below it.
-- g_t says how much the expert's answer depends on what the map gives for the token: the squared
-  length of the gradient of v . z with respect to y_t, for the logits z and a random v ~ N(0, I),
-  over the variance of z. To first order the sum bounds the error of the logits in units of their
-  variance, so tasks count alike and no token counts that no answer depends on.
-- d_j says how much the answer depends on the rows of W' that belong to one mask node (a head of a
-  query, key or value, a neuron of an up projection), relative to the mean over the map's nodes: the
-  same gradients, squared, as a mean over tokens and rows. Each node's rows are solved for with
-  weights of their own. With g_t it stands for the curvature, as the two factors of K-FAC do (arXiv
-  1503.05671); for other maps it is 1.
+- The states h_t come from maps that are already calibrated, so each map also corrects the errors
+  that remain below it.
+- g_t is the weight of a token: how much the expert's answer depends on the map's output there. It
+  is the squared length of the gradient of v . z with respect to y_t, for the logits z and a random
+  v ~ N(0, I), divided by the variance of z. To first order the sum bounds the error of the logits
+  in units of their variance, so all tasks have equal weight and padding has none.
+- d_j is the weight of one mask node (the rows of W' that belong to a head of a query, key or value,
+  or to a neuron of an up projection): the same squared gradients, averaged over tokens and rows,
+  divided by their mean over the map's nodes. Each node's rows are solved for separately. g_t and
+  d_j approximate the curvature as the two factors of K-FAC do (arXiv 1503.05671). d_j is 1 for
+  maps without mask nodes.
 - rho is `ridge` times the mean diagonal entry of the sum before it, so that `ridge` has no unit.
 
-Biases, normalisations and embeddings stay as they are. With the target "weights", y_t = W_j h_t + b
+Biases, normalisations and embeddings do not change. With the target "weights", y_t = W_j h_t + b
 and d_j = g_t = 1: the regression of RegMean++ (arXiv 2508.03121), with rho.
 
-The states of all texts before one layer are held at a time, of the merged model and of the experts:
+Memory: the states of all texts before one layer, in the merged model and in the experts, which are
 8 bytes times tokens times width.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -58,22 +59,16 @@ from fmn.models.devices import (
 )
 from fmn.models.predict import answered_only, tokens_at_once
 from fmn.store.stage import Progress, no_progress
-from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, select
+from fmn.tasks.batches import IGNORED, Batch, Examples, by_length
 
 Key = tuple[int, str]  # number of a layer, and path of a linear map below it
-# From an expert, its layers and batches to the weights of tokens by batch, and the shares of nodes.
-_Weigh = Callable[
-    [PreTrainedModel, Sequence[nn.Module], Sequence[Batch]],
-    tuple[list[dict[Key, Tensor]], dict[Key, Tensor]],
-]
 
 LINEAR = (nn.Linear, Conv1D)
 SYSTEMS = 2**24  # entries of the systems of equations that are solved at a time
-OWN_TEXTS = 512  # that own layers are calibrated on
 
 
-class _Computed(Exception):  # noqa: N818 - no error: the rest of a layer is not needed
-    """Ends the forward pass of a layer."""
+class _Computed(Exception):  # noqa: N818 - not an error
+    """Stops a forward pass: the rest of the layer is not needed."""
 
 
 @dataclass
@@ -81,9 +76,9 @@ class _Texts:
     """A batch of texts on its way through a model's layers.
 
     Attributes:
-        states: what the next layer reads, [B, T, width].
+        states: the input of the next layer, [B, T, width].
         calls: by layer, its other positional and named arguments.
-        tokens: int64 [N], which of the B * T positions are no padding; None: all.
+        tokens: int64 [N], the positions among B * T that are not padding; None: all.
     """
 
     states: Tensor
@@ -96,9 +91,10 @@ class _Task:
     """A task's texts in the merged model and in its expert, batch by batch.
 
     Attributes:
-        layers: of the expert.
-        merged_layers: of the merged model; modules of the task's own, whose parameters are those of
-            all tasks.
+        layers: the expert's layers.
+        merged_layers: the merged model's layers, as modules of the task's own (so that tasks can
+            run in several threads) with parameters that all tasks share.
+        merged, own: the batches in the merged model and in the expert.
         weights: for each batch, g_t [N] by layer number and map; None: all are 1.
         shares: d_j of each node, [nodes] by layer number and map, where it is not 1.
     """
@@ -133,21 +129,21 @@ def calibrated_encoder(
     """Calibrate a merged encoder towards its experts on unlabeled texts.
 
     Args:
-        experts: classifiers by task; their parameters are not changed.
+        experts: models by task; their parameters are not changed.
         encoder: the merged encoder's tensors by names in the base model.
         examples: texts by task; labels are not read.
         last: how many of the last layers are calibrated; None: all.
-        device, dtype: as for `fmn.models.predict.predict`. Sums are in float32, or float64 where
-            models are.
-        progress: called with the layers done and all of them.
+        device, dtype: as for `fmn.models.predict.predict`. Sums are in float32, or in float64 if
+            the models are.
+        progress: called with the number of calibrated layers and of all layers.
 
     Returns:
-        the encoder's tensors, and by task the error of the states after the last layer: the mean
-        squared difference from the expert's over the variance of the expert's.
+        the encoder's tensors, and by task the error of the states after the last layer: their mean
+        squared difference from the expert's states, divided by the variance of those.
 
     Raises:
-        UserError: the layers are no chain in which each has parameters of its own, or a task has no
-            texts.
+        UserError: the layers are not a chain in which each has its own parameters, or a task has
+            no texts.
     """
     target = resolve_device(device)
     compute_dtype = resolve_dtype(dtype, target)
@@ -155,19 +151,24 @@ def calibrated_encoder(
     paths = _layer_paths(first)
     merged = _with_encoder(first.base_model, encoder)
     start = 0 if last is None else len(paths) - last
-    weigh: _Weigh | None = None
-    if settings.target == "outputs":
-        nodes = _node_rows(first, paths)
-        weigh = partial(_weights, start=start, node_rows=nodes, seed=settings.seed)
 
-    def begun(name: str) -> _Task:
+    def start_task(name: str) -> _Task:
+        """Run a task's texts up to the first layer, and weigh their tokens."""
         if not len(examples[name]):
             raise UserError(f"{name}: there are no training texts to calibrate on; add some")
-        batches = list(by_length(examples[name], tokens=tokens_at_once(experts[name], target)))
-        return _before_first_layer(experts[name], _shared_copy(merged), paths, batches, weigh)
+        expert, model = experts[name], _shared_copy(merged)
+        batches = list(by_length(examples[name], tokens=tokens_at_once(expert, target)))
+        layers, own = ([m.get_submodule(p) for p in paths] for m in (model, expert.base_model))
+        weights, shares = None, dict[Key, Tensor]()
+        if settings.target == "outputs":
+            rows = _node_rows(first, paths)
+            weights, shares = _weights(expert, own, batches, start, rows, settings.seed)
+        in_merged = [_before_layers(model, layers, batch) for batch in batches]
+        in_own = [_before_layers(expert.base_model, own, batch) for batch in batches]
+        return _Task(own, layers, in_merged, in_own, weights, shares)
 
     with _ready([merged, *experts.values()], target, compute_dtype):
-        tasks = list(side_by_side(begun, experts, target))
+        tasks = list(side_by_side(start_task, experts, target))
         with torch.no_grad():
             for number in range(len(paths)):
                 if number >= start:
@@ -177,55 +178,20 @@ def calibrated_encoder(
     return _tensors_of(merged, encoder), dict(zip(experts, map(_error, tasks), strict=True))
 
 
-def own_part(
-    expert: PreTrainedModel,
-    encoder: Mapping[str, Tensor],
-    names: Collection[str],
-    layers: int,
-    examples: Examples,
-    *,
-    seed: int,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> dict[str, Tensor]:
-    """An expert's own part of a merged encoder; its own layers are calibrated to the layers below.
-
-    Args:
-        encoder: the merged encoder's tensors by names in the base model.
-        names: of the tensors that are to be the expert's own.
-        layers: how many of the last layers are among them.
-        examples: unlabeled texts; OWN_TEXTS of them are used, drawn by `seed`.
-
-    Returns:
-        the own tensors by names in the base model.
-    """
-    state = expert.base_model.state_dict()
-    names = [name for name in names if name in state]  # a tagger has no pooler
-    own = {name: state[name].detach().clone() for name in names}
-    if layers:
-        texts = examples.take(select(examples.labels, OWN_TEXTS, seed))
-        tensors, _ = calibrated_encoder(
-            {"": expert}, {**encoder, **own}, {"": texts}, settings=CalibrationSettings(seed=seed),
-            last=layers, device=device, dtype=dtype,
-        )  # fmt: skip
-        own = {name: tensors[name] for name in names}
-    return own
-
-
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """What a model reads of a batch, where the model is."""
+    """A batch's inputs, on the model's device."""
     device = next(model.parameters()).device
     return {name: to_device(value, device) for name, value in batch.inputs.items()}
 
 
 def _places(model: nn.Module, batch: Batch) -> Tensor | None:
-    """Which positions of a batch are tokens, int64 [N]; None: all."""
+    """The positions of a batch that are not padding, int64 [N]; None: all."""
     mask = batch.inputs.get("attention_mask")
     return None if mask is None else places(mask, next(model.parameters()).device)
 
 
 def _tokens(states: Tensor, tokens: Tensor | None) -> Tensor:
-    """The states [N, n] of an activation [B, T, n] that belong to tokens; at least float32."""
+    """An activation [B, T, n] at the tokens alone, [N, n]; at least float32."""
     rows = states.flatten(0, -2)  # [B, T, n] -> [B * T, n]
     return _wide(rows if tokens is None else rows.index_select(0, tokens))
 
@@ -243,31 +209,31 @@ def _maps(layer: nn.Module) -> dict[str, nn.Module]:
 
 
 def _with_encoder(model: PreTrainedModel, encoder: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A copy of a base model with other tensors."""
+    """A copy of a base model with the tensors of a merged encoder."""
     merged = deepcopy(model)
     loading.fit_vocabulary(merged, encoder)
     merged.load_state_dict(dict(encoder), strict=False)
-    merged.requires_grad_(False)  # autocast would keep casts of parameters as they were
+    merged.requires_grad_(False)  # autocast would cache casts of parameters that change later
     return merged
 
 
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model, for hooks of its own, that has the same parameters and buffers."""
+    """A copy of a model that shares its parameters and buffers but can have other hooks."""
     tensors = [*model.parameters(), *model.buffers()]
     return deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _tensors_of(model: PreTrainedModel, encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `encoder` with the values that a model has of them."""
+    """The tensors of `encoder`, with the values that they have in a model."""
     state = model.state_dict()
-    # What is outside the base model, as the map to the vocabulary, stays; a tagger has no pooler.
+    # Tensors outside the base model, such as the map to the vocabulary, stay as they are.
     return {
         name: state.get(name, tensor).to("cpu", tensor.dtype) for name, tensor in encoder.items()
     }
 
 
 def _layer_paths(model: PreTrainedModel) -> Sequence[str]:
-    """The paths of the layers in the base model; UserError if they are no chain."""
+    """The paths of the layers in the base model; UserError if they are not a chain."""
     shapes = {name: tuple(value.shape) for name, value in model.base_model.named_parameters()}
     remedy = "leave it out (`calibrate: null` in the settings)"
     return architectures.layer_chain(model.config, shapes, "calibrate", remedy)
@@ -277,7 +243,7 @@ def _layer_paths(model: PreTrainedModel) -> Sequence[str]:
 def _ready(
     models: Sequence[PreTrainedModel], device: torch.device, dtype: torch.dtype
 ) -> Iterator[None]:
-    """Within it models compute on a device in a dtype; decoders store no keys and values."""
+    """Place models on a device and compute in a dtype; decoders do not cache keys and values."""
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(placed(model.eval(), device, dtype))
@@ -288,24 +254,8 @@ def _ready(
         yield
 
 
-def _before_first_layer(
-    expert: PreTrainedModel,
-    merged: PreTrainedModel,
-    paths: Sequence[str],
-    batches: Sequence[Batch],
-    weigh: _Weigh | None,
-) -> _Task:
-    """A task whose texts have not entered the first layer, with the weights of their tokens."""
-    layers, own = ([m.get_submodule(p) for p in paths] for m in (merged, expert.base_model))
-    weights, shares = weigh(expert, own, batches) if weigh else (None, {})
-    with torch.no_grad():
-        in_merged = [_before_layers(merged, layers, batch) for batch in batches]
-        in_own = [_before_layers(expert.base_model, own, batch) for batch in batches]
-    return _Task(own, layers, in_merged, in_own, weights, shares)
-
-
 def _node_rows(model: PreTrainedModel, paths: Sequence[str]) -> dict[Key, int]:
-    """How many rows of a map belong to each of its mask nodes, for the maps that compute nodes."""
+    """The number of rows that belong to each mask node of a map, for maps that have mask nodes."""
     prefix = f"{model.base_model_prefix}."
     return {
         (paths.index(site.layer.removeprefix(prefix)), module): site.channels
@@ -318,21 +268,20 @@ def _weights(
     expert: PreTrainedModel,
     layers: Sequence[nn.Module],
     batches: Sequence[Batch],
-    *,
     start: int,
     node_rows: Mapping[Key, int],
     seed: int,
 ) -> tuple[list[dict[Key, Tensor]], dict[Key, Tensor]]:
     """g_t of every token by batch, and d_j of every node, both by map; at least float32.
 
-    Only for the layers from number `start` on, where the backward pass then ends.
+    Only the layers from number `start` on have weights; the backward pass ends there.
     """
-    of_logits: list[Tensor] = []
-    of_squares: list[Tensor] = []
+    logit_sum: Any = 0  # the sums are tensors after the first term
+    square_sum: Any = 0
     count = 0
     generator = torch.Generator().manual_seed(seed)
     weights: list[dict[Key, Tensor]] = []
-    by_row: dict[Key, list[Tensor]] = defaultdict(list)
+    row_sums: dict[Key, Any] = defaultdict(int)
     for batch in batches:
         outputs: dict[Key, Tensor] = {}
         tokens = _places(expert, batch)
@@ -354,23 +303,22 @@ def _weights(
             squares = _tokens(gradient, tokens).square()  # [N, rows]
             weights[-1][key] = squares.sum(-1)
             if key in node_rows:
-                _add(by_row[key], squares.sum(0))
+                row_sums[key] = row_sums[key] + squares.sum(0)
         z, count = z.detach().double(), count + len(z)
-        _add(of_logits, z.sum(0))
-        _add(of_squares, z.square().sum(0))
-    # A text of many answers counts as much as one of a single answer.
+        logit_sum, square_sum = logit_sum + z.sum(0), square_sum + z.square().sum(0)
+    # A text with many answers has the same weight as a text with one.
     per_text = count / sum(len(batch.rows) for batch in batches)
-    variance = float((of_squares[0] / count - (of_logits[0] / count).square()).mean())
+    variance = float((square_sum / count - (logit_sum / count).square()).mean())
     variance = variance * per_text if variance > 0 else 1.0
     shares = {}
-    for key, (total,) in by_row.items():
+    for key, total in row_sums.items():
         nodes = total.view(-1, node_rows[key]).mean(1)  # [rows] -> [nodes]
         shares[key] = nodes / nodes.mean()
     return [{key: g / variance for key, g in each.items()} for each in weights], shares
 
 
 def _store(outputs: dict[Key, Tensor], key: Key, mask: Tensor | None) -> Callable[..., None]:
-    """A hook that keeps what a map gives for tokens; some maps read embeddings of positions."""
+    """A hook that stores a map's output for tokens; it skips maps that read position embeddings."""
 
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
         if mask is None or output.shape[:-1].numel() == mask.numel():
@@ -379,10 +327,11 @@ def _store(outputs: dict[Key, Tensor], key: Key, mask: Tensor | None) -> Callabl
     return hook
 
 
+@torch.no_grad()
 def _before_layers(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) -> _Texts:
-    """A batch before the first layer, with everything that layers are called with.
+    """A batch before the first layer, with the arguments that the model calls its layers with.
 
-    The model runs with layers that give back what they read, which shows what it calls them with.
+    To record these, the model runs once with layers that return their input.
     """
     inputs = _inputs(model, batch)
     items = _tuple_length(model, layers[0], {name: value[:1] for name, value in inputs.items()})
@@ -405,7 +354,7 @@ def _before_layers(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) 
 
 
 def _tuple_length(model: nn.Module, layer: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """How many items a layer gives as a tuple; 0 where it gives the states alone."""
+    """The number of items in the tuple that a layer returns; 0 if it returns the states alone."""
     lengths = []
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -422,7 +371,7 @@ def _tuple_length(model: nn.Module, layer: nn.Module, inputs: Mapping[str, Tenso
 
 
 def _run(layer: nn.Module, number: int, texts: _Texts) -> Tensor:
-    """What a layer gives for a batch, [B, T, width]."""
+    """A layer's output for a batch, [B, T, width]."""
     args, kwargs = texts.calls[number]
     output = layer(texts.states, *args, **kwargs)
     states: Tensor = output[0] if isinstance(output, tuple) else output
@@ -438,7 +387,7 @@ def _calibrate_layer(
         moments = list(side_by_side(partial(_moments, number, names), tasks, device))
         for name in names:
             shares = [task.shares[number, name] for task in tasks if (number, name) in task.shares]
-            # With one task its weights cancel out.
+            # With one task, the weights cancel out.
             together = torch.stack(shares) if len(shares) > 1 else None
             _move(layer, name, moments, together, ridge)
 
@@ -452,9 +401,9 @@ def _advance(number: int, task: _Task) -> None:
 
 
 def _groups(number: int, layer: nn.Module, texts: _Texts) -> list[list[str]]:
-    """A layer's maps of tokens in the order of computation; groups read the same input."""
+    """A layer's maps in the order of computation, grouped by the input that they share."""
     readers: dict[int, list[str]] = {}
-    held = []  # so that no other input gets the id of one
+    held = []  # so that no two inputs have the same id
     with ExitStack() as hooks:
         for name, module in _maps(layer).items():
 
@@ -471,8 +420,8 @@ def _groups(number: int, layer: nn.Module, texts: _Texts) -> list[list[str]]:
 def _moments(number: int, names: Sequence[str], task: _Task) -> _Moments:
     """The moments of one task for a group of maps."""
     layer = task.merged_layers[number]
-    of_reads: list[Tensor] = []
-    of_residuals: dict[str, list[Tensor]] = {name: [] for name in names}
+    read_sum: Any = 0  # the sums are tensors after the first term
+    residual_sums: dict[str, Any] = dict.fromkeys(names, 0)
     count = 0
     for place, (merged, own) in enumerate(zip(task.merged, task.own, strict=True)):
         read, outputs = _computed(number, layer, merged, names)
@@ -487,24 +436,15 @@ def _moments(number: int, names: Sequence[str], task: _Task) -> _Moments:
             residuals = {name: targets[name] - outputs[name] for name in names}
             weights = torch.stack([task.weights[place][number, name] for name in names])
             weighted = read * weights.sum(0)[:, None]  # [N, n]
-        _add(of_reads, _product(read.T, weighted))
+        read_sum = read_sum + _product(read.T, weighted)
         for name in names:
-            _add(of_residuals[name], _product(residuals[name].T, weighted))
-    return _Moments(
-        of_reads[0] / count, {name: total / count for name, (total,) in of_residuals.items()}
-    )
-
-
-def _add(total: list[Tensor], term: Tensor) -> None:
-    """Add to a sum, the only item of a list, which is empty before the first term."""
-    if total:
-        total[0].add_(term)
-    else:
-        total.append(term)
+            residual_sums[name] += _product(residuals[name].T, weighted)
+    means = {name: total / count for name, total in residual_sums.items()}
+    return _Moments(read_sum / count, means)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product in the dtype of its factors, whatever layers compute in."""
+    """A matrix product in the dtype of its factors, without autocast."""
     with torch.autocast(left.device.type, enabled=False):
         return left @ right
 
@@ -512,7 +452,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _computed(
     number: int, layer: nn.Module, texts: _Texts, names: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a group of maps reads, [N, n], and what each gives, [N, rows], for a batch's N tokens.
+    """The input of a group of maps, [N, n], and each map's output, [N, rows], at N tokens.
 
     The rest of the layer is not computed.
     """
@@ -544,19 +484,18 @@ def _matrix(layer: nn.Module, name: str) -> Tensor:
 def _move(
     layer: nn.Module, name: str, moments: Sequence[_Moments], shares: Tensor | None, ridge: float
 ) -> None:
-    """Solve for a map, and change it in place.
+    """Solve for a map's new matrix, and write it in place.
 
     Args:
-        shares: d_j, [tasks, nodes]; None: all are 1, and one system of equations serves all rows.
+        shares: d_j, [tasks, nodes]; None: all are 1, and all rows share one system of equations.
     """
     matrix, reads = _matrix(layer, name), torch.stack([each.reads for each in moments])  # [m, n, n]
     if shares is None:
         reads, shares = reads.double(), reads.new_ones(len(reads), 1, dtype=torch.float64)
     pulls = torch.stack([each.residuals[name] for each in moments]).to(reads)
     nodes, width = shares.shape[1], reads.shape[-1]
-    pulls = pulls.view(
-        len(pulls), nodes, -1, width
-    )  # [m, rows, n] -> [m, nodes, rows of a node, n]
+    # [m, rows, n] -> [m, nodes, rows of a node, n]
+    pulls = pulls.view(len(pulls), nodes, -1, width)
     steps = []
     for start in range(0, nodes, count := max(1, SYSTEMS // width**2)):
         d = shares[:, start : start + count].to(reads)

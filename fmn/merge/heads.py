@@ -1,21 +1,21 @@
-"""Heads re-aligned with a merged encoder: each head's last linear map, fitted to its expert.
+"""Re-align heads with a merged encoder: fit each head's last linear map to its expert's answers.
 
-A merged encoder hands a head other features than the expert's encoder, which the head was trained
-on. For texts x without labels, let g(x) be what the head's last linear map W, b reads in the
-expert, and h(x) what it reads in the merged model. The map that answers from h as the expert does
-from g is found by ridge regression about W, b itself:
+A head was trained on the features of its expert's encoder, and the features of a merged encoder
+differ. For texts x without labels, let g(x) be the input of the head's last linear map W, b in the
+expert, and h(x) its input in the merged model. Ridge regression around W, b gives the map whose
+answers from h are nearest to the expert's answers from g:
 
     min over W', b' of   mean_x |W' h(x) + b' - (W g(x) + b)|^2
                          + ridge * E * (|W' - W|^2 + |b' - b|^2)
 
-E is the mean over features (1, which b multiplies, is one) of their second moment, so that `ridge`
-has no unit. The head stays as it is where both encoders are the same, and as `ridge` grows. "auto"
-is the one of `RIDGES` with the least leave-one-out error, which needs no other texts (PRESS: Allen
-1974, "The Relationship between Variable Selection and Data Augmentation and a Method for
-Prediction").
+E is the mean second moment of the features, with a constant feature 1 for b, so that `ridge` has no
+unit. If both encoders are the same, or if `ridge` is very large, the head does not change. "auto"
+chooses the ridge in `RIDGES` with the smallest leave-one-out error, which needs no other texts
+(PRESS: Allen 1974, "The Relationship between Variable Selection and Data Augmentation and a Method
+for Prediction").
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from fmn.errors import UserError
 from fmn.fisher.loss import uniform_draws
-from fmn.merge.calibrate import own_part
-from fmn.merge.recipe import Fit, RefitSettings
+from fmn.merge.calibrate import calibrated_encoder
+from fmn.merge.recipe import CalibrationSettings, Fit, RefitSettings
 from fmn.models import loading
 from fmn.models.checkpoints import last_linear as last_linear
 from fmn.models.predict import predict
@@ -37,8 +37,9 @@ from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task
 
 RIDGES = tuple(10 ** (half / 2) for half in range(-12, 9))
-"""What "auto" chooses from: two a decade."""
-MOST = 2**15  # words that a head is fitted to, so that memory is bounded
+"""The ridges that "auto" chooses from."""
+MOST = 2**15  # words that a head is fitted to at most, so that memory is bounded
+OWN_TEXTS = 512  # texts that an expert's own layers are calibrated on
 _CHUNK = 128
 
 
@@ -54,15 +55,14 @@ def last_map(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray | None]:
 def features(
     model: PreTrainedModel, examples: Examples, *, device: str = "auto", dtype: str = "auto"
 ) -> np.ndarray:
-    """What the last linear map of the head reads, float32 [N, n], in the examples' order.
+    """The input of the head's last linear map, float32 [N, n], in the examples' order.
 
-    Of tags, N are the first tokens of words, which answer (`answering`). What the labels are is not
-    looked at. Other arguments as for `fmn.models.predict.predict`.
+    N is the number of examples; for taggers, of words (`answering`): a word is read at its first
+    token. Labels are not read. Other arguments as for `fmn.models.predict.predict`.
     """
     path = last_linear(model)
     linear = model.get_submodule(path)
-    # So the model gives, of every token's features, those that it answers from.
-    model.set_submodule(path, nn.Identity())
+    model.set_submodule(path, nn.Identity())  # the model then returns this map's input
     try:
         if not examples.has_token_labels:
             return predict(model, examples, device=device, dtype=dtype)
@@ -80,17 +80,18 @@ def features(
 def outputs(
     model: PreTrainedModel, examples: Examples, *, device: str = "auto", dtype: str = "auto"
 ) -> np.ndarray:
-    """What a model without a head of its own answers, float32 [N, D], in the examples' order.
+    """The outputs of a model without a head of its own, float32 [N, D], in the examples' order.
 
-    Of an embedding model the embeddings. Of a generative one the logits, less their mean, of one
-    token of each completion, always the same. Arguments as for `features`.
+    For an embedding model, the embeddings. For a generative model, the logits of one token of each
+    completion, minus their mean; the draw of the token has a fixed seed. Arguments as for
+    `features`.
     """
     reduce = _logits_of_a_token if model.can_generate() else None
     return predict(model, examples, device=device, dtype=dtype, reduce=reduce)
 
 
 def _logits_of_a_token(logits: Tensor, batch: Batch) -> Tensor:
-    """From the logits of all labelled tokens, [M, C], those of one of each example, [B, C]."""
+    """Select one labelled token of each example, [B, C], from the logits of all, [M, C]."""
     counts = (batch.labels != IGNORED).sum(1)  # [B]
     places = (torch.from_numpy(uniform_draws(0, batch.rows)[:, 0]) * counts).long()
     places = (counts.cumsum(0) - counts + places).clamp(max=len(logits) - 1)
@@ -99,14 +100,14 @@ def _logits_of_a_token(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def answering(examples: Examples) -> np.ndarray:
-    """The example that each row of `features` is of, int64 [N]."""
+    """The number of the example that each row of `features` belongs to, int64 [N]."""
     if examples.has_token_labels:
         return np.nonzero(examples.labels != IGNORED)[0]
     return np.arange(len(examples))
 
 
 def bounded(examples: Examples) -> Examples:
-    """The first examples, of at most `MOST` rows of `features`, but at least one example."""
+    """The first examples, at least one, that give at most `MOST` rows of `features`."""
     if not examples.has_token_labels:
         return examples
     counts = (examples.labels != IGNORED).sum(1).cumsum()
@@ -120,19 +121,19 @@ def refit(
     bias: np.ndarray | None,
     ridge: float | str = "auto",
 ) -> tuple[np.ndarray, np.ndarray | None, Fit]:
-    """The map that answers from the merged model's features as the expert does from its own.
+    """Fit a head's last linear map to the merged model's features (the module's equation).
 
     Args:
-        own, merged: [N, n], what the map reads in the expert and in the merged model, of the same
-            N texts.
-        weight, bias: [C, n] and [C], the map as it is.
+        own, merged: [N, n], the map's input in the expert and in the merged model, for the same N
+            texts.
+        weight, bias: [C, n] and [C], the map before.
         ridge: at least 0, or "auto" (see above).
 
     Returns:
         the new weight and bias, float64, and how well they fit.
     """
     old = np.asarray(weight, np.float64)
-    lacking = (np.asarray(own, np.float64) - merged) @ old.T  # [N, C]; the bias is on both sides
+    lacking = (np.asarray(own, np.float64) - merged) @ old.T  # [N, C]; the bias cancels
     read = np.asarray(merged, np.float64)
     if bias is not None:
         read = np.concatenate([read, np.ones((len(read), 1))], 1)  # [N, n + 1]
@@ -145,7 +146,7 @@ def refit(
     def error(ridge: float) -> float:
         shrunk = spread**2 / (spread**2 + ridge * energy)
         rest = 1 - (left**2 @ shrunk)  # [N], one minus each text's leverage
-        if rest.min() < 1e-9:  # a text alone decides what the map answers to it
+        if rest.min() < 1e-9:  # the answer to a text depends on that text alone
             return np.inf
         return float((((lacking - left @ (shrunk[:, None] * turned)) / rest[:, None]) ** 2).mean())
 
@@ -166,7 +167,7 @@ def refit(
 def tensors(
     model: PreTrainedModel, weight: np.ndarray, bias: np.ndarray | None
 ) -> dict[str, Tensor]:
-    """A new last map of a model's head as tensors, by their names and in their dtypes there."""
+    """A head's new last map as tensors, with the model's names and dtypes."""
     path = last_linear(model)
     return {
         f"{path}.{name}": torch.from_numpy(value).to(model.get_parameter(f"{path}.{name}").dtype)
@@ -184,14 +185,14 @@ def realigned_head(
     device: str,
     dtype: str,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Fit]:
-    """A task's own parts, its head re-aligned with the merged encoder below, and how well it fits.
+    """Re-align a task's head with the merged encoder, after the task got its own parts of that.
 
     Args:
         expert: the expert's folder.
         merged: the folder of its task in the merged model.
-        own_parts: the encoder's tensors, by names in the base model, that are to be the task's own.
+        own_parts: names, in the base model, of the encoder's tensors that the task does not share.
         examples: unlabeled texts.
-        settings: how to fit the head, and how many own layers there are.
+        settings: how to fit the head, and the number of own layers.
 
     Returns:
         the changed tensors of the head by names in the classifier, the own parts by names in the
@@ -211,6 +212,43 @@ def realigned_head(
     return tensors(model, weight, bias), own, fit
 
 
+def own_part(
+    expert: PreTrainedModel,
+    encoder: Mapping[str, Tensor],
+    names: Collection[str],
+    layers: int,
+    examples: Examples,
+    *,
+    seed: int,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of an expert that replace parts of a merged encoder for its task.
+
+    If last layers are among them, these are calibrated to the merged layers below.
+
+    Args:
+        encoder: the merged encoder's tensors by names in the base model.
+        names: the tensors that are replaced.
+        layers: the number of last layers among them.
+        examples: unlabeled texts; OWN_TEXTS of them are used, drawn by `seed`.
+
+    Returns:
+        the expert's tensors by names in the base model.
+    """
+    state = expert.base_model.state_dict()
+    names = [name for name in names if name in state]  # a tagger has no pooler
+    own = {name: state[name].detach().clone() for name in names}
+    if layers:
+        texts = examples.take(select(examples.labels, OWN_TEXTS, seed))
+        tensors, _ = calibrated_encoder(
+            {"": expert}, {**encoder, **own}, {"": texts}, settings=CalibrationSettings(seed=seed),
+            last=layers, device=device, dtype=dtype,
+        )  # fmt: skip
+        own = {name: tensors[name] for name in names}
+    return own
+
+
 def unseen_first(
     total: int, seed: int, tuned_on: tuple[int | None, int] | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +258,7 @@ def unseen_first(
         total: the number of rows.
         tuned_on: how many of them (None: all), and the seed that drew them; None: it was on none.
     """
-    rows = np.zeros(total)  # which rows are drawn depends on nothing but how many there are
+    rows = np.zeros(total)  # the draw depends on the number of rows alone
     order = random_order(rows, seed)
     is_seen = np.isin(order, select(rows, *tuned_on) if tuned_on else [])
     return order[~is_seen], order[is_seen]
@@ -237,12 +275,15 @@ def unlabeled(
 ) -> Examples:
     """Texts of the training split below `folder` to re-align a head on; labels are not read.
 
-    Those that the expert was not tuned on come first: what it says of new texts is less sure.
+    Texts that the expert was not tuned on come first, as its answers to new texts are less certain.
 
     Args:
         texts: how many (None: all), drawn by `seed`.
         tuned_on: as for `unseen_first`.
-        without: rows that must not be among them.
+        without: rows to leave out.
+
+    Raises:
+        UserError: no text is left.
     """
     table = dataset.read_split(folder, task, "train", labelled=False)
     order = np.concatenate(unseen_first(table.num_rows, seed, tuned_on))

@@ -1,4 +1,4 @@
-"""What a merge needs, checked before it is computed: only headers and small files are read."""
+"""Check the inputs of a merge, and plan it, from headers and small files alone."""
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -25,8 +25,13 @@ from fmn.tasks.task import Task
 
 
 class StoredGrams(NamedTuple):
-    """An expert's Gram matrices by input, the input of each module, and the modules whose weights
-    are stored [n, rows]."""
+    """An expert's Gram matrices.
+
+    Attributes:
+        moments: where each matrix lies, by the name of the input.
+        inputs: the name of each module's input.
+        transposed: the modules whose weights are stored [n, rows].
+    """
 
     moments: Mapping[str, TensorHeader]
     inputs: Mapping[str, str]
@@ -35,13 +40,14 @@ class StoredGrams(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """The statistics that a method takes, by task.
+    """The statistics that a method needs, by task.
 
     Attributes:
-        fisher: of the mask nodes, or, for a method that takes the Fisher information of all
-            parameters, where that lies by parameter.
-        records: what the recipe says of them, by "fisher" and "gram".
-        definitions: of the tasks, where they were computed by `fmn`.
+        fisher: the Fisher information of the mask nodes; or, if the method needs that of all
+            parameters, where it lies, by parameter.
+        grams: the Gram matrices.
+        records: the recipe's entries about them, by "fisher" and "gram".
+        definitions: the tasks' definitions that the statistics' files hold.
     """
 
     fisher: Mapping[str, Any] = field(default_factory=dict)
@@ -50,7 +56,7 @@ class Statistics:
     definitions: Mapping[str, Task | None] = field(default_factory=dict)
 
     def records_for(self, needs: Needs) -> dict[str, Mapping[str, Statistic]]:
-        """The records of the statistics that a method takes; there may be others."""
+        """The records of the statistics that a method needs, without others."""
         needed = {"fisher": bool(needs.fisher), "gram": needs.gram}
         return {kind: of_tasks for kind, of_tasks in self.records.items() if needed[kind]}
 
@@ -62,9 +68,10 @@ def read_statistics(
     fisher: Mapping[str, Path],
     gram: Mapping[str, Path],
 ) -> Statistics:
-    """The statistics that a merge takes.
+    """Read the statistics that a merge needs.
 
     Args:
+        needs: which statistics the merge needs.
         experts, digests: the experts' folders and their digests, by task.
         fisher, gram: files by task.
 
@@ -98,7 +105,7 @@ def _read_fisher(path: Path, needs: Needs) -> tuple[Any, files.Metadata]:
 def _record(
     path: Path, metadata: files.Metadata, task: str, expert: Path, digest: str
 ) -> Statistic:
-    """A statistic for the recipe; it must be of this task and expert."""
+    """The recipe's entry about a statistic; UserError if it is of another task or expert."""
     if metadata.task != task:
         raise UserError(f"{path}: of task {metadata.task}, not {task}; give that of {task}")
     checkpoint = metadata.checkpoint
@@ -114,16 +121,16 @@ class Parameter:
     """A parameter to merge, and where its inputs lie; tuples have an item for each expert.
 
     Attributes:
-        places: which of the plan's tasks have it, by number. Only a pooler may be missing in some:
+        places: numbers of the plan's tasks whose experts have it. Only a pooler may be missing:
             taggers and embedding models have none.
         base: the base's tensor, if it is needed.
-        fisher: the Fisher information of each entry, if the method takes that.
-        grams: Gram matrices, if the method takes them and this is the matrix of a linear map.
-        first_row: of rows that not all experts have tokens for, where they begin in the parameter;
-            they are the average of those that have them.
-        is_part: whether these are some rows of a parameter alone.
-        is_linear_map: whether this is the matrix of a linear map, if the method asks.
-        is_transposed: such a matrix is stored [n, rows].
+        fisher: the Fisher information of each entry, if the method needs it.
+        grams: Gram matrices, if the method needs them and this is the matrix of a linear map.
+        first_row: if this is a range of rows whose tokens only some experts have, its first row in
+            the parameter; such rows are averaged over the experts that have them.
+        is_part: whether this is a range of a parameter's rows.
+        is_linear_map: whether this is the matrix of a linear map; set only if the method needs it.
+        is_transposed: whether such a matrix is stored [n, rows].
     """
 
     spec: TensorSpec
@@ -140,13 +147,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge that was checked and not yet computed.
+    """A merge that is checked and not yet computed.
 
     Attributes:
-        tasks: in order of name, the order of all that has an item for each expert.
+        settings: how to merge.
+        tuning: the method's settings with every "auto" replaced.
+        tasks: in order of name, which is the order of the experts in every sequence.
         coefficients: ``lambda_j``.
-        scale: of the merged task vector; "auto" until it is known.
-        parameters: the encoder's, in the order of the output file.
+        scale: the scale of the merged task vector; "auto" until it is known.
+        parameters: the encoder's parameters, in the order of the output file.
         heads: where each task's head lies, by tensor.
         claims, nodes: which mask nodes weigh each parameter, and each expert's Fisher information.
         widest: the task whose expert has all tokens.
@@ -165,7 +174,7 @@ class Plan:
 
     @property
     def specs(self) -> list[TensorSpec]:
-        """The tensors of the output files in order; parameters that are parts of one are joined."""
+        """The tensors of the output files in order; ranges of a parameter's rows are joined."""
         specs: dict[str, TensorSpec] = {}
         for name, dtype, shape in (each.spec for each in self.parameters):
             rows = specs[name].shape[0] + shape[0] if name in specs else 0
@@ -174,7 +183,7 @@ class Plan:
 
     @property
     def tokens(self) -> int | None:
-        """The number of embeddings, where the experts' numbers differ."""
+        """The number of embeddings, if the experts' numbers differ; otherwise None."""
         ends = [each.first_row + each.spec.shape[0] for each in self.parameters if each.first_row]
         return max(ends, default=None)
 
@@ -185,7 +194,7 @@ class Plan:
 
     @property
     def stored(self) -> set[TensorHeader]:
-        """Everything that the merge reads."""
+        """All stored tensors that the merge reads."""
         groups = ((*p.experts, *p.fisher, *p.grams, p.base) for p in self.parameters)
         return {header for group in groups for header in group if header}
 
@@ -196,13 +205,9 @@ class Plan:
         return [torch.from_numpy(architectures.weights(claim, each)) for each in nodes]
 
     def coefficients_of(self, parameter: Parameter) -> list[float]:
-        """``lambda_j`` of the experts that have a parameter; ones, if all of them are zero."""
+        """``lambda_j`` of the experts that have a parameter; all 1 if all are zero."""
         lambdas = [self.coefficients[place] for place in parameter.places]
         return lambdas if any(lambdas) else [1.0] * len(lambdas)
-
-    def tasks_of(self, parameter: Parameter) -> list[str]:
-        """The tasks whose experts have a parameter."""
-        return [self.tasks[place] for place in parameter.places]
 
 
 NO_STATISTICS = Statistics()
@@ -214,12 +219,13 @@ def plan_merge(
     base: Path | None = None,
     statistics: Statistics = NO_STATISTICS,
 ) -> Plan:
-    """Check that experts can be merged in this way.
+    """Plan a merge: check that the experts, the base and the statistics fit together.
 
     Args:
         experts: checkpoint folders by task.
+        settings: how to merge.
         base: the folder of the model that they were fine-tuned from.
-        statistics: those that the method takes, of every expert.
+        statistics: the statistics that the method needs, of every expert.
 
     Raises:
         UserError: names what is wrong, and where.
@@ -235,7 +241,7 @@ def plan_merge(
     encoders = {f"expert {task}": encoder for task, (encoder, _) in stored.items()}
     config = checkpoints.load_config(experts[tasks[0]])
     kind = checkpoints.kind_in(experts[tasks[0]], config)
-    # The base of models with heads is read as it is: taggers have no pooler, and others do.
+    # If the models have heads, the base is read as its own kind: it may have a pooler or not.
     base_kind = None if KINDS[kind].has_head else kind
     based = stored_tensors(base, base_kind)[0] if base and needs_base else None
     tokens = {f"expert {task}": _tokens(experts[task]) for task in tasks}
@@ -244,9 +250,9 @@ def plan_merge(
     by_token = set[str]() if is_same else checkpoints.token_parameters(config, kind)
     parameters = matching(encoders, based, tokens, by_token)
     if method.fisher == "parameters":
-        parameters = [_with_fisher(p, _has(p, tasks), statistics.fisher) for p in parameters]
+        parameters = [_with_fisher(each, tasks, statistics.fisher) for each in parameters]
     if method.gram:
-        parameters = [_with_grams(p, _has(p, tasks), statistics.grams) for p in parameters]
+        parameters = [_with_grams(each, tasks, statistics.grams) for each in parameters]
     claims, nodes = {}, []
     if "is_linear_map" in method.arguments:
         maps = checkpoints.linear_maps(config, kind)
@@ -271,7 +277,8 @@ def plan_merge(
 
 
 class Tokens(NamedTuple):
-    """How many tokens a checkpoint has, and how many embeddings; the others are padding."""
+    """The number of a checkpoint's tokens, and of its rows of embeddings, of which some may be
+    padding."""
 
     used: int
     rows: int
@@ -284,12 +291,8 @@ def _tokens(folder: Path) -> Tokens:
     return Tokens(max(loading.vocabulary(folder).values(), default=-1) + 1, rows)
 
 
-def _has(parameter: Parameter, tasks: Sequence[str]) -> list[str]:
-    return [tasks[place] for place in parameter.places]
-
-
 def coefficients(tasks: Sequence[str], by_task: Mapping[str, float]) -> tuple[float, ...]:
-    """The coefficients in the order of the tasks; one for a task that is left out."""
+    """The coefficients in the order of the tasks; 1 for a task without a coefficient."""
     if unknown := sorted(set(by_task) - set(tasks)):
         raise UserError(f"--coefficient {unknown[0]}: no such expert; there are {', '.join(tasks)}")
     lambdas = tuple(float(by_task.get(task, 1.0)) for task in tasks)
@@ -301,10 +304,11 @@ def coefficients(tasks: Sequence[str], by_task: Mapping[str, float]) -> tuple[fl
 def stored_tensors(
     folder: Path, kind: KindName | None = None
 ) -> tuple[dict[str, TensorHeader], dict[str, TensorHeader]]:
-    """Where a checkpoint's encoder lies, by names in the base model, and where its head.
+    """The stored tensors of a checkpoint's encoder, by names in the base model, and of its head.
 
     Args:
-        kind: what the checkpoint is read as; default: its own kind.
+        folder: the checkpoint.
+        kind: the kind of task that it is read for; default: its own.
     """
     headers, config = tensor_headers(folder), checkpoints.load_config(folder)
     names = checkpoints.stored_names(folder, config, kind or checkpoints.kind_in(folder, config))
@@ -323,17 +327,17 @@ def matching(
 ) -> list[Parameter]:
     """The parameters to merge, in the order of the output file.
 
-    All experts must have the same, but for a pooler, which some may lack, and for rows of tokens
-    that only some have.
+    All experts must have the same parameters, except for a pooler and for rows of tokens that only
+    some of them have.
 
     The output's dtype is the widest of the experts' (float16 with bfloat16 gives float32).
-    Parameters are ordered as safetensors does, by falling size of their dtype, then by name.
+    Parameters are ordered as safetensors orders them: by falling size of the dtype, then by name.
 
     Args:
         experts: tensors by name, by "expert TASK".
-        base: the same of the base model, which may have more tensors.
-        tokens: of the experts, by "expert TASK", and of the base, by "base".
-        by_token: the parameters with a row for each token, where the tokens differ.
+        base: the base model's tensors by name; it may have more of them.
+        tokens: numbers of tokens, by "expert TASK" and "base".
+        by_token: the parameters with a row for each token, if the numbers of tokens differ.
 
     Raises:
         UserError: names the expert and the tensor that is missing or has another shape.
@@ -371,14 +375,14 @@ Part = Mapping[str, TensorHeader | None]
 
 
 def _parts(headers: Part, tokens: Mapping[str, Tokens]) -> list[tuple[int, Part]]:
-    """A parameter by source, in parts: the rows of tokens that all have, and those that some have.
+    """Divide a parameter's rows: those whose tokens all sources have, and those that some have.
 
-    Rows of padding, for which none has a token, come from all that have them.
+    Rows of padding, for which no source has a token, come from all sources that have them.
     """
     own = {source: tokens[source] for source in headers}
     for source, header in headers.items():
         if header is None or header.shape[0] != own[source].rows:
-            return [(0, headers)]  # which is refused
+            return [(0, headers)]  # `matching` refuses it
     parts: list[tuple[int, Part]] = []
     start = 0
     for stop in sorted({size for each in own.values() for size in each if size}):
@@ -391,7 +395,7 @@ def _parts(headers: Part, tokens: Mapping[str, Tokens]) -> list[tuple[int, Part]
 
 
 def _rows(header: TensorHeader, start: int, stop: int) -> TensorHeader:
-    """Where some rows of a stored tensor lie."""
+    """The header of a range of a stored tensor's rows."""
     size = (header.end - header.start) // header.shape[0]
     begin = header.start + start * size
     shape = (stop - start, *header.shape[1:])
@@ -401,11 +405,11 @@ def _rows(header: TensorHeader, start: int, stop: int) -> TensorHeader:
 def _with_fisher(
     parameter: Parameter, tasks: Sequence[str], fisher: Mapping[str, Mapping[str, TensorHeader]]
 ) -> Parameter:
-    """The parameter with every expert's Fisher information of each entry."""
+    """Add every expert's Fisher information of each entry to a parameter."""
     name, _, shape = parameter.spec
     if parameter.first_row:
         return parameter
-    headers = {task: fisher[task].get(name) for task in tasks}
+    headers = {task: fisher[task].get(name) for task in (tasks[n] for n in parameter.places)}
     if parameter.is_part:
         headers = {task: _rows(each, 0, shape[0]) for task, each in headers.items() if each}
     return replace(parameter, fisher=_of_shape(headers, shape, f"full Fisher of {name}"))
@@ -414,14 +418,15 @@ def _with_fisher(
 def _with_grams(
     parameter: Parameter, tasks: Sequence[str], grams: Mapping[str, StoredGrams]
 ) -> Parameter:
-    """The parameter; if it is the matrix of a linear map, with the Gram matrices of its inputs."""
+    """Add the Gram matrices of the inputs to a parameter that is the matrix of a linear map."""
     name, _, shape = parameter.spec
     module = name.removesuffix(".weight")
     if module == name or not any(module in each.inputs for each in grams.values()):
         return parameter
     is_transposed = any(module in each.transposed for each in grams.values())
     size = shape[0 if is_transposed else 1]
-    headers = {task: grams[task].moments.get(grams[task].inputs.get(module, "")) for task in tasks}
+    own = [tasks[place] for place in parameter.places]
+    headers = {task: grams[task].moments.get(grams[task].inputs.get(module, "")) for task in own}
     stored = _of_shape(headers, (size, size), f"Gram matrix of {name}")
     return replace(parameter, grams=stored, is_transposed=is_transposed)
 
@@ -438,7 +443,7 @@ def _of_shape(
 
 
 def _check_counts(task: str, fisher: Mapping[Site, np.ndarray], counts: Mapping[Site, int]) -> None:
-    """Refuse Fisher information of other nodes than the model's."""
+    """Refuse Fisher information whose nodes are not the model's."""
     for site in sorted({*counts, *fisher}):
         number, expected = len(fisher.get(site, ())), counts.get(site, 0)
         if number != expected:

@@ -1,7 +1,7 @@
 """The merge methods: each a short function on tensors, with its name, its paper and its needs.
 
-A method merges one parameter. It takes those of these arguments that it names; sequences have an
-item for each expert:
+A method merges one parameter. Its arguments are some of these; sequences have an item for each
+expert:
 
 - ``experts``: the experts' tensors, of any floating dtype, not to be changed; ``base``: the base's.
 - ``coefficients``: ``lambda_j``, at least zero and not all zero.
@@ -11,8 +11,8 @@ item for each expert:
 - ``generators``: of random numbers, the same whatever the order of the experts.
 - ``density``, ``damping``: settings.
 
-To add a method, write its function here, under `method`. This module loads no PyTorch, so that the
-command line starts fast; functions import what they compute with.
+To add a method, write its function here, with the decorator `method`. So that the command line
+starts fast, this module does not import PyTorch; functions import what they need.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Tuning(NamedTuple):
-    """What the setting "auto" stands for.
+    """The values of a method's settings that are "auto".
 
     Attributes:
-        normalise, exponent: of the Fisher information (`fmn.fisher.architectures.tempered`).
-        growth: the merged task vector is scaled by the effective number of task vectors to this
-            power (`fmn.merge.model.effective_number`), at most by `most`; 0 leaves it.
+        normalise, exponent: for the Fisher information (`fmn.fisher.architectures.tempered`).
+        growth: the merged task vector is scaled by this power of the effective number of task
+            vectors (`fmn.merge.model.effective_number`); 0: it is not scaled.
+        most: the largest scale.
     """
 
     normalise: str = "none"
@@ -52,16 +53,16 @@ class Tuning(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a merge takes.
+    """The inputs that a merge method needs.
 
     Attributes:
-        name: of the method.
-        fisher: whose Fisher information it takes: that of mask "nodes", of all "parameters", none.
-        statistic: for "parameters": the kind of statistic, with a value per parameter, that it
-            takes as such; a stage of `fmn.fisher.stages` computes it.
-        gram, base: whether it takes Gram matrices, and the base model.
-        random: whether it draws at random, and so depends on the seed.
-        density: default share of a task vector's entries that stay; None where all do.
+        name: the method's name.
+        fisher: the kind of Fisher information: of mask "nodes", of all "parameters", or None.
+        statistic: for "parameters": the stage of `fmn.fisher.stages` that computes it; its output
+            has a value for each parameter.
+        gram, base: whether it needs Gram matrices, and the base model.
+        random: whether it draws random numbers, so that the result depends on the seed.
+        density: default share of a task vector's entries that stay; None: all of them.
     """
 
     name: str
@@ -78,10 +79,12 @@ class Method(Needs):
     """A merge method and its needs.
 
     Attributes:
-        paper: where it is from, on arXiv; None where it has no paper of its own.
-        element_wise: whether an entry of the result depends on the same entry of its inputs alone,
-            so that parameters can be merged in pieces. NaN and Inf in an expert or the base must
-            come out as such, so that only the result need be checked.
+        function: the function, with `arguments`.
+        paper: its paper's number on arXiv, if there is one.
+        element_wise: whether each entry of the result depends only on the same entry of the inputs,
+            so that parameters can be merged in pieces. Such a function must pass on NaN and Inf in
+            an expert or the base, as only its result is checked.
+        auto: the values of settings that are "auto".
     """
 
     function: Callable[..., Tensor]
@@ -91,7 +94,7 @@ class Method(Needs):
     auto: Tuning = field(default_factory=Tuning)
 
     def __call__(self, **inputs: Any) -> Tensor:
-        """Merge one parameter: call the function with those of the inputs that it names."""
+        """Merge one parameter: call the function with the inputs that are its arguments."""
         return self.function(**{name: inputs[name] for name in self.arguments})
 
 
@@ -99,11 +102,11 @@ METHODS: dict[str, Method] = {}
 """Every merge method by name."""
 
 AUTO = Needs(name="auto", fisher="nodes", gram=True, random=True)
-"""What `fmn.merge.auto`, which tries several methods, can take. It is no method of its own."""
+"""The inputs of `fmn.merge.auto`, which is not a method but tries several."""
 
 
 def needs_of(name: str, has_fisher: bool = True, has_gram: bool = True) -> Needs:
-    """What the method of this name takes; "auto" takes those statistics that there are."""
+    """The needs of a method; "auto" uses the statistics that are available."""
     if name != AUTO.name:
         return METHODS[name]
     return replace(AUTO, fisher="nodes" if has_fisher else None, gram=has_gram)
@@ -240,7 +243,7 @@ def dare_ties(
 def tsv_m(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
     """The first 1/m of each task's singular vectors, made orthonormal together (algorithm 1).
 
-    Parameters that are no matrices, or too small for a vector a task, are averaged.
+    Parameters that are not matrices, or too small for one vector per task, are averaged.
     """
     import torch
 
@@ -260,7 +263,7 @@ def tsv_m(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
 def iso_c(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
     """The sum of the task matrices with each singular value replaced by their mean (eq. 4).
 
-    Parameters that are no matrices are averaged.
+    Parameters that are not matrices are averaged.
     """
     from fmn.merge.rules import strengths, svd, task_vectors, weighted_sum
 
@@ -273,8 +276,8 @@ def iso_c(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
 def tuned(name: str, mapping: str, has_base: bool, normalise: str, exponent: float | str) -> Tuning:
     """A method's settings with every "auto" replaced.
 
-    With the mapping "paper", and for mask-fisher without the base, "auto" is the paper's plain
-    rule. Without the base nothing is scaled.
+    With the mapping "paper", and for mask-fisher without the base, "auto" is the paper's rule:
+    no normalisation, exponent 1, no scale. Without the base the scale is always 1.
     """
     is_plain = mapping == "paper" or (name == "mask-fisher" and not has_base)
     auto = Tuning() if is_plain else METHODS[name].auto

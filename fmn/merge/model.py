@@ -1,9 +1,9 @@
-"""The merge itself, and the merged model's folder (`fmn.merge.recipe` describes it)."""
+"""Merge parameters, and write the merged model's folder (described in `fmn.merge.recipe`)."""
 
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -28,7 +28,7 @@ from fmn.merge.inputs import (
 from fmn.merge.methods import METHODS
 from fmn.merge.recipe import CARD, RECIPE, MergeSettings, Recipe, card
 from fmn.merge.rules import generator
-from fmn.merge.stream import DTYPES, NAMES, Read, TensorSpec, row_slices
+from fmn.merge.stream import DTYPES, NAMES, WORKING_SET, Files, Read, row_slices
 from fmn.models import checkpoints, labels
 from fmn.models.checkpoints import CONFIG, SMALL_FILES, read_config
 from fmn.models.devices import resolve_device, side_by_side
@@ -38,13 +38,10 @@ from fmn.store.stage import Progress, no_progress, write_record
 from fmn.tasks.kinds import KINDS
 from fmn.tasks.task import Task, write_task
 
-WORKING_SET = 12 * 2**20  # bytes, in float64, of all that is held of one piece of a parameter
 _FREED = 31 * 2**20  # bytes
 _HEAD_SETTINGS = {"id2label", "label2id", "num_labels", "problem_type", "finetuning_task"}
 _HEAD_SETTINGS |= {"task_specific_params"}
 _LOCAL_SETTINGS = {"_name_or_path", "auto_map", "torch_dtype"}
-
-Files = Mapping[str, Sequence[TensorSpec]]  # tensors by file name
 
 
 def write_model(
@@ -65,17 +62,18 @@ def write_model(
     Args:
         folder: where to write; it must be empty. After an error it is left incomplete.
         experts: checkpoint folders by task.
+        settings: how to merge.
         base: the folder of the model that they were fine-tuned from.
-        statistics: those that the method takes.
-        definitions: of the tasks. A head whose outputs name a task's labels gets the task's own
-            names; any other keeps its own.
+        statistics: the statistics that the method needs.
+        definitions: the tasks' definitions. If the outputs of a head have the names of the task's
+            labels, they are written as the task spells them; otherwise they keep their names.
         lineage: further entries of the recipe.
-        encoder_tensors: the merged encoder by names in the base model, if it was computed before.
-        progress: called with the bytes of the encoder that are done and that are to be done.
+        encoder_tensors: the merged encoder by names in the base model, if it is computed already.
+        progress: called with the bytes of the encoder that are written, and with all its bytes.
         shard_bytes: a larger encoder is written in several files.
 
     Raises:
-        UserError: the experts cannot be merged so.
+        UserError: the experts cannot be merged with these settings.
     """
     plan = _with_scale(plan_merge(experts, settings, base, statistics))
     first = _first(plan.tasks, experts)
@@ -105,13 +103,13 @@ def write_model(
 
 
 def _first(tasks: Sequence[str], experts: Mapping[str, Path]) -> Path:
-    """The expert whose settings the encoder gets: of an embedding model, as it has no head."""
+    """The expert that the encoder's settings come from: an embedding model, if there is one."""
     of_embeddings = (t for t in tasks if checkpoints.kind_in(experts[t]) == "sentence-similarity")
     return experts[next(of_embeddings, tasks[0])]
 
 
 def _own_entries(plan: Plan) -> dict[str, Any]:
-    """What the recipe says of the merge itself, with every "auto" replaced."""
+    """The recipe's entries about the merge itself, with every "auto" replaced."""
     used = {**plan.settings.used("coefficient"), "tasks": list(plan.tasks), "scale": plan.scale}
     used["coefficients"] = dict(zip(plan.tasks, plan.coefficients, strict=True))
     if plan.method.fisher == "nodes":
@@ -131,7 +129,7 @@ def read_encoder(model: Path) -> dict[str, Tensor]:
 
 
 def _names_in_base(encoder: Path) -> dict[str, str]:
-    """The names in the base model of an encoder's stored tensors, where they are others."""
+    """Names in the base model by stored name, for the tensors of an encoder that have two names."""
     config = checkpoints.load_config(encoder)
     names = checkpoints.names_in_model(config, checkpoints.kind_of(config))
     return {stored: name for name, stored in names.items()}
@@ -144,17 +142,17 @@ def write_calibrated(
 
     Args:
         folder: where to write; it must be empty.
-        model: the merged model's folder, without own parts.
+        model: the merged model's folder; its tasks share the whole encoder.
         encoder: all of the encoder's tensors, by names in the base model.
-        recipe: of the new model.
+        recipe: the new model's recipe.
     """
     names = sorted(file.name for file in (model / "encoder").glob("*.safetensors"))
     shards = stream.shard_names(len(names) + 1)[:-1]  # their names in a task's folder
     for name, source in visible(model, ("encoder", "tasks")).items():
         if source.name not in (*names, *shards):
             digest = digest_file(source)
-            _link(source, folder / name)
-            remember_digest(folder / name, digest)  # a link changed the file's status
+            stream.link(source, folder / name)
+            remember_digest(folder / name, digest)  # a link changes the file's status
     (folder / "encoder").mkdir(exist_ok=True)
     in_base = _names_in_base(model / "encoder")
     for name, shard in zip(names, shards, strict=True):
@@ -164,7 +162,7 @@ def write_calibrated(
             for key, header in stored.items()
         }
         save_file(tensors, folder / "encoder" / name, {"format": "pt"})
-        for task in recipe.tasks:  # without a head, a task has the encoder's files alone
+        for task in recipe.tasks:  # a task without a head has only the encoder's files
             is_headed = (model / "tasks" / task / shard).exists()
             own_name = shard if is_headed else name
             os.link(folder / "encoder" / name, folder / "tasks" / task / own_name)
@@ -178,82 +176,34 @@ def write_realigned(
     recipe: Recipe,
     own: Mapping[str, Mapping[str, Tensor]],
 ) -> Recipe:
-    """Write a merged model with new tensors in its heads, and with own parts of its tasks.
+    """Write a merged model with new tensors in its heads, and with its tasks' own parts.
 
-    Files that are as in the model are hard links to it, or copies on another file system.
+    Files that do not change are hard links to the model's, or copies on another file system.
 
     Args:
         folder: where to write; it must be empty.
         model: the merged model's folder.
-        heads: by task, the new tensors by name; they take the dtypes that are stored.
-        recipe: of the new model.
-        own: by task, the tensors of the encoder that it has for itself, by names in the base model;
-            a task without a pooler has none of it. They take the encoder's dtypes.
+        heads: by task, the new tensors by name; they are stored in the old tensors' dtypes.
+        recipe: the new model's recipe.
+        own: by task, the tensors that it has in place of the encoder's, by names in the base model;
+            they are stored in the encoder's dtypes.
     """
     for name, source in visible(model, ("encoder", "tasks")).items():
         _, place, *_ = [*Path(name).parts, ""]
         is_headless = name.startswith("tasks/") and place not in heads
         if is_headless or ".safetensors" not in source.name:
-            _link(source, folder / name)
+            stream.link(source, folder / name)
     encoder = tensor_headers(model / "encoder")
     own_parts = list(dict.fromkeys(name for parts in own.values() for name in parts))
-    shared, digests = _write_split(folder / "encoder", encoder, own_parts)
+    shared, digests = stream.write_split(folder / "encoder", encoder, own_parts)
     for task, tensors in heads.items():
         stored = load_file(max((model / "tasks" / task).glob("*.safetensors")))
         changed = {name: tensor.to(stored[name].dtype) for name, tensor in tensors.items()}
         parts = {name: part.to(DTYPES[encoder[name].dtype]) for name, part in own[task].items()}
-        _write_task_tensors(folder / "tasks" / task, shared, {**stored, **changed, **parts})
+        stream.write_task(folder / "tasks" / task, shared, {**stored, **changed, **parts})
     for path, digest in digests.items():  # after the links, which change the file's status
         remember_digest(path, digest)
     return _write_recipe(folder, recipe)
-
-
-def _write_split(
-    folder: Path, encoder: Mapping[str, TensorHeader], own_parts: Collection[str]
-) -> tuple[Files, dict[Path, str]]:
-    """Write an encoder's weights so that its own parts, if there are any, are a last file.
-
-    Returns:
-        the tensors of the other files by file name, and the digests of all files.
-    """
-    sources = {header.file: file_headers(header.file) for header in encoder.values()}
-    parts = [
-        {name: header for name, header in source.items() if name not in own_parts}
-        for source in sources.values()
-    ]
-    rest = {name: encoder[name] for name in own_parts}
-    parts = [part for part in (*parts, rest) if part]
-    files, digests = {}, {}
-    for name, part in zip(stream.shard_names(len(parts)), parts, strict=True):
-        target, source = folder / name, next(iter(part.values())).file
-        specs = [TensorSpec(key, DTYPES[h.dtype], h.shape) for key, h in part.items()]
-        files[name] = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
-        if part == sources[source]:
-            digests[target] = digest_file(source)
-            _link(source, target)
-        else:
-            with stream.reading() as read:
-                pieces = _pieces([part[spec.name] for spec in files[name]], read)
-                digests[target] = stream.write_file(target, files[name], pieces)
-    if len(files) > 1:
-        write_json(folder / INDEX, stream.index(files))
-    return (dict(list(files.items())[:-1]) if rest else files), digests
-
-
-def _pieces(headers: Iterable[TensorHeader], read: Read) -> Iterator[Tensor]:
-    """Stored tensors one after another, as flat pieces."""
-    for header in headers:
-        for rows in row_slices(header.shape, WORKING_SET // 8):
-            yield read(header, rows, None).flatten()
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make a hard link, or a copy on another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def in_memory(
@@ -262,14 +212,17 @@ def in_memory(
     base: Path | None = None,
     statistics: Statistics = NO_STATISTICS,
 ) -> dict[str, Tensor]:
-    """The merged encoder's tensors by names in the base model, as `write_model` writes them."""
+    """Merge experts in memory; returns the encoder's tensors by names in the base model.
+
+    Values are those that `write_model` writes.
+    """
     plan = _with_scale(plan_merge(experts, settings, base, statistics))
 
     def merged(parameter: Parameter) -> list[Tensor]:
         with stream.reading() as read:
             return list(merged_pieces(replace(plan, parameters=[parameter]), read))
 
-    if plan.method.element_wise:  # which is as fast as memory is
+    if plan.method.element_wise:  # limited by memory: more threads would not help
         with stream.reading() as read:
             return merged_tensors(plan, merged_pieces(plan, read))
     device = resolve_device(settings.device)
@@ -282,13 +235,15 @@ def merger(
     base: Path | None = None,
     statistics: Statistics = NO_STATISTICS,
 ) -> Callable[[Mapping[str, float], float], dict[str, Tensor]]:
-    """A function from coefficients by task and a scale to the merged encoder.
+    """Return a function from coefficients by task and a scale to the merged encoder.
 
-    Everything that the merge reads is held in memory, so that many merges can be tried.
+    Everything that the merge reads stays in memory, so that many merges can be tried.
 
     Args:
+        experts: checkpoint folders by task.
         settings: how to merge; their coefficients and scale are ignored.
         base: needed for scales other than 1.
+        statistics: the statistics that the method needs.
     """
     scale = 1.0 if base is None else 2.0  # 2: the base is read
     settings = settings.model_copy(update={"coefficient": [], "scale": scale})
@@ -309,19 +264,18 @@ def scale(
     base: Path | None = None,
     statistics: Statistics = NO_STATISTICS,
 ) -> float:
-    """The scale of the merged task vector that the settings stand for."""
+    """The scale of the merged task vector, with "auto" replaced by a number."""
     return float(_with_scale(plan_merge(experts, settings, base, statistics)).scale)
 
 
 def effective_number_of(experts: Mapping[str, Path], base: Path) -> float:
-    """The effective number of task vectors of experts."""
+    """The effective number of the experts' task vectors (see `effective_number`)."""
     plan = plan_merge(experts, MergeSettings(method="average", scale=0.0), base)
     with stream.reading() as read:
         return effective_number(plan.parameters, read)
 
 
-# ---------------------------------------------------------------------------------------------
-# Merging parameters
+# ---- merging parameters ----
 
 
 def _with_scale(plan: Plan) -> Plan:
@@ -334,8 +288,8 @@ def _with_scale(plan: Plan) -> Plan:
 def effective_number(parameters: Sequence[Parameter], read: Read) -> float:
     """The effective number of task vectors, ``mean_j |tau_j|^2 / |mean_j tau_j|^2``.
 
-    So many times averaging shrinks their squared length: the number of experts where the task
-    vectors are orthogonal and equally long, 1 where they are the same.
+    Averaging divides their mean squared length by this number. It is the number of experts if the
+    task vectors are orthogonal and equally long, and 1 if they are equal.
     """
     single = together = 0.0
     count = max(len(parameter.experts) for parameter in parameters)
@@ -373,8 +327,8 @@ def merged_pieces(plan: Plan, read: Read) -> Iterator[Tensor]:
         UserError: an expert or the base holds NaN or Inf; merged values do not fit the output's
             dtype.
     """
-    # Fresh pages cost more than the sums. Having freed a block of this size, glibc no longer gives
-    # smaller ones back to the system (mallopt(3), M_MMAP_THRESHOLD, "dynamic").
+    # New pages cost more time than the sums. After a block of this size was freed, glibc no longer
+    # returns smaller ones to the system (mallopt(3), M_MMAP_THRESHOLD, "dynamic").
     torch.empty(_FREED, dtype=torch.uint8)
     is_cut = plan.method.element_wise
     with _one_thread() if is_cut else nullcontext():
@@ -393,7 +347,7 @@ def _merged_rows(
     """Some rows of a merged parameter, in its dtype."""
     settings, name = plan.settings, parameter.spec.name
     method = METHODS["average"] if parameter.first_row else plan.method
-    tasks = plan.tasks_of(parameter)
+    tasks = [plan.tasks[place] for place in parameter.places]
     sources = {f"expert {task}": s for task, s in zip(tasks, parameter.experts, strict=True)}
     if parameter.fisher:
         pairs = zip(tasks, parameter.fisher, strict=True)
@@ -439,9 +393,9 @@ def _merged_rows(
 
 
 def _device(plan: Plan, parameter: Parameter) -> torch.device:
-    """Where a parameter is merged: systems of equations and singular values on a GPU."""
+    """The device to merge a parameter on: a GPU for systems of equations and singular values."""
     is_mean = plan.method.element_wise or len(parameter.spec.shape) != 2 or parameter.first_row
-    if is_mean or plan.method.random:  # random numbers are the CPU's
+    if is_mean or plan.method.random:  # random numbers are drawn on the CPU
         return torch.device("cpu")
     return resolve_device(plan.settings.device)
 
@@ -473,7 +427,7 @@ def _refuse_not_finite(inputs: Mapping[str, Tensor], name: str) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums over pieces that fit the cache gain nothing from threads, and wait long for them."""
+    """Compute with one thread: for pieces that fit the cache, more threads only cost time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -482,12 +436,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# ---------------------------------------------------------------------------------------------
-# Writing the folder
+# ---- writing the folder ----
 
 
 def _counted(plan: Plan, pieces: Iterator[Tensor], progress: Progress) -> Iterator[Tensor]:
-    """The pieces, with the bytes so far reported."""
+    """Pass pieces on, and report their bytes."""
     done, total = 0, sum(parameter.spec.bytes for parameter in plan.parameters)
     for piece in pieces:
         done += piece.nbytes
@@ -515,11 +468,11 @@ def _write_task(
     files: Files,
     tokens: int | None,
 ) -> None:
-    """Write a task's checkpoint: links to the encoder's files, and what is the expert's own."""
+    """Write a task's checkpoint: links to the encoder's files, and the expert's head."""
     folder.mkdir(parents=True)
     with stream.reading() as read:
         tensors = {name: read(stored, None, None) for name, stored in head.items()}
-    _write_task_tensors(folder, files, tensors)
+    stream.write_task(folder, files, tensors)
     config = _config(expert, files, tokens)
     if definition:
         write_task(folder, definition)
@@ -527,30 +480,13 @@ def _write_task(
     _write_settings(folder, expert, config)
 
 
-def _write_task_tensors(folder: Path, shared: Files, own: Mapping[str, Tensor]) -> None:
-    """Write a task's weights: links to files of the encoder, and its own tensors in a last file."""
-    *names, last = stream.shard_names(len(shared) + 1)
-    if not own:  # the whole model is merged
-        names = stream.shard_names(len(shared))
-    for source, name in zip(shared, names, strict=True):
-        os.link(folder.parents[1] / "encoder" / source, folder / name)
-    if not own:
-        if len(shared) > 1:
-            write_json(folder / INDEX, stream.index(shared))
-        return
-    save_file(dict(own), folder / last, {"format": "pt"})
-    specs = [TensorSpec(name, own[name].dtype, tuple(own[name].shape)) for name in sorted(own)]
-    files = {**dict(zip(names, shared.values(), strict=True)), last: specs}
-    write_json(folder / INDEX, stream.index(files))
-
-
 def _head_settings(expert: Path, task: Task) -> dict[str, Any]:
-    """What Transformers is to know of a task's head: its problem type and its outputs' names."""
+    """Entries of config.json about a task's head: its problem type and its outputs' names."""
     own = labels.output_names(expert)
     if len(own) not in (0, task.num_outputs):
-        return {}  # a single logit of two classes, which Transformers has no words for
-    is_stated = task.problem_type and task.task == "text-classification"
-    settings: dict[str, Any] = {"problem_type": task.problem_type} if is_stated else {}
+        return {}  # one logit for two classes; config.json has no entry for that
+    has_problem_type = task.problem_type and task.task == "text-classification"
+    settings: dict[str, Any] = {"problem_type": task.problem_type} if has_problem_type else {}
     if aligned := labels.by_names(task, own):
         names = dict(enumerate(labels.names_by_output(task, aligned)))
         settings["id2label"] = {str(output): name for output, name in names.items()}
@@ -559,9 +495,9 @@ def _head_settings(expert: Path, task: Task) -> dict[str, Any]:
 
 
 def _config(expert: Path, files: Files, tokens: int | None) -> dict[str, Any]:
-    """An expert's configuration with the encoder's dtype, without what holds only where it was.
+    """An expert's configuration with the encoder's dtype, without entries about its old place.
 
-    `tokens` is the encoder's number of embeddings, where the experts' differ.
+    `tokens` is the encoder's number of embeddings, if the experts' numbers differ.
     """
     dtype = next(iter(files.values()))[0].dtype  # the widest comes first
     config = {k: v for k, v in read_config(expert).items() if k not in _LOCAL_SETTINGS}
@@ -570,7 +506,7 @@ def _config(expert: Path, files: Files, tokens: int | None) -> dict[str, Any]:
 
 
 def _write_settings(folder: Path, expert: Path, config: Mapping[str, Any]) -> None:
-    """Write a checkpoint's configuration, and the other files that are small."""
+    """Write a checkpoint's configuration, and copy its other small files."""
     write_json(folder / CONFIG, config)
     for name in SMALL_FILES:
         if (expert / name).is_file():

@@ -1,4 +1,4 @@
-"""How a model is merged (settings) and was merged (``merge.json``). Loads no PyTorch.
+"""The settings of a merge, and its recipe (``merge.json``). Does not import PyTorch.
 
 A merged model is a folder::
 
@@ -8,9 +8,9 @@ A merged model is a folder::
     tasks/TASK/    loads with AutoModelForSequenceClassification.from_pretrained
 
 A task's folder is a sharded checkpoint whose first shards are hard links to files of the encoder,
-so that shared bytes are on the disk once. The last shard has the task's head and, where the heads
-are re-aligned, its own parts of the encoder. The merged values of these parts are in a last shard
-of the encoder, which no task links to.
+so that shared bytes are on the disk once. The last shard has the task's head and, if heads are
+re-aligned, the tensors that replace parts of the encoder. The merged values of these parts are in
+the last shard of the encoder, which no task links to.
 """
 
 import math
@@ -53,15 +53,16 @@ class MergeSettings(Settings):
         " experts on training texts without labels",
     )
     mapping: NodeMapping = Field(
-        "structured", description="how node weights spread over parameters; paper: its code's way"
+        "structured",
+        description="which parameters a mask node weighs; paper: as in the paper's released code",
     )
     coefficient: list[str] = Field(
         default_factory=list, description="TASK=X: the weight lambda of a task's expert, else 1"
     )
     normalise: Literal["auto", "none", "expert", "kind", "site"] = Field(
         "auto",
-        description="what an expert's Fisher is divided by: nothing, its mean over all nodes, over"
-        " a kind of nodes, or over a kind in one layer; auto: the method's own",
+        description="divisor of an expert's Fisher: none, its mean over all nodes (expert), over a"
+        " kind of nodes (kind), or over a kind in one layer (site); auto: the method's own",
     )
     exponent: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="power of the Fisher; auto: the method's own"
@@ -70,7 +71,8 @@ class MergeSettings(Settings):
         0.9, ge=0, le=1, description="factor of the off-diagonal entries of Gram matrices"
     )
     scale: float | Literal["auto"] = Field(
-        "auto", description="of the merged task vector; auto: the method's own. Needs the base"
+        "auto",
+        description="factor of the merged task vector; needs the base; auto: the method's own",
     )
     density: float | None = Field(
         None, gt=0, le=1, description="share of a task vector that stays; default: the method's"
@@ -80,8 +82,8 @@ class MergeSettings(Settings):
     )
     auto_heads: Literal["refitted", "own"] = Field(
         "refitted",
-        description="which heads auto measures merges with: those that `fmn realign` would fit, or"
-        " the experts' own",
+        description="heads that auto measures merges with: refitted as `fmn realign` does, or the"
+        " experts' own",
     )
     device: Device = Field(
         "auto",
@@ -101,16 +103,16 @@ class MergeSettings(Settings):
 
     @property
     def is_auto(self) -> bool:
-        """Whether several methods are tried."""
+        """Whether the method is "auto"."""
         return self.method == AUTO.name
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The coefficients by task; those that are left out are 1."""
+        """The coefficients by task; tasks that are left out have 1."""
         return _by_task(self.coefficient)
 
     def used(self, *without: str) -> dict[str, Any]:
-        """The settings that the method depends on, but for those named."""
+        """The settings that the method depends on, without some."""
         method, unused = needs_of(self.method), set(self.runtime)
         unused |= set() if self.is_auto else {"auto_heads", "dtype"}
         unused |= set() if method.fisher == "nodes" else {"mapping", "normalise", "exponent"}
@@ -139,18 +141,18 @@ class RefitSettings(Settings):
         1024, description="unlabeled training texts; those that the expert was not tuned on first"
     )
     ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        "auto", description="how firmly a head is held where it was; auto: by leave-one-out"
+        "auto", description="strength of the pull to the old head; auto: by leave-one-out error"
     )
     seed: int = Field(0, ge=0, description="seed of the texts' draw")
     own_pooler: bool = Field(
         True,
-        description="each task has its expert's own pooler, where the encoder has one; =false: the"
-        " merged one",
+        description="give each task its expert's own pooler, if there is one; =false: the merged"
+        " pooler",
     )
     own_layers: int = Field(
         0,
         ge=0,
-        description="each task has its expert's own last layers, so many, and what follows them",
+        description="number of last layers that each task has from its own expert",
     )
 
     _at_least_one = field_validator("texts")(at_least_one)
@@ -162,17 +164,17 @@ class CalibrationSettings(Settings):
         ge=1,
         description="unlabeled training texts; those that the expert was not tuned on first",
     )
-    ridge: float = Field(2.0, gt=0, description="how firmly a map is held where it was")
+    ridge: float = Field(2.0, gt=0, description="strength of the pull to the old map")
     target: Literal["outputs", "weights"] = Field(
         "outputs",
-        description="what a map is to give: outputs: what the expert's map gives in the expert;"
-        " weights: what it gives in the merged model, as RegMean++ does",
+        description="fit a map to the outputs of the expert's map in the expert (outputs), or in"
+        " the merged model, as RegMean++ does (weights)",
     )
     seed: int = Field(0, ge=0, description="seed of the texts' draw")
 
 
 class Checkpoint(Lineage):
-    """A checkpoint that was merged; how it was fine-tuned is empty if fmn did not do that."""
+    """A merged checkpoint, and the settings of its fine-tuning, if fmn did that."""
 
     digest: str
     settings: dict[str, int | float | str] = Field(default_factory=dict)
@@ -181,7 +183,7 @@ class Checkpoint(Lineage):
 
 
 class Statistic(Record):
-    """A statistic that was used: digests of its file and of its numbers, how it was computed."""
+    """A statistic that the merge used: digests of its file and of its values, and its settings."""
 
     digest: str = ""
     values: str = ""
@@ -196,7 +198,7 @@ class Statistic(Record):
 
 
 class Search(Record):
-    """The search that gave the coefficients: its file, its score, that of equal coefficients."""
+    """The search for coefficients: digest of its file, its score, that of equal coefficients."""
 
     digest: str
     score: float
@@ -204,15 +206,16 @@ class Search(Record):
 
 
 class Fit(Record):
-    """How a head was re-aligned on so many texts (`fmn.merge.heads`).
+    """How well a head was re-aligned (`fmn.merge.heads`).
 
     Attributes:
-        ridge: the ridge that was used.
-        before: mean squared difference of the outputs from the expert's with the head as it was,
-            over the variance of the expert's.
-        after: the same with the new head, each text answered by the head that the others give
-            (leave-one-out); None where a text alone decides its answer, as without ridge and with
-            fewer texts than features.
+        texts: number of texts.
+        ridge: the ridge.
+        before: mean squared difference of the outputs from the expert's with the old head, divided
+            by the variance of the expert's.
+        after: the same with the new head, by leave-one-out: each text is answered by the head that
+            is fitted to the others. None if it is undefined, as without a ridge and with fewer
+            texts than features.
     """
 
     texts: int
@@ -222,9 +225,10 @@ class Fit(Record):
 
 
 class Realigned(Record):
-    """How heads were re-aligned: digests of the model that they are from and of the texts, fits.
+    """How heads were re-aligned: the settings, the fits, and digests of the model and the texts.
 
     Attributes:
+        merged: digest of the model before.
         own_pooler, own_layers: the parts of the encoder that each task has from its own expert.
     """
 
@@ -240,9 +244,10 @@ class Realigned(Record):
 
 
 class Calibrated(Record):
-    """How an encoder was calibrated: digests of the model that it is from and of the texts.
+    """How an encoder was calibrated: the settings, and digests of the model and the texts.
 
     Attributes:
+        merged: digest of the model before.
         errors: by task, mean squared difference of the last layer's states from the expert's, over
             the variance of the expert's.
     """
@@ -270,9 +275,10 @@ class Auto(Record):
     """How `auto` chose a merge.
 
     Attributes:
-        heads: those that merges were measured with: "refitted", or the experts' "own".
-        texts: how many there were of each task; `data` are digests of their files.
-        candidates: in the order in which they were tried, the plain average first.
+        heads: the heads that merges were measured with: "refitted", or the experts' "own".
+        texts: the number of texts of each task.
+        data: digests of their files.
+        candidates: in the order of the trials; the plain average is the first.
     """
 
     heads: str
@@ -284,25 +290,25 @@ class Auto(Record):
 
     @property
     def chosen(self) -> Candidate:
-        """The first candidate with the least error."""
+        """The first candidate with the smallest error."""
         return min(self.candidates, key=lambda candidate: candidate.error)
 
     @property
     def in_words(self) -> str:
-        """What was chosen among how many, for cards and reports."""
+        """A description of the choice, for cards and reports."""
         numbers = sorted({min(self.texts.values()), max(self.texts.values())})
         texts, count = " to ".join(map(str, numbers)), len(self.candidates)
         errors = f"error {self.chosen.error:.3g}; the average {self.candidates[0].error:.3g}"
         return f"chosen by auto among {count} merges on {texts} texts a task ({errors})"
 
     def applied(self, settings: MergeSettings) -> MergeSettings:
-        """The settings with the method and the scale that were chosen."""
+        """Put the chosen method and scale into the settings."""
         chosen = {"method": self.chosen.method, "scale": self.chosen.scale}
         return settings.model_copy(update=chosen)
 
 
 class Recipe(Record):
-    """How a model was merged and from what; settings that its method does not use are None."""
+    """How a model was merged, and its inputs; settings that its method does not use are None."""
 
     format: Literal[2] = 2
     fmn: str = __version__
@@ -331,14 +337,14 @@ class Recipe(Record):
 
     @property
     def messages(self) -> list[str]:
-        """What the user should know of the experts."""
+        """Notes about the experts, for the user."""
         return self.notes
 
 
 class SearchedCoefficients(Record):
-    """What a merge reads of the output of `fmn search`.
+    """The part of the output of `fmn search` that a merge reads.
 
-    `experts` (digests by task) and `merge` (settings) say which merge it is for.
+    `experts` (digests by task) and `merge` (settings) identify the merge that it is for.
     """
 
     coefficients: dict[str, float]
@@ -350,21 +356,21 @@ class SearchedCoefficients(Record):
 
 
 def is_merged(folder: Path) -> bool:
-    """Whether a folder holds a merged model, and not a checkpoint of one model."""
+    """Whether a folder holds a merged model, not a single checkpoint."""
     return (folder / RECIPE).is_file()
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a merged model.
+    """Read the recipe of a merged model.
 
     Raises:
-        UserError: there is none, or it is not as this fmn writes it.
+        UserError: the folder has no recipe, or this version of fmn cannot read it.
     """
     return read_record(folder / RECIPE, Recipe, "`fmn merge` makes a merged model")
 
 
 def task_folder(folder: Path, task: str) -> Path:
-    """The checkpoint of one task of a merged model; UserError if the model does not have it."""
+    """The folder of a task's checkpoint in a merged model; UserError if there is no such task."""
     tasks = read_recipe(folder).tasks
     if task not in tasks:
         raise UserError(f"{folder}: has no task {task!r}; choose one of {', '.join(tasks)}")
@@ -409,7 +415,7 @@ def library(tasks: Iterable[Task | None]) -> str:
 
 
 def loading(name: str, task: Task | None) -> str:
-    """Python that loads a task's part of a merged model; without a definition it is of texts."""
+    """Code that loads a task's part of a merged model; by default, a classifier of texts."""
     kind = task.task if task else "text-classification"
     if kind == "sentence-similarity":
         imported, call = "sentence_transformers import SentenceTransformer", "SentenceTransformer"

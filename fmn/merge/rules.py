@@ -1,7 +1,7 @@
-"""The building blocks of merge methods: pure functions on tensors, which they never change.
+"""The building blocks of merge methods: pure functions of tensors, which they never change.
 
-Weighted means, which must keep up with the disk, are computed in float32, or in float64 where a
-tensor is; all else is in float64.
+Weighted means must be as fast as the disk: they are computed in float32, or in float64 if one of
+the tensors is. Everything else is computed in float64.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from hashlib import sha256
 import torch
 from torch import Generator, Tensor
 
-RIDGE = 1e-6  # of the mean diagonal entry; directions that no input has stay the weighted mean
-STEP = 0.25  # weights are rounded to powers of 2^STEP, so that like rows share a factorisation
+RIDGE = 1e-6  # times the mean diagonal entry; without inputs in a direction, W stays the mean there
+STEP = 0.25  # weights are rounded to powers of 2^STEP, so that similar rows share a factorisation
 SYSTEMS = 2**26  # entries of the systems of equations that a GPU solves at a time
 SMALLEST = -20.0  # logarithm to base 2 of the smallest weight relative to the largest
 
@@ -20,15 +20,15 @@ SMALLEST = -20.0  # logarithm to base 2 of the smallest weight relative to the l
 def shares(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """Each expert's share ``lambda_j F_j / sum_j lambda_j F_j`` (Matena and Raffel 2022, eq. 4).
 
-    Where no expert with a coefficient has any Fisher information, the share is ``lambda_j / sum_j
-    lambda_j``. A softmax of logarithms loses neither subnormal nor huge Fisher information.
+    Where ``lambda_j F_j`` is zero for every expert, the share is ``lambda_j / sum_j lambda_j``. The
+    shares are a softmax of logarithms, so that tiny and huge Fisher information is not lost.
 
     Args:
-        fisher: at least zero and finite; a tensor for each expert, all of one shape.
+        fisher: a tensor for each expert, all of one shape; finite and at least zero.
         coefficients: ``lambda_j``, at least zero and not all zero.
 
     Returns:
-        float64 [experts, *shape], which sums to one over the experts.
+        float64 [experts, *shape]; the sum over the experts is one.
 
     >>> shares([torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])], [1.0, 1.0])[0].tolist()
     [0.75, 0.5]
@@ -41,7 +41,7 @@ def shares(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
 
 
 def even(count: int) -> list[Tensor]:
-    """Fisher information that prefers none of so many experts."""
+    """Equal Fisher information for a number of experts."""
     return [torch.ones((), dtype=torch.float64)] * count
 
 
@@ -49,19 +49,20 @@ def weighted_mean(tensors: Sequence[Tensor], shares: Tensor) -> Tensor:
     """``sum_j s_j theta_j`` with shares that sum to one, as a running mean.
 
     Every step moves the mean towards one expert, ``m += s_j / (s_1 + ... + s_j) (theta_j - m)``
-    (West 1979, "Updating mean and variance estimates"): one pass over memory, and no accumulator
-    wider than float32. Equal experts give the expert bit for bit, as does an expert with the whole
-    share; the experts' order changes rounding alone. NaN and Inf are never lost.
+    (West 1979, "Updating mean and variance estimates"). This takes one pass over memory, and no
+    accumulator wider than float32. If all experts are equal, or if one has the whole share, the
+    result is that expert bit for bit. The order of the experts affects only rounding. NaN and Inf
+    are passed on.
 
     Args:
-        tensors: of any floating dtypes and of one shape.
+        tensors: tensors of one shape, of any floating dtypes.
         shares: from `shares`, [experts, ...], broadcastable against the tensors.
 
     Returns:
-        a new tensor, float32 or, where one of the tensors is, float64.
+        a new tensor, float32, or float64 if one of the tensors is.
     """
     wide = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-    # 0/0 before any expert has had a share
+    # 0/0 until an expert has a share
     steps = shares.div(shares.cumsum(0)).nan_to_num_(0.0)[1:]
     weights = steps.flatten().tolist() if steps.numel() == len(steps) else steps.to(wide)
     mean = tensors[0].to(wide, copy=len(tensors) == 1)
@@ -72,7 +73,7 @@ def weighted_mean(tensors: Sequence[Tensor], shares: Tensor) -> Tensor:
 
 
 def task_vectors(experts: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-    """What fine-tuning added to the base, for each expert (arXiv 2212.04089); float64."""
+    """Each expert minus the base (arXiv 2212.04089); float64."""
     return [expert.double() - base.double() for expert in experts]
 
 
@@ -85,12 +86,12 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def strengths(coefficients: Sequence[float]) -> list[float]:
-    """The coefficients scaled to a mean of one."""
+    """Scale the coefficients to a mean of one."""
     return [value * len(coefficients) / sum(coefficients) for value in coefficients]
 
 
 def trim(vector: Tensor, density: float) -> Tensor:
-    """The task vector with zeros but for its largest magnitudes, at least one (TIES, step 1)."""
+    """Set all but the largest entries of a task vector to zero; one or more stay (TIES, step 1)."""
     magnitude = vector.abs().float()
     count = max(1, int(density * vector.numel()))
     threshold = magnitude.flatten().kthvalue(vector.numel() - count + 1).values
@@ -105,7 +106,7 @@ def elect(vectors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
 def disjoint_mean(
     vectors: Sequence[Tensor], signs: Tensor, coefficients: Sequence[float]
 ) -> Tensor:
-    """The lambda-weighted mean of the entries that have the elected sign; else 0 (TIES, step 3)."""
+    """The lambda-weighted mean of entries with the elected sign; 0 without any (TIES, step 3)."""
     total, weight = torch.zeros_like(signs), torch.zeros_like(signs)
     for vector, coefficient in zip(vectors, coefficients, strict=True):
         agrees = coefficient * ((vector.sign() == signs) & (signs != 0))
@@ -121,15 +122,15 @@ def generator(seed: int, task: str, name: str) -> Generator:
 
 
 def drop(vector: Tensor, density: float, generator: Generator) -> Tensor:
-    """The task vector with entries dropped at random, the others rescaled (arXiv 2311.03099)."""
+    """Drop entries of a task vector at random, and rescale the others (arXiv 2311.03099)."""
     stays = torch.rand(vector.shape, generator=generator) < density
     return torch.where(stays, vector / density, 0.0)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [m, r], S [r] and V^T [r, n], without directions that hold nothing but rounding errors.
+    """U [m, r], S [r] and V^T [r, n] of a matrix [m, n] of rank r.
 
-    r is the matrix's rank, as `torch.linalg.matrix_rank` counts it.
+    The rank is that of `torch.linalg.matrix_rank`; other directions are rounding errors.
     """
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     rank = int((s > s[:1] * max(matrix.shape) * torch.finfo(s.dtype).eps).sum())
@@ -139,9 +140,9 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def leading_svd(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [m, r], S [r] and V^T [r, n] of the ``most`` largest singular values, or of fewer.
 
-    They come from the eigenvectors of the smaller Gram matrix, three times as fast as an SVD. That
-    squares singular values, so those below 1e-7 of the largest, the precision of weights in
-    float32, are left out.
+    They come from the eigenvectors of the smaller Gram matrix, which is three times as fast as an
+    SVD. As that squares singular values, those below 1e-7 of the largest, the precision of weights
+    in float32, are left out.
     """
     if matrix.shape[0] < matrix.shape[1]:
         u, s, vh = leading_svd(matrix.mT, most)
@@ -154,7 +155,7 @@ def leading_svd(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearest_orthonormal(matrix: Tensor) -> Tensor:
-    """The matrix with all its singular values replaced by one."""
+    """Replace all singular values of a matrix by one."""
     u, _, vh = svd(matrix)
     return u @ vh
 
@@ -162,50 +163,51 @@ def nearest_orthonormal(matrix: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 # Merging linear maps by regression
 #
-# RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) finds the matrix whose outputs are nearest to
-# those of every expert on that expert's own inputs: W = (sum_j G_j)^-1 sum_j G_j W_j with the Gram
-# matrices G_j of the inputs. They are the *input* curvature of the experts' losses. The Fisher
-# information of the mask node that an output row belongs to stands in for the *output* curvature
-# (the two factors of K-FAC, Martens and Grosse 2015, arXiv 1503.05671), so with weights d:
+# RegMean (Jin et al. 2023, arXiv 2212.09849, eq. 2) solves for the matrix whose outputs are nearest
+# to those of every expert on that expert's own inputs: W = (sum_j G_j)^-1 sum_j G_j W_j with the
+# Gram matrices G_j of the inputs, which are the *input* curvature of the experts' losses. We weigh
+# each output row by the Fisher information d_j of its mask node, an estimate of the *output*
+# curvature (the two factors of K-FAC, Martens and Grosse 2015, arXiv 1503.05671):
 # W[o] = (sum_j d_j[o] G_j)^-1 sum_j d_j[o] G_j W_j[o].
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """The Gram matrix with its off-diagonal entries times `damping` (arXiv 2212.09849, 3.3)."""
+    """Multiply the off-diagonal entries of a Gram matrix by `damping` (arXiv 2212.09849, 3.3)."""
     return torch.lerp(gram.diagonal().diag(), gram, damping)
 
 
 def second_moment(vector: Tensor) -> Tensor:
     """``tau^T tau / |tau|^2`` of a task vector [rows, n]; zeros where it is zero.
 
-    It stands in for the Gram matrix of the inputs, as gradients add multiples of the inputs to the
+    It approximates the Gram matrix of the inputs, as gradients add multiples of the inputs to the
     rows of a linear map (WUDI-Merging, arXiv 2503.08099, proposition 1).
     """
     return vector.T @ vector / vector.square().sum().clamp(min=torch.finfo(vector.dtype).tiny)
 
 
 def row_weights(fisher: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Each expert's weight of a matrix's output rows: lambda times the mean Fisher of the row.
+    """Each expert's weights of a matrix's output rows: lambda times the mean Fisher of the row.
 
     Args:
-        fisher: broadcastable against the matrix [rows, n].
+        fisher: for each expert, broadcastable against the matrix [rows, n].
+        coefficients: ``lambda_j``.
 
     Returns:
-        float64 [experts, rows], or [experts, 1] where the rows do not differ.
+        float64 [experts, rows], or [experts, 1] if all rows have the same weight.
     """
     rows = torch.stack([each.double().mean(-1).flatten() for each in fisher])
     return torch.tensor(coefficients, dtype=torch.float64, device=rows.device)[:, None] * rows
 
 
 def rounded(weights: Tensor, step: float = STEP) -> Tensor:
-    """Weights relative to the largest over the experts, as powers of ``2^step``.
+    """Divide weights by the largest over the experts, and round them to powers of ``2^step``.
 
     Args:
-        weights: at least zero, [experts, rows]. Where all are zero, all count alike.
-        step: 0 leaves them as they are between ``2^SMALLEST`` and 1.
+        weights: at least zero, [experts, rows]. If all weights of a row are zero, all become one.
+        step: 0: no rounding, only a lower limit of ``2^SMALLEST``.
 
     Returns:
-        float64 [experts, rows], the largest of each row is one.
+        float64 [experts, rows]; the largest weight of each row is one.
     """
     weights = weights.double()
     largest = weights.amax(0, keepdim=True)
@@ -225,21 +227,23 @@ def regress(
     Args:
         experts: W_j, [rows, n].
         grams: ``E_j[x x^T]``, float64 [n, n].
-        weights: d_j, at least zero, [experts, rows] or [experts, 1]; zeros stand for equal ones.
-        at_once: systems of equations that are solved at a time; default: as suits the device.
+        weights: d_j, at least zero, [experts, rows] or [experts, 1]; if all of a row are zero, they
+            count as equal.
+        at_once: systems of equations that are solved at a time; default: depends on the device.
 
     Returns:
-        float64 [rows, n], on the device of the Gram matrices. Where the rows' weights do not
-        differ, one factorisation of n^3 / 3 multiplications serves all. For two experts one
-        diagonalisation of both Gram matrices does (about 10 n^3). Otherwise each different column
-        of `rounded` weights takes a factorisation.
+        float64 [rows, n], on the device of the Gram matrices.
+
+    The cost is one factorisation (n^3 / 3 multiplications) if all rows have the same weights, one
+    diagonalisation of both Gram matrices (about 10 n^3) for two experts, and otherwise a
+    factorisation for each different column of `rounded` weights.
     """
     is_single, is_pair = weights.shape[1] == 1, len(experts) == 2
     weights = weights.to(grams[0].device)
     weights = weights.double() if is_single else rounded(weights, 0 if is_pair else STEP)
     weights = torch.where(weights.sum(0) > 0, weights, 1.0)
     shares = weights / weights.sum(0)
-    # Solved for the difference from the weighted mean, which is exact where the experts are equal.
+    # Solve for the difference from the weighted mean, so that equal experts give an exact result.
     start = torch.stack([s[:, None] * w for s, w in zip(shares, experts, strict=True)]).sum(0)
     pull = torch.zeros_like(start)
     for share, expert, gram in zip(shares, experts, grams, strict=True):
@@ -254,12 +258,12 @@ def regress(
     )
     rows_by_column = column_of_row.argsort(stable=True)
     first = counts.cumsum(0) - counts  # of each column's rows among them
-    # Columns with as many rows are solved together, so that hardly any row is filled up.
-    if at_once is None:  # on a CPU one, which fits a cache
+    # Columns with similar numbers of rows are solved together, so that there is little padding.
+    if at_once is None:  # on a CPU one system, which fits the cache
         at_once = max(1, SYSTEMS // start.shape[1] ** 2) if start.is_cuda else 1
     for some in counts.argsort().split(at_once):
         places = torch.arange(int(counts[some].max()), device=start.device)
-        is_row = places < counts[some, None]  # [columns, most rows of one]
+        is_row = places < counts[some, None]  # [columns, most rows of a column]
         rows = rows_by_column[torch.where(is_row, first[some, None] + places, 0)]
         steps = _solved(stacked, columns[some], pull[rows] * is_row[..., None])
         start[rows[is_row]] += steps[is_row]
@@ -297,7 +301,7 @@ def _solve_pair(grams: Tensor, shares: Tensor, pull: Tensor) -> Tensor:
 
 
 def _regular(grams: Tensor) -> Tensor:
-    """Gram matrices [..., n, n] with a ridge, which is added in place."""
+    """Add a ridge to Gram matrices [..., n, n], in place."""
     diagonals = grams.diagonal(dim1=-2, dim2=-1)
     ridge = RIDGE * diagonals.mean(-1, keepdim=True)
     diagonals += torch.where(ridge == 0, 1.0, ridge)

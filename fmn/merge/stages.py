@@ -1,4 +1,4 @@
-"""The stages that merge experts and re-align heads."""
+"""The stages that merge experts, calibrate encoders and re-align heads."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -64,10 +64,9 @@ class RealignSettings(RefitSettings):
 
 
 class Cost(NamedTuple):
-    """What a merge reads and writes, in bytes, about, and what is free for it.
+    """The approximate bytes that a merge reads and writes, and the free bytes of the disk.
 
-    Inputs are read twice, as they are digested before; of one that was digested before that, the
-    digest is known.
+    Inputs are read twice: once for their digests.
     """
 
     read: int
@@ -76,7 +75,7 @@ class Cost(NamedTuple):
 
     @property
     def in_words(self) -> str:
-        """The amounts and the time, as people read them."""
+        """The amounts and the time in words."""
         read, written, free = map(_size, (self.read, self.written, self.free))
         minutes = (2 * self.read + self.written) / SPEED / 60
         return (
@@ -100,10 +99,13 @@ def cost(
     base: Path | None = None,
     files: Iterable[Path] = (),
 ) -> Cost:
-    """What merging experts into the folder `out` takes, from headers alone.
+    """The cost of merging experts into the folder `out`, from headers alone.
 
     Args:
-        files: of the statistics that the merge reads.
+        experts: checkpoint folders by task.
+        out: the new folder.
+        base: the base's folder, if the merge reads it.
+        files: the statistics that the merge reads.
     """
     folders = [*experts.values(), *([base] if base else [])]
     sizes = [
@@ -196,7 +198,7 @@ def _checked_tasks(
 
 
 def _definition(name: str, expert: Path, by_statistics: Mapping[str, Task | None]) -> Task:
-    """The definition of an expert's task: in its folder, else as its statistics say."""
+    """The definition of an expert's task, from its folder or from its statistics."""
     known = None if read_task(expert) else by_statistics.get(name)
     return known or labels.expert_task(expert, name)
 
@@ -204,7 +206,7 @@ def _definition(name: str, expert: Path, by_statistics: Mapping[str, Task | None
 def _about_statistics(
     tasks: Mapping[str, Task], of_statistics: Mapping[str, Task | None]
 ) -> list[str]:
-    """Notes about statistics of texts of another length; UserError if they are of other labels."""
+    """Notes about statistics of shorter or longer texts; UserError if they have other labels."""
     notes = []
     for name, other in of_statistics.items():
         if other is None:
@@ -233,7 +235,7 @@ def _texts_of_auto(
     coefficients: Path | None,
     settings: MergeSettings,
 ) -> tuple[Reads, dict[str, Any]]:
-    """The files of the texts that auto measures merges on, and what their choice depends on."""
+    """The files of the texts that auto measures merges on, and the settings of their choice."""
     if data is None:
         raise UserError(
             "--data DIR is missing: method auto measures merges on training texts; give it, or"
@@ -249,7 +251,7 @@ def _texts_of_auto(
 def _texts(
     experts: Mapping[str, Path], tasks: Iterable[str], data: Path
 ) -> tuple[dict[str, Task], dict[str, tuple[int | None, int]], Reads]:
-    """Of training texts by task: definitions, the rows that experts were tuned on, and files."""
+    """The definitions, the rows that experts were tuned on, and the training files, by task."""
     definitions = {task: load_task(data, task) for task in tasks}
     rows = {task: provenance.rows_tuned_on(experts[task]) for task in definitions}
     files: Reads = {
@@ -268,7 +270,7 @@ def _auto(
     statistics: "Statistics",
     progress: Progress,
 ) -> "Choice":
-    """Try merges on unlabeled training texts."""
+    """Choose a merge on unlabeled training texts."""
     from fmn.merge.auto import TEXTS, choose
     from fmn.merge.heads import unlabeled
 
@@ -286,7 +288,8 @@ def _auto(
 def statistics_files(
     needs: Needs, experts: Iterable[str], fisher: Mapping[str, Path], gram: Mapping[str, Path]
 ) -> dict[str, Path]:
-    """The files that a method takes, by "fisher TASK" and "gram TASK"; UserError if one lacks."""
+    """The files that a method needs, by "fisher TASK" and "gram TASK"; UserError if one is
+    missing."""
     fisher_command = needs.statistic if needs.fisher == "parameters" else "fisher"
     needed = [("fisher", fisher_command, fisher)] if needs.fisher else []
     needed += [("gram", "gram", gram)] if needs.gram else []
@@ -314,7 +317,7 @@ def _checkpoint(folder: Path, digest: str) -> records.Checkpoint:
 def _searched(
     file: Path | None, job: Job, digests: Mapping[str, str], settings: MergeSettings
 ) -> tuple[MergeSettings, records.Search | None]:
-    """The settings with the coefficients of a search, which must be of such a merge."""
+    """Put the coefficients of a search into the settings; UserError if its merge was another."""
     if file is None:
         return settings, None
     searched = stage.read_record(
@@ -346,8 +349,8 @@ def realign(
     """Re-align a merged model's heads with its encoder, on unlabeled training texts.
 
     Each task may have its expert's own parts of the encoder: the pooler, and last layers. Tasks
-    without a head stay as they are. The
-    result is a merged model of its own; files that are as in the model are hard links to them.
+    without a head do not change. The result is a new merged model; files that do not change are
+    hard links.
 
     Args:
         model: the merged model's folder
@@ -356,8 +359,8 @@ def realign(
         out: the new model's folder
 
     Raises:
-        UserError: an expert is missing, or is not the one that was merged; or the encoder has not
-            so many layers.
+        UserError: an expert is missing, or is not the one that was merged; or the encoder has
+            fewer layers.
     """
     merged = read_recipe(model)
     definitions, rows, reads = _fit_inputs(model, merged, experts, data, out)
@@ -399,7 +402,7 @@ def realign(
 
 
 def _own_parts(encoder: Path, settings: RefitSettings) -> list[str]:
-    """The tensors in an encoder's folder that each task has from its own expert."""
+    """The names of the encoder's tensors that each task has from its own expert."""
     from fmn.fisher import architectures
     from fmn.store.headers import tensor_headers
 
@@ -420,8 +423,8 @@ def calibrate(
 ) -> Outcome[Recipe]:
     """Calibrate a merged model's encoder, layer by layer, on unlabeled training texts.
 
-    Every linear map is fitted by regression to what the experts' maps give. The result is a merged
-    model of its own; its heads are those of the model.
+    Every linear map is fitted by regression to the outputs of the experts' maps. The result is a
+    new merged model with the same heads.
 
     Args:
         model: the merged model's folder
@@ -472,7 +475,7 @@ def calibrate(
 def _fit_inputs(
     model: Path, merged: Recipe, experts: Mapping[str, Path], data: Path, out: Path
 ) -> tuple[dict[str, Task], dict[str, tuple[int | None, int]], Reads]:
-    """What a merged model is fitted to: its tasks, the rows that experts were tuned on, inputs."""
+    """The inputs of calibration or re-alignment: tasks, rows that experts were tuned on, files."""
     stage.check_output(out, [data])
     _check_experts(model, merged, experts)
     definitions, rows, files = _texts(experts, merged.tasks, data)

@@ -8,8 +8,9 @@ import json
 import math
 import os
 import resource
+import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fmn.errors import UserError
-from fmn.store.headers import TensorHeader
+from fmn.store.artifacts import digest_file
+from fmn.store.headers import INDEX, TensorHeader, file_headers, write_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -29,6 +32,10 @@ SHARD_BYTES = 5 * 10**9  # of tensors in a file, as Transformers has it
 BATCH_BYTES = 2 * 2**20  # hashed and written together, as a thread takes long to wake up
 MOST_OPEN = 256  # files that are read
 BATCHES = 8  # merged but not yet hashed and written
+WORKING_SET = 12 * 2**20  # bytes, in float64, of all that is in memory of one piece of a parameter
+
+Files = Mapping[str, Sequence["TensorSpec"]]
+"""Tensors by file name."""
 
 
 class TensorSpec(NamedTuple):
@@ -44,20 +51,20 @@ class TensorSpec(NamedTuple):
 
 
 Read = Callable[[TensorHeader, slice | None, int | None], Tensor]
-"""(tensor, rows, buffer) to these rows of a stored tensor, or to all of it where they are None. The
-next reading into a buffer of the same number overwrites them; into None, nothing does."""
+"""A function of (tensor, rows, buffer) that reads rows of a stored tensor, or all rows for None.
+They stay valid until the next reading into the buffer with the same number; forever for None."""
 
 
 @contextmanager
 def reading() -> Iterator[Read]:
     """A function that reads rows of tensors from their files.
 
-    Files are not mapped, as pages of a map count as the process's memory. At most MOST_OPEN are
-    open, and half as many as the system allows; those that were read the longest ago are closed.
+    Files are not memory-mapped, as mapped pages count as the process's memory. At most MOST_OPEN
+    files are open, and at most half of what the system allows; the least recently read is closed.
     """
     buffers: dict[int | None, Tensor] = {}
-    files: dict[Path, FileIO] = {}  # those read last are at the end
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: there is none
+    files: dict[Path, FileIO] = {}  # the most recently read is the last
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: no limit
     most = min(MOST_OPEN, max(1, limit // 2)) if limit > 0 else MOST_OPEN
 
     def opened(path: Path) -> FileIO:
@@ -98,7 +105,7 @@ def reading() -> Iterator[Read]:
 
 
 def held(headers: Iterable[TensorHeader]) -> Read:
-    """A function that gives rows of these tensors, all of which it holds in memory."""
+    """Read these tensors into memory; returns a function that gives rows of them."""
     headers = set(headers)
     with reading() as read:
         tensors = {header: read(header, None, None) for header in headers}
@@ -115,8 +122,15 @@ def row_slices(shape: tuple[int, ...], limit: int) -> Iterator[slice | None]:
             yield slice(row, min(row + step, shape[0]))
 
 
+def stored_pieces(headers: Iterable[TensorHeader], read: Read) -> Iterator[Tensor]:
+    """Stored tensors one after another, as flat pieces."""
+    for stored in headers:
+        for rows in row_slices(stored.shape, WORKING_SET // 8):
+            yield read(stored, rows, None).flatten()
+
+
 def shards(specs: Sequence[TensorSpec], limit: int = SHARD_BYTES) -> list[list[TensorSpec]]:
-    """The tensors in order, cut into files of at most ``limit`` bytes, or of one larger tensor."""
+    """Divide tensors, in order, among files of at most ``limit`` bytes, or of one larger tensor."""
     files: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
@@ -135,7 +149,7 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def index(files: Mapping[str, Sequence[TensorSpec]]) -> dict[str, Any]:
+def index(files: Files) -> dict[str, Any]:
     """The content of ``model.safetensors.index.json`` for these files."""
     total = sum(spec.bytes for specs in files.values() for spec in specs)
     names = {spec.name: file for file, specs in files.items() for spec in specs}
@@ -181,6 +195,63 @@ def write_file(path: Path, specs: Sequence[TensorSpec], pieces: Iterator[Tensor]
         for future in pending:
             future.result()
     return digest.hexdigest()
+
+
+def link(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy on another file system."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def write_split(
+    folder: Path, encoder: Mapping[str, TensorHeader], own_parts: Collection[str]
+) -> tuple[Files, dict[Path, str]]:
+    """Write an encoder's weights so that the tensors in `own_parts`, if any, are in the last file.
+
+    Files that do not change are hard links.
+
+    Returns:
+        the tensors of the other files by file name, and the digests of all files.
+    """
+    sources = {stored.file: file_headers(stored.file) for stored in encoder.values()}
+    parts = [
+        {name: stored for name, stored in source.items() if name not in own_parts}
+        for source in sources.values()
+    ]
+    rest = {name: encoder[name] for name in own_parts}
+    parts = [part for part in (*parts, rest) if part]
+    files, digests = {}, {}
+    for name, part in zip(shard_names(len(parts)), parts, strict=True):
+        target, source = folder / name, next(iter(part.values())).file
+        specs = [TensorSpec(key, DTYPES[h.dtype], h.shape) for key, h in part.items()]
+        files[name] = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
+        if part == sources[source]:
+            digests[target] = digest_file(source)
+            link(source, target)
+        else:
+            with reading() as read:
+                pieces = stored_pieces([part[spec.name] for spec in files[name]], read)
+                digests[target] = write_file(target, files[name], pieces)
+    if len(files) > 1:
+        write_json(folder / INDEX, index(files))
+    return (dict(list(files.items())[:-1]) if rest else files), digests
+
+
+def write_task(folder: Path, shared: Files, own: Mapping[str, Tensor]) -> None:
+    """Write a task's weights: links to files of the encoder, and its own tensors in a last file."""
+    parts = list(shared.values())
+    if own:  # otherwise the whole model is merged
+        parts.append([TensorSpec(n, own[n].dtype, tuple(own[n].shape)) for n in sorted(own)])
+    files = dict(zip(shard_names(len(parts)), parts, strict=True))
+    for source, name in zip(shared, files, strict=False):
+        os.link(folder.parents[1] / "encoder" / source, folder / name)
+    if own:
+        save_file(dict(own), folder / list(files)[-1], {"format": "pt"})
+    if len(files) > 1:
+        write_json(folder / INDEX, index(files))
 
 
 def _batches(pieces: Iterator[Tensor], total: int) -> Iterator[list[memoryview]]:

@@ -44,7 +44,7 @@ TOKENIZER_FILES = (
 )
 FISHER, GRAM = "fmn/fisher.parquet", "fmn/gram.safetensors"
 """Statistics that may be published beside an expert (docs/statistics.md)."""
-# Those that are needed beside the configuration and the weights, by the kind of model.
+# Files that a kind of model needs besides its configuration and weights.
 SMALL_FILES = (
     *TOKENIZER_FILES,
     *("chat_template.jinja", "generation_config.json", "preprocessor_config.json"),
@@ -55,7 +55,7 @@ SMALL_FILES = (
 # describing the model takes all time and memory.
 _LIMITS = {"hidden_groups|group_num": 30, "layers?|blocks": 1000, "num_labels": 10**5, "": 2**31}
 CHUNK = 2**24  # bytes of tensors that are compared at a time
-# What a configuration says that changes no tensor's name or shape.
+# Entries of a configuration that change no tensor's name or shape.
 _NAMING = ("id2label", "label2id", "_name_or_path")
 
 
@@ -67,14 +67,14 @@ class Names(NamedTuple):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says; `UserError` if there is none, or it is no JSON object."""
+    """Read config.json; `UserError` if there is none, or it is not a JSON object."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: {no_checkpoint(names_in(folder))}")
     return read_json(folder / CONFIG)
 
 
 def load_config(folder: Path) -> "PretrainedConfig":
-    """The configuration of a checkpoint; `UserError` if it is absurd, or asks for code to run."""
+    """Load a checkpoint's configuration; `UserError` if it is absurd, or would run remote code."""
     raw = read_config(folder)
     if problem := _problem(raw, folder):
         raise UserError(f"{folder}: {problem}")
@@ -88,7 +88,7 @@ def load_config(folder: Path) -> "PretrainedConfig":
 
 
 def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
-    """Why even describing the model would run code, or take all time and memory; or None."""
+    """The reason why a model must not even be described: remote code, or absurd sizes; or None."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if (folder / "adapter_config.json").exists():  # Transformers would apply it to the weights
@@ -124,9 +124,10 @@ _quiet = threading.RLock()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings of Transformers from the terminal; and its progress bars, from now on.
+    """Hide warnings of Transformers in the block, and its progress bars from now on.
 
-    One thread at a time: what Transformers sets while it loads a model is the whole process's.
+    Only one thread at a time is in the block: while it loads a model, Transformers changes settings
+    of the whole process.
     """
     from transformers.utils import logging
 
@@ -167,19 +168,19 @@ def kind_of(config: "PretrainedConfig") -> KindName:
 
 
 def kind_in(folder: Path, config: "PretrainedConfig | None" = None) -> KindName:
-    """The kind of the checkpoint in a folder: as its task says, else as `kind_of` does."""
+    """The kind of the checkpoint in a folder: its task's, or that of `kind_of`."""
     task = read_task(folder)
     return task.task if task else kind_of(config or load_config(folder))
 
 
 class _Shapes(NamedTuple):
-    """Shapes of a model's tensors; its encoder's names begin with `prefix` in it.
+    """Shapes of a model's tensors. A model without a head is all encoder.
 
-    What has no head of its own is all encoder.
-
-    `linear` are the matrices of the encoder's linear maps: whether each is stored [in, out];
-    `tied` are further names of tensors, each with the name of the tensor that it stands for;
-    `in_model` are the names in the model of all that is in `encoder` and `tied`.
+    Attributes:
+        prefix: the prefix of the encoder's names in the model.
+        linear: for each matrix of the encoder's linear maps, whether it is stored [in, out].
+        tied: further names of tensors, each with the name of the tensor that it is tied to.
+        in_model: names in the model of the tensors in `encoder` and `tied`.
     """
 
     encoder: dict[str, tuple[int, ...]]
@@ -258,7 +259,7 @@ def encoder_names(
     kind: KindName | None = None,
     untied: Callable[[str, str], bool] = lambda name, same: False,
 ) -> Names:
-    """Split stored names into encoder and head, with or without the base model's prefix.
+    """Split stored names, with or without the base model's prefix, into encoder and head.
 
     Buffers and the heads of pretraining (``cls.*``, ``lm_head.*``) are in neither, nor is a pooler
     that the classifier does not use. Of tied tensors one is in the encoder, whichever is stored.
@@ -312,7 +313,7 @@ def equal(first: TensorHeader, second: TensorHeader) -> bool:
 
 
 def names_in_base(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
-    """Those parameters or modules of a model that are merged, with their names in its base model.
+    """The parameters or modules of a model that are merged, with their names in its base model.
 
     That is the base model, and all of a generative model; what is outside its base model, if it has
     one within (T5 has none), has the same name there.
@@ -325,18 +326,18 @@ def names_in_base(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, s
 
 
 def in_model(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """Those of an encoder's tensors, by names in the base model, that a model has; by its names."""
+    """Rename an encoder's tensors from their names in the base model to those in a model."""
     names = {short: name for name, short in names_in_base(model, model.state_dict()).items()}
     return {names[short]: tensor for short, tensor in tensors.items() if short in names}
 
 
 def load_encoder(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> None:
-    """Give a model other tensors of its encoder, by names in the base model; others stay."""
+    """Replace tensors of a model's encoder, by names in the base model."""
     model.load_state_dict(in_model(model, tensors), strict=False)
 
 
 def names_in_model(config: "PretrainedConfig", kind: KindName) -> Mapping[str, str]:
-    """The names under which an encoder is stored, where they are not those in the base model.
+    """Stored names of an encoder's tensors that differ from their names in the base model.
 
     A generative model has the names that Transformers gives them, which other programs look for.
     """
@@ -370,7 +371,7 @@ def check_tensors(
         stored = by_name.get(name)
         if stored is None and name in shapes.head:
             raise UserError(f"{folder}: has no classification head ({name}); `fmn finetune` it")
-        # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
+        # Fine-tuning a classifier may add a pooler, as it adds a head.
         if stored is None and not is_pooled and name.startswith("pooler."):
             continue
         actual = headers[stored].shape if stored else "missing"
@@ -411,7 +412,7 @@ def token_parameters(config: "PretrainedConfig", kind: KindName) -> set[str]:
 
 
 def check_kind(folder: Path, config: "PretrainedConfig", task: Task) -> None:
-    """Refuse a model with the head of another kind of task, with a `UserError`."""
+    """Raise a `UserError` if a model has the head of another kind of task."""
     for name in config.architectures or ():
         kind = kind_of_class(name)
         if kind and KINDS[kind].has_head and kind != task.task:
@@ -422,7 +423,7 @@ def check_kind(folder: Path, config: "PretrainedConfig", task: Task) -> None:
 
 
 def check_head(folder: Path, config: "PretrainedConfig", task: Task) -> None:
-    """Refuse a head that has not one output for each label of the task, with a `UserError`."""
+    """Raise a `UserError` if a head does not have one output for each label of the task."""
     if config.num_labels == task.num_outputs or not task.kind.has_head:
         return
     problem = f"has a head of {config.num_labels} outputs, {task.name} needs {task.num_outputs}"

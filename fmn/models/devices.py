@@ -1,10 +1,10 @@
 """Where to compute and in which dtype: one rule for fine-tuning, statistics and evaluation.
 
-- "float32" is float32: no TF32, which rounds the factors of products to 11 bits. Otherwise a GPU
-  would compute convolutions in it, and matrix products where a program around this one says so.
-- "bfloat16" is the dtype of matrix products alone; sums, normalisations and residuals are float32.
+- "float32" is full precision. TF32, which rounds the factors of products to 11 bits, is off; by
+  default a GPU would use it for convolutions, and depending on settings for matrix products.
+- "bfloat16" is the dtype of matrix products; sums, normalisations and residuals are float32.
 - A CPU computes attention by plain matrix products, a GPU by PyTorch's fused kernels (sdpa).
-- Nothing waits for a GPU between two batches: what decides on the next step is known on the host.
+- The host does not wait for a GPU between two batches.
 """
 
 import os
@@ -29,15 +29,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WEIGHTS = 0.8  # of a GPU's free memory; a batch takes half of the rest
-AT_ONCE = 4  # computations side by side, each of which takes memory of its own
+AT_ONCE = 4  # most computations side by side: each needs memory
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto": the first CUDA device, or else the CPU. `UserError` if none."""
+    """The device with a name; "auto": the first GPU, else the CPU. `UserError` if missing."""
     count = torch.cuda.device_count()
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
-    with suppress(RuntimeError):  # the name of no device of PyTorch's
+    with suppress(RuntimeError):  # PyTorch has no device of this name
         device = torch.device(name)
         if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count):
             return device
@@ -80,7 +80,7 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which a model that is `placed` computes in a dtype."""
-    kind = device.type if device.type in ("cpu", "cuda") else "cpu"  # others know no autocast
+    kind = device.type if device.type in ("cpu", "cuda") else "cpu"  # others lack autocast
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
@@ -89,9 +89,9 @@ def side_by_side(
 ) -> Iterator[R]:
     """The results of a function for items, in their order; several are computed at a time.
 
-    As many as leave each PyTorch's number of threads on the CPU's cores, and at most AT_ONCE; on a
-    GPU one. Each is computed as it would be alone, so the results do not depend on that number.
-    The function must not change what another call of it reads.
+    The number at a time is the number of CPU cores divided by PyTorch's number of threads, at most
+    AT_ONCE, and one on a GPU. Results do not depend on it: each is computed as it would be alone.
+    The function must not change anything that another call reads.
     """
     threads = len(os.sched_getaffinity(0)) // torch.get_num_threads()
     if device.type != "cpu" or threads < 2:
@@ -99,7 +99,7 @@ def side_by_side(
         return
     has_gradients, is_cast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
 
-    def call(item: T) -> R:  # a thread begins with PyTorch's defaults
+    def call(item: T) -> R:  # a new thread has PyTorch's defaults
         with torch.set_grad_enabled(has_gradients), torch.autocast("cpu", enabled=is_cast):
             return function(item)
 
@@ -114,7 +114,7 @@ def side_by_side(
 
 @contextmanager
 def plain_float32() -> Iterator[None]:
-    """Within it a GPU computes float32 in float32, whatever the program around it says."""
+    """Let a GPU compute float32 in full precision, whatever the program's own settings are."""
     cuda, cudnn = torch.backends.cuda, cast(Any, torch.backends.cudnn)
     backends = (cuda.matmul, cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
@@ -147,10 +147,10 @@ _IS_PADDED: ContextVar[bool | None] = ContextVar("is_padded", default=None)
 
 @contextmanager
 def known_padding(inputs: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it Transformers does not ask the device whether a batch has padding.
+    """Answer Transformers' question whether a batch has padding without asking the device.
 
-    It asks in every forward pass, to leave out the mask where there is none, and waits for the
-    answer, and so for all the work that is queued on a GPU. The host knows it.
+    Transformers asks in every forward pass, as it leaves out a mask without padding. The answer
+    from a GPU would have to wait for all its queued work; the host has it at once.
 
     Args:
         inputs: of a model, on the CPU.
@@ -205,7 +205,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def spread(layers: Mapping[str, int], rest: int, device: torch.device) -> dict[str, torch.device]:
-    """Where the layers of a model lie that does not fit on a GPU; empty where it fits, or on a CPU.
+    """The devices of the layers of a model that does not fit on one GPU; empty if it fits.
 
     Args:
         layers: bytes by path, in the order of computation.
@@ -266,7 +266,7 @@ def _filled(sizes: np.ndarray, room: Sequence[int]) -> np.ndarray:
 def passing_on(
     model: PreTrainedModel, where: Mapping[str, torch.device], home: torch.device
 ) -> Iterator[None]:
-    """Within it each layer reads its inputs on its own device; the last of a row gives to `home`.
+    """Move each layer's inputs to its device, and the last output to `home`.
 
     Args:
         where: devices by path of a layer.

@@ -1,5 +1,4 @@
-"""Embedding models: an encoder, a pooling, and perhaps a normalisation, as Sentence Transformers
-writes them (`modules.json`)."""
+"""Embedding models in the format of Sentence Transformers: encoder, pooling, normalisation."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,13 +23,13 @@ FILES = (MODULES, SETTINGS, TEXT_SETTINGS, "1_Pooling/config.json", "2_Normalize
 
 
 class Modules(NamedTuple):
-    """What an embedding model does with its encoder's states; experts that are merged must agree.
+    """The steps of an embedding model after its encoder; merged experts must have the same.
 
     Attributes:
-        pooling: the modes; of several, the embeddings stand one after another.
-        normalise: whether the embedding has the length 1.
-        prompt: what every text begins with.
-        prompts: by name, what a user may let texts begin with.
+        pooling: the modes; the embeddings of several modes are concatenated.
+        normalise: whether embeddings are scaled to the length 1.
+        prompt: a text that is put before every text.
+        prompts: other such texts, by name, which users can choose.
     """
 
     pooling: tuple[str, ...] = ("mean",)
@@ -66,7 +65,7 @@ POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lasttoken": _last_token,
 }
 """From states [B, T, D] and a mask [B, T, 1], padded on the right, to embeddings [B, D]."""
-_OLD_KEYS = {  # of older files, which have a truth value for each mode
+_OLD_KEYS = {  # older files have a truth value for each mode
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -126,19 +125,19 @@ class SentenceEncoder(nn.Module):
 
 
 def sentence_encoder(encoder: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The embedding model in a folder, of which the encoder was loaded.
+    """Load the embedding model in a folder around its encoder, which is already loaded.
 
     Raises:
         UserError: it has a decoder, or as `read_modules` does.
     """
     if encoder.config.is_encoder_decoder:
         raise _refused(folder / "config.json", "the model has a decoder", "give another model")
-    # It has what is needed here of a model of Transformers.
+    # It has the methods of a Transformers model that fmn calls.
     return cast("PreTrainedModel", SentenceEncoder(encoder, read_modules(folder), folder).eval())
 
 
 def notes(folder: Path) -> list[str]:
-    """What the user should know of an embedding model. Raises as `read_modules`."""
+    """Notes about an embedding model, for the user. Raises as `read_modules`."""
     read_modules(folder)
     if (folder / MODULES).is_file():
         return []
@@ -146,7 +145,7 @@ def notes(folder: Path) -> list[str]:
 
 
 def read_modules(folder: Path) -> Modules:
-    """What the embedding model in a folder does with its encoder's states.
+    """Read the steps of the embedding model in a folder.
 
     Without `modules.json` it is the mean over tokens, as for SentenceTransformer.
 
@@ -205,7 +204,7 @@ def _pooling(path: Path, is_prompted: bool) -> tuple[str, ...]:
 
 
 def set_up_tokenizer(tokenizer: Any, folder: Path, config: Any) -> None:
-    """Let a tokenizer cut texts, and begin them, as SentenceTransformer does.
+    """Set a tokenizer's limit of tokens and prompt as SentenceTransformer does.
 
     Its `model_max_length` is the most tokens of a text, its `prompt` what texts begin with.
 
@@ -224,7 +223,7 @@ def set_up_tokenizer(tokenizer: Any, folder: Path, config: Any) -> None:
 
 
 def check_agreement(folders: Mapping[str, Path]) -> None:
-    """Refuse embedding models, by task, of which one encoder cannot serve all.
+    """Raise a UserError if embedding models, by task, need different encoders.
 
     Raises:
         UserError: their pooling, normalisation or prompts differ.
@@ -246,7 +245,7 @@ def _words(value: Any) -> str:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    """The content of a file of settings; empty where there is none."""
+    """The content of a JSON file of settings; empty if the file does not exist."""
     return read_json(folder / name) if (folder / name).is_file() else {}
 
 

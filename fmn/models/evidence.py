@@ -1,4 +1,4 @@
-"""What labelled rows say of an expert's outputs: which order fits them, and if any is worth much.
+"""Judge from labelled rows which order of an expert's outputs is right, and whether one is.
 
 Numbers alone: logits [N, C] in the order of the outputs, and the labels of the same N rows.
 """
@@ -14,12 +14,12 @@ from fmn.tasks.task import Task
 
 CLEARLY = 0.001  # level of the tests by which rows contradict an order
 CHANCE = 0.05  # an expert is better than guessing if the one-sided test is below this
-# For a label, the rows that have it and that each output has right as this label, bool [N, C].
+# For a label, the rows that have it and that each output gets right as this label, bool [N, C].
 Hits = Callable[[int], np.ndarray]
 
 
 class Evidence(NamedTuple):
-    """What rows say of an order of the outputs: for each label, the output that stands for it.
+    """The evidence of rows for an order of the outputs: for each label, the output that is its own.
 
     Scores are the share of rows that are right; for several labels at once the share of labels
     that are found (R-precision); for regression the Pearson correlation, NaN if it is undefined.
@@ -43,7 +43,7 @@ class Evidence(NamedTuple):
 
 
 def weigh(task: Task, logits: np.ndarray, truth: np.ndarray, order: Sequence[int]) -> Evidence:
-    """What rows say of an order of the outputs."""
+    """Weigh the evidence of rows for an order of the outputs."""
     if task.regression:
         return _weigh_values(logits[:, 0], truth)
     now = np.array(order)
@@ -51,7 +51,7 @@ def weigh(task: Task, logits: np.ndarray, truth: np.ndarray, order: Sequence[int
     best = _best(hits, now)
     total = int(truth.sum()) if task.multi_label else len(truth)
     right, right_at_best = (int(_right(hits, each).sum()) for each in (now, best))
-    # Of several labels at once, as many rows are taken for each as have it.
+    # With several labels per row, each label takes as many rows as have it.
     outputs = logits.argmax(axis=1)
     guesses = [
         _guessed(task, truth if task.multi_label else np.argsort(each)[outputs], truth)
@@ -70,12 +70,12 @@ def weigh(task: Task, logits: np.ndarray, truth: np.ndarray, order: Sequence[int
 
 
 def _guessed(task: Task, answers: np.ndarray, truth: np.ndarray) -> float:
-    """The share that guessing has right.
+    """The share of rows that guessing gets right.
 
-    By always answering the most frequent label; if the task's metric is a Matthews correlation,
-    which that does not raise, by answering each label as often as these answers do (Cohen 1960,
-    the expected agreement of kappa). For several labels at once, of the labels that are answered,
-    by drawing the rows of each at random.
+    Guessing means: always answer the most frequent label. If the task's metric is a Matthews
+    correlation, for which that is useless: answer each label as often as these answers do (Cohen
+    1960, the expected agreement of kappa). For several labels at once: draw the rows of each
+    answered label at random.
     """
     if task.multi_label:
         answered, present = answers.sum(axis=0), truth.sum(axis=0)  # [C]
@@ -88,8 +88,10 @@ def _guessed(task: Task, answers: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _hits(task: Task, logits: np.ndarray, truth: np.ndarray) -> Hits:
-    """An output has a row right where it is the row's largest; for several labels at once, where
-    it is among its own largest values, as many as there are rows that have the label.
+    """The rows that each output gets right as a label.
+
+    With one label per row: the rows where the output is the largest. With several labels at once:
+    the k rows where the output has its largest values, for a label that k rows have.
     """
     if task.multi_label:
         from scipy.stats import rankdata
@@ -101,7 +103,7 @@ def _hits(task: Task, logits: np.ndarray, truth: np.ndarray) -> Hits:
 
 
 def _right(hits: Hits, order: np.ndarray) -> np.ndarray:
-    """How many labels of each row an order has right, int [N]."""
+    """The number of labels of each row that an order gets right, int [N]."""
     columns = np.stack([hits(label)[:, output] for label, output in enumerate(order)])  # [C, N]
     right: np.ndarray = columns.sum(axis=0, dtype=int)
     return right
@@ -118,10 +120,11 @@ def _best(hits: Hits, order: np.ndarray, rows: slice = slice(None)) -> np.ndarra
 
 
 def _is_clearly_better(hits: Hits, best: np.ndarray, order: np.ndarray) -> bool:
-    """Whether another order has clearly more rows right, by McNemar's exact test, one-sided.
+    """Whether another order gets clearly more rows right, by McNemar's exact test, one-sided.
 
-    On all rows, times the number of other orders (Bonferroni). There are too many orders of many
-    labels for that, so also on every other row, for the order that is best on the rest.
+    The test is done twice. On all rows, its p-value is multiplied by the number of other orders
+    (Bonferroni), which is too many if there are many labels. So half of the rows also choose the
+    best order, and the other half test it.
     """
 
     def p_value(better: np.ndarray, rows: slice) -> float:
@@ -142,12 +145,12 @@ def _one_sided(hits: int, trials: int, share: float) -> float:
 
 
 def _weigh_values(values: np.ndarray, truth: np.ndarray) -> Evidence:
-    """By Pearson's correlation, and the probability of as much by chance."""
+    """The evidence of numbers: Pearson's r, and the probability of such an r by chance."""
     from scipy.stats import pearsonr
 
     r, p_value = float("nan"), float("nan")
     if len(truth) > 2:
-        with warnings.catch_warnings(action="ignore"):  # of constant values
+        with warnings.catch_warnings(action="ignore"):  # SciPy warns of constant values
             test = pearsonr(values.astype(float), truth.astype(float), alternative="greater")
         r, p_value = float(test.statistic), float(test.pvalue)
     return Evidence(

@@ -78,7 +78,7 @@ def new_expert(base: Path, task: Task, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         auto = getattr(transformers, task.kind.auto_class)
         fresh = auto.from_config(config, dtype=torch.float32)
-        torch.manual_seed(seed)  # a pooler is drawn too, where the base has none
+        torch.manual_seed(seed)  # a pooler is random too, if the base has none
         model = load_weights(base, config, kind, ignore_mismatched_sizes=True)
     with torch.no_grad():
         drawn = dict(fresh.named_parameters())
@@ -151,12 +151,12 @@ def finetune(
 
 
 class _Rows(nn.Module):
-    """The rows `ids` [K] of an embedding [V, n], looked up by the ids that the whole has."""
+    """The rows `ids` [K] of an embedding [V, n]; a lookup takes ids of the whole embedding."""
 
     def __init__(self, whole: nn.Embedding, ids: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(whole.weight.detach()[ids])
-        self.places = torch.full((len(whole.weight),), -1, device=ids.device)  # of ids in `ids`
+        self.places = torch.full((len(whole.weight),), -1, device=ids.device)  # by id
         self.places[ids] = torch.arange(len(ids), device=ids.device)
         padding = -1 if whole.padding_idx is None else int(self.places[whole.padding_idx])
         self.padding = None if padding < 0 else padding
@@ -169,11 +169,15 @@ class _Rows(nn.Module):
 def few_embeddings(
     model: PreTrainedModel, examples: Examples
 ) -> Iterator[Callable[[float], object]]:
-    """Within it a model has the embeddings of the examples' tokens alone; afterwards it has all.
+    """In the block, a model has only the embeddings of the examples' tokens; then all again.
 
-    The optimizer passes over every embedding in every step, which would take a fifth of the time,
-    and only decays those of other tokens. The context gives a function to be called with the factor
-    of each step's decay. Embeddings that something else reads too, as a tied output, all stay.
+    The optimizer updates every embedding in every step, which takes a fifth of the time, although
+    it only decays those of other tokens. Embeddings that are also used elsewhere, such as in a tied
+    output, all stay.
+
+    Yields:
+        a function to call with the factor by which each step decays weights; at the end of the
+        block, the other embeddings are multiplied by all factors.
     """
     whole = model.base_model.get_input_embeddings()
     names = dict(model.named_parameters(remove_duplicate=False)).items()
@@ -241,7 +245,7 @@ def _unit_scores(scores: np.ndarray) -> np.ndarray:
 
 
 def _standardized(examples: Examples, head: nn.Module) -> tuple[Examples, float, float]:
-    """Values of mean 0 and variance 1, and the mean and standard deviation that they had.
+    """Standardise values; returns them with their mean and standard deviation.
 
     A head without a bias cannot add a mean, which then stays: the values' square has the mean 1.
     """
@@ -253,7 +257,7 @@ def _standardized(examples: Examples, head: nn.Module) -> tuple[Examples, float,
 
 
 def _rescale(head: nn.Module, shift: float, scale: float) -> None:
-    """Let a linear map answer on the task's own scale."""
+    """Rescale a linear map's outputs to the task's scale."""
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.mul_(scale).add_(shift if name == "bias" else 0.0)

@@ -1,8 +1,8 @@
-"""Which output of an expert stands for which label of its task: decided once, and checked.
+"""Match the outputs of an expert with the labels of its task, and check the match.
 
-Published checkpoints permute labels. A list of the user's decides; without one, the names in the
-checkpoint's configuration where they mean something; else a slice of the training data; else the
-outputs are taken as they stand. Whatever decides, the training data that are there check it.
+Published checkpoints permute labels. The order comes from the user's list, if there is one; else
+from the names in the checkpoint's configuration, if these are meaningful; else from a slice of the
+training data; else it is the task's own order. If there are training data, they check the order.
 """
 
 import json
@@ -17,14 +17,6 @@ from pydantic import Field
 
 from fmn.errors import UserError
 from fmn.models import checkpoints, loading
-from fmn.models.checkpoints import (
-    CONFIG,
-    head_map,
-    is_single_logit,
-    last_linear,
-    load_config,
-    read_config,
-)
 from fmn.models.evidence import weigh
 from fmn.store.headers import read_file, tensor_headers, write_json
 from fmn.store.records import Record
@@ -47,8 +39,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
-ROWS, SEED = 512, 0  # at most so many rows of the training data are read, drawn by this seed
-# Other names of labels, in small letters and digits alone.
+ROWS, SEED = 512, 0  # training rows that are read at most, and the seed that draws them
+# Other names of labels, in lower-case letters and digits.
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "negative": ("neg",),
     "positive": ("pos",),
@@ -67,17 +59,17 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 
 
 class Labels(Record):
-    """How the outputs of an expert stand for the labels of its task.
+    """The match of an expert's outputs with the labels of its task.
 
     Attributes:
-        order: the output that stands for each label, in the task's order. A single logit of a
-            binary task counts as two outputs.
-        origin: what decided it; "identity": nothing did, the outputs are taken as they stand.
-        rows: of training data that decided or checked it, or of tags words; 0 without data.
-        score: what this order has of them: the share of rows that are right; for several labels
-            at once the share of labels that are found (R-precision); for regression the Pearson
-            correlation, None if it is undefined.
-        notes: what the user should know of it.
+        order: the output for each label, in the task's order. A single logit of a binary task
+            counts as two outputs.
+        origin: what decided the order; "identity": it is the task's own, without evidence.
+        rows: number of training rows (for taggers, words) that decided or checked it.
+        score: the score of this order on them: the share of right rows; for several labels at once
+            the share of right labels (R-precision); for regression the Pearson correlation, None
+            if it is undefined.
+        notes: notes for the user.
     """
 
     order: list[int]
@@ -87,12 +79,11 @@ class Labels(Record):
     notes: list[str] = Field(default_factory=list)
 
 
-# ---------------------------------------------------------------------------------------------
-# Names
+# ---- names ----
 
 
 def output_names(folder: Path) -> list[str]:
-    """The names in a checkpoint's config.json, by output; empty where there are none."""
+    """The names of the outputs in a checkpoint's config.json, in order; empty if there are none."""
     try:
         id2label = checkpoints.read_config(folder)["id2label"]
         names = {int(output): str(name) for output, name in id2label.items()}
@@ -102,14 +93,14 @@ def output_names(folder: Path) -> list[str]:
 
 
 def by_names(task: Task, names: Sequence[str]) -> Labels | None:
-    """The order that the outputs' names give; None if they do not name each label once.
+    """The order of the outputs from their names; None unless they name each label once.
 
     The one output of a regression task needs no name. One name alone is that of a single logit.
     """
     identity = list(range(task.num_outputs))
     if task.regression:
         return Labels(order=identity, origin="names") if len(names) == 1 else None
-    for form in (str.strip, _plain):  # letter for letter, or else loosely
+    for form in (str.strip, _plain):  # first letter for letter, then loosely
         meaning = {form(name): label for label, name in enumerate(task.labels)}
         if len(meaning) < task.num_outputs:
             continue
@@ -130,12 +121,12 @@ def names_by_output(task: Task, labels: Labels) -> list[str]:
 
 
 def as_they_stand(task: Task) -> Labels:
-    """The task's own order, for want of names and data."""
+    """The task's own order, if there are neither names nor data."""
     return Labels(order=list(range(task.num_outputs)), origin="identity")
 
 
 def _without_head(task: Task, folder: Path) -> Labels:
-    """That an expert without a head has no outputs to put into an order."""
+    """The result for an expert without a head, which has no outputs to order."""
     notes: list[str] = []
     if task.loss == "embedding":
         from fmn.models import embedding
@@ -145,7 +136,7 @@ def _without_head(task: Task, folder: Path) -> Labels:
 
 
 def _plain(name: str) -> str:
-    """A name without case and punctuation; a number without the zeros behind its point."""
+    """A name in lower case without punctuation; a number without trailing zeros."""
     try:
         return f"{float(name):g}"
     except ValueError:
@@ -153,26 +144,25 @@ def _plain(name: str) -> str:
 
 
 def _mean_something(task: Task, names: Sequence[str]) -> bool:
-    """Whether names that are not the task's are those of another: words, where it has words."""
+    """Whether names of outputs are words, not LABEL_0; False if the task's labels are numbers."""
     is_wordless = all(re.fullmatch(r"[-+\d.]+", name) for name in task.labels)
     unnamed = (rf"(?i)label_\d+|{output}|\s*" for output in range(len(names)))
     return bool(names) and not (is_wordless or any(map(re.fullmatch, unnamed, names)))
 
 
 def _remedy(task: Task, names: Sequence[str]) -> str:
-    """The end of a message: how a user says what the outputs stand for."""
+    """The end of a message: how to name the labels of the outputs."""
     entry = f"{{source: ..., labels: {json.dumps(list(names), ensure_ascii=False)}}}"
     return f"`sources: {{{task.name}: {entry}}}` or `--labels {shlex.join(names)}`"
 
 
-# ---------------------------------------------------------------------------------------------
-# Data
+# ---- data ----
 
 
 def by_data(
     task: Task, labels: Labels | None, logits: np.ndarray, truth: np.ndarray, place: str
 ) -> Labels:
-    """Check on training rows how the outputs stand for the labels; without `labels`, decide it.
+    """Check the order of the outputs on training rows; without `labels`, decide it there.
 
     Another order is taken only if it is clearly better than the outputs as they stand.
 
@@ -230,8 +220,7 @@ def by_data(
     return labels.model_copy(update={"rows": len(truth), "score": score, "notes": notes})
 
 
-# ---------------------------------------------------------------------------------------------
-# Experts
+# ---- experts ----
 
 
 class Expert(NamedTuple):
@@ -324,7 +313,7 @@ def decide(
             another task, or as `by_data` does.
     """
     config, place = checkpoints.load_config(checkpoint), f"{task.name}: {checkpoint}"
-    if not is_single_logit(config, task):
+    if not checkpoints.is_single_logit(config, task):
         checkpoints.check_head(checkpoint, config, task)
     own = output_names(checkpoint)
     labels = by_names(task, names or own)
@@ -375,14 +364,14 @@ def _answers(
 
 
 def _unit(task: Task) -> str:
-    """What is counted in messages."""
+    """The noun for the number of examples in messages."""
     return "words of training rows" if task.task == "token-classification" else "training rows"
 
 
 def _kind_notes(config: "PretrainedConfig", task: Task, place: str) -> list[str]:
-    """What to say of an expert's problem type; UserError if it contradicts the task's."""
+    """Notes about an expert's problem type; UserError if it contradicts the task's."""
     kind = config.problem_type
-    is_logit = is_single_logit(config, task) and kind != "regression"
+    is_logit = checkpoints.is_single_logit(config, task) and kind != "regression"
     if is_logit or kind in (None, task.problem_type):
         return []
     if (kind, task.problem_type) == ("multi_label_classification", "single_label_classification"):
@@ -394,7 +383,7 @@ def _kind_notes(config: "PretrainedConfig", task: Task, place: str) -> list[str]
 
 
 def _how(task: Task, labels: Labels) -> list[str]:
-    """What decided, unless the outputs name the task's labels in the task's order."""
+    """What decided the order; "" if the outputs name the task's labels in the task's order."""
     if labels.origin == "names" and labels.order == sorted(labels.order):
         return []
     no_data = "too few training rows" if labels.rows else "no data"
@@ -427,7 +416,7 @@ def complete(task: Task, config: "PretrainedConfig", names: Sequence[str] = ()) 
 
 
 def expert_task(checkpoint: Path, name: str) -> Task:
-    """The definition of the task that an expert is for, where no rows are at hand.
+    """The definition of an expert's task, from its own files alone.
 
     It is that in the expert's folder, which `fmn fetch` and `fmn finetune` write; else GLUE's of
     this name; else what the expert's configuration says.
@@ -440,16 +429,14 @@ def expert_task(checkpoint: Path, name: str) -> Task:
     return complete(Task(name=name, task=kind, problem_type=None, columns=columns), config)
 
 
-# ---------------------------------------------------------------------------------------------
-# The outputs of a head in the order of its task's labels
+# ---- the outputs of a head in the order of its task's labels ----
 
 
 def output_entries(task: Task) -> dict[str, Any]:
-    """What the configuration of an expert says of its outputs, in the task's order."""
+    """The entries of an expert's configuration about its outputs, in the task's order."""
     names = dict(enumerate(task.labels or ("score",)))
     label2id = {name: label for label, name in names.items()}
-    is_stated = task.task == "text-classification"  # of other kinds there is no other problem
-    problem_type = task.problem_type if is_stated else None
+    problem_type = task.problem_type if task.task == "text-classification" else None
     return {"id2label": names, "label2id": label2id, "problem_type": problem_type}
 
 
@@ -470,7 +457,7 @@ def align_model(model: "PreTrainedModel", task: Task, order: Sequence[int]) -> N
     from torch import nn
 
     if list(order) != list(range(model.config.num_labels)):
-        path = last_linear(model)
+        path = checkpoints.last_linear(model)
         old = model.get_submodule(path)
         tensors = {
             name: _reordered(value.detach(), order) for name, value in old.named_parameters()
@@ -485,15 +472,15 @@ def align_model(model: "PreTrainedModel", task: Task, order: Sequence[int]) -> N
 
 
 def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
-    """The same for a checkpoint's files: config.json, and the files that hold the last map.
+    """Put the outputs in a checkpoint's files into the task's order: config.json and the last map.
 
     Other files are left alone; a file that is rewritten is replaced, and not what it is linked to.
     """
     from safetensors.torch import load_file, save_file
 
-    config, raw = load_config(folder), read_config(folder)
+    config, raw = checkpoints.load_config(folder), checkpoints.read_config(folder)
     if list(order) != list(range(config.num_labels)):
-        path = head_map(config)
+        path = checkpoints.head_map(config)
         headers = tensor_headers(folder)
         names = [name for name in (f"{path}.weight", f"{path}.bias") if name in headers]
         for file in {headers[name].file for name in names}:
@@ -503,4 +490,4 @@ def align_folder(folder: Path, task: Task, order: Sequence[int]) -> None:
             file.unlink()
             save_file(tensors, file, metadata=metadata)
     raw = {name: value for name, value in raw.items() if not name.endswith("num_labels")}
-    write_json(folder / CONFIG, raw | output_entries(task))
+    write_json(folder / checkpoints.CONFIG, raw | output_entries(task))

@@ -1,4 +1,4 @@
-"""A checkpoint in memory: its tokenizer or image processor, and its model.
+"""Load a checkpoint's tokenizer or image processor, and its model.
 
 Nothing in it is ever executed: ``trust_remote_code`` is never true.
 """
@@ -78,10 +78,10 @@ def read_tokenizer(folder: Path, config: Any = None, **options: Any) -> "PreTrai
 
 
 def unstated_case(folder: Path, tokenizer: Any) -> dict[str, bool]:
-    """What tokenizer_config.json lacks, so that Transformers treats case as the other files say.
+    """Settings to add to tokenizer_config.json, so that case is treated as the other files say.
 
-    Where it does not say `do_lower_case`, the default of the tokenizer's class holds, whatever
-    tokenizer.json or the vocabulary say: a cased BERT would read small letters alone.
+    Without `do_lower_case`, Transformers uses the default of the tokenizer's class and ignores
+    tokenizer.json and the vocabulary: a cased BERT would read lower-case letters only.
     """
     file = folder / TOKENIZER_CONFIG
     settings = read_json(file).keys() if file.is_file() else set[str]()
@@ -102,7 +102,7 @@ def declared_case(folder: Path) -> dict[str, bool]:
 
         try:
             return _case(Tokenizer.from_file(str(folder / "tokenizer.json")).normalizer)
-        except Exception:  # the library knows no other; loading it says more
+        except Exception:  # the library raises no narrower error; loading the file explains more
             return {}
     capitals, pieces = capital_pieces(folder)
     return {"do_lower_case": False} if capitals * 100 > pieces else {}
@@ -117,7 +117,7 @@ def capital_pieces(folder: Path) -> tuple[int, int]:
 
 
 def _case(normalizer: Any) -> dict[str, bool]:
-    """What a normalizer of texts does, by what Transformers calls it."""
+    """What a normalizer does to texts, by the names of Transformers' settings."""
 
     def normalised(text: str) -> str:
         return normalize("NFC", normalizer.normalize_str(text) if normalizer else text)
@@ -138,10 +138,10 @@ def for_words(folder: Path, tokenizer: Any) -> Any:
 
 
 def load_processor(folder: Path, kind: KindName | None = None) -> Any:
-    """What makes inputs of a checkpoint's texts or images: its tokenizer, or image processor.
+    """Load a checkpoint's tokenizer, or its image processor.
 
     Raises:
-        UserError: there is none, or none that can be used.
+        UserError: the checkpoint has no tokenizer or image processor that can be used.
     """
     config = load_config(folder)
     kind = kind or kind_in(folder, config)
@@ -284,7 +284,7 @@ def _vocabulary(folder: Path, digests: tuple[str, ...]) -> Mapping[str, int]:
 
 
 def fit_vocabulary(model: "PreTrainedModel", tensors: Mapping[str, "Tensor"]) -> None:
-    """Give a base model as many embeddings as tensors by its names have."""
+    """Resize a base model's embeddings to the size in tensors by its names."""
     embeddings = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is embeddings)
     stored = tensors.get(f"{path}.weight")

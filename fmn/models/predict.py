@@ -27,13 +27,13 @@ from fmn.tasks.batches import IGNORED, MULTIPLE, Batch, Examples, by_length, pad
 from fmn.tasks.task import Task
 
 LINEAR = (nn.Linear, Conv1D)
-LOGITS = 2**28  # of a batch of generated text at a time: a gigabyte
+LOGITS = 2**28  # logits of generated text held at once: a gigabyte in float32
 Reduce = Callable[[Tensor, Batch], Tensor]
 
 
 @contextmanager
 def answered_only(model: PreTrainedModel, labels: Tensor) -> Iterator[None]:
-    """Within it a generative model gives logits only where there is a label, [M, C].
+    """Let a generative model compute logits only at positions with a label, [M, C].
 
     Those of all tokens of a batch would take gigabytes. Other models are left alone.
 
@@ -46,7 +46,7 @@ def answered_only(model: PreTrainedModel, labels: Tensor) -> Iterator[None]:
         return (args[0].flatten(0, 1).index_select(0, answered),)  # [B, T, n] -> [M, n]
 
     outputs: Any = model.get_output_embeddings() if model.can_generate() else None
-    # Before other hooks, which see what the map then reads.
+    # Runs before other hooks, so that they see the input that the map reads.
     registered = outputs and outputs.register_forward_pre_hook(hook, prepend=True)
     try:
         yield
@@ -92,18 +92,19 @@ def in_float(restored: ExitStack, modules: Iterable[nn.Module], device: torch.de
 def first_token_only(
     model: PreTrainedModel, run: Callable[[Batch], Tensor], examples: Examples
 ) -> Iterator[None]:
-    """Within it the last layer computes the first token alone, if the head reads no other.
+    """Let the last layer compute only the first token, if the head reads no other.
 
-    Of the other tokens such a layer needs keys and values. The linear maps behind these get the
-    first token, [B, 1, n]; their output, added to the residual stream [B, T, n], is right for that
-    token, and nobody reads the others. Which maps they are is probed on one example.
+    Such a layer needs only keys and values of the other tokens. The linear maps after them get only
+    the first token, [B, 1, n]. Their output is added to the residual stream [B, T, n]; it is right
+    for the first token, and the head does not read the others. A pass of one example shows which
+    maps these are.
 
     Args:
-        run: gives the logits of a batch.
+        run: computes the logits of a batch.
     """
 
     def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][:, :1].contiguous(), *args[1:])  # strided, it would copy the weights
+        return (args[0][:, :1].contiguous(), *args[1:])  # a strided input would copy the weights
 
     lengths = examples.lengths
     rows = [row for row in np.argsort(lengths) if lengths[row] > 1 or not examples.pad][:1]
@@ -115,7 +116,7 @@ def first_token_only(
                     logits, maps = _only_first_token_read(model, partial(run, batch))
                     hooks.enter_context(hooked((module, cut) for module in maps))
                     is_right = _is_near(run(batch), logits)
-            except (MemoryError, RuntimeError):  # such as a shape that an attention checks
+            except (MemoryError, RuntimeError):  # for example, an attention checks a shape
                 is_right = False
             if not is_right:
                 hooks.close()
@@ -123,16 +124,16 @@ def first_token_only(
 
 
 def _is_near(values: Tensor, others: Tensor) -> bool:
-    """Whether they are the same but for rounding."""
+    """Whether two tensors are equal up to rounding."""
     return bool((values - others).abs().max() <= 0.05 * others.abs().max())
 
 
 def _only_first_token_read(
     model: nn.Module, run: Callable[[], Tensor]
 ) -> tuple[Tensor, list[nn.Module]]:
-    """The logits, and the last linear maps of whose inputs [B, T, n] they need the first token.
+    """The logits, and those last linear maps whose inputs [B, T, n] matter at the first token only.
 
-    All others are set to NaN, which reaches the logits if anything depends on them.
+    To see this, the inputs at the other tokens become NaN, which reaches the logits if they matter.
     """
 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -157,8 +158,10 @@ def _only_first_token_read(
 
 
 def token_scores(logits: Tensor, batch: Batch) -> Tensor:
-    """Of each generated text the sum of its tokens' cross entropies, their number, and how many of
-    them are the model's first choice, [B, 3]; all of them are, if it generates the text greedily.
+    """Three sums over the tokens of each generated text, [B, 3].
+
+    They are the cross entropy, the number of tokens, and the number of tokens that are the model's
+    first choice. If the last two are equal, greedy generation gives this text.
     """
     rows, columns = (batch.labels != IGNORED).nonzero(as_tuple=True)  # [M]
     labels = to_device(batch.labels[rows, columns], logits.device)
@@ -170,11 +173,11 @@ def token_scores(logits: Tensor, batch: Batch) -> Tensor:
 
 def max_batch_tokens(device: torch.device) -> int:
     """Tokens of a batch, padding included, beyond which batches are no faster."""
-    return 1024 if device.type == "cpu" else 32768  # a CPU's caches hold so many
+    return 1024 if device.type == "cpu" else 32768  # as many tokens as a CPU's caches hold
 
 
 def multiple_of_widths(device: torch.device) -> int:
-    """What widths of batches are rounded up to: on a CPU padding costs more than it saves."""
+    """The number that divides the widths of batches; 1 on a CPU, where padding does not pay."""
     return 1 if device.type == "cpu" else MULTIPLE
 
 
@@ -235,7 +238,7 @@ def predict(
             progress(done, len(examples))
     if not outputs:
         return np.zeros((0, model.config.num_labels), np.float32)
-    # The first batch has the longest example. A GPU is not waited for before the last one.
+    # The first batch has the longest example. Copying waits for the GPU, so it comes last.
     logits = np.zeros((len(examples), *outputs[0][1].shape[1:]), dtype=np.float32)
     for rows, output in outputs:
         logits[rows, : output.shape[1]] = output.cpu().numpy()
@@ -245,11 +248,11 @@ def predict(
 def complete(
     model: PreTrainedModel, tokenizer: Any, task: Task, prompt: str, limit: int | None = None
 ) -> str:
-    """What a generative model writes after a prompt, with the most probable token each time.
+    """Generate the text after a prompt, always with the most probable token.
 
     Args:
-        limit: the most tokens that it writes; by default the task's `max_length`, of which a causal
-            model's prompt takes its part.
+        limit: the most tokens to write; by default the task's `max_length`, minus the tokens of the
+            prompt for a causal model.
 
     Raises:
         UserError: the prompt has no tokens, or leaves no room.
@@ -258,7 +261,7 @@ def complete(
     cut = {} if is_causal else {"truncation": True, "max_length": task.max_length}
     ids = tokenizer(prompt, **cut)["input_ids"]
     if is_causal and ids[-1:] == [tokenizer.eos_token_id]:
-        ids = ids[:-1]  # which some tokenizers add
+        ids = ids[:-1]  # some tokenizers add an end token
     room = task.max_length - len(ids) * is_causal
     if not ids or room < 1:
         problem = f"the prompt has {len(ids)} tokens of the {task.max_length} that it takes"

@@ -1,6 +1,6 @@
-"""Where a checkpoint comes from, and how it was fine-tuned.
+"""The origin of a checkpoint, and the settings of its fine-tuning.
 
-Its folder's sidecar says so; the weights tell whether that can be true.
+Both come from the sidecar in its folder. Its weights show whether the base named there can be true.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLE = 1 << 14  # values of each matrix that are compared
-# Fine-tuning leaves the weights' correlation with the base above 0.95, mostly; that of unrelated
-# models is 0, to chance (four standard errors of values that are drawn apart).
+# After fine-tuning, weights mostly correlate with the base above 0.95. Unrelated models correlate
+# by chance alone: below UNRELATED, or four standard errors if few values are compared.
 UNRELATED, DOUBTFUL = 0.05, 0.75
 
 
-# What must be equal among merged models: sizes, as every configuration answers to them.
+# Sizes that merged models must share, under names that every configuration has.
 _TRAITS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "intermediate_size"),
@@ -46,7 +46,7 @@ class Lineage(Record):
 
 
 class CheckpointInfo(Lineage):
-    """What `fmn fetch` reports.
+    """The result of `fmn fetch`.
 
     Attributes:
         is_converted: whether the weights were pickled.
@@ -87,7 +87,7 @@ class TrainingInfo(Record):
 
 
 def lineage(folder: Path) -> Lineage:
-    """Where a checkpoint comes from."""
+    """Read the origin of a checkpoint."""
     sidecar = read_sidecar(folder)
     if sidecar is None:
         return Lineage(source="folder", revision=f"sha256:{artifacts.digest_folder(folder)}")
@@ -98,7 +98,7 @@ def lineage(folder: Path) -> Lineage:
 
 
 def training_metadata(folder: Path) -> TrainingInfo | None:
-    """How a checkpoint was fine-tuned; None if fmn did not fine-tune it."""
+    """Read how a checkpoint was fine-tuned; None if fmn did not fine-tune it."""
     sidecar = read_sidecar(folder)
     if sidecar is None or sidecar.stage != "finetune":
         return None
@@ -112,7 +112,7 @@ def tuning(folder: Path) -> dict[str, Any]:
 
 
 def rows_tuned_on(expert: Path) -> tuple[int | None, int]:
-    """How many training rows an expert was fine-tuned on, and the seed that drew them.
+    """The number of training rows an expert was fine-tuned on, and the seed of their draw.
 
     (None, 0), which stands for all rows, if that is not known.
     """
@@ -143,7 +143,7 @@ def sample(folder: Path, kind: KindName | None = None) -> Sample:
     for file in {headers[name].file for name in maps.values()}:
         with safe_open(file, framework="pt") as tensors:
             for name, own in maps.items():
-                # A classifier may have made a pooler of its own.
+                # Fine-tuning may have added a pooler to a classifier.
                 if headers[own].file == file and not name.startswith("pooler."):
                     rows = max(1, SAMPLE // max(1, prod(headers[own].shape[1:])))
                     values[name] = tensors.get_slice(own)[:rows].float()
@@ -158,12 +158,12 @@ class Likeness(NamedTuple):
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether they may come from different bases."""
+        """Whether the two encoders may come from different bases."""
         return self.correlation < DOUBTFUL
 
     @property
     def is_unrelated(self) -> bool:
-        """Whether they surely do."""
+        """Whether the two encoders surely come from different bases."""
         return self.correlation < max(UNRELATED, 4 / sqrt(self.weights))
 
     def __str__(self) -> str:
@@ -186,13 +186,13 @@ def likeness(first: Sample, second: Sample) -> Likeness | None:
 
 
 def check_base(expert: Path, base: Path, kind: KindName | None = None) -> list[str]:
-    """Whether an expert was fine-tuned from this base, by their weights.
+    """Check by the weights that an expert was fine-tuned from a base.
 
     Returns:
-        what the user should know.
+        notes for the user about doubts.
 
     Raises:
-        UserError: it was fine-tuned from another.
+        UserError: the expert was fine-tuned from another base.
     """
     # The base of models with heads is read as it is: taggers have no pooler, and others do.
     alike = likeness(sample(expert, kind), sample(base, _of_base(expert, kind)))
@@ -200,7 +200,14 @@ def check_base(expert: Path, base: Path, kind: KindName | None = None) -> list[s
 
 
 def check_common_base(experts: Mapping[str, Path], base: Path | None = None) -> list[str]:
-    """The same for experts by task; without their base, they are compared with one another."""
+    """Check by the weights that experts, by task, have one base; returns notes about doubts.
+
+    Experts with the same encoder are noted too. Without the base, the experts are compared with one
+    another.
+
+    Raises:
+        UserError: an expert was fine-tuned from another base.
+    """
     notes: list[str] = []
     samples = {name: sample(folder) for name, folder in experts.items()}
     places = {name: f"expert {name} ({folder})" for name, folder in experts.items()}
@@ -232,7 +239,7 @@ def _of_base(expert: Path, kind: KindName | None) -> KindName | None:
 
 
 def _judged(alike: Likeness | None, expert: str, base: str) -> Iterator[str]:
-    """What the likeness of an expert and a base says of whether it was fine-tuned from it."""
+    """A note if an expert may have another base; UserError if it surely has."""
     if alike and alike.is_unrelated:
         raise UserError(
             f"{expert}: was not fine-tuned from {base}: {alike}; give the model that it was"
@@ -277,7 +284,7 @@ def check_experts(
     kinds = {name: task.task for name, task in tasks.items()}
     for name, folder in folders.items():
         try:
-            kind = kinds.get(name) or next(iter(kinds.values()), None)  # the base has the experts'
+            kind = kinds.get(name) or next(iter(kinds.values()), None)  # of the base
             traits = _traits(folder, tasks.get(name), kind)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
@@ -304,7 +311,7 @@ def check_vocabularies(folders: Mapping[str, Path]) -> list[str]:
         UserError: names the tokens, or those that no tokenizer has together.
     """
     ids: dict[str, int] = {}
-    owners: dict[int, tuple[str, str]] = {}  # a token and what has it, by id
+    owners: dict[int, tuple[str, str]] = {}  # by id: a token, and the model that has it
     vocabularies: dict[str, Mapping[str, int]] = {}
     for name, folder in folders.items():
         try:

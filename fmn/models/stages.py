@@ -134,7 +134,7 @@ def finetune(
         options = settings.model_dump(exclude={"examples"}) | {"progress": progress}
         losses = finetune.finetune(model, examples, problem_type=definition.loss, **options)
         with checkpoints.quiet():
-            # Under today's names, also where files of old have others (ViT).
+            # Today's names of tensors, also where old files have others (ViT).
             model.cpu().save_pretrained(job.path, save_original_format=False)
             processor.save_pretrained(job.path)
         write_task(job.path, definition)

@@ -1,8 +1,10 @@
-"""Whether a served model answers as the merged model did when it was evaluated. Knows no MLflow."""
+"""Check that a served model answers as the merged model did in its evaluation.
+
+This module does not import MLflow.
+"""
 
 import base64
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,10 +30,10 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-ROWS, SEED = 32, 0  # so many rows of each task are compared, drawn by this seed
-TOLERANCE = 1e-4  # of a probability; of a value, relative to it where it is above one
-COARSE = 0.05  # the same, where the model was evaluated in bfloat16
-# Compared where no rows are at hand, alone or with the next one.
+ROWS, SEED = 32, 0  # number of rows of each task that are compared, and the seed of their draw
+TOLERANCE = 1e-4  # largest difference of probabilities; for values above 1, relative to the value
+COARSE = 0.05  # the same for models that were evaluated in bfloat16
+# Texts for tasks without rows; in pairs, each with the next one.
 SENTENCES = (
     "A warm and funny film.",
     "The plot makes no sense at all, and the second half is far too long.",
@@ -40,42 +42,43 @@ SENTENCES = (
     "no",
 )
 
-GENERATED = 4  # so many texts are generated, of at most so many tokens:
-GENERATED_TOKENS = 16
-SERVED = {"tokens": "words", "prompt": "text"}  # columns that are called otherwise when served
+GENERATED, GENERATED_TOKENS = 4, 16  # number of texts to generate, and most tokens of each
+SERVED = {"tokens": "words", "prompt": "text"}  # the served model's names of columns
 
 Serve = Callable[..., "pd.DataFrame"]
-"""The served model: answers of a table for a task, with further parameters by name."""
+"""A served model: a function of a table, a task, and further parameters by name."""
 
 
 class Sample(NamedTuple):
-    """Examples of a task as a served model takes them, and the merged model's answers in words."""
+    """Examples of a task, and the merged model's answers to them.
+
+    Attributes:
+        task: the task.
+        rows: names of the examples, for messages.
+        table: the served model's input.
+        answers: the answers in the form of the served model's.
+    """
 
     task: Task
-    rows: Sequence[str]  # what messages call them
+    rows: Sequence[str]
     table: "pd.DataFrame"
     answers: Sequence[Mapping[str, Any]]
 
 
 @contextmanager
-def alone(store: str) -> Iterator[Callable[[str], Serve]]:
-    """A function that loads a logged model, by its address, in a process of its own without fmn.
+def alone() -> Iterator[Callable[[str, str], Serve]]:
+    """Start a process without fmn; yields a function that loads a logged model there.
 
-    The process starts at once, and ends with the block.
-
-    Args:
-        store: the address of MLflow's store.
+    The function's arguments are the addresses of the model and of MLflow's store. The process ends
+    with the block.
 
     Raises:
         UserError: the process or the model fails.
     """
     script = [sys.executable, "-P", str(Path(__file__).with_name("alone.py"))]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": store}
     with (
         TemporaryFile() as errors,
-        Popen(
-            script, stdin=PIPE, stdout=PIPE, stderr=errors, text=True, env=environment
-        ) as process,
+        Popen(script, stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as process,
     ):
 
         def request(**content: Any) -> Any:
@@ -94,10 +97,10 @@ def alone(store: str) -> Iterator[Callable[[str], Serve]]:
                 )
             return answer["rows"]
 
-        def load(uri: str) -> Serve:
+        def load(uri: str, store: str) -> Serve:
             import pandas as pd
 
-            request(load=uri)
+            request(load=uri, store=store)
             return lambda table, task, **params: pd.DataFrame(
                 request(rows=table.to_dict("records"), params={"task": task, **params})
             )
@@ -109,7 +112,7 @@ def alone(store: str) -> Iterator[Callable[[str], Serve]]:
 
 
 def generated_images() -> list[bytes]:
-    """As many small PNG images as there are sentences, each in other colours."""
+    """Small PNG images with different colours, one for each of `SENTENCES`."""
     from PIL import Image
 
     files = []
@@ -122,7 +125,7 @@ def generated_images() -> list[bytes]:
 
 
 def as_base64(image: bytes) -> str:
-    """The content of an image's file as JSON can hold it."""
+    """The content of an image's file as base64 text."""
     return base64.b64encode(image).decode()
 
 
@@ -134,7 +137,7 @@ def check_served(
     tasks: Mapping[str, Task],
     data: Path | None,
 ) -> None:
-    """Refuse a served model that answers otherwise than the merged model was evaluated.
+    """Refuse a served model whose answers differ from the merged model's.
 
     Args:
         serve: the served model.
@@ -142,11 +145,11 @@ def check_served(
         file: its metrics file, with the predictions beside it.
         metrics: the content of that file.
         tasks: the model's tasks by name.
-        data: the rows that the metrics are of. Without it, and for tasks without labels, the merged
-            model itself answers a few sentences.
+        data: the evaluated rows, whose predictions are compared. Without it, and for tasks without
+            labels, the merged model answers a few built-in sentences now.
 
     Raises:
-        UserError: names the first task and row with another answer; or `data` are other rows.
+        UserError: names the first task and row with another answer; or `data` has other rows.
     """
     sidecar = stage.read_sidecar(file)
     dtype = sidecar.settings.get("evaluate", {}).get("dtype") if sidecar else None
@@ -173,7 +176,7 @@ def check_served(
 
 
 def _evaluated(task: Task, split: str, expected: Answers, metrics: Metrics, data: Path) -> Sample:
-    """A sample of the rows that the metrics are of, with the answers to them."""
+    """A sample of the evaluated rows, with their predictions."""
     from fmn.tasks import batches
 
     files = dataset.split_files(data, task, split)
@@ -189,7 +192,7 @@ def _evaluated(task: Task, split: str, expected: Answers, metrics: Metrics, data
 
 
 def _built_in(task: Task, model: Path) -> Sample:
-    """The built-in sentences or images, as the merged model answers them now."""
+    """The built-in sentences or images, with the merged model's answers."""
     from fmn.models.predict import predict
 
     expert = labels.load_expert(model / "tasks" / task.name, task, None, "cpu")
@@ -204,7 +207,7 @@ def _built_in(task: Task, model: Path) -> Sample:
 
 
 def _examples(task: Task) -> tuple[Task, "pa.Table"]:
-    """A row of a task for each built-in sentence, without labels; and the task of these rows."""
+    """A row for each built-in sentence, without labels; and the definition of these rows."""
     import pyarrow as pa
 
     if task.task == "sentence-similarity" and not task.columns.text_pair:
@@ -219,9 +222,9 @@ def _examples(task: Task) -> tuple[Task, "pa.Table"]:
 
 
 def _generated(task: Task, model: Path, data: Path | None) -> Sample:
-    """What the merged model writes now after prompts of the rows, or after built-in sentences.
+    """Prompts from the rows or the built-in sentences, with the texts that the model generates.
 
-    The metrics are of texts that are given, and do not tell what it writes.
+    Predictions of a generative task are scores of reference texts, not generated texts.
     """
     import pandas as pd
 
@@ -234,7 +237,7 @@ def _generated(task: Task, model: Path, data: Path | None) -> Sample:
     expert = labels.load_expert(model / "tasks" / task.name, task, None, "cpu")
     texts: dict[str, str] = {}
     for prompt in prompts:
-        with suppress(UserError):  # it is too long, or empty, which the served model refuses too
+        with suppress(UserError):  # the prompt is too long or empty
             text = complete(expert.model, expert.processor, task, prompt, GENERATED_TOKENS)
             texts[prompt] = text
         if len(texts) == GENERATED:
@@ -248,7 +251,7 @@ def _generated(task: Task, model: Path, data: Path | None) -> Sample:
 
 
 def _served_table(task: Task, table: "pa.Table") -> "pd.DataFrame":
-    """Rows of a task as a served model takes them."""
+    """Rows of a task in the form of the served model's input."""
     import pandas as pd
 
     columns = {}
@@ -261,9 +264,9 @@ def _served_table(task: Task, table: "pa.Table") -> "pd.DataFrame":
 
 
 def in_words(task: Task, answers: Answers) -> list[dict[str, Any]]:
-    """Answers as the served model gives them, by kind of task.
+    """Convert answers to the served model's form, by kind of task.
 
-    They are labels of words, a cosine, or labels, score, and probabilities by label.
+    That is: labels of words; a cosine; or labels, score, and probabilities by label.
     """
     if task.task == "token-classification":
         return [
@@ -284,15 +287,15 @@ def in_words(task: Task, answers: Answers) -> list[dict[str, Any]]:
 def same(
     task: Task, served: Mapping[Any, Any], expected: Mapping[Any, Any], tolerance: float = TOLERANCE
 ) -> bool:
-    """Whether the served model's answer is the expected one, both as `in_words` gives them.
+    """Whether the served model's answer equals the expected one, both in the form of `in_words`.
 
-    Scores may differ by `tolerance`, and labels where that decides between them. With a coarse
-    tolerance one of ten words may have another label.
+    Scores may differ by `tolerance`, and so may labels whose scores differ by no more than that.
+    With a coarse tolerance, one word of ten may have another label.
     """
     if task.generates:
         return bool(served["text"] == expected["text"])
     if task.task == "token-classification":
-        # Words that no token stands for are scored so.
+        # Evaluation gives this label to words without tokens.
         none = "O" if "O" in task.labels else task.labels[0]
         pairs = list(zip(served["labels"], expected["labels"], strict=True))
         differing = [wanted for label, wanted in pairs if (label or none) != wanted]
@@ -313,7 +316,7 @@ def same(
 
 
 def _shown(answer: Mapping[Any, Any]) -> str:
-    """An answer, for a message."""
+    """An answer as a message shows it."""
     if "text" in answer:
         return repr(answer["text"][:80])
     if not answer.get("probabilities"):

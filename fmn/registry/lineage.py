@@ -1,4 +1,4 @@
-"""What a registered version was made from. Knows no MLflow."""
+"""The lineage of a registered version: its sources and their digests. Does not import MLflow."""
 
 import os
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from fmn.sources.origin import SCHEMES
 from fmn.store import artifacts
 from fmn.store.records import Record
 
-# Sections of the settings that do not change the merged model; `notify` holds a secret.
+# Sections of the settings that do not affect the merged model; `notify` holds a secret.
 _NOT_RECORDED = {"baselines", "compare", "notify", "full_fisher", "runner", "address", "storage"}
 
 
 class Part(Record):
-    """Something that a merged model was made from, or a part of the model itself.
+    """An input of a merged model, or a part of the model itself.
 
     Attributes:
         name: such as ``expert sst2`` or ``merged encoder``.
-        origin: where it came from, or how it was computed.
+        origin: where it comes from, or how it was computed.
         digest: sha256, in hexadecimal.
     """
 
@@ -31,10 +31,10 @@ class Part(Record):
 
 
 class Lineage(Record):
-    """What a merged model was made from, as it is kept with a registered version.
+    """The lineage of a merged model, stored with the registered version.
 
     Attributes:
-        parts: everything that has a digest.
+        parts: the inputs and the parts of the model, with their digests.
         threads: see `threads`; the last bits of the model depend on them.
         settings: the settings with every source pinned, if they are known.
     """
@@ -45,10 +45,10 @@ class Lineage(Record):
 
 
 def describe(model: Path, recipe: Recipe, metrics: Metrics) -> list[Part]:
-    """Everything that a merged model was made from, the parts of the model, and its scores."""
+    """List a merged model's inputs, its parts, and its scores, with their digests."""
     parts = [("base", recipe.base.revision, recipe.base.digest)] if recipe.base else []
     for task in dict.fromkeys((*metrics.data, *recipe.tasks)):
-        origin = ""  # of a task without labels, which has no metrics
+        origin = ""  # a task without labels has no metrics
         if rows := metrics.data.get(task):
             origin = " ".join(filter(None, (rows.source, rows.revision, str(rows.seed or ""))))
             parts += [(f"data {task} {name}", origin, rows.splits[name]) for name in rows.splits]
@@ -77,13 +77,13 @@ def describe(model: Path, recipe: Recipe, metrics: Metrics) -> list[Part]:
 
 
 def _training_data(recipe: Recipe, task: str) -> str:
-    """The digest of the training split behind an expert or its statistics; empty if unknown."""
+    """The digest of the training split of an expert or its statistics; empty if unknown."""
     entries = (recipe.fisher.get(task), recipe.gram.get(task), recipe.experts.get(task))
     return next((entry.data_digest for entry in entries if entry and entry.data_digest), "")
 
 
 def _origin(expert: Checkpoint) -> str:
-    """The revision of an expert or, if fmn fine-tuned it, how."""
+    """The revision of an expert; if fmn fine-tuned it, the settings of that."""
     details = (f"{name.replace('_', ' ')} {value}" for name, value in expert.settings.items())
     return "fine-tuned: " + ", ".join(details) if expert.settings else expert.revision
 
@@ -98,14 +98,14 @@ def evaluation_data(metrics: Metrics) -> str:
 
 
 def threads(recipe: Recipe) -> int | None:
-    """The threads of each process that computed experts and statistics, if they all had as many."""
+    """The number of threads that computed experts and statistics; None if it differs."""
     counts = {expert.threads for expert in recipe.experts.values() if expert.threads}
     counts |= {used.threads for used in [*recipe.fisher.values(), *recipe.gram.values()]}
     return counts.pop() if len(counts) == 1 else None
 
 
 def pin_settings(settings: Mapping[str, Any], recipe: Recipe, metrics: Metrics) -> dict[str, Any]:
-    """The content of the settings file that a model was made with, with every source pinned."""
+    """Pin every source in the content of a settings file to the revision that the model used."""
     pinned = {name: value for name, value in settings.items() if name not in _NOT_RECORDED}
     if "base" in pinned:
         pinned["base"] = _pin(pinned["base"], recipe.base)
@@ -131,14 +131,14 @@ def pin_settings(settings: Mapping[str, Any], recipe: Recipe, metrics: Metrics) 
 
 
 def _pin(source: str, checkpoint: Checkpoint | None) -> str:
-    """The revision that a checkpoint came from or, of a folder, its absolute path."""
+    """The revision of a checkpoint; for a folder, its absolute path."""
     if checkpoint and checkpoint.revision.startswith(SCHEMES):
         return checkpoint.revision
     return source if source.startswith(SCHEMES) else str(Path(source).expanduser().resolve())
 
 
 def _pin_task(definition: Mapping[str, Any], commit: str | None) -> dict[str, Any]:
-    """An entry of the section `tasks` with the commit of its data set, or its absolute path."""
+    """Pin the data set of an entry of the section `tasks`: to a commit, or to an absolute path."""
     dataset = dict(definition["dataset"])
     path = Path(os.path.expandvars(dataset["path"])).expanduser()
     if commit:

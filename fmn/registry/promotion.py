@@ -1,4 +1,4 @@
-"""Which version of a registered model is the champion. Knows no MLflow."""
+"""Decide which version of a registered model is the champion. Does not import MLflow."""
 
 from collections.abc import Collection, Mapping
 from math import inf
@@ -7,14 +7,18 @@ from typing import NamedTuple
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-NOT_COMPARABLE = "not comparable"  # begins the reason of a decision between such versions
-_MAX_CHAMPIONS = 200  # of a history, which has to fit into a tag
+NOT_COMPARABLE = "not comparable"  # first words of the reason if two versions cannot be compared
+_MAX_CHAMPIONS = 200  # in the history, which must fit into a tag
 
 
 class Standing(NamedTuple):
-    """What a version scored on each task, as a share of one; None if that is undefined.
+    """A version's scores.
 
-    `errors` are the tasks where less is better. `data` is the digest of the evaluation data.
+    Attributes:
+        version: the version's number.
+        tasks: scores by task, between 0 and 1 unless they are errors; None if undefined.
+        errors: the tasks whose scores are errors: less is better.
+        data: digest of the evaluation data.
     """
 
     version: str
@@ -24,19 +28,19 @@ class Standing(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The alias that a new version gets, and why."""
+    """The alias of a new version, and the reason for it."""
 
     alias: str
     reason: str
 
 
 def decide(new: Standing, champion: Standing | None, tolerance: float) -> Decision:
-    """Whether a new version becomes the champion or the challenger.
+    """Decide whether a new version becomes the champion or the challenger.
 
-    It becomes the champion if in the mean over tasks it is at least as good, and on no task worse
-    by more than `tolerance`, a share of one, on the same tasks and data. Of an error, where less is
-    better, the share is that of the champion's error. What the champion has no score on does not
-    count; a version without a score where the champion has one does not become it.
+    It becomes the champion if both versions were scored on the same tasks and data, its mean score
+    is at least the champion's, and no task loses more than `tolerance` (0.01 is one percent point;
+    for an error, one percent of the champion's error). Tasks on which the champion has no score do
+    not count. If only the champion has a score on a task, the new version becomes the challenger.
     """
     if champion is None:
         return Decision(CHAMPION, "the first version")
@@ -80,7 +84,7 @@ def decide(new: Standing, champion: Standing | None, tolerance: float) -> Decisi
 
 
 def _loss(score: float, before: float, is_error: bool) -> float:
-    """How much worse a score is than before, as a share of one; of an error, of that before."""
+    """How much worse a score is than before; for an error, relative to the error before."""
     if not is_error:
         return before - score
     return (score - before) / before if before > 0 else (inf if score > before else 0.0)
@@ -91,7 +95,7 @@ def _percent(share: float) -> str:
 
 
 def add_champion(history: str, version: str) -> str:
-    """The champions in turn, with one more; one that comes back has those after it forgotten.
+    """Append a champion to the history; if it was one before, the later ones are removed.
 
     >>> add_champion("1 3 4", "5")
     '1 3 4 5'
@@ -103,7 +107,7 @@ def add_champion(history: str, version: str) -> str:
 
 
 def previous_champion(history: str, champion: str | None, versions: Collection[str]) -> str | None:
-    """The champion before the present one, among the versions that still exist, if any."""
+    """The latest champion before the present one that still exists; None if there is none."""
     champions = history.split()
     if champion in champions:
         champions = champions[: champions.index(champion)]

@@ -1,4 +1,4 @@
-"""A merged model, or an expert with its statistics, on the Hugging Face Hub."""
+"""Upload a merged model, or an expert with its statistics, to the Hugging Face Hub."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ _TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.+/-]+))?")
 
 
 class Pushed(Record):
-    """What was put on the Hub: the address of the repository, the commit, and the pinned source."""
+    """An upload: address of the repository, commit, pinned source, number of files and bytes."""
 
     url: str
     commit: str
@@ -85,7 +85,7 @@ def push(
 def _files_and_title(
     model: Path, fisher: Path | None, gram: Path | None
 ) -> tuple[dict[str, Path], str]:
-    """The files of a merged model, or of an expert with its statistics; and a title for them."""
+    """The files to upload, of a merged model or of an expert with its statistics; and a title."""
     files = {name: path for name, path in {FISHER: fisher, GRAM: gram}.items() if path}
     if is_merged(model):
         if files:
@@ -96,7 +96,7 @@ def _files_and_title(
 
 
 def _merged_files(model: Path) -> dict[str, Path]:
-    """The files of a merged model, which must be as they were written."""
+    """The files of a merged model; UserError if one was changed."""
     recipe = read_recipe(model)
     stage.check_intact(model)
     for folder in (model / "encoder", *(model / "tasks" / task for task in recipe.tasks)):

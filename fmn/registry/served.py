@@ -1,11 +1,11 @@
-"""The model that MLflow serves: one encoder, and for each task its own parts. Needs no fmn.
+"""The model that MLflow serves: one encoder, and each task's own parts. It does not import fmn.
 
-MLflow runs this file as it is ("models from code"). The artifact ``merged`` is a folder::
+MLflow runs a copy of this file ("models from code"). The artifact ``merged`` is a folder::
 
     encoder/         config, weights, tokenizer or image processor
-    tasks/TASK/      task.json (the definition, with the kind of the task), config.json, perhaps
-                     head.safetensors (the head, and what the task has in place of parts of the
-                     encoder), and small files of its kind, such as 1_Pooling/config.json
+    tasks/TASK/      task.json (the definition of the task), config.json, small files of its kind
+                     such as 1_Pooling/config.json, and, unless the task shares all weights,
+                     head.safetensors (its head, and tensors that replace parts of the encoder)
     processors.json  by task, the folder of its tokenizer or image processor: encoder, or tasks/TASK
 """
 
@@ -34,16 +34,16 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-ALL = "*"  # in place of a task: every task that takes what the row holds
-TOKENS = 2048  # of a batch, padding included
-IMAGES = 16  # of a batch
-PIXELS = 89_478_485  # of an image, as Pillow's limit; a small file may hold very many
-SERVER = "__pyfunc_model_path__"  # variable that only MLflow's scoring server sets
+ALL = "*"  # in place of a task's name: every task that accepts the row
+TOKENS = 2048  # most tokens in a batch, with padding
+IMAGES = 16  # most images in a batch
+PIXELS = 89_478_485  # most pixels of an image, Pillow's own limit
+SERVER = "__pyfunc_model_path__"  # environment variable that only MLflow's scoring server sets
 TIMEOUT = "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"
 BATCH = "mlflow models predict -m models:/NAME/VERSION --env-manager local -i FILE -t json"
-PATIENCE = 2  # seconds before it is guessed how long a request takes
+PATIENCE = 2  # seconds before the run time of a request is estimated
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-DEEP_MODES = ("I", "F")  # begin the modes of more than 8 bits a channel, which would be clipped
+DEEP_MODES = ("I", "F")  # first letters of Pillow's modes with more than 8 bits a channel
 AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
@@ -68,7 +68,7 @@ FORMS = {
     "words": "a text, or its words in the column words",
     "image": "an image in the column image",
 }
-"""What a row can hold, in words."""
+"""The forms of a row's content, as messages describe them."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -76,23 +76,27 @@ FORMS = {
 
 
 class Memory:
-    """What the modules that several models share gave for the current batch, for each thread."""
+    """The outputs of shared modules for the current batch, for each thread.
+
+    Models of several tasks share modules. Each shared module computes once for a batch, and the
+    other models reuse its output.
+    """
 
     def __init__(self) -> None:
         self.local = threading.local()
 
     def forget(self) -> None:
-        """Begin a new batch."""
+        """Forget all outputs, at the start of a batch."""
         self.local.outputs = {}
 
     def pause(self) -> None:
-        """Remember nothing until the next batch: to generate, modules keep states of their own."""
+        """Store no outputs until the next batch: generation calls a module many times."""
         self.local.outputs = None
 
     def share(self, module: torch.nn.Module) -> None:
-        """Let a module compute once what all models ask of it for a batch.
+        """Replace a module's `forward`: called again with equal inputs, it returns its output.
 
-        It computes again for other inputs, as it has above parts that models have for themselves.
+        The inputs differ between tasks if a layer below the module is a task's own.
         """
         forward = module.forward
 
@@ -119,7 +123,13 @@ def _are_equal(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> b
 def shared_modules(
     module: torch.nn.Module, own: Collection[str], path: str = ""
 ) -> Iterator[torch.nn.Module]:
-    """The largest modules in `module`, which has this path, without a parameter named in `own`."""
+    """The largest modules in `module` that have no parameter named in `own`.
+
+    Args:
+        module: an encoder, or a part of it.
+        own: names of parameters of the encoder.
+        path: the module's path in the encoder.
+    """
     is_list = isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict)  # is not called
     if not is_list and all(name not in own for name, _ in module.named_parameters(path)):
         yield module
@@ -129,10 +139,18 @@ def shared_modules(
 
 
 class Task(NamedTuple):
-    """A task: its model, which shares modules with others, and how its inputs are read.
+    """A task: its model, which shares modules with other tasks' models, and how it reads inputs.
 
-    `forms` are those of `FORMS` that it takes, `labels` the names of its outputs, `prompt` what it
-    lets every text begin with; `processor_folder` tells tokenizers and image processors apart.
+    Attributes:
+        name, kind: the task's name, and the kind of task by the Hub's name.
+        model, processor: the model, and its tokenizer or image processor.
+        processor_folder: identifies the processor.
+        forms: the forms of rows that it accepts, from `FORMS`.
+        max_length: most tokens of an input.
+        prompt: a text that is put before every text.
+        problem_type: as in the model's configuration.
+        threshold: probability from which on a label of several is predicted.
+        labels: the names of the outputs.
     """
 
     name: str
@@ -149,7 +167,7 @@ class Task(NamedTuple):
 
 
 def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
-    """The tasks by name, and the memory of the modules that they share."""
+    """Load the tasks by name, and the memory of the modules that they share."""
     processors: dict[str, str] = json.loads((folder / "processors.json").read_text())
     paths = sorted((folder / "tasks").iterdir())
     definitions = {path.name: json.loads((path / "task.json").read_text()) for path in paths}
@@ -188,7 +206,7 @@ def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
 
 
 def _forms(definition: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a task takes, of `FORMS`."""
+    """The forms of rows that a task accepts, from `FORMS`."""
     kind = definition["task"]
     if kind == "text-classification":
         return ("pair",) if definition["columns"]["text_pair"] else ("text",)
@@ -201,7 +219,7 @@ def _forms(definition: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class Embedder(torch.nn.Module):
-    """An encoder whose output `logits` is what SentenceTransformer gives for each text, [B, D]."""
+    """An encoder whose output `logits` has the embeddings of SentenceTransformer, [B, D]."""
 
     def __init__(self, encoder: PreTrainedModel, folder: Path) -> None:
         super().__init__()
@@ -220,7 +238,7 @@ class Embedder(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: torch.Tensor
     ) -> Any:
-        # In the order in which classifiers pass them on, so that the encoder is asked once.
+        # The arguments have the order of classifiers, so that `Memory` recognises equal inputs.
         states = self.encoder(input_ids, attention_mask=attention_mask, **others).last_hidden_state
         mask = attention_mask[..., None].to(states.dtype)  # [B, T, 1]
         embedding = torch.cat([_pooled(states, mask, mode) for mode in self.modes], -1)
@@ -230,7 +248,7 @@ class Embedder(torch.nn.Module):
 
 
 def _pooled(states: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
-    """The embeddings [B, D] of states [B, T, D] of tokens, by Sentence Transformers' pooling."""
+    """Pool the tokens' states [B, T, D] to embeddings [B, D], as Sentence Transformers does."""
     if mode == "cls":
         return states[:, 0]
     if mode == "max":
@@ -248,7 +266,7 @@ def _content_of(file: Path, default: Any = {}) -> Any:  # noqa: B006 - it is not
 
 
 def _text_settings(folder: Path, tokenizer: Any, config: Any) -> tuple[int, str]:
-    """The most tokens that an embedding model reads, and what it lets every text begin with."""
+    """The maximum number of tokens of an embedding model, and the prompt before every text."""
     settings = _content_of(folder / "config_sentence_transformers.json")
     prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name") or "", "")
     limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or -1]
@@ -257,10 +275,10 @@ def _text_settings(folder: Path, tokenizer: Any, config: Any) -> tuple[int, str]
 
 
 def load_models(folder: Path, kinds: Mapping[str, str]) -> tuple[dict[str, Any], Memory]:
-    """The models by task, whose encoders have all but a task's own parts in common.
+    """Load the tasks' models; their encoders share everything except a task's own parts.
 
-    Models of one class of encoder share its modules; those of others, such as a T5 that generates
-    beside one that classifies, share its weights alone.
+    Models with the same class of encoder share its modules. Models with different classes (one T5
+    generates, another classifies) share only its weights.
     """
     files = {name: folder / "tasks" / name / "head.safetensors" for name in kinds}
     own = {name: load_file(file) if file.is_file() else {} for name, file in files.items()}
@@ -271,11 +289,11 @@ def load_models(folder: Path, kinds: Mapping[str, str]) -> tuple[dict[str, Any],
     for file in (folder / "encoder").glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             prefix = next((each for each in prefixes if each and name.startswith(each)), "")
-            # Experts are evaluated in float32, whatever their files hold.
+            # Experts are evaluated in float32, whatever dtype their files have.
             weights[name.removeprefix(prefix)] = tensor.float()
     encoders: dict[type, tuple[PreTrainedModel, dict[int, Any]]] = {}
     models, memory = {}, Memory()
-    # First those with a pooler, which taggers have none of.
+    # Models with a pooler come first; taggers have none.
     for name in sorted(kinds, key=lambda name: -len(described[name].base_model.state_dict())):
         model, path = described[name], folder / "tasks" / name
         kind = type(model.base_model)
@@ -299,14 +317,14 @@ def load_models(folder: Path, kinds: Mapping[str, str]) -> tuple[dict[str, Any],
 
 
 def _prefix(model: PreTrainedModel) -> str:
-    """What begins the names of a model's tensors that are its encoder's; "" if all are."""
+    """The prefix of the encoder's tensors in a model; "" if the model is only an encoder."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def _describe(path: Path, kind: str, device: str = "meta") -> PreTrainedModel:
-    """The model of a folder's configuration; without memory, but for what generates.
+    """The model of a folder's configuration, without memory for its weights.
 
-    That has buffers above its encoder.
+    Models that generate do get memory, for the buffers above their encoder.
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     with torch.device("cpu" if kind in GENERATORS else device):
@@ -318,7 +336,7 @@ def _describe(path: Path, kind: str, device: str = "meta") -> PreTrainedModel:
 def _needs_pooler(
     described: Mapping[str, PreTrainedModel], kinds: Mapping[str, str], encoder: type
 ) -> bool:
-    """Whether a task with this class of encoder reads its pooler; embeddings do not."""
+    """Whether a task with this class of encoder uses its pooler; embedding models do not."""
     return any(
         isinstance(model.base_model, encoder) and getattr(model.base_model, "pooler", None)
         for name, model in described.items()
@@ -329,13 +347,14 @@ def _needs_pooler(
 def _load_encoder(
     path: Path, kind: str, weights: Mapping[str, torch.Tensor], needs_pooler: bool
 ) -> PreTrainedModel:
-    """The encoder of a task's model with these weights, which it does not copy."""
+    """The encoder of a task's model with these weights, which are not copied."""
     model = _describe(path, kind, "cpu")
     encoder: PreTrainedModel = model.base_model
     if not needs_pooler and "pooler.dense.weight" not in weights and hasattr(encoder, "pooler"):
         encoder.pooler = None
     missing = {*encoder.load_state_dict(weights, strict=False, assign=True).missing_keys}
-    encoder.tie_weights(missing_keys=missing, recompute_mapping=False)  # takes those from `missing`
+    # It removes tied weights from `missing`.
+    encoder.tie_weights(missing_keys=missing, recompute_mapping=False)
     if missing:
         raise ValueError(f"{path.parents[1] / 'encoder'}: has no {sorted(missing)}")
     encoder.requires_grad_(False)
@@ -343,7 +362,7 @@ def _load_encoder(
 
 
 def _share(encoder: PreTrainedModel, own: Collection[str], memory: Memory) -> dict[int, Any]:
-    """The modules and parameters by id that copies of the encoder keep, as no task has its own."""
+    """The modules and parameters by id that all copies of the encoder share."""
     in_common: dict[int, Any] = {}
     for module in shared_modules(encoder, own):
         in_common[id(module)] = module
@@ -361,14 +380,14 @@ def _load_own(
     weights: Mapping[str, torch.Tensor],
     path: Path,
 ) -> None:
-    """Load what a model has above its encoder, and in place of parts of it."""
+    """Load a model's tensors above its encoder, and those that replace parts of the encoder."""
     in_encoder = encoder.state_dict().keys()
     above = {name for name in model.state_dict() if not name.startswith(prefix)} if prefix else {}
     tensors = {name: weights[name] for name in weights.keys() & above}
     tensors |= {prefix + n if n in in_encoder else n: tensor.float() for n, tensor in own.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     lost = {name for name in missing if not name.startswith(prefix)} if prefix else set()
-    model.tie_weights(missing_keys=lost, recompute_mapping=False)  # takes those from `lost`
+    model.tie_weights(missing_keys=lost, recompute_mapping=False)  # removes tied weights from it
     if lost or unexpected:
         raise ValueError(f"{path}: head and configuration differ: {[*lost, *unexpected]}")
 
@@ -387,7 +406,7 @@ def _load_processor(folder: Path, kind: str) -> Any:
 
 
 def answers(task: Task, logits: torch.Tensor) -> list[dict[str, Any]]:
-    """An answer for each row of a task's `logits` [N, C], in the words of its labels."""
+    """Turn a task's logits [N, C] into an answer for each row, with the names of the labels."""
     if task.problem_type == "regression":
         words: dict[str, Any] = {"label": "score", "labels": [], "probabilities": {}}
         return [{**words, "score": value} for value in logits[:, 0].tolist()]
@@ -406,13 +425,13 @@ def answers(task: Task, logits: torch.Tensor) -> list[dict[str, Any]]:
 
 
 def tag_answer(task: Task, words: "Words", shares: torch.Tensor, places: Sequence[int]) -> Any:
-    """A label for each word, and the spans that they make, from probabilities [T, C].
+    """Label each word of a text, and join the labels to spans.
 
     Args:
         task: the task.
         words: the words.
-        shares: the probabilities of each token.
-        places: the first token of each word, -1 for a word that has none or is cut off.
+        shares: the probabilities of each token's labels, [T, C].
+        places: the first token of each word; -1 for a word without tokens or beyond the limit.
     """
     best = shares.max(-1)
     labels = [None if place < 0 else task.labels[int(best.indices[place])] for place in places]
@@ -430,8 +449,8 @@ def tag_answer(task: Task, words: "Words", shares: torch.Tensor, places: Sequenc
 def _groups(labels: Sequence[str | None], has_outside: bool) -> list[list[int]]:
     """The words of each span, as seqeval and CoNLL's own script count them.
 
-    Labels are those of BIO and its kin, or plain ones: of these a run of one label is a span, but
-    where there is no O (parts of speech) each word is one.
+    Labels follow BIO or a similar scheme, or are plain names. Consecutive words with the same plain
+    label are one span; in tasks without the label O (parts of speech) each word is a span.
     """
     groups: list[list[int]] = []
     before, before_entity = "O", ""
@@ -447,7 +466,7 @@ def _groups(labels: Sequence[str | None], has_outside: bool) -> list[list[int]]:
 
 
 def _split(label: str | None) -> tuple[str, str]:
-    """The mark of a label, such as "B", "O" or none, and what it is a label of."""
+    """Split a label into its mark, such as "B", "O" or "", and its entity."""
     if label in (None, "O"):
         return "O", ""
     mark, dash, entity = label.partition("-")
@@ -459,7 +478,7 @@ def _split(label: str | None) -> tuple[str, str]:
 
 
 class Words(NamedTuple):
-    """A text, and where each of its words begins and ends."""
+    """A text, and the start and end of each of its words."""
 
     text: str
     spots: Sequence[tuple[int, int]]
@@ -471,7 +490,7 @@ class Words(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a row holds: texts, words, or the bytes of an image; and the tasks that answer it."""
+    """A row's form, its content (texts, words, or an image), and the tasks that answer it."""
 
     form: str
     content: tuple[Any, ...]
@@ -479,11 +498,11 @@ class Row(NamedTuple):
 
 
 def read_rows(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> list[Row]:
-    """The rows of a table with the columns that `MergedModel.predict` describes.
+    """Read the rows of a table with the columns that `MergedModel.predict` describes.
 
     Args:
-        table: a text is a string, or a list with the one or two texts of its row.
-        default: the task of rows that name none.
+        table: the column text has strings, or lists of the one or two texts of a row.
+        default: the task of rows without a task.
         tasks: the tasks by name.
 
     Raises:
@@ -507,10 +526,9 @@ def read_rows(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> l
 
 
 def unfolded(table: pd.DataFrame, default: str, tasks: Mapping[str, Task]) -> pd.DataFrame:
-    """A row for each text again, where MLflow made one row of ``{"text": ["a", "b"]}``.
+    """Divide the single row that MLflow makes of ``{"text": ["a", "b"]}`` into a row for each text.
 
-    It does so with a dictionary of lists. Two texts for a task of pairs are a pair, and a list of
-    words is one row's.
+    Two texts for a task of pairs stay one row, and so does a list of words.
     """
     if len(table) != 1:
         return table
@@ -570,9 +588,9 @@ def _texts(label: Any, row: Mapping[Any, Any]) -> tuple[str, ...]:
 
 
 def _image(label: Any, value: Any) -> Any:
-    """The image in a row, from the bytes of its file, as base64 text or in a data: URL.
+    """Decode the image in a row: the bytes of its file, as base64 text or in a data: URL.
 
-    Paths and addresses are never read: whoever calls a server must not see its files.
+    Paths and addresses are never read, as callers must not see the server's files.
     """
     from PIL import Image, ImageOps
 
@@ -598,22 +616,25 @@ def _image(label: Any, value: Any) -> Any:
         return ImageOps.exif_transpose(image).convert("RGB")
     except MlflowException:
         raise
-    except Exception as error:  # Pillow raises what it likes on a broken file
+    except Exception as error:  # Pillow raises any exception on a broken file
         _refuse(f"{place} is no {', '.join(FORMATS)} that can be read ({type(error).__name__})")
 
 
 def _words_of(text: str) -> Words:
-    """The words of a text: letters and digits in a row, and every other sign by itself."""
+    """Divide a text into words: runs of letters and digits, and every other sign by itself."""
     return Words(text, [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)])
 
 
 def _names(label: Any, name: Any, form: str, tasks: Mapping[str, Task]) -> tuple[str, ...]:
-    """The tasks that a row of this form asks for."""
+    """The tasks that a row of this form is for."""
     if name == ALL:
         if names := tuple(task.name for task in tasks.values() if form in task.forms):
             return names
         _refuse(f"row {label}: no task takes {FORMS[form]}; see the model card")
-    _check_known(name, tasks)
+    if not isinstance(name, str) or name not in tasks:
+        known = ", ".join(tasks)
+        remedy = "pass params={'task': ...}, or a column task; '*' stands for all"
+        _refuse(f"task {name!r} is not one of {known}; {remedy}")
     forms = tasks[name].forms
     if form not in forms:
         remedy = f"{FORMS[forms[0]]}; give that"
@@ -625,22 +646,17 @@ def _names(label: Any, name: Any, form: str, tasks: Mapping[str, Task]) -> tuple
     return (name,)
 
 
-def _check_known(name: Any, tasks: Mapping[str, Task]) -> None:
-    if name != ALL and (not isinstance(name, str) or name not in tasks):
-        known = ", ".join(tasks)
-        remedy = "pass params={'task': ...}, or a column task; '*' stands for all"
-        _refuse(f"task {name!r} is not one of {known}; {remedy}")
-
-
 def _is_missing(value: Any) -> bool:
     return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
 
 
 def _plain(value: Any) -> Any:
+    """A NumPy array as a list; any other value as it is."""
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _kind(value: Any) -> str:
+    """The kind of a value, for a message."""
     if _is_missing(value):
         return "null"
     kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object"}
@@ -649,19 +665,19 @@ def _kind(value: Any) -> str:
 
 
 class Pace:
-    """How long a request will take, by the answers since the first one.
+    """Estimates the run time of a request from the pace of its answers.
 
-    Attributes:
-        rows: how many rows there are.
-        wanted: how many answers.
+    Args:
+        rows: the number of rows.
+        wanted: the number of answers.
     """
 
     def __init__(self, rows: int, wanted: int) -> None:
         self.rows, self.wanted, self.started = rows, wanted, time.monotonic()
-        self.first = self.started, 0  # when the first answer came, and how many there were
+        self.first = self.started, 0  # time of the first answers, and their number
 
     def check(self, answers: int) -> None:
-        """Refuse a request that MLflow's scoring server would end before all answers are there."""
+        """Refuse a request that MLflow's scoring server would end before all answers are ready."""
         if SERVER not in os.environ:
             return
         now, limit = time.monotonic(), float(os.environ.get(TIMEOUT) or 60)
@@ -690,7 +706,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 class Example(NamedTuple):
-    """What a model reads at once: of which row, which part of it, and the content."""
+    """One input of a model: the number of its row, its part of the row, and the content."""
 
     row: int
     part: int
@@ -698,7 +714,7 @@ class Example(NamedTuple):
 
 
 def _with_none(answers: pd.DataFrame) -> pd.DataFrame:
-    """The same table with None where a value is missing, which becomes null in JSON."""
+    """Replace missing values of a table by None, which is null in JSON."""
     for column in answers.columns[answers.isna().any()]:
         filled = answers[column].astype(object)
         answers[column] = filled.where(filled.notna(), None)
@@ -706,11 +722,11 @@ def _with_none(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 class MergedModel(PythonModel):
-    """Answers rows for one task, for a task of each row's own, or for all tasks that fit."""
+    """Answers rows for one task, for the task that each row names, or for all tasks that fit."""
 
     def load_context(self, context: PythonModelContext) -> None:
         self.tasks, self.memory = load_tasks(Path(context.artifacts["merged"]))
-        self.lock = threading.Lock()  # a tokenizer serves one thread at a time
+        self.lock = threading.Lock()  # tokenizers are not thread-safe
 
     def predict(
         self,
@@ -718,7 +734,7 @@ class MergedModel(PythonModel):
         model_input: pd.DataFrame,
         params: Mapping[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """An answer for each row, with the caller's index and in the caller's order.
+        """Answer each row; answers have the caller's index and order.
 
         Columns, by kind of task:
 
@@ -733,20 +749,23 @@ class MergedModel(PythonModel):
           two texts ``score``, their cosine, instead.
         - text generation: ``text``, the completion, which takes the most probable token each time.
 
-        If rows name their tasks there is a column ``task`` too, and for "*" an answer for each row
-        and task, with ``row``, the position of the row. What a task does not answer is null.
+        If rows name their tasks, there is a column ``task`` too. For "*" there is an answer for
+        each row and task, with ``row``, the position of the row. Other columns are null.
 
         Args:
             context: not used.
             model_input: columns ``text`` (a string, or the texts in a list; for generation, the
-                prompt) and, if need be, ``text_pair`` and ``task``. For token classification the
-                words of a text may stand in ``words`` (a list) instead: their positions are those
-                in the words joined by blanks. A text itself is divided into runs of letters and
-                digits, and other signs. For images ``image``: the file's content as base64 text, a
-                data: URL, or bytes.
-            params: ``task``, for rows that name none; "*" stands for all tasks that take what the
-                row holds. ``max_new_tokens``: how much is generated at most; the tokens of the
-                task's `max_length` (of a causal model, with those of the prompt) are the limit.
+                prompt) and, if needed, ``text_pair`` and ``task``. For token classification, the
+                words of a text may be in ``words`` (a list) instead; positions then refer to the
+                words joined by blanks. A text is divided into runs of letters and digits, and
+                other signs. For images, ``image``: the file's content as base64 text, a data: URL,
+                or bytes.
+            params: ``task``, for rows without one; "*" stands for all tasks that accept the row.
+                ``max_new_tokens``: most tokens to generate; the task's `max_length` (for a causal
+                model, prompt included) is the limit.
+
+        Raises:
+            MlflowException: INVALID_PARAMETER_VALUE (HTTP 400), naming the row and the remedy.
         """
         settings = params or {}
         default = str(settings.get("task") or "")
@@ -770,13 +789,13 @@ class MergedModel(PythonModel):
         return _with_none(pd.DataFrame(lines, columns=columns, index=index))
 
     def _columns(self, default: str, pairs: Sequence[tuple[int, str]]) -> list[str]:
-        """The columns of the kinds of tasks that are asked."""
+        """The columns of the answers, by the kinds of the tasks that answer."""
         names = {task for _, task in pairs} or {default} & {*self.tasks}
         kinds = {self.tasks[name].kind for name in names} or {"text-classification"}
         return list(dict.fromkeys(c for kind in COLUMNS if kind in kinds for c in COLUMNS[kind]))
 
     def _grouped(self, rows: Sequence[Row]) -> Iterator[tuple[list[Task], list[Example]]]:
-        """Tasks that read their rows alike, and what they read."""
+        """Group tasks that read their rows in the same way; yields each group and its inputs."""
         groups: dict[Any, tuple[list[Task], dict[tuple[int, int], Example]]] = {}
         for number, row in enumerate(rows):
             for task in (self.tasks[name] for name in row.tasks):
@@ -798,9 +817,9 @@ class MergedModel(PythonModel):
         index: "pd.Index[Any]",
         limit: int,
     ) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """The answers of tasks that read their rows alike: row, task and answer.
+        """The answers of a group of `_grouped`: row, task and answer.
 
-        Modules that the tasks share compute each batch once for all of them.
+        Modules that the tasks share compute each batch once.
         """
         if tasks[0].kind in GENERATORS:
             self.memory.pause()
@@ -826,7 +845,7 @@ class MergedModel(PythonModel):
     def _batches(
         self, task: Task, examples: Sequence[Example], index: "pd.Index[Any]"
     ) -> Iterator[tuple[list[Example], dict[str, torch.Tensor], list[list[int]]]]:
-        """Batches of examples, a model's inputs, and of words the first tokens."""
+        """Batches: examples, a model's inputs, and the first token of each word, if there are."""
         if task.kind == "image-classification":
             for start in range(0, len(examples), IMAGES):
                 batch = list(examples[start : start + IMAGES])
@@ -855,13 +874,13 @@ class MergedModel(PythonModel):
             yield batch, _padded(tokens, places, task.processor), own
 
     def _complete(self, task: Task, prompt: str, limit: int, place: str) -> str:
-        """What a model generates after a prompt, always with the most probable token."""
+        """Generate the text after a prompt, always with the most probable token."""
         tokenizer, is_causal = task.processor, task.kind == "text-generation"
         with self.lock:
             cut = {} if is_causal else {"truncation": True, "max_length": task.max_length}
             ids = tokenizer(prompt, **cut)["input_ids"]
         if is_causal and ids[-1:] == [tokenizer.eos_token_id]:
-            ids = ids[:-1]  # which some tokenizers add
+            ids = ids[:-1]  # some tokenizers add it
         if not ids:
             _refuse(f"{place}: text is empty; give one with words")
         room = task.max_length - (len(ids) if is_causal else 0)
@@ -887,7 +906,7 @@ class MergedModel(PythonModel):
 
 
 def _reading(task: Task, row: Row) -> tuple[str, list[tuple[Any, ...]]]:
-    """How a task reads a row, and the row's content in as many parts as it reads."""
+    """The form in which a task reads a row, and the inputs that the row is divided into."""
     if task.kind == "token-classification":
         content = row.content[0]
         return "words", [(_words_of(content) if row.form == "text" else content,)]
@@ -905,7 +924,7 @@ def _in_words(
     chosen: Sequence[int],
     firsts: Sequence[Sequence[int]],
 ) -> list[dict[str, Any]]:
-    """The answers to those examples of a batch that are asked, from their logits."""
+    """Turn logits into answers to the chosen examples of a batch."""
     if task.kind == "sentence-similarity":
         return [{"embedding": embedding} for embedding in logits.tolist()]
     if task.kind == "token-classification":
@@ -917,7 +936,7 @@ def _in_words(
 
 
 def _together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The answer to a row from the answers to its parts: of two embeddings, their cosine."""
+    """The answer to a row: the answer to its only part, or the cosine of two embeddings."""
     if len(parts) == 1:
         return parts[0]
     left, right = (np.array(part["embedding"]) for part in parts)
@@ -927,9 +946,9 @@ def _together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _of_words(
     task: Task, texts: Sequence[list[str]]
 ) -> tuple[dict[str, list[list[int]]], list[list[int]]]:
-    """Inputs of texts in words, and the place of each word's first token; -1 where there is none.
+    """Tokenise texts that are divided into words; also returns each word's first token, or -1.
 
-    As in evaluation, a text of too many tokens loses whole words.
+    As in evaluation, a text with too many tokens loses whole words.
     """
     inputs: dict[str, list[list[int]]] = {}
     firsts = []
@@ -953,7 +972,7 @@ def _of_words(
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Batches of positions by falling length, of at most `TOKENS` tokens or one text."""
+    """Divide positions, longest first, into batches of at most `TOKENS` tokens, or of one text."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     start = 0
     while start < len(order):
@@ -965,7 +984,7 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 def _padded(
     tokens: Mapping[str, list[list[int]]], batch: Sequence[int], tokenizer: Any
 ) -> dict[str, torch.Tensor]:
-    """The inputs of a batch [B, T], padded on the right, as in evaluation."""
+    """Pad the inputs of a batch on the right, as in evaluation; returns tensors [B, T]."""
     pad = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     return {
         name: pad_sequence(

@@ -1,13 +1,11 @@
-"""The stages that end in MLflow, and what is known there of a registered version."""
+"""The stages that write to MLflow, and functions that read a registered version from it."""
 
 import json
 import re
 import time
 from collections.abc import Mapping
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +44,7 @@ REGISTER = 4
 LOG = 4
 LINEAGE = "lineage/lineage.json"  # file of a run
 SETTINGS = "params.yaml"
-REGISTRATION = "<!-- registration -->"  # in a report's page, where its copy says what became of it
+REGISTRATION = "<!-- registration -->"  # placeholder in a report's page for the registered version
 
 
 class RegistrySettings(Settings):
@@ -64,7 +62,7 @@ class RegistrySettings(Settings):
 
 
 class Registered(Record):
-    """A registered version, the address of its store, and the alias that it got and why."""
+    """A registered version, the address of its store, its alias, and the reason for the alias."""
 
     name: str
     version: str
@@ -87,21 +85,23 @@ def register(
 ) -> Outcome[Registered]:
     """Register a merged model in MLflow; it becomes the champion or the challenger.
 
-    Before that, the model as MLflow serves it must answer a sample of texts as it did when it was
-    evaluated. A model that is registered already, with these metrics, is not registered again.
+    Before that, MLflow serves the model in a process of its own: it must answer a sample of texts
+    as in its evaluation. A model that is already registered with these metrics is not registered
+    again.
 
     Args:
         model: the merged model's folder
         metrics: its metrics file, made by `fmn evaluate`
         settings: name, experiment, and when a version becomes the champion
-        data: folder of the rows that the metrics are of, for that sample; default: a few sentences
+        data: folder of the evaluated rows, for that sample; default: a few built-in sentences
         report: folder to keep with the version, made by `fmn report`
         card: model card to show and keep, made by `fmn report`; default: the model's own
         params: settings file that the model was made with; `fmn reproduce` follows it
         out: file that records name, version and run
 
     Raises:
-        UserError: the metrics are not the model's, it would answer otherwise, or the store refuses.
+        UserError: the metrics are not the model's, the served model answers differently, or the
+            store refuses.
     """
     from fmn.registry import tracking
 
@@ -109,10 +109,14 @@ def register(
     if out:
         reads = [model, metrics, data, report, card, params]
         stage.check_output(out, reads, is_folder=False, stage="register")
-    _check_report(report, card)
+    for path in (report and report / "report.html", card):
+        if path and not path.is_file():
+            raise UserError(f"{path}: no such file; make it with `fmn report`")
     recipe, scores, definitions = _read(model, metrics)
     card_text = (card or model / CARD).read_text()
-    inputs, key = _key(model, metrics, settings)
+    inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
+    names = {"name": settings.name, "experiment": settings.experiment}
+    key = artifacts.content_key("register", REGISTER, names, inputs)
     baselines = read_baselines(report, scores)
     with tracking.connection() as client:
         version = tracking.find_version(client, settings.experiment, key, settings.name)
@@ -124,7 +128,7 @@ def register(
                 _log_lineage(model, recipe, scores, params)
                 served = _log_model(model, metrics, scores, definitions, data, baselines)
                 tags = version_tags(scores, recipe, definitions, baselines)
-                version = _create_version(served, settings.name, tags)
+                version = tracking.create_version(served, settings.name, tags)
         is_new = tracking.DECISION not in version.tags
         uri = f"models:/{version.name}/{version.version}"
         describe = partial(page, uri, model, recipe, scores, definitions, baselines)
@@ -133,30 +137,12 @@ def register(
         if is_new and report:
             _log_page(registered.run, report, registered, scores, before)
     if out:
-        _write_registered(out, registered, inputs)
+        stage.run_stage(
+            "register", REGISTER, out, lambda job: stage.write_record(job.path, registered),
+            # A version that was deleted in MLflow and registered anew has another run.
+            reads=inputs, settings={"registered": registered}, summary=str,
+        )  # fmt: skip
     return Outcome("register", out or model, is_new, time.monotonic() - started, registered)
-
-
-def _key(model: Path, metrics: Path, settings: RegistrySettings) -> tuple[dict[str, str], str]:
-    """The digests of a model and its metrics, and the content key of their version."""
-    inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
-    names = {"name": settings.name, "experiment": settings.experiment}
-    return inputs, artifacts.content_key("register", REGISTER, names, inputs)
-
-
-def _check_report(report: Path | None, card: Path | None) -> None:
-    """Refuse a report or a card that is not there, with a `UserError`."""
-    for path in (report and report / "report.html", card):
-        if path and not path.is_file():
-            raise UserError(f"{path}: no such file; make it with `fmn report`")
-
-
-def _write_registered(out: Path, registered: Registered, inputs: Mapping[str, str]) -> None:
-    stage.run_stage(
-        "register", REGISTER, out, lambda job: stage.write_record(job.path, registered),
-        # A version that was deleted in MLflow and registered anew has another run.
-        reads=inputs, settings={"registered": registered}, summary=str,
-    )  # fmt: skip
 
 
 def _log_files(card: str, report: Path | None) -> None:
@@ -165,13 +151,6 @@ def _log_files(card: str, report: Path | None) -> None:
     mlflow.log_text(card, CARD)
     if report:
         mlflow.log_artifacts(str(report), "report")
-
-
-def _create_version(uri: str, name: str, tags: Mapping[str, str]) -> "ModelVersion":
-    import mlflow
-
-    with redirect_stderr(StringIO()):  # the caller says better what MLflow says there
-        return mlflow.register_model(uri, name, tags=dict(tags))
 
 
 def _log_model(
@@ -185,15 +164,16 @@ def _log_model(
     """Log the model to serve and its scores with the current run; returns its address.
 
     Raises:
-        UserError: it answers otherwise than it did when it was evaluated.
+        UserError: it does not answer as in its evaluation.
     """
     import mlflow
 
     from fmn.registry import tracking
 
-    with alone(tracking.tracking_uri()) as load:
+    with alone() as load:  # starts while the model is logged
         logged = tracking.log_served_model(model, definitions)
-        check_served(load(logged.model_uri), model, metrics, scores, definitions, data)
+        serve = load(logged.model_uri, tracking.tracking_uri())
+        check_served(serve, model, metrics, scores, definitions, data)
     mlflow.log_metrics(grouped_metrics(scores, baselines), model_id=logged.model_id)
     mlflow.set_tags(_standing_tags(scores, definitions))
     return str(logged.model_uri)
@@ -208,9 +188,10 @@ def _registered(version: "ModelVersion", decision: Decision) -> Registered:
 
 
 def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics, dict[str, Task]]:
-    """A merged model's recipe, its metrics, which must be of all tasks with labels, and its tasks.
+    """Read a merged model's recipe, its metrics, and its tasks as they were scored or merged.
 
-    The tasks are as they were scored, or as they were merged.
+    Raises:
+        UserError: the metrics are not the model's, or are not of all its tasks with labels.
     """
     recipe, scores = read_recipe(model), read_metrics(metrics)
     known = recipe.definitions | scores.definitions
@@ -224,7 +205,7 @@ def _read(model: Path, metrics: Path) -> tuple[Recipe, Metrics, dict[str, Task]]
 
 
 def _log_lineage(model: Path, recipe: Recipe, scores: Metrics, params: Path | None) -> None:
-    """Log with the current run what a model was made from: as files, tags and data sets."""
+    """Log a model's lineage with the current run: as files, tags and data sets."""
     import mlflow
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
@@ -254,7 +235,7 @@ def _log_lineage(model: Path, recipe: Recipe, scores: Metrics, params: Path | No
 
 
 def _standing_tags(scores: Metrics, definitions: Mapping[str, Task]) -> dict[str, str]:
-    """What the next version is compared with, as tags of the run."""
+    """Tags of the run that the next version is compared with: scores, errors and data."""
     from fmn.registry import tracking
 
     score_by_task = {name: entry.score for name, entry in scores.tasks.items()}
@@ -269,7 +250,7 @@ def _standing_tags(scores: Metrics, definitions: Mapping[str, Task]) -> dict[str
 def _log_page(
     run: str, report: Path, registered: Registered, scores: Metrics, before: Standing | None
 ) -> None:
-    """Log the report's page once more, with what became of its model in the registry."""
+    """Log the report's page once more, with the registered version and its alias."""
     import mlflow
 
     from fmn.report.page import registry_page, render
@@ -294,7 +275,7 @@ def _log_page(
 
 
 def _params(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the run: the merge's, from the recipe, and those of the stages before it."""
+    """The parameters of the run: those of the merge, and those of the stages before it."""
     fields = {"method", "mapping", "normalise", "exponent", "damping", "scale", "density", "seed"}
     params = recipe.model_dump(include=fields) | {"coefficient": recipe.coefficients}
     steps = {"calibrate": recipe.calibrate, "realign": recipe.realign}
@@ -306,7 +287,7 @@ def _params(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings with dotted names: ``{"fisher": {"seed": 0}}`` is ``{"fisher.seed": 0}``."""
+    """Flatten settings to dotted names: ``{"fisher": {"seed": 0}}`` to ``{"fisher.seed": 0}``."""
     from pandas import json_normalize
 
     columns = json_normalize(dict(content)).to_dict("list").items()
@@ -314,7 +295,7 @@ def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ChampionChange(Record):
-    """The versions that were the champion before a rollback and after it."""
+    """The champion before a rollback and after it."""
 
     name: str
     before: str | None
@@ -326,10 +307,10 @@ def roll_back(name: str, *, to: str | None = None) -> ChampionChange:
 
     Args:
         name: name of the registered model
-        to: the version that is to be the champion instead
+        to: the version that becomes the champion instead
 
     Raises:
-        UserError: there is no such model or version, or no champion before.
+        UserError: there is no such model or version, or there was no champion before.
     """
     from fmn.registry import tracking
 
@@ -338,7 +319,7 @@ def roll_back(name: str, *, to: str | None = None) -> ChampionChange:
         champion, before = tracking.champions(client, model)
         version = to or before
         if version is None:
-            remedy = "say which is to be: --to VERSION"
+            remedy = "choose one with --to VERSION"
             raise UserError(f"{name}: no version was the champion before; {remedy}")
         if version == champion:
             raise UserError(f"{name}: version {version} is the champion")
@@ -348,7 +329,7 @@ def roll_back(name: str, *, to: str | None = None) -> ChampionChange:
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version, as ``models:/NAME/VERSION``, the tags of its run, and its lineage.
+    """A registered version: its address ``models:/NAME/VERSION``, its run's tags, its lineage.
 
     The tag ``made`` is the name of the merged model in the work folder of its settings.
     """
@@ -359,14 +340,17 @@ class Version:
 
     @property
     def table(self) -> list[list[str]]:
-        """The lineage in rows: what, from where or how, digest."""
+        """The lineage as rows of (part, origin, digest)."""
         rows = [[part.name, part.origin, part.digest] for part in self.lineage.parts]
         tags = ("profile", "fmn", "git.commit")
         return rows + [[tag, self.tags.get(tag, "not recorded"), ""] for tag in tags]
 
 
 def read_lineage(source: str) -> Version:
-    """A registered version, by number or alias, and what it was made from.
+    """Read a registered version and its lineage.
+
+    Args:
+        source: ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
 
     Raises:
         UserError: there is no such version, or fmn did not register it.
@@ -390,10 +374,10 @@ def read_lineage(source: str) -> Version:
 
 
 def settings_again(version: Version, out: Path) -> Path:
-    """Write ``out/params.yaml``, the settings that make a version's model again in ``out/work``.
+    """Write ``out/params.yaml``, settings that compute a version's model again in ``out/work``.
 
     Raises:
-        UserError: the version was registered without them.
+        UserError: the version was registered without its settings.
     """
     settings = version.lineage.settings
     if settings is None:
@@ -405,7 +389,7 @@ def settings_again(version: Version, out: Path) -> Path:
 
 
 def compare_digests(version: Version, model: Path, metrics: Path) -> list[tuple[str, str, str]]:
-    """A model that was made again beside the version: (what, digest recorded, digest now)."""
+    """Compare a model with a version: rows of (part, digest in the registry, digest now)."""
     recorded = {part.name: part.digest for part in version.lineage.parts}
     now = {part.name: part.digest for part in lineage.describe(model, *_read(model, metrics)[:2])}
     return [(name, recorded.get(name, ""), now.get(name, "")) for name in recorded | now]
@@ -434,21 +418,19 @@ def log_comparison(
     if not sidecar or sidecar.stage != "comparison":
         raise UserError(f"{tables}: not the tables of a comparison; make them with `fmn compare`")
     means = stage.read_info(tables, ReportInfo).results
-    methods = {name: comparing.methods[name].model_dump(mode="json") for name in means}
+    nested = {}
+    for method, numbers in means.items():
+        names = {name: f"retained/{name}" for name in numbers} | {"seconds": "time/merge"}
+        scores = {names[name]: value for name, value in numbers.items()}
+        nested[method] = comparing.methods[method].model_dump(mode="json"), scores
     return _log_runs(
         f"compare {title}",
         settings.experiment,
         {"title": title, "tables": sidecar.key},
         params=comparing.model_dump(mode="json", exclude={"methods", "device"}),
-        nested={name: (methods[name], _method_metrics(means[name])) for name in means},
+        nested=nested,
         tables=tables,
     )
-
-
-def _method_metrics(means: Mapping[str, float]) -> dict[str, float]:
-    """What a method keeps, by kind of set, and the seconds of a merge."""
-    names = {name: f"retained/{name}" for name in means} | {"seconds": "time/merge"}
-    return {names[name]: value for name, value in means.items()}
 
 
 def log_search(result: SearchResult, settings: SearchSettings) -> Outcome[LoggedRun]:
@@ -483,7 +465,15 @@ def _log_runs(
     metrics: Mapping[str, float] = {},
     tables: Path | None = None,
 ) -> Outcome[LoggedRun]:
-    """Log a run and runs nested in it (params, metrics), unless this `content` is logged there."""
+    """Log a run, and runs nested in it, unless the experiment has a run of this `content`.
+
+    Args:
+        name: the run's name.
+        content: identifies the run.
+        params, metrics: of the run.
+        nested: parameters and metrics of the nested runs, by name.
+        tables: a folder to log with the run.
+    """
     import mlflow
 
     from fmn.registry import tracking

@@ -5,6 +5,7 @@ otherwise ``mlflow.db`` (SQLite) and the folder ``mlruns`` in the working folder
 database, ``MLFLOW_DEFAULT_ARTIFACT_ROOT`` says where files go; a server knows that itself.
 """
 
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import sqlite3
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stderr
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +61,7 @@ DEFAULT_STORE = "sqlite:///mlflow.db"
 KEY = "fmn.key"
 SCORES, ERRORS, DATA = "fmn.scores", "fmn.errors", "fmn.data"
 PROMOTION = "promotion"
-DECISION = "decision"  # tag of a version: the alias that it got
+DECISION = "decision"  # tag of a version: its alias
 HISTORY = "champion.history"  # tag of a registered model
 ABOUT_MODEL = (
     "Merged models of fmn: each version answers several tasks. The alias `champion` is the version"
@@ -94,7 +95,7 @@ OUTPUTS_OF_KIND: dict[str, dict[str, str | Array | Map]] = {
     "text-generation": {"text": "string"},
     "text2text-generation": {"text": "string"},
 }
-"""Of the kinds that have others than `OUTPUTS`."""
+"""The outputs of kinds whose outputs differ from `OUTPUTS`."""
 IF_ASKED = {"task": "string", "row": "long"}
 PROCESSOR_FILES = (*TOKENIZER_FILES, "preprocessor_config.json")
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "numpy")
@@ -106,9 +107,9 @@ def tracking_uri() -> str:
 
 
 def page(port: int) -> str:
-    """The address of the registry's page, on the server that is named or one to start at `port`.
+    """The address of the registry's page: on MLflow's server, or on a local one at `port`.
 
-    A local store is created if need be, so that no run creates it while the server does.
+    A local store is created here, so that a server and a run do not create it at the same time.
     """
     uri = tracking_uri()
     if uri.startswith("http"):
@@ -150,7 +151,7 @@ def _database_file() -> Path | None:
 
 
 def _create_database(file: Path) -> None:
-    """Create MLflow's tables, all or none: MLflow would refuse half of them ever after."""
+    """Create all of MLflow's tables or none: MLflow never completes a database with some."""
     file.parent.mkdir(parents=True, exist_ok=True)
     # A new name each time: MLflow keeps a file open under its name even if it failed to fill it.
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch:
@@ -159,7 +160,7 @@ def _create_database(file: Path) -> None:
         database.replace(file)
 
 
-# Columns with addresses of files, by table of MLflow's database.
+# Columns with addresses of files, for each table of MLflow's database.
 ADDRESSES = {
     "experiments": ["artifact_location"],
     "runs": ["artifact_uri"],
@@ -169,10 +170,10 @@ ADDRESSES = {
 
 
 def _follow_move(file: Path) -> None:
-    """Let a database find its files again after it was moved or copied with the folder of them.
+    """Correct the addresses of files after a database and its folder ``mlruns`` were moved.
 
-    MLflow's addresses of files are absolute. Those in another folder ``mlruns`` are rewritten if
-    the experiment's folder lies beside the database.
+    MLflow's addresses are absolute. An address in another folder ``mlruns`` is rewritten if the
+    experiment's folder is beside the database.
     """
     root = file.resolve().parent / "mlruns"
     if os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or not root.is_dir():
@@ -205,13 +206,13 @@ def _reason(error: BaseException) -> str:
 
 
 def experiment_id(client: mlflow.MlflowClient, experiment: str) -> str:
-    """The id of an experiment, which is created if need be; it becomes MLflow's current one."""
+    """The id of an experiment, created if it does not exist; it becomes MLflow's current one."""
     root = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT")
     if file := _database_file():
         root = root or (file.resolve().parent / "mlruns").as_uri()
     is_server = tracking_uri().startswith("http")
     if root and not is_server and client.get_experiment_by_name(experiment) is None:
-        folder = re.sub(r"^\.+|[^\w.-]+", "-", experiment)  # a name that leads nowhere else
+        folder = re.sub(r"^\.+|[^\w.-]+", "-", experiment)  # a name that is not a path
         client.create_experiment(experiment, artifact_location=f"{root.rstrip('/')}/{folder}")
     entity = mlflow.set_experiment(experiment)
     if MLFLOW_RUN_NOTE not in entity.tags:  # experiments have the same tag
@@ -223,7 +224,7 @@ def experiment_id(client: mlflow.MlflowClient, experiment: str) -> str:
 def new_run(
     client: mlflow.MlflowClient, experiment: str, key: str, name: str
 ) -> Iterator[mlflow.ActiveRun]:
-    """A run with a content key, in place of runs with this key that a killed process left."""
+    """Start a run with a content key; runs with this key that were interrupted are deleted."""
     experiments = [experiment_id(client, experiment)]
     for run in client.search_runs(experiments, f"tags.`{KEY}` = '{key}'"):
         nested = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run.info.run_id}'"
@@ -269,7 +270,7 @@ def download(source: str, out: Path) -> str:
 
 
 def log_served_model(model: Path, definitions: Mapping[str, Task]) -> ModelInfo:
-    """Log a merged model, as `served.py` answers for it, with the current run."""
+    """Log a merged model with the current run, for `served.py` to serve."""
     name, task = next(iter(definitions.items()))
     requirements = [*REQUIREMENTS]
     if any(task.task == "image-classification" for task in definitions.values()):
@@ -290,7 +291,7 @@ def log_served_model(model: Path, definitions: Mapping[str, Task]) -> ModelInfo:
 
 
 def signature(definitions: Mapping[str, Task]) -> ModelSignature:
-    """What a served model of these tasks takes and answers."""
+    """The inputs, outputs and parameters of a served model of these tasks."""
     kinds = {task.task for task in definitions.values()}
     columns = [*INPUTS, *(column for kind, column in INPUTS_OF_KIND.items() if kind in kinds)]
     needs_text = columns == [*INPUTS]
@@ -310,7 +311,7 @@ def signature(definitions: Mapping[str, Task]) -> ModelSignature:
 
 
 def _example(task: Task) -> "pd.DataFrame":
-    """An input of a task."""
+    """An example of a task's input."""
     import pandas as pd
 
     columns = takes(task)
@@ -319,14 +320,20 @@ def _example(task: Task) -> "pd.DataFrame":
     return pd.DataFrame([dict(zip(["text", *columns[1:]], EXAMPLE, strict=False))])
 
 
+def create_version(uri: str, name: str, tags: Mapping[str, str]) -> ModelVersion:
+    """Register a logged model as a new version."""
+    with redirect_stderr(io.StringIO()):  # the caller reports the version
+        return mlflow.register_model(uri, name, tags=dict(tags))
+
+
 def load_served_model(uri: str) -> Serve:
-    """A logged model, as MLflow serves it."""
+    """Load a logged model as MLflow serves it."""
     served = mlflow.pyfunc.load_model(uri)
     return lambda table, task, **params: served.predict(table, params={"task": task, **params})
 
 
 def pack(model: Path, definitions: Mapping[str, Task], out: Path) -> None:
-    """Copy what `served.py` needs of a merged model into a folder; the same bytes only once."""
+    """Copy the files that `served.py` needs of a merged model into a folder, equal files once."""
     shutil.copytree(model / "encoder", out / "encoder")
     folders = {_processor(out / "encoder"): "encoder"}  # by digest of tokenizer or image processor
     weights = {artifacts.digest_file(file) for file in (model / "encoder").glob("*.safetensors")}
@@ -339,7 +346,7 @@ def pack(model: Path, definitions: Mapping[str, Task], out: Path) -> None:
             if (task / file).is_file() and file not in PROCESSOR_FILES:
                 (folder / file).parent.mkdir(exist_ok=True)
                 shutil.copyfile(task / file, folder / file)
-        # The last shard; those before it are the encoder's, and all are where there is no head.
+        # A head is in the last shard. The other shards are the encoder's.
         last = max(task.glob("*.safetensors"))
         if artifacts.digest_file(last) not in weights:
             shutil.copyfile(last, folder / "head.safetensors")
@@ -381,16 +388,18 @@ def promote(
     tolerance: float,
     describe: Callable[[Decision, Standing | None], str],
 ) -> tuple[Decision, Standing | None]:
-    """Make a version champion or challenger, and say why; a decision is not taken twice.
+    """Make a version champion or challenger, and record the reason.
+
+    A version that has an alias already keeps it.
 
     Args:
-        client: of the store.
-        version: without an alias.
+        client: a client of the store.
+        version: the version.
         tolerance: see `promotion.decide`.
-        describe: the version's page by the decision and the champion that it was compared with.
+        describe: writes the version's page from the decision and the previous champion.
 
     Returns:
-        The decision and, if it is a new one, that champion; None if it is not comparable.
+        The decision, and the champion that a new version was compared with, if any.
     """
     run = client.get_run(str(version.run_id))
     if DECISION in version.tags:
@@ -399,7 +408,7 @@ def promote(
     name, number = version.name, str(version.version)
     model = client.get_registered_model(name)
     champion, before = champions(client, model)
-    if champion == number:  # the process was killed before it said so
+    if champion == number:  # the process was killed before it recorded the decision
         champion = before
     standing = None
     if champion:
@@ -417,22 +426,20 @@ def promote(
     client.update_model_version(name, number, describe(decision, standing))
     if not model.description:
         client.update_registered_model(name, ABOUT_MODEL)
-    # Last: until it is set, the decision is taken anew.
+    # Set last: a killed process makes the decision again.
     client.set_model_version_tag(name, number, DECISION, decision.alias)
     return decision, standing
 
 
 def _standing(client: mlflow.MlflowClient, version: ModelVersion) -> Standing:
-    """What a version scored, as the tags of its run say; those of older versions are their own."""
-    tags = dict(version.tags)
-    if version.run_id:
-        tags |= client.get_run(version.run_id).data.tags
+    """A version's scores and data, from the tags of its run."""
+    tags = client.get_run(version.run_id).data.tags if version.run_id else {}
     scores, errors = (json.loads(tags.get(tag, "{}")) for tag in (SCORES, ERRORS))
     return Standing(str(version.version), scores, frozenset(errors), tags.get(DATA, ""))
 
 
 def champions(client: mlflow.MlflowClient, model: RegisteredModel) -> tuple[str | None, str | None]:
-    """The champion, and the one before it that still exists."""
+    """The champion, and the latest champion before it that still exists."""
     versions = client.search_model_versions(f"name = '{model.name}'")
     existing = {str(version.version) for version in versions}
     champion = str(model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
@@ -440,9 +447,9 @@ def champions(client: mlflow.MlflowClient, model: RegisteredModel) -> tuple[str 
 
 
 def make_champion(client: mlflow.MlflowClient, model: RegisteredModel, version: str) -> None:
-    """Give a version the alias champion, and note that in the registered model's history."""
+    """Give a version the alias champion, and record it in the registered model's history."""
     client.set_registered_model_alias(model.name, CHAMPION, version)
     history = promotion.add_champion(model.tags.get(HISTORY, ""), version)
     client.set_registered_model_tag(model.name, HISTORY, history)
-    if CHALLENGER in model.aliases:  # it was compared with another champion
+    if CHALLENGER in model.aliases:  # the challenger was compared with another champion
         client.delete_registered_model_alias(model.name, CHALLENGER)

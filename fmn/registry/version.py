@@ -1,4 +1,4 @@
-"""What MLflow shows of a version: metrics in groups, short tags, and a page. Knows no MLflow."""
+"""Metrics, tags and page of a registered version. This module does not import MLflow."""
 
 import csv
 import json
@@ -33,13 +33,14 @@ ANSWERS = {  # by kind, where they are not labels
 
 @dataclass(frozen=True)
 class Baselines:
-    """What a report adds to the scores of the model that it is about; all of it may be missing.
+    """Numbers that a report adds to the scores of its model; each may be empty.
 
     Attributes:
-        scores: of the experts, the average and the base, by BASELINES, then by task or MACRO.
-        retained: the share of the experts' scores, by task or MACRO.
+        scores: scores of the experts, the average and the base, by BASELINES, then by task or
+            MACRO.
+        retained: the share of the experts' scores that the model keeps, by task or MACRO.
         seconds: run time by stage.
-        verdict: a sentence each.
+        verdict: the report's verdict, in sentences.
     """
 
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class Baselines:
 
 
 def read_baselines(report: Path | None, metrics: Metrics) -> Baselines:
-    """What a report says of a model with these metrics; nothing if it is about another model."""
+    """Read the baselines from a report; all are empty if its model has other metrics."""
     sidecar = stage.read_sidecar(report) if report else None
     if not report or not sidecar or sidecar.stage != "report":
         return Baselines()
@@ -71,6 +72,7 @@ def read_baselines(report: Path | None, metrics: Metrics) -> Baselines:
 
 
 def _defined(rows: Mapping[str, Any], name: str, number: str) -> dict[str, float]:
+    """A number of a column by row, without undefined ones."""
     numbers = {task: row.get(name, {}).get(number) for task, row in rows.items()}
     return {task: value for task, value in numbers.items() if value is not None}
 
@@ -79,10 +81,11 @@ def _defined(rows: Mapping[str, Any], name: str, number: str) -> dict[str, float
 
 
 def grouped_metrics(metrics: Metrics, baselines: Baselines) -> dict[str, float]:
-    """The metrics of a run, by ``GROUP/TASK``, no number twice; what is undefined is left out.
+    """The metrics of a run, by ``GROUP/TASK``; undefined ones are left out.
 
-    ``score``, ``retained``, ``expert``, ``average`` and ``base`` have a number for each task and
-    the mean; ``task`` the metrics that a score is the mean of; ``time`` the seconds of each stage.
+    The groups ``score``, ``retained``, ``expert``, ``average`` and ``base`` have a number for each
+    task and the mean; ``task`` has the metrics of tasks with several; ``time`` has the seconds of
+    each stage.
     """
     scores = {MACRO: metrics.score} | {n: each.score for n, each in metrics.tasks.items()}
     groups: dict[str, Mapping[str, float | None]] = {"score": scores, **baselines.scores}
@@ -104,7 +107,7 @@ def grouped_metrics(metrics: Metrics, baselines: Baselines) -> dict[str, float]:
 def version_tags(
     metrics: Metrics, recipe: Recipe, definitions: Mapping[str, Task], baselines: Baselines
 ) -> dict[str, str]:
-    """What a list of versions shows of each: a few words."""
+    """Short tags of a version, for MLflow's list of versions."""
     tags = {
         "tasks": short_list(list(definitions), most=12),
         "method": recipe.method,
@@ -128,16 +131,16 @@ def page(
     decision: Decision,
     before: Standing | None,
 ) -> str:
-    """The page of a version, ``models:/NAME/VERSION``, in Markdown.
+    """Write the page of a version, in Markdown.
 
     Args:
-        uri: its address.
+        uri: the version's address, ``models:/NAME/VERSION``.
         model: the merged model's folder.
         recipe, metrics: its recipe and scores.
         definitions: its tasks.
-        baselines: what a report adds.
-        decision: the alias that it got.
-        before: the champion that it was compared with.
+        baselines: numbers from a report.
+        decision: its alias, with the reason.
+        before: the champion that it was compared with, if any.
     """
     parts = [
         f"**{decision.alias.capitalize()}**: {escaped(decision.reason)}.",
@@ -158,7 +161,7 @@ def page(
 def _score_table(
     metrics: Metrics, baselines: Baselines, before: Standing | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: scores beside the experts' and the average's, and those of the champion."""
+    """Header and rows: scores, beside those of the experts, the average and the last champion."""
     experts, average = (baselines.scores.get(name) or {} for name in (EXPERT, AVERAGE))
     header = ["task", "score", "95 % interval", "expert", "% of expert", "average"]
     header.append(f"less version {before.version}'s" if before else "")
@@ -181,19 +184,17 @@ def _score_table(
 
 
 def takes(task: Task) -> list[str]:
-    """The columns of a table for a task."""
+    """The columns of a task's inputs."""
     return TAKES.get(task.task, ["text"] + ["text_pair"] * bool(task.columns.text_pair))
 
 
 def _usage(uri: str, definitions: Mapping[str, Task]) -> str:
-    """Python and a request that ask a version for an answer."""
+    """Example code that asks a version for an answer."""
     name, task = next(iter(definitions.items()))
-    if takes(task) == ["image"]:
+    note, columns = "", takes(task)
+    row = json.dumps(dict(zip(["text", *columns[1:]], EXAMPLE, strict=False)))
+    if columns == ["image"]:
         row, note = '{"image": image}', 'image = open("picture.png", "rb").read()\n'
-    elif takes(task) == ["words"]:
-        row, note = json.dumps({"text": EXAMPLE[0]}), ""
-    else:
-        row, note = json.dumps(dict(zip(takes(task), EXAMPLE, strict=False))), ""
     code = (
         f"import mlflow\nimport pandas as pd\n\n{note}"
         f'model = mlflow.pyfunc.load_model("{uri}")\n'
@@ -208,7 +209,7 @@ def _usage(uri: str, definitions: Mapping[str, Task]) -> str:
 
 
 def _task_table(model: Path, definitions: Mapping[str, Task]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: what each task takes and answers."""
+    """Header and rows: the inputs and the answers of each task."""
     rows = []
     for name, task in definitions.items():
         names = short_list(output_names(model / "tasks" / name), most=20)
@@ -219,6 +220,10 @@ def _task_table(model: Path, definitions: Mapping[str, Task]) -> tuple[list[str]
 
 
 def spaced(text: str) -> str:
-    """Markdown without front matter, and with room between columns, which MLflow sets close."""
+    """Remove front matter from Markdown, and widen the columns of tables, which MLflow sets close.
+
+    >>> spaced("---\\ntags: [fmn]\\n---\\n| task | score |")
+    '| task&emsp;| score |'
+    """
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()
     return re.sub(r"(?m)(?<=\S) \|(?=.*\|$)", "&emsp;|", text).replace("---&emsp;", "---")

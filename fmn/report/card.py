@@ -1,6 +1,6 @@
-"""The model card of a merged model: what the Hub reads of it, and what people read.
+"""Write the model card of a merged model: front matter for the Hub, and a text for people.
 
-Its body is the jinja2 template ``templates/card.md``.
+The text is the jinja2 template ``templates/card.md``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ HUB_METRICS = {
     **{"pearson": "pearsonr", "r2": "r_squared", "seqeval_f1": "seqeval"},
     "spearmanr_cosine": "spearman_cosine",
 }
-"""The Hub's name of a metric, if it is another than ours."""
+"""The Hub's name of a metric, if it differs from ours."""
 
 
 def card(recipe: Recipe, metrics: Metrics, verdict: Sequence[str] = ()) -> str:
-    """The model card of a merged model that was evaluated, with a report's verdict on it."""
+    """The model card of an evaluated merged model, with a report's verdict on it."""
     definitions = recipe.definitions | metrics.definitions
     body = render(
         "card.md",
@@ -45,7 +45,7 @@ def card(recipe: Recipe, metrics: Metrics, verdict: Sequence[str] = ()) -> str:
 
 
 def _usage(tasks: Mapping[str, Task]) -> str:
-    """Python that loads the first task of each kind."""
+    """Example code that loads the first task of each kind."""
     names: dict[KindName, str] = {}
     for name, task in tasks.items():
         names.setdefault(task.task, name)
@@ -64,7 +64,7 @@ def hub_metric(name: str) -> tuple[str, dict[str, str] | None]:
 
 
 def front_matter(recipe: Recipe, metrics: Metrics) -> "ModelCardData":
-    """What the Hub reads of a card, with the scores as model-index; undefined ones are left out."""
+    """A card's front matter, with the defined scores as model-index."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = []

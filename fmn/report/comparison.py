@@ -1,6 +1,6 @@
-"""The comparison of merge methods over sets of experts: tables over its cells.
+"""Compare merge methods over sets of experts: tables of the cells of a comparison.
 
-A cell is a set of experts merged with one method and tried on every task of the set
+A cell is a set of experts, merged with one method and scored on every task of the set
 (`fmn.experiments`).
 """
 
@@ -27,18 +27,18 @@ Cells = Mapping[str, Mapping[str, Cell]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The tables of a comparison; estimates are relative to the experts, but for `scores`.
+    """The tables of a comparison; estimates are shares of the experts' scores, except `scores`.
 
     Attributes:
         means: by method and kind of set ("pairs", "triples", "all", MACRO).
         seconds: mean time of a merge, by method.
         sets: by method and set.
-        largest: name of the last set, which `scores` and `differences` are of.
+        largest: name of the last set; `scores` and `differences` are on its tasks.
         tasks: definitions of the tasks of the last set.
-        averaged: those that a mean of scores is over.
-        scores: by method, EXPERT the last, and task, MACRO the last.
-        differences: of the mean score from that of the average, by method.
-        pairs: by method, what is left of a task's score by (task, the task it was merged with).
+        averaged: the tasks of the mean score.
+        scores: by method (EXPERT is the last) and task (MACRO is the last).
+        differences: the mean score minus that of the average, by method.
+        pairs: by method, the share of a task's score by (task, the task it was merged with).
         best: the method with the largest mean.
     """
 
@@ -55,7 +55,7 @@ class Comparison:
 
 
 def compare(cells: Cells) -> Comparison:
-    """The tables over the cells."""
+    """Compute the tables from the cells."""
     methods = list(next(iter(cells.values())))
     candidates = [method for method in methods if method not in BOUNDS] or methods
     shares, means = _shares(cells), {}
@@ -94,7 +94,7 @@ def kinds(cells: Cells) -> dict[str, list[str]]:
 
 
 def answers(cell: Cell, of_expert: bool = False) -> dict[str, TaskAnswers]:
-    """What the merged model of a cell, or the experts, answered, by task."""
+    """The answers of a cell's merged model, or of the experts, by task."""
     answered = {}
     for name, entry in cell.tasks.items():
         predictions = entry.expert_predictions if of_expert else entry.predictions
@@ -107,9 +107,9 @@ def answers(cell: Cell, of_expert: bool = False) -> dict[str, TaskAnswers]:
 def _shares(cells: Cells) -> dict[str, dict[str, Estimate]]:
     """By set and method: the mean share over the tasks that have one.
 
-    Where an expert has a score and the merged model none, the mean is undefined.
+    If an expert has a score where the merged model has none, the mean is undefined.
     """
-    of_experts: dict[str, np.ndarray] = {}  # an expert answers the same in every cell
+    of_experts: dict[str, np.ndarray] = {}  # an expert's answers are the same in every cell
 
     def share(cell: Cell) -> Estimate:
         experts = answers(cell, of_expert=True)
@@ -141,9 +141,9 @@ def _scores(cell: Cell, averaged: Sequence[str], of_expert: bool = False) -> dic
 
 
 def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
-    """How every method's mean score on a set differs from the average's, on the same examples.
+    """Each method's mean score on a set minus the average's, on the same examples.
 
-    Without the method `average`, from the first method's. P-values have Holm's correction.
+    Without the method `average`, the first method takes its place. P-values have Holm's correction.
     """
     first = AVERAGE if AVERAGE in row else next(iter(row))
     tests = {
@@ -155,7 +155,7 @@ def differences(row: Mapping[str, Cell]) -> dict[str, Difference]:
 
 
 def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
-    """What a method keeps of a task's score in sets of two, by (task, its partner)."""
+    """The share that a method keeps of a task's score in pairs, by (task, its partner)."""
     return {
         (task, partner): share
         for row in cells.values()
@@ -169,7 +169,7 @@ def pairs(cells: Cells, method: str) -> dict[tuple[str, str], float]:
 
 
 def text_table(comparison: Comparison) -> wording.TextTable:
-    """Header and rows: each method's means in percent, and the seconds that a merge takes."""
+    """Header and rows: each method's means in percent, and the seconds of a merge."""
     kinds = list(comparison.means[comparison.best])
     body = []
     for method, row in comparison.means.items():
@@ -183,15 +183,15 @@ def text_table(comparison: Comparison) -> wording.TextTable:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What a reader of the tables should know, a line each."""
+    """Notes on the tables, a line each."""
     scores = {name: comparison.scores[EXPERT][name].value for name in comparison.tasks}
     return results.score_remarks(scores, comparison.tasks, comparison.averaged)
 
 
 class ComparisonResults(Record):
-    """``results.json``: of each method the means and their intervals, of each cell the scores.
+    """``results.json``: the means and intervals of each method, and the scores of each cell.
 
-    What is undefined is left out, or None.
+    Undefined numbers are left out, or None.
     """
 
     methods: dict[str, dict[str, float]]

@@ -1,12 +1,12 @@
-"""The pictures of a report, as SVG that says in words what it shows.
+"""The pictures of a report: SVG, each with a sentence that states its finding.
 
-A new picture is a function and its name in a table at the end: the first line of its docstring is
-the picture's title, the rest tells a reader how to read it. It returns the figure and what it
-shows, or None if its data are missing.
+To add a picture, write a function and enter it in a table at the end. The first line of its
+docstring is the picture's title, the rest explains to the reader how to read it. The function
+returns the figure and its finding, or None if there are no data for it.
 
 Every picture can be read without colours: by position, by the shape of a marker, or by numbers.
 The colours are those of Okabe and Ito (2008), and for maps cividis (Nunez, Anderton and Renslow
-2018): colour-blind readers see them as others do, and they print in grey in the right order.
+2018): colour-blind readers can tell them apart, and in grey they keep their order.
 """
 
 import inspect
@@ -33,28 +33,34 @@ if TYPE_CHECKING:
 
 INK, SOFT, FAINT, BLUE, RED = "#1f2328", "#59636e", "#d1d6dc", "#0072B2", "#D55E00"
 HEADLINE = ("D", BLUE)
-"""Marker and colour of the headline; then of the bounds, and of all others."""
+"""Marker and colour of the headline; then those of the bounds, and of all other columns."""
 BOUNDS = {"base": ("v", "#8c959f"), AVERAGE: ("o", "#E69F00"), EXPERT: ("s", INK)}
 OTHERS = (("^", "#009E73"), ("P", "#CC79A7"), ("X", RED), ("<", "#56B4E9"), (">", SOFT))
-WHITE, BAR = "#fefefe", "#9cc4e4"  # white that stays so on a dark page; bars below a name
+WHITE, BAR = "#fefefe", "#9cc4e4"  # a white that `THEMED` does not replace; bars behind names
 THEMED = {
     "#ffffff": "paper", INK: "ink", SOFT: "soft", FAINT: "line", "#e6e9ed": "grid",
     BLUE.lower(): "blue", BAR: "bar", "#8c959f": "dim", "#eceff2": "faint",
 }  # fmt: skip
-"""Colours that a page replaces by its own, which are other ones on a dark page."""
-INCHES, NARROW = 9.2, 4.2  # width of a picture: that of a page's text, and of a phone's
-DARK = 0.55  # numbers are white on what is darker than this part of a colour scale
+"""Colours that a page replaces by its own, for light and dark pages."""
+INCHES, NARROW = 9.2, 4.2  # width of a picture on a page, and on a phone
+DARK = 0.55  # numbers are white in cells below this part of a colour scale
 STYLE = Path(__file__).parent / "templates" / "pictures.mplstyle"
 
 T = TypeVar("T")
 Drawn = tuple["Figure", str] | None
-"""A figure, and what it shows."""
+"""A figure and its finding."""
 
 
 class Picture(NamedTuple):
-    """A picture: its file's name, its title, what it shows, how to read it, and the SVG.
+    """A picture of a page.
 
-    `narrow` is the SVG for a phone; "" where the picture is a map, which a reader has to move.
+    Attributes:
+        name: the file's name without suffix.
+        title: the title.
+        finding: a sentence about the result that it shows.
+        reading: how to read it.
+        svg: the picture.
+        narrow: the picture for a phone; "" for a map, which readers scroll.
     """
 
     name: str
@@ -66,7 +72,7 @@ class Picture(NamedTuple):
 
 
 def draw(pictures: Mapping[Callable[[T], Drawn], str], content: T) -> dict[str, list[Picture]]:
-    """The pictures of a report or a comparison, by section of its page."""
+    """Draw the pictures of a report or a comparison, by section of its page."""
     import matplotlib as mpl
 
     sections: dict[str, list[Picture]] = {section: [] for section in pictures.values()}
@@ -87,7 +93,7 @@ def draw(pictures: Mapping[Callable[[T], Drawn], str], content: T) -> dict[str, 
 
 
 def _svg(figure: "Figure", name: str, title: str, finding: str) -> str:
-    """The figure as SVG, for a screen reader too, with ids that no other picture of a page has."""
+    """A figure as SVG, with a description for screen readers, and ids that are unique on a page."""
     file = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=metadata)
@@ -101,24 +107,21 @@ def _svg(figure: "Figure", name: str, title: str, finding: str) -> str:
 
 
 def _with_tips(svg: str, figure: "Figure", name: str) -> str:
-    """The SVG with a tooltip in each cell of the maps of a figure."""
-    for axis in figure.axes:
-        for mesh in axis.collections:
-            start = svg.find(f'<g id="{name}-{mesh.get_gid()}">')
-            if start >= 0:
-                end = svg.index("</g>", start)
-                tips = iter(str(mesh.get_label()).split("\n"))
-                cells = re.sub(
-                    "/>",
-                    lambda _: f"><title>{escape(next(tips))}</title></path>",  # noqa: B023
-                    svg[start:end],
-                )
-                svg = svg[:start] + cells + svg[end:]
+    """Add a tooltip to each cell of a figure's maps."""
+    for mesh in (mesh for axis in figure.axes for mesh in axis.collections):
+        start = svg.find(f'<g id="{name}-{mesh.get_gid()}">')
+        if start >= 0:
+            end = svg.index("</g>", start)
+            first, *cells = svg[start:end].split("/>")
+            tips = str(mesh.get_label()).split("\n")
+            titled = zip(tips, cells, strict=True)
+            rest = "".join(f"><title>{escape(tip)}</title></path>{cell}" for tip, cell in titled)
+            svg = f"{svg[:start]}{first}{rest}{svg[end:]}"
     return svg
 
 
 def themed(svg: str) -> str:
-    """A picture in the colours of the page that it stands in, light or dark."""
+    """Replace a picture's colours by those of its page, light or dark."""
     names = "|".join(THEMED)
     return re.sub(names, lambda match: f"var(--{THEMED[match[0]]}, {match[0]})", svg)
 
@@ -126,23 +129,17 @@ def themed(svg: str) -> str:
 # ---- what several pictures share ----
 
 
-def _width() -> float:
-    """Of a figure, in inches."""
-    import matplotlib as mpl
-
-    return float(mpl.rcParams["figure.figsize"][0])
-
-
 def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:
-    """A figure of a page's width and its axes [rows, columns]; `height` in inches."""
+    """Make a figure of a page's width and its axes [rows, columns]; `height` is in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_width(), height), layout="constrained")
+    figure = Figure(layout="constrained")
+    figure.set_figheight(height)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _short(name: str, most: int) -> str:
-    """A name that is cut where a picture has no room for more letters."""
+    """Cut a name to a number of letters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
@@ -159,15 +156,14 @@ def _interval(
 
 
 def _legend(figure: "Figure", lines: Sequence[Any], names: Sequence[str]) -> None:
-    """The names above a figure, in as many columns as have room."""
-    letters = 12.5 * figure.get_size_inches()[0]  # of a line
-    columns = int(letters / (max(map(len, names)) + 6))
-    columns = max(1, min(len(names), columns))
+    """Write names above a figure, in as many columns as fit."""
+    letters = 12.5 * figure.get_figwidth()  # in a line
+    columns = max(1, min(len(names), int(letters / (max(map(len, names)) + 6))))
     figure.legend(lines, names, loc="outside upper left", ncols=columns)
 
 
 def _ticks(names: Sequence[str], most: int) -> tuple[np.ndarray, list[str]]:
-    """Places and names of at most about `most` of the cells of a map."""
+    """Places and names of about `most` cells of a map, evenly spaced."""
     step = max(1, len(names) // most)
     return np.arange(0, len(names), step) + 0.5, list(names)[::step]
 
@@ -176,7 +172,7 @@ def _map(
     axis: "Axes", grid: np.ndarray, rows: Sequence[str], tip: Callable[[int, int], str],
     **options: Any,
 ) -> Any:  # fmt: skip
-    """A map of numbers [rows, columns], from above to below; `tip` is the tooltip of a cell."""
+    """Draw a map of numbers [rows, columns], first row on top; `tip` is the tooltip of a cell."""
     axis.grid(False)
     axis.spines[:].set_visible(False)
     axis.set_yticks(*_ticks(rows, 12))
@@ -230,7 +226,7 @@ def scores(report: Report) -> Drawn:
         axis.axhline((len(rows) - 1) * step - 1, color=FAINT, linewidth=1.6)
     places, labels = np.arange(len(rows)) * step, [_short(row, 28) for row in rows]
     axis.set_yticks(places + (len(names) - 1) / 2, labels, fontsize=10)
-    right = 100 + 6 * INCHES / _width()  # room for a number
+    right = 100 + 6 * INCHES / figure.get_figwidth()  # room for a number
     axis.set(xlim=(min(lows) - 1, right), ylim=(len(rows) * step - 1, -1), xlabel="score, %")
     axis.set_xticks(range(0, 101, 20))
     lines = [Line2D([], [], marker=marker, color=colour) for marker, colour in marks.values()]
@@ -292,7 +288,7 @@ def _sites(values: NodeValues, is_neuron: bool) -> list[Site]:
 
 
 def _labels(sites: Sequence[Site]) -> list[str]:
-    """Layers as the Fisher artifact numbers them; cross-attention says so."""
+    """The numbers of layers in the Fisher artifact; cross-attention is marked."""
     return [f"{site.layer}{' cross' * (site.node == 'cross_head')}" for site in sites]
 
 
@@ -402,9 +398,8 @@ def costs(report: Report) -> Drawn:
     for stage, name, time in sorted(report.costs, key=lambda cost: -cost.seconds):
         y, start = stages.index(stage), starts[stage]
         axis.barh(y, time, 0.62, start, color=BAR, edgecolor="white", linewidth=1)
-        if time / totals[longest] > 0.02 + len(name) / (
-            12 * _width()
-        ):  # letters on the longest bar
+        letters = 12 * figure.get_figwidth()  # on the longest bar
+        if time / totals[longest] > 0.02 + len(name) / letters:
             axis.text(start + time / 2, y, name, ha="center", va="center", fontsize=8)
         starts[stage] += time
     for y, total in enumerate(totals.values()):
@@ -494,11 +489,11 @@ RUN_PICTURES: Mapping[Callable[[Report], Drawn], str] = {
     owners: "Who owns what",
     costs: "What it cost",
 }
-"""The pictures of a run, with the section of its page that shows them."""
+"""The pictures of a run, with the sections of its page."""
 COMPARISON_PICTURES: Mapping[Callable[[Comparison], Drawn], str] = {
     methods: "Methods",
     pairs: "Pairs",
 }
-"""The same of a comparison."""
+"""The pictures of a comparison, with the sections of its page."""
 FOR_PHONES: Collection[Callable[..., Drawn]] = (scores, frontier, costs, methods)
-"""Pictures that are drawn once more for a phone."""
+"""The pictures that have a narrow form for phones."""

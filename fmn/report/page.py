@@ -1,7 +1,7 @@
-"""A report as one HTML file: tables, pictures, words. Nothing is fetched.
+"""Render a report as one HTML file with tables, pictures and text; it loads nothing else.
 
-The pages are jinja2 templates in ``templates/``; all text in them is escaped. A few lines of script
-sort tables and switch between scores and shares; all is readable without it.
+The pages are jinja2 templates in ``templates/``, which escape all text. A short script sorts tables
+and switches between scores and shares; without it, the page still shows everything.
 """
 
 import os
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **values: Any) -> str:
-    """A template filled with values; a name that it does not know is an error."""
+    """Fill a template with values; a name without a value is an error."""
     return _templates().get_template(template).render(values)
 
 
@@ -57,7 +57,7 @@ def _templates() -> "Environment":
 
 
 def facts(content: Report | Comparison) -> dict[str, tuple[str, str]]:
-    """What a page is of, when and with which code it was written: words and a link, or ""."""
+    """Facts about a page (model, registry, date, version, commit): each a text and a link or ""."""
     words: dict[str, tuple[str, str]] = {}
     if isinstance(content, Report):
         head, name = content.table.headline, content.registry
@@ -74,9 +74,9 @@ def facts(content: Report | Comparison) -> dict[str, tuple[str, str]]:
 
 
 def registry_page(name: str, version: str = "") -> str:
-    """The address of a registered model's page: on the tracking server, or where `make mlflow` is.
+    """The address of a registered model's page, on the tracking server or on `make mlflow`'s.
 
-    Its port is that of MLFLOW_PORT or 5000.
+    The latter's port is in MLFLOW_PORT; default: 5000.
     """
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not server.startswith("http"):
@@ -86,7 +86,7 @@ def registry_page(name: str, version: str = "") -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the working folder, with ``+`` if files differ from it; None without git."""
+    """The commit of the working folder, with ``+`` if files were changed; None without git."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -122,7 +122,7 @@ def settings(recipe: Recipe) -> str:
 
 
 def statistics(recipe: Recipe, task: str) -> str:
-    """What weighed an expert in a merge, in words."""
+    """The statistics that gave an expert its weight in a merge, in words."""
     fisher = "mask Fisher" if METHODS[recipe.method].fisher == "nodes" else "Fisher"
     words = []
     for title, by_task in ((fisher, recipe.fisher), ("Gram matrices", recipe.gram)):

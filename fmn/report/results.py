@@ -1,4 +1,4 @@
-"""The scores of experts and merged models side by side: tables as data, and as text."""
+"""Compare the scores of experts and merged models: a table as data, as text and as numbers."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,14 +31,14 @@ BOUNDS: Mapping[str, str] = {
     AVERAGE: "the plain average of the parameters",
     EXPERT: "each expert alone (upper bound)",
 }
-"""What a merge is compared with: the column's name, and what it is."""
+"""The columns that a merge is compared with, and their meanings."""
 UNLABELED = "not scored, as its rows have no labels"
 NO_INTERVAL = "–"
-FEW = 5  # columns whose intervals have room on a terminal
+FEW = 5  # with at most so many columns, intervals fit on a terminal
 
 
 class Evaluated(NamedTuple):
-    """A model's metrics, and the answers that they were computed from, by task."""
+    """A model's metrics, and by task the answers that they were computed from."""
 
     metrics: Metrics
     answers: Mapping[str, TaskAnswers]
@@ -46,9 +46,12 @@ class Evaluated(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A number, and its value in each bootstrap resample, float64 [R]; None if it is undefined.
+    """A number, and its value in each bootstrap resample.
 
-    An error, of which less is better, is no percentage and is shown as it is.
+    Attributes:
+        value: the number; None if it is undefined.
+        draws: its values in the resamples, float64 [R], if they are known.
+        is_percent: whether it is shown in percent; errors are not.
     """
 
     value: float | None
@@ -62,22 +65,22 @@ class Estimate:
 
     @property
     def text(self) -> str:
-        """The number as people read it."""
+        """The number as text."""
         return shown(self.value, self.is_percent)
 
     @property
     def with_unit(self) -> str:
-        """The number as people read it outside of a table of percentages."""
+        """The number as text, with a percent sign if it is a percentage."""
         return self.text + " %" * (self.is_percent and self.value is not None)
 
     @property
     def span(self) -> str:
-        """The interval as people read it."""
+        """The interval as text."""
         return span(self.interval, self.is_percent)
 
 
 def mean(parts: Sequence[Estimate]) -> Estimate:
-    """The mean of those that are defined; without draws, if one of them has none."""
+    """The mean of the defined estimates; it has draws only if all of them have."""
     values = [part.value for part in parts if part.value is not None]
     draws = [part.draws for part in parts if part.value is not None and part.draws is not None]
     if not values:
@@ -86,19 +89,19 @@ def mean(parts: Sequence[Estimate]) -> Estimate:
 
 
 class Entry(NamedTuple):
-    """A model's score, and its share of the expert's score, where there is one."""
+    """A model's score, and its share of the expert's score, if that is defined."""
 
     score: Estimate
     share: Estimate | None
 
 
 def read_evaluated(metrics: Path) -> Evaluated:
-    """A metrics file, and the predictions beside it."""
+    """Read a metrics file, and the predictions beside it."""
     return Evaluated(read_metrics(metrics), read_predictions(metrics))
 
 
 class Cost(NamedTuple):
-    """How long a stage took for a task or model."""
+    """The run time of a stage for a task or a model."""
 
     stage: str
     name: str
@@ -106,7 +109,7 @@ class Cost(NamedTuple):
 
 
 def read_costs(*inputs: Mapping[str, Path]) -> list[Cost]:
-    """The run times of the stages that wrote these inputs, if their sidecars tell; by stage."""
+    """The run times of the stages that wrote these inputs, from their sidecars, by stage."""
     files = [item for paths in inputs for item in paths.items()]
     sidecars = [(name, sidecar) for name, path in files if (sidecar := read_sidecar(path))]
     stages = list(dict.fromkeys(sidecar.stage for _, sidecar in sidecars))
@@ -119,16 +122,16 @@ class Table:
     """Scores of merged models and of the experts on the same examples.
 
     Attributes:
-        definitions: of the tasks, in order.
-        data: where the tasks' rows come from.
+        definitions: the tasks' definitions, in order.
+        data: the origin of the tasks' rows.
         examples: number of examples by task.
         columns: scores by model (EXPERT is the last, if there are experts), then by row.
         headline: name of the column that the report is about.
-        differences: the headline's score less another column's, by column, then by row. Their
-            p-values have Holm's correction: over the tasks of a column; and over the means.
-        averaged: the tasks that a mean of scores is over; their scores are percentages.
+        differences: the headline's score minus another column's, by column, then by row. P-values
+            have Holm's correction over the tasks of a column, and over all means.
+        averaged: the tasks of the mean score; their scores are percentages.
         guessing: the tasks whose expert is no better than a constant answer on these examples.
-        unlabeled: the merged tasks that are not scored, as their rows have no labels.
+        unlabeled: the merged tasks that have no scores, as their rows have no labels.
     """
 
     definitions: Mapping[str, Task]
@@ -154,10 +157,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the report of a run shows.
+    """The content of a run's report.
 
     Attributes:
-        recipes: how merged models were made, by column, if that is known.
+        table: the scores.
+        recipes: the recipes of merged models, by column, if they are known.
         fisher: Fisher information by task, float64 [nodes] by site; may be empty.
         costs: run times of the stages.
         sizes: parameters for all tasks together, in units of one encoder, by column; may be empty.
@@ -173,7 +177,7 @@ class Report:
 
     @property
     def tasks(self) -> TextTable:
-        """What the tasks are."""
+        """The table of the tasks."""
         return task_table(self.table.definitions, self.table.data)
 
     @cached_property
@@ -189,11 +193,11 @@ class Report:
 def tabulate(
     experts: Mapping[str, Evaluated], merged: Mapping[str, Evaluated], headline: str = ""
 ) -> Table:
-    """The table over the first merged model's tasks.
+    """Build the table of scores on the first merged model's tasks.
 
     Args:
-        experts: by task.
-        merged: by the name of their column.
+        experts: the evaluated experts by task.
+        merged: the evaluated merged models by name of their column.
         headline: the column that the report is about; default: `default_headline`.
 
     Raises:
@@ -248,7 +252,7 @@ def tabulate(
 
 
 def default_headline(names: Iterable[str]) -> str:
-    """The merged model that a report is about: the last that is not a bound."""
+    """The merged model that a report is about by default: the last that is not a bound."""
     return ([name for name in names if name not in BOUNDS] or list(names))[-1]
 
 
@@ -263,9 +267,9 @@ class _Column(NamedTuple):
 def _entries(
     column: _Column, expert: _Column | None, averaged: Sequence[str], tasks: Mapping[str, Task]
 ) -> dict[str, Entry]:
-    """A column by row; scores are averaged over some tasks, shares over those that have one.
+    """A column's entries by row, with the means of scores (over `averaged`) and of shares.
 
-    Where the expert has a score and the model none, the mean share is undefined.
+    If an expert has a score where the model has none, the mean share is undefined.
     """
     entries = {}
     for name, score in column.scores.items():
@@ -285,7 +289,7 @@ def _entries(
 
 
 def _differences(first: str, second: str, columns: Mapping[str, _Column]) -> dict[str, Difference]:
-    """The score of one column less that of another, by the latter's rows."""
+    """The first column's score minus the second's, by the rows of the second."""
     pair, tasks, differences = (columns[first], columns[second]), list(columns[second].scores), {}
     for row, names in ({task: [task] for task in tasks} | {MACRO: tasks}).items():
         answers = [{task: column.answers[task] for task in names} for column in pair]
@@ -301,7 +305,7 @@ def _differences(first: str, second: str, columns: Mapping[str, _Column]) -> dic
 def _corrected(
     differences: Mapping[str, Mapping[str, Difference]],
 ) -> dict[str, dict[str, Difference]]:
-    """Differences by column and row after Holm's correction, as `Table.differences` has them."""
+    """Apply Holm's correction to differences by column and row (`Table.differences`)."""
     means = bootstrap.holm({name: by_row[MACRO] for name, by_row in differences.items()})
     corrected = {}
     for name, by_row in differences.items():
@@ -313,8 +317,8 @@ def _corrected(
 def node_shares(fisher: Mapping[str, NodeValues], recipe: Recipe) -> dict[str, NodeValues]:
     """Each expert's share of every mask node in a merge, ``lambda_j F_j / sum_k lambda_k F_k``.
 
-    By task, with the Fisher information made comparable as the recipe says. Empty if the method
-    does not weigh by nodes, or if the Fisher information of an expert is missing.
+    The result is by task. The Fisher information is normalised as in the recipe. The result is
+    empty if the method does not weigh by nodes, or if an expert's Fisher information is missing.
     """
     import torch
 
@@ -337,7 +341,7 @@ def node_shares(fisher: Mapping[str, NodeValues], recipe: Recipe) -> dict[str, N
 
 
 def text_table(table: Table) -> TextTable:
-    """Header and rows: scores, half of their intervals if there is room, shares of the expert's."""
+    """Header and rows: scores, half of their intervals if they fit, and shares of the expert's."""
 
     def text(name: str, entry: Entry | None) -> str:
         if entry is None:
@@ -355,7 +359,7 @@ def text_table(table: Table) -> TextTable:
 
 
 def notes(table: Table) -> list[str]:
-    """What a reader of the text table should know, a line each: what its cells are, caveats."""
+    """Notes on the text table, a line each: the meaning of its cells, and caveats."""
     share = " (% of the expert's score)" if EXPERT in table.columns else ""
     interval = ", ± half of its 95 % interval" if len(table.columns) <= FEW else ""
     unit = " in %" if table.averaged or not table.definitions else ""
@@ -363,7 +367,7 @@ def notes(table: Table) -> list[str]:
 
 
 def remarks(table: Table) -> list[str]:
-    """What is odd about tasks, a line each."""
+    """Caveats about tasks, a line each."""
     scores = {task: table.columns[table.headline][task].score.value for task in table.tasks}
     remark = "its expert alone is no better than guessing here, so shares of its score say little"
     lines = [f"{task}: {remark}" for task in table.guessing]
@@ -377,7 +381,7 @@ def remarks(table: Table) -> list[str]:
 def score_remarks(
     scores: Mapping[str, float | None], tasks: Mapping[str, Task], averaged: Sequence[str]
 ) -> list[str]:
-    """The tasks whose scores are undefined or no percentages, and what the mean leaves out."""
+    """Lines about scores that are undefined or not percentages, and about the mean's tasks."""
     lines = []
     for name, task in tasks.items():
         if not higher_is_better(task):
@@ -405,7 +409,7 @@ def measured(
 
 
 def evaluate_table(metrics: Metrics) -> TextTable:
-    """Header and rows of what `fmn evaluate` prints: every metric and its 95 % interval."""
+    """Header and rows of the table of `fmn evaluate`: every metric and its 95 % interval."""
     body = []
     for name, scores in metrics.tasks.items():
         task = metrics.definitions[name]
@@ -428,7 +432,7 @@ def is_in_percent(tasks: Mapping[str, Task]) -> bool:
 
 
 def evaluate_notes(metrics: Metrics) -> list[str]:
-    """What a reader of that table should know, a line each."""
+    """Notes on the table of `fmn evaluate`, a line each."""
     scores = {name: entry.score for name, entry in metrics.tasks.items()}
     skipped = [f"{name}: {UNLABELED}" for name in metrics.unlabeled]
     for name, entry in metrics.tasks.items():
@@ -460,9 +464,9 @@ def results(table: Table) -> dict[str, Any]:
 
 
 def main_numbers(table: Table) -> dict[str, float]:
-    """``metrics.json``, a few numbers of the headline's model that `dvc exp show` has room for.
+    """``metrics.json``, a few numbers of the headline's model for `dvc exp show`.
 
-    "mean score" and "mean retained" (the mean share of the experts' scores), then a score a task.
+    "mean score", "mean retained" (the mean share of the experts' scores), and each task's score.
     """
     column = table.columns[table.headline]
     score, share = column.get(MACRO, (None, None))

@@ -26,10 +26,10 @@ Paths = Mapping[str, Path]
 
 
 class ReportInfo(Record):
-    """What a report says on a terminal: its table, a verdict, notes, and the numbers.
+    """A report's table, verdict, notes and numbers, as a terminal shows them.
 
     Attributes:
-        headline: the column that it is about; empty in a comparison, which has no verdict either.
+        headline: the column that the report is about; a comparison has none, and no verdict.
     """
 
     header: list[str]
@@ -50,7 +50,7 @@ def report(
     headline: str = "",
     registry: str = "",
 ) -> Outcome[ReportInfo]:
-    """Write report.html, the page of a run: tables, pictures, and the same as files of their own.
+    """Write report.html, the page of a run, and its tables, pictures and model cards as files.
 
     Args:
         merged: the metrics file of each merged model, by the name to show
@@ -150,7 +150,7 @@ def _ordered(names: Iterable[str], tasks: Sequence[str]) -> list[str]:
 
 
 def _in_order(recipe: Recipe, tasks: Sequence[str]) -> Recipe:
-    """A recipe whose experts and coefficients stand in the order of the tables."""
+    """Put a recipe's experts and coefficients into the order of the tables."""
     names = _ordered(recipe.experts, tasks)
     update = {
         "experts": {task: recipe.experts[task] for task in names},
@@ -160,12 +160,12 @@ def _in_order(recipe: Recipe, tasks: Sequence[str]) -> Recipe:
 
 
 def _sizes(table: "Table", models: Paths, recipes: Mapping[str, Recipe]) -> dict[str, float]:
-    """Parameters by column, in units of one encoder; empty where the folders do not tell."""
+    """Parameters by column, in units of one encoder; empty if a folder has no safetensors files."""
     from fmn.report.frontier import size
 
     try:
         by_model = {name: size(folder, recipes[name].tasks) for name, folder in models.items()}
-    except UserError:  # a folder of something else than safetensors
+    except UserError:
         return {}
     sizes = {name: each.merged for name, each in by_model.items()}
     if by_model and "expert" in table.columns:

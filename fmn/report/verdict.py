@@ -1,4 +1,4 @@
-"""What a report says in words: how good its model is, what is better, and what to try then."""
+"""The verdict of a report in words: how good its model is, and what to try if others are better."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,24 +7,24 @@ from fmn.report.results import AVERAGE, EXPERT, MACRO, Estimate, Report, Table
 from fmn.report.wording import listed, points, shown
 
 JUDGEMENTS = ("better", "worse", "within chance")
-SIGNIFICANT = 0.05  # a difference with a smaller p-value is called real
-ENOUGH = 0.9  # a task whose model keeps less of its expert's score is named, with a remedy
-LARGER = 1.05  # a model with so many times the parameters is no rival, but an offer
+SIGNIFICANT = 0.05  # a difference with a smaller p-value is not within chance
+ENOUGH = 0.9  # a task that keeps less of its expert's score is named, with a remedy
+LARGER = 1.05  # a better model with more than so many times the parameters is an alternative
 
 
 def judgement(difference: Difference) -> str:
-    """What a difference says of the first model, one of JUDGEMENTS."""
+    """Whether the first model of a difference is better or worse: one of JUDGEMENTS."""
     if difference.difference is None or difference.p_value >= SIGNIFICANT:
         return JUDGEMENTS[2]
     return JUDGEMENTS[(difference.difference > 0) != difference.higher_is_better]
 
 
 def verdict(report: Report) -> list[str]:
-    """The verdict on the model that a report is about, a sentence each.
+    """The verdict on the model that a report is about, in sentences.
 
-    What it keeps of the experts' scores; whether it beats every other model by the paired test of
-    their mean scores, which is said of `base` only where it does not; which tasks keep least; and
-    what to try where another model is better or a task keeps less than ENOUGH.
+    They state how much of the experts' scores it keeps; for each other model, the result of the
+    paired test of their mean scores (for `base` only if the model is not better); the tasks that
+    keep least; and what to try if another model is better or a task keeps less than ENOUGH.
     """
     table, head = report.table, report.table.headline
     row = table.rows[-1]
@@ -56,7 +56,7 @@ def verdict(report: Report) -> list[str]:
 
 
 def _keeps(report: Report, worse_than: Sequence[str]) -> str:
-    """What the model keeps, its place among the others, and what the plain average keeps."""
+    """The share that the model keeps, its rank among the others, and the plain average's share."""
     table, head, row = report.table, report.table.headline, report.table.rows[-1]
     score, share = table.columns[head][row]
     share = share if share and share.value is not None else None
@@ -76,7 +76,7 @@ def _keeps(report: Report, worse_than: Sequence[str]) -> str:
 
 
 def _number(table: Table, name: str) -> Estimate | None:
-    """What a column keeps in the last row or, without experts, scores there."""
+    """A column's share in the last row; without experts, its score."""
     entry = table.columns[name].get(table.rows[-1]) if name in table.columns else None
     return (entry.share or entry.score) if entry else None
 
@@ -96,7 +96,7 @@ def _place(table: Table) -> str:
 
 
 def _against(tested: Mapping[str, Difference]) -> list[str]:
-    """Which models it beats, which not beyond chance, and which beat it."""
+    """The models that it beats, those within chance, and those that beat it."""
     lines = []
     for word, start in (
         ("better", "Better than"),
@@ -116,7 +116,7 @@ def _against(tested: Mapping[str, Difference]) -> list[str]:
 
 
 def _shares(table: Table) -> dict[str, float]:
-    """What is kept of each task; without tasks whose expert is no better than guessing."""
+    """The share that each task keeps, without tasks whose expert is no better than guessing."""
     entries = {name: table.columns[table.headline][name] for name in table.tasks}
     return {
         name: entry.share.value
@@ -132,7 +132,7 @@ def _losing(table: Table) -> list[str]:
 
 
 def _least(table: Table) -> list[str]:
-    """Which tasks lose most."""
+    """A sentence about the tasks that lose most."""
     shares, losing = _shares(table), _losing(table)
     if len(shares) < 2:
         return []
@@ -143,7 +143,7 @@ def _least(table: Table) -> list[str]:
 
 
 def _instead(report: Report, name: str) -> str:
-    """How to have another model of the report as the run's model."""
+    """The settings that make another model of the report the run's model."""
     recipe, other = report.recipes.get(report.table.headline), report.recipes.get(name)
     if recipe and other:
         steps = {"calibrate": "`calibrate: null`", "realign": "`realign: {}`"}
@@ -159,7 +159,7 @@ def _instead(report: Report, name: str) -> str:
 
 
 def _offer(report: Report, name: str) -> str:
-    """What a larger model keeps, and what it costs."""
+    """A sentence about a larger model: its share, its parameters, and how to get it."""
     table, sizes = report.table, report.sizes
     share = table.columns[name][table.rows[-1]].share
     keeps = f"keeps {share.with_unit}" if share else "scores more"
@@ -169,7 +169,7 @@ def _offer(report: Report, name: str) -> str:
 
 
 def _remedy(report: Report, losing: Sequence[str]) -> list[str]:
-    """Which models keep more of these tasks, and what else to try."""
+    """Sentences about models that keep more of these tasks, and about what else to try."""
     table, lines = report.table, []
     for task in losing:
         more = {

@@ -1,4 +1,4 @@
-"""Numbers, names and tables of a report as people read them."""
+"""Numbers, names and tables of a report as text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from fmn.tasks.task import Task
 MINUS = "\N{MINUS SIGN}"
 UNDEFINED = "undefined"
 DATA_SETS = {"hub": (HUB, "GLUE"), "embedded": ("fmn/miniature-glue", "miniature GLUE")}
-"""By source of the rows: the id that a model card calls them by, and a title."""
+"""By source of the rows: their id in a model card, and a title."""
 TextTable = tuple[list[str], list[list[str]]]
 """Header and rows."""
 
 
 def shown(value: float | None, is_percent: bool = True, digits: int = 1) -> str:
-    """A number in percent, or an error as it is; or that it is undefined."""
+    """A share in percent, or an error as a plain number; "undefined" for None."""
     if value is None:
         return UNDEFINED
     plain = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
@@ -29,7 +29,7 @@ def shown(value: float | None, is_percent: bool = True, digits: int = 1) -> str:
 
 
 def span(interval: Sequence[float] | None, is_percent: bool = True) -> str:
-    """An interval; nothing for None."""
+    """An interval, "LOW to HIGH"; "" for None."""
     return " to ".join(shown(end, is_percent) for end in interval or ())
 
 
@@ -40,13 +40,13 @@ def points(value: float | None, is_percent: bool = True) -> str:
 
 
 def difference_span(difference: Difference) -> str:
-    """The interval of a difference; nothing if there is none."""
+    """The interval of a difference as text; "" for a difference without an interval."""
     ends = difference.interval or ()
     return " to ".join(points(end, difference.higher_is_better) for end in ends)
 
 
 def p_value(difference: Difference) -> str:
-    """A p-value; where no resample has the other sign, that it is no more than this."""
+    """A p-value; with "≤" if no resample has the other sign."""
     return f"p {'≤' if difference.is_floor else '='} {difference.p_value:.3f}"
 
 
@@ -56,7 +56,7 @@ def plain(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time for people: "0.4 s", "75 s", "13 min"."""
+    """A run time: "0.4 s", "75 s", "13 min"."""
     if value >= 600:
         return f"{value / 60:.0f} min"
     return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
@@ -69,13 +69,13 @@ def listed(words: Sequence[str]) -> str:
 
 
 def metric_words(task: Task) -> str:
-    """The metrics that a task's score is the mean of."""
+    """The names of the metrics whose mean is a task's score."""
     names = " + ".join(metric.replace("_", " ") for metric in task.score_metrics)
     return names if not task.metrics or higher_is_better(task) else f"{names} (less is better)"
 
 
 def task_table(tasks: Mapping[str, Task], data: Mapping[str, TaskRows]) -> TextTable:
-    """Header and rows: what the tasks are, and where their rows come from."""
+    """Header and rows: the tasks' kinds, labels, scores and lengths, and the origin of the rows."""
     body = [
         [
             name,
@@ -91,7 +91,7 @@ def task_table(tasks: Mapping[str, Task], data: Mapping[str, TaskRows]) -> TextT
 
 
 def origin(rows: TaskRows) -> str:
-    """Where the rows of a task come from, in words, without folders of this machine."""
+    """The origin of a task's rows in words, without folders of this machine."""
     source = redacted(rows.source)
     name = DATA_SETS[source][1] if source in DATA_SETS else source
     words = [Path(name).name if Path(name).is_absolute() else name]
@@ -101,17 +101,16 @@ def origin(rows: TaskRows) -> str:
 
 
 def task_titles(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """What each task is, in a line."""
-    return {
-        name: ": ".join(filter(None, [
-            (task.problem_type or task.task).replace("_", " "), short_list(task.labels)
-        ]))
-        for name, task in tasks.items()
-    }  # fmt: skip
+    """A short description of each task: its problem type and its labels."""
+    titles = {}
+    for name, task in tasks.items():
+        words = [(task.problem_type or task.task).replace("_", " "), short_list(task.labels)]
+        titles[name] = ": ".join(filter(None, words))
+    return titles
 
 
 def short_list(names: Sequence[str], most: int = 8, length: int = 32) -> str:
-    """Names with commas; of many the first, and of long ones the beginning."""
+    """Names with commas; long lists and long names are cut."""
     words = [name if len(name) <= length else f"{name[: length - 1]}…" for name in names[:most]]
     return ", ".join(words) + (f", ... ({len(names)} labels)" if len(names) > most else "")
 
@@ -124,8 +123,8 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text in one line that Markdown, in a table too, shows as it is."""
-    marks = r"([\\`*~<\[|&$]|(?<![^\W_])_|_(?![^\W_]))"  # an underscore within a word is none
+    """Escape a text so that Markdown shows it unchanged, in one line and in tables too."""
+    marks = r"([\\`*~<\[|&$]|(?<![^\W_])_|_(?![^\W_]))"  # not an underscore within a word
     return re.sub(marks, r"\\\1", " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""The content of files of rows, as columns.
+"""Read files of rows as columns.
 
 The files are CSV, TSV, JSON, JSON lines, Parquet, CoNLL text, or what `save_to_disk` wrote.
 """
@@ -24,17 +24,17 @@ from fmn.tasks.task import in_a_line
 
 DAMAGED = (
     *(pa.ArrowException, OSError, EOFError, ValueError, RecursionError, zlib.error),
-    KeyError,  # of a folder of `save_to_disk`
+    KeyError,  # raised for a folder of `save_to_disk`
 )
-# What a file may unpack to, in bytes: so many times its own size, or this much if that is less.
+# A file may unpack to this many times its size; a small file to SMALL bytes.
 UNPACKED, PARQUET_UNPACKED, SMALL = 200, 1000, 2**26
 MOST_COLUMNS = 2000
-_DOCUMENT = "-DOCSTART-"  # where a document begins; no word
+_DOCUMENT = "-DOCSTART-"  # marks the beginning of a document; not a word
 BOM = "utf-8-sig"  # UTF-8, with or without a byte order mark
 
 
 class Table(NamedTuple):
-    """The rows of a split, as they are in their files.
+    """The rows of a split, as read from their files.
 
     Attributes:
         place: what messages call it.
@@ -51,7 +51,7 @@ class Table(NamedTuple):
         return len(next(iter(self.columns.values()), ()))
 
     def values(self, name: str, task: str) -> list[Any]:
-        """The values of a column as Python's own. UserError says which columns there are."""
+        """The values of a column as Python objects; UserError if the column does not exist."""
         if name not in self.columns:
             same = [each for each in self.columns if each.lower() == name.lower()]
             near = hint(same[0] if same else name, self.columns)
@@ -62,7 +62,7 @@ class Table(NamedTuple):
         values = self.columns[name]
         try:
             plain: list[Any] = values.to_pylist() if hasattr(values, "to_pylist") else list(values)
-        except (*DAMAGED, OverflowError) as error:  # no UTF-8, or a date beyond Python's
+        except (*DAMAGED, OverflowError) as error:  # not UTF-8, or a date that Python cannot hold
             reason = " ".join(str(error).split())
             problem = f"column {name!r:.60} has a value that cannot be read ({reason:.200})"
             raise UserError(f"{self.place}: {problem}; write it again") from error
@@ -120,7 +120,7 @@ Columns = tuple[Iterable[tuple[Any, Any]], dict[str, list[str]]]  # names and va
 def _content(file: File) -> bytes:
     with reachable(file.name), file.system.open(file.path, "rb", compression="infer") as stream:
         is_packed = file.path.lower().endswith(".gz")
-        size = file.system.size(file.path) if is_packed else None  # some servers do not say
+        size = file.system.size(file.path) if is_packed else None  # some servers give no size
         most = None if size is None else max(SMALL, UNPACKED * size)
         content: bytes = stream.read(most + 1 if most else -1)
     if most and len(content) > most:
@@ -156,7 +156,7 @@ def _csv(file: File) -> Columns:
 
 
 def _frame(content: bytes, separator: str, quoted: bool) -> pd.DataFrame:
-    """All fields as text, the first row being the names. Short rows are filled with ""."""
+    """All fields as text. The first row has the names; short rows are filled with ""."""
     if not content.removeprefix(b"\xef\xbb\xbf").strip():
         return pd.DataFrame()
     return pd.read_csv(
@@ -186,7 +186,7 @@ def _json(file: File) -> Columns:
         if not isinstance(record, dict):
             raise ValueError(f"row {row} is {record!r:.40}, not a record {{NAME: VALUE}}")
     names = dict.fromkeys(name for record in records for name in record)
-    # One name more, and it is refused before it takes records times names.
+    # Stop at the first name too many, before memory for all records times names is used.
     names = dict.fromkeys(islice(names, MOST_COLUMNS + 1))
     return ((name, [record.get(name) for record in records]) for name in names), {}
 
@@ -215,7 +215,7 @@ def _parquet(file: File) -> Columns:
 
         try:
             classes = class_names(Features.from_arrow_schema(table.schema))
-        except Exception as error:  # of what somebody wrote there
+        except Exception as error:  # the file may hold anything
             raise ValueError(f"its metadata of datasets: {error}") from error
     return zip(table.column_names, table.columns, strict=True), classes
 
@@ -236,7 +236,7 @@ def _images(folder: File) -> Columns:
 
 
 def _conll(file: File) -> Columns:
-    """Words and tags: a word a line with its columns, and an empty line between sentences.
+    """Words and tags from CoNLL: one word per line, and an empty line between sentences.
 
     Column "tokens" has the first of each line, "label" the last; "column 1" and so on have all.
     In CoNLL-U, whose lines begin with numbers, there are the numbered columns alone.
@@ -265,7 +265,7 @@ def _conll(file: File) -> Columns:
             )
     numbers = re.compile(r"\d+([-.]\d+)?")
     is_numbered = bool(words) and all(numbers.fullmatch(f[0]) for each in sentences for f in each)
-    if is_numbered:  # "1-2" and "8.1" are no words
+    if is_numbered:  # "1-2" and "8.1" are not words
         sentences = [[f for f in each if f[0].isdigit()] for each in sentences]
     columns = {f"column {place + 1}": place for place in range(width)}
     if not is_numbered:
@@ -275,7 +275,7 @@ def _conll(file: File) -> Columns:
 
 
 def _fields(line: str, separator: str) -> list[str]:
-    """The columns of a line; only plain blanks divide them, as a word may hold others."""
+    """The columns of a line, divided by plain blanks only: a word may contain other blanks."""
     return line.split("\t") if separator == "\t" else re.split("[ \t]+", line.strip(" \t"))
 
 

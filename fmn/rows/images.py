@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_LEFT_BY_SYSTEMS = ("Thumbs.db", "desktop.ini")  # into folders of images
+_LEFT_BY_SYSTEMS = ("Thumbs.db", "desktop.ini")  # added by operating systems
 
 
 def files_in(system: "AbstractFileSystem", folder: str) -> list[str]:
@@ -68,7 +68,7 @@ def _is_image(name: str) -> bool:
 
 
 def checked(values: Sequence[Any], place: str, files: Sequence[Any] = ()) -> list[bytes]:
-    """The bytes of images, each of which can be decoded.
+    """The bytes of images, after checking that each can be decoded.
 
     Args:
         values: bytes, or a structure of `bytes` and `path`, as `datasets.Image` has it.

@@ -1,4 +1,4 @@
-"""From the values of a label column to class ids, numbers, or lists of ids."""
+"""Convert the values of a label column to class ids, numbers, or lists of ids."""
 
 import ast
 import json
@@ -15,13 +15,13 @@ from fmn.tasks.metrics import METRICS
 from fmn.tasks.task import TaskSettings, in_a_line, plain_text
 
 _NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
-# What parsers raise of a text; a MemoryError if it is nested too deep for Python's.
+# Errors of parsers; a MemoryError if a text is nested too deeply for Python's parser.
 _NO_LIST = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 _TRUTH = {"true": True, "false": False}
 
 
 class Labels(NamedTuple):
-    """What the values of a label column mean.
+    """The meaning of the values of a label column.
 
     Attributes:
         problem_type: of the task.
@@ -44,7 +44,7 @@ def is_missing(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a text that files can hold: no half a character (a surrogate), no NUL."""
+    """Whether a value is a text that files can hold: without surrogates and NUL."""
     try:
         value.encode()
     except (AttributeError, UnicodeEncodeError):
@@ -53,10 +53,10 @@ def is_text(value: Any) -> bool:
 
 
 def plain_values(values: Sequence[Any], classes: Sequence[str] = ()) -> list[Any]:
-    """Values as truth values, numbers, texts, lists of them, or None where there is none.
+    """Values as bool, int, float, str, lists of these, or None for missing ones.
 
-    A column of texts that are all numbers, or all "true" and "false", holds these. With `classes`,
-    numbers are the ids of these names (`datasets.ClassLabel`), and -1 is none.
+    If all texts of a column are numbers, or "true" and "false", they are converted. With `classes`,
+    numbers are the ids of these names (`datasets.ClassLabel`), and -1 becomes None.
     """
     plain: list[Any] = [float(each) if isinstance(each, Decimal) else each for each in values]
     plain = [None if is_missing(value) else value for value in plain]
@@ -86,10 +86,10 @@ def _class_name(value: Any, classes: Sequence[str]) -> Any:
 
 
 def problem_type(values: Sequence[Any], definition: TaskSettings) -> str:
-    """The kind of problem that plain values are of, unless the definition says it.
+    """The problem type: the definition's, or else the one that plain values look like.
 
-    Lists are of several labels, numbers with decimals are of a regression; so are numbers of which
-    the definition asks for a regression's metrics.
+    Lists mean several labels at once. Numbers mean regression if they have decimals, or if the
+    definition's metrics are metrics of regression.
     """
     if definition.problem_type:
         return definition.problem_type
@@ -109,7 +109,7 @@ def _is_list(value: Any) -> bool:
 
 
 def items(value: Any) -> list[Any]:
-    """The labels of a cell that may hold several: a list, a list as text, or a;b, or a,b.
+    """The labels in a cell that may hold several: a list, a list as text, "a;b" or "a,b".
 
     >>> items('["a", "b"]'), items("a; b"), items(3)
     (['a', 'b'], ['a', 'b'], [3])
@@ -117,10 +117,10 @@ def items(value: Any) -> list[Any]:
     if not isinstance(value, str):
         return value if isinstance(value, list) else [] if value is None else [value]
     if _is_list(value):
-        for parse in (json.loads, ast.literal_eval):  # as JSON has it, and as pandas writes it
+        for parse in (json.loads, ast.literal_eval):  # JSON's form, then pandas' form
             with suppress(*_NO_LIST):
                 parsed = list(parse(value))
-                str(parsed)  # of a number of thousands of digits a ValueError
+                str(parsed)  # raises a ValueError for a number of thousands of digits
                 return parsed
     parts = value.split(";" if ";" in value else ",")
     return [part.strip() for part in parts if part.strip()]
@@ -129,7 +129,7 @@ def items(value: Any) -> list[Any]:
 def read_labels(
     values: Sequence[Any], classes: Sequence[str], definition: TaskSettings, place: str
 ) -> Labels:
-    """What the plain values of the training rows, or of all rows, say of the labels.
+    """The meaning of a label column, from the plain values of the training rows or of all rows.
 
     Raises:
         UserError: they are of one class alone, and the definition names no other.
@@ -205,7 +205,7 @@ def tags(
 
 
 def word_list(value: Any) -> list[Any] | None:
-    """A list that a cell holds, or that a text spells out; None if it is something else.
+    """The list in a cell, which may be written as text; None if the cell holds no list.
 
     >>> word_list('["a", "b"]'), word_list("['a', 'b']"), word_list("a b")
     (['a', 'b'], ['a', 'b'], None)
@@ -256,7 +256,7 @@ def encode(values: Sequence[Any], labels: Labels, place: str, column: str) -> li
 
 
 def _number_of(value: Any, labels: Labels) -> float:
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # beside others that are none
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # other values are not numbers
         value = float(value)
     # Beyond that a float32 is infinite.
     if isinstance(value, int | float) and abs(value) < 3.4e38:

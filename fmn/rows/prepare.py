@@ -1,4 +1,4 @@
-"""From a user's definition of a task to its checked rows, and the definition without gaps."""
+"""Read and check the rows of a user's task, and complete its definition."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ MANY = 50  # classes; with more, the column may be something else than a label
 
 
 class Prepared(NamedTuple):
-    """A task's rows by split, its definition, and what to tell the user."""
+    """A task's definition, its rows by split, and notes for the user."""
 
     task: Task
     tables: dict[str, pa.Table]
@@ -52,7 +52,7 @@ class Prepared(NamedTuple):
 def prepare(
     name: str, definition: TaskSettings, files: Mapping[str, Sequence[File]], place: str
 ) -> Prepared:
-    """Read the rows of a task as its user describes them.
+    """Read a task's rows by the user's description, check them, and complete its definition.
 
     Args:
         name: the task.
@@ -63,7 +63,7 @@ def prepare(
     Raises:
         UserError: a file, a column, a text or a label is not as it should be; says where.
     """
-    if len(problem_types := KINDS[definition.kind].problem_types) == 1:  # whatever labels look like
+    if len(problem_types := KINDS[definition.kind].problem_types) == 1:  # labels decide nothing
         definition = definition.model_copy(update={"problem_type": problem_types[0]})
     dataset = definition.dataset or DatasetSettings(path=place)
     if definition.kind != "token-classification":
@@ -114,7 +114,7 @@ def _label_notes(task: Task) -> list[str]:
 
 
 def _tag_notes(task: Task, definition: TaskSettings, place: str) -> list[str]:
-    """What to tell of words whose tags are no spans. UserError if their metric is of spans."""
+    """Notes about tags that do not mark spans; UserError if the task's metric needs spans."""
     if task.task != "token-classification" or not (tag := no_span_tag(task.labels)):
         return []
     if "seqeval_f1" in task.metrics:
@@ -139,7 +139,7 @@ def _refuse_tagged_words(files: Mapping[str, Sequence[File]]) -> None:
 def _label_values(
     definition: TaskSettings, table: Table, label: str, task: str, classes: Sequence[str]
 ) -> list[Any]:
-    """The plain values of the column of labels; of tags, a list of them a row."""
+    """The plain values of the label column; for tags, one list per row."""
     values = table.values(label, task)
     if definition.kind != "token-classification":
         return plain_values(values, classes)
@@ -159,7 +159,7 @@ def _label_column(definition: TaskSettings, first: Table) -> tuple[str | None, l
 
 
 def _generation_columns(definition: TaskSettings, first: Table) -> tuple[dict[str, str], list[str]]:
-    """The columns of prompts and completions, and what to tell the user of a missing prompt."""
+    """The columns of prompts and completions, and notes if there are no prompts."""
     columns = definition.columns.of_kind(definition.kind)
     if columns["completion"] not in first.columns and "messages" in first.columns:
         raise UserError(
@@ -186,7 +186,7 @@ def _task(
     Args:
         columns: the names of the columns in the data, by key.
     """
-    if {*columns.values()} & {"label", "idx"}:  # of the rows' own columns
+    if {*columns.values()} & {"label", "idx"}:  # the rows have columns of these names
         columns = {key: key for key in columns}
     kind = labels.problem_type if labels else definition.problem_type
     names = labels.names if labels else tuple(definition.label_names)
@@ -208,7 +208,7 @@ def _task(
 
 
 def _inputs(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, Any]:
-    """The inputs by the task's columns. UserError names the first that is none.
+    """The inputs by the task's columns; UserError names the first row with an unusable input.
 
     Args:
         columns: the names of the columns in the data, by key.
@@ -231,7 +231,7 @@ def _inputs(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, A
 
 
 def _checked_words(values: Sequence[Any], place: str, source: str) -> list[list[str]]:
-    """The words of each row. UserError names the first row that is no list of words."""
+    """The words of each row; UserError names the first row that is not a list of words."""
     lists = []
     for row, value in enumerate(values):
         words = word_list(value)
@@ -273,7 +273,7 @@ def _split_off(
 
 
 def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
-    """What is odd in the rows, though they can be used."""
+    """Warnings about unusual rows that can still be used."""
     lines = []
     texts = {
         split: list(zip(*(_as_texts(rows[name]) for name in task.text_columns), strict=True))
@@ -303,7 +303,7 @@ def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
 
 
 def _as_texts(column: pa.ChunkedArray) -> list[str]:
-    """The texts of a column; of words, with blanks between them."""
+    """The texts of a column; lists of words are joined with blanks."""
     values = column.to_pylist()
     return [" ".join(value) if isinstance(value, list) else value for value in values]
 

@@ -1,4 +1,4 @@
-"""Where a task's data set lies: its files by split, here, at a URL, or on the Hub.
+"""Find the files of a task's data set by split: on this machine, at a URL, or on the Hub.
 
 Nothing that comes with a data set is executed, and nothing is cached but what the Hub gives.
 """
@@ -29,23 +29,23 @@ FORMATS: Mapping[str, str] = {
     ".parquet": "parquet",
     **dict.fromkeys((".conll", ".bio", ".iob", ".iob2", ".txt"), "conll"),
 }
-OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # beside rows, and no rows themselves
+OTHER_JSON = ("task.json", "fmn.json", "dataset_infos.json")  # JSON files that are not rows
 IMAGE_FOLDER = "imagefolder"  # what `datasets.load_dataset` calls a folder of images, `data_dir`
-VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that there is
+VALIDATION = ("validation", "valid", "dev", "val", "eval", "test")  # the first that exists is used
 _HUB_NAME = re.compile(r"(?:hf://)?(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)")
 _TEXT = re.compile(r"(?i)\.txt(\.gz)?$")
 _ROWS = re.compile(rf"(.*?)(-\d+(-of-\d+)?)?({'|'.join(map(re.escape, FORMATS))})(\.gz)?", re.I)
 
 
 class File(NamedTuple):
-    """A file or folder of rows. `name` is what messages call it."""
+    """A file or folder of rows; `name` is its name in messages."""
 
     name: str
     path: str
     system: "AbstractFileSystem"
     # One of FORMATS; or, of a folder, saved (`save_to_disk`) or images.
     format: str
-    classes: Mapping[str, Sequence[str]] = MappingProxyType({})  # names by column, of a data card
+    classes: Mapping[str, Sequence[str]] = MappingProxyType({})  # class names by column
 
     @property
     def local(self) -> Path | None:
@@ -56,7 +56,7 @@ class File(NamedTuple):
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
     def digest(self) -> Path | str:
-        """What the stage's key has of it: the local path, or the digest of what lies elsewhere."""
+        """This file in a stage's key: its local path, or the digest of a remote file."""
         if path := self.local:
             return path
         with reachable(self.name):
@@ -70,7 +70,7 @@ Splits = Mapping[str, Sequence[File]]
 
 @contextmanager
 def reachable(name: str) -> Iterator[None]:
-    """Explain what goes wrong while rows at a URL are looked for or read, whoever serves them."""
+    """Convert errors of finding and reading rows at a URL to a UserError."""
     try:
         yield
     except UserError:
@@ -159,7 +159,7 @@ def _splits_of(root: str) -> Splits:
     splits: dict[str, list[File]] = {}
     own = [name for name in names if name not in OTHER_JSON and not name.startswith("_")]
     rows = {name: match[1] for name in own if (match := _ROWS.fullmatch(name))}
-    # Beside other files, a text is a description of them.
+    # A text file next to other files describes them.
     for name in [name for name in rows if not _TEXT.search(name)] or rows:
         file = _file(f"{root.rstrip('/')}/{name}", f"{path}/{name}", system)
         splits.setdefault(rows[name], []).append(file)
@@ -228,7 +228,7 @@ def _file(name: str, path: str, system: "AbstractFileSystem") -> File:
 
 
 def _names(system: "AbstractFileSystem", folder: str) -> list[str]:
-    """What a folder holds, except for what is hidden; folders end in a slash."""
+    """The names in a folder that are not hidden; those of folders end in a slash."""
     names = [
         Path(entry["name"]).name + "/" * (entry["type"] == "directory")
         for entry in system.ls(folder, detail=True)
@@ -237,7 +237,7 @@ def _names(system: "AbstractFileSystem", folder: str) -> list[str]:
 
 
 def _what_there_is(system: "AbstractFileSystem", path: str) -> str:
-    """The end of a message about a file that is not there: what lies in its folder."""
+    """The end of a message about a missing file: the files in its folder."""
     folder, _, wanted = path.rpartition("/")
     try:
         names = _names(system, folder)
@@ -249,15 +249,15 @@ def _what_there_is(system: "AbstractFileSystem", path: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Which splits are read
+# Choosing the splits to read
 
 
 def choose_splits(
     dataset: DatasetSettings, splits: Sequence[str], place: str
 ) -> tuple[str | None, list[str]]:
-    """The split to train on, and those to validate on, of the splits that there are.
+    """Choose the split to train on and the splits to validate on.
 
-    The validation is empty where rows are to be split off for it.
+    There are no validation splits if rows of the training split will be split off for them.
 
     Raises:
         UserError: a split that the settings name is not there, or none can be guessed.
@@ -298,7 +298,7 @@ def used_splits(
 
 
 def guess(splits: Sequence[str], words: Sequence[str]) -> list[str]:
-    """The splits that are called by the first of the words that any of them has in its name.
+    """The splits named by a word: the first of `words` that is in any split's name.
 
     >>> guess(["reviews_dev", "test"], VALIDATION)
     ['reviews_dev']
@@ -321,7 +321,7 @@ def pin(dataset: DatasetSettings, name: str) -> str:
 
 
 def download(dataset: DatasetSettings, name: str, revision: str) -> Path:
-    """The folder of a data set's files, in the Hub's cache; of its configuration alone.
+    """Download the files of a data set's configuration; returns their folder in the Hub's cache.
 
     Raises:
         UserError: the Hub cannot be reached, or has no such data set, revision or configuration.
@@ -367,7 +367,7 @@ def _patterns(dataset: DatasetSettings, snapshot: Path) -> list[str]:
 
 @contextmanager
 def _understood(dataset: DatasetSettings) -> Iterator[None]:
-    """Explain what `datasets` does not understand; a card may hold anything."""
+    """Turn errors of `datasets`, which a card can cause, into a UserError that explains them."""
     try:
         yield
     except Exception as error:
@@ -379,10 +379,10 @@ def _understood(dataset: DatasetSettings) -> Iterator[None]:
 
 
 def hub_files(dataset: DatasetSettings, snapshot: Path) -> Splits:
-    """The files of each split of a downloaded data set, as its card or their names say.
+    """The files of each split of a downloaded data set, by its card or by the files' names.
 
     Raises:
-        UserError: there are none.
+        UserError: the data set has no files of rows.
     """
     import datasets
 
@@ -409,7 +409,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _snapshot(name: str, revision: str, files: Sequence[str]) -> Path:
-    from httpx2 import HTTPError  # of the HTTP client of huggingface_hub
+    from httpx2 import HTTPError  # raised by the HTTP client of huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from fmn.store import hub

@@ -61,7 +61,7 @@ class DataSettings(Settings):
 
 
 class TaskOptions(ScoringSettings):
-    """A task of one's own, as options of a command."""
+    """The user's own task, as options of a command."""
 
     definition: Path | None = Field(
         None, description="a YAML file: the task, or a section `tasks` with it"
@@ -107,7 +107,7 @@ COLUMNS = (
 
 
 def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> TaskSettings | None:
-    """What the options of a command say of a task; None if they say nothing.
+    """The task that options of a command describe; None without such options.
 
     Raises:
         UserError: options contradict one another, or the file defines no such task.
@@ -128,7 +128,7 @@ def definition_of(task: str, options: TaskOptions, settings: DataSettings) -> Ta
     path, validation = values.pop("dataset", None), values.pop("validation", None)
     if path or validation or rows:
         rows |= {"path": path or "", "revision": settings.revision}
-        if validation:  # files of their own, wherever they are
+        if validation:  # separate files for validation
             rows |= {"path": path and ".", "data_files": {"train": path, "validation": validation}}
         values["dataset"] = rows
     values |= {"metrics": values.pop("metric", []), "task": values.pop("kind", None)}
@@ -221,7 +221,7 @@ class Source(NamedTuple):
 
 
 def find_source(task: str, settings: DataSettings, definition: TaskSettings | None) -> Source:
-    """Where a task's rows come from: its definition's data set, or what `settings` name.
+    """The origin of a task's rows: the data set in its definition, or the source in `settings`.
 
     Raises:
         UserError: there is nothing, or nothing says what the task is.
@@ -255,7 +255,7 @@ def find_source(task: str, settings: DataSettings, definition: TaskSettings | No
 
 
 def _read_checked(folder: Path, task: Task, splits: Sequence[str]) -> "Prepared":
-    """Rows that are in their task's schema already: GLUE's, or those that fmn wrote."""
+    """Read rows that already have the schema of fmn: GLUE's rows, or rows that fmn wrote."""
     from fmn.rows.prepare import Prepared, odd_rows
 
     tables = {split: dataset.read_split(folder, task, split) for split in splits}
@@ -315,7 +315,7 @@ def quickstart_files() -> Path:
 
 
 def _miniature_glue(task: str) -> Path:
-    """The folder of the miniature GLUE, if it has this task."""
+    """The folder of miniature GLUE; UserError if it lacks the task."""
     here = Path(os.environ.get("FMN_MINIATURE_GLUE", MINIATURE))
     for folder in (here, quickstart_files() / MINIATURE):
         if (folder / task).is_dir():

@@ -1,4 +1,4 @@
-"""What there is to see of tasks: those that are known, and one of them with its first example."""
+"""List the known tasks, and show one of them with its first example."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ class KnownTask(Record):
 
 
 class TaskView(Record):
-    """A task as it is resolved.
+    """A task with the defaults that apply to it.
 
     Attributes:
         task: its definition.
@@ -52,7 +52,7 @@ class TaskView(Record):
 
 
 def known_tasks(own: Mapping[str, TaskSettings]) -> list[KnownTask]:
-    """GLUE's tasks and those of the settings, whose definitions replace GLUE's of the same name."""
+    """GLUE's tasks and those in the settings; of two with the same name, that in the settings."""
     glue = {name: task_settings(name) or TaskSettings() for name in TASKS}
     return [_known(name, settings) for name, settings in {**glue, **own}.items()]
 
@@ -93,7 +93,7 @@ def describe(
         return TaskView(
             task=task, source=str(task_folder(data, name)), example=_example(task, rows)
         )
-    if settings is None and name in TASKS:  # no network for a look
+    if settings is None and name in TASKS:  # viewing rows must not need the network
         settings = DataSettings(source="embedded")
         try:
             source = find_source(name, settings, definition)
@@ -113,7 +113,7 @@ def describe(
 
 
 def _example(task: Task, table: Any) -> dict[str, Any]:
-    """The texts of a table's first row, or the size of its image, and its label by name."""
+    """The first row of a table: its texts or the size of its image, and the name of its label."""
     row: dict[str, Any] = table.slice(0, 1).to_pylist()[0]
     example = {name: row[name] for name in task.text_columns}
     if name := task.columns.image:

@@ -1,7 +1,7 @@
-"""What can be known before a run: whether its sources and data fit, and what it needs.
+"""Check a run before it starts: whether sources and data fit together, and what it needs.
 
-Every source is outlined (`fmn.setup.outline`), so that the checks of a merge run on headers. Of
-data only the first rows are read. All problems are listed, not the first one alone.
+Each source is replaced by its outline (`fmn.setup.outline`), so that the checks of a merge read
+only headers. Only the first rows of data are read. All problems are listed, not only the first.
 """
 
 import shutil
@@ -44,14 +44,14 @@ from fmn.tasks.task import (
     task_settings,
 )
 
-WHOLE = 1 << 26  # bytes of local rows up to which all of them are read
+WHOLE = 1 << 26  # all local rows are read up to this many bytes
 # Bytes a parameter, in float32: the weights; with gradients and Adam's two moments.
 INFERENCE, TRAINING = 4, 16
 PROCESS = 700_000_000  # bytes of a process with PyTorch and Transformers, and of its activations
 
 
 class Finding(Record):
-    """A problem in one line, ``place: problem; remedy``. A warning does not keep a run from going.
+    """A problem in one line, ``place: problem; remedy``. A run can start despite a warning.
 
     >>> Finding.of("tasks.x: no column y; name another").problem
     'no column y'
@@ -65,7 +65,7 @@ class Finding(Record):
 
     @classmethod
     def of(cls, message: object, is_error: bool = True) -> "Finding":
-        """A finding of a message of a `UserError`."""
+        """Split the message of a `UserError` into place, problem and remedy."""
         place, _, rest = str(message).partition(": ")
         problem, _, remedy = rest.rpartition("; ")
         entries = {
@@ -77,10 +77,10 @@ class Finding(Record):
 
 
 class Need(Record):
-    """What a run needs, about, in bytes, and what is free here.
+    """Estimates of what a run needs, and what is free on this machine; all in bytes.
 
     Attributes:
-        moved: what is downloaded, and what merges read and write.
+        moved: bytes that are downloaded, and that merges read and write.
     """
 
     download: int = 0
@@ -92,7 +92,7 @@ class Need(Record):
 
     @property
     def in_words(self) -> dict[str, str]:
-        """The amounts as people read them."""
+        """The amounts as texts with units, and the estimated time, by name."""
         return {
             "download": size(self.download),
             "disk": f"{size(self.disk)} of {size(self.free_disk)} free",
@@ -103,11 +103,13 @@ class Need(Record):
 
 
 class Checked(Record):
-    """What `fmn check` reports.
+    """The report of `fmn check`.
 
     Attributes:
-        sources: by task, and of the base as "base", the source pinned to a revision.
-        data: by task, where its rows come from and what their columns are.
+        findings: the problems and warnings.
+        sources: the pinned source of each expert, by task, and of the base, as "base".
+        data: by task, the origin of its rows and the use of their columns.
+        need: estimates of what the run needs.
     """
 
     findings: list[Finding] = Field(default_factory=list)
@@ -117,13 +119,13 @@ class Checked(Record):
 
     @property
     def is_ok(self) -> bool:
-        """Whether nothing keeps the run from going."""
+        """Whether the run can start: there are warnings at most."""
         return not any(finding.is_error for finding in self.findings)
 
 
 @contextmanager
 def _noted(findings: list[Finding], place: str = "") -> Iterator[None]:
-    """List the problem of the block, if there is one, and go on."""
+    """Add a UserError of the block to the findings and continue after the block."""
     try:
         yield
     except UserError as error:
@@ -133,7 +135,7 @@ def _noted(findings: list[Finding], place: str = "") -> Iterator[None]:
 
 
 def check(file: Path) -> Checked:
-    """All that can be known of the run of a settings file before it downloads or computes."""
+    """Check a settings file as far as possible before its run downloads or computes anything."""
     findings: list[Finding] = []
     content: object = None
     with _noted(findings):
@@ -162,7 +164,7 @@ def check(file: Path) -> Checked:
 
 
 def size(count: float) -> str:
-    """Bytes as people read them.
+    """A number of bytes with a unit.
 
     >>> size(2_345_678)
     '2.3 MB'
@@ -181,9 +183,11 @@ def size(count: float) -> str:
 def _check_data(
     settings: Params, findings: list[Finding]
 ) -> tuple[dict[str, str], dict[str, Task | int | None], int]:
-    """Of each task: where its rows are, and its definition, or only how many labels it has.
+    """Check the rows of all tasks.
 
-    The last value is how many bytes of rows have to be downloaded.
+    Returns:
+        by task, a description of its rows; by task, its definition, or the number of its labels if
+        no more is known; and the bytes of rows to download.
     """
     data: dict[str, str] = {}
     tasks: dict[str, Task | int | None] = {}
@@ -219,7 +223,7 @@ def _check_data(
 def _elsewhere(
     name: str, settings: Params, definition: TaskSettings | None
 ) -> DatasetSettings | None:
-    """Where rows are of which only the first are read: on the Hub, at a URL, or in large files."""
+    """The data set if only its first rows are read: on the Hub, at a URL, or in large files."""
     if definition and definition.dataset:
         rows = definition.dataset
         is_here = hub_name(rows) is None and "://" not in rows.path
@@ -232,7 +236,7 @@ def _elsewhere(
 
 
 def _check_columns(name: str, definition: TaskSettings, table: Table) -> int | None:
-    """Check the columns and texts of first rows; returns how many labels there are, if known."""
+    """Check the columns and texts of the first rows; returns the number of labels, if known."""
     kind, settings = KINDS[definition.kind], definition.columns
     columns = settings.of_kind(definition.kind)
     if kind.problem_types and settings.label:
@@ -260,7 +264,7 @@ def _check_columns(name: str, definition: TaskSettings, table: Table) -> int | N
 
 
 def _outlines(settings: Params, scratch: Path, findings: list[Finding]) -> dict[str, Outline]:
-    """The outlines of the base and of the experts that are fetched, in folders of these names."""
+    """The outlines of the base and of fetched experts, by the names of their folders."""
     sources = {"base": settings.base}
     sources |= {f"expert {name}": each.source for name, each in settings.sources.items()}
     outlines: dict[str, Outline] = {}
@@ -275,7 +279,7 @@ def _outlines(settings: Params, scratch: Path, findings: list[Finding]) -> dict[
 
 
 def _warnings(facts: Outline, base: Outline | None) -> list[str]:
-    """What cannot be known of a checkpoint before it is downloaded."""
+    """Warnings about what can only be checked after a checkpoint is downloaded."""
     if facts.is_pickled:
         problem = "the weights are pickled, so that their shapes are not known yet"
         return [f"{problem}; take safetensors if there are"]
@@ -297,7 +301,7 @@ def _check_fit(
     outlines: Mapping[str, Outline],
     findings: list[Finding],
 ) -> None:
-    """Check each expert beside the base and the others, and its head beside its task."""
+    """Check that experts fit the base and one another, and that their heads fit their tasks."""
     base = scratch / "base" if "base" in outlines else None
     folders = {
         name: scratch / f"expert {name}"
@@ -325,7 +329,7 @@ def _check_fit(
 def _explained(
     findings: list[Finding], settings: Params, scratch: Path, place: str
 ) -> Iterator[None]:
-    """As `_noted`, with sources in place of the folders of their outlines."""
+    """Like `_noted`, but messages name the sources instead of the folders of their outlines."""
     try:
         yield
     except UserError as error:
@@ -337,7 +341,7 @@ def _explained(
 
 
 def _check_head(kind: KindName, folder: Path, task: Task | int | None, names: list[str]) -> None:
-    """Check that an expert has a head for its task. UserError says what does not fit."""
+    """Check that an expert has a head for its task; raises a UserError if it does not fit."""
     config = checkpoints.load_config(folder)
     if isinstance(task, Task):
         checkpoints.check_kind(folder, config, task)
@@ -362,7 +366,7 @@ def _encoder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _need(settings: Params, scratch: Path, outlines: Mapping[str, Outline], rows: int) -> Need:
-    """What a run needs, about; a checkpoint that is not known counts as the largest that is."""
+    """Estimate what a run needs; an unknown checkpoint counts as the largest known one."""
     largest = max((each.weights for each in outlines.values()), default=0)
     parameters = max((each.parameters for each in outlines.values()), default=0)
     download = rows + sum(each.download for each in outlines.values())

@@ -1,4 +1,4 @@
-"""What a checkpoint tells of its task: the settings that `fmn init` writes for it.
+"""Guess the settings of a task from its checkpoint, for `fmn init`.
 
 Only small files are read: config.json, the model card, task.json. What they do not tell is marked
 with a comment.
@@ -35,7 +35,7 @@ ADAPTER_KINDS: Mapping[str, KindName] = {
     "SEQ_2_SEQ_LM": "text2text-generation",
     "FEATURE_EXTRACTION": "sentence-similarity",
 }
-# What the columns of each kind are called in most data sets, the likeliest name first.
+# Usual names of the columns for each kind of task, the likeliest first.
 _LABEL = ("label", "labels", "target", "class", "category")
 _TEXT = ("text", "sentence", "sentence1", "content", "question", "question1", "premise", "review")
 _SECOND = ("text_pair", "sentence2", "question2", "hypothesis")
@@ -57,7 +57,7 @@ COLUMNS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
 }
 COLUMNS = {**COLUMNS, "text2text-generation": COLUMNS["text-generation"]}
-# Parts of a model's name that do not name its task.
+# Parts of a model's name that say nothing about its task.
 _COMMON = re.compile(
     "(distil|ro|al|de|modern)?bert(a)?|electra|mpnet|vit|gpt2|t5|llama|qwen|mistral|minilm|base"
     "|large|small|tiny|(un)?cased|fine|finetuned?|tun(ed|ing)|ft|lora|model|adapter|english|en"
@@ -69,13 +69,13 @@ _UNNAMED = re.compile(r"(?i)label_?\d+|\d+|\s*")
 
 @dataclass
 class Guess:
-    """What an expert's files tell.
+    """The guesses from an expert's files.
 
     Attributes:
-        kind: the Hub's name of its kind of task; None: the files do not tell.
-        task: its settings, without `dataset` and `columns`.
-        base: the source of its base; None: the files do not tell.
-        unknown: what has to be filled in, by the setting in `task`.
+        kind: the kind of task, by its name on the Hub; None if the files do not tell.
+        task: the task's settings.
+        base: the source of the expert's base; None if the files do not tell.
+        unknown: settings of `task` that the user must fill in, with the reasons.
     """
 
     source: str
@@ -88,15 +88,15 @@ class Guess:
 
     @property
     def in_words(self) -> str:
-        """The kind, and GLUE's name of a task of GLUE."""
+        """The kind of task, with the name in GLUE if the task is one of GLUE's."""
         return f"{self.kind or 'unknown'}{f' (GLUE, {self.name})' if self.is_glue else ''}"
 
 
 def guess(source: str, base: str | None = None) -> Guess:
-    """What the small files of a source tell of an expert.
+    """Guess an expert's task from the small files of its source.
 
     Args:
-        base: the source of the base, if it is known; its words are not taken for the task's name.
+        base: the source of the base, if known; words in it are left out of the task's name.
 
     Raises:
         UserError: the source cannot be reached, or is neither a checkpoint nor an adapter.
@@ -128,7 +128,7 @@ def guess(source: str, base: str | None = None) -> Guess:
 
 
 def _card(place: Origin) -> dict[str, Any]:
-    """The metadata of a model card; empty if there is none that can be read."""
+    """The metadata of a model card; empty if there is no readable card."""
     from huggingface_hub import metadata_load
 
     if CARD in place.names:
@@ -147,7 +147,7 @@ def _kind(names: Iterable[str], config: Mapping[str, Any]) -> KindName | None:
 
 
 def _outputs(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """The names of a head's outputs; where config.json has none, there are two as a rule."""
+    """The names of a head's outputs; if config.json has none, LABEL_0 and so on, two by default."""
     count = config.get("num_labels")
     unnamed = range(count if isinstance(count, int) and 0 < count < 1000 else 2)
     return output_names(folder) or [f"LABEL_{output}" for output in unnamed]
@@ -155,7 +155,7 @@ def _outputs(folder: Path, config: Mapping[str, Any]) -> list[str]:
 
 def _base(place: Origin, config: Mapping[str, Any], card: Mapping[str, Any]) -> str | None:
     """The source of the model that an expert was fine-tuned from."""
-    training = training_metadata(Path(place.source))  # of an expert that fmn fine-tuned
+    training = training_metadata(Path(place.source))  # only experts that fmn fine-tuned have it
     if training and training.base.revision.startswith(SCHEMES):
         return training.base.revision
     of_card = card.get("base_model")
@@ -191,7 +191,7 @@ def _rows_of_card(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _task_name(source: str, base: str | None, rows: Mapping[str, Any]) -> str:
-    """A name for the task: GLUE's, or what of the checkpoint's name is not its base's."""
+    """A name for the task: GLUE's, or the words of the checkpoint's name that its base lacks."""
     if rows.get("path") in ("glue", "nyu-mll/glue") and rows.get("name") in TASKS:
         return str(rows["name"])
     path = re.sub(r"^(hf://|models:/*|package:)", "", source)
@@ -245,7 +245,7 @@ def _problem(
 
 
 def _find_rows(result: Guess, rows: Mapping[str, Any], definition: Task | None) -> None:
-    """Fill in where the rows of a task are, and their columns, as far as that can be known."""
+    """Fill in the data set and the columns of a task as far as they can be guessed."""
     task, unknown, kind = result.task, result.unknown, result.task["task"]
     here = [Path("data") / result.name]
     here += [Path("data") / f"{result.name}{ending}" for ending in FORMATS]
@@ -284,12 +284,12 @@ def _find_rows(result: Guess, rows: Mapping[str, Any], definition: Task | None) 
 def settings_text(
     guesses: Sequence[Guess], base: str | None, name: str
 ) -> tuple[str, dict[str, str]]:
-    """A settings file for experts, and what has to be filled in, by setting.
+    """The text of a settings file for experts, and what the user must fill in, by setting.
 
     Args:
-        guesses: of the experts, whose names become different ones.
-        base: the source of their base, if it is known.
-        name: of the registered model and of the folder `work`.
+        guesses: what is known about the experts; equal names are numbered.
+        base: the source of the base, if known.
+        name: the name of the registered model and of the folder `work`.
     """
     from ruamel.yaml.comments import CommentedMap
 
@@ -305,7 +305,7 @@ def settings_text(
     for task, each in zip(names, guesses, strict=True):
         if not each.is_glue:
             own[task] = each
-        elif task != each.name and (glue := task_settings(each.name)):  # a second expert of it
+        elif task != each.name and (glue := task_settings(each.name)):  # its second expert
             own[task] = replace(each, task=glue.model_dump(mode="json", exclude_defaults=True))
     content: dict[str, Any] = {"work": f"data/{name}", "base": chosen, "experts": {"tasks": names}}
     if own:
@@ -332,7 +332,7 @@ def settings_text(
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """Names made different by a number: the second `a` is `a_2`."""
+    """The names, made unique by numbers: the second `a` becomes `a_2`."""
     result: list[str] = []
     for name in names:
         number, new = 1, name
@@ -344,7 +344,7 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def _commented(content: Mapping[str, Any], depth: int = 0) -> Any:
-    """Plain data as ruamel's, with sections of settings below one another, and others in a line."""
+    """Convert plain data for ruamel.yaml: sections as blocks, deeper mappings in one line."""
     from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
     section = CommentedMap()
@@ -368,6 +368,6 @@ def _dump(document: Any) -> str:
 
     text = io.StringIO()
     yaml = YAML()
-    yaml.width = 4096  # a comment stays at its line
+    yaml.width = 4096  # keeps a comment on its line
     yaml.dump(document, text)
     return text.getvalue()

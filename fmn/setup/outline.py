@@ -1,4 +1,4 @@
-"""The outline of a checkpoint: its small files, and its weights as holes below real headers.
+"""Make the outline of a checkpoint: its small files, and real headers of weights without weights.
 
 A file of weights in an outline has the header and the size of the real one, and its bytes are a
 hole of the file system, which takes no room. So every check that reads headers and small files
@@ -23,18 +23,18 @@ from fmn.sources.origin import Origin
 from fmn.store import hub
 from fmn.store.headers import WEIGHTS, tensor_headers
 
-LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
+LONGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 
 
 class Outline(NamedTuple):
-    """What is known of a checkpoint.
+    """The known facts about a checkpoint.
 
     Attributes:
-        pinned: its source, such that it means the same bytes tomorrow.
-        download: bytes of weights that the Hub has and this machine has not.
+        pinned: the source with its revision, which always means the same bytes.
+        download: bytes of weights that are on the Hub but not on this machine.
         weights: bytes of the weights.
-        parameters: how many numbers they are.
-        is_pickled: whether the shapes are what config.json says, for want of headers.
+        parameters: the number of weights.
+        is_pickled: the weights have no headers, so the shapes follow from config.json.
         adapter_base: of an adapter, whose tensors are not outlined: the source of its base; ""
             where it names none.
     """
@@ -69,7 +69,7 @@ def outline(source: str, folder: Path, *, statistics: bool = False) -> Outline:
             names = frozenset(name for name in names if ".bin" not in name) | {WEIGHTS}
 
         def local(name: str) -> Path:
-            """An outline of a file of tensors; any other file itself."""
+            """The outline of a file of tensors, or the file itself if it is another."""
             path = Path(scratch) / name
             path.parent.mkdir(exist_ok=True)
             if is_pickled and name == WEIGHTS:
@@ -89,7 +89,7 @@ def outline(source: str, folder: Path, *, statistics: bool = False) -> Outline:
 
 
 def _size(place: Origin, name: str) -> tuple[int, bool]:
-    """The bytes of a file, and whether they are on the Hub alone."""
+    """The size of a file in bytes, and whether it is only on the Hub."""
     with place.open(name) as stream:
         return stream.seek(0, io.SEEK_END), isinstance(stream.raw, hub.RemoteFile)
 
@@ -103,13 +103,13 @@ def _all(sizes: Mapping[str, tuple[int, bool]]) -> int:
 
 
 def _runtime_name(name: str) -> str:
-    """Today's name of a tensor of BERT, so that no file is written anew for it."""
+    """Today's name of a tensor of BERT; with it, the outline need not be rewritten later."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _copy_header(stream: IO[bytes], size: int, path: Path, place: str) -> None:
-    """Write the header of a safetensors file, with tensors under runtime names, and a hole."""
+    """Write a safetensors file with the header of another, runtime names, and a hole for values."""
     length = int.from_bytes(stream.read(8), "little")
     if not 0 < length <= min(LONGEST_HEADER, size - 8):
         raise UserError(f"{place}: not a safetensors file; get it again")
@@ -125,13 +125,13 @@ def _copy_header(stream: IO[bytes], size: int, path: Path, place: str) -> None:
         problem = f"is {size} bytes, and its header tells of {8 + length + end}"
         raise UserError(f"{place}: {problem}; get it again")
     renamed = {_runtime_name(name): entry for name, entry in header.items()}
-    if len(renamed) < len(header):  # the names are refused where all names are
+    if len(renamed) < len(header):  # two tensors of one name: the check of names refuses them
         renamed = header
     _write(path, renamed, end)
 
 
 def _write_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Write a safetensors file of float32 tensors that is a hole below its header."""
+    """Write a safetensors file of float32 tensors with a hole instead of values."""
     header, end = dict[str, Any](), 0
     for name, shape in shapes.items():
         start, end = end, end + 4 * prod(shape)

@@ -1,4 +1,4 @@
-"""The first rows of a data set, read without the rest of it: what `fmn check` looks at."""
+"""Read the first rows of a data set, without the rest of it, for `fmn check`."""
 
 import io
 import json
@@ -19,8 +19,8 @@ from fmn.rows.sources import File, Splits
 from fmn.store import hub
 from fmn.tasks.task import DatasetSettings
 
-ROWS = 100  # of a Parquet file
-BYTES = 1 << 18  # of a file of another format
+ROWS = 100  # rows read from a Parquet file
+BYTES = 1 << 18  # bytes read from a file of another format
 
 
 def first_rows(dataset: DatasetSettings) -> tuple[dict[str, Table], int]:

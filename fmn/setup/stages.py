@@ -1,4 +1,4 @@
-"""What comes before a run: `init` writes a settings file, `check` says whether it can run."""
+"""The stages before a run: `init` writes a settings file, `check` checks whether it can run."""
 
 import shutil
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class InitInfo(Record):
-    """What `fmn init` reports: the kind of each task, and what has to be filled in.
+    """The result of `fmn init`: the kind of each task, and the settings to fill in.
 
     Attributes:
         unknown: by setting, why it could not be known; the file has the same as comments.

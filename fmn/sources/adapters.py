@@ -1,8 +1,8 @@
-"""A LoRA adapter becomes the full model that it makes of its base.
+"""Merge a LoRA adapter into its base, to get a full model.
 
 PEFT computes it (Hu et al., 2022, https://arxiv.org/abs/2106.09685): ``W + scale * B A`` for every
-adapted matrix, trained biases and whole modules in place of the base's. Nothing of an adapter is
-passed over: each of its tensors is used, or it is refused.
+adapted matrix; trained biases and whole modules replace those of the base. Every tensor of an
+adapter is used; otherwise the adapter is refused.
 """
 
 import re
@@ -34,7 +34,7 @@ _AUTO_CLASSES: Mapping[str, str] = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
 }
-# Settings of LoRA under which the adapter is not a change of its base's weights alone.
+# Settings of LoRA with which an adapter changes more than its base's weights.
 _UNSUPPORTED: Mapping[str, str] = {
     "alora_invocation_tokens": "is active for a part of a text only",
     "layer_replication": "repeats layers of its base",
@@ -49,10 +49,10 @@ _MODEL = "base_model.model."  # how PEFT's names of an adapter's tensors begin
 
 
 def choose(files: frozenset[str]) -> list[str]:
-    """The file of an adapter's weights; pickled only without another.
+    """The file of an adapter's weights; a pickled file only if there is no other.
 
     Raises:
-        UserError: there is none, or a full model lies beside the adapter.
+        UserError: there are no weights of an adapter, or a full model is beside the adapter.
     """
     try:
         beside: list[str] = weights.choose(files)
@@ -70,7 +70,7 @@ def choose(files: frozenset[str]) -> list[str]:
 
 
 def base_source(adapter: Path) -> str:
-    """The source of the model that an adapter says it was trained on; "" if it does not say."""
+    """The source of the model that an adapter was trained on; "" if its files do not name one."""
     config = read_json(adapter / ADAPTER_CONFIG)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not name or not isinstance(name, str) or not name.isprintable():
@@ -81,7 +81,7 @@ def base_source(adapter: Path) -> str:
 
 
 def difference(base: Path, other: Path) -> str | None:
-    """What differs first between the encoders of two checkpoints; None if nothing does.
+    """The first difference between the encoders of two checkpoints; None if they are equal.
 
     Values in two dtypes are the same if they round to the same in the narrower one.
     """
@@ -152,14 +152,14 @@ def merge(adapter: Path, base: Path, out: Path, notes: list[str]) -> None:
             merged = _merged(model, settings, tensors)
     except UserError as error:
         raise UserError(f"{adapter}: {error}") from error
-    except Exception as error:  # PEFT refuses what does not fit in its own ways
+    except Exception as error:  # PEFT raises many kinds of errors for an adapter that does not fit
         problem = f"does not fit the base {base}: {first_words(error)}"
         raise UserError(f"{adapter}: {problem}; give the base that it was trained on") from error
     _save(merged, adapter, base, out, notes)
 
 
 def _problem(raw: Mapping[str, Any]) -> str | None:
-    """Why no full model can be made of an adapter of this configuration; None if one can."""
+    """The reason in its configuration why an adapter cannot become a full model, or None."""
     import dataclasses
 
     import peft
@@ -193,7 +193,7 @@ def _tensors(adapter: Path) -> "dict[str, torch.Tensor]":
     if file.suffix == ".bin":
         stored = weights.unpickle(file)
     else:
-        file_headers(file)  # says in one line what is wrong with a file
+        file_headers(file)  # raises an error of one line if a file is damaged
         stored = load_file(file)
     if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
         raise UserError("has empty tensors, as DeepSpeed ZeRO-3 leaves them; save it again")
@@ -202,7 +202,7 @@ def _tensors(adapter: Path) -> "dict[str, torch.Tensor]":
         .replace(".modules_to_save.", ".")
         .removeprefix("module.")
         for name, clean in names.without_wrappers(stored).items()
-        if ".original_module." not in clean  # the base's values, which a module to save replaces
+        if ".original_module." not in clean  # the base's values, which a saved module replaces
     }
     tensors: dict[str, torch.Tensor] = {}
     for name, new in renamed.items():  # PEFT writes some parameters under two names
@@ -251,7 +251,7 @@ def _base_model(
     if outputs is not None and outputs != config.num_labels:
         config.num_labels = outputs
     model, missing = _loaded(model_class, base, config)
-    if missing and all(name.startswith("pooler.") for name in missing):  # which nothing uses
+    if missing and all(name.startswith("pooler.") for name in missing):  # nothing uses the pooler
         model, missing = _loaded(model_class, base, config, add_pooling_layer=False)
     for name in sorted(missing):
         if _MODEL + name not in tensors:
@@ -323,7 +323,7 @@ def _model_class(
 
 
 def _todays_names(stored: Iterable[str], model: names.Layout) -> dict[str, str]:
-    """An adapter's names by stored name, with the names that their modules have today.
+    """Today's names of an adapter's tensors, by stored name.
 
     A module may have its name in an older version of Transformers, or that in the base model alone.
     A module that is unknown has the name "".
@@ -345,7 +345,7 @@ def _todays_names(stored: Iterable[str], model: names.Layout) -> dict[str, str]:
 def _rename_targets(
     settings: "PeftConfig", stored: Iterable[str], renamed: Mapping[str, str]
 ) -> None:
-    """Name the adapted modules as they are called today, where an adapter calls them otherwise.
+    """Rename the modules in an adapter's settings if its Transformers had older names for them.
 
     Raises:
         UserError: other settings name modules too.

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say against one another: of its tokenizer, and of its head."""
+"""Contradictions between the files of a checkpoint, about its tokenizer and its head."""
 
 import json
 import re
@@ -21,7 +21,7 @@ HEADS = r"(\w*classifier|score|qa_outputs|classification_head|logits_proj|sequen
 
 
 def settle_tokens(folder: Path, config: "PretrainedConfig", notes: list[str]) -> None:
-    """Let a copy's tokenizer_config.json say how case is treated, if its other files tell.
+    """Write into a copy's tokenizer_config.json how case is treated, if its other files show it.
 
     Transformers makes a tokenizer of its class's defaults and tokenizer_config.json; what
     tokenizer.json says otherwise is a contradiction, or a doubt.
@@ -42,24 +42,24 @@ def settle_tokens(folder: Path, config: "PretrainedConfig", notes: list[str]) ->
     notes += _about_tokens(folder, config)
 
 
-def _check_case(folder: Path, stated: bool | None) -> None:
-    """Refuse a tokenizer_config.json that says otherwise than tokenizer.json."""
-    declared = loading.declared_case(folder).get("do_lower_case", stated)
-    if stated is not None and declared != stated:
+def _check_case(folder: Path, do_lower_case: bool | None) -> None:
+    """Raise a UserError if tokenizer_config.json contradicts tokenizer.json."""
+    declared = loading.declared_case(folder).get("do_lower_case", do_lower_case)
+    if do_lower_case is not None and declared != do_lower_case:
         raise UserError(
-            f"{folder}: {TOKENIZER_CONFIG} has do_lower_case = {json.dumps(stated)}, but"
+            f"{folder}: {TOKENIZER_CONFIG} has do_lower_case = {json.dumps(do_lower_case)}, but"
             f" tokenizer.json has {json.dumps(declared)}; correct the one that the model was"
             " not trained with"
         )
 
 
-def _about_pieces(folder: Path, stated: bool | None) -> list[str]:
-    """Notes about pieces of vocab.txt that the settings leave unused, or that are missing."""
+def _about_pieces(folder: Path, do_lower_case: bool | None) -> list[str]:
+    """Notes about pieces that vocab.txt lacks, or has but the settings never use."""
     capitals, pieces = loading.capital_pieces(folder)
     figures = f"{capitals:,} of {pieces:,} pieces of vocab.txt have capital letters"
-    if stated is True and capitals * 100 > pieces:
+    if do_lower_case is True and capitals * 100 > pieces:
         return [f"{TOKENIZER_CONFIG} has do_lower_case = true, but {figures}, and are not used"]
-    if stated is False and pieces and not capitals:
+    if do_lower_case is False and pieces and not capitals:
         problem = "so words with capital letters are unknown"
         return [f"{TOKENIZER_CONFIG} has do_lower_case = false, but {figures}, {problem}"]
     return []

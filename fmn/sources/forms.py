@@ -1,7 +1,7 @@
 """The forms in which people keep checkpoints: addresses, folders, and entries of config.json.
 
-What can be used is brought into the one form that the rest of the package reads; for what cannot,
-`no_checkpoint` and `no_weights` say what it is and what to do.
+Usable forms are converted to the form that the rest of the package reads. For the others,
+`no_checkpoint` and `no_weights` return a message with the form and a remedy.
 """
 
 import os
@@ -28,7 +28,7 @@ _HUB_PATH = re.compile(
     r"(?!datasets/|spaces/)([\w.-]+(?:/[\w.-]+)??)(?:/(tree|blob|resolve)/([^/]+)(/.+)?)?"
 )
 
-# What a folder without usable weights holds, by the names of its files, and what to do.
+# By file name: what a folder without usable weights holds, and what the user can do.
 _UNUSABLE: Mapping[str, str] = {
     r"(.*/)?(global_step\d+/|zero_to_fp32\.py$|mp_rank_\d+_|(bf16_)?zero_pp_rank_)": (
         "holds DeepSpeed's shards of a model; run `python zero_to_fp32.py . OUT"
@@ -92,7 +92,7 @@ def address(source: str) -> str:
 
 
 def checkpoint_folder(folder: Path) -> Path:
-    """The folder of a checkpoint: of a repository in the Hub's cache, that of its one snapshot.
+    """The folder of a checkpoint; for a repository in the Hub's cache, that of its only snapshot.
 
     Raises:
         UserError: there is no such folder, or the cache has several snapshots and no main.
@@ -161,12 +161,12 @@ def _unusable(names: Iterable[str]) -> str | None:
 # ---------------------------------------------------------------------------------------------
 # Entries of config.json
 
-# Entries that say how the checkpoint's author computed, and not what the model is.
+# Entries that describe how the author ran the model, not the model itself.
 _MACHINE = re.compile(
     r"_?attn_implementation(_internal|_autoset)?|use_flash_attn|use_flash_attention_2?"
     r"|_experts_implementation|device_map"
 )
-# Entries that stand for nothing where they are so; Transformers stumbles on them.
+# Entries that mean nothing with these values; Transformers fails on them.
 _EMPTY: Mapping[str, tuple[Any, ...]] = {
     "architectures": ("", [], {}, [None], [""]),
     "dtype": ("", [], {}, "auto"),
@@ -179,7 +179,7 @@ _EMPTY: Mapping[str, tuple[Any, ...]] = {
 
 
 def tidy(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A configuration without what holds only on its author's machine, or stands for nothing.
+    """Remove entries of a configuration that are valid only on its author's machine, or empty.
 
     Returns:
         the configuration, and what the user should know of the changes.
@@ -195,7 +195,7 @@ def tidy(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _tidy_entries(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in config.items():
-        # Code from elsewhere, such as "someone/kernel", is left for a refusal.
+        # Code from elsewhere, such as "someone/kernel", stays and is refused later.
         is_code = isinstance(value, str) and re.search(r"\W", value)
         if _MACHINE.fullmatch(name) and not is_code:
             if value not in (None, False, "eager", "sdpa"):

@@ -1,7 +1,7 @@
-"""The tensors of a fetched checkpoint under the names and in the shapes that its model has.
+"""Give the tensors of a fetched checkpoint the names and shapes of its model.
 
-Wrappers leave prefixes in names, tied weights are stored under any of their names, vocabularies are
-padded. What is changed here, and Transformers would pass over in silence, is said in a note.
+Wrappers leave prefixes in names, tied weights may have any of their names, and vocabularies are
+padded. A note reports each change that Transformers would not make, and would not report.
 """
 
 import re
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Parts of names that wrappers of PyTorch (compile, FSDP, checkpointing) and DeepSpeed leave.
+# Parts of names that PyTorch's wrappers (compile, FSDP, checkpointing) and DeepSpeed add.
 _WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module"
     r"|_forward_module)\."
 )
-# Parts of names that only an unfinished or another kind of checkpoint has, and what to do.
+# Parts of names that mark another or an unfinished kind of checkpoint, and what to do.
 _UNFINISHED: Mapping[str, str] = {
     r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.": (
         "is of a PEFT adapter that was not merged; `merge_and_unload` and save it again, or give"
@@ -36,7 +36,7 @@ _UNFINISHED: Mapping[str, str] = {
         "is of quantized weights; take the checkpoint that was quantized"
     ),
 }
-# Which classes are looked at where the configuration names none.
+# The classes to try if the configuration names none.
 _HEADS = (
     *("", "_FOR_SEQUENCE_CLASSIFICATION", "_FOR_TOKEN_CLASSIFICATION", "_FOR_MASKED_LM"),
     *("_FOR_CAUSAL_LM", "_FOR_SEQ_TO_SEQ_CAUSAL_LM", "_FOR_IMAGE_CLASSIFICATION"),
@@ -45,7 +45,7 @@ _HEADS = (
 
 
 class Layout(NamedTuple):
-    """What a class of models stores.
+    """The tensors that a class of models stores.
 
     Attributes:
         shapes: of its parameters and buffers, by name.
@@ -63,7 +63,7 @@ class Layout(NamedTuple):
 
 
 def layout(config: "PretrainedConfig", model_class: "type[PreTrainedModel] | None") -> Layout:
-    """What the model of a configuration stores; of no class, that of the base model.
+    """The tensors that a model of a configuration stores; without a class, those of the base model.
 
     Raises whatever the class does at sizes that it does not take.
     """
@@ -80,7 +80,7 @@ def layout(config: "PretrainedConfig", model_class: "type[PreTrainedModel] | Non
         table = get_model_conversion_mapping(model)
     renamings = [each for each in table if isinstance(each, WeightRenaming)]
     if any(apply_renamings(name, renamings) != name for name in shapes):
-        renamings = []  # it would change today's names too
+        renamings = []  # the renamings would change today's names too
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     return Layout(shapes, base, prefix, ties, renamings)
 
@@ -90,12 +90,12 @@ def layout(config: "PretrainedConfig", model_class: "type[PreTrainedModel] | Non
 
 
 def without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Names by stored name, without the parts that wrappers leave in the middle of them."""
+    """Names without the parts that wrappers add in the middle, by stored name."""
     return {name: _WRAPPERS.sub("", name) for name in names}
 
 
 def runtime_names(stored: Iterable[str], model: Layout, notes: list[str]) -> dict[str, str]:
-    """The names of today by stored name; what Transformers would not rename itself is noted.
+    """Today's names by stored name; adds notes about those that Transformers would not rename.
 
     Raises:
         UserError: two tensors get one name, as of two models in one checkpoint.
@@ -119,11 +119,11 @@ def runtime_names(stored: Iterable[str], model: Layout, notes: list[str]) -> dic
 
 
 def _prefixes(names: Iterable[str], model: Layout) -> set[str]:
-    """What stands before the names of the whole model, such as ``module``."""
+    """The prefix of all names of a model, such as ``module``."""
     base, prefixes = model.prefix.removesuffix("."), set()
     for name in names:
         parts = name.split(".")
-        for start in range(len(parts) - 3):  # short names could be those of other parts
+        for start in range(len(parts) - 3):  # shorter names could belong to other parts
             if ".".join(parts[start:]) in model.base:
                 before = parts[:start]
                 if base and before[-1:] == [base]:
@@ -134,7 +134,7 @@ def _prefixes(names: Iterable[str], model: Layout) -> set[str]:
 
 
 def refuse_doubles(names: Mapping[str, str]) -> None:
-    """Refuse names by stored name, of which two are the same, with a `UserError`."""
+    """Raise a `UserError` if two stored names get the same name."""
     stored_as: dict[str, str] = {}
     for stored, name in names.items():
         if name in stored_as:
@@ -148,7 +148,7 @@ def refuse_doubles(names: Mapping[str, str]) -> None:
 
 
 class Changes(NamedTuple):
-    """What is to be changed in a folder: names by stored name (None: left out), rows by name."""
+    """Changes of a folder: new names by stored name (None: remove), numbers of rows by name."""
 
     names: dict[str, str | None]
     rows: dict[str, int]
@@ -168,7 +168,7 @@ def normalise(folder: Path, notes: list[str]) -> None:
     config = checkpoints.load_config(folder)
     try:
         model = layout(config, forms.architecture(config.architectures))
-    except Exception:  # what is wrong with the configuration is said where it is checked
+    except Exception:  # the check of the configuration explains what is wrong
         return
     try:
         names: dict[str, str | None] = {**runtime_names(stored, model, notes)}
@@ -209,7 +209,7 @@ def _untie(
     config_changes: dict[str, Any],
     notes: list[str],
 ) -> None:
-    """Leave tied weights under one name each, which is the one that the model has for them."""
+    """Keep each tied weight under one name: the one that the model uses."""
     olds = {name: old for old, name in names.items() if name}
     pairs = [[_own_name(each, headers, model) for each in pair] for pair in model.ties.items()]
     for tied, name in pairs:
@@ -301,7 +301,7 @@ def _cut_vocabulary(
 
 
 def _rewrite(folder: Path, stored: Mapping[str, TensorHeader], changes: Changes) -> None:
-    """Write anew the files whose tensors change; a link is replaced, and not what it leads to."""
+    """Rewrite the files whose tensors change; a link is replaced, not its target."""
     from safetensors.torch import load_file, save_file
 
     for path in sorted({header.file for header in stored.values()}):
@@ -350,7 +350,7 @@ def _complete(
     config_changes: dict[str, Any],
     notes: list[str],
 ) -> None:
-    """Fill in what a configuration lacks and the tensors say: its class, and how many labels."""
+    """Add to a configuration what its tensors show: the model's class, and the number of labels."""
     if not forms.architecture(config.architectures):
         fitting = [each for each in classes(config.model_type) if _fits(each, headers, config)]
         if len(fitting) != 1:
@@ -400,7 +400,7 @@ def head_outputs(
     model_class: "type[PreTrainedModel]",
     shapes: Mapping[str, tuple[int, ...]],
 ) -> int | None:
-    """The number of outputs of a stored head: rows of what grows with the number of labels."""
+    """The number of outputs of a stored head: rows of the tensors that have one row per label."""
     described = []
     for count in (7, 11):
         changed = deepcopy(config)

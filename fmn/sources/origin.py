@@ -1,4 +1,4 @@
-"""A checkpoint from where it is (Hub, folder, MLflow registry, installed package), into a folder.
+"""Copy a checkpoint from the Hub, a folder, an MLflow registry or a package into a folder.
 
 Sources are pinned and verified. Nothing that comes with one is ever executed: a pickle is loaded
 by ``torch.load(weights_only=True)`` alone.
@@ -25,7 +25,7 @@ from fmn.store import headers, hub
 from fmn.store.headers import INDEX, WEIGHTS, names_in, write_json
 from fmn.store.stage import Progress, no_progress
 
-SCHEMES = ("hf://", "models:", "package:")  # how every source begins that is not a folder
+SCHEMES = ("hf://", "models:", "package:")  # a source without one of these is a folder
 # The only import upwards, and so by name: only the room `registry` knows MLflow. It is loaded for a
 # registered model alone.
 _REGISTRY = "fmn.registry.tracking"
@@ -54,12 +54,12 @@ class Origin(NamedTuple):
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is an adapter of PEFT, which needs its base."""
+        """Whether the files are an adapter of PEFT, which needs its base model."""
         return ADAPTER_CONFIG in self.names
 
 
 def pin(source: str) -> str:
-    """A source such that the same string means the same bytes; raises as `copy_checkpoint` does.
+    """Pin a source, so that the same text always means the same bytes; raises as `copy_checkpoint`.
 
     ``hf://org/name@<40 hex>``, ``models:/name/3``, ``package:module/path@<version>``; a folder
     stands for itself. A source that is pinned to a commit needs no network.
@@ -73,7 +73,7 @@ def pin(source: str) -> str:
 
 
 def folder_files(source: str) -> list[Path]:
-    """The files that are taken from a folder; none for other sources, whose pin says enough."""
+    """The files that are copied from a folder; none for other sources, which have a pin."""
     if source.startswith(SCHEMES):
         return []
     origin = _origin(source)
@@ -81,7 +81,7 @@ def folder_files(source: str) -> list[Path]:
 
 
 def look(source: str) -> None:
-    """See that a source has the files of a checkpoint, of which none but an index is downloaded.
+    """Check that a source has the files of a checkpoint; at most an index is downloaded.
 
     Raises:
         UserError: as `copy_checkpoint` does.
@@ -167,7 +167,7 @@ def copy_origin(
 
 
 def _readable(message: str, source: str, folder: Path, scratch: Path) -> str:
-    """A message without the folders that are gone when it is read."""
+    """Remove temporary folders from a message."""
     places = {f"{scratch}/adapter": source, f"{scratch}/named": "it names", str(folder): source}
     for path, words in places.items():
         message = message.replace(path, words)
@@ -181,7 +181,7 @@ def _copy_files(origin: Origin, files: list[str], folder: Path, notes: list[str]
     notes += [*changes, *weights.left_over(origin.names)]
     if raw != checkpoints.read_config(folder):
         write_json(folder / CONFIG, raw)
-    checkpoints.load_config(folder)  # before weights are downloaded that cannot be used
+    checkpoints.load_config(folder)  # check before downloading weights that cannot be used
     _copy(origin, files, folder)
     weights.unpickle_files(folder)
 
@@ -247,7 +247,7 @@ def _copy(origin: Origin, files: Iterable[str], folder: Path) -> None:
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         if origin.is_linked and name.endswith((".safetensors", ".bin")):
-            with suppress(OSError):  # another file system, or one without links
+            with suppress(OSError):  # other file systems, and some have no links
                 os.link(path, target)
                 continue
         shutil.copyfile(path, target)
@@ -293,7 +293,7 @@ def _folder_origin(folder: Path, source: str, pinned: str) -> Origin:
 
 
 def _registered(source: str, scratch: Path) -> Origin:
-    """The one checkpoint in a registered model: of a model that fmn registered, the encoder."""
+    """The only checkpoint in a registered model; if fmn registered it, the merged encoder."""
     pinned = str(import_module(_REGISTRY).download(source, scratch))
     folders = [file.parent for file in sorted(scratch.rglob(CONFIG)) if _has_weights(file.parent)]
     if len(folders) != 1:
@@ -310,7 +310,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _package_origin(source: str, module: str, path: str, version: str | None) -> Origin:
-    spec = util.find_spec(module)  # of a top-level package: this runs none of its code
+    spec = util.find_spec(module)  # for a top-level package this runs none of its code
     roots = list(spec.submodule_search_locations or []) if spec else []
     owner = (metadata.packages_distributions().get(module) or [module.replace("_", "-")])[0]
     installed = None
@@ -328,7 +328,7 @@ def _package_origin(source: str, module: str, path: str, version: str | None) ->
 
 
 def _small_files(origin: Origin) -> list[str]:
-    """What a checkpoint or an adapter needs beside its weights, and statistics beside them."""
+    """The files, besides weights, of a checkpoint or adapter, and files of statistics."""
     if CONFIG not in origin.names and not origin.is_adapter:
         raise UserError(f"{origin.source}: {forms.no_checkpoint(origin.names)}")
     small = (ADAPTER_CONFIG, CONFIG, *SMALL_FILES, FISHER, GRAM)
@@ -336,7 +336,7 @@ def _small_files(origin: Origin) -> list[str]:
 
 
 def weight_files(origin: Origin) -> list[str]:
-    """The files of weights, and the index where they are shards; pickled only without others."""
+    """The files of weights, and the index of shards; pickled files only if there are no others."""
     _small_files(origin)
     if not origin.is_adapter and WEIGHTS not in origin.names and INDEX in origin.names:
         shards = set(headers.weight_map(origin.local(INDEX)).values())

@@ -120,7 +120,7 @@ def fetch(
     pinned = origin.pin(source)
     reads: dict[str, Any] = {"folder": origin.folder_files(pinned), "base": base}
     keys = {"source": pinned, **({"architecture": architecture} if architecture else {})}
-    # Of an expert that fmn fine-tuned, the definition lies in its folder.
+    # An expert that fmn fine-tuned has its task's definition in its folder.
     definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
     if task:
         keys |= {"task": definition or task, "fetch": settings.labels}
@@ -137,7 +137,7 @@ def fetch(
         order, notes = _align(job.path, source, definition or task, data, base, settings.labels)
         return info.model_copy(update={"labels": order, "notes": [*info.notes, *notes]})
 
-    # Without a time, the base that a second clone fetches again is the same to DVC.
+    # No time is written: a base that a second clone fetches again is the same file to DVC.
     return stage.run_stage(
         "fetch", FETCH, out, compute,
         reads=reads, settings=keys, summary=partial(stage.read_info, record=CheckpointInfo),

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's weights: which of them are taken, and safetensors made of pickles."""
+"""Choose the files of a checkpoint's weights, and convert pickled weights to safetensors."""
 
 import re
 import warnings
@@ -17,7 +17,7 @@ _SHARD = re.compile(r"(model|pytorch_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 
 
 def shards(files: Iterable[str], ending: str) -> list[str]:
-    """The shards among files of this ending, all of them; none if there are no shards.
+    """All shards among files with this ending; empty if there are no shards.
 
     Raises:
         UserError: one is missing, or there are those of several checkpoints.
@@ -44,10 +44,10 @@ def pickled_shards(files: Iterable[str]) -> list[str]:
 
 
 def choose(files: frozenset[str]) -> list[str]:
-    """The files of weights of a checkpoint without an index; pickled only without others.
+    """The files of a checkpoint's weights without the index; pickled files only if need be.
 
     Raises:
-        UserError: there are none, or not all.
+        UserError: there are no weights, or shards are missing.
     """
     if WEIGHTS in files:
         return [WEIGHTS]
@@ -96,7 +96,7 @@ def unpickle(path: Path) -> "dict[str, torch.Tensor]":
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not state or any(value.nbytes > path.stat().st_size for value in state.values()):
             raise ValueError("it is empty, or larger than the file")
-        # Tied weights are written once for each name: which to drop is the model's business.
+        # Tied weights are written under each of their names; the model drops those that it ties.
         return {str(name): value.detach().contiguous().clone() for name, value in state.items()}
     except Exception as error:  # a hostile pickle can raise anything
         problem = "is damaged, or holds more than tensors; ask its author for safetensors"

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the digests that identify their content."""
+"""Write files whole or not at all, and compute the digests that identify their content."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ import filelock
 from fmn.errors import UserError
 
 SIDECAR = "fmn.json"  # in a folder; beside a file NAME it is NAME.fmn.json (`fmn.store.stage`)
-CARD = "README.md"  # which people may edit, so it is no part of a folder's digest
+CARD = "README.md"  # people may edit it, so it is not part of a folder's digest
 
 _digests: dict[tuple[int, ...], str] = {}  # by `_identity`
 
@@ -32,7 +32,7 @@ def canonical(value: Any) -> bytes:
 
 
 def digest_file(path: Path) -> str:
-    """sha256 of a file, in hexadecimal; the file is read again only if it was touched since."""
+    """sha256 of a file, in hexadecimal; an unchanged file is read only once in a process."""
     identity = _identity(path)
     if identity not in _digests:
         with path.open("rb") as file:
@@ -41,10 +41,10 @@ def digest_file(path: Path) -> str:
 
 
 def remember_digest(path: Path, digest: str) -> None:
-    """Spare `digest_file` reading a file whose sha256 is known from writing it.
+    """Tell `digest_file` the sha256 of a file that was just written, so that it is not read.
 
-    Call it after the last hard link and renaming of the file: they change its status, and it would
-    be read again. Renaming its folder does not.
+    Call it after the last hard link and renaming of the file, as these change its status. Renaming
+    its folder does not.
     """
     _digests[_identity(path)] = digest
 
@@ -56,9 +56,11 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 
 def visible(folder: Path, only: Sequence[str] = ()) -> dict[str, Path]:
-    """The files below a folder, or below the folders `only` in it, by relative name, in order.
+    """The files below a folder by relative name, in order, without hidden ones.
 
-    Hidden files are left out.
+    Args:
+        folder: the folder.
+        only: names of folders in it; default: everything.
     """
     paths: list[Path] = []
     for part in only or [""]:
@@ -70,7 +72,7 @@ def visible(folder: Path, only: Sequence[str] = ()) -> dict[str, Path]:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not there, with a `UserError`."""
+    """Raise a `UserError` if a folder does not exist."""
     if not folder.is_dir():
         problem = (
             "is a file; give the folder of it"
@@ -81,19 +83,19 @@ def check_folder(folder: Path) -> None:
 
 
 def digest_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder by relative name; not of sidecar and card."""
+    """sha256 of every file below a folder by relative name, without sidecar and card."""
     check_folder(folder)
     files = visible(folder).items()
     return {name: digest_file(path) for name, path in files if name not in (SIDECAR, CARD)}
 
 
 def digest_folder(folder: Path) -> str:
-    """One sha256 for the files below a folder; not of sidecar and card."""
+    """One sha256 for all files below a folder, without sidecar and card."""
     return digest_bytes(canonical(digest_files(folder)))
 
 
 def differing(expected: Mapping[str, str], actual: Mapping[str, str]) -> str | None:
-    """The first name whose digests differ, or that only one side has."""
+    """The first name whose digests differ, or that is only on one side; None if there is none."""
     names = sorted({*expected, *actual})
     return next((name for name in names if expected.get(name) != actual.get(name)), None)
 
@@ -108,9 +110,9 @@ def content_key(
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep other processes of this user and machine from an output; ends with the process.
+    """Lock an output for the other processes of this user and machine.
 
-    Lock files lie in the system's temporary folder, not beside the output.
+    The lock ends with the process. Lock files are in the system's temporary folder.
     """
     folder = Path(tempfile.gettempdir()) / f"fmn-locks-{os.geteuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -120,7 +122,7 @@ def locked(out: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside an output, to write it in; it is removed at the end."""
+    """Make an empty folder beside an output, to write it in; it is removed at the end."""
     scratch = out.with_name(f".{out.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -131,13 +133,13 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a file of `atomic_file`, and what a killed process left of a later one."""
+    """Remove a file of `atomic_file`, and the scratch folder that a killed process left."""
     path.unlink(missing_ok=True)
     shutil.rmtree(path.with_name(f".{path.name}.partial"), ignore_errors=True)
 
 
 def publish_folder(scratch: Path, out: Path) -> None:
-    """Flush a scratch folder to the disk, then let it replace the folder `out`, if there is one."""
+    """Flush a scratch folder to the disk, then move it to `out`, replacing a folder there."""
     _flush_all(scratch)
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -158,14 +160,14 @@ def publish_files(scratch: Path, folder: Path, first: str = "") -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A place to write a file; it takes its name when the block ends well."""
+    """A path to write a file to; the file moves to `path` if the block ends without an error."""
     with scratch_folder(path) as scratch:
         yield scratch / path.name
         publish_files(scratch, path.parent)
 
 
 def _flush_all(folder: Path) -> None:
-    # At the same time, so that the file system's journal commits once.
+    # In parallel, so that the file system's journal commits once.
     with ThreadPoolExecutor() as threads:
         list(threads.map(_flush, {path.stat().st_ino: path for path in folder.rglob("*")}.values()))
     _flush(folder)

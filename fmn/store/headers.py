@@ -1,6 +1,6 @@
-"""Headers of safetensors files, and the index over shards: where each tensor's bytes are.
+"""Read headers of safetensors files and the index of shards: where each tensor's bytes are.
 
-The library validates a file, but does not tell the tensors' places in it. No tensor is loaded.
+The library validates a file, but does not return the tensors' positions. No tensor is loaded.
 Format: https://github.com/huggingface/safetensors#format (8 bytes little-endian header length, a
 JSON header of that length, then the tensors' bytes without gaps).
 """
@@ -22,10 +22,10 @@ PICKLED = "pytorch_model.bin"
 
 
 class TensorHeader(NamedTuple):
-    """Where a tensor lies: its bytes are ``file[start:end]``, row-major."""
+    """The position of a tensor: its bytes are ``file[start:end]``, row-major."""
 
     file: Path
-    dtype: str  # as the format calls it, such as "F32"
+    dtype: str  # the format's name, such as "F32"
     shape: tuple[int, ...]
     start: int
     end: int
@@ -84,10 +84,10 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The shard of each tensor, from an index; shards are plain names beside it.
+    """The file name of each tensor's shard, from an index.
 
     Raises:
-        UserError: the index cannot be used, or names a file elsewhere.
+        UserError: the index is not valid, or has a shard that is not beside it.
     """
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
@@ -100,7 +100,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def json_value(path: Path) -> Any:
-    """The JSON in a file that comes from elsewhere; `UserError` if it holds something else."""
+    """Read JSON from a file of unknown origin; `UserError` if it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -110,7 +110,7 @@ def json_value(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that comes from elsewhere; `UserError` if the file holds something else."""
+    """Read a JSON object from a file of unknown origin; `UserError` if it is something else."""
     content = json_value(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; get the file again")
@@ -129,12 +129,12 @@ def first_words(error: BaseException) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object as Transformers does: indented, with a last line break."""
+    """Write a JSON object as Transformers does: indented, with a newline at the end."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def json_entries(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value inside a JSON value, with the keys that lead to it."""
+    """Every plain value inside a JSON value, as (keys joined by dots, value)."""
     if isinstance(content, dict):
         for name, value in content.items():
             yield from json_entries(value, f"{path}.{name}" if path else name)

@@ -1,4 +1,4 @@
-"""Requests to the Hugging Face Hub: retried, verified, and explained when they fail."""
+"""Requests to the Hugging Face Hub, with retries, checks of digests, and clear errors."""
 
 import io
 import logging
@@ -36,7 +36,7 @@ def connect() -> "HfApi":
     """The Hub's interface, at the address in HF_ENDPOINT."""
     from huggingface_hub import HfApi, constants
 
-    # Xet would use hosts of its own, plain HTTP works with every mirror.
+    # Xet needs other hosts; plain HTTP works with every mirror.
     constants.HF_HUB_DISABLE_XET = True
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/"))
@@ -45,10 +45,10 @@ def connect() -> "HfApi":
 def list_files(
     repo: str, revision: str, kind: Literal["model", "dataset"] = "model"
 ) -> tuple[str, frozenset[str]]:
-    """The commit of a revision, and the names of its files; offline, those in the cache.
+    """The commit of a revision, and the names of its files; offline, from the cache.
 
     Raises:
-        UserError: the Hub does not have it, or cannot be reached.
+        UserError: the revision does not exist, or the Hub cannot be reached.
     """
     source, api = f"hf://{repo}@{revision}", connect()
     options: dict[str, Any] = {"revision": revision, "repo_type": kind}
@@ -61,32 +61,34 @@ def list_files(
 
 
 def download(repo: str, name: str, commit: str, progress: Progress) -> Path:
-    """The path, in this machine's cache, of a file of a model, checked against the Hub's digest.
+    """Download a model's file to the cache, and check its digest; returns its path.
 
-    `progress` is called with (bytes, bytes in all) of the file.
+    Args:
+        repo, name, commit: identify the file.
+        progress: called with the bytes that are there, and all bytes of the file.
 
     Raises:
-        UserError: the Hub does not have it, cannot be reached, or gives other bytes.
+        UserError: the file does not exist, the Hub cannot be reached, or the digest differs.
     """
     source, api = f"hf://{repo}@{commit}", connect()
     options: dict[str, Any] = {"revision": commit, "tqdm_class": _meter(progress)}
     options["local_files_only"] = _is_offline()
     path = Path(_request(lambda: api.hf_hub_download(repo, name, **options), source))
     if not _is_intact(path):
-        path.resolve().unlink()  # or the cache would give it again
+        path.resolve().unlink()  # otherwise the cache returns it again
         problem = f"{name} is not what its digest says (damaged in the download or in the cache)"
         raise UserError(f"{source}: {problem}; run again to download it once more")
     return path
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on the Hub, of which only what is read is transferred (HTTP range requests).
+    """A file on the Hub that is read in parts, by HTTP range requests.
 
     Attributes:
         size: bytes of the whole file.
 
     Raises:
-        UserError: the Hub does not have it, or cannot be reached.
+        UserError: the file does not exist, or the Hub cannot be reached.
     """
 
     def __init__(self, repo: str, name: str, commit: str, kind: str = "model") -> None:
@@ -138,7 +140,7 @@ class RemoteFile(io.RawIOBase):
 
 
 def open_file(repo: str, name: str, commit: str, kind: str = "model") -> io.BufferedReader:
-    """A file on the Hub, to read parts of it: that in the cache, or else a `RemoteFile`."""
+    """Open a file on the Hub to read parts of it: from the cache, or else as a `RemoteFile`."""
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(repo, name, revision=commit, repo_type=kind)
@@ -157,16 +159,18 @@ def upload(
     is_stale: Callable[[str], bool],
     progress: Progress,
 ) -> tuple[str, str]:
-    """Put files into a model's repository in one commit; returns its address and the commit.
+    """Upload files to a model's repository in one commit; returns its address and the commit.
 
-    The repository and the branch are made if need be. Bytes that the Hub has already, under
-    whatever name, are not sent again.
+    A repository or branch that does not exist is created. Files whose bytes the Hub has already,
+    under any name, are not sent again.
 
     Args:
-        files: by name in the repository.
-        private: whether a repository that is made is private.
-        is_stale: whether a file of the repository that is not among `files` is removed.
-        progress: called with (bytes that are there, bytes in all).
+        repo: the repository, ORG/NAME.
+        files: the files by name in the repository.
+        branch, message: of the commit.
+        private: whether a new repository is private.
+        is_stale: whether to remove a file of the repository that is not among `files`.
+        progress: called with the bytes that are there, and all bytes.
 
     Raises:
         UserError: the Hub cannot be reached, or refuses.
@@ -184,10 +188,10 @@ def upload(
     _, names = list_files(repo, branch)
     done, total = 0, sum(path.stat().st_size for path in files.values())
     additions = []
-    with warnings.catch_warnings(action="ignore"):  # of the library, of its HTTP client
+    with warnings.catch_warnings(action="ignore"):  # the library's, about its HTTP client
         for name, path in files.items():
             additions.append(CommitOperationAdd(name, path))
-            # One by one: of files with the same bytes only the first is sent.
+            # One at a time, so that equal files are sent only once.
             _request(partial(_send, api, repo, additions[-1], branch), source)
             done += path.stat().st_size
             progress(done, total)
@@ -201,17 +205,17 @@ def upload(
 
 
 def _send(api: "HfApi", repo: str, addition: "CommitOperationAdd", branch: str) -> None:
-    """Send the bytes of a file that is to be committed, if it is a large one."""
+    """Send the bytes of a large file before its commit."""
     try:
         api.preupload_lfs_files(repo, [addition], revision=branch)
-    except RuntimeError as error:  # it says which file; its cause is that of the request
+    except RuntimeError as error:  # its cause is the error of the request
         raise error.__cause__ or error from None
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether a file in the cache has the digest that the Hub gave, which is its name there.
+    """Whether a file in the cache has the digest from the Hub, which is its name in the cache.
 
-    It is the sha256 of a large file (LFS), and git's blob id (sha1) of any other.
+    For a large file (LFS) that is its sha256, for any other git's blob id (sha1).
     """
     from huggingface_hub.utils.sha import git_hash
 
@@ -228,7 +232,11 @@ def _is_offline() -> bool:
 
 
 def _request(call: Callable[[], T], source: str) -> T:
-    """Call; retry transient failures with longer and longer waits."""
+    """Call a function, and retry transient failures with increasing waits.
+
+    Raises:
+        UserError: the request failed; `source` is the place in the message.
+    """
     import httpx2  # the HTTP client of huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -239,11 +247,11 @@ def _request(call: Callable[[], T], source: str) -> T:
         except (httpx2.HTTPError, HFValidationError, OSError) as error:
             cause: BaseException = error
             if isinstance(error, LocalEntryNotFoundError) and not _is_offline():
-                cause = error.__cause__ or error  # why the Hub did not give it
+                cause = error.__cause__ or error  # the error of the request
             if isinstance(cause, OSError) and cause.errno is not None:
                 raise
             status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-            # A bare OSError is huggingface_hub's own: a file of the wrong length.
+            # huggingface_hub raises a bare OSError for a file of the wrong length.
             is_transient = type(cause) is OSError or isinstance(cause, httpx2.TransportError)
             is_transient = is_transient or status in _TRANSIENT_STATUS
             if not is_transient or time.monotonic() + wait > deadline:
@@ -253,7 +261,7 @@ def _request(call: Callable[[], T], source: str) -> T:
 
 
 def _problem(error: BaseException, status: int | None) -> str:
-    """What is wrong. It quotes neither the server's words nor its URL, which may carry a token."""
+    """Describe an error without the server's message and URL, which may contain a token."""
     name, offline = type(error).__name__, "set HF_HUB_OFFLINE=1 to use the cache"
     if name in _PROBLEMS:
         return _PROBLEMS[name]
@@ -266,7 +274,7 @@ def _problem(error: BaseException, status: int | None) -> str:
 
 
 def _meter(progress: Progress) -> Any:
-    """A class that huggingface_hub uses in place of tqdm, and that reports bytes to `progress`."""
+    """A class that replaces tqdm in huggingface_hub, and reports bytes to `progress`."""
 
     class Meter(nullcontext[Any]):
         def __init__(self, *, total: int | None = None, initial: int = 0, **_: object) -> None:

@@ -1,4 +1,4 @@
-"""Records and settings: the pydantic models that rooms build theirs on."""
+"""Records and settings: the base classes of all pydantic models in fmn."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from fmn.errors import HIDING, UserError, hint
 
 
 class Record(BaseModel):
-    """JSON that a stage writes and others read; unknown entries are ignored.
+    """JSON that one stage writes and others read; unknown entries are ignored.
 
     Types are strict: true is not a number, and a number is not a text.
     """
@@ -20,13 +20,12 @@ class Record(BaseModel):
 
 
 class Settings(BaseModel):
-    """A section of the settings; with the same names, the options of a command.
+    """A section of the settings, and the options of a command with the same names.
 
-    They cannot be changed, and an unknown name is an error.
+    Instances are immutable, and an unknown name is an error.
 
     Attributes:
-        runtime: names of the fields that say on what device or how fast to compute. An output does
-            not depend on them.
+        runtime: names of the fields that the output does not depend on, such as the device.
     """
 
     runtime: ClassVar[set[str]] = {"device"}
@@ -44,7 +43,7 @@ class Settings(BaseModel):
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in a value of the settings, and the names in it."""
+    """All texts in a value of the settings, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, SecretStr):
@@ -76,11 +75,11 @@ _MUST_BE: Mapping[str, str] = {
     "literal_error": "one of {expected}",
     "string_pattern_mismatch": "a name of letters, digits, dots, dashes and underscores",
 }
-"""What a value must be, by pydantic's name of the mistake."""
+"""What a value must be, by pydantic's type of error."""
 
 
 def in_words(problem: Mapping[str, Any]) -> str:
-    """A problem of pydantic's in words: what the value must be, and what it is.
+    """Describe an error of pydantic: what the value must be, and what it is.
 
     >>> in_words({"type": "int_parsing", "input": "many"})
     "must be a whole number, not 'many'"
@@ -98,7 +97,7 @@ def in_words(problem: Mapping[str, Any]) -> str:
 
 
 def shortened(value: Any, most: int = 60) -> str:
-    """A value as YAML has it, of a long one the beginning.
+    """A value as in YAML, cut if it is long.
 
     >>> shortened("many words", 8), shortened(None)
     ("'many...", 'null')
@@ -112,10 +111,11 @@ R = TypeVar("R", bound=Record)
 
 
 def parse_record(content: Any, record: type[R], place: object, remedy: str = "make it again") -> R:
-    """Plain data as a record.
+    """Convert plain data to a record.
 
     Raises:
-        UserError: names the first entry that is missing or wrong; `place` and `remedy` frame it.
+        UserError: an entry is missing or wrong; the message begins with `place` and ends with
+            `remedy`.
     """
     try:
         return record.model_validate_json(json.dumps(content))
@@ -129,7 +129,11 @@ def parse_record(content: Any, record: type[R], place: object, remedy: str = "ma
 
 
 def pairs(items: list[str], option: str) -> dict[str, str]:
-    """``["a=1", "b=2"]`` as a dictionary; UserError for an item without ``=`` or given twice."""
+    """Convert ``["a=1", "b=2"]`` to a dictionary.
+
+    Raises:
+        UserError: an item has no ``=``, or a name occurs twice.
+    """
     values: dict[str, str] = {}
     for item in items:
         name, _, value = item.partition("=")
@@ -142,7 +146,7 @@ def pairs(items: list[str], option: str) -> dict[str, str]:
 
 
 def at_least_one(number: int | str) -> int | str:
-    """A validator of settings that count examples: the number is at least one, or a word."""
+    """Validate a number of examples: at least one, or a word such as "all"."""
     if isinstance(number, int) and number < 1:
         raise ValueError(f"at least one example is needed, not {number}")
     return number

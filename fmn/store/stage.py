@@ -1,7 +1,7 @@
-"""The one stage rule: an output is whole, intact, and made from today's inputs and settings.
+"""The rule of all stages: compute an output unless it exists, intact, for these inputs.
 
-A stage is a function from files to files that ends in `run_stage`. Beside its output lies the
-`Sidecar`: what the output was made from, how long that took, and the sha256 of its files.
+A stage is a function from files to files that ends in `run_stage`. Each output has a `Sidecar`: its
+inputs and settings, the run time, and the sha256 of its files.
 """
 
 import json
@@ -30,12 +30,14 @@ T = TypeVar("T", bound=Record)
 
 @dataclass(frozen=True)
 class Outcome(Generic[R]):
-    """What a stage did.
+    """The result of a stage.
 
     Attributes:
-        computed: False if the output was there already.
-        seconds: run time; of the computation, if another machine computed the output.
-        summary: what the stage reports of its output.
+        stage: its name.
+        out: its output.
+        computed: False if the output was up to date.
+        seconds: the run time; if another machine computed the output, the run time there.
+        summary: facts about the output.
     """
 
     stage: str
@@ -45,17 +47,17 @@ class Outcome(Generic[R]):
     summary: R
 
 
-# Set by a flow that computes on a cluster: it is called with ``out`` in place of the stage's own
-# computation, and must put there what another machine computed, sidecar included.
+# A flow that computes on a cluster sets this. It is called with ``out`` instead of the stage's own
+# computation, and puts the output and the sidecar of another machine there.
 remote: ContextVar[Callable[[Path], None] | None] = ContextVar("remote", default=None)
 
 
-# Where it is set, a stage that would have to compute raises NotCurrentError instead.
+# If it is set, a stage whose output is not up to date raises NotCurrentError.
 only_current: ContextVar[bool] = ContextVar("only_current", default=False)
 
 
 class NotCurrentError(UserError):
-    """An output is missing, damaged, or of other inputs or settings, and must not be computed."""
+    """An output is not up to date, and must not be computed (`only_current`)."""
 
 
 def no_progress(done: int, total: int) -> None:
@@ -67,16 +69,18 @@ class InputChangedError(UserError, FileNotFoundError):
 
 
 class Sidecar(Record):
-    """How an output came about; beside a file as ``NAME.fmn.json``, in a folder as ``fmn.json``.
+    """The origin of an output; beside a file as ``NAME.fmn.json``, in a folder as ``fmn.json``.
 
     Attributes:
+        stage: the stage's name.
         key: content key: the digest of the stage, its version, its settings and its inputs.
-        files: sha256 by name of every file of the output; names are relative to the folder, or to
-            the folder that holds the file.
-        inputs: digest by name of everything that the stage read.
+        files: sha256 of every file of the output; names are relative to the folder, or to the
+            folder of the file.
+        inputs: digests of everything that the stage read, by name.
         settings: everything else that the output depends on.
-        seconds: run time of the computation, on the machine that computed it.
-        info: what the stage reports of its output; the stage's own record.
+        seconds: run time of the computation.
+        fmn: the version of fmn.
+        info: the stage's own record about its output.
     """
 
     format: int = 2
@@ -92,11 +96,11 @@ class Sidecar(Record):
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage's computation needs to know.
+    """The arguments of a stage's computation.
 
     Attributes:
-        path: where to write: an empty folder, or the name of the output file. Files that belong to
-            an output file may be written beside it; they appear together with it.
+        path: where to write: an empty folder, or the path of the output file. Files that belong to
+            an output file may be written beside it; they are published together.
         key, inputs: as in `Sidecar`.
     """
 
@@ -106,12 +110,12 @@ class Job:
 
 
 def sidecar_path(out: Path) -> Path:
-    """Where the sidecar of an output lies."""
+    """The path of an output's sidecar."""
     return out / artifacts.SIDECAR if out.is_dir() else out.with_name(f"{out.name}.fmn.json")
 
 
 def read_sidecar(out: Path) -> Sidecar | None:
-    """The sidecar of an output; None where there is none that can be read."""
+    """Read the sidecar of an output; None if there is none, or if it cannot be read."""
     try:
         return Sidecar.model_validate_json(sidecar_path(out).read_bytes())
     except (OSError, ValueError):
@@ -136,10 +140,10 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def read_record(path: Path, record: type[T], remedy: str = "make it again") -> T:
-    """The record in a JSON file, which must still be what its sidecar says, if it has one.
+    """Read a record from a JSON file.
 
     Raises:
-        UserError: there is no such file, it was changed, or it holds something else.
+        UserError: the file does not exist, differs from its sidecar, or holds something else.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -151,10 +155,9 @@ def read_record(path: Path, record: type[T], remedy: str = "make it again") -> T
 
 
 def check_intact(out: Path) -> None:
-    """Refuse an output with a sidecar whose files are not those that the stage wrote.
+    """Raise a UserError if the files of an output differ from its sidecar, if it has one.
 
-    Raises:
-        UserError: names the file that is missing, was added, or changed.
+    The message names the file that is missing, was added, or changed.
     """
     if damage := _damage(out):
         raise UserError(f"{damage}; make {out} again")
@@ -188,27 +191,29 @@ def run_stage(
     is_folder: bool = False,
     is_timed: bool = True,
 ) -> Outcome[R]:
-    """Compute an output unless it is there, intact, and made from these very inputs and settings.
+    """Compute an output, unless it exists, intact, for these inputs and settings.
 
-    The output appears whole or not at all; one process at a time computes it.
+    The output appears whole or not at all. Only one process at a time computes it.
 
     Args:
-        version: raised when the same inputs and settings give another output than before.
-        compute: writes to ``job.path`` and returns what the sidecar is to say of the output.
-        reads: what the stage reads, by name: a file, a folder, several files, or a digest that is
-            known already. None is left out.
-        settings: what else the output depends on. Of a `Settings` model, those that only say where
-            or how fast to compute (`Settings.runtime`) are left out.
-        summary: reads back what the stage reports, from the output.
-        is_timed: whether the sidecar says how long the computation took. Without that, an output
-            that is computed again has the same bytes, sidecar included.
+        name: the stage's name.
+        version: raise it if the same inputs and settings give another output than before.
+        out: the output.
+        compute: writes to ``job.path``, and returns the record for the sidecar's `info`.
+        reads: the inputs by name: a file, a folder, several files, or a digest. None is ignored.
+        settings: everything else that the output depends on. Fields of `Settings` in
+            `Settings.runtime` are ignored.
+        summary: reads facts about the output from it.
+        is_folder: whether the output is a folder.
+        is_timed: whether the sidecar has the run time. Without it, an output that is computed
+            again has the same bytes, sidecar included.
 
     Raises:
-        NotCurrentError: the output is to be computed, where `only_current` forbids that.
-        InputChangedError: another process removes or replaces an input meanwhile.
-        UserError: an input is missing or damaged; the output would replace an input, what fmn did
-            not write, or what another stage wrote; or the disk, the memory or a permission does
-            not suffice.
+        NotCurrentError: the output is not up to date, and `only_current` is set.
+        InputChangedError: another process removed or replaced an input.
+        UserError: an input is missing or damaged; the output would replace an input, files that
+            fmn did not write, or another stage's output; or disk, memory or permissions are
+            insufficient.
     """
     started = time.monotonic()
     with system_errors_explained(out):
@@ -237,7 +242,7 @@ def run_stage(
 
 
 def _is_current(out: Path, key: str) -> bool:
-    """Whether an output was made for this content key and is still what was written."""
+    """Whether an output has this content key and is intact."""
     sidecar = read_sidecar(out)
     return sidecar is not None and sidecar.key == key and _damage(out) is None
 
@@ -255,7 +260,7 @@ def _compute(
         path = scratch if is_folder else scratch / out.name
         try:
             info = compute(Job(path, about.key, about.inputs))
-        finally:  # another process may have changed an input, whatever came of that
+        finally:  # an error may be due to an input that another process changed
             _check_unchanged(reads, about.inputs)
         results = {
             "files": artifacts.digest_files(scratch),
@@ -273,8 +278,8 @@ def _compute(
 def publish_file(scratch: Path, out: Path) -> None:
     """Move an output file, its sidecar and the files that belong to it out of a scratch folder.
 
-    The sidecar comes first: if the process is killed in between, the files are not what it says,
-    and the next run computes them again.
+    The sidecar is moved first: if the process is killed in between, the files differ from it, and
+    the next run computes them again.
 
     Raises:
         UserError: a file beside the output has a needed name, and fmn did not write it.
@@ -290,10 +295,12 @@ def publish_file(scratch: Path, out: Path) -> None:
 
 
 def check_output(out: Path, reads: Iterable[Any], is_folder: bool = True, stage: str = "") -> None:
-    """Refuse an output that would change an input, or replace what the stage did not write.
+    """Raise a UserError if an output would change an input, or replace files of another origin.
 
     Args:
-        reads: what the stage reads; only paths, and lists of paths, matter.
+        out: the output.
+        reads: the stage's inputs; only paths, and lists of paths, are checked.
+        is_folder: whether the output is a folder.
         stage: the stage's name; without it, the output of any stage may be replaced.
     """
     if out.name in ("", "..") or (out.exists() and out.is_dir() != is_folder):
@@ -303,7 +310,7 @@ def check_output(out: Path, reads: Iterable[Any], is_folder: bool = True, stage:
     target = Path(os.path.realpath(out))
     each = [path for read in reads for path in (read if isinstance(read, list | tuple) else [read])]
     for path in (path for path in each if isinstance(path, Path)):
-        source = Path(os.path.realpath(path))  # which takes a loop of links as it is
+        source = Path(os.path.realpath(path))  # does not raise on a loop of links
         is_model = any((source / name).is_file() for name in ("merge.json", "config.json"))
         if target == source or target in source.parents or (is_model and source in target.parents):
             raise UserError(f"--out {out}: would change {path}, which is read; {_REMEDY}")
@@ -317,7 +324,7 @@ def check_output(out: Path, reads: Iterable[Any], is_folder: bool = True, stage:
 
 
 def _digests(reads: Reads) -> dict[str, str]:
-    """The digest of each input, which must still be what its sidecar says."""
+    """The digest of each input; UserError if one is missing or differs from its sidecar."""
     try:
         return {what: _digest(read) for what, read in reads.items() if read is not None}
     except InputChangedError:
@@ -341,8 +348,8 @@ def _digest(read: Path | Sequence[Path] | str) -> str:
         return read
     if not isinstance(read, Path):
         return artifacts.digest_bytes("".join(map(_digest, read)).encode())
-    if not read.exists():
-        with artifacts.locked(read):  # DVC removes an output before its stage writes it anew
+    if not read.exists():  # DVC removes an output before its stage writes it: wait for that
+        with artifacts.locked(read):
             pass
     if not read.exists():
         raise InputChangedError(f"{read}: no such file or folder; check the path")
@@ -351,7 +358,7 @@ def _digest(read: Path | Sequence[Path] | str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it, without what only says where or how fast to compute."""
+    """A setting as plain JSON data, without the fields in `Settings.runtime`."""
     if isinstance(value, BaseModel):
         runtime = value.runtime if isinstance(value, Settings) else None
         return value.model_dump(mode="json", by_alias=True, exclude=runtime)

@@ -1,4 +1,4 @@
-"""Settings as YAML files: plain data in, plain data out."""
+"""Read and write YAML files of plain data."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,11 @@ _MAX_DEPTH = 20  # sections within sections of a settings file
 
 
 def read_yaml(path: Path, option: str = "--params") -> Any:
-    """The plain data in a YAML 1.2 file, which an option of the command named.
+    """Read plain data from a YAML 1.2 file.
+
+    Args:
+        path: the file.
+        option: the option that named the file, for messages.
 
     Raises:
         UserError: the file cannot be read, or has aliases, tags, or a key twice.
@@ -45,7 +49,7 @@ def read_yaml(path: Path, option: str = "--params") -> Any:
 
 
 def _not_valid(path: Path, error: Exception) -> str:
-    """What is wrong with a file that is not YAML, and on which line."""
+    """Describe why a file is not YAML, with the line."""
     from ruamel.yaml.error import MarkedYAMLError
 
     if not isinstance(error, MarkedYAMLError) or not error.problem_mark:
@@ -60,17 +64,20 @@ def _not_valid(path: Path, error: Exception) -> str:
 
 
 def line_of(path: Path, keys: Sequence[str]) -> int | None:
-    """The line of a setting in a YAML file, counted from 1; of the first of its sections, if not.
+    """The line of a setting in a YAML file, counted from 1.
+
+    If the file does not have the setting, it is the line of the innermost section that exists.
 
     Args:
-        keys: the sections that the setting is in, and its own name; of a list, a position.
+        path: the file.
+        keys: the names of the sections and of the setting; positions in lists.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.nodes import MappingNode, SequenceNode
 
     try:
         node: Any = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8"))
-    except Exception:  # what cannot be read has no lines, and is reported elsewhere
+    except Exception:  # a file that cannot be read is reported elsewhere
         return None
     line = None
     for key in keys:
@@ -88,7 +95,7 @@ def line_of(path: Path, keys: Sequence[str]) -> int | None:
 
 
 def to_yaml(content: Mapping[str, Any]) -> str:
-    """Plain data as YAML, in the order of its keys."""
+    """Convert plain data to YAML, in the order of its keys."""
     from ruamel.yaml import YAML
 
     text = io.StringIO()

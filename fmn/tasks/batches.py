@@ -15,34 +15,37 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # as Transformers has it
 DECODER = "decoder_"  # begins the names of a decoder's inputs
-MULTIPLE = 8  # tokens, that widths of batches are rounded up to: GPUs multiply such fastest
+MULTIPLE = 8  # widths of batches are rounded up to a multiple, which GPUs multiply fastest
 
 
 @dataclass(frozen=True)
 class Examples:
     """N tokenised examples.
 
-    `inputs` holds N values for each input of the model. Inputs named in `pad` are sequences of
-    integers, one for each token, and are padded on the right with that value; others, such as
-    `pixel_values`, have one shape for all examples. Those that begin with `decoder_` are the
-    sequence of a decoder, which has a length of its own and the labels of tokens.
+    Attributes:
+        inputs: N values for each input of the model. Inputs named in `pad` are sequences of
+            integers, one for each token; others, such as `pixel_values`, have one shape. Names that
+            begin with `decoder_` are the decoder's sequence, which has its own length, and the
+            labels of tokens.
+        labels: class ids, int64 [N]; values, float32 [N]; zeros and ones, float32 [N, C]; or the
+            right answer at each position, int64 [N, T], IGNORED at positions without an answer.
+        pad: the padding value of sequences, which are padded on the right.
+        width: tokens of an example that is not a sequence, such as an image.
     """
 
     inputs: Mapping[str, Sequence[Any]]
-    # Class ids, int64 [N]; values, float32 [N]; zeros and ones, float32 [N, C]; or the id that each
-    # position is to answer, int64 [N, T], IGNORED where it is to answer none.
     labels: np.ndarray
     pad: Mapping[str, int]
-    width: int = 1  # tokens of an example that is no sequence, such as an image
+    width: int = 1
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def sequences(self) -> dict[str, np.ndarray]:
-        """Tokens of each example, int64 [N], by what the names of a sequence's inputs begin with.
+        """The number of tokens of each example, int64 [N], by the prefix of a sequence's inputs.
 
-        That is "", and for a decoder's "decoder_"; examples without tokens have no sequence.
+        The prefix is "", or "decoder_" for a decoder. Examples without tokens have no sequence.
         """
         lengths: dict[str, np.ndarray] = {}
         for name in self.pad.keys() & self.inputs.keys():
@@ -52,14 +55,14 @@ class Examples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, a decoder's too, int64 [N]."""
+        """The number of tokens of each example, in all its sequences, int64 [N]."""
         lengths = list(self.sequences.values()) or [np.full(len(self), self.width)]
         total: np.ndarray = np.sum(lengths, axis=0)
         return total
 
     @property
     def has_token_labels(self) -> bool:
-        """Whether there is a label per token."""
+        """Whether there is a label for each token."""
         return self.labels.ndim == 2 and self.labels.dtype == np.int64
 
     def take(self, rows: np.ndarray) -> "Examples":
@@ -84,12 +87,15 @@ class Batch:
 def select(
     labels: np.ndarray, samples: int | None, seed: int, stratified: bool = False
 ) -> np.ndarray:
-    """Rows of a random sample without replacement, int64 [min(samples, N)].
+    """Draw rows without replacement, int64 [min(samples, N)].
 
-    With `samples` None, or at least N, it is every row once, in file order. Otherwise rows stand in
-    random order, and a smaller sample of the same seed is the beginning of a larger one; if
-    `stratified`, every beginning holds each label (of several labels, [N, C], each set of them) in
-    its proportion, up to rounding.
+    With `samples` None, or at least N, the result is every row once, in file order. Otherwise the
+    rows are in random order, and a smaller sample with the same seed is the beginning of a larger
+    one. If `stratified`, every beginning has each label (for several labels [N, C], each set of
+    labels) in its proportion, up to rounding.
+
+    Raises:
+        UserError: `samples` is less than 1.
     """
     if samples is not None and samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1")
@@ -101,11 +107,11 @@ def select(
 def random_order(labels: np.ndarray, seed: int, stratified: bool = False) -> np.ndarray:
     """All rows in the order in which `select` draws them, int64 [N]."""
     order = np.random.default_rng(seed).permutation(len(labels)).astype(np.int64)
-    is_of_tokens = labels.ndim == 2 and labels.dtype == np.int64  # hardly two are the same
+    is_of_tokens = labels.ndim == 2 and labels.dtype == np.int64  # almost all rows differ
     if stratified and len(labels) and not is_of_tokens:
         _, group = np.unique(labels[order], axis=0, return_inverse=True)
         sizes, members = np.bincount(group), np.argsort(group, kind="stable")
-        # The place of each member among those of its group, from 0 to 1.
+        # The rank of each member in its group, from 0 to 1.
         rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         place = np.empty(len(labels))
         place[members] = (rank + 0.5) / np.repeat(sizes, sizes)
@@ -114,10 +120,10 @@ def random_order(labels: np.ndarray, seed: int, stratified: bool = False) -> np.
 
 
 def pad_batch(examples: Examples, rows: np.ndarray, multiple: int = 1) -> Batch:
-    """The examples at `rows`, padded on the right to the longest of them.
+    """Make a batch of the examples at `rows`, padded on the right to the longest of them.
 
-    Widths are rounded up to a `multiple`, but not beyond the longest of all examples. Those of an
-    encoder and its decoder differ, so that the shape of an activation tells whose it is.
+    Widths are rounded up to a `multiple`, but not beyond the longest of all examples. The widths of
+    an encoder and its decoder differ, so that the shape of an activation identifies its sequence.
     """
     import torch  # sampling needs none of it
 
@@ -149,18 +155,20 @@ def pad_batch(examples: Examples, rows: np.ndarray, multiple: int = 1) -> Batch:
 
 
 def _sequence(name: str) -> str:
-    """The sequence that an input belongs to (see `Examples.sequences`)."""
+    """The sequence of an input (see `Examples.sequences`)."""
     return DECODER if name.startswith(DECODER) else ""
 
 
 def by_length(
     examples: Examples, tokens: int | None = None, start: int = 0, multiple: int = MULTIPLE
 ) -> Iterator[Batch]:
-    """Batches of examples of similar length, the longest first, with hardly any padding.
+    """Batches of examples of similar length, the longest first, with little padding.
 
-    A batch holds at most `tokens` tokens, padding included, but at least one example. The `start`
-    examples of the first batches of an earlier call are left out. Widths are multiples of
-    `multiple`, as in `pad_batch`.
+    Args:
+        examples: the examples.
+        tokens: most tokens of a batch, padding included; a batch has at least one example.
+        start: number of examples to skip, which were in the batches of an earlier call.
+        multiple: as for `pad_batch`.
     """
     order = np.argsort(-examples.lengths, kind="stable")
     sequences = list(examples.sequences.values())
@@ -182,7 +190,7 @@ def by_length(
 
 
 def halved(batch: Batch, error: Exception) -> int:
-    """The tokens of half a batch, after the whole batch ran out of memory.
+    """The number of tokens of half a batch, after the whole batch ran out of memory.
 
     Raises:
         UserError: the batch is a single example.

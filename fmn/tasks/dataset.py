@@ -1,7 +1,7 @@
-"""The rows of a task in a folder, from files to tokens.
+"""Read and write the rows of a task in a folder.
 
-A folder holds `SPLIT.parquet` of one task (or shards, `SPLIT-*.parquet`, as on the Hub), or such a
-folder for each of several tasks. Functions that read rows take either as `data`.
+A folder has `SPLIT.parquet` of one task (or shards, `SPLIT-*.parquet`, as on the Hub), or such a
+folder for each of several tasks. The argument `data` of functions can be either.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ HUB = "nyu-mll/glue"
 
 
 class DataInfo(Record):
-    """Where a task's rows come from; the sidecar of the stage `data` holds it."""
+    """The origin of a task's rows, in the sidecar of the stage `data`."""
 
     task: str
     source: str  # hub, embedded (the miniature GLUE), a path, a URL, or a data set's name
@@ -35,7 +35,7 @@ class DataInfo(Record):
 
 
 def read_data_info(data: Path, task: Task) -> DataInfo | None:
-    """Where a task's rows come from; None if the stage `data` did not write them."""
+    """Read the origin of a task's rows; None if the stage `data` did not write them."""
     folder = task_folder(data, task.name)
     sidecar = read_sidecar(folder)
     if sidecar is None or sidecar.stage != "data":
@@ -44,12 +44,12 @@ def read_data_info(data: Path, task: Task) -> DataInfo | None:
 
 
 def has_split(data: Path, task: Task, split: str) -> bool:
-    """Whether a folder holds this split of a task."""
+    """Whether a folder has a split of a task."""
     return bool(_files(data, task, split))
 
 
 def split_files(data: Path, task: Task, split: str) -> list[Path]:
-    """The Parquet files of a split, in the order of its rows. UserError if there are none."""
+    """The Parquet files of a split, in the order of its rows; UserError if there are none."""
     if files := _files(data, task, split):
         return files
     path = task_folder(data, task.name) / f"{split}.parquet"
@@ -57,7 +57,7 @@ def split_files(data: Path, task: Task, split: str) -> list[Path]:
 
 
 def validation_splits(data: Path, task: Task) -> tuple[str, ...]:
-    """The validation splits of a task that a folder holds. UserError if there are none."""
+    """The validation splits of a task in a folder; UserError if there are none."""
     if splits := tuple(split for split in task.validation if has_split(data, task, split)):
         return splits
     files = " or ".join(f"{split}.parquet" for split in task.validation) or "rows"
@@ -66,10 +66,12 @@ def validation_splits(data: Path, task: Task) -> tuple[str, ...]:
 
 
 def read_split(data: Path, task: Task, split: str, labelled: bool = True) -> "pa.Table":
-    """The rows of a split, checked: the texts, `label` and `idx`, or without `labelled` the texts.
+    """Read and check the rows of a split; columns are those of `fmn.tasks.rows.schema`.
+
+    With `labelled` False, only the inputs are read.
 
     Raises:
-        UserError: a file is missing or damaged, or its rows are not of this task.
+        UserError: a file is missing or damaged, or its rows do not fit the task.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -78,7 +80,7 @@ def read_split(data: Path, task: Task, split: str, labelled: bool = True) -> "pa
 
     files = split_files(data, task, split)
     try:
-        # A folder name such as "a=1" above a file is no column (partitioning).
+        # Without partitioning, a folder name such as "a=1" does not become a column.
         table = pa.concat_tables([pq.read_table(file, partitioning=None) for file in files])
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -92,19 +94,19 @@ def write_rows(folder: Path, task: Task, tables: "Mapping[str, pa.Table]") -> No
 
     for split, table in tables.items():
         path = folder / f"{split}.parquet"
-        # One row group and no schema of Arrow's own: the same rows make the same bytes.
+        # One row group and no Arrow schema, so that equal rows give equal bytes.
         pq.write_table(table, path, compression="zstd", row_group_size=1 << 20, store_schema=False)
-    # Checked rows hold their label in the column `label`, whatever its name was before.
+    # The label's column is `label` in checked rows, whatever its name was before.
     label = "label" if task.columns.label else None
     columns = task.columns.model_copy(update={"label": label})
     write_task(folder, task.model_copy(update={"columns": columns}))
 
 
 def label_array(task: Task, table: "pa.Table") -> np.ndarray:
-    """The labels of a table of `read_split`, one row each.
+    """The labels of a table of `read_split` as an array.
 
-    Class ids, int64 [N]; values, float32 [N]; zeros and ones of several labels, float32 [N, C]; or
-    zeros, int64 [N], if the table has none, or labels of tokens.
+    Class ids, int64 [N]; values, float32 [N]; zeros and ones for several labels, float32 [N, C];
+    zeros, int64 [N], if the table has no labels or has labels of tokens.
     """
     if "label" not in table.column_names or task.loss == "tokens":
         return np.zeros(table.num_rows, np.int64)

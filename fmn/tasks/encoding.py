@@ -1,4 +1,4 @@
-"""From the rows of a task to a model's inputs."""
+"""Convert the rows of a task to a model's inputs."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,15 @@ def encode(
     *,
     scored: bool = False,
 ) -> Examples:
-    """The rows of a table of `read_split` as a model's inputs, with labels; zeros without labels.
+    """Encode the rows of a table of `read_split`; without labels, labels are zeros.
 
     Args:
         processor: the tokenizer, or the image processor.
-        rows: only these rows are encoded, and the others are empty; default: all.
-        scored: the examples are to be scored (`fmn.evaluate.metrics.answers`), which may take more
-            of them than there are rows.
+        task: the rows' task.
+        table: the rows.
+        rows: only these rows are encoded, the others are empty; default: all.
+        scored: whether the examples will be scored (`fmn.evaluate.metrics.answers`); sentence
+            pairs are then two examples.
     """
     return _ENCODE[task.task](processor, task, table, rows, scored)
 
@@ -37,7 +39,7 @@ def encode(
 def _of_texts(
     tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, _scored: bool
 ) -> Examples:
-    """One or two texts; the longer text of an example of too many tokens loses its end."""
+    """Encode one or two texts; with too many tokens, the longer text loses its end."""
     wanted = _wanted(table, rows)
     encoded: Mapping[str, list[list[int]]] = tokenizer(
         *(table[name].take(wanted).to_pylist() for name in task.text_columns),
@@ -54,9 +56,10 @@ def _of_texts(
 def _of_sentences(
     tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, scored: bool
 ) -> Examples:
-    """One text of each row: the second text of every second row; or all texts, then all pairs.
+    """Encode one text of each row, alternating between first and second texts.
 
-    `tokenizer` is that of `load_processor`, which knows where the model cuts texts.
+    Rows to be scored: all first texts, then all second texts. `tokenizer` comes from
+    `load_processor`, which sets the model's limit of tokens.
     """
     wanted, count = _wanted(table, rows), table.num_rows
     columns = [table[name].take(wanted).to_pylist() for name in task.text_columns]
@@ -83,7 +86,7 @@ def _of_sentences(
 def _of_images(
     reader: ImageReader, task: Task, table: "pa.Table", rows: np.ndarray | None, _scored: bool
 ) -> Examples:
-    """The pixels of images, which are decoded when they are read."""
+    """Encode images; they are decoded when their pixels are read."""
     wanted = _wanted(table, rows)
     contents = table[task.input_columns["image"]].take(wanted).to_pylist()
     everything = _at(wanted, contents, table.num_rows)
@@ -94,11 +97,11 @@ def _of_images(
 def _of_words(
     tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, scored: bool
 ) -> Examples:
-    """Words and their tags: a tag belongs to the first token of its word.
+    """Encode words and their tags; the first token of a word has the word's tag.
 
-    A text of too many tokens loses its last words, each as a whole. Where rows are to be scored,
-    labels are of words, int64 [N, W, 2]: the position that answers the word, or -1 for a word that
-    has none as it was cut off; and its tag, IGNORED behind a text's last word.
+    A text with too many tokens loses whole words at its end. For rows to be scored, labels are
+    int64 [N, W, 2]: for each word, the position of its first token (-1 if it was cut off), and its
+    tag. Both are IGNORED after a text's last word.
     """
     if not tokenizer.is_fast:
         raise UserError(
@@ -141,7 +144,7 @@ def _of_words(
 
 
 def _fitting(words: list[int | None], most: int) -> list[tuple[int, int | None]]:
-    """The places of the tokens of a text that fit, each with its word, or None."""
+    """The positions of the tokens that fit, each with its word or None."""
     own = [word for word in words if word is not None]
     room = max(most - (len(words) - len(own)), 0)
     cut = own[room] if len(own) > room else None  # the first word that does not fit whole
@@ -157,13 +160,13 @@ def _wanted(table: "pa.Table", rows: np.ndarray | None) -> list[int]:
 
 
 def _at(rows: list[int], values: list[Any], count: int) -> list[Any]:
-    """Values at these rows of `count` rows; the others are empty."""
+    """Put values at some of `count` rows; the others are empty."""
     by_row = dict(zip(rows, values, strict=True))
     return [by_row.get(row, []) for row in range(count)]
 
 
 def padding(tokenizer: Any) -> dict[str, int]:
-    """What inputs are padded with; without a padding token any will do, as a mask covers it."""
+    """The padding value of each input; without a padding token it is 0, as a mask covers it."""
     return {
         "input_ids": tokenizer.pad_token_id or 0,
         "token_type_ids": tokenizer.pad_token_type_id,
@@ -176,10 +179,10 @@ def padding(tokenizer: Any) -> dict[str, int]:
 def _of_continuations(
     tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, _scored: bool
 ) -> Examples:
-    """Prompt, completion and the end of text as one sequence, of which the prompt has no labels.
+    """Encode prompt, completion and end of text as one sequence; prompts have no labels.
 
-    Of too many tokens the prompt loses its first ones. A completion that is too long by itself
-    loses its last ones, and its end.
+    With too many tokens, the prompt loses its first ones. A completion that is too long by itself
+    loses its last tokens and the end of text.
     """
     wanted = _wanted(table, rows)
     prompts, completions = _prompts(task, table, wanted), _completions(task, table, wanted)
@@ -193,7 +196,7 @@ def _of_continuations(
         prompt = _without(prompt, end)
         if whole[: len(prompt)] == prompt:
             completion = _without(whole[len(prompt) :], end)
-        # Otherwise a token reaches over the border: the completion is tokenised by itself.
+        # Otherwise a token spans both: use the completion tokenised by itself.
         if end is not None:
             completion = [*completion, end]
         completion = completion[: max(1, task.max_length - min(1, len(prompt)))]
@@ -205,7 +208,7 @@ def _of_continuations(
         answers.append(len(completion) if prompt else len(completion) - 1)
     labels = np.full((len(wanted), max(map(len, sequences), default=0)), IGNORED)
     for row, sequence, count in zip(labels, sequences, answers, strict=True):
-        if count:  # what a position answers is the token after it
+        if count:  # the label of a position is the next token
             row[len(sequence) - 1 - count : len(sequence) - 1] = sequence[len(sequence) - count :]
     inputs = {"input_ids": _at(wanted, sequences, table.num_rows)}
     pad = {"input_ids": padding(tokenizer)["input_ids"]}
@@ -215,9 +218,9 @@ def _of_continuations(
 def _of_translations(
     tokenizer: Any, task: Task, table: "pa.Table", rows: np.ndarray | None, _scored: bool
 ) -> Examples:
-    """The prompt for the encoder, and for the decoder the completion, shifted right by a start.
+    """Encode the prompt for the encoder, and the completion, shifted right, for the decoder.
 
-    A prompt of too many tokens loses its last ones, a completion too, and its end.
+    A prompt or completion with too many tokens loses its last ones.
     """
     start = tokenizer.decoder_start_token_id  # set by `fmn.models.loading.load_processor`
     wanted = _wanted(table, rows)
@@ -250,12 +253,12 @@ def _completions(task: Task, table: "pa.Table", rows: list[int]) -> list[str]:
 
 
 def _without(tokens: list[int], end: int | None) -> list[int]:
-    """Tokens without the end of text that some tokenizers add."""
+    """Remove the end of text, which some tokenizers add."""
     return tokens[:-1] if tokens and tokens[-1] == end else tokens
 
 
 def _labels_at(rows: list[int], labels: np.ndarray, count: int) -> np.ndarray:
-    """Labels of tokens at these rows of `count` rows, [count, T]; the others have none."""
+    """Put labels of tokens at some of `count` rows, [count, T]; the others are IGNORED."""
     placed = np.full((count, labels.shape[1]), IGNORED)
     placed[rows] = labels
     return placed

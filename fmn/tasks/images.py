@@ -1,4 +1,4 @@
-"""Images: from encoded bytes to a model's inputs."""
+"""Decode images, and convert them to a model's inputs."""
 
 import io
 import logging
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Of 8 bits a channel; Pillow would clip the values of others.
+# Modes with 8 bits a channel; Pillow would clip the values of others.
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
 
 
 def decoded(content: bytes) -> "Image":
-    """The image in a file's bytes, upright and in RGB; of several in one file the first.
+    """Decode the first image in a file's bytes, upright and in RGB.
 
     Raises:
-        ValueError: it is none, is damaged, or has more pixels than Pillow takes for safe. The
-            message is the end of a sentence about the image.
+        ValueError: the bytes are not an image, or the image is damaged or larger than Pillow's
+            limit. The message completes a sentence that begins with the image.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -52,8 +52,8 @@ class ImageReader:
     """A checkpoint's image processor.
 
     Attributes:
-        processor: of Transformers.
-        tokens: of an image in the model.
+        processor: the image processor of Transformers.
+        tokens: the number of tokens of an image in the model.
     """
 
     processor: Any
@@ -70,13 +70,13 @@ class ImageReader:
 
 
 class Pixels(Sequence[np.ndarray]):
-    """The pixels of images, which are decoded when they are read: memory holds a batch of them.
+    """A sequence of images' pixels that decodes an image when it is read, to save memory.
 
     Args:
-        reader: makes pixels of an image.
-        contents: the images as in their files.
-        rows: their numbers in messages.
-        place: what messages call the rows.
+        reader: converts an image to pixels.
+        contents: the bytes of the images' files.
+        rows: their row numbers, for messages.
+        place: the name of the rows, for messages.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """The kinds of tasks, by the Hub's names.
 
-What a kind needs beyond this table lies where it is used, in a function of its own behind a table
-by kind: how rows become a model's inputs (`fmn.tasks.encoding`), the loss (`fmn.fisher.loss`), and
-how outputs are scored (`fmn.evaluate.metrics`).
+Other modules have their own tables by kind: the conversion of rows to a model's inputs
+(`fmn.tasks.encoding`), the loss (`fmn.fisher.loss`), and the scores (`fmn.evaluate.metrics`).
 """
 
 from collections.abc import Mapping
@@ -17,8 +16,8 @@ KindName = Literal[
     "text2text-generation",
 ]
 ARCHITECTURE = "fmn_architecture"
-"""The entry of config.json that says where a model's mask nodes are (`fmn.fisher.architectures`).
-Copies, fine-tuned experts and merged models carry it on."""
+"""The entry of config.json that describes where a model's mask nodes are
+(`fmn.fisher.architectures`). Copies, fine-tuned experts and merged models keep it."""
 # Transformers' words.
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 SINGLE: ProblemType = "single_label_classification"
@@ -28,17 +27,17 @@ GENERATORS: tuple[KindName, ...] = ("text-generation", "text2text-generation")
 
 
 class Kind(NamedTuple):
-    """What all tasks of a kind have in common.
+    """The properties of a kind of task.
 
     Attributes:
         auto_class: the class of Transformers that loads its checkpoints.
-        endings: how the names of such models' classes end, which config.json lists.
-        columns: the keys of the columns of an example; those in `optional` may be absent.
-        has_head: whether each task has a head of its own above the merged encoder; without, the
-            whole model is merged.
-        problem_types: what its labels can be; none where an example needs no label.
-        estimators: of its Fisher information. With very many outputs, the exact expectation would
-            take very many backward passes.
+        endings: endings of the names of such models' classes in config.json.
+        columns: the roles of the columns of an example; those in `optional` may be absent.
+        has_head: whether each task has its own head above the merged encoder; otherwise the whole
+            model is merged.
+        problem_types: the possible problem types; empty if examples need no label.
+        estimators: the estimators of its Fisher information. With very many outputs, the exact
+            expectation would take too many backward passes.
     """
 
     auto_class: str
@@ -98,15 +97,15 @@ KINDS: Mapping[KindName, Kind] = {
         estimators=_OF_TOKENS,
     ),
 }
-"""Every kind. A model that several kinds can read is of the first of them."""
+"""All kinds. A model that fits several kinds belongs to the first of them."""
 
 
 def kind_of_class(name: str) -> KindName | None:
-    """The kind of the checkpoints of a class of Transformers; None for a base without its use.
+    """The kind of task of a model's class in Transformers; None for a class without a task.
 
     >>> kind_of_class("BertForTokenClassification"), kind_of_class("BertForMaskedLM")
     ('token-classification', None)
     """
     endings = {end: kind for kind, facts in KINDS.items() for end in facts.endings}
     fitting = [end for end in endings if name.endswith(end)]
-    return endings[max(fitting, key=len)] if fitting else None  # LMHeadModel is no Model
+    return endings[max(fitting, key=len)] if fitting else None  # LMHeadModel, not Model

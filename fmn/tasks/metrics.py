@@ -1,4 +1,4 @@
-"""Which metrics there are, and which of them fit a task; `fmn.evaluate.metrics` computes them."""
+"""The table of metrics, and the tasks that they fit; `fmn.evaluate.metrics` computes them."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,13 +10,13 @@ _CLASSIFIERS = ("text-classification", "image-classification")
 
 
 class MetricFacts(NamedTuple):
-    """What a metric is for.
+    """The tasks that a metric scores, and its direction.
 
     Attributes:
-        problem_types: the tasks that it scores; none: those without labels.
+        problem_types: the problem types that it scores; empty for tasks without them.
         higher_is_better: its direction.
         is_binary: whether it is the score of class 1 of two classes.
-        kinds: the kinds of those tasks.
+        kinds: the kinds of tasks that it scores.
     """
 
     problem_types: tuple[str, ...]
@@ -47,8 +47,7 @@ METRICS: Mapping[str, MetricFacts] = {
     "perplexity": MetricFacts((), higher_is_better=False, kinds=GENERATORS),
     "exact_match": MetricFacts((), kinds=GENERATORS),
 }
-"""Every metric, in the words of scikit-learn, SciPy and seqeval; `fmn.evaluate.metrics` computes
-them."""
+"""Every metric, by its name in scikit-learn, SciPy or seqeval."""
 
 DEFAULT_METRICS: Mapping[str | None, tuple[str, ...]] = {
     SINGLE: ("accuracy",),
@@ -66,7 +65,7 @@ _METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
 
 
 def default_metrics(kind: KindName, problem_type: str | None) -> tuple[str, ...]:
-    """The metrics of a task with labels that names none."""
+    """The metrics of a task whose settings name none."""
     return _METRICS_OF_KIND.get(kind) or DEFAULT_METRICS[problem_type]
 
 
@@ -76,13 +75,13 @@ def check_metrics(
     labels: int,
     kind: str = "text-classification",
 ) -> None:
-    """Refuse metrics that are unknown, do not fit a task, or differ in direction.
+    """Check that metrics are known, fit a task, and have the same direction.
 
     Args:
         metrics: their names.
-        problem_type: the task's; None: it is not known yet.
-        labels: how many labels the task has; 0: it is not known yet.
-        kind: the task's.
+        problem_type: the task's problem type; None: not known yet.
+        labels: the number of the task's labels; 0: not known yet.
+        kind: the kind of task.
 
     Raises:
         ValueError: names the metric and what fits.
@@ -104,7 +103,7 @@ def check_metrics(
                 f" {'f1_macro' if name == 'f1' else 'f1_macro or balanced_accuracy'}"
             )
     directions = {METRICS[name].higher_is_better for name in metrics}
-    if len(directions) > 1 and kind not in GENERATORS:  # of those, the first decides
+    if len(directions) > 1 and kind not in GENERATORS:  # for those, the first metric decides
         less = [name for name in metrics if not METRICS[name].higher_is_better]
         raise ValueError(
             f"less is better of {', '.join(less)}, and more of the other metrics, so that their"

@@ -1,4 +1,4 @@
-"""What the rows of a task must look like, and the check that they do."""
+"""The schema of a task's rows, and the check that rows have it."""
 
 import numpy as np
 import pyarrow as pa
@@ -9,14 +9,14 @@ from fmn.tasks.kinds import REGRESSION
 from fmn.tasks.task import Task
 
 INPUTS = {"tokens": pa.list_(pa.string()), "image": pa.binary()}
-"""The types of the columns that hold no text, by key."""
+"""The types of columns that are not texts, by role."""
 
 
 _INPUT_TYPES = {"tokens": ("list", "lists of words"), "image": ("binary", "the bytes of images")}
 
 
 def schema(task: Task) -> pa.Schema:
-    """The columns of checked rows: the inputs, `label`, and `idx`, the number of the row."""
+    """The schema of checked rows: the inputs, `label`, and `idx`, the number of the row."""
     inputs = [(name, INPUTS.get(key, pa.string())) for key, name in task.input_columns.items()]
     label = [("label", label_type(task))] if task.columns.label else []
     return pa.schema([*inputs, *label, ("idx", pa.int32())])
@@ -31,10 +31,16 @@ def label_type(task: Task) -> pa.DataType:
 
 
 def check_rows(table: pa.Table, task: Task, place: str, labelled: bool = True) -> pa.Table:
-    """The rows of a file in the schema of their task, or without `labelled` their inputs alone.
+    """Convert the rows of a file to the schema of their task.
+
+    Args:
+        table: the rows.
+        task: their task.
+        place: the file, for messages.
+        labelled: False: only the inputs are checked and returned.
 
     Raises:
-        UserError: a column is missing, or holds something that it must not; begins with `place`.
+        UserError: a column is missing, or has a wrong value.
     """
     sources = {name: name for name in task.input_columns.values()}
     if labelled and task.columns.label:
@@ -70,7 +76,7 @@ def check_rows(table: pa.Table, task: Task, place: str, labelled: bool = True) -
 
 
 def _problem(column: pa.ChunkedArray, task: Task, key: str) -> str:
-    """What is wrong with a column of inputs or labels; "" if nothing is."""
+    """Describe the problem of a column of inputs or labels; "" if there is none."""
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
         return f"has no value in row {row}; fill it or drop the row"

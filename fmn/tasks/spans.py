@@ -1,4 +1,4 @@
-"""The words of a text, and the spans that labels of words make."""
+"""Divide a text into words, and join the labels of words to spans."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Span(Record):
 
 
 def words_of(text: str) -> list[tuple[int, int]]:
-    """Where the words of a text begin and end: letters and digits in a row, and every other sign.
+    """Start and end of each word of a text: runs of letters and digits, and every other sign.
 
     >>> words_of("In Bonn.")
     [(0, 2), (3, 7), (7, 8)]
@@ -31,8 +31,9 @@ def words_of(text: str) -> list[tuple[int, int]]:
 def groups(labels: Sequence[str | None], has_outside: bool) -> list[list[int]]:
     """The words of each span, as seqeval and CoNLL's own script count them.
 
-    Labels are those of BIO and its kin, or plain ones: of these a run of one label is a span, but
-    where there is no O (parts of speech) each word is one. A word without a label is in no span.
+    Labels follow BIO or a similar scheme, or are plain names. Consecutive words with the same plain
+    label are one span; in tasks without the label O (parts of speech) each word is a span. A word
+    without a label is not in a span.
 
     >>> groups(["B-PER", "I-PER", "O", "B-PER", "I-LOC"], has_outside=True)
     [[0, 1], [3], [4]]
@@ -51,7 +52,7 @@ def groups(labels: Sequence[str | None], has_outside: bool) -> list[list[int]]:
 
 
 def split_label(label: str | None) -> tuple[str, str]:
-    """The mark of a label, such as "B", "O" or none, and what it is a label of."""
+    """Split a label into its mark, such as "B", "O" or "", and its entity."""
     if label in (None, "O"):
         return "O", ""
     mark, dash, entity = label.partition("-")
@@ -65,7 +66,7 @@ def find_spans(
     scores: Sequence[float],
     has_outside: bool,
 ) -> list[Span]:
-    """The spans that the labels of a text's words make, with the labels' probabilities."""
+    """Join the labels of a text's words to spans; a span's score is their mean probability."""
     spans = []
     for group in groups(labels, has_outside):
         start, end = words[group[0]][0], words[group[-1]][1]

@@ -1,6 +1,6 @@
-"""A task: which columns hold its texts, what its labels mean, how it is scored.
+"""The definition of a task: the columns of its inputs, its labels, and its metrics.
 
-A task is data, not code. Its definition travels with its rows, as `task.json` beside the Parquet
+A task is data, not code. Its definition is stored with its rows, as `task.json` beside the Parquet
 files; GLUE's nine tasks are built in (`glue.yaml`).
 """
 
@@ -35,8 +35,7 @@ from fmn.tasks.metrics import METRICS, check_metrics, default_metrics
 MAX_LENGTH = 128  # tokens of an example, unless its task says otherwise
 UNLIMITED = 2**20  # of embedding models, which say themselves where they cut texts
 DEFINITION = "task.json"
-# What `fmn.fisher.loss` differentiates: of a task's one answer, of an answer per token, or of a
-# text's embedding.
+# The losses of `fmn.fisher.loss`: of one answer, of an answer for each token, or of an embedding.
 LossName = ProblemType | Literal["tokens", "embedding"]
 
 
@@ -44,7 +43,7 @@ _SPAN = re.compile(r"O|[BIES]-.+")
 
 
 def no_span_tag(labels: Sequence[str]) -> str | None:
-    """The first label that is no tag of spans as seqeval reads them; None if there is none.
+    """The first label that seqeval cannot read as a tag of spans; None if it can read all.
 
     >>> no_span_tag(["O", "B-PER", "I-PER"]), no_span_tag(["O", "NOUN"])
     (None, 'NOUN')
@@ -53,7 +52,7 @@ def no_span_tag(labels: Sequence[str]) -> str | None:
 
 
 def check_labels(names: Sequence[str]) -> None:
-    """Refuse names that are empty or the same. ValueError says which."""
+    """Raise a ValueError if a name is empty or occurs twice."""
     if "" in names:
         raise ValueError("a label has no name")
     if twice := [name for name in names if names.count(name) > 1]:
@@ -112,7 +111,7 @@ class DatasetSettings(Settings):
 
 
 class ColumnSettings(Settings):
-    """The columns of an example, by what they are; each kind of task has its own."""
+    """The columns of an example by their roles; each kind of task has its own roles."""
 
     text: str = Field("text", description="the column of the text")
     text_pair: str | None = Field(None, description="the column of the second text of a pair")
@@ -148,7 +147,7 @@ _KIND_BY_COLUMN: Mapping[str, KindName] = {
 
 
 class ScoringSettings(Settings):
-    """What settings and the options of a command say of a task in the same words."""
+    """Entries about a task that settings and the options of a command share."""
 
     problem_type: ProblemType | None = Field(
         None, description="default: from the labels; numbers with decimals, lists, or classes"
@@ -160,7 +159,7 @@ class ScoringSettings(Settings):
 
 
 class TaskSettings(ScoringSettings):
-    """A task as its user describes it; what is left out, data and expert tell."""
+    """A user's description of a task; missing entries come from the data and the expert."""
 
     task: KindName | None = Field(
         None, description="the Hub's name of the kind of task; default: as the columns say"
@@ -179,7 +178,7 @@ class TaskSettings(ScoringSettings):
     @field_validator("labels", mode="before")
     @classmethod
     def _as_texts(cls, labels: Any) -> Any:
-        """YAML reads `[1, 2]` as numbers and `true: yes` as a truth value."""
+        """Convert labels to texts: YAML reads `[1, 2]` as numbers, and `true` as a boolean."""
         if isinstance(labels, Mapping):
             return {plain_text(value): plain_text(name) for value, name in labels.items()}
         return [plain_text(name) for name in labels] if isinstance(labels, list | tuple) else labels
@@ -201,7 +200,7 @@ class TaskSettings(ScoringSettings):
 
     @property
     def kind(self) -> KindName:
-        """The kind of task: as stated, or as the named columns say."""
+        """The kind of task: `task`, or the kind that the columns belong to."""
         if self.task:
             return self.task
         for key, kind in _KIND_BY_COLUMN.items():
@@ -211,13 +210,13 @@ class TaskSettings(ScoringSettings):
 
     @property
     def label_names(self) -> list[str]:
-        """The names of the labels in the order of ids, as far as they were named."""
+        """The names of the labels in the order of ids; empty if the user names none."""
         names = self.labels.values() if isinstance(self.labels, dict) else self.labels
         return list(dict.fromkeys(names))
 
 
 def plain_text(value: Any) -> Any:
-    """A label in the data as text: true, 3 for 3.0, and a text without blanks around it.
+    """Convert a label in the data to text: true, 3 for 3.0, and a text without outer blanks.
 
     >>> [plain_text(value) for value in (True, 3.0, 0.5, " good ")]
     ['true', '3', '0.5', 'good']
@@ -230,7 +229,7 @@ def plain_text(value: Any) -> Any:
 
 
 def in_a_line(names: Iterable[str], most: int = 12) -> str:
-    """Names for a message, of many the first ones.
+    """Join names for a message; a long list is cut.
 
     >>> in_a_line(["a", "b", "c"], most=2)
     'a, b, ...'
@@ -241,7 +240,7 @@ def in_a_line(names: Iterable[str], most: int = 12) -> str:
 
 
 class Columns(Record):
-    """The columns of a task's examples, and of its label; None: the rows have no such column."""
+    """The columns of a task's examples and of its label; None: there is no such column."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -255,21 +254,22 @@ class Columns(Record):
 
 
 class Task(Record):
-    """The definition of a task, as it travels with the task's rows.
+    """The definition of a task, stored with the task's rows.
 
     >>> get_task("mrpc").text_columns
     ('sentence1', 'sentence2')
 
     Attributes:
-        name: what the task is called in settings, folders and metrics.
+        name: the task's name in settings, folders and metrics.
         task: the kind of task, by the Hub's name (`fmn.tasks.kinds`).
-        problem_type: the loss of the head; None: the rows have no labels, so that the expert tells.
-        columns: where the examples and the labels are.
-        labels: the name of each class id, in order; none for regression, or if the expert tells.
+        problem_type: the loss of the head; None for rows without labels: it is the expert's.
+        columns: the columns of the examples and of the labels.
+        labels: the name of each class id, in order; empty for regression, or if the expert has the
+            names.
         metrics: the score of the task is their mean (GLUE's rule).
         validation: the splits on which the task is scored.
-        max_length: tokens of an example, special tokens included; longer texts are cut. Embedding
-            models cut them where they say, or before.
+        max_length: most tokens of an example, special tokens included; longer texts are cut.
+            Embedding models may have a lower limit.
         threshold: probability from which on a label is predicted, in multi-label classification.
     """
 
@@ -326,7 +326,7 @@ class Task(Record):
 
     @property
     def kind(self) -> Kind:
-        """What all tasks of its kind have in common."""
+        """The properties of its kind of task."""
         return KINDS[self.task]
 
     @property
@@ -340,7 +340,7 @@ class Task(Record):
 
     @property
     def score_metrics(self) -> tuple[str, ...]:
-        """The metrics whose mean is the score: those that agree with the first in direction."""
+        """The metrics whose mean is the score: those with the direction of the first."""
         better = [METRICS[name].higher_is_better for name in self.metrics]
         return tuple(n for n, is_so in zip(self.metrics, better, strict=True) if is_so == better[0])
 
@@ -356,20 +356,20 @@ class Task(Record):
 
     @property
     def generates(self) -> bool:
-        """Whether its answers are texts that a model generates."""
+        """Whether its answers are generated texts."""
         return self.task in GENERATORS
 
     @property
     def has_labels(self) -> bool:
-        """Whether the task's rows have labels; without, it can be merged, but not scored.
+        """Whether the task's rows have labels; without labels it can be merged, but not scored.
 
-        The label of a text to generate is the text itself.
+        For generated text, the label is the text itself.
         """
         return self.columns.label is not None or self.task in GENERATORS
 
     @property
     def input_columns(self) -> dict[str, str]:
-        """The columns of an example by key, such as "text"; but for that of the label."""
+        """The columns of an example by role, such as "text", without the label's."""
         names = {key: getattr(self.columns, key) for key in self.kind.columns}
         return {key: name for key, name in names.items() if name is not None}
 
@@ -384,7 +384,7 @@ class Task(Record):
         return len(self.labels) or 1
 
     def suffix(self, split: str) -> str:
-        """What is appended to the names of a validation split's metrics; "" for the first split."""
+        """The suffix of the names of a validation split's metrics; "" for the first split."""
         if split == self.validation[0]:
             return ""
         rest = split.removeprefix("validation").lstrip("_")
@@ -392,7 +392,7 @@ class Task(Record):
 
 
 def get_task(name: str) -> Task:
-    """One of GLUE's tasks. UserError with the nearest name if there is no such task."""
+    """One of GLUE's tasks; UserError, with the most similar name, if there is no such task."""
     if name in TASKS:
         return TASKS[name]
     known = f"GLUE's tasks are {', '.join(TASKS)}{hint(name.lower(), TASKS)}"
@@ -401,10 +401,10 @@ def get_task(name: str) -> Task:
 
 
 def load_task(data: Path, name: str) -> Task:
-    """The definition beside a task's rows; without one, GLUE's task of that name.
+    """Read the definition beside a task's rows; without one, it is GLUE's task of that name.
 
     Raises:
-        UserError: the definition is damaged or of another task, or there is none.
+        UserError: the definition is missing, damaged or of another task.
     """
     folder = task_folder(data, name)
     task = read_task(folder)
@@ -417,7 +417,7 @@ def load_task(data: Path, name: str) -> Task:
 
 
 def read_task(folder: Path) -> Task | None:
-    """The definition in a folder of rows or in an expert's; None if there is none.
+    """Read the definition in a folder of rows or in an expert's folder; None if there is none.
 
     Raises:
         UserError: the definition is damaged.
@@ -437,14 +437,14 @@ def task_folder(data: Path, name: str) -> Path:
 
 
 def make_task(name: str, **fields: Any) -> Task:
-    """A task of these fields. UserError says what does not fit."""
+    """Make a task from its fields; UserError if they do not fit together."""
     with problems_explained(f"task {name}"):
         return Task.model_validate({"name": name, **fields}, strict=False)  # lists are tuples too
 
 
 @contextmanager
 def problems_explained(place: str) -> Iterator[None]:
-    """Raise UserError with the first problem of a definition in place of ValidationError."""
+    """Convert a ValidationError to a UserError with the first problem of a definition."""
     try:
         yield
     except ValidationError as error:
@@ -454,7 +454,7 @@ def problems_explained(place: str) -> Iterator[None]:
 
 
 def task_settings(name: str) -> TaskSettings | None:
-    """How one of GLUE's tasks is described, in the words of settings; None for another name."""
+    """The settings of one of GLUE's tasks; None for another name."""
     return _GLUE.get(name)
 
 

@@ -30,19 +30,3 @@ def test_help_shows_groups_in_the_order_of_work(capsys: pytest.CaptureFixture[st
     places = [text.index(group) for group in groups]
     assert places == sorted(places)
     assert text.index(" init ") < text.index(" check ") < text.index(" run ")
-
-
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [
-        ("run", {"--params": "-p", "--verbose": "-v"}),
-        ("compare", {"--params": "-p", "--verbose": "-v"}),
-        ("fisher", {"--out": "-o"}),
-        ("init", {"--out": "-o"}),
-        ("register", {"--out": "-o", "--params": "-p"}),
-    ],
-)
-def test_options_have_short_forms(command: str, options: dict[str, str]) -> None:
-    names = [argument.names for argument in app[command].assemble_argument_collection()]
-    for long, short in options.items():
-        assert any({long, short} <= {*each} for each in names), (command, long)

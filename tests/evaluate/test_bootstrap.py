@@ -75,10 +75,10 @@ def test_undefined_resamples_are_left_out_and_one_row_has_no_interval() -> None:
     assert 0 < np.isnan(draws).mean() < 0.5
     low, high = bootstrap.interval(draws) or (0, 0)
     assert 0 < low < high == pytest.approx(1)
-    one = Answers(np.ones(1), np.ones(1), np.zeros((1, 1)))
+    single = Answers(np.ones(1), np.ones(1), np.zeros((1, 1)))
     for metric in ("mae", "pearson"):
         task = own_task(NUMBERS, metric)
-        alone = {"own": TaskAnswers(task, {"validation": one})}
+        alone = {"own": TaskAnswers(task, {"validation": single})}
         assert bootstrap.interval(bootstrap.draws(alone)["own"]) is None
         compared = bootstrap.compare(alone, alone)
         assert compared.difference == (0.0 if metric == "mae" else None)

@@ -1,7 +1,6 @@
-"""Which sets of experts a comparison merges, and what stands beside its methods."""
+"""The sets of experts that a comparison merges, and its bounds."""
 
 from fmn.experiments import grid
-from fmn.experiments.stages import ComparedSettings
 
 
 def test_pairs_triples_and_all_without_doubles() -> None:
@@ -15,12 +14,6 @@ def test_pairs_triples_and_all_without_doubles() -> None:
     assert list(grid.sets(["a", "b", "c"], ["all", "c+b"])) == ["c+b", "a+b+c"]
 
 
-def test_bounds_stand_beside_every_comparison() -> None:
-    mine = ComparedSettings(method="ties")
-    methods = grid.bounded({"mine": mine})
-    assert list(methods) == ["base", "average", "mine"]
-    assert (methods["base"].method, methods["base"].scale) == ("average", 0)
-    own = ComparedSettings(method="average", seed=1)
-    assert grid.bounded({"mine": mine, "average": own})["average"] == own, (
-        "what a profile has itself is taken"
-    )
+def test_the_bounds_are_the_base_and_the_plain_average() -> None:
+    bounds = {name: (each.method, each.scale) for name, each in grid.BOUNDS.items()}
+    assert bounds == {"base": ("average", 0), "average": ("average", "auto")}

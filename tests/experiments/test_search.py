@@ -27,6 +27,12 @@ def run(file: Path, trials: int = 14, seed: int = 0, attempt: search.Attempt = h
     )
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
+    """The trials of a search that was not interrupted."""
+    return run(tmp_path_factory.mktemp("search") / "trials")
+
+
 @given(st.lists(st.floats(1 / search.RATIO, search.RATIO), max_size=5))
 def test_coefficients_have_the_given_ratios_and_sum_to_their_number(ratios: list[float]) -> None:
     tasks = [f"task{number}" for number in range(len(ratios) + 1)]
@@ -49,26 +55,29 @@ def test_equal_coefficients_come_first(
     assert (tmp_path / "new" / "a?%b").is_file()
 
 
-def test_it_finds_better_ones_and_repeats_exactly_with_the_seed(tmp_path: Path) -> None:
+def test_it_finds_better_ones_and_repeats_exactly_with_the_seed(
+    tmp_path: Path, unbroken: list[Trial]
+) -> None:
     trials = run(tmp_path / "a", 30)
     best = max(trials, key=lambda trial: trial.score)
     assert 1 - best.score < 0.2 * (1 - trials[0].score)
     assert best.coefficients["cola"] > 3 * best.coefficients["mrpc"]
-    assert run(tmp_path / "b") == trials[:14]
-    assert run(tmp_path / "c", seed=1)[1:] != trials[1:14]
+    assert unbroken == trials[:14]
+    assert run(tmp_path / "b", 3, seed=1)[1:] != trials[1:3]
 
 
-def test_a_smaller_budget_is_the_beginning_of_a_larger_one(tmp_path: Path) -> None:
+def test_a_smaller_budget_is_the_beginning_of_a_larger_one(
+    tmp_path: Path, unbroken: list[Trial]
+) -> None:
     few = run(tmp_path / "trials", 7)
-    more = run(tmp_path / "trials")
-    assert more[:7] == few
-    assert more == run(tmp_path / "unbroken")
+    assert run(tmp_path / "trials") == unbroken
+    assert few == unbroken[:7]
     assert run(tmp_path / "trials", 3) == few[:3]
 
 
 @pytest.mark.parametrize(("done", "is_killed"), [(0, False), (0, True), (11, False), (11, True)])
 def test_an_interrupted_search_goes_on_as_if_it_never_was(
-    tmp_path: Path, done: int, is_killed: bool
+    tmp_path: Path, done: int, is_killed: bool, unbroken: list[Trial]
 ) -> None:
     tried: list[float] = []
 
@@ -85,7 +94,7 @@ def test_an_interrupted_search_goes_on_as_if_it_never_was(
         search._open_study(file, "study", dict.fromkeys(["mrpc/cola", "sst2/cola"], 1.0)).ask()
     trials = run(file, attempt=interrupted)
     assert len(tried) == 15, "only the trial that was interrupted is repeated"
-    assert trials == run(tmp_path / "unbroken")
+    assert trials == unbroken
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

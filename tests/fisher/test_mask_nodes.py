@@ -105,9 +105,9 @@ def completion_losses(
 
     With `draws` [T], labels are those of the model's distribution with these quantiles.
     """
-    one = examples.take(np.array([row]))
-    inputs = {name: torch.tensor(values) for name, values in one.inputs.items()}  # no padding
-    total, labels = torch.zeros((), dtype=torch.float64), torch.tensor(one.labels[0])
+    example = examples.take(np.array([row]))
+    inputs = {name: torch.tensor(values) for name, values in example.inputs.items()}  # no padding
+    total, labels = torch.zeros((), dtype=torch.float64), torch.tensor(example.labels[0])
     masks, hooks = mask_hooks(model)
     with hooked(hooks):
         logits = model(**inputs).logits[0]  # [T, C], of all tokens

@@ -110,15 +110,15 @@ def test_a_comparison_has_the_bounds_beside_its_methods_and_is_made_once(project
         "compare: {both: {sets: [all], rows: 40, methods: {mask-fisher: {method: mask-fisher}}}}\n"
     )
     (project / "compared.yaml").write_text(PROFILE + section)
-    asked = (sys.executable, "-m", "fmn", "compare", "both", "--params", "compared.yaml")
-    first = run(project, *asked)
+    compare = (sys.executable, "-m", "fmn", "compare", "both", "--params", "compared.yaml")
+    first = run(project, *compare)
     table = [line.split()[0] for line in first.splitlines() if line.split()[-1:] != ["s"]]
     assert [name for name in table if name in ("base", "average", "mask-fisher", "expert")] == [
         "base", "average", "mask-fisher", "expert"
     ]  # fmt: skip
     page = project / "data/tiny/compare/both/tables/report.html"
     assert "3 ways to merge sst2 and stsb" in page.read_text()
-    again = run(project, *asked)
+    again = run(project, *compare)
     assert re.match(r"\d+ stages up to date\n", again)
     assert not [line for line in again.splitlines() if line.startswith("compar")]
 

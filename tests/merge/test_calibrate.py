@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fmn.errors import UserError
 from fmn.fisher import architectures
-from fmn.merge.calibrate import calibrated_encoder, own_part
+from fmn.merge.calibrate import calibrated_encoder
+from fmn.merge.heads import own_part
 from fmn.merge.recipe import CalibrationSettings
 from fmn.tasks.batches import Examples, by_length
 from tests.tiny import tiny_examples, tiny_model

@@ -1,7 +1,5 @@
 """Every merge method against its published formula in numpy, and what the table says of it."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -184,11 +182,8 @@ def test_rows_that_no_task_changed_stay_under_iso_c() -> None:
     np.testing.assert_array_equal(got[4:], base.double().numpy()[4:])
 
 
-def test_the_table_is_known_without_pytorch_and_holds_the_methods_needs() -> None:
-    code = (
-        "import sys, fmn.merge as m; assert len(m.METHODS) == 12; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_the_table_holds_the_methods_needs() -> None:
+    assert len(METHODS) == 12
     for name, method in METHODS.items():
         assert method.name == name
         assert method.base == ("base" in method.arguments)

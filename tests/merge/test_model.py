@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ COMPLETE: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mi
 
 
 def loaded(folders: Iterable[Path], elsewhere: Path) -> dict[str, Any]:
-    """What a process without our code says of merged models, by their folders."""
+    """Missing keys and logits of merged models in a process without our code, by folder."""
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-c", LOAD, ",".join(LABELS), *map(str, folders)]
     output = subprocess.check_output(command, cwd=elsewhere, env=environment, text=True)
@@ -87,31 +88,78 @@ def by_hand(
     return result
 
 
-def test_every_task_loads_without_our_code_and_answers_as_a_model_put_together_by_hand(
-    tmp_path: Path,
-) -> None:
-    experts = {name: checkpoints(tmp_path / name, name) for name in MODELS}
-    values = {name: node_fisher(folders) for name, folders in experts.items()}
-    outs = {name: tmp_path / name / "out" for name in MODELS}
-    for name, out in outs.items():
-        settings = MergeSettings(mapping=MODELS[name], coefficient=WEIGHTED)
-        model.write_model(out, experts[name], settings, statistics=Statistics(values[name]))
-    result = loaded(outs.values(), tmp_path)
-    for name, out in outs.items():
+@dataclass
+class Written:
+    """Merged models: experts, statistics, folder, and what a process without our code loads."""
+
+    experts: Mapping[str, Path]
+    out: Path
+    values: Mapping[str, NodeValues] = field(default_factory=dict)
+    merged: Mapping[str, Tensor] = field(default_factory=dict)
+    own: Sequence[str] = ()
+    result: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, name: str, shared: Mapping[str, Tensor]) -> None:
+        """Every task answers as its expert with these tensors in its encoder."""
         # RoBERTa's classifier has no pooler, so its experts have none to merge.
-        lacks = ["pooler.dense.bias", "pooler.dense.weight"] if name == "roberta" else []
-        assert result[str(out)]["encoder"] == {**COMPLETE, "missing_keys": lacks}
-        expected = by_hand(experts[name], values[name], MODELS[name])
-        for task, folder in experts[name].items():
-            expert = load(folder)
-            expert.base_model.load_state_dict(
-                {key: torch.from_numpy(value).float() for key, value in expected.items()}
-            )
+        lacks = ["pooler.dense.bias", "pooler.dense.weight"] if "roberta" in name else []
+        assert self.result["encoder"] == {**COMPLETE, "missing_keys": lacks}
+        dtype = next(iter(shared.values())).dtype
+        for task, folder in self.experts.items():
+            expert = load(folder).to(dtype)
+            expert.base_model.load_state_dict(shared, strict=False)
             with torch.no_grad():
                 wanted = expert(torch.tensor(TEXTS)).logits
-            logits = torch.tensor(result[str(out)][task].pop("logits"))
+            logits = torch.tensor(self.result[task].pop("logits"), dtype=dtype)
             torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-6)
-            assert result[str(out)][task] == COMPLETE
+            assert self.result[task] == COMPLETE
+
+
+def write_own_parts(folder: Path, experts: Mapping[str, Path], shard_bytes: int) -> Written:
+    """The average of experts, which have the last layer for themselves."""
+    plain, out, merged = folder / "plain", folder / "own", model.in_memory(experts, AVERAGE)
+    recipe = model.write_model(plain, experts, AVERAGE, shard_bytes=shard_bytes)
+    shapes = {key: tuple(tensor.shape) for key, tensor in merged.items()}
+    own = architectures.own_parts(load(experts["mrpc"]).config, shapes, layers=1)
+    states = {task: load(expert).base_model.state_dict() for task, expert in experts.items()}
+    parts = {task: {key: state[key] for key in own} for task, state in states.items()}
+    heads: dict[str, dict[str, Tensor]] = {task: {} for task in experts}
+    model.write_realigned(out, plain, heads, recipe, parts)
+    return Written(experts, out, merged=merged, own=own)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
+    """Models by mask Fisher, and averages with own parts ("own ..."), loaded by one process."""
+    folder = tmp_path_factory.mktemp("written")
+    models = {}
+    for name, mapping in MODELS.items():
+        experts = checkpoints(folder / name, name)
+        values, out = node_fisher(experts), folder / name / "out"
+        settings = MergeSettings(mapping=mapping, coefficient=WEIGHTED)
+        model.write_model(out, experts, settings, statistics=Statistics(values))
+        models[name] = Written(experts, out, values)
+    sets = {name: models[name].experts for name in ("bert", "roberta")}
+    sets |= {name: checkpoints(folder / name, name) for name in ("deberta-v3", "gpt2")}
+    sets["sharded"] = sets["bert"]
+    sets["half"] = checkpoints(folder / "half", dtype=torch.bfloat16)
+    sets["mixed"] = {**sets["bert"], "mrpc": sets["half"]["mrpc"]}
+    for name, folders in sets.items():
+        size = 5_000 if name == "sharded" else stream.SHARD_BYTES
+        models[f"own {name}"] = write_own_parts(folder / f"own-{name}", folders, size)
+    results = loaded([each.out for each in models.values()], folder)
+    for each in models.values():
+        each.result = results[str(each.out)]
+    return models
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_task_loads_without_our_code_and_answers_as_a_model_put_together_by_hand(
+    name: str, written: dict[str, Written]
+) -> None:
+    model = written[name]
+    expected = by_hand(model.experts, model.values, MODELS[name])
+    model.check(name, {key: torch.from_numpy(value).float() for key, value in expected.items()})
 
 
 def test_the_result_does_not_depend_on_the_order_of_the_experts(tmp_path: Path) -> None:
@@ -192,56 +240,31 @@ def test_sharded_experts_give_a_sharded_encoder_that_loads(tmp_path: Path) -> No
         assert all(torch.equal(merged[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "deberta-v3", "gpt2", "sharded", "half", "mixed"]
+)
 def test_own_parts_load_without_our_code_and_what_is_shared_is_on_the_disk_once(
-    tmp_path: Path,
+    name: str, written: dict[str, Written]
 ) -> None:
-    experts = {n: checkpoints(tmp_path / n, n) for n in ("bert", "roberta", "deberta-v3", "gpt2")}
-    experts["sharded"] = experts["bert"]
-    experts["half"] = checkpoints(tmp_path / "half", dtype=torch.bfloat16)
-    experts["mixed"] = {**experts["bert"], "mrpc": experts["half"]["mrpc"]}
-    own, merged = {}, {}
-    for name, folders in experts.items():
-        size = 5_000 if name == "sharded" else stream.SHARD_BYTES
-        plain, out = tmp_path / name / "merged", tmp_path / name / "out"
-        recipe = model.write_model(plain, folders, AVERAGE, shard_bytes=size)
-        merged[name] = model.in_memory(folders, AVERAGE)
-        shapes = {key: tuple(tensor.shape) for key, tensor in merged[name].items()}
-        own[name] = architectures.own_parts(load(folders["mrpc"]).config, shapes, layers=1)
-        heads: dict[str, dict[str, Tensor]] = {task: {} for task in folders}
-        parts = {}
-        for task, folder in folders.items():
-            state = load(folder).base_model.state_dict()
-            parts[task] = {key: state[key] for key in own[name]}
-        model.write_realigned(out, plain, heads, recipe, parts)
-        *shared, rest = sorted((out / "encoder").glob("*.safetensors"))
-        assert load_file(rest).keys() == set(own[name])
-        for task in folders:
-            *linked, last = sorted((out / "tasks" / task).glob("*.safetensors"))
-            assert all(a.samefile(b) for a, b in zip(linked, shared, strict=True))
-            assert set(own[name]) < load_file(last).keys()
-            assert {tensor.dtype for key, tensor in load_file(last).items() if key in shapes} == {
-                merged[name][key].dtype for key in own[name]
-            }
-        if name == "sharded":  # files without own parts are those of the model
-            before = {file.stat().st_ino for file in (plain / "encoder").glob("*.safetensors")}
-            assert len([file for file in shared if file.stat().st_ino in before]) > 1
-        assert artifacts.digest_file(rest) == artifacts.digest_bytes(rest.read_bytes())
-    outs = {name: tmp_path / name / "out" for name in experts}
-    result = loaded(outs.values(), tmp_path)
-    for name, out in outs.items():
-        lacks = ["pooler.dense.bias", "pooler.dense.weight"] if name == "roberta" else []
-        assert result[str(out)]["encoder"] == {**COMPLETE, "missing_keys": lacks}
-        encoder = AutoModel.from_pretrained(out / "encoder").state_dict()
-        assert all(torch.equal(encoder[key], tensor) for key, tensor in merged[name].items())
-        for task, folder in experts[name].items():
-            expert = load(folder).to(next(iter(encoder.values())).dtype)
-            shared_part = {k: v for k, v in merged[name].items() if k not in own[name]}
-            expert.base_model.load_state_dict(shared_part, strict=False)
-            with torch.no_grad():
-                wanted = expert(torch.tensor(TEXTS)).logits
-            logits = torch.tensor(result[str(out)][task].pop("logits"), dtype=wanted.dtype)
-            torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-6)
-            assert result[str(out)][task] == COMPLETE
+    model = written[f"own {name}"]
+    *shared, rest = sorted((model.out / "encoder").glob("*.safetensors"))
+    assert load_file(rest).keys() == set(model.own)
+    for task in model.experts:
+        *linked, last = sorted((model.out / "tasks" / task).glob("*.safetensors"))
+        assert all(a.samefile(b) for a, b in zip(linked, shared, strict=True))
+        tensors = load_file(last)
+        assert set(model.own) < tensors.keys()
+        assert {tensors[key].dtype for key in model.own} == {
+            model.merged[key].dtype for key in model.own
+        }
+    if name == "sharded":  # files without own parts are those of the model
+        plain = model.out.with_name("plain")
+        before = {file.stat().st_ino for file in (plain / "encoder").glob("*.safetensors")}
+        assert len([file for file in shared if file.stat().st_ino in before]) > 1
+    assert artifacts.digest_file(rest) == artifacts.digest_bytes(rest.read_bytes())
+    encoder = AutoModel.from_pretrained(model.out / "encoder").state_dict()
+    assert all(torch.equal(encoder[key], tensor) for key, tensor in model.merged.items())
+    model.check(name, {k: v for k, v in model.merged.items() if k not in model.own})
 
 
 def test_half_precision_experts_give_a_model_that_loads_as_such(tmp_path: Path) -> None:

@@ -158,11 +158,11 @@ def test_the_order_of_several_labels_at_once_is_found_by_what_ranks_them(shift: 
     right = weigh(SEVERAL, logits, truth, range(4))
     assert (right.contradicts, right.is_chance) == (False, False)
     # R-precision over all labels, by sorting.
-    found = sum(
+    hits = sum(
         truth[np.argsort(-logits[:, label])[: int(truth[:, label].sum())], label].sum()
         for label in range(4)
     )
-    assert right.scores[0] == evidence.scores[1] == pytest.approx(float(found / truth.sum()))
+    assert right.scores[0] == evidence.scores[1] == pytest.approx(float(hits / truth.sum()))
 
 
 def test_several_labels_at_once_may_be_at_chance_or_absent() -> None:

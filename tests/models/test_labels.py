@@ -239,7 +239,7 @@ def test_a_correlation_that_is_undefined_is_told_as_none(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("stated", "outputs", "task", "problem"),
+    ("problem_type", "outputs", "task", "problem"),
     [
         ("multi_label_classification", 2, TWO, None),
         ("multi_label_classification", 1, TWO, None),
@@ -250,22 +250,22 @@ def test_a_correlation_that_is_undefined_is_told_as_none(tmp_path: Path) -> None
     ],
 )
 def test_another_problem_type_is_told_or_refused(
-    stated: str, outputs: int, task: Task, problem: str | None, tmp_path: Path
+    problem_type: str, outputs: int, task: Task, problem: str | None, tmp_path: Path
 ) -> None:
-    folder = expert(tmp_path / "expert", outputs, problem_type=stated)
+    folder = expert(tmp_path / "expert", outputs, problem_type=problem_type)
     if problem is None:
         assert any("several labels" in note for note in decide(folder, task, None).notes) is (
             outputs > 1
         )
         return
     with pytest.raises(
-        UserError, match=problem or f"expert of {stated}.*the task is {task.problem_type}"
+        UserError, match=problem or f"expert of {problem_type}.*the task is {task.problem_type}"
     ):
         decide(folder, task, None)
 
 
 @pytest.mark.parametrize(
-    ("outputs", "stated", "names", "expected"),
+    ("outputs", "problem_type", "names", "expected"),
     [
         (3, None, None, ("single_label_classification", ("LABEL_0", "LABEL_1", "LABEL_2"))),
         (1, None, None, ("regression", ())),
@@ -275,12 +275,12 @@ def test_another_problem_type_is_told_or_refused(
 )
 def test_an_expert_tells_what_rows_without_labels_do_not(
     outputs: int,
-    stated: str | None,
+    problem_type: str | None,
     names: list[str] | None,
     expected: tuple[str, tuple[str, ...]],
     tmp_path: Path,
 ) -> None:
-    folder = expert(tmp_path / "expert", outputs, names=names, problem_type=stated)
+    folder = expert(tmp_path / "expert", outputs, names=names, problem_type=problem_type)
     for task in (
         labels.expert_task(folder, "own"),
         labels.load_expert(folder, UNLABELED, None).task,

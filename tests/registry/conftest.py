@@ -13,7 +13,7 @@ from fmn.registry import stages as registry_stages
 from fmn.registry import tracking
 from fmn.registry.stages import Registered, RegistrySettings
 from fmn.store.stage import Outcome
-from tests.conftest import TASKS
+from tests.conftest import TASKS, Load
 
 Register = Callable[..., Outcome[Registered]]
 
@@ -52,6 +52,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         patch.chdir(folder)
         yield tracking.tracking_uri()
+
+
+@pytest.fixture(autouse=True)
+def shared(shared_process: Load) -> Load:
+    """Every registration of a test uses the shared process; `test_alone` starts its own."""
+    return shared_process
 
 
 @pytest.fixture

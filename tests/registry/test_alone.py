@@ -54,11 +54,11 @@ def logged(folder: Path, before: str = "") -> str:
 def test_a_model_answers_in_a_process_of_its_own_as_it_was_evaluated(
     store: str, merged: Merged, tiny_work: Path
 ) -> None:
-    with tracking.connection(), alone(store) as load:
+    with tracking.connection(), alone() as load:
         mlflow.set_experiment("alone")  # another test may have left one of another store
         with mlflow.start_run():
             info = tracking.log_served_model(merged.model, DEFINITIONS)
-        serve = load(info.model_uri)
+        serve = load(info.model_uri, store)
         metrics = read_metrics(merged.metrics)
         check_served(serve, merged.model, merged.metrics, metrics, DEFINITIONS, tiny_work / "data")
         with pytest.raises(UserError, match=r"fails: MlflowException: .*task 'other' is not one"):
@@ -69,8 +69,8 @@ def test_a_model_that_needs_fmn_or_ends_is_refused(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = pd.DataFrame({"text": ["a"]})
-    with alone(store) as load:
-        serve = load(logged(tmp_path))
+    with alone() as load:
+        serve = load(logged(tmp_path), store)
         answer = serve(rows, "mood")
         assert int(answer["label"][0]) > 0
         assert answer["params"][0] == ["task"]
@@ -78,6 +78,6 @@ def test_a_model_that_needs_fmn_or_ends_is_refused(
             serve(rows, "die")
         uri = logged(tmp_path, before="if os.environ.get('ALONE'): import fmn")
     monkeypatch.setenv("ALONE", "1")
-    with alone(store) as load, pytest.raises(UserError) as failure:
-        load(uri)
+    with alone() as load, pytest.raises(UserError) as failure:
+        load(uri, store)
     assert re.search(r"fails: .*fmn.*; see that .* Nothing was registered", str(failure.value))

@@ -591,8 +591,8 @@ def test_images_are_answered_as_by_plain_transformers(flowers: Kinds) -> None:
         with torch.inference_mode():
             shares = plain(**inputs).logits.softmax(-1).numpy()
         answers = ask(served, {"image": forms}, name)
-        given = [list(row.values()) for row in answers["probabilities"]]
-        np.testing.assert_allclose(given, shares, atol=1e-5)
+        answered = [list(row.values()) for row in answers["probabilities"]]
+        np.testing.assert_allclose(answered, shares, atol=1e-5)
     assert ask(served, {"image": forms}, "*").task.tolist() == ["flowers", "other"] * 3
 
 

@@ -18,17 +18,14 @@ from fmn.evaluate.files import predictions_path, read_metrics
 from fmn.evaluate.stages import EvaluateSettings, evaluate
 from fmn.experiments.files import SearchResult, Trial
 from fmn.experiments.stages import CompareSettings, SearchSettings
-from fmn.merge.recipe import read_recipe
 from fmn.merge.stages import RealignSettings, realign
 from fmn.models.stages import predict
 from fmn.registry import stages as registry_stages
 from fmn.registry.stages import RegistrySettings
-from fmn.registry.version import Baselines, grouped_metrics, version_tags
 from fmn.report.stages import ReportInfo, report
 from fmn.report.wording import escaped, points, shown
 from fmn.store.stage import Job, check_intact, read_record, run_stage
 from fmn.store.yaml_file import read_yaml, to_yaml
-from fmn.tasks.task import Columns, Task
 from tests.conftest import TASKS
 from tests.registry.conftest import Merged, Register, merge_and_evaluate
 
@@ -306,27 +303,6 @@ def test_a_model_that_is_served_otherwise_than_it_was_evaluated_is_not_registere
     assert (accepted.version, accepted.alias) == ("1", "champion")
 
 
-def test_what_is_undefined_is_told_and_not_logged(merged: Merged) -> None:
-    metrics = read_metrics(merged.metrics)
-    stsb = metrics.tasks["stsb"]
-    undefined = stsb.model_copy(update={"score": None, "interval": {"score": None}})
-    changes = {"tasks": metrics.tasks | {"stsb": undefined}, "score": None, "interval": None}
-    metrics = metrics.model_copy(update=changes)
-    logged = grouped_metrics(metrics, Baselines())
-    assert logged["score/sst2"] == metrics.tasks["sst2"].score
-    assert {"score/mean", "score/stsb"}.isdisjoint(logged)
-    price = Task(
-        name="price", columns=Columns(text="text"), problem_type="regression", metrics=("mse",)
-    )
-    definitions = metrics.definitions | {"price": price}
-    recipe = read_recipe(merged.model)
-    assert version_tags(metrics, recipe, definitions, Baselines())["score"] == "undefined"
-    tags = registry_stages._standing_tags(metrics, definitions)
-    scores = json.loads(tags["fmn.scores"])
-    assert (scores["stsb"], scores["price"]) == (None, None)
-    assert json.loads(tags["fmn.errors"]) == ["price"]
-
-
 def test_the_champion_moves_to_a_version_that_is_as_good_and_the_reason_is_told(
     register: Register, merged: Merged, client: mlflow.MlflowClient, tmp_path: Path
 ) -> None:
@@ -364,7 +340,7 @@ def test_the_champion_is_rolled_back_to_the_one_before(
     change = registry_stages.roll_back("falling")
     assert (change.before, change.champion) == ("3", "2")
     assert registry_stages.roll_back("falling").champion == "1"
-    with pytest.raises(UserError, match="falling: no version was the champion before; say which"):
+    with pytest.raises(UserError, match="falling: no version was the champion before; choose one"):
         registry_stages.roll_back("falling")
     assert registry_stages.roll_back("falling", to="3").before == "1"
     assert aliases(client, "falling") == {"champion": "3"}

@@ -27,6 +27,7 @@ from fmn.registry import stages as registry_stages
 from fmn.registry import tracking
 from fmn.registry.check import check_served
 from fmn.registry.stages import RegistrySettings
+from tests.conftest import Load
 from tests.kinds import TASKS as KINDS
 from tests.kinds import merged_model
 from tests.mlflow_proxy import proxy
@@ -52,22 +53,6 @@ def test_files_lie_beside_a_local_store_or_where_a_variable_says(
     folder = Path(bucket or "mlruns").resolve() / f"--other-{bucket}"
     assert run.info.artifact_uri.startswith(folder.as_uri())
     assert folder.is_dir()
-
-
-def test_the_served_model_does_not_need_fmn(register: Register, tmp_path: Path) -> None:
-    """`fmn` is made impossible to import where the model is loaded."""
-    register()
-    (tmp_path / "fmn.py").write_text("raise ImportError('fmn is not here')")
-    code = (
-        "import mlflow, pandas as pd, sys\n"
-        "model = mlflow.pyfunc.load_model('models:/demo@champion')\n"
-        "print(model.predict(pd.DataFrame({'text': ['good']}), params={'task': 'sst2'}).label[0])\n"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert process.stdout.strip() in ("negative", "positive"), process.stderr
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:mlflow")
@@ -325,8 +310,8 @@ def test_every_form_of_a_request_is_understood(
     assert (status, len(answer["predictions"])) == (200, texts), answer
     if texts:
         is_pair = content.get("params") == MRPC["params"]
-        task, given = ("mrpc", PAIR) if is_pair else ("sst2", [FILM])
-        expected: Any = predict(merged.model, *given, task=task)
+        task, texts_of_task = ("mrpc", PAIR) if is_pair else ("sst2", [FILM])
+        expected: Any = predict(merged.model, *texts_of_task, task=task)
         assert answer["predictions"][0]["label"] == expected.label
         shares = answer["predictions"][0]["probabilities"]
         assert shares == pytest.approx(expected.probabilities, abs=1e-5)
@@ -394,7 +379,7 @@ def test_a_request_that_would_outlast_the_server_is_refused_and_a_batch_is_not(
 
 @pytest.mark.parametrize("is_copy", [False, True])
 def test_a_registry_that_was_moved_finds_its_files(
-    is_copy: bool, merged: Merged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_copy: bool, merged: Merged, shared: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = tmp_path / "old place", tmp_path / "new"
     old.mkdir()
@@ -410,16 +395,8 @@ def test_a_registry_that_was_moved_finds_its_files(
     monkeypatch.chdir(new)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new / 'mlflow.db'}")
     assert tracking.pin("models:/moving/latest") == "models:/moving/1"  # any command of fmn's
-    # In a process of its own: this one remembers the store.
-    code = (
-        "import mlflow, pandas as pd\n"
-        "model = mlflow.pyfunc.load_model('models:/moving/1')\n"
-        "print(model.predict(pd.DataFrame({'text': ['good']}), params={'task': 'sst2'}).label[0])\n"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert process.stdout.strip() in ("negative", "positive"), process.stderr
+    serve = shared("models:/moving/1", tracking.tracking_uri())  # plain MLflow, without fmn
+    assert serve(pd.DataFrame({"text": ["good"]}), "sst2").label[0] in ("negative", "positive")
     assert registry_stages.read_lineage("models:/moving@champion").lineage.parts
     again = registry_stages.register(merged.model, metrics=merged.metrics, settings=settings)
     assert (again.computed, again.summary.run) == (False, run.summary.run)

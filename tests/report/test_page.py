@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -229,6 +230,12 @@ PAGES: Mapping[str, Callable[[], str]] = {
 }
 
 
+@cache
+def drawn(name: str) -> str:
+    """One of `PAGES`; drawing its pictures takes seconds."""
+    return PAGES[name]()
+
+
 def dump(path: Path, scheme: str = "light") -> Any:
     """What a page's script leaves as the text of the page, in a browser of this colour scheme."""
     if CHROMIUM is None:
@@ -261,7 +268,7 @@ def test_a_page_looks_right(tmp_path: Path, name: str, look: str) -> None:
     """Only a table in its box is wider than the page; words do not meet, and can be read."""
     is_paper = look == "print"
     script = LOOK.replace("HEIGHT", str(A4[1]) if is_paper else "Infinity")
-    html = PAGES[name]().replace("@media print", "@media all" if is_paper else "@media print")
+    html = drawn(name).replace("@media print", "@media all" if is_paper else "@media print")
     html = html.replace("@media screen", "@media print") if is_paper else html
     (tmp_path / "page.html").write_text(
         with_script(html, script.replace("PAPER", str(is_paper).lower()))

@@ -166,8 +166,8 @@ def test_saved_data_sets_and_class_labels_are_read(tmp_path: Path) -> None:
     datasets.DatasetDict(train=train, dev=train.select([1])).save_to_disk(tmp_path / "both")
     classes = {"label": ["neg", "pos"], "tags": ["x", "y"]}
     assert read(tmp_path / "rows.parquet").classes == classes
-    one = read(tmp_path / "one")
-    assert (one.values("text", "t"), one.classes) == (["c", "a"], classes)
+    saved = read(tmp_path / "one")
+    assert (saved.values("text", "t"), saved.classes) == (["c", "a"], classes)
     both = find_files(DatasetSettings(path=str(tmp_path / "both")))
     assert {split: read_files(files).values("tags", "t") for split, files in both.items()} == {
         "train": [[0], [], [0, 1]],

@@ -92,6 +92,23 @@ def adapter(folder: Path, base: Path, outputs: int = 3, **lora: Any) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def base(base_of: Callable[[str], Path]) -> Path:
+    return base_of("bert")
+
+
+@pytest.fixture(scope="module")
+def bert_adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of `base`; not to be changed by a test."""
+    return adapter(tmp_path_factory.mktemp("adapter") / "adapter", base, target_modules=BERT)
+
+
+@pytest.fixture
+def source(bert_adapter: Path, tmp_path: Path) -> Path:
+    """A copy of that adapter."""
+    return Path(shutil.copytree(bert_adapter, tmp_path / "adapter"))
+
+
 def edit_adapter(folder: Path, **values: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -159,10 +176,8 @@ def test_an_adapter_becomes_what_peft_merges(
 
 
 def test_the_class_is_known_without_the_type_of_task(
-    base_of: Callable[[str], Path], tmp_path: Path
+    base: Path, source: Path, tmp_path: Path
 ) -> None:
-    base = base_of("bert")
-    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
     edit_adapter(source, task_type=None)
     fetch(source, tmp_path / "by tensors", base)
     config = checkpoints.load_config(tmp_path / "by tensors")
@@ -231,10 +246,8 @@ def test_names_of_older_versions_are_todays(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_the_base_model_fits_the_model_around_it(
-    base_of: Callable[[str], Path], tmp_path: Path
+    base: Path, source: Path, tmp_path: Path
 ) -> None:
-    base = base_of("bert")
-    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
     fetch(source, tmp_path / "plain", base)
     names = {name: name.replace(".model.bert.", ".model.") for name in tensors_of(source)}
     write_tensors(source, {names[name]: value for name, value in tensors_of(source).items()})
@@ -247,10 +260,8 @@ def test_an_adapter_of_the_base_model_fits_the_model_around_it(
 
 
 def test_what_wrappers_leave_in_names_is_taken_off(
-    base_of: Callable[[str], Path], tmp_path: Path
+    base: Path, source: Path, tmp_path: Path
 ) -> None:
-    base = base_of("bert")
-    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
     fetch(source, tmp_path / "plain", base)
     expected = safetensors.torch.load_file(tmp_path / "plain" / "model.safetensors")
     tensors = tensors_of(source)
@@ -273,11 +284,8 @@ def test_what_wrappers_leave_in_names_is_taken_off(
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
-def test_no_tensor_of_an_adapter_is_passed_over(
-    base_of: Callable[[str], Path], tmp_path: Path
-) -> None:
-    base, out = base_of("bert"), tmp_path / "out"
-    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
+def test_no_tensor_of_an_adapter_is_passed_over(base: Path, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     tensors = tensors_of(source)
     name = next(name for name in tensors if "layer.1" in name and "lora_B" in name)
     head = "base_model.model.classifier.weight"
@@ -315,10 +323,8 @@ def test_no_tensor_of_an_adapter_is_passed_over(
     ],
 )
 def test_adapters_that_are_no_full_models_are_refused(
-    changes: dict[str, Any], problem: str, base_of: Callable[[str], Path], tmp_path: Path
+    base: Path, source: Path, changes: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
-    base = base_of("bert")
-    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
     edit_adapter(source, **changes)
     assert_refused(source, tmp_path / "out", base, problem)
 
@@ -355,10 +361,9 @@ def test_changed_settings_and_weights_are_read_or_refused_in_a_line(
 
 
 def test_an_adapter_beside_a_model_or_without_its_weights_is_refused(
-    base_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, out = base_of("bert"), tmp_path / "out"
-    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
+    out = tmp_path / "out"
     shutil.copyfile(base / "model.safetensors", source / "model.safetensors")
     for _ in range(2):
         assert_refused(source, out, base, "a PEFT adapter beside a full model; move adapter_config")
@@ -386,10 +391,9 @@ def changed(folder: Path, base: Path, name: str = "embeddings.word_embeddings.we
 
 
 def test_the_base_must_be_the_runs_by_content(
-    base_of: Callable[[str], Path], tmp_path: Path
+    base: Path, source: Path, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base, out = base_of("bert"), tmp_path / "out"
-    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
+    out = tmp_path / "out"
     same = Path(shutil.copytree(base, tmp_path / "same"))
     assert fetch(source, out, same).notes == [], "a copy elsewhere is the same base"
     half = tmp_path / "half"
@@ -405,11 +409,7 @@ def test_the_base_must_be_the_runs_by_content(
     assert_refused(source, tmp_path / "no", smaller, "is not the base .*: embeddings")
 
 
-def test_without_a_base_the_adapter_names_it(
-    base_of: Callable[[str], Path], tmp_path: Path
-) -> None:
-    base = base_of("bert")
-    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
+def test_without_a_base_the_adapter_names_it(base: Path, source: Path, tmp_path: Path) -> None:
     info = fetch(source, tmp_path / "out")
     assert info.notes == [f"the adapter's base is {base}, as the adapter says"]
     with_base = safetensors.torch.load_file(
@@ -430,11 +430,9 @@ def test_without_a_base_the_adapter_names_it(
 
 
 def test_a_base_of_the_hub_is_compared_at_its_revision(
-    base_of: Callable[[str], Path], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, source: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fmn.store.hub.RETRY_SECONDS", 0.6)
-    base = base_of("bert")
-    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
     edit_adapter(source, base_model_name_or_path="org/base", revision="v1")
     hub.add("models", "org/adapter", source)
     commit = hub.add("models", "org/base", base, revision="v1")
@@ -474,10 +472,8 @@ def test_the_base_is_part_of_the_key(base_of: Callable[[str], Path], tmp_path: P
 
 
 def test_labels_beside_the_adapter_are_the_experts(
-    base_of: Callable[[str], Path], tmp_path: Path
+    base: Path, source: Path, tmp_path: Path
 ) -> None:
-    base = base_of("bert")
-    source = adapter(tmp_path / "adapter", base, target_modules=BERT)
     shutil.copyfile(base / "config.json", source / "config.json")
     names = {"0": "no", "1": "maybe", "2": "yes"}
     edit_config(source, id2label=names, label2id={v: int(k) for k, v in names.items()})

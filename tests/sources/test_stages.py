@@ -96,7 +96,7 @@ def test_an_aligned_copy_answers_as_the_original_in_the_tasks_order(
     assert model.config.id2label == copied.config.id2label
 
 
-@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("has_kind", [True, False])
 @pytest.mark.parametrize(
     ("kind", "labels", "order"),
     [
@@ -108,10 +108,10 @@ def test_an_aligned_copy_answers_as_the_original_in_the_tasks_order(
     ],
 )
 def test_outputs_without_names_get_the_tasks_by_training_data(
-    kind: Any, labels: list[str], order: list[int], stated: bool, tmp_path: Path
+    kind: Any, labels: list[str], order: list[int], has_kind: bool, tmp_path: Path
 ) -> None:
     task = make_task(labels, kind)
-    source = expert(tmp_path / "expert", len(order), problem_type=kind if stated else None)
+    source = expert(tmp_path / "expert", len(order), problem_type=kind if has_kind else None)
     data = rows_of(source, task, order, tmp_path / "data")
     info = fetch(source, tmp_path / "out", data=data).summary
     assert info.labels.order == order

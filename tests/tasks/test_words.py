@@ -1,5 +1,6 @@
 """Words and their tags become tokens with labels."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def tagger(max_length: int = 128) -> Task:
     )
 
 
+@cache
+def tokenizer_of(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def table_of(task: Task, texts: list[list[str]], labels: list[list[int]]) -> pa.Table:
     return check_rows(pa.table({"tokens": texts, "label": labels}), task, "rows")
 
@@ -38,8 +44,7 @@ def table_of(task: Task, texts: list[list[str]], labels: list[list[int]]) -> pa.
 def test_the_first_token_of_a_word_has_its_tag_and_a_word_is_whole_or_absent(
     tiny_base: Path, texts: list[list[str]], data: st.DataObject
 ) -> None:
-    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_base)
-    task = tagger(data.draw(st.integers(2, 30)))
+    tokenizer, task = tokenizer_of(tiny_base), tagger(data.draw(st.integers(2, 30)))
     labels = [[data.draw(st.integers(0, 2)) for _ in text] for text in texts]
     table = table_of(task, texts, labels)
     examples, scored = encode(tokenizer, task, table), encode(tokenizer, task, table, scored=True)
