@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if explanation := system_error(error):
             _fail(str(explanation), 1)
         if isinstance(error, OSError):
-            _fail(f"{error.filename or 'fmn'}: {error.strerror or error}", 1)
+            _fail(f"{error.filename or 'fmn'}: {error.strerror or error}; check the path", 1)
         raise
 
 

@@ -87,6 +87,11 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRONG_PATH = {
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of this path is a file: choose another path",
+    errno.ELOOP: "a link leads back to itself: correct it",
+}
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Messages of libraries that give no errno: safetensors, SQLite, datasets, PyTorch (whose "iostream
 # error" has no reason), C++.
@@ -145,6 +150,8 @@ def _system_message(error: BaseException, place: Path | None) -> str | None:
     if type(error).__name__ == "BrokenProcessPool":
         reason = "a process was killed, perhaps for lack of memory"
         return _at(place, f"{reason}; free some memory, and {_RETRY}")
+    if file and number in _WRONG_PATH:
+        return _at(file, f"{os.strerror(number)}; {_WRONG_PATH[number]}")
     is_out_of_memory = isinstance(error, MemoryError) or number == errno.ENOMEM
     if is_out_of_memory or _MEMORY_WORDS.search(words):
         memory = "the GPU's memory" if "CU" in words else "the memory"

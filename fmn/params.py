@@ -71,6 +71,13 @@ class NotifySettings(Settings):
         f" failure; $NAME is read from the environment; default: ${WEBHOOK}, if that is set",
     )
 
+    @field_validator("webhook")
+    @classmethod
+    def _check_webhook(cls, webhook: SecretStr | None) -> SecretStr | None:
+        if webhook and not re.match(r"https?://.|\$\w", webhook.get_secret_value()):
+            raise ValueError("must be an address, https://..., or $NAME of an environment variable")
+        return webhook
+
     @property
     def address(self) -> str | None:
         """The webhook's address, which is a secret; None when nobody is to be notified."""
@@ -139,6 +146,22 @@ class Params(Settings):
         description="URL of a folder that this machine and all workers read and write, such as"
         " s3://bucket/fmn, or file:///mnt/fmn for one that all mount; for runner dask",
     )
+
+    @model_validator(mode="after")
+    def _check_work(self) -> "Params":
+        work = os.path.normpath(self.work)
+        if {*Path(work).parts} <= {"..", os.sep} or re.match("[~$]", work):
+            raise ValueError(
+                f"work: {shortened(self.work)} is no folder of a run's own; name one, such as"
+                " data/work, by its whole path if it is not in this folder"
+            )
+        for source in (self.base, *(each.source for each in self.sources.values())):
+            own = os.path.normpath(source)
+            if work == own or work.startswith(own + os.sep):
+                raise ValueError(
+                    f"work: {shortened(self.work)} is in {own}, which is read; name another folder"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_cluster(self) -> "Params":
@@ -456,7 +479,8 @@ def problems(
 
 def _problem(problem: Any) -> tuple[str, str]:
     """A setting, or "" where several do not fit one another, and what is wrong with it."""
-    path, known, about = _walk(Params, [str(part) for part in problem["loc"]])
+    place = [str(part) for part in problem["loc"] if part != "[key]"]  # of a name in a section
+    path, known, about = _walk(Params, place)
     setting = ".".join(path)
     if problem["type"] == "extra_forbidden":
         near = hint(path[-1], known) or f"; known here are {', '.join(known)}"

@@ -130,7 +130,7 @@ def _served(source: str, inputs: Iterator[Input], task: str) -> Iterator[Answer]
     from fmn.registry import tracking
 
     version = tracking.pin(source)
-    with tracking.connection():
+    with tracking.connection(creates=False):
         serve = tracking.load_served_model(version)
     while batch := list(islice(inputs, BATCH)):
         rows = [_served_row(each) for each in batch]

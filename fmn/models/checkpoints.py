@@ -21,6 +21,7 @@ from fmn.store.headers import (
     read_json,
     tensor_headers,
 )
+from fmn.store.records import shortened
 from fmn.tasks.kinds import KINDS, KindName, kind_of_class
 from fmn.tasks.task import Task, in_a_line, read_task
 
@@ -83,7 +84,20 @@ def load_config(folder: Path) -> "PretrainedConfig":
         with quiet():
             return CONFIG_MAPPING[raw["model_type"]].from_dict(raw, name_or_path=str(folder))
     except Exception as error:  # each configuration validates itself in its own way
-        raise UserError(f"{folder / CONFIG}: cannot be used: {first_words(error)}") from error
+        problem = f"cannot be used: {_about_config(error, raw)}; correct it"
+        raise UserError(f"{folder / CONFIG}: {problem}") from error
+
+
+def _about_config(error: Exception, raw: Mapping[str, Any]) -> str:
+    """What Transformers says of a configuration, with the setting that it is about."""
+    words = first_words(error)
+    if match := re.search(r"Field '(\w+)' expected (.+), got \w+ \(value: (.*)\)", words):
+        value = raw.get(match[1])
+        return f"{match[1]} must be {match[2]}, not {shortened(value)}"
+    if isinstance(error, KeyError) and error.args:  # of a table of what it knows
+        keys = [key for key, value in raw.items() if value == error.args[0]]
+        return f"{keys[0]} is {words}, which is unknown" if keys else f"{words} is missing"
+    return words
 
 
 def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
@@ -100,6 +114,10 @@ def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
         return f"{CONFIG} has the model_type {model_type!r:.40}, unknown to Transformers; {remedy}"
     if "quantization_config" in raw:
         return "the weights are quantized; use a checkpoint without quantization_config"
+    names = raw.get("id2label") or {}
+    if not isinstance(names, dict) or {*map(str, names)} != {*map(str, range(len(names)))}:
+        problem = f"id2label must name the outputs 0, 1, ..., not {shortened(names)}"
+        return f"{CONFIG}: {problem}; correct it"
     for key, value in json_entries(raw):
         if "_implementation" in key and isinstance(value, str) and re.search(r"\W", value):
             return f"{CONFIG} asks for code from elsewhere ({key}: {value:.80}), which is never run"
@@ -240,7 +258,8 @@ def described_model(config: "PretrainedConfig", kind: KindName | None = None) ->
             return model
     except Exception as error:  # each architecture refuses sizes in its own way
         words = "text classifier" if kind == "text-classification" else f"model for {kind}"
-        problem = f"{CONFIG} describes no {words} that can be built: {first_words(error)}"
+        reason = _about_config(error, config.to_dict())
+        problem = f"{CONFIG} describes no {words} that can be built: {reason}; correct it"
         raise UserError(f"{config.name_or_path}: {problem}") from error
 
 

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from fmn.errors import UserError
 from fmn.models import checkpoints
 from fmn.models.checkpoints import CONFIG
+from fmn.store import artifacts
 from fmn.store.headers import PICKLED, WEIGHTS
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def checkpoint_folder(folder: Path) -> Path:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give the folder that holds it")
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; of the Hub, write hf://org/name")
+        raise UserError(f"{folder}: {artifacts.absent(folder)}; of the Hub, write hf://org/name")
     snapshots = folder / "snapshots"
     if not (folder.name.startswith("models--") and snapshots.is_dir()):
         return folder

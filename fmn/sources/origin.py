@@ -276,7 +276,7 @@ def _origin(source: str, progress: Progress = no_progress) -> Origin:
             open=lambda name: hub.open_file(repo, begin + name, commit),
             is_linked=True,
         )
-    if source.startswith(SCHEMES):
+    if source.startswith(SCHEMES) or "://" in source:
         raise UserError(f"{source}: not a source; write hf://org/name or package:module/path")
     return _folder_origin(Path(source).expanduser(), source, source)
 
