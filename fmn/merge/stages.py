@@ -188,6 +188,10 @@ def _checked_tasks(
     tasks = {task: _definition(task, experts[task], by_statistics) for task in experts}
     notes = provenance.check_experts(experts, tasks, base)
     notes += provenance.check_common_base(experts, base)
+    for name, folder in experts.items():
+        stored, config = tensor_headers(folder), checkpoints.load_config(folder)
+        head = checkpoints.stored_names(folder, config, tasks[name].task).head.values()
+        checkpoints.check_finite({each: stored[each] for each in head}, f"expert {name} ({folder})")
     return tasks, notes + _about_statistics(tasks, by_statistics)
 
 
@@ -217,6 +221,9 @@ def _about_statistics(
                     f"{name}: its statistics are of the {what} {value}, its expert is of"
                     f" {expected}; compute them again"
                 )
+        if other.labels and own.labels and other.labels != own.labels:
+            orders = f"{in_a_line(other.labels)}, the expert's are {in_a_line(own.labels)}"
+            notes.append(f"{name}: its statistics' labels are {orders}: matched by name")
         if other.max_length != own.max_length:
             lengths = f"{other.max_length} tokens, the expert's task has {own.max_length}"
             notes.append(f"{name}: its statistics are of texts of at most {lengths}")

@@ -309,6 +309,25 @@ def stored_names(folder: Path, config: "PretrainedConfig", kind: KindName | None
     )
 
 
+def check_finite(headers: Mapping[str, TensorHeader], place: object) -> None:
+    """Refuse weights that hold NaN or Inf, with a `UserError` that names `place` and the tensor."""
+    from safetensors import safe_open
+
+    for file in {header.file for header in headers.values()}:
+        with safe_open(file, "pt") as tensors:
+            for name in (name for name, header in headers.items() if header.file == file):
+                if not finite(tensors.get_tensor(name)):
+                    raise UserError(f"{place}: {name} holds NaN or Inf; get it again")
+
+
+def finite(tensor: "Tensor") -> bool:
+    """Whether no element is NaN or Inf; one pass unless a sum of finite numbers overflows."""
+    import torch
+
+    accumulator = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
+    return bool(tensor.sum(dtype=accumulator).isfinite()) or bool(tensor.isfinite().all())
+
+
 def equal(first: TensorHeader, second: TensorHeader) -> bool:
     """Whether two stored tensors hold the same values."""
     if first == second:
