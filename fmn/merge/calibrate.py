@@ -171,7 +171,8 @@ def calibrated_encoder(
                     _calibrate_layer(number, layer, list(tasks.values()), settings.ridge)
                 _advance(number, layer, list(tasks.values()))
                 progress(number + 1, len(layers))
-    return _tensors_of(merged, encoder), {name: _error(task) for name, task in tasks.items()}
+    errors = {name: error for name, task in tasks.items() if (error := _error(task)) is not None}
+    return _tensors_of(merged, encoder), errors
 
 
 def own_part(
@@ -554,7 +555,9 @@ def _move(
     matrix.add_(torch.cat(steps).flatten(0, 1))  # [nodes, rows of a node, n] -> [rows, n]
 
 
-def _error(task: _Task) -> float:
+def _error(task: _Task) -> float | None:
+    """The mean squared difference over the variance; None where the expert's states are equal."""
     merged = torch.cat([_tokens(texts.states, texts.tokens) for texts in task.merged])
     own = torch.cat([_tokens(texts.states, texts.tokens) for texts in task.own])
-    return float((merged - own).square().mean() / own.var(0, correction=0).mean())
+    variance = float(own.var(0, correction=0).mean())
+    return float((merged - own).square().mean()) / variance if variance else None

@@ -244,7 +244,7 @@ class Calibrated(Record):
 
     Attributes:
         errors: by task, mean squared difference of the last layer's states from the expert's, over
-            the variance of the expert's.
+            the variance of the expert's; without tasks of whose expert all states are the same.
     """
 
     merged: str
