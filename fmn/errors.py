@@ -140,6 +140,8 @@ def _system_message(error: BaseException, place: Path | None) -> str | None:
     is_full = number in _DISK_FULL or _DISK_FULL_WORDS.search(words)
     if is_full or "disk I/O error" in words:  # SQLite: no room for its journal
         folder, free = _fullest_disk(file, place)
+        if is_full and not (place or file) and free > _ALMOST_FULL:
+            return "standard output: no space left on device; write it elsewhere"
         if is_full or free < _ALMOST_FULL:
             disk = f"the disk of {folder} ({free / 1e6:.1f} MB free)"
             return _at(place or file, f"no space left on {disk}; make room there and {_RETRY}")
