@@ -94,7 +94,7 @@ def _one_line(error: cyclopts.CycloptsError) -> str:
         first = cause.errors()[0]
         message, option = in_words(first), str(first["loc"][0]) if first["loc"] else ""
         # Without an option it is of several together.
-        message = message.removesuffix("?")
+        message = message.removesuffix("?").removeprefix(f"{option}: ")
         return f"--{option.replace('_', '-')}: {message}" if option else message
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return f"{' '.join(error.unused_tokens or ())}: no argument of this command"

@@ -42,7 +42,7 @@ from fmn.tasks.task import (
     task_settings,
 )
 
-SETTINGS = 3  # version of the stage
+SETTINGS = 4  # version of the stage
 WEBHOOK = "FMN_WEBHOOK"  # environment variable of the webhook's address
 MERGED, CALIBRATED, REALIGNED = "merged", "calibrated", "realigned"
 BOUNDS = {
@@ -422,8 +422,8 @@ def _file_digests(definition: TaskSettings) -> dict[str, str]:
 def _pins(settings: Params) -> dict[str, Any]:
     """What sources, and data sets on the Hub, stand for now.
 
-    Of a folder, these are its files, with the times of their last changes. What cannot be reached
-    is None: the stage that needs it says why.
+    Of a folder, these are its files with their sha256. What cannot be reached is None: the stage
+    that needs it says why.
     """
     sources = {name: each.source for name, each in settings.sources.items()}
     data: dict[str, str | None] = dict.fromkeys(settings.experts.tasks)
@@ -441,9 +441,8 @@ def _pins(settings: Params) -> dict[str, Any]:
 
 def _pin_of(source: str) -> dict[str, Any] | None:
     with suppress(UserError):
-        files = {str(file): file.stat() for file in origin.folder_files(source)}
-        states = {name: [state.st_size, state.st_mtime_ns] for name, state in files.items()}
-        return {"source": origin.pin(source), "files": states}
+        files = {str(file): artifacts.digest_file(file) for file in origin.folder_files(source)}
+        return {"source": origin.pin(source), "files": files}
     return None
 
 

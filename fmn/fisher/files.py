@@ -216,7 +216,10 @@ def read_statistic(
     if not path.is_file():
         raise UserError(f"{path}: no such {kind} file; {remedy}")
     check_intact(path)
-    headers, stored = read_file(path)
+    try:
+        headers, stored = read_file(path)
+    except UserError as error:
+        raise UserError(f"{path}: not a {kind} file, or damaged; {remedy}") from error
     try:
         content = json.loads(stored[METADATA])
         stored_kind = content["kind"]

@@ -1,5 +1,6 @@
 """The stages that merge experts and re-align heads."""
 
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -185,6 +186,9 @@ def _checked_tasks(
     experts: Mapping[str, Path], base: Path | None, by_statistics: Mapping[str, Task | None]
 ) -> tuple[dict[str, Task], list[str]]:
     """The experts' tasks, and what is doubtful about them; UserError if they do not fit."""
+    for name in experts:  # also the name of a folder
+        if not re.fullmatch(r"\w[\w-]{0,99}", name) or name == "mean":
+            raise UserError(f"--expert {name!r}: a task's name is of letters, digits, _ and -")
     tasks = {task: _definition(task, experts[task], by_statistics) for task in experts}
     notes = provenance.check_experts(experts, tasks, base)
     notes += provenance.check_common_base(experts, base)

@@ -106,6 +106,8 @@ def register(
     from fmn.registry import tracking
 
     started = time.monotonic()
+    if data:
+        artifacts.check_folder(data)
     if out:
         reads = [model, metrics, data, report, card, params]
         stage.check_output(out, reads, is_folder=False, stage="register")
@@ -333,6 +335,8 @@ def roll_back(name: str, *, to: str | None = None) -> ChampionChange:
     """
     from fmn.registry import tracking
 
+    if not name or not (to or "1").isdecimal():
+        raise UserError(f"rollback {name} {to or ''}: give the model's name, and a number to --to")
     with tracking.connection(creates=False) as client:
         model = client.get_registered_model(name)
         champion, before = tracking.champions(client, model)

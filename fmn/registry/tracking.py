@@ -207,9 +207,12 @@ def _reason(error: BaseException) -> str:
     network = [cause for cause in causes(error) if type(cause).__module__.startswith(modules)]
     if not network:
         reason = str(getattr(error, "orig", error)).partition(" See https://")[0].rstrip(". ")
-        is_absent = "not found" in reason
-        remedy = "check the name, or set MLFLOW_TRACKING_URI" if is_absent else _SET_ADDRESS
-        return f"{shorten(reason, 300, placeholder=' ...')}; {remedy}"
+        remedy = ""
+        if "not found" in reason:
+            remedy = "; check the name, or set MLFLOW_TRACKING_URI"
+        elif isinstance(error, SQLAlchemyError) or "unsupported URI" in reason:
+            remedy = f"; {_SET_ADDRESS}"
+        return f"{shorten(reason, 300, placeholder=' ...')}{remedy}"
     last = network[-1]
     reason = str(last) if "too many" in str(last) else type(last).__name__
     remedy = "see that it runs at MLFLOW_TRACKING_URI, then run again to go on from here"
