@@ -66,8 +66,8 @@ def run_compare(profile: Path, name: str) -> dict[str, Any]:
 def _settings(profile: Path, name: str) -> tuple[Params, CompareSettings]:
     settings = params.load(profile)
     if name not in settings.compare:
-        names = ", ".join(settings.compare) or "nothing"
-        raise UserError(f"{profile}: its section compare has no {name!r}; it has {names}")
+        names = ", ".join(settings.compare) or "none"
+        raise UserError(f"{profile}: compare has no entry {name!r}; its entries are: {names}")
     return settings, settings.compare[name]
 
 

@@ -230,8 +230,9 @@ def find_nodes(settings: Params, profile: Path, stage: str, name: str = "") -> l
     of_stage = [node for node in nodes(settings, profile) if node.stage == stage]
     chosen = [node for node in of_stage if name in ("", node.name)]
     if name and not chosen:
-        names = ", ".join(node.name for node in of_stage) or "none"
-        raise UserError(f"stage {stage}: has no {name}; give one of its names: {names}")
+        names = ", ".join(filter(None, (node.name for node in of_stage)))
+        remedy = f"give one of its names: {names}" if names else "it takes no name"
+        raise UserError(f"stage {stage}: has no {name}; {remedy}")
     return chosen
 
 

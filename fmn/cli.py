@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if explanation := system_error(error):
             _fail(str(explanation), 1)
         if isinstance(error, OSError):
-            _fail(f"{error.filename or 'fmn'}: {error.strerror or error}", 1)
+            _fail(f"{error.filename or 'fmn'}: {error.strerror or error}; check the path", 1)
         raise
 
 
@@ -94,7 +94,7 @@ def _one_line(error: cyclopts.CycloptsError) -> str:
         first = cause.errors()[0]
         message, option = in_words(first), str(first["loc"][0]) if first["loc"] else ""
         # Without an option it is of several together.
-        message = message.removesuffix("?")
+        message = message.removesuffix("?").removeprefix(f"{option}: ")
         return f"--{option.replace('_', '-')}: {message}" if option else message
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return f"{' '.join(error.unused_tokens or ())}: no argument of this command"

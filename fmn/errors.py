@@ -87,6 +87,11 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRONG_PATH = {
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of this path is a file: choose another path",
+    errno.ELOOP: "a link leads back to itself: correct it",
+}
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Messages of libraries whose exceptions have no errno: safetensors, SQLite, datasets, PyTorch
 # ("iostream error"), C++.
@@ -135,6 +140,8 @@ def _system_message(error: BaseException, place: Path | None) -> str | None:
     is_full = number in _DISK_FULL or _DISK_FULL_WORDS.search(words)
     if is_full or "disk I/O error" in words:  # SQLite: no room for its journal
         folder, free = _fullest_disk(file, place)
+        if is_full and not (place or file) and free > _ALMOST_FULL:
+            return "standard output: no space left on device; write it elsewhere"
         if is_full or free < _ALMOST_FULL:
             disk = f"the disk of {folder} ({free / 1e6:.1f} MB free)"
             return _at(place or file, f"no space left on {disk}; make room there and {_RETRY}")
@@ -145,6 +152,8 @@ def _system_message(error: BaseException, place: Path | None) -> str | None:
     if type(error).__name__ == "BrokenProcessPool":
         reason = "a process was killed, perhaps for lack of memory"
         return _at(place, f"{reason}; free some memory, and {_RETRY}")
+    if file and number in _WRONG_PATH:
+        return _at(file, f"{os.strerror(number)}; {_WRONG_PATH[number]}")
     is_out_of_memory = isinstance(error, MemoryError) or number == errno.ENOMEM
     if is_out_of_memory or _MEMORY_WORDS.search(words):
         memory = "the GPU's memory" if "CU" in words else "the memory"

@@ -42,7 +42,7 @@ from fmn.tasks.task import (
     task_settings,
 )
 
-SETTINGS = 3  # version of the stage
+SETTINGS = 4  # version of the stage
 WEBHOOK = "FMN_WEBHOOK"  # environment variable of the webhook's address
 MERGED, CALIBRATED, REALIGNED = "merged", "calibrated", "realigned"
 BOUNDS = {
@@ -70,6 +70,13 @@ class NotifySettings(Settings):
         description="address that takes messages in Slack's JSON: of a new champion and of a"
         f" failure; $NAME is read from the environment; default: ${WEBHOOK}, if that is set",
     )
+
+    @field_validator("webhook")
+    @classmethod
+    def _check_webhook(cls, webhook: SecretStr | None) -> SecretStr | None:
+        if webhook and not re.match(r"https?://.|\$\w", webhook.get_secret_value()):
+            raise ValueError("must be an address, https://..., or $NAME of an environment variable")
+        return webhook
 
     @property
     def address(self) -> str | None:
@@ -139,6 +146,22 @@ class Params(Settings):
         description="URL of a folder that this machine and all workers read and write, such as"
         " s3://bucket/fmn, or file:///mnt/fmn for one that all mount; for runner dask",
     )
+
+    @model_validator(mode="after")
+    def _check_work(self) -> "Params":
+        work = os.path.normpath(self.work)
+        if {*Path(work).parts} <= {"..", os.sep} or re.match("[~$]", work):
+            raise ValueError(
+                f"work: {shortened(self.work)} is no folder of a run's own; name one, such as"
+                " data/work, by its whole path if it is not in this folder"
+            )
+        for source in (self.base, *(each.source for each in self.sources.values())):
+            own = os.path.normpath(source)
+            if work == own or work.startswith(own + os.sep):
+                raise ValueError(
+                    f"work: {shortened(self.work)} is in {own}, which is read; name another folder"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_cluster(self) -> "Params":
@@ -399,8 +422,8 @@ def _file_digests(definition: TaskSettings) -> dict[str, str]:
 def _pins(settings: Params) -> dict[str, Any]:
     """What sources, and data sets on the Hub, stand for now.
 
-    Of a folder, these are its files, with the times of their last changes. What cannot be reached
-    is None: the stage that needs it says why.
+    Of a folder, these are its files with their sha256. What cannot be reached is None: the stage
+    that needs it says why.
     """
     sources = {name: each.source for name, each in settings.sources.items()}
     data: dict[str, str | None] = dict.fromkeys(settings.experts.tasks)
@@ -418,9 +441,8 @@ def _pins(settings: Params) -> dict[str, Any]:
 
 def _pin_of(source: str) -> dict[str, Any] | None:
     with suppress(UserError):
-        files = {str(file): file.stat() for file in origin.folder_files(source)}
-        states = {name: [state.st_size, state.st_mtime_ns] for name, state in files.items()}
-        return {"source": origin.pin(source), "files": states}
+        files = {str(file): artifacts.digest_file(file) for file in origin.folder_files(source)}
+        return {"source": origin.pin(source), "files": files}
     return None
 
 
@@ -456,7 +478,8 @@ def problems(
 
 def _problem(problem: Any) -> tuple[str, str]:
     """A setting, or "" where several do not fit one another, and what is wrong with it."""
-    path, known, about = _walk(Params, [str(part) for part in problem["loc"]])
+    place = [str(part) for part in problem["loc"] if part != "[key]"]  # of a name in a section
+    path, known, about = _walk(Params, place)
     setting = ".".join(path)
     if problem["type"] == "extra_forbidden":
         near = hint(path[-1], known) or f"; known here are {', '.join(known)}"

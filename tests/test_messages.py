@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def house(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rows.jsonl": '{"text": "a", "label": 1}\nnot json\n',
         "rows.xlsx": "a workbook",
         "no gzip.csv.gz": "text,label\n",
+        "open quote.csv": 'text,label\na,1\n"b,0\n',
+        "header twice.csv": f"text,label\n{ROWS}text,label\n",
+        "null.jsonl": '{"text": null, "label": 1}\n{"text": "a", "label": 0}\n',
+        "documents.yaml": "work: a\n---\nwork: b\n",
+        "nul.yaml": "work: a\0b\n",
         "cut.parquet": (house / "data/sst2/train.parquet").read_bytes()[:500],
         "fisher.parquet": (house / "fisher/sst2.parquet").read_bytes()[:300],
         "latin.txt": b"caf\xe9\n",
@@ -76,6 +82,7 @@ def house(tiny_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (house / "bad/nothing inside").mkdir()
     (house / "bad/loop").symlink_to("loop")
     (house / "bad/dangling").symlink_to("nowhere")
+    (house / "bad/dangling.csv").symlink_to("nowhere.csv")
     write_checkpoints(house / "experts/sst2", house / "bad")
     shutil.copytree(house / "data/sst2", house / "bad/cut rows")
     os.truncate(house / "bad/cut rows/train.parquet", 500)
@@ -101,6 +108,9 @@ def write_checkpoints(expert: Path, out: Path) -> None:
         "wider": {"config.json": json.dumps({**config, "hidden_size": 32})},
         "more layers": {"config.json": json.dumps({**config, "num_hidden_layers": 3})},
         "odd heads": {"config.json": json.dumps({**config, "num_attention_heads": 3})},
+        "null as size": {"config.json": json.dumps({**config, "hidden_size": None})},
+        "unknown activation": {"config.json": json.dumps({**config, "hidden_act": "florb"})},
+        "no second label": {"config.json": json.dumps({**config, "id2label": {0: "a", 2: "b"}})},
         "text as size": {"config.json": json.dumps({**config, "hidden_size": "16"})},
         "lacks a tensor": {"model.safetensors": safetensors.torch.save(without)},
         "no tokenizer": dict.fromkeys(
@@ -166,6 +176,8 @@ REPORT = f"report {OUT} --merged"
         ("run -p bad/latin.yaml", "bad/latin.yaml:2: not UTF-8 (byte 0xe9)|save it as UTF-8"),
         ("run -p bad/folder.yaml", "bad/folder.yaml: Is a directory|--params"),
         ("run -p bad/list.yaml", "bad/list.yaml: must be a section|not ['a', 'b']"),
+        ("run -p bad/documents.yaml", "bad/documents.yaml:2: not valid YAML: a second doc|keep"),
+        ("run -p bad/nul.yaml", "bad/nul.yaml: not valid YAML|write plain text"),
         ("run -p bad/tabs.yaml", "bad/tabs.yaml:2: not valid YAML|see that"),
         ("run -p bad/rows.csv", "bad/rows.csv: must be a section of settings|good 1,1|..."),
         ("run -p bad/cut.parquet", "bad/cut.parquet:1: not UTF-8"),
@@ -189,7 +201,15 @@ REPORT = f"report {OUT} --merged"
         (f"fetch '' {OUT}", "a source is empty|hf://org/name"),
         (f"fetch 'bad/nothing inside' {OUT}", "bad/nothing inside: has no config.json|give the"),
         (f"fetch bad/rows.csv {OUT}", "bad/rows.csv: is a file|give the folder"),
-        (f"fetch bad/loop {OUT}", "bad/loop: no such folder"),
+        (f"fetch bad/loop {OUT}", "bad/loop: a symbolic link to loop, which is not there"),
+        (f"fetch ftp://a/b {OUT}", "ftp://a/b: not a source|hf://org/name"),
+        (f"fetch models:/a/b/c {OUT}", "models:/a/b/c: not a registered version|models:/NAME/VER"),
+        (f"fetch models:/a@b {OUT}", "MLflow at sqlite:///mlflow.db: there is no such database"),
+        (f"fetch 'bad/null as size' {OUT}", "config.json|hidden_size must be int, not null"),
+        (f"fetch 'bad/unknown activation' {OUT}", "config.json|hidden_act is 'florb', which is"),
+        (f"fetch 'bad/no second label' {OUT}", "id2label must name the outputs 0, 1, ...|'2': 'b'"),
+        (f"fetch experts/sst2 --task rte {OUT}", "experts/sst2: an expert of sst2, not rte|--task"),
+        (f"fetch experts/sst2 --task sst2 --data bad/rows.csv {OUT}", "bad/rows.csv: is a file|gi"),
         (f"fetch hf:// {OUT}", "hf://: not a source|hf://org/name"),
         (f"fetch hf://a/../b {OUT}", "hf://a/../b: not a source|hf://org/name"),
         (f"fetch package:no_such/model {OUT}", "package:no_such/model|pip install"),
@@ -230,7 +250,11 @@ REPORT = f"report {OUT} --merged"
         (f"{DATA} --dataset bad/ragged.csv", "bad/ragged.csv: not csv|line 3"),
         (f"{DATA} --dataset bad/twice.csv", "bad/twice.csv: two columns are called 'text'|rename"),
         (f"{DATA} --dataset bad/nul.csv", "bad/nul.csv: column text|row 0|drop the row"),
-        (f"{DATA} --dataset bad/latin.csv", "bad/latin.csv: not UTF-8"),
+        (f"{DATA} --dataset bad/latin.csv", "bad/latin.csv: not UTF-8 (byte 0xe9|save it as UTF-8"),
+        (f"{DATA} --dataset bad/dangling.csv", "bad/dangling.csv: a symbolic link to nowhere.csv"),
+        (f"{DATA} --dataset 'bad/open quote.csv'", "a quote that begins in line 3 is never closed"),
+        (f"{DATA} --dataset 'bad/header twice.csv'", "row 20 is the header again; remove it"),
+        (f"{DATA} --dataset bad/null.jsonl", "column text is null in row 0, not a text"),
         (f"{DATA} --dataset bad/rows.jsonl", "bad/rows.jsonl: line 2 is not JSON|correct it"),
         (f"{DATA} --dataset bad/empty.jsonl", "bad/empty.jsonl: there are no rows"),
         (f"{DATA} --dataset bad/rows.xlsx", "bad/rows.xlsx: the ending|.csv"),
@@ -338,6 +362,14 @@ def test_a_wrong_command(
     [
         ({"base": 3}, ":2: base: must be a text|3"),
         ({"base": None}, ":2: base: must be a text, in quotes, not null"),
+        ({"work": "."}, ":1: work: '.' is no folder of a run's own|such as data/work"),
+        ({"work": "base/x"}, ":1: work: 'base/x' is in base, which is read; name another folder"),
+        ({"work": "~/x"}, ":1: work: '~/x' is no folder of a run's own|whole path"),
+        (
+            {"fisher": {"seed": date(2026, 1, 2)}},
+            "fisher.seed: must be a whole number, not 2026-01",
+        ),
+        ({"tasks": {1: {}}}, "tasks.1: must be a text, in quotes, not 1"),
         ({"work": ""}, ":1: work: must be a text that is not empty"),
         ({"experts": ["sst2"]}, ":3: experts: must be a section|['sst2']"),
         ({"experts": {"tasks": "sst2"}}, "experts.tasks: must be a list|'sst2'"),
@@ -367,6 +399,10 @@ def test_a_wrong_command(
         ({"registry": {"name": "a", "experiment": ""}}, "registry.experiment: must be a text"),
         ({"registry": {"name": "a", "tolerance": 2}}, "registry.tolerance: must be at most 1|2"),
         ({"notify": {"webhook": 3}}, "notify.webhook: must be a text"),
+        (
+            {"notify": {"webhook": "ftp://x"}},
+            "notify.webhook: must be an address, https://...|$NAME",
+        ),
         ({"runner": "ray"}, "runner: must be one of|'ray'"),
         ({"runner": "dask"}, "runner|`address`|tcp://host:8786"),
         ({"florb": 1}, "florb: unknown setting|known here are"),

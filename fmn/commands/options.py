@@ -14,6 +14,7 @@ from fmn.errors import UserError
 from fmn.experiments.stages import SearchSettings, search
 from fmn.merge.stages import cost, merge
 from fmn.registry.stages import log_search
+from fmn.store.artifacts import absent
 from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import Outcome
 from fmn.terminal import complain, loading, progress_bar, say
@@ -167,5 +168,5 @@ def _paths_by_name(
         if paths:
             return paths
     if not folder.exists():
-        raise UserError(f"{option} {folder}: no such folder; give it, or NAME=PATH")
+        raise UserError(f"{option} {folder}: {absent(folder)}; give it, or NAME=PATH")
     raise UserError(f"{option} {folder}: neither NAME=PATH nor a folder of them")

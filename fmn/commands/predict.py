@@ -68,7 +68,7 @@ def predict(
     has_many = file is not None or is_piped
     if file and (text or image):
         raise UserError(f"--file {file}: give it alone, without a text or --image")
-    inputs = _read(file) if has_many else iter([Input(text, text_pair, image)])
+    inputs = map(_checked, _read(file) if has_many else [Input(text, text_pair, image)])
     is_registered = model.startswith("models:")
     answering = _served(model, inputs, task) if is_registered else answers(
         Path(model), inputs, task=task
@@ -81,6 +81,16 @@ def predict(
             say(*([" | ".join(lines)] if has_many else lines))
 
 
+def _checked(row: Input) -> Input:
+    """An input whose texts are UTF-8; UserError for another."""
+    for text in (row.text, row.text_pair):
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"text {text!a:.60}: is not UTF-8; write it as UTF-8") from error
+    return row
+
+
 def _read(file: Path | None) -> Iterator[Input]:
     """Read the inputs from a file, or from standard input."""
     if file is None or file == _STDIN:
@@ -89,8 +99,9 @@ def _read(file: Path | None) -> Iterator[Input]:
     try:
         with file.open(encoding="utf-8", newline="") as opened:
             yield from _rows(opened, file)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         problem = getattr(error, "strerror", None) or "is not UTF-8"
+        problem = f"not csv ({error})" if isinstance(error, csv.Error) else problem
         raise UserError(f"{file}: {problem}; give a file of texts") from error
 
 
@@ -130,7 +141,7 @@ def _served(source: str, inputs: Iterator[Input], task: str) -> Iterator[Answer]
     from fmn.registry import tracking
 
     version = tracking.pin(source)
-    with tracking.connection():
+    with tracking.connection(creates=False):
         serve = tracking.load_served_model(version)
     while batch := list(islice(inputs, BATCH)):
         rows = [_served_row(each) for each in batch]

@@ -101,6 +101,13 @@ class GramMetadata(Metadata):
 M = TypeVar("M", StatisticMetadata, GramMetadata)
 
 
+def _not_finite(
+    what: str, metadata: "FisherMetadata | StatisticMetadata | GramMetadata"
+) -> UserError:
+    problem = f"{what} is not finite; see that the weights are, or choose --dtype float64"
+    return UserError(f"{metadata.task}: {problem}")
+
+
 def write_fisher(
     path: Path, fisher: "NodeValues", stderr: "NodeValues | None", metadata: FisherMetadata
 ) -> None:
@@ -115,6 +122,9 @@ def write_fisher(
     import pyarrow.parquet as pq
 
     sites = sorted(fisher)
+    for site in sites:
+        if not np.isfinite(fisher[site]).all():
+            raise _not_finite(f"the Fisher information of layer {site.layer}", metadata)
     counts = [len(fisher[site]) for site in sites]
     columns = {
         "layer": np.repeat(np.array([site.layer for site in sites], np.int16), counts),
@@ -180,6 +190,9 @@ def write_statistic(
     from safetensors.torch import save_file
 
     narrow = {name: tensors[name].float().contiguous() for name in sorted(tensors)}
+    for name, tensor in narrow.items():
+        if not tensor.isfinite().all():
+            raise _not_finite(name, metadata)
     save_file(narrow, path, {METADATA: metadata.model_dump_json(by_alias=True)})
 
 
@@ -203,7 +216,10 @@ def read_statistic(
     if not path.is_file():
         raise UserError(f"{path}: no such {kind} file; {remedy}")
     check_intact(path)
-    headers, stored = read_file(path)
+    try:
+        headers, stored = read_file(path)
+    except UserError as error:
+        raise UserError(f"{path}: not a {kind} file, or damaged; {remedy}") from error
     try:
         content = json.loads(stored[METADATA])
         stored_kind = content["kind"]

@@ -57,7 +57,7 @@ class Estimate:
 
     Attributes:
         fisher: mean over examples of the squared mask gradient; for "batch" the sum over batches.
-        stderr: standard error of that mean (NaN for a single example); None for "batch".
+        stderr: standard error of that mean; None for "batch", and for a single example.
         samples: examples that it was estimated from.
     """
 
@@ -68,7 +68,7 @@ class Estimate:
     @property
     def relative_error(self) -> float | None:
         """The mean of stderr / fisher over the nodes; None where it is undefined."""
-        if self.stderr is None or self.samples < 2:
+        if self.stderr is None:
             return None
         fisher, stderr = (np.concatenate(list(v.values())) for v in (self.fisher, self.stderr))
         positive = fisher > 0
@@ -385,6 +385,7 @@ def _summary(run: _Run, sums: PartialSums) -> Estimate:
     if run.loss.estimator == "batch":
         return Estimate(by_site(total), None, count)
     mean = total / count
-    spread = np.maximum(squares - count * mean**2, 0) if count > 1 else np.full_like(mean, np.nan)
-    stderr = np.sqrt(spread / max(count - 1, 1) / count)
+    if count < 2:
+        return Estimate(by_site(mean), None, count)
+    stderr = np.sqrt(np.maximum(squares - count * mean**2, 0) / (count - 1) / count)
     return Estimate(by_site(mean), by_site(stderr), count)

@@ -175,7 +175,9 @@ def calibrated_encoder(
                     _calibrate_layer(number, tasks, settings.ridge, target)
                 list(side_by_side(partial(_advance, number), tasks, target))
                 progress(number + 1, len(paths))
-    return _tensors_of(merged, encoder), dict(zip(experts, map(_error, tasks), strict=True))
+    each = zip(experts, map(_error, tasks), strict=True)
+    errors = {name: error for name, error in each if error is not None}
+    return _tensors_of(merged, encoder), errors
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -508,7 +510,9 @@ def _move(
     matrix.add_(torch.cat(steps).flatten(0, 1))  # [nodes, rows of a node, n] -> [rows, n]
 
 
-def _error(task: _Task) -> float:
+def _error(task: _Task) -> float | None:
+    """The mean squared difference over the variance; None where the expert's states are equal."""
     merged = torch.cat([_tokens(texts.states, texts.tokens) for texts in task.merged])
     own = torch.cat([_tokens(texts.states, texts.tokens) for texts in task.own])
-    return float((merged - own).square().mean() / own.var(0, correction=0).mean())
+    variance = float(own.var(0, correction=0).mean())
+    return float((merged - own).square().mean()) / variance if variance else None

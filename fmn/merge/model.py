@@ -385,7 +385,7 @@ def _merged_rows(
     if plan.scale != 1 and base is not None:
         merged = torch.lerp(base.to(merged.dtype), merged, float(plan.scale))
     merged = merged.to(parameter.spec.dtype)
-    if not finite(merged):
+    if not checkpoints.finite(merged):
         _refuse_not_finite(inputs, name)
         dtype = NAMES[parameter.spec.dtype]
         raise UserError(f"tensor {name}: merged values do not fit {dtype}; use a smaller --scale")
@@ -413,15 +413,9 @@ def _rows_of(fisher: Tensor, rows: slice | None) -> Tensor:
     return fisher if is_same_for_all else fisher[rows]
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or Inf; one pass unless a sum of finite numbers overflows."""
-    accumulator = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
-    return bool(tensor.sum(dtype=accumulator).isfinite()) or bool(tensor.isfinite().all())
-
-
 def _refuse_not_finite(inputs: Mapping[str, Tensor], name: str) -> None:
     for source, tensor in inputs.items():
-        if not finite(tensor):
+        if not checkpoints.finite(tensor):
             raise UserError(f"{source}: tensor {name} holds NaN or Inf; it cannot be merged")
 
 

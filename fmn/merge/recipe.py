@@ -16,9 +16,9 @@ the last shard of the encoder, which no task links to.
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fmn import __version__
 from fmn.errors import UserError, hint
@@ -100,6 +100,12 @@ class MergeSettings(Settings):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{task}={value}: not a finite number, zero or more")
         return coefficient
+
+    @model_validator(mode="after")
+    def _has_density(self) -> Self:
+        if self.density and not self.is_auto and not needs_of(self.method).density:
+            raise ValueError(f"density: method {self.method} has none; leave it out")
+        return self
 
     @property
     def is_auto(self) -> bool:
@@ -249,7 +255,7 @@ class Calibrated(Record):
     Attributes:
         merged: digest of the model before.
         errors: by task, mean squared difference of the last layer's states from the expert's, over
-            the variance of the expert's.
+            the variance of the expert's; without tasks of whose expert all states are the same.
     """
 
     merged: str

@@ -1,5 +1,6 @@
 """The stages that merge experts, calibrate encoders and re-align heads."""
 
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -191,9 +192,16 @@ def _checked_tasks(
     experts: Mapping[str, Path], base: Path | None, by_statistics: Mapping[str, Task | None]
 ) -> tuple[dict[str, Task], list[str]]:
     """The experts' tasks, and what is doubtful about them; UserError if they do not fit."""
+    for name in experts:  # also the name of a folder
+        if not re.fullmatch(r"\w[\w-]{0,99}", name) or name == "mean":
+            raise UserError(f"--expert {name!r}: a task's name is of letters, digits, _ and -")
     tasks = {task: _definition(task, experts[task], by_statistics) for task in experts}
     notes = provenance.check_experts(experts, tasks, base)
     notes += provenance.check_common_base(experts, base)
+    for name, folder in experts.items():
+        stored, config = tensor_headers(folder), checkpoints.load_config(folder)
+        head = checkpoints.stored_names(folder, config, tasks[name].task).head.values()
+        checkpoints.check_finite({each: stored[each] for each in head}, f"expert {name} ({folder})")
     return tasks, notes + _about_statistics(tasks, by_statistics)
 
 
@@ -223,6 +231,9 @@ def _about_statistics(
                     f"{name}: its statistics are of the {what} {value}, its expert is of"
                     f" {expected}; compute them again"
                 )
+        if other.labels and own.labels and other.labels != own.labels:
+            orders = f"{in_a_line(other.labels)}, the expert's are {in_a_line(own.labels)}"
+            notes.append(f"{name}: its statistics' labels are {orders}: matched by name")
         if other.max_length != own.max_length:
             lengths = f"{other.max_length} tokens, the expert's task has {own.max_length}"
             notes.append(f"{name}: its statistics are of texts of at most {lengths}")

@@ -22,6 +22,7 @@ from fmn.store.headers import (
     read_json,
     tensor_headers,
 )
+from fmn.store.records import shortened
 from fmn.tasks.kinds import KINDS, KindName, kind_of_class
 from fmn.tasks.task import Task, in_a_line, read_task
 
@@ -84,7 +85,20 @@ def load_config(folder: Path) -> "PretrainedConfig":
         with quiet():
             return CONFIG_MAPPING[raw["model_type"]].from_dict(raw, name_or_path=str(folder))
     except Exception as error:  # each configuration validates itself in its own way
-        raise UserError(f"{folder / CONFIG}: cannot be used: {first_words(error)}") from error
+        problem = f"cannot be used: {_about_config(error, raw)}; correct it"
+        raise UserError(f"{folder / CONFIG}: {problem}") from error
+
+
+def _about_config(error: Exception, raw: Mapping[str, Any]) -> str:
+    """What Transformers says of a configuration, with the setting that it is about."""
+    words = first_words(error)
+    if match := re.search(r"Field '(\w+)' expected (.+), got \w+ \(value: (.*)\)", words):
+        value = raw.get(match[1])
+        return f"{match[1]} must be {match[2]}, not {shortened(value)}"
+    if isinstance(error, KeyError) and error.args:  # of a table of what it knows
+        keys = [key for key, value in raw.items() if value == error.args[0]]
+        return f"{keys[0]} is {words}, which is unknown" if keys else f"{words} is missing"
+    return words
 
 
 def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
@@ -101,6 +115,10 @@ def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
         return f"{CONFIG} has the model_type {model_type!r:.40}, unknown to Transformers; {remedy}"
     if "quantization_config" in raw:
         return "the weights are quantized; use a checkpoint without quantization_config"
+    names = raw.get("id2label") or {}
+    if not isinstance(names, dict) or {*map(str, names)} != {*map(str, range(len(names)))}:
+        problem = f"id2label must name the outputs 0, 1, ..., not {shortened(names)}"
+        return f"{CONFIG}: {problem}; correct it"
     for key, value in json_entries(raw):
         if "_implementation" in key and isinstance(value, str) and re.search(r"\W", value):
             return f"{CONFIG} asks for code from elsewhere ({key}: {value:.80}), which is never run"
@@ -249,7 +267,8 @@ def described_model(config: "PretrainedConfig", kind: KindName | None = None) ->
             return model
     except Exception as error:  # each architecture refuses sizes in its own way
         words = "text classifier" if kind == "text-classification" else f"model for {kind}"
-        problem = f"{CONFIG} describes no {words} that can be built: {first_words(error)}"
+        reason = _about_config(error, config.to_dict())
+        problem = f"{CONFIG} describes no {words} that can be built: {reason}; correct it"
         raise UserError(f"{config.name_or_path}: {problem}") from error
 
 
@@ -297,6 +316,25 @@ def stored_names(folder: Path, config: "PretrainedConfig", kind: KindName | None
     return encoder_names(
         config, headers, kind, lambda name, same: not equal(headers[name], headers[same])
     )
+
+
+def check_finite(headers: Mapping[str, TensorHeader], place: object) -> None:
+    """Refuse weights that hold NaN or Inf, with a `UserError` that names `place` and the tensor."""
+    from safetensors import safe_open
+
+    for file in {header.file for header in headers.values()}:
+        with safe_open(file, "pt") as tensors:
+            for name in (name for name, header in headers.items() if header.file == file):
+                if not finite(tensors.get_tensor(name)):
+                    raise UserError(f"{place}: {name} holds NaN or Inf; get it again")
+
+
+def finite(tensor: "Tensor") -> bool:
+    """Whether no element is NaN or Inf; one pass unless a sum of finite numbers overflows."""
+    import torch
+
+    accumulator = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
+    return bool(tensor.sum(dtype=accumulator).isfinite()) or bool(tensor.isfinite().all())
 
 
 def equal(first: TensorHeader, second: TensorHeader) -> bool:

@@ -196,7 +196,7 @@ def check_base(expert: Path, base: Path, kind: KindName | None = None) -> list[s
     """
     # The base of models with heads is read as it is: taggers have no pooler, and others do.
     alike = likeness(sample(expert, kind), sample(base, _of_base(expert, kind)))
-    return list(_judged(alike, f"{expert}", f"the base {base}"))
+    return [*_judged(alike, f"{expert}", f"the base {base}"), *_untrained(alike, expert, base)]
 
 
 def check_common_base(experts: Mapping[str, Path], base: Path | None = None) -> list[str]:
@@ -214,17 +214,15 @@ def check_common_base(experts: Mapping[str, Path], base: Path | None = None) -> 
     if base is not None:
         own = sample(base, _of_base(next(iter(experts.values())), None))
         for name, place in places.items():
-            notes += _judged(likeness(samples[name], own), place, f"the base {base}")
+            alike = likeness(samples[name], own)
+            notes += _judged(alike, place, f"the base {base}")
+            notes += _untrained(alike, experts[name], base)
     for first, second in combinations(experts, 2):
         pair = f"{places[first]} and {places[second]}"
         alike = likeness(samples[first], samples[second])
         if base is None and alike and alike.is_doubtful:
             notes.append(f"{pair}: perhaps they were not fine-tuned from one base: {alike}")
-        if (
-            alike
-            and alike.correlation > 0.999
-            and _is_same_encoder(experts[first], experts[second])
-        ):
+        if _is_same_encoder(alike, experts[first], experts[second]):
             words = "have the same encoder, weight for weight: one may be there by mistake"
             notes.append(f"{pair} {words}")
     return notes
@@ -249,8 +247,17 @@ def _judged(alike: Likeness | None, expert: str, base: str) -> Iterator[str]:
         yield f"{expert}: perhaps it was not fine-tuned from {base}: {alike}"
 
 
-def _is_same_encoder(first: Path, second: Path) -> bool:
-    """Whether two checkpoints have the same encoder, weight for weight."""
+def _untrained(alike: Likeness | None, expert: Path, base: Path) -> list[str]:
+    """A note if an expert's encoder is its base's."""
+    if not _is_same_encoder(alike, expert, base):
+        return []
+    return [f"{expert}: has the encoder of the base {base}, weight for weight: was it fine-tuned?"]
+
+
+def _is_same_encoder(alike: Likeness | None, first: Path, second: Path) -> bool:
+    """Whether two checkpoints, alike by a sample of weights, have the same, weight for weight."""
+    if not alike or alike.correlation < 0.999:
+        return False
     sides = []
     for folder in (first, second):
         headers, config = tensor_headers(folder), checkpoints.load_config(folder)

@@ -16,7 +16,7 @@ from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.encoding import encode
 from fmn.tasks.spans import Span, find_spans, words_of
-from fmn.tasks.task import Task, load_task, write_task
+from fmn.tasks.task import Task, in_a_line, load_task, write_task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -192,7 +192,9 @@ def answers(model: Path, inputs: Iterable[Input], *, task: str) -> Iterator[Answ
     """Answer inputs one by one with a merged model, as `predict` does; it is loaded once."""
     folder = model / "tasks" / task
     if not folder.is_dir():
-        raise UserError(f"{model}: not a merged model of task {task}; give one, and its task")
+        tasks = in_a_line(sorted(each.name for each in model.glob("tasks/*")))
+        has = f"; its tasks are {tasks}" if tasks else "; give one, and its task"
+        raise UserError(f"{model}: not a merged model of task {task}{has}")
     definition = labels.expert_task(folder, task)
     expert: labels.Expert | None = None
     for text, text_pair, image in inputs:

@@ -29,6 +29,7 @@ import torch
 import transformers
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc import scoring_server
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
@@ -697,6 +698,17 @@ class Pace:
                 )
 
 
+def read_csv(csv_input: Any, schema: Any = None) -> pd.DataFrame:
+    """The rows of a request of CSV: texts, and null where a field is empty.
+
+    In place of MLflow's own function, which knows no columns of any type.
+    """
+    try:
+        return pd.read_csv(csv_input, dtype=str, keep_default_na=False, na_values=[""])
+    except ValueError as error:  # of pandas' parsers too
+        _refuse(f"no CSV with a line of column names ({error}); write text, text_pair and task")
+
+
 def _refuse(message: str) -> NoReturn:
     raise MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
 
@@ -725,6 +737,8 @@ class MergedModel(PythonModel):
     """Answers rows for one task, for the task that each row names, or for all tasks that fit."""
 
     def load_context(self, context: PythonModelContext) -> None:
+        if SERVER in os.environ:
+            scoring_server.parse_csv_input = read_csv
         self.tasks, self.memory = load_tasks(Path(context.artifacts["merged"]))
         self.lock = threading.Lock()  # tokenizers are not thread-safe
 

@@ -106,6 +106,8 @@ def register(
     from fmn.registry import tracking
 
     started = time.monotonic()
+    if data:
+        artifacts.check_folder(data)
     if out:
         reads = [model, metrics, data, report, card, params]
         stage.check_output(out, reads, is_folder=False, stage="register")
@@ -314,7 +316,9 @@ def roll_back(name: str, *, to: str | None = None) -> ChampionChange:
     """
     from fmn.registry import tracking
 
-    with tracking.connection() as client:
+    if not name or not (to or "1").isdecimal():
+        raise UserError(f"rollback {name} {to or ''}: give the model's name, and a number to --to")
+    with tracking.connection(creates=False) as client:
         model = client.get_registered_model(name)
         champion, before = tracking.champions(client, model)
         version = to or before
@@ -363,7 +367,7 @@ def read_lineage(source: str) -> Version:
         forms = "models:/NAME/VERSION or models:/NAME@ALIAS"
         raise UserError(f"{source}: not a registered version; write {forms}")
     uri = tracking.pin(source)
-    with tracking.connection() as client:
+    with tracking.connection(creates=False) as client:
         run = client.get_model_version(*uri.removeprefix("models:/").split("/")).run_id
         files = client.list_artifacts(run, str(Path(LINEAGE).parent)) if run else []
         if not run or LINEAGE not in [file.path for file in files]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, redirect_stderr
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from fmn.errors import UserError, causes, redacted, system_errors_explained
@@ -56,6 +57,7 @@ for name in ("mlflow", "alembic"):
     logging.getLogger(name).setLevel(logging.WARNING)
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
+_SET_ADDRESS = "set MLFLOW_TRACKING_URI to that of your registry, such as sqlite:///mlflow.db"
 # Tags of a run: content key; score by task, tasks whose score is an error, digest of the data; the
 # alias that its version got, and why.
 KEY = "fmn.key"
@@ -119,16 +121,23 @@ def page(port: int) -> str:
 
 
 @contextmanager
-def connection() -> Iterator[mlflow.MlflowClient]:
+def connection(creates: bool = True) -> Iterator[mlflow.MlflowClient]:
     """A client of the store, under a lock that all processes of this user and machine share.
 
     The first one creates the tables; and who becomes the champion depends on who is.
+
+    Args:
+        creates: whether a database that is not there is created; what only reads needs none.
 
     Raises:
         UserError: the store refuses, or cannot be reached.
     """
     uri = tracking_uri()
     file = _database_file()
+    if "://" not in uri and uri != "databricks":
+        raise UserError(f"MLflow at {uri}: not the address of a store; {_SET_ADDRESS}")
+    if file and not creates and not file.exists():
+        raise UserError(f"MLflow at {uri}: there is no such database; {_SET_ADDRESS}")
     mlflow.set_tracking_uri(uri)
     lock = artifacts.locked(file or Path("/") / artifacts.digest_bytes(uri.encode()))
     with system_errors_explained(file), lock, warnings.catch_warnings():
@@ -198,10 +207,16 @@ def _reason(error: BaseException) -> str:
     modules = ("requests.", "urllib3.")
     network = [cause for cause in causes(error) if type(cause).__module__.startswith(modules)]
     if not network:
-        return " ".join(str(error).split())[:300]
+        reason = str(getattr(error, "orig", error)).partition(" See https://")[0].rstrip(". ")
+        remedy = ""
+        if "not found" in reason:
+            remedy = "; check the name, or set MLFLOW_TRACKING_URI"
+        elif isinstance(error, SQLAlchemyError) or "unsupported URI" in reason:
+            remedy = f"; {_SET_ADDRESS}"
+        return f"{shorten(reason, 300, placeholder=' ...')}{remedy}"
     last = network[-1]
     reason = str(last) if "too many" in str(last) else type(last).__name__
-    remedy = "see that it runs, then run again to go on from here"
+    remedy = "see that it runs at MLFLOW_TRACKING_URI, then run again to go on from here"
     return f"the server does not answer as it should ({reason}); {remedy}"
 
 
@@ -247,11 +262,14 @@ def pin(source: str) -> str:
     Raises:
         UserError: there is no such version.
     """
+    if not re.fullmatch(r"models:/[^/@]+(/[^/@]+|@[^/@]+)", source):
+        remedy = "write models:/NAME/VERSION or models:/NAME@ALIAS"
+        raise UserError(f"{source}: not a registered version; {remedy}")
     path, _, alias = source.removeprefix("models:/").partition("@")
     name, _, wanted = path.partition("/")
-    if not alias and (not wanted or wanted.isdecimal()):
+    if wanted.isdecimal():
         return source
-    with connection() as client:
+    with connection(creates=False) as client:
         if alias:
             return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
         is_latest = wanted.lower() == "latest"
@@ -264,7 +282,8 @@ def pin(source: str) -> str:
 def download(source: str, out: Path) -> str:
     """Put a registered version's files into a folder; returns its pinned source."""
     pinned = pin(source)
-    with connection():
+    with connection(creates=False) as client:
+        client.get_model_version(*pinned.removeprefix("models:/").split("/"))  # or it says so soon
         mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=str(out))
     return pinned
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from fmn.errors import UserError, hint
 from fmn.rows import images
 from fmn.rows.sources import File, class_names, reachable
+from fmn.store.records import shortened
 from fmn.tasks.task import in_a_line
 
 DAMAGED = (
@@ -99,9 +100,15 @@ def _read(file: File) -> Table:
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno is not None and file.format != "saved":
             raise
-        reason = " ".join(str(error).split())
-        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else file.format
-        raise UserError(f"{file.name}: not {kind} ({reason:.200}); write it again") from error
+        if isinstance(error, UnicodeDecodeError):
+            wrong = f"byte {error.object[error.start]:#x} at position {error.start}"
+            raise UserError(f"{file.name}: not UTF-8 ({wrong}); save it as UTF-8") from error
+        reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
+        if at := re.search(r"EOF inside string starting at row (\d+)", reason):
+            reason = f"a quote that begins in line {int(at[1]) + 1} is never closed"
+        raise UserError(
+            f"{file.name}: not {file.format} ({reason:.200}); write it again"
+        ) from error
     columns: dict[str, Any] = {}
     for name, values in named:
         if str(name).strip() in columns:
@@ -152,6 +159,8 @@ def _csv(file: File) -> Columns:
     if frame.empty:
         raise UserError(f"{file.name}: the file is empty; write it again")
     names, body = frame.iloc[0], frame.iloc[1:]
+    if again := [row for row, is_same in enumerate((body == names).all(axis=1)) if is_same]:
+        raise UserError(f"{file.name}: row {again[0]} is the header again; remove it")
     return [(name, body[number].tolist()) for number, name in enumerate(names)], {}
 
 
@@ -184,7 +193,7 @@ def _json(file: File) -> Columns:
         raise ValueError("it is no list of records, such as [{'text': ...}], and no record a line")
     for row, record in enumerate(records):
         if not isinstance(record, dict):
-            raise ValueError(f"row {row} is {record!r:.40}, not a record {{NAME: VALUE}}")
+            raise ValueError(f"row {row} is {shortened(record, 40)}, not a record {{NAME: VALUE}}")
     names = dict.fromkeys(name for record in records for name in record)
     # Stop at the first name too many, before memory for all records times names is used.
     names = dict.fromkeys(islice(names, MOST_COLUMNS + 1))

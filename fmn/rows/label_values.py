@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from fmn.errors import UserError, hint
+from fmn.store.records import shortened
 from fmn.tasks.kinds import MULTI, REGRESSION, SINGLE
 from fmn.tasks.metrics import METRICS
 from fmn.tasks.task import TaskSettings, in_a_line, plain_text
@@ -193,7 +194,7 @@ def tags(
     for row, (value, own) in enumerate(zip(values, words, strict=True)):
         cell = word_list(value)
         if cell is None:
-            problem = f"is {value!r:.40} in row {row}, not a list of tags"
+            problem = f"is {shortened(value, 40)} in row {row}, not a list of tags"
             raise UserError(f"{place}: {column} {problem}; give one for each word")
         if len(cell) != len(own):
             raise UserError(
@@ -251,7 +252,9 @@ def encode(values: Sequence[Any], labels: Labels, place: str, column: str) -> li
         try:
             encoded.append(encode_value(value, labels))
         except ValueError as error:
-            raise UserError(f"{place}: {column} is {value!r:.60} in row {row}; {error}") from error
+            raise UserError(
+                f"{place}: {column} is {shortened(value)} in row {row}; {error}"
+            ) from error
     return encoded
 
 

@@ -21,6 +21,7 @@ from fmn.rows.label_values import (
     word_list,
 )
 from fmn.rows.sources import File, used_splits
+from fmn.store.records import shortened
 from fmn.tasks.batches import random_order
 from fmn.tasks.dataset import label_array
 from fmn.tasks.kinds import KINDS, REGRESSION, SINGLE
@@ -37,7 +38,9 @@ from fmn.tasks.task import (
 )
 
 SHARE = 0.1  # of the rows are split off for validation, if the data have no split for it
-MANY = 50  # classes; with more, the column may be something else than a label
+# Classes; with more, the column may be something else than a label. So it may with some, where
+# rows are few.
+MANY, SOME = 50, 8
 
 
 class Prepared(NamedTuple):
@@ -224,8 +227,9 @@ def _inputs(task: Task, columns: Mapping[str, str], table: Table) -> dict[str, A
             content[name] = images.checked(values, place, files)
         elif wrong := [row for row, value in enumerate(values) if not is_text(value)]:
             raise UserError(
-                f"{table.place}: column {source} is {values[wrong[0]]!r:.40} in row {wrong[0]}, not"
-                f" a text ({len(wrong)} of {len(values)} rows are so); give a text, or drop the row"
+                f"{table.place}: column {source} is {shortened(values[wrong[0]], 40)} in row"
+                f" {wrong[0]}, not a text ({len(wrong)} of {len(values)} rows are so); give a text,"
+                " or drop the row"
             )
     return content
 
@@ -237,8 +241,8 @@ def _checked_words(values: Sequence[Any], place: str, source: str) -> list[list[
         words = word_list(value)
         if words is None or not all(map(is_text, words)):
             raise UserError(
-                f"{place}: column {source} is {value!r:.40} in row {row}, not a list of words; give"
-                " one, or drop the row"
+                f"{place}: column {source} is {shortened(value, 40)} in row {row}, not a list of"
+                " words; give one, or drop the row"
             )
         lists.append(words)
     return lists
@@ -295,10 +299,14 @@ def odd_rows(task: Task, tables: Mapping[str, pa.Table]) -> list[str]:
             lines.append(f"{split}: {same} of {len(rows)} texts are also in training")
     if task.has_labels and not task.validation:
         lines.append("there are no validation rows, so that no model can be scored")
-    if len(task.labels) > MANY:
+    count, rows = len(task.labels), sum(map(len, tables.values()))
+    if count > MANY or count > max(SOME, rows // 2):
         lines.append(
-            f"there are {len(task.labels)} labels; numbers to predict need problem_type: regression"
+            f"there are {count} labels in {rows} rows; see that columns.label is the labels';"
+            " numbers to predict need problem_type: regression"
         )
+    if {"-1", "0"} <= {*task.labels}:
+        lines.append("-1 is a label here; in many data sets it says that a row has none")
     return lines
 
 

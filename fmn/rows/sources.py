@@ -4,6 +4,7 @@ Nothing that comes with a data set is executed, and nothing is cached but what t
 """
 
 import glob
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -144,6 +145,8 @@ def _splits_of(root: str) -> Splits:
     if not system.exists(path):
         if "://" in root:
             raise UserError(f"{root}: not there, or not to be reached; check address and network")
+        if os.path.islink(path):  # noqa: PTH114 - a path of fsspec's
+            raise UserError(f"{root}: {artifacts.absent(Path(path))}; correct the link")
         raise UserError(f"{root}: no such file or folder{_what_there_is(system, path)}")
     if not system.isdir(path):
         return {"train": [_file(root, path, system)]}

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from fmn.errors import UserError
 from fmn.models import checkpoints
 from fmn.models.checkpoints import CONFIG
+from fmn.store import artifacts
 from fmn.store.headers import PICKLED, WEIGHTS
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def checkpoint_folder(folder: Path) -> Path:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give the folder that holds it")
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; of the Hub, write hf://org/name")
+        raise UserError(f"{folder}: {artifacts.absent(folder)}; of the Hub, write hf://org/name")
     snapshots = folder / "snapshots"
     if not (folder.name.startswith("models--") and snapshots.is_dir()):
         return folder
@@ -132,13 +133,15 @@ def no_checkpoint(names: Set[str]) -> str:
     """The end of a message about a place with these files that has no configuration."""
     if "merge.json" in names:
         return checkpoints.no_checkpoint(names)
-    folders = {name.partition("/")[0] for name in names if name.endswith(_CONFIGS)}
+    folders = sorted({name.partition("/")[0] for name in names if name.endswith(_CONFIGS)})
     inner = [name for name in folders if not re.fullmatch(r"\d+_(Pooling|Dense|Normalize)", name)]
     inner.sort(key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split("-")])
     if len(inner) > 1 and all(name.startswith("checkpoint-") for name in inner):
         return f"holds the checkpoints of a training run: {', '.join(inner)}; give one of them"
     if inner:
-        return f"has no {CONFIG}, but {', '.join(inner[:12])} has; give that folder"
+        if len(inner) == 1:
+            return f"has no {CONFIG}, but {inner[0]} has; give that folder"
+        return f"has no {CONFIG}, but {', '.join(inner[:12])} have; give one of these folders"
     has_weights = WEIGHTS in names or PICKLED in names
     return (not has_weights and _unusable(names)) or checkpoints.no_checkpoint(names)
 

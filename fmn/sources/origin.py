@@ -152,6 +152,7 @@ def copy_origin(
         names.normalise(folder, notes)
         config = checkpoints.load_config(folder)
         checkpoints.check_tensors(folder, config, head=False)
+        checkpoints.check_finite(headers.tensor_headers(folder), folder)
         if any((folder / name).is_file() for name in VOCABULARY_FILES):
             doubts.settle_tokens(folder, config, notes)
             loading.load_tokenizer(folder, config)
@@ -276,7 +277,7 @@ def _origin(source: str, progress: Progress = no_progress) -> Origin:
             open=lambda name: hub.open_file(repo, begin + name, commit),
             is_linked=True,
         )
-    if source.startswith(SCHEMES):
+    if source.startswith(SCHEMES) or "://" in source:
         raise UserError(f"{source}: not a source; write hf://org/name or package:module/path")
     return _folder_origin(Path(source).expanduser(), source, source)
 

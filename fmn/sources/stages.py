@@ -12,13 +12,13 @@ from fmn.errors import UserError
 from fmn.models import checkpoints, labels, provenance
 from fmn.models.provenance import CheckpointInfo
 from fmn.sources import doubts, forms, origin
-from fmn.store import stage
+from fmn.store import artifacts, stage
 from fmn.store.headers import write_json
 from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
 from fmn.tasks.kinds import ARCHITECTURE
-from fmn.tasks.task import Task, load_task, read_task
+from fmn.tasks.task import TASKS, Task, load_task, read_task
 
 FETCH = 7
 
@@ -117,11 +117,15 @@ def fetch(
     stage.check_output(out, [Path(forms.address(source))])
     if not task and (data or settings.labels):
         raise UserError("fetch: --data and --labels are for an expert; say its task, --task TASK")
+    if data:
+        artifacts.check_folder(data)
     pinned = origin.pin(source)
     reads: dict[str, Any] = {"folder": origin.folder_files(pinned), "base": base}
     keys = {"source": pinned, **({"architecture": architecture} if architecture else {})}
     # An expert that fmn fine-tuned has its task's definition in its folder.
     definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
+    if definition and definition.name != task:
+        raise UserError(f"{source}: an expert of {definition.name}, not {task}; correct --task")
     if task:
         keys |= {"task": definition or task, "fetch": settings.labels}
     if data and definition and labels.can_check(data, definition):
@@ -159,9 +163,15 @@ def _align(
         its labels, and what is doubtful about it; messages and notes name its source.
     """
     try:
-        expert = labels.expert_task(folder, task) if isinstance(task, str) else task
+        notes = []
+        if isinstance(task, str):
+            if task not in TASKS:
+                notes.append(f"{task}: nothing but config.json says what it is; give --data")
+            expert = labels.expert_task(folder, task)
+        else:
+            expert = task
         order = labels.align(folder, expert, data, names)
-        notes = doubts.about_head(folder, checkpoints.load_config(folder), expert)
+        notes += doubts.about_head(folder, checkpoints.load_config(folder), expert)
         notes += provenance.check_base(folder, base, expert.task) if base else []
     except UserError as error:  # the reader does not know the folder that is being written
         raise UserError(str(error).replace(str(folder), source)) from error

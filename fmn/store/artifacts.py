@@ -77,9 +77,20 @@ def check_folder(folder: Path) -> None:
         problem = (
             "is a file; give the folder of it"
             if folder.is_file()
-            else "no such folder; check the path"
+            else f"{absent(folder)}; check the path"
         )
         raise UserError(f"{folder}: {problem}")
+
+
+def absent(path: Path, what: str = "folder") -> str:
+    """What to say of a path that leads nowhere: that it is a link, if it is one.
+
+    >>> absent(Path("nowhere"))
+    'no such folder'
+    """
+    if path.is_symlink():
+        return f"a symbolic link to {path.readlink()}, which is not there"
+    return f"no such {what}"
 
 
 def digest_files(folder: Path) -> dict[str, str]:

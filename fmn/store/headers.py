@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -125,7 +126,7 @@ def names_in(folder: Path) -> set[str]:
 
 def first_words(error: BaseException) -> str:
     """What another library says, as it fits into one line of ours."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return shorten(str(error), 160, placeholder=" ...") or type(error).__name__
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from datetime import date
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, field_validator
@@ -71,6 +72,7 @@ _MUST_BE: Mapping[str, str] = {
     "less_than": "below {lt:g}",
     "less_than_equal": "at most {le:g}",
     "too_short": "a list of at least {min_length}",
+    "string_too_long": "of at most {max_length} characters",
     "too_long": "a list of at most {max_length}",
     "literal_error": "one of {expected}",
     "string_pattern_mismatch": "a name of letters, digits, dots, dashes and underscores",
@@ -99,11 +101,12 @@ def in_words(problem: Mapping[str, Any]) -> str:
 def shortened(value: Any, most: int = 60) -> str:
     """A value as in YAML, cut if it is long.
 
-    >>> shortened("many words", 8), shortened(None)
-    ("'many...", 'null')
+    >>> shortened("many words", 8), shortened(None), shortened(date(2026, 1, 2))
+    ("'many...", 'null', '2026-01-02')
     """
     is_word = value is None or isinstance(value, bool)
-    text = json.dumps(value) if is_word else repr(value)
+    is_date = isinstance(value, date)
+    text = json.dumps(value) if is_word else str(value) if is_date else repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -53,11 +53,14 @@ def _not_valid(path: Path, error: Exception) -> str:
     from ruamel.yaml.error import MarkedYAMLError
 
     if not isinstance(error, MarkedYAMLError) or not error.problem_mark:
-        return f"{path}: not valid YAML: {' '.join(str(error).split())}"
+        reason = " ".join(str(error).split()).replace(' in "<file>"', "")
+        return f"{path}: not valid YAML: {reason}; write plain text"
     problem = " ".join(str(error.problem).split())
     place = f"{path}:{error.problem_mark.line + 1}: not valid YAML: "
     if "duplicate key" in problem:
         return f"{place}{problem}; remove one of the two"
+    if "another document" in problem:
+        return f"{place}a second document begins here; keep one"
     begin = error.context_mark
     context = f" {error.context}, which begins on line {begin.line + 1}" if begin else ""
     return f"{place}{problem}{context}; see that brackets, quotes and indents match"

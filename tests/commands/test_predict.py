@@ -63,6 +63,7 @@ def test_texts_of_files_and_of_standard_input_are_answered_a_line_each(
     [
         (None, "No such file"),
         (b"\xff\xfe", "is not UTF-8"),
+        (b"text\n" + b"x" * 200_000, "texts.csv: not csv (field larger than"),
         (b"body\nx\n", "texts.csv:2: no column text but body; call the texts text, text_pair"),
     ],
 )
@@ -81,6 +82,21 @@ def test_files_that_cannot_be_answered_are_a_line(
     problem = capsys.readouterr().err
     assert message in problem
     assert problem.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "message"),
+    [
+        ("caf\udce9", "sst2", r"text 'caf\udce9': is not UTF-8; write it as UTF-8"),
+        ("good", "nothing", "not a merged model of task nothing; its tasks are mrpc, sst2"),
+    ],
+)
+def test_what_is_no_text_or_no_task(
+    merged: Path, capsys: pytest.CaptureFixture[str], text: str, task: str, message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        lines(capsys, merged, "--task", task, text)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -224,6 +224,39 @@ def test_what_a_task_does_not_take_is_refused(
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE", "HTTP 400"
 
 
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        ("text,task\nnull,sst2\n1,sst2\n", 200, '"predictions"'),
+        ("text,text_pair,task\na,,sst2\na,b,mrpc\n", 200, '"predictions"'),
+        ("text,task\n,sst2\n", 400, "row 0: text is null, not a text"),
+        ("text\ngood\n", 400, "task '' is not one of"),
+        ("", 400, "no CSV with a line of column names"),
+        ('text,task\n"a,sst2\n', 400, "no CSV with a line of column names"),
+    ],
+)
+def test_the_scoring_server_takes_csv(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, content: str, status: int, words: str
+) -> None:
+    from mlflow.pyfunc import scoring_server
+
+    monkeypatch.setattr(scoring_server, "parse_csv_input", None)
+    monkeypatch.setenv("__pyfunc_model_path__", "x")
+    model = load(packed)
+    own = SimpleNamespace(
+        metadata=SimpleNamespace(signature=None),
+        predict=lambda table, params=None: model.predict(None, table, params),  # type: ignore[arg-type]
+    )
+    answer: Any = scoring_server.invocations
+    if status == 200:
+        assert words in answer(content, "text/csv", own, None).response
+        return
+    with pytest.raises(MlflowException) as refused:  # the server answers with its message
+        answer(content, "text/csv", own, None)
+    assert refused.value.error_code == "INVALID_PARAMETER_VALUE"  # which is a 400
+    assert words in str(refused.value)
+
+
 def test_requests_at_the_same_time_do_not_mix(model: "MergedModel") -> None:
     def one(number: int) -> pd.DataFrame:
         return ask(model, {"text": [f"{number} is a film " * (number % 9 + 1)] * 3}, "*")

@@ -102,7 +102,7 @@ def test_quotes_that_are_not_closed_in_a_tsv_are_part_of_the_text(tmp_path: Path
         ("a.csv", b"text,label\na,b,c\n", "Expected 2 fields in line 2, saw 3"),
         ("a.csv", b"text,label\n\xff,1\n", "not UTF-8"),
         ("a.csv", b"text, text\na,1\n", "two columns are called 'text'"),
-        ("a.csv", b'text,label\n"a,1\n', "not csv .*EOF inside string"),
+        ("a.csv", b'text,label\n"a,1\n', "not csv .*quote that begins in line 2"),
         ("a.csv.gz", b"text", "not csv"),
         ("a.csv.gz", gzip.compress(b"text,label\na,b\n" * 99, mtime=0)[:-20], "not csv"),
         ("a.json", b"[1, 2]", "row 0 is 1, not a record"),

@@ -365,7 +365,7 @@ def test_old_names_become_runtime_names_and_links_stay_untouched(
         ({"vocab_size": 2**31 - 1}, r"word_embeddings.weight is \(10, 8\), but"),
         ({"hidden_size": None}, "cannot be used"),
         ({"num_attention_heads": 3}, "describes no text classifier that can be built"),
-        ({"id2label": {"x": "y"}}, "cannot be used"),
+        ({"id2label": {"x": "y"}}, "id2label must name"),
         ({"num_hidden_layers": 3}, "encoder.layer.2.* is missing, but"),
         ({"num_hidden_layers": 1}, r"encoder.layer.1.* is of a layer that config.json does not"),
         ({"num_hidden_layers": -1}, "has no layers"),
