@@ -21,7 +21,7 @@ from fmn.tasks import dataset
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task, load_task, read_task
 
-EVALUATE = 7
+EVALUATE = 8
 
 
 class EvaluateSettings(Settings):

@@ -248,7 +248,7 @@ def load_weights(
 
     auto = getattr(transformers, KINDS[kind].auto_class)
     # It tells where each text of a batch ends.
-    if kind != "image-classification" and config.pad_token_id is None:
+    if kind != "image-classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = load_tokenizer(folder, config).pad_token_id
     options |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     try:

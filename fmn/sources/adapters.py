@@ -406,7 +406,8 @@ def _save(
         if (source := (adapter if own else base) / name).is_file():
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / name)
-    if config.pad_token_id is None and any((out / name).is_file() for name in VOCABULARY_FILES):
+    has_own = any((out / name).is_file() for name in VOCABULARY_FILES)
+    if has_own and getattr(config, "pad_token_id", None) is None:
         tokenizer: Any = loading.read_tokenizer(out, config)
         has_pad = tokenizer.pad_token is not None
         config.pad_token_id = tokenizer.pad_token_id if has_pad else tokenizer.eos_token_id
