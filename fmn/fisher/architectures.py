@@ -458,7 +458,7 @@ def claims(config: "PretrainedConfig", shapes: Shapes, mapping: str) -> dict[str
     """
     if mapping not in ("structured", "paper"):
         raise UserError(f"mapping {mapping!r} is unknown: choose structured or paper")
-    by_name = {}
+    by_name: dict[str, Claim] = {}
     for site in _sites(config, shapes):
         for module, weight, bias in _claims_of(site, config, shapes, mapping == "structured"):
             path = f"{site.layer}.{module}"
