@@ -81,9 +81,12 @@ def load_config(folder: Path) -> "PretrainedConfig":
 
     try:
         with quiet():
-            return CONFIG_MAPPING[raw["model_type"]].from_dict(raw, name_or_path=str(folder))
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw, name_or_path=str(folder))
     except Exception as error:  # each configuration validates itself in its own way
         raise UserError(f"{folder / CONFIG}: cannot be used: {first_words(error)}") from error
+    if names := raw.get("id2label"):
+        config.id2label = {int(output): str(name) for output, name in names.items()}
+    return config
 
 
 def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
@@ -100,6 +103,9 @@ def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
         return f"{CONFIG} has the model_type {model_type!r:.40}, unknown to Transformers; {remedy}"
     if "quantization_config" in raw:
         return "the weights are quantized; use a checkpoint without quantization_config"
+    if (names := raw.get("id2label")) and not _names_outputs(names):
+        shown = f"{CONFIG} has id2label = {names!s:.80}"
+        return f"{shown}, which does not name the outputs 0, 1 and so on; correct it"
     for key, value in json_entries(raw):
         if "_implementation" in key and isinstance(value, str) and re.search(r"\W", value):
             return f"{CONFIG} asks for code from elsewhere ({key}: {value:.80}), which is never run"
@@ -107,6 +113,13 @@ def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
         if isinstance(value, int) and abs(value) > limit:
             return f"{CONFIG} has {key} = {value!s:.40}, beyond anything real ({limit}); correct it"
     return None
+
+
+def _names_outputs(names: Any) -> bool:
+    """Whether an entry `id2label` has a text or number for each output."""
+    if not isinstance(names, dict) or {*map(str, names)} != {*map(str, range(len(names)))}:
+        return False
+    return all(isinstance(name, str | int | float) for name in names.values())
 
 
 def no_checkpoint(names: Set[str]) -> str:
