@@ -353,6 +353,9 @@ def layer_chain(
 
 
 def _architecture(config: "PretrainedConfig", shapes: Shapes) -> Architecture:
+    if not isinstance(getattr(config, "num_attention_heads", 1), int):
+        problem = f"a {config.model_type} has another number of heads in each of its stages"
+        raise UserError(f"{problem}; use a method without mask nodes, such as average or regmean")
     if own := getattr(config, ARCHITECTURE, None):  # as the settings describe it
         turned = {"transposed": own.get("transposed", False)}
         blocks = _heads(*own["heads"], **turned), _neurons(*own["neurons"], **turned)

@@ -86,6 +86,9 @@ def load_config(folder: Path) -> "PretrainedConfig":
         raise UserError(f"{folder / CONFIG}: cannot be used: {first_words(error)}") from error
     if names := raw.get("id2label"):
         config.id2label = {int(output): str(name) for output, name in names.items()}
+        if config.num_labels != len(names):
+            problem = f"has {len(names)} names for {config.num_labels} outputs (num_labels)"
+            raise UserError(f"{folder / CONFIG}: {problem}; correct one of them")
     return config
 
 
@@ -389,7 +392,8 @@ def check_tensors(
             problem = f"{stored} is of a layer that {CONFIG} does not have"
             raise UserError(f"{folder}: {problem}; one of them is wrong")
     if not of_layers:
-        raise UserError(f"{folder}: the model that {CONFIG} describes has no layers; correct it")
+        problem = f"in the {config.model_type} that {CONFIG} describes, no layers of an encoder are"
+        raise UserError(f"{folder}: {problem} known; correct it, or give another architecture")
 
 
 def _of_any_layer(name: str) -> str:
@@ -449,6 +453,11 @@ def last_linear(model: "PreTrainedModel") -> str:
     """The path of the linear map that ends the head of a classifier; UserError if there is none."""
     from torch import nn
 
+    kind = type(model).__name__
+    if kind.endswith("WithTeacher"):  # of DeiT
+        problem = f"a {kind} answers with the mean of two heads, and fmn knows models of one"
+        remedy = f"fine-tune it as a {kind.removesuffix('WithTeacher')}"
+        raise UserError(f"{model.config.name_or_path}: {problem}; {remedy}")
     paths = [
         name
         for name, module in model.named_modules()

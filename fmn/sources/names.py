@@ -205,15 +205,22 @@ def _split(
 
     Such as the one matrix of query, key and value in the files of `nomic_bert`.
     """
+    import torch
     from safetensors.torch import save_file
     from transformers import AutoModel
     from transformers.core_model_loading import apply_converters, apply_renamings
+
+    from fmn.models.devices import free_memory
 
     todays = {name: apply_renamings(name, model.renamings) for name in without_wrappers(stored)}
     known = {*model.shapes, *model.base}
     fused = [n for n, new in todays.items() if apply_converters(new, model.fused)[1]]
     if not (fused := [name for name in fused if not {name, todays[name]} & known]):
         return stored
+    size = sum(header.end - header.start for header in stored.values())
+    if 2 * size > free_memory(torch.device("cpu")):
+        problem = f"{fused[0]} is stored otherwise than the model has it, and to convert it"
+        raise UserError(f"{problem} {2 * size / 1e9:.0f} GB of memory are needed; use more")
     model_class = forms.architecture(config.architectures) or AutoModel
     with checkpoints.quiet():
         loaded, info = model_class.from_pretrained(
@@ -316,9 +323,10 @@ def refuse_values(folder: Path, config: "PretrainedConfig") -> None:
         with safe_open(path, framework="pt") as file:
             for name in sorted(used & set(file.keys())):
                 if (dtype := headers[name].dtype) not in FLOATS:
-                    problem = f"tensor {name} has dtype {dtype}, as of quantized weights"
-                    remedy = "take the checkpoint that was quantized, or convert it to float32"
-                    raise UserError(f"{folder}: {problem}; {remedy}")
+                    raise UserError(
+                        f"{folder}: tensor {name} has dtype {dtype}, no floating-point one, as"
+                        " quantized weights and counters have; give a model without such tensors"
+                    )
                 values = file.get_tensor(name)
                 if not values.numel() or all(
                     x.isfinite() for x in values.aminmax()

@@ -132,7 +132,12 @@ def copy_checkpoint(
         origin = locate(source, Path(scratch), progress)
         if not statistics:
             origin = origin._replace(names=origin.names - {FISHER, GRAM})
-        return copy_origin(origin, folder, Path(scratch), base)
+        info = copy_origin(origin, folder, Path(scratch), base)
+        try:
+            names.refuse_values(folder, checkpoints.load_config(folder))
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), origin.source)) from error
+        return info
 
 
 def copy_origin(
@@ -152,7 +157,6 @@ def copy_origin(
         names.normalise(folder, notes)
         config = checkpoints.load_config(folder)
         checkpoints.check_tensors(folder, config, head=False)
-        names.refuse_values(folder, config)
         if any((folder / name).is_file() for name in VOCABULARY_FILES):
             doubts.settle_tokens(folder, config, notes)
             loading.load_tokenizer(folder, config)

@@ -371,7 +371,7 @@ def test_old_names_become_runtime_names_and_links_stay_untouched(
         ({"id2label": ["a", "b"]}, "does not name the outputs 0, 1 and so on"),
         ({"num_hidden_layers": 3}, "encoder.layer.2.* is missing, but"),
         ({"num_hidden_layers": 1}, r"encoder.layer.1.* is of a layer that config.json does not"),
-        ({"num_hidden_layers": -1}, "has no layers"),
+        ({"num_hidden_layers": -1}, "no layers of an encoder are known"),
         ({"hidden_size": 10**9}, "one of them is wrong"),
         ({"model_type": "albert", "num_hidden_groups": 1000}, "num_hidden_groups = 1000"),
         ({"text_config": {"hidden_size": 10**12}}, "text_config.hidden_size = 1000000000000"),
