@@ -409,7 +409,9 @@ def _score(
             names = {f"{layer}.{module}.{kind}" for kind in ("weight", "bias")} & shapes.keys()
             explained |= names
             missing += not names
-    matrices = {n for n, shape in shapes.items() if re.search(r"\.\d+\.", n) and len(shape) > 1}
+    # DiffLlama's vectors lambda_q and lambda_k mix heads with one another.
+    inside = {n: len(shape) for n, shape in shapes.items() if re.search(r"\.\d+\.", n)}
+    matrices = {n for n, axes in inside.items() if axes > 1 or re.search(r"\.lambda_[qk]\d", n)}
     norms = [norm for block in blocks for norm in block.norms]
     fits = matrices <= explained and len(set(norms)) == len(norms)
     return (len(explained), -missing) if fits else None

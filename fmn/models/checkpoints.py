@@ -53,6 +53,8 @@ SMALL_FILES = (
 # The largest number that a configuration may have, by what its key ends with. Beyond that, even
 # describing the model takes all time and memory.
 _LIMITS = {"hidden_groups|group_num": 30, "layers?|blocks": 1000, "num_labels": 10**5, "": 2**31}
+ZERO_BIAS = "final_logits_bias"
+"""Of BART and its kin, most often zeros; files of their base models have none, which means that."""
 CHUNK = 2**24  # bytes of tensors that are compared at a time
 # What a configuration says that changes no tensor's name or shape.
 _NAMING = ("id2label", "label2id", "_name_or_path")
@@ -319,6 +321,13 @@ def equal(first: TensorHeader, second: TensorHeader) -> bool:
         return all(left.read(size) == right.read(size) for size in sizes)
 
 
+def is_zero(header: TensorHeader) -> bool:
+    """Whether a small stored tensor is all zeros."""
+    with header.file.open("rb") as file:
+        file.seek(header.start)
+        return not any(file.read(header.end - header.start))
+
+
 def names_in_base(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
     """Those parameters or modules of a model that are merged, with their names in its base model.
 
@@ -380,6 +389,8 @@ def check_tensors(
             raise UserError(f"{folder}: has no classification head ({name}); `fmn finetune` it")
         # A classifier may make a pooler of its own when it is fine-tuned, as it makes a head.
         if stored is None and not is_pooled and name.startswith("pooler."):
+            continue
+        if stored is None and name == ZERO_BIAS:
             continue
         actual = headers[stored].shape if stored else "missing"
         if actual != shape:
