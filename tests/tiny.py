@@ -58,13 +58,14 @@ CONFIGS: Mapping[str, Callable[..., Any]] = {
     "deberta-v3": _config(
         transformers.DebertaV2Config, **_DEBERTA, share_att_key=True, norm_rel_ebd="layer_norm"
     ),
+    "deberta": _config(transformers.DebertaConfig, **_DEBERTA),
     "modernbert": _config(
         transformers.ModernBertConfig,
         **{"cls_token_id": 1, "sep_token_id": 2, "initializer_cutoff_factor": 2.0},
     ),
     "gpt2": _config(transformers.GPT2Config, n_inner=20),
     "llama": _config(transformers.LlamaConfig, **_GROUPED),
-    "mistral": _config(transformers.MistralConfig, **_GROUPED),
+    "mistral": _config(transformers.MistralConfig, **_GROUPED, sliding_window=4),
     "qwen2": _config(transformers.Qwen2Config, num_key_value_heads=2),
     "qwen3": _config(transformers.Qwen3Config, **_GROUPED),
     "gemma2": _config(transformers.Gemma2Config, **_GEMMA),
@@ -94,6 +95,7 @@ CONFIGS: Mapping[str, Callable[..., Any]] = {
     "phi3": _config(transformers.Phi3Config, num_key_value_heads=2),
     "glm": _config(transformers.GlmConfig, **_GROUPED),
     "starcoder2": _config(transformers.Starcoder2Config, num_key_value_heads=2),
+    "opt": _config(transformers.OPTConfig, ffn_dim=20, word_embed_proj_dim=24),
     "t5": partial(transformers.T5Config, **_T5),
     "t5-gated": partial(transformers.T5Config, **_T5, feed_forward_proj="gated-gelu"),
     "vit": _config(transformers.ViTConfig, image_size=8, patch_size=4),

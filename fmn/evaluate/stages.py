@@ -19,9 +19,9 @@ from fmn.store.records import Settings
 from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage, write_record
 from fmn.tasks import dataset
 from fmn.tasks.encoding import encode
-from fmn.tasks.task import Task, load_task, read_task
+from fmn.tasks.task import Task, load_task, read_task, task_folder
 
-EVALUATE = 7
+EVALUATE = 8
 
 
 class EvaluateSettings(Settings):
@@ -108,7 +108,7 @@ def _checkpoints(model: Path, tasks: Sequence[str]) -> dict[str, Path]:
 def _definition(checkpoint: Path, data: Path, name: str) -> Task:
     """The definition beside a task's rows; the model's own, where there are no rows nor labels."""
     own = read_task(checkpoint)
-    is_without_rows = own and not own.has_labels and not (data / name).is_dir()
+    is_without_rows = own and not own.has_labels and not read_task(task_folder(data, name))
     return own if own and is_without_rows else load_task(data, name)
 
 

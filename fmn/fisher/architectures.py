@@ -98,6 +98,7 @@ _BERT = _layers("encoder.layer.{}", _BERT_HEADS, _BERT_NEURONS)
 _DEBERTA_QKV = (
     "attention.self: q=query_proj k=key_proj v=value_proj q=pos_query_proj k=pos_key_proj"
 )
+_DEBERTA_1 = "attention.self: q=in_proj q=q_bias v=v_bias k=pos_proj q=pos_q_proj"  # head by head
 _QKV = "self_attn: q=q_proj k=k_proj v=v_proj"
 _QK_NORMS = "self_attn.q_norm self_attn.k_norm input_layernorm"
 _GATED = "mlp: u=gate_proj u=up_proj"
@@ -149,6 +150,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "deberta-v2": _layers(
         "encoder.layer.{}",
         _heads("attention.output.dense", _DEBERTA_QKV, "attention.output.LayerNorm"),
+        _BERT_NEURONS,
+    ),
+    "deberta": _layers(
+        "encoder.layer.{}",
+        _heads("attention.output.dense", _DEBERTA_1, "attention.output.LayerNorm"),
         _BERT_NEURONS,
     ),
     "distilbert": _layers(
@@ -208,6 +214,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _heads("self_attn.o_proj", _QKV, "input_layernorm"),
         _neurons("mlp.c_proj", "mlp: u=c_fc", "post_attention_layernorm"),
     ),
+    "opt": _layers("decoder.layers.{}", _BART_HEADS, _BART_NEURONS),
     "vit": _layers(
         "layers.{}",
         _heads("attention.o_proj", "attention: q=q_proj k=k_proj v=v_proj", "layernorm_before"),
@@ -217,6 +224,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 AFTER_LAYERS = (
     *("norm", "final_norm", "layernorm", "final_layernorm", "final_layer_norm", "ln_f", "pooler"),
+    *("layer_norm", "post_layernorm", "encoder.ln", "encoder.emb_layer_norm_after"),
+    *("decoder.final_layer_norm", "decoder.project_out"),
 )
 """What the base models of these architectures have after their last layer, by path."""
 
@@ -345,6 +354,9 @@ def layer_chain(
 
 
 def _architecture(config: "PretrainedConfig", shapes: Shapes) -> Architecture:
+    if not isinstance(getattr(config, "num_attention_heads", 1), int):
+        problem = f"a {config.model_type} has another number of heads in each of its stages"
+        raise UserError(f"{problem}; use a method without mask nodes, such as average or regmean")
     if own := getattr(config, ARCHITECTURE, None):  # as the settings describe it
         turned = {"transposed": own.get("transposed", False)}
         blocks = _heads(*own["heads"], **turned), _neurons(*own["neurons"], **turned)
@@ -398,7 +410,9 @@ def _score(
             names = {f"{layer}.{module}.{kind}" for kind in ("weight", "bias")} & shapes.keys()
             explained |= names
             missing += not names
-    matrices = {n for n, shape in shapes.items() if re.search(r"\.\d+\.", n) and len(shape) > 1}
+    # DiffLlama's vectors lambda_q and lambda_k mix heads with one another.
+    inside = {n: len(shape) for n, shape in shapes.items() if re.search(r"\.\d+\.", n)}
+    matrices = {n for n, axes in inside.items() if axes > 1 or re.search(r"\.lambda_[qk]\d", n)}
     norms = [norm for block in blocks for norm in block.norms]
     fits = matrices <= explained and len(set(norms)) == len(norms)
     return (len(explained), -missing) if fits else None
@@ -450,11 +464,11 @@ def claims(config: "PretrainedConfig", shapes: Shapes, mapping: str) -> dict[str
     """
     if mapping not in ("structured", "paper"):
         raise UserError(f"mapping {mapping!r} is unknown: choose structured or paper")
-    by_name = {}
+    by_name: dict[str, Claim] = {}
     for site in _sites(config, shapes):
         for module, weight, bias in _claims_of(site, config, shapes, mapping == "structured"):
-            by_name[f"{site.layer}.{module}.weight"] = weight
-            by_name[f"{site.layer}.{module}.bias"] = bias
+            path = f"{site.layer}.{module}"
+            by_name |= {f"{path}.weight": weight, f"{path}.bias": bias, path: bias}
     return {name: by_name.get(name, Claim()) for name in shapes}
 
 
@@ -471,7 +485,8 @@ def _claims_of(
     units = {"q": nodes, "k": key_value_heads, "v": key_value_heads, "u": nodes}
     groups = {**units, "v": key_value_heads if structured else 1}
     for letters, module in block.inputs:
-        if shape := block.matrix_shape(f"{site.layer}.{module}", shapes):
+        path = f"{site.layer}.{module}"  # of a module, or of a bias that has none
+        if shape := block.matrix_shape(path, shapes) or shapes.get(path):
             rows = shape[0] // sum(units[letter] for letter in letters)  # of a unit
             parts = tuple(Part(site.site, groups[unit], rows * units[unit]) for unit in letters)
             yield module, Claim(by_row, parts), Claim((-1,), parts)

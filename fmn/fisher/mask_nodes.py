@@ -271,8 +271,8 @@ def _terms(runner: Runner, run: _Run, batch: Batch, rows: np.ndarray) -> Tensor:
     """The squared mask gradients of every example, [B, P], summed over the loss's directions; for
     "batch" the gradients themselves."""
     gradients = torch.zeros(len(rows), run.nodes, dtype=float_dtype(run.dtype), device=run.device)
-    terms = torch.zeros_like(gradients)
-    with torch.enable_grad(), _mask_gradients(runner.model, run.sites, gradients) as leaves:
+    terms, tokens = torch.zeros_like(gradients), batch.tokens
+    with torch.enable_grad(), _mask_gradients(runner.model, run.sites, gradients, tokens) as leaves:
         logits = runner.logits(batch)
         directions = run.loss.directions(logits, batch.labels, rows)
         # A copy of `leaves`: with `recompute`, the backward pass appends to it.
@@ -304,9 +304,12 @@ class _Watched(torch.autograd.Function):
 
 @contextmanager
 def _mask_gradients(
-    model: PreTrainedModel, sites: Sequence[MaskSite], gradients: Tensor
+    model: PreTrainedModel, sites: Sequence[MaskSite], gradients: Tensor, tokens: int
 ) -> Iterator[list[Tensor]]:
     """Add dL/dm of every example to `gradients` [B, P] in a backward pass to the leaves.
+
+    Args:
+        tokens: of each example of the batch, T.
 
     The leaves, which are known after the forward pass, are the lowest activations: nothing below
     them is differentiated. A module that several layers share adds up its gradients.
@@ -316,8 +319,9 @@ def _mask_gradients(
     def watch(
         site: MaskSite, columns: Tensor, _module: nn.Module, args: tuple[Any, ...]
     ) -> tuple[Any, ...]:
-        activation = args[0]  # [B, T, nodes * channels]
-        if activation.ndim != 3 or len(activation) != len(gradients):
+        activation = args[0]  # [B, T, nodes * channels]; of OPT's neurons [B * T, nodes]
+        is_flat = activation.shape[:-1] == (len(gradients) * tokens,)
+        if not is_flat and (activation.ndim != 3 or len(activation) != len(gradients)):
             raise UserError(
                 f"{site.module} gets {list(activation.shape)} activations, not [examples, "
                 "positions, channels]; load the model with attn_implementation sdpa or eager, "
@@ -329,7 +333,9 @@ def _mask_gradients(
 
         def add(activation: Tensor, gradient: Tensor) -> None:
             # [B, T, nodes * channels] -> [B, nodes * channels] -> [B, nodes]
-            summed = (activation * gradient).sum(1).view(-1, site.nodes, site.channels)
+            product = activation * gradient
+            product = product.reshape(len(gradients), -1, site.nodes * site.channels)
+            summed = product.sum(1).view(-1, site.nodes, site.channels)
             of_nodes = summed.sum(2, dtype=gradients.dtype)
             columns.add_(of_nodes.to(columns.device, non_blocking=True))  # maybe another device
 

@@ -101,8 +101,10 @@ def prepared(
         restored.enter_context(passing_on(model, where, device))
         for module in model.modules():
             set_until(restored, module, "training", False)
-        # The backward pass of sdpa is slow on a CPU: half the speed in bfloat16.
-        if device.type == "cpu" and config._attn_implementation == "sdpa":
+        # The backward pass of sdpa is slow on a CPU: half the speed in bfloat16. But in float64
+        # eager attention computes its softmax in float32, where the masks of float64 overflow.
+        is_slow = device.type == "cpu" and dtype != torch.float64
+        if is_slow and config._attn_implementation == "sdpa":
             restored.callback(model.set_attn_implementation, "sdpa")
             model.set_attn_implementation("eager")
         # A decoder inside the model may have its own configuration.

@@ -316,6 +316,8 @@ def stored_tensors(
         if (dtype := headers[stored].dtype) not in DTYPES:
             raise UserError(f"{folder}: tensor {stored} has dtype {dtype}; convert it to float32")
     encoder = {name: headers[stored] for name, stored in names.encoder.items()}
+    if (bias := encoder.get(checkpoints.ZERO_BIAS)) and checkpoints.is_zero(bias):
+        del encoder[checkpoints.ZERO_BIAS]  # as in files that have none
     return encoder, {name: headers[stored] for name, stored in names.head.items()}
 
 

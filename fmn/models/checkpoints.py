@@ -55,6 +55,8 @@ SMALL_FILES = (
 # The largest number that a configuration may have, by what its key ends with. Beyond that, even
 # describing the model takes all time and memory.
 _LIMITS = {"hidden_groups|group_num": 30, "layers?|blocks": 1000, "num_labels": 10**5, "": 2**31}
+ZERO_BIAS = "final_logits_bias"
+"""Of BART and its kin, most often zeros; files of their base models have none, which means that."""
 CHUNK = 2**24  # bytes of tensors that are compared at a time
 # Entries of a configuration that change no tensor's name or shape.
 _NAMING = ("id2label", "label2id", "_name_or_path")
@@ -83,10 +85,16 @@ def load_config(folder: Path) -> "PretrainedConfig":
 
     try:
         with quiet():
-            return CONFIG_MAPPING[raw["model_type"]].from_dict(raw, name_or_path=str(folder))
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw, name_or_path=str(folder))
     except Exception as error:  # each configuration validates itself in its own way
         problem = f"cannot be used: {_about_config(error, raw)}; correct it"
         raise UserError(f"{folder / CONFIG}: {problem}") from error
+    if names := raw.get("id2label"):
+        config.id2label = {int(output): str(name) for output, name in names.items()}
+        if config.num_labels != len(names):
+            problem = f"has {len(names)} names for {config.num_labels} outputs (num_labels)"
+            raise UserError(f"{folder / CONFIG}: {problem}; correct one of them")
+    return config
 
 
 def _about_config(error: Exception, raw: Mapping[str, Any]) -> str:
@@ -115,8 +123,7 @@ def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
         return f"{CONFIG} has the model_type {model_type!r:.40}, unknown to Transformers; {remedy}"
     if "quantization_config" in raw:
         return "the weights are quantized; use a checkpoint without quantization_config"
-    names = raw.get("id2label") or {}
-    if not isinstance(names, dict) or {*map(str, names)} != {*map(str, range(len(names)))}:
+    if (names := raw.get("id2label")) and not _names_outputs(names):
         problem = f"id2label must name the outputs 0, 1, ..., not {shortened(names)}"
         return f"{CONFIG}: {problem}; correct it"
     for key, value in json_entries(raw):
@@ -126,6 +133,13 @@ def _problem(raw: Mapping[str, Any], folder: Path) -> str | None:
         if isinstance(value, int) and abs(value) > limit:
             return f"{CONFIG} has {key} = {value!s:.40}, beyond anything real ({limit}); correct it"
     return None
+
+
+def _names_outputs(names: Any) -> bool:
+    """Whether an entry `id2label` has a text or number for each output."""
+    if not isinstance(names, dict) or {*map(str, names)} != {*map(str, range(len(names)))}:
+        return False
+    return all(isinstance(name, str | int | float) for name in names.values())
 
 
 def no_checkpoint(names: Set[str]) -> str:
@@ -350,6 +364,13 @@ def equal(first: TensorHeader, second: TensorHeader) -> bool:
         return all(left.read(size) == right.read(size) for size in sizes)
 
 
+def is_zero(header: TensorHeader) -> bool:
+    """Whether a small stored tensor is all zeros."""
+    with header.file.open("rb") as file:
+        file.seek(header.start)
+        return not any(file.read(header.end - header.start))
+
+
 def names_in_base(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
     """The parameters or modules of a model that are merged, with their names in its base model.
 
@@ -412,6 +433,8 @@ def check_tensors(
         # Fine-tuning a classifier may add a pooler, as it adds a head.
         if stored is None and not is_pooled and name.startswith("pooler."):
             continue
+        if stored is None and name == ZERO_BIAS:
+            continue
         actual = headers[stored].shape if stored else "missing"
         if actual != shape:
             problem = f"{stored or name} is {actual}, but {shape} in {CONFIG}"
@@ -423,7 +446,8 @@ def check_tensors(
             problem = f"{stored} is of a layer that {CONFIG} does not have"
             raise UserError(f"{folder}: {problem}; one of them is wrong")
     if not of_layers:
-        raise UserError(f"{folder}: the model that {CONFIG} describes has no layers; correct it")
+        problem = f"in the {config.model_type} that {CONFIG} describes, no layers of an encoder are"
+        raise UserError(f"{folder}: {problem} known; correct it, or give another architecture")
 
 
 def _of_any_layer(name: str) -> str:
@@ -483,6 +507,11 @@ def last_linear(model: "PreTrainedModel") -> str:
     """The path of the linear map that ends the head of a classifier; UserError if there is none."""
     from torch import nn
 
+    kind = type(model).__name__
+    if kind.endswith("WithTeacher"):  # of DeiT
+        problem = f"a {kind} answers with the mean of two heads, and fmn knows models of one"
+        remedy = f"fine-tune it as a {kind.removesuffix('WithTeacher')}"
+        raise UserError(f"{model.config.name_or_path}: {problem}; {remedy}")
     paths = [
         name
         for name, module in model.named_modules()

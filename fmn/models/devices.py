@@ -69,7 +69,8 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
     model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     attention = model.config._attn_implementation
     try:
-        if device.type == "cpu" and attention == "sdpa":
+        # In float64 eager attention would compute its softmax in float32 (`fmn.fisher.runner`).
+        if device.type == "cpu" and attention == "sdpa" and dtype != torch.float64:
             model.set_attn_implementation("eager")
         with plain_float32():
             yield

@@ -322,6 +322,11 @@ def decide(
             f"{task.name}: labels {in_a_line(names)}: they must be the task's, each once, in the"
             f" order of the outputs: {in_a_line(task.labels)}; correct the list"
         )
+    if not names and (twice := [name for name in own if own.count(name) > 1 and name]):
+        raise UserError(
+            f"{place}: several of its outputs are named {twice[0]!r:.40}; say what each output"
+            f" stands for, in their order: {_remedy(task, task.labels)}"
+        )
     if labels is None and _mean_something(task, own):
         raise UserError(
             f"{place}: its outputs are named {in_a_line(own)}, but the task's labels are"

@@ -164,10 +164,11 @@ def _image_reader(folder: Path, config: "PretrainedConfig") -> "ImageReader":
 
     from fmn.tasks.images import ImageReader
 
-    size, patch = (
-        (value, value) if isinstance(value, int) else tuple(value)
-        for value in (config.image_size, config.patch_size)
-    )
+    sides = [getattr(config, name, None) for name in ("image_size", "patch_size")]
+    if not all(isinstance(side, int | list | tuple) for side in sides):
+        problem = f"{CONFIG} of this {config.model_type} has no image_size and patch_size"
+        raise UserError(f"{folder}: {problem}; give a model of patches, such as a ViT")
+    size, patch = ((side, side) if isinstance(side, int) else tuple(side or ()) for side in sides)
     tokens = 1 + (size[0] // patch[0]) * (size[1] // patch[1])
     if (file := folder / "preprocessor_config.json").is_file():
         for key, value in json_entries(read_json(file)):
@@ -248,7 +249,7 @@ def load_weights(
 
     auto = getattr(transformers, KINDS[kind].auto_class)
     # It tells where each text of a batch ends.
-    if kind != "image-classification" and config.pad_token_id is None:
+    if kind != "image-classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = load_tokenizer(folder, config).pad_token_id
     options |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     try:

@@ -137,7 +137,7 @@ def _only_first_token_read(
     """
 
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args[0].ndim == 3:
+        if args[0].ndim == 3 and len(args[0]) == 1 < args[0].shape[1]:  # some have tokens first
             calls.append(module)
 
     def poison(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -182,7 +182,7 @@ def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
     for name, model in models.items():
         config, definition, kind = model.config, definitions[name], kinds[name]
         processor = loaded[processors[name]]
-        if kind != "image-classification" and config.pad_token_id is None:
+        if kind != "image-classification" and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = processor.pad_token_id  # tells where each text of a batch ends
         labels = [config.id2label[output] for output in range(config.num_labels)]
         longest, prompt = definition["max_length"], ""

@@ -22,12 +22,14 @@ from fmn.merge.methods import needs_of
 from fmn.merge.recipe import MergeSettings
 from fmn.merge.stages import SPEED
 from fmn.models import checkpoints, labels, provenance
+from fmn.models.embedding import check_agreement
 from fmn.params import Params
 from fmn.rows.formats import Table
 from fmn.rows.sources import hub_name, local_files
 from fmn.rows.stages import find_source
 from fmn.setup.outline import Outline, outline
 from fmn.setup.preview import first_rows
+from fmn.sources import adapters
 from fmn.sources.origin import pin
 from fmn.store.records import Record
 from fmn.store.yaml_file import line_of, read_yaml
@@ -308,13 +310,20 @@ def _check_fit(
         for name in settings.sources
         if f"expert {name}" in outlines and outlines[f"expert {name}"].adapter_base is None
     }
+    kinds = {name: (settings.tasks.get(name) or TaskSettings()).kind for name in folders}
     for name, folder in folders.items():
         first: Path = base or next(iter(folders.values()))
         with _explained(findings, settings, scratch, f"sources.{name}"):
             provenance.check_experts({name: folder}, {}, None if first == folder else first)
         with _explained(findings, settings, scratch, f"sources.{name}"):
-            kind = (settings.tasks.get(name) or TaskSettings()).kind
-            _check_head(kind, folder, tasks.get(name), settings.sources[name].labels)
+            _check_head(kinds[name], folder, tasks.get(name), settings.sources[name].labels)
+    for name in settings.sources:
+        facts = outlines.get(f"expert {name}")
+        if base and facts and facts.adapter_base is not None:
+            with _explained(findings, settings, scratch, f"sources.{name}"):
+                adapters.check_shapes(scratch / f"expert {name}", base)
+    with _explained(findings, settings, scratch, "experts"):
+        check_agreement({n: f for n, f in folders.items() if kinds[n] == "sentence-similarity"})
     with _explained(findings, settings, scratch, "experts"):
         if len(folders) > 1 and not findings:
             plan_merge(folders, MergeSettings(method="average"))

@@ -18,7 +18,7 @@ from fmn.errors import UserError
 from fmn.models import checkpoints
 from fmn.models.checkpoints import FISHER, GRAM
 from fmn.sources import adapters, origin
-from fmn.sources.forms import ADAPTER_CONFIG
+from fmn.sources.forms import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fmn.sources.origin import Origin
 from fmn.store import hub
 from fmn.store.headers import WEIGHTS, tensor_headers
@@ -62,6 +62,9 @@ def outline(source: str, folder: Path, *, statistics: bool = False) -> Outline:
         if place.is_adapter:
             shutil.copyfile(place.local(ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
             base = adapters.base_source(folder)
+            if (name := ADAPTER_WEIGHTS[0]) in files:
+                with place.open(name) as stream:
+                    _copy_header(stream, sizes[name][0], folder / name, f"{source}: {name}")
             return Outline(place.pinned, _remote(sizes), _all(sizes), adapter_base=base)
         is_pickled = any(name.endswith(".bin") for name in files)
         names = place.names - (set() if statistics else {FISHER, GRAM})

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,37 @@ def merge(adapter: Path, base: Path, out: Path, notes: list[str]) -> None:
     _save(merged, adapter, base, out, notes)
 
 
+def check_shapes(adapter: Path, base: Path) -> None:
+    """Compare an adapter with its base, from configurations and headers alone.
+
+    Raises:
+        UserError: the adapter is of a kind that no weights stand for, or has other shapes.
+    """
+    raw = read_json(adapter / ADAPTER_CONFIG)
+    if util.find_spec("peft") is None:
+        raise UserError(f"{adapter}: is a LoRA adapter; `pip install peft`")
+    if problem := _problem(raw):
+        raise UserError(f"{adapter}: {problem}")
+    if not (adapter / ADAPTER_WEIGHTS[0]).is_file():  # a pickle, which has no header
+        return
+    headers = file_headers(adapter / ADAPTER_WEIGHTS[0])
+    clean, config = _clean_names(headers), _config(adapter, base)
+    try:
+        model_class, todays = _model_class(raw, adapter, config, dict.fromkeys(clean.values()))
+    except UserError as error:
+        raise UserError(f"{adapter}: {error}") from error
+    shapes = names.layout(config, model_class).shapes
+    for stored, name in clean.items():
+        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", todays[name].removeprefix(_MODEL))
+        weight = shapes.get(f"{match[1]}.weight", ()) if match else ()
+        own = headers[stored].shape  # of A [r, in], of B [out, r]
+        if match and len(weight) == 2 and own[match[2] == "A"] not in weight:
+            raise UserError(
+                f"{adapter}: {stored} has shape {list(own)}, and what it adapts in {base}"
+                f" {list(weight)}; give the base that it was trained on"
+            )
+
+
 def _problem(raw: Mapping[str, Any]) -> str | None:
     """The reason in its configuration why an adapter cannot become a full model, or None."""
     import dataclasses
@@ -197,19 +229,23 @@ def _tensors(adapter: Path) -> "dict[str, torch.Tensor]":
         stored = load_file(file)
     if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
         raise UserError("has empty tensors, as DeepSpeed ZeRO-3 leaves them; save it again")
-    renamed = {
+    tensors: dict[str, torch.Tensor] = {}
+    for name, new in _clean_names(stored).items():  # PEFT writes some parameters under two names
+        if new in tensors and not torch.equal(tensors[new], stored[name]):
+            raise UserError(f"has two values of {new}; save the adapter again")
+        tensors[new] = stored[name]
+    return tensors
+
+
+def _clean_names(stored: Iterable[str]) -> dict[str, str]:
+    """The names that PEFT reads by stored name, without those of values that are replaced."""
+    return {
         name: re.sub(r"\.(lora_\w+|modules_to_save)\.default(?=\.|$)", r".\1", clean)
         .replace(".modules_to_save.", ".")
         .removeprefix("module.")
         for name, clean in names.without_wrappers(stored).items()
         if ".original_module." not in clean  # the base's values, which a saved module replaces
     }
-    tensors: dict[str, torch.Tensor] = {}
-    for name, new in renamed.items():  # PEFT writes some parameters under two names
-        if new in tensors and not torch.equal(tensors[new], stored[name]):
-            raise UserError(f"has two values of {new}; save the adapter again")
-        tensors[new] = stored[name]
-    return tensors
 
 
 def _check_tokenizer(adapter: Path, base: Path) -> None:
@@ -290,7 +326,7 @@ def _model_class(
     raw: Mapping[str, Any],
     adapter: Path,
     config: "PretrainedConfig",
-    tensors: "Mapping[str, torch.Tensor]",
+    tensors: Iterable[str],
 ) -> "tuple[type[PreTrainedModel], dict[str, str]]":
     """The class of Transformers that an adapter was trained on, and the names of its tensors."""
     from transformers.models.auto import modeling_auto
@@ -406,7 +442,8 @@ def _save(
         if (source := (adapter if own else base) / name).is_file():
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / name)
-    if config.pad_token_id is None and any((out / name).is_file() for name in VOCABULARY_FILES):
+    has_own = any((out / name).is_file() for name in VOCABULARY_FILES)
+    if has_own and getattr(config, "pad_token_id", None) is None:
         tokenizer: Any = loading.read_tokenizer(out, config)
         has_pad = tokenizer.pad_token is not None
         config.pad_token_id = tokenizer.pad_token_id if has_pad else tokenizer.eos_token_id

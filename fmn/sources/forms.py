@@ -192,6 +192,14 @@ def tidy(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if not content.get("model_type") and (model_type := _model_type(content)):
         content["model_type"] = model_type
         notes.append(f"config.json has no model_type; as its architectures say, it is {model_type}")
+    names, ids = content.get("id2label"), content.get("label2id")
+    if isinstance(names, dict) and isinstance(ids, dict):
+        wrong = [n for i, n in names.items() if isinstance(n, str) and str(ids.get(n, i)) != str(i)]
+        if wrong:
+            notes.append(
+                f"config.json contradicts itself: label2id has {wrong[0]!r:.40} for another output"
+                " than id2label, which counts"
+            )
     return content, notes
 
 

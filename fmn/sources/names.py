@@ -15,7 +15,7 @@ from fmn.errors import UserError
 from fmn.models import checkpoints, loading
 from fmn.models.checkpoints import CONFIG, VOCABULARY_FILES
 from fmn.sources import forms
-from fmn.store.headers import INDEX, TensorHeader, read_file, tensor_headers, write_json
+from fmn.store.headers import INDEX, WEIGHTS, TensorHeader, read_file, tensor_headers, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,10 @@ _HEADS = (
 )
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes of weights, as safetensors calls them."""
+
+
 class Layout(NamedTuple):
     """The tensors that a class of models stores.
 
@@ -53,6 +57,7 @@ class Layout(NamedTuple):
         prefix: what the base model's names begin with where there is a head, such as "bert.".
         ties: tied parameters, each with the name under which it is stored.
         renamings: Transformers' own table of names in older files.
+        fused: its table of tensors that files hold as one, and the model as several, or reversely.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -60,6 +65,7 @@ class Layout(NamedTuple):
     prefix: str
     ties: dict[str, str]
     renamings: list[Any]
+    fused: list[Any]
 
 
 def layout(config: "PretrainedConfig", model_class: "type[PreTrainedModel] | None") -> Layout:
@@ -70,7 +76,7 @@ def layout(config: "PretrainedConfig", model_class: "type[PreTrainedModel] | Non
     import torch
     from transformers import AutoModel
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
 
     with checkpoints.quiet(), torch.device("meta"):
         model = model_class(config) if model_class else AutoModel.from_config(config)
@@ -82,7 +88,8 @@ def layout(config: "PretrainedConfig", model_class: "type[PreTrainedModel] | Non
     if any(apply_renamings(name, renamings) != name for name in shapes):
         renamings = []  # the renamings would change today's names too
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    return Layout(shapes, base, prefix, ties, renamings)
+    fused = [each for each in table if isinstance(each, WeightConverter)]
+    return Layout(shapes, base, prefix, ties, renamings, fused)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -171,6 +178,7 @@ def normalise(folder: Path, notes: list[str]) -> None:
     except Exception:  # the check of the configuration explains what is wrong
         return
     try:
+        stored = _split(folder, stored, model, config, notes)
         names: dict[str, str | None] = {**runtime_names(stored, model, notes)}
         headers = {name: stored[old] for old, name in names.items() if name}
         config_changes: dict[str, Any] = {}
@@ -184,6 +192,49 @@ def normalise(folder: Path, notes: list[str]) -> None:
     if config_changes:
         content = checkpoints.read_config(folder) | config_changes
         write_json(folder / CONFIG, content)
+
+
+def _split(
+    folder: Path,
+    stored: dict[str, TensorHeader],
+    model: Layout,
+    config: "PretrainedConfig",
+    notes: list[str],
+) -> dict[str, TensorHeader]:
+    """The tensors of a folder, which Transformers splits or joins to those that the model has.
+
+    Such as the one matrix of query, key and value in the files of `nomic_bert`.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModel
+    from transformers.core_model_loading import apply_converters, apply_renamings
+
+    from fmn.models.devices import free_memory
+
+    todays = {name: apply_renamings(name, model.renamings) for name in without_wrappers(stored)}
+    known = {*model.shapes, *model.base}
+    fused = [n for n, new in todays.items() if apply_converters(new, model.fused)[1]]
+    if not (fused := [name for name in fused if not {name, todays[name]} & known]):
+        return stored
+    size = sum(header.end - header.start for header in stored.values())
+    if 2 * size > free_memory(torch.device("cpu")):
+        problem = f"{fused[0]} is stored otherwise than the model has it, and to convert it"
+        raise UserError(f"{problem} {2 * size / 1e9:.0f} GB of memory are needed; use more")
+    model_class = forms.architecture(config.architectures) or AutoModel
+    with checkpoints.quiet():
+        loaded, info = model_class.from_pretrained(
+            folder, config=config, dtype="auto", local_files_only=True, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    left_out = {*info["missing_keys"], *model.ties}
+    state = loaded.state_dict()
+    tensors = {name: value.contiguous() for name, value in state.items() if name not in left_out}
+    for file in {*(header.file for header in stored.values()), folder / INDEX}:
+        file.unlink(missing_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    notes.append(f"{fused[0]} and its like are stored as the model has them, as Transformers does")
+    return tensor_headers(folder)
 
 
 def _refuse_placeholders(headers: Mapping[str, TensorHeader], model: Layout) -> None:
@@ -254,6 +305,38 @@ def _is_equal(first: TensorHeader, name: str, second: TensorHeader, other: str) 
     if first.shape != second.shape:
         return False
     return torch.equal(tensor(first, name).float(), tensor(second, other).float())
+
+
+def refuse_values(folder: Path, config: "PretrainedConfig") -> None:
+    """Refuse a checkpoint of which a tensor that is used is not all finite floating-point numbers.
+
+    Raises:
+        UserError: names the tensor, and how many of its values are not finite.
+    """
+    from safetensors import safe_open
+
+    headers = tensor_headers(folder)
+    used = {
+        stored for names in checkpoints.stored_names(folder, config) for stored in names.values()
+    }
+    for path in sorted({headers[name].file for name in used}):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(used & set(file.keys())):
+                if (dtype := headers[name].dtype) not in FLOATS:
+                    raise UserError(
+                        f"{folder}: tensor {name} has dtype {dtype}, no floating-point one, as"
+                        " quantized weights and counters have; give a model without such tensors"
+                    )
+                values = file.get_tensor(name)
+                if not values.numel() or all(
+                    x.isfinite() for x in values.aminmax()
+                ):  # NaN is in both
+                    continue
+                count = int((~values.isfinite()).sum())
+                raise UserError(
+                    f"{folder}: {count:,} of {values.numel():,} values of tensor {name} are NaN or"
+                    " infinite, as after a training that diverged; take an earlier checkpoint"
+                )
 
 
 def tensor(header: TensorHeader, stored: str) -> "torch.Tensor":

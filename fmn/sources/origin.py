@@ -132,7 +132,12 @@ def copy_checkpoint(
         origin = locate(source, Path(scratch), progress)
         if not statistics:
             origin = origin._replace(names=origin.names - {FISHER, GRAM})
-        return copy_origin(origin, folder, Path(scratch), base)
+        info = copy_origin(origin, folder, Path(scratch), base)
+        try:
+            names.refuse_values(folder, checkpoints.load_config(folder))
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), origin.source)) from error
+        return info
 
 
 def copy_origin(

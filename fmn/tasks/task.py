@@ -39,7 +39,7 @@ DEFINITION = "task.json"
 LossName = ProblemType | Literal["tokens", "embedding"]
 
 
-_SPAN = re.compile(r"O|[BIES]-.+")
+_SPAN = re.compile(r"O|[BIESLU]-.+")
 
 
 def no_span_tag(labels: Sequence[str]) -> str | None:

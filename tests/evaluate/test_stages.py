@@ -28,7 +28,7 @@ from fmn.models.finetune import new_expert
 from fmn.store import artifacts
 from fmn.store.stage import read_sidecar, write_record
 from fmn.tasks import dataset
-from fmn.tasks.task import Columns, get_task
+from fmn.tasks.task import Columns, get_task, write_task
 from tests import reports
 from tests.conftest import TASKS
 from tests.reports import BINARY, CLASSES, LABELS, NUMBERS, answered, own_expert, own_task
@@ -151,6 +151,22 @@ def test_tasks_of_every_sort_are_scored_and_those_without_labels_are_skipped(
     evaluate(model, data=data, out=tmp_path / "again.json", settings=SETTINGS)
     with pytest.raises(UserError, match="the rows of bare have no labels"):
         evaluate(model, data=data, out=tmp_path / "bare.json", tasks=["bare"], settings=SETTINGS)
+
+
+def test_rows_may_lie_in_the_folder_itself(tiny_work: Path, tmp_path: Path) -> None:
+    """An expert that was fetched without rows has a definition without labels."""
+    expert = Path(shutil.copytree(tiny_work / "experts" / "sst2", tmp_path / "expert"))
+    task, rows = get_task("sst2"), shutil.copytree(tiny_work / "data" / "sst2", tmp_path / "rows")
+    (expert / "fmn.json").unlink(missing_ok=True)
+    write_task(Path(rows), task)
+    columns = task.columns.model_copy(update={"label": None})
+    write_task(expert, task.model_copy(update={"columns": columns, "metrics": ()}))
+    scores = [
+        evaluate(expert, tasks=["sst2"], data=data, out=tmp_path / f"{data.name}.json",
+                 settings=SETTINGS).summary.score
+        for data in (tiny_work / "data", Path(rows))
+    ]  # fmt: skip
+    assert scores[0] == scores[1] is not None
 
 
 def test_a_second_evaluation_computes_nothing_and_damage_is_repaired(

@@ -275,6 +275,7 @@ def test_what_no_known_layer_fits_is_refused_with_the_lines_to_add() -> None:
         {"tower.0.alpha.weight": (8, 8), "tower.0.beta.weight": (8, 8)},
         turned,  # weights stored the other way round
         llama | {"layers.0.mlp.router.weight": (4, 24)},  # a matrix nobody claims
+        llama | {"layers.0.self_attn.lambda_q1": (8,)},  # DiffLlama, whose heads are others
     ):
         with pytest.raises(
             UserError, match=r"unheard-of.*architecture: \{layers: .*heads: .*neurons: "

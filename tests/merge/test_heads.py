@@ -5,14 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fmn.errors import UserError
 from fmn.merge import heads
 from fmn.merge.recipe import Fit
 from fmn.models.predict import predict
 from fmn.tasks.batches import Examples
-from tests.tiny import tiny_examples, tiny_model
+from tests.tiny import CONFIGS, tiny_examples, tiny_model
 
 LAST = {
     "bert": "classifier",
@@ -133,6 +135,14 @@ def test_auto_takes_the_ridge_that_answers_new_texts_best() -> None:
     np.testing.assert_allclose(answers, own @ weight.T + bias, atol=1e-3)
     unrelated = rng.normal(size=(12, 10))
     assert heads.refit(own[:12], unrelated, 1e-3 * weight, bias)[2].ridge > fit.ridge
+
+
+def test_a_head_that_is_the_mean_of_two_is_refused() -> None:
+    """To turn the outputs of one of them only would be wrong without a word."""
+    config = transformers.DeiTConfig(**CONFIGS["vit"]().to_dict() | {"model_type": "deit"})
+    model = transformers.DeiTForImageClassificationWithTeacher(config)
+    with pytest.raises(UserError, match=r"mean of two heads.* as a DeiTForImageClassification"):
+        heads.last_linear(model)
 
 
 @pytest.mark.parametrize(("name", "path"), LAST.items())

@@ -19,7 +19,7 @@ from fmn.merge.model import merged_pieces, merged_tensors
 from fmn.merge.recipe import MergeSettings
 from fmn.store.headers import TensorHeader, file_headers
 from tests.merge.experts import checkpoints, node_fisher, save
-from tests.tiny import tiny_model
+from tests.tiny import tiny_generator, tiny_model
 
 
 def stored(path: Path, tensors: dict[str, Tensor]) -> dict[str, TensorHeader]:
@@ -109,6 +109,28 @@ def test_the_base_is_read_only_if_it_is_needed(tmp_path: Path) -> None:
     plan_merge(experts, MergeSettings(method="average"), base)
     with pytest.raises(UserError, match="base: "):
         plan_merge(experts, MergeSettings(method="average", scale=1.5), base)
+
+
+def test_a_bias_of_zeros_may_be_missing(tmp_path: Path) -> None:
+    """Files of BartModel, such as a base's, have no final_logits_bias."""
+    experts = {task: tmp_path / task for task in "ab"}
+    method = MergeSettings(method="task-arithmetic")
+    for number, folder in enumerate(experts.values()):
+        model = tiny_generator("bart", number, torch.float32)
+        model.get_buffer("final_logits_bias").zero_()
+        model.save_pretrained(folder)
+    base = tmp_path / "base"
+    model.base_model.save_pretrained(base)
+    plan = plan_merge(experts, method, base)
+    assert {"shared.weight"} == {p.spec.name for p in plan.parameters} - {*layers_of(plan)}
+    model.get_buffer("final_logits_bias").fill_(1)
+    model.save_pretrained(experts["b"])
+    with pytest.raises(UserError, match="final_logits_bias is missing"):
+        plan_merge(experts, method, base)
+
+
+def layers_of(plan: Plan) -> list[str]:
+    return [p.spec.name for p in plan.parameters if p.spec.name.startswith(("encoder", "decoder"))]
 
 
 @st.composite

@@ -7,6 +7,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,6 +26,21 @@ def test_predictions_come_in_the_examples_order_whatever_the_batches() -> None:
     logits = predict(model, examples, device="cpu", dtype="float64")
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, np.stack(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_with_tokens_before_examples_is_not_cut() -> None:
+    """XLNet computes [T, B, n]."""
+    config = transformers.XLNetConfig(
+        d_model=24, n_layer=2, n_head=4, d_inner=20, vocab_size=30, num_labels=3, pad_token_id=0,
+        summary_type="first", initializer_range=0.5,
+    )  # fmt: skip
+    model = transformers.XLNetForSequenceClassification(config).eval()
+    examples = tiny_examples("bert", 9)
+    with torch.inference_mode():
+        batches = (pad_batch(examples, np.array([row])) for row in range(9))
+        alone = [model(**batch.inputs).logits[0].numpy() for batch in batches]
+    logits = predict(model, examples, device="cpu", dtype="float32")
+    np.testing.assert_allclose(logits, np.stack(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_close_to_float32_and_leaves_the_weights_alone() -> None:

@@ -164,12 +164,44 @@ def test_memory_is_compared_with_what_is_free(project: dict[str, Any]) -> None:
     assert check(written(tuned)).need.memory > need.memory
 
 
-def adapter(folder: Path, base: str) -> Path:
+def adapter(folder: Path, base: str, kind: str = "LORA", width: int = 8) -> Path:
     folder.mkdir()
-    facts = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base}
+    facts = {"peft_type": kind, "task_type": "SEQ_CLS", "base_model_name_or_path": base}
     (folder / "adapter_config.json").write_text(json.dumps(facts))
-    save(folder, {"x.lora_A.weight": torch.zeros(2, 8)}, "adapter_model.safetensors")
+    name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+    save(folder, {name: torch.zeros(2, width)}, "adapter_model.safetensors")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [({"kind": "IA3"}, "of the kind IA3"), ({"width": 9}, r"has shape [2, 9], and what it adapts")],
+)
+def test_an_adapter_that_does_not_fit_is_told(
+    changes: dict[str, Any], problem: str, project: dict[str, Any], hub: Hub
+) -> None:
+    hub.add("models", "org/two", adapter(Path("adapter"), "org/base", **changes))
+    (line,) = problems(project)
+    assert line.startswith("sources.two: hf://org/two: ")
+    assert problem in line
+
+
+def test_poolings_are_compared(project: dict[str, Any], hub: Hub) -> None:
+    Path("rows.csv").write_text("text,text_pair,label\n" + "fine,dull,0.5\ndull,fine,1\n" * 20)
+    for name, mode in (("one", "mean"), ("two", "cls")):
+        columns = {"text_pair": "text_pair"}
+        project["tasks"][name] |= {"task": "sentence-similarity", "columns": columns}
+        folder = Path("source") / name
+        parts = [("Transformer", ""), ("Pooling", "1_Pooling")]
+        listed = [{"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.{kind}"}
+                  for n, (kind, path) in enumerate(parts)]  # fmt: skip
+        (folder / "modules.json").write_text(json.dumps(listed))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+        edit_config(folder, architectures=["BertModel"])
+        hub.add("models", f"org/{name}", folder)
+    (line,) = problems(project)
+    assert "pooling is cls, not mean; choose models that agree" in line
 
 
 @pytest.mark.parametrize("base", ["org/base", "org/one"])

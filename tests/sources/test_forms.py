@@ -186,6 +186,8 @@ def test_places_that_hold_no_checkpoint_are_named(copy: Path, tmp_path: Path) ->
         ({"pad_token_id": -1}, ["pad_token_id = -1"]),
         ({"architectures": "BertForSequenceClassification"}, []),
         ({"architectures": [""]}, ["architectures = ['']", "a BertForSequenceClassification"]),
+        ({"label2id": {"LABEL_0": 1, "LABEL_1": 0}}, ["label2id has 'LABEL_0' for another output"]),
+        ({"id2label": {"1": 1, "0": 0}, "label2id": None}, []),
         ({"model_type": None}, ["no model_type; as its architectures say, it is bert"]),
         ({"model_type": ""}, ["no model_type; as its architectures say, it is bert"]),
     ],

@@ -140,6 +140,42 @@ def test_placeholders_of_deepspeed_are_refused(copy: Path, tmp_path: Path) -> No
         fetch(copy, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda value: value * torch.nan, r"48 of 48 values of tensor NAME are NaN or infinite"),
+        (lambda value: value.half() + 2.0**17, r"48 of 48 values of tensor NAME are NaN or"),
+        (lambda value: value.to(torch.int8), r"tensor NAME has dtype I8, no floating-point one"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], problem: str, copy: Path, tmp_path: Path
+) -> None:
+    state, name = weights(copy), "classifier.weight"
+    save(copy, state | {name: change(state[name])})
+    count = state[name].numel()
+    with pytest.raises(UserError, match=problem.replace("NAME", name).replace("48", f"{count}")):
+        fetch(copy, tmp_path / "out")
+    save(copy, state | {"another.weight": state[name] * torch.nan})  # which is not used
+    fetch(copy, tmp_path / "out")
+
+
+def test_matrices_that_are_stored_as_one_are_those_of_the_model(tmp_path: Path) -> None:
+    """Files of nomic_bert have query, key and value in one matrix."""
+    config = transformers.NomicBertConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, head_dim=6, vocab_size=30,
+        intermediate_size=20, pad_token_id=0, num_labels=3,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path / "source", max_shard_size="5KB")
+    (note,) = fetch(tmp_path / "source", tmp_path / "out").notes
+    assert "attn.Wqkv.weight and its like are stored as the model has them" in note
+    assert_same(weights(tmp_path / "out"), dict(model.state_dict()))
+    copy = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.tensor([[1, 5, 6, 2]])
+    torch.testing.assert_close(copy(tokens).logits, model(tokens).logits)
+
+
 # Tied weights
 
 

@@ -16,6 +16,13 @@ def test_spans_are_those_that_seqeval_counts(labels: list[str]) -> None:
     assert groups(labels, has_outside=True) == expected
 
 
+@given(st.lists(st.sampled_from(["O", "B-A", "I-A", "L-A", "U-A", "B-B", "L-B", "U-B"])))
+def test_last_and_unit_are_other_words_for_end_and_single(labels: list[str]) -> None:
+    others = [label.replace("L-", "E-").replace("U-", "S-") for label in labels]
+    expected = [list(range(first, last + 1)) for _, first, last in get_entities(others)]
+    assert groups(labels, has_outside=True) == expected
+
+
 def test_a_span_has_its_text_its_place_and_the_mean_probability() -> None:
     text = "Ada Byron wrote, in London."
     words = words_of(text)
