@@ -328,9 +328,7 @@ def refuse_values(folder: Path, config: "PretrainedConfig") -> None:
                         " quantized weights and counters have; give a model without such tensors"
                     )
                 values = file.get_tensor(name)
-                if not values.numel() or all(
-                    x.isfinite() for x in values.aminmax()
-                ):  # NaN is in both
+                if checkpoints.finite(values):
                     continue
                 count = int((~values.isfinite()).sum())
                 raise UserError(
