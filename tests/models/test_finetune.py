@@ -63,10 +63,8 @@ def test_it_learns_what_can_be_learnt(dtype: str) -> None:
     ("architecture", "low", "high"),
     [
         ("bert", -1, 1),
-        ("bert", 0, 1000),
         ("bert", 1e6, 1e6 + 1),
-        ("llama", -1, 1),  # its head has no bias
-        ("llama", 0, 1000),
+        ("llama", 0, 1000),  # its head has no bias
     ],
 )
 def test_a_number_is_learnt_on_any_scale_with_one_learning_rate(

@@ -206,21 +206,21 @@ dataset_info:
 CODE = """
 import json, sys; from fmn.errors import UserError
 from fmn.rows import sources; from fmn.tasks import task
-rows = task.DatasetSettings(**json.loads(sys.argv[1]))
-try:
-    commit = sources.pin(rows, "org/name")
-    files = sources.hub_files(rows, sources.download(rows, "org/name", commit))
-    print(json.dumps({s: [[f.name, dict(f.classes)] for f in each] for s, each in files.items()}))
-except UserError as error: print(error)"""
+for line in sys.stdin:
+    rows = task.DatasetSettings(**json.loads(line))
+    try:
+        commit = sources.pin(rows, "org/name")
+        files = sources.hub_files(rows, sources.download(rows, "org/name", commit))
+        answer = {s: [[f.name, dict(f.classes)] for f in each] for s, each in files.items()}
+        print(json.dumps(answer), flush=True)
+    except UserError as error: print(error, flush=True)"""
 
 
 def test_a_data_set_of_the_hub_is_downloaded_as_its_card_says(tmp_path: Path) -> None:
-    def files(number: int = 0, **rows: Any) -> str:  # in a process: the Hub's address is read once
-        environment = hub.environment(tmp_path / f"home{number}") | {"PYTHONPATH": str(ROOT)}
-        arguments = json.dumps({"path": "org/name", **rows})
-        command = [sys.executable, "-c", CODE, arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+    def files(**rows: Any) -> str:
+        print(json.dumps({"path": "org/name", **rows}), file=process.stdin, flush=True)
+        assert process.stdout is not None
+        return process.stdout.readline().strip()
 
     content = {
         "README.md": CARD.encode(),
@@ -228,7 +228,16 @@ def test_a_data_set_of_the_hub_is_downloaded_as_its_card_says(tmp_path: Path) ->
         "en/devel.jsonl": b'{"text": "b", "label": 1}',
         "de/rows.csv": ROWS.encode(),
     }
-    with Hub() as hub:
+    with (
+        Hub() as hub,
+        subprocess.Popen(  # in a process: the Hub's address is read once
+            [sys.executable, "-c", CODE],
+            env=hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
         hub.add("datasets", "org/name", content)
         classes = '{"label": ["neg", "pos"]}'
         assert files(name="en") == (
@@ -243,10 +252,10 @@ def test_a_data_set_of_the_hub_is_downloaded_as_its_card_says(tmp_path: Path) ->
         for wrong in (None, "fr"):
             assert files(name=wrong) == "org/name: say one of its configurations, name: en, de"
         assert "org/name@nothing: no such data set" in files(revision="nothing")
-        for number, card in enumerate((b"---\nconfigs: [3]\n---\n", b"---\na: b: c\n---\n")):
+        for card in (b"---\nconfigs: [3]\n---\n", b"---\na: b: c\n---\n"):
             hub.add("datasets", "org/name", {**content, "README.md": card})
-            assert "org/name: its card or files cannot be read" in files(10 + number)
+            assert "org/name: its card or files cannot be read" in files()
         del content["README.md"]
         hub.add("datasets", "org/name", content)  # without a card
-        assert files(1, data_dir="de") == '{"train": [["org/name/de/rows.csv", {}]]}'
-        assert '"train": [["org/name/en/train-0.jsonl", {}]]' in files(2, data_dir="en")
+        assert files(data_dir="de") == '{"train": [["org/name/de/rows.csv", {}]]}'
+        assert '"train": [["org/name/en/train-0.jsonl", {}]]' in files(data_dir="en")
