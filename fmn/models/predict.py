@@ -101,11 +101,16 @@ def first_token_only(
 
     Args:
         run: computes the logits of a batch.
+
+    Raises:
+        UserError: the model's answers depend on padding.
     """
 
     def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][:, :1].contiguous(), *args[1:])  # a strided input would copy the weights
 
+    if not model.can_generate() and not examples.has_token_labels:
+        _refuse_padding_that_is_read(model, run, examples)
     lengths = examples.lengths
     rows = [row for row in np.argsort(lengths) if lengths[row] > 1 or not examples.pad][:1]
     with ExitStack() as hooks:
@@ -121,6 +126,31 @@ def first_token_only(
             if not is_right:
                 hooks.close()
         yield
+
+
+def _refuse_padding_that_is_read(
+    model: PreTrainedModel, run: Callable[[Batch], Tensor], examples: Examples
+) -> None:
+    """Refuse a model that answers otherwise to a short text beside a longer one, as XLNet does.
+
+    XLNet reads a text's last position, and its own tokenizer puts padding before the text.
+    """
+    lengths = examples.lengths
+    if not examples.pad or not len(lengths) or lengths.min() == lengths.max():
+        return
+    order = np.argsort(lengths, kind="stable")
+    pair = order[[0, np.searchsorted(lengths[order], lengths.min(), side="right")]]
+    try:
+        with torch.no_grad():
+            alone, beside = (run(pad_batch(examples, n))[:1].float() for n in (pair[:1], pair))
+        is_read = bool((alone - beside).abs().max() > 0.05 + 0.05 * alone.abs().max())
+    except (MemoryError, RuntimeError):  # as it is said where batches are run
+        return
+    if is_read:
+        raise UserError(
+            f"the answers of this {model.config.model_type} depend on the padding behind a text;"
+            " give a model of another architecture"
+        )
 
 
 def _is_near(values: Tensor, others: Tensor) -> bool:

@@ -273,7 +273,10 @@ def _untie(
         if _is_equal(headers[tied], olds[tied], headers[name], olds[name]):
             continue
         if len(pairs) < len(model.ties) or not _can_untie(config):
-            raise UserError(f"tensors {tied} and {name} are tied, but differ; save it again")
+            raise UserError(
+                f"tensors {tied} and {name} are tied, but differ, as after a training of one alone;"
+                " train it again with both as one"
+            )
         config_changes["tie_word_embeddings"] = False
         notes.append(
             f"{tied} and {name} differ though config.json says that they are tied; both stay, and"

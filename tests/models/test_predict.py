@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from fmn.errors import UserError
 from fmn.fisher.architectures import mask_sites
 from fmn.models.embedding import Modules, SentenceEncoder
 from fmn.models.predict import first_token_only, hooked, predict
@@ -41,6 +42,10 @@ def test_a_model_with_tokens_before_examples_is_not_cut() -> None:
         alone = [model(**batch.inputs).logits[0].numpy() for batch in batches]
     logits = predict(model, examples, device="cpu", dtype="float32")
     np.testing.assert_allclose(logits, np.stack(alone), rtol=1e-4, atol=1e-5)
+    config.summary_type = "last"  # the default, which reads the padding of shorter texts
+    model = transformers.XLNetForSequenceClassification(config).eval()
+    with pytest.raises(UserError, match="of this xlnet depend on the padding"):
+        predict(model, examples, device="cpu", dtype="float32")
 
 
 def test_bfloat16_is_close_to_float32_and_leaves_the_weights_alone() -> None:
