@@ -41,7 +41,7 @@ RUNNER: Any = ThreadPoolTaskRunner(max_workers=workers.count())
 
 
 def key_of(node: Node) -> Key:
-    """What identifies a node in a run."""
+    """The stage and the name of a node, which identify it in a run."""
     return node.stage, node.name
 
 
@@ -100,10 +100,10 @@ def tags(node: Node) -> set[str]:
 
 
 def _run_all(nodes: Sequence[Node], clock: Clock) -> dict[Key, PrefectFuture[Outcome[Any]]]:
-    """A task run for each node, as soon as those that it needs have ended and there is room for it.
+    """Start a task run for each node once the nodes that it needs have ended and a slot is free.
 
-    No thread waits for other stages, which could do without it. Of the nodes that are ready, the
-    one with the longest chain of stages behind it comes first.
+    So no thread waits for other stages while ready ones lack a thread. Among the ready nodes, the
+    one with the longest chain of stages after it starts first.
     """
     needs = {key_of(node): [key_of(need) for need in graph.needs(node, nodes)] for node in nodes}
     behind = dict.fromkeys(needs, 0)
