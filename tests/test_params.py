@@ -129,7 +129,7 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("work: !!python/name:os.system x", "tag"),
         ("data: " + "{a: " * 1000, "nested more than"),
         ("fisher: {seed: " + "9" * 5000 + "}", "not valid YAML"),
-        ("---\nwork: x", "single document"),
+        ("---\nwork: x", "second document"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_file_and_setting(

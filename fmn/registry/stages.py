@@ -46,7 +46,8 @@ REGISTER = 4
 LOG = 4
 LINEAGE = "lineage/lineage.json"  # file of a run
 SETTINGS = "params.yaml"
-REGISTRATION = "<!-- registration -->"  # in a report's page, where its copy says what became of it
+# In a report's page, in place of which its copy says what became of the model.
+REGISTRATION = re.compile(r'<p id="registration">.*?</p>')
 
 
 class RegistrySettings(Settings):
@@ -292,7 +293,7 @@ def _log_page(
         changes=changes,
     )
     client = mlflow.MlflowClient()
-    client.log_text(run, html.replace(REGISTRATION, words), "report/report.html")
+    client.log_text(run, REGISTRATION.sub(lambda _: words, html, count=1), "report/report.html")
 
 
 def _params(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
