@@ -168,11 +168,24 @@ def calibrated_encoder(
         with torch.no_grad():
             for number, layer in enumerate(layers):
                 if number >= start:
-                    _calibrate_layer(number, layer, list(tasks.values()), settings.ridge)
+                    with _explained(number):
+                        _calibrate_layer(number, layer, list(tasks.values()), settings.ridge)
                 _advance(number, layer, list(tasks.values()))
                 progress(number + 1, len(layers))
     errors = {name: error for name, task in tasks.items() if (error := _error(task)) is not None}
     return _tensors_of(merged, encoder), errors
+
+
+@contextmanager
+def _explained(layer: int) -> Iterator[None]:
+    """Explain equations of a layer that have no solution."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        problem = "an expert's states there are not finite, or all the same"
+        raise UserError(
+            f"layer {layer} cannot be calibrated, as {problem}; leave `calibrate` out"
+        ) from error
 
 
 def own_part(

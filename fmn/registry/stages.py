@@ -107,12 +107,10 @@ def register(
     from fmn.registry import tracking
 
     started = time.monotonic()
-    if data:
-        artifacts.check_folder(data)
     if out:
         reads = [model, metrics, data, report, card, params]
         stage.check_output(out, reads, is_folder=False, stage="register")
-    _check_report(report, card)
+    _check_report(report, card, data)
     recipe, scores, definitions = _read(model, metrics)
     card_text = (card or model / CARD).read_text()
     inputs, key = _key(model, metrics, settings)
@@ -147,8 +145,10 @@ def _key(model: Path, metrics: Path, settings: RegistrySettings) -> tuple[dict[s
     return inputs, artifacts.content_key("register", REGISTER, names, inputs)
 
 
-def _check_report(report: Path | None, card: Path | None) -> None:
-    """Refuse a report or a card that is not there, with a `UserError`."""
+def _check_report(report: Path | None, card: Path | None, data: Path | None) -> None:
+    """Refuse a report, a card or a folder of rows that is not there, with a `UserError`."""
+    if data:
+        artifacts.check_folder(data)
     for path in (report and report / "report.html", card):
         if path and not path.is_file():
             raise UserError(f"{path}: no such file; make it with `fmn report`")

@@ -398,6 +398,11 @@ def test_bfloat16_is_chosen_only_where_it_is_near_to_float32(
     assert (dtype, "too far off" in why) == ("float32", True)
 
 
+def test_a_single_example_has_no_standard_error() -> None:
+    result = run(tiny_model("bert"), tiny_examples("bert", 3), samples=1)
+    assert (result.stderr, result.relative_error) == (None, None)
+
+
 def test_weights_stored_in_half_precision_are_computed_with_in_single() -> None:
     half, single = (tiny_model("bert", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     single.load_state_dict(half.state_dict())
