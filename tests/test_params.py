@@ -322,7 +322,7 @@ def test_rows_of_a_comparison_are_one_number_or_one_per_task(
 def test_settings_are_written_with_their_defaults_and_without_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load(tmp_path, GOOD + "notify: {webhook: 'https://host/hook'}\n")
     out = tmp_path / "settings.json"
     assert params.write_settings(tmp_path / "params.yaml", out=out).computed
@@ -334,7 +334,7 @@ def test_settings_are_written_with_their_defaults_and_without_secrets(
 def test_written_settings_tell_each_task_and_the_digests_of_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     rows, out = Path("reviews.csv"), Path("settings.json")
     folder = Path("glue/sst2/train.parquet")
