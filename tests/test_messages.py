@@ -112,6 +112,10 @@ def write_checkpoints(expert: Path, out: Path) -> None:
         "unknown activation": {"config.json": json.dumps({**config, "hidden_act": "florb"})},
         "no second label": {"config.json": json.dumps({**config, "id2label": {0: "a", 2: "b"}})},
         "text as size": {"config.json": json.dumps({**config, "hidden_size": "16"})},
+        "nan weights": {"model.safetensors": safetensors.torch.save(with_nan(tensors, TENSOR))},
+        "nan head": {
+            "model.safetensors": safetensors.torch.save(with_nan(tensors, "classifier.bias"))
+        },
         "lacks a tensor": {"model.safetensors": safetensors.torch.save(without)},
         "no tokenizer": dict.fromkeys(
             ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -131,6 +135,13 @@ def write_checkpoints(expert: Path, out: Path) -> None:
             (folder / file).unlink(missing_ok=True)
             if content is not None:
                 write(folder / file, content)
+
+
+def with_nan(tensors: dict[str, Any], name: str) -> dict[str, Any]:
+    """Tensors, of which one holds a NaN."""
+    wrong = tensors[name].clone()
+    wrong.view(-1)[3 % wrong.numel()] = float("nan")
+    return {**tensors, name: wrong}
 
 
 def mistake(capsys: pytest.CaptureFixture[str], command: str) -> str:
@@ -188,6 +199,7 @@ REPORT = f"report {OUT} --merged"
         ("florb", "florb|fetch, data, |fmn --help"),
         ("compare study -p nowhere.yaml", "nowhere.yaml|--params"),
         ("stage florb -p bad/good.yaml", "stage florb|fetch-base|register"),
+        ("stage settings x -p bad/good.yaml", "stage settings: has no x; it takes no name"),
         ("stage fetch rte -p bad/good.yaml", "stage fetch: has no rte|sst2, mrpc"),
         ("tasks nothing", "task nothing|--dataset|under `tasks:`|cola"),
         ("tasks sst2 --data nowhere", "--data nowhere: no such folder|fmn data"),
@@ -223,6 +235,7 @@ REPORT = f"report {OUT} --merged"
         (f"fetch 'bad/list config' {OUT}", "config.json: not a JSON object|get the file again"),
         (f"fetch 'bad/latin config' {OUT}", "config.json: not JSON|0xe9|get the file again"),
         (f"fetch 'bad/unknown model' {OUT}", "bad/unknown model: config.json|florb|for example"),
+        (f"fetch 'bad/nan weights' {OUT}", f"bad/nan weights: {TENSOR} holds NaN or Inf"),
         (f"fetch bad/wider {OUT}", "word_embeddings.weight is (30522, 16)|32) in config.json"),
         (f"fetch 'bad/more layers' {OUT}", "encoder.layer.2.|is missing|config.json"),
         (f"fetch 'bad/odd heads' {OUT}", "bad/odd heads: config.json|16|attention heads (3)"),
@@ -294,6 +307,7 @@ REPORT = f"report {OUT} --merged"
         (f"{TUNE} --data data --dtype float8", "--dtype|'float32'|'float8'|did you mean"),
         (f"finetune 'bad/no tokenizer' --task sst2 --data data {OUT}", "no tokenizer files|copy"),
         (f"{FISHER} experts/stsb", "experts/stsb|score|negative, positive|--labels"),
+        (f"{FISHER} 'bad/nan weights'", "sst2: the Fisher information of layer 0 is not finite|fl"),
         (f"{FISHER} base", "base: has no classification head|fmn finetune"),
         (f"{FISHER} experts/sst2 --samples some", "--samples: must be a whole number, not 'some'"),
         (f"{FISHER} experts/sst2 --estimator emp", "--estimator: must be one of|'emp'"),
@@ -309,6 +323,10 @@ REPORT = f"report {OUT} --merged"
         (f"{TWO} --method average --coefficient sst2=x", "--coefficient: sst2='x': not a number"),
         (f"{TWO} --method average --coefficient sst2=0 mrpc=0", "--coefficient: all are zero"),
         (f"{TWO} --method average --scale x", "--scale: must be a number, not 'x'"),
+        (f"{MERGE} a='bad/nan head' b=experts/mrpc --method average", "classifier.bias holds NaN"),
+        (f"{MERGE} ../x=experts/sst2 b=experts/mrpc --method average", "'../x': a task's name is"),
+        (f"{TWO} --method average --density 0.5", "density: method average has none; leave it out"),
+        (f"{TWO} --method average --coefficient sst2=1 sst2=2", "--coefficient: sst2 is given tw"),
         (f"{MERGE} a=experts/sst2 a=experts/mrpc", "--expert: a is given twice"),
         (f"{TWO} --fisher sst2=bad/fisher.parquet mrpc=fisher/mrpc.parquet",
          "bad/fisher.parquet: not a Fisher artifact|fmn fisher"),
@@ -336,6 +354,8 @@ REPORT = f"report {OUT} --merged"
         ("register nowhere --metrics x.json --name demo", "nowhere/merge.json|fmn merge"),
         ("register base --metrics x.json --name ../demo", "--name: must be a name|'../demo'"),
         ("register base --metrics x.json --name a --tolerance 2", "--tolerance|at most 1"),
+        ("register base --metrics x.json --name a --data nowhere", "nowhere: no such folder"),
+        ("rollback a --to x", "rollback a x: give the model's name, and a number to --to"),
         ("register base --metrics x.json --name a --report nowhere", "nowhere/report.html|fmn"),
         ("register base --metrics x.json --name a --card nowhere.md", "nowhere.md: no such|fmn"),
         ("reproduce demo", "demo: not a registered version|models:/NAME/VERSION"),

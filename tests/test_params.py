@@ -119,7 +119,7 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("work: !!python/name:os.system x", "tag"),
         ("data: " + "{a: " * 1000, "nested more than"),
         ("fisher: {seed: " + "9" * 5000 + "}", "not valid YAML"),
-        ("---\nwork: x", "single document"),
+        ("---\nwork: x", "second document"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_file_and_setting(
@@ -304,7 +304,7 @@ def test_rows_of_a_comparison_are_one_number_or_one_per_task(
 def test_settings_are_written_with_their_defaults_and_without_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load(tmp_path, GOOD + "notify: {webhook: 'https://host/hook'}\n")
     out = tmp_path / "settings.json"
     assert params.write_settings(tmp_path / "params.yaml", out=out).computed
@@ -316,7 +316,7 @@ def test_settings_are_written_with_their_defaults_and_without_secrets(
 def test_written_settings_tell_each_task_and_the_digests_of_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     rows, out = Path("reviews.csv"), Path("settings.json")
     folder = Path("glue/sst2/train.parquet")

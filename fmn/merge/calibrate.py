@@ -172,12 +172,25 @@ def calibrated_encoder(
         with torch.no_grad():
             for number in range(len(paths)):
                 if number >= start:
-                    _calibrate_layer(number, tasks, settings.ridge, target)
+                    with _explained(number):
+                        _calibrate_layer(number, tasks, settings.ridge, target)
                 list(side_by_side(partial(_advance, number), tasks, target))
                 progress(number + 1, len(paths))
     each = zip(experts, map(_error, tasks), strict=True)
     errors = {name: error for name, error in each if error is not None}
     return _tensors_of(merged, encoder), errors
+
+
+@contextmanager
+def _explained(layer: int) -> Iterator[None]:
+    """Explain equations of a layer that have no solution."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        problem = "an expert's states there are not finite, or all the same"
+        raise UserError(
+            f"layer {layer} cannot be calibrated, as {problem}; leave `calibrate` out"
+        ) from error
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

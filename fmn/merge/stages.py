@@ -233,7 +233,7 @@ def _about_statistics(
                 )
         if other.labels and own.labels and other.labels != own.labels:
             orders = f"{in_a_line(other.labels)}, the expert's are {in_a_line(own.labels)}"
-            notes.append(f"{name}: its statistics' labels are {orders}: matched by name")
+            notes.append(f"{name}: its statistics' labels are {orders}: by name")
         if other.max_length != own.max_length:
             lengths = f"{other.max_length} tokens, the expert's task has {own.max_length}"
             notes.append(f"{name}: its statistics are of texts of at most {lengths}")

@@ -44,7 +44,8 @@ REGISTER = 4
 LOG = 4
 LINEAGE = "lineage/lineage.json"  # file of a run
 SETTINGS = "params.yaml"
-REGISTRATION = "<!-- registration -->"  # placeholder in a report's page for the registered version
+# In a report's page, in place of which its copy says what became of the model.
+REGISTRATION = re.compile(r'<p id="registration">.*?</p>')
 
 
 class RegistrySettings(Settings):
@@ -106,11 +107,11 @@ def register(
     from fmn.registry import tracking
 
     started = time.monotonic()
-    if data:
-        artifacts.check_folder(data)
     if out:
         reads = [model, metrics, data, report, card, params]
         stage.check_output(out, reads, is_folder=False, stage="register")
+    if data:
+        artifacts.check_folder(data)
     for path in (report and report / "report.html", card):
         if path and not path.is_file():
             raise UserError(f"{path}: no such file; make it with `fmn report`")
@@ -273,7 +274,7 @@ def _log_page(
         changes=changes,
     )
     client = mlflow.MlflowClient()
-    client.log_text(run, html.replace(REGISTRATION, words), "report/report.html")
+    client.log_text(run, REGISTRATION.sub(lambda _: words, html, count=1), "report/report.html")
 
 
 def _params(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:

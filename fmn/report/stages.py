@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fmn.report.figures import Picture
     from fmn.report.results import Table
 
-REPORT = 11
+REPORT = 12
 COMPARISON = 7
 Paths = Mapping[str, Path]
 
@@ -96,6 +96,10 @@ def _write_report(
 
     evaluated = {name: results.read_evaluated(path) for name, path in merged.items()}
     alone = {task: results.read_evaluated(path) for task, path in experts.items()}
+    for task, expert in alone.items():
+        if [*expert.metrics.tasks] != [task]:
+            problem = f"the metrics of {', '.join(expert.metrics.tasks)}, not of the expert"
+            raise UserError(f"--expert {task}={experts[task]}: {problem}; evaluate it alone")
     table = results.tabulate(alone, evaluated, headline)
     recipes = {}
     for name, folder in models.items():

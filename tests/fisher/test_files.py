@@ -189,7 +189,7 @@ def test_matrices_that_are_damaged_or_something_else_are_refused(
     with pytest.raises(UserError, match=r"a\.safetensors: .*`fmn full-fisher`"):
         read_statistic(matrices, StatisticMetadata)
     matrices.write_bytes(matrices.read_bytes()[:-4])
-    with pytest.raises(UserError, match="not a gram file, or damaged"):
+    with pytest.raises(UserError, match="not a gram file, or damaged; make it with `fmn gram`"):
         read_statistic(matrices, GramMetadata)
     with pytest.raises(UserError, match="no such gram file; make it with `fmn gram`"):
         read_statistic(tmp_path / "b.safetensors", GramMetadata)

@@ -398,6 +398,11 @@ def test_bfloat16_is_chosen_only_where_it_is_near_to_float32(
     assert (dtype, "too far off" in why) == ("float32", True)
 
 
+def test_a_single_example_has_no_standard_error() -> None:
+    result = run(tiny_model("bert"), tiny_examples("bert", 3), samples=1)
+    assert (result.stderr, result.relative_error) == (None, None)
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "albert"])
 @pytest.mark.parametrize("estimator", ["empirical", "expected"])
 def test_layers_that_are_computed_again_give_the_same(name: str, estimator: str) -> None:

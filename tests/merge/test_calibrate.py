@@ -174,6 +174,15 @@ def test_experts_that_are_the_merged_encoder_leave_it_as_it_is() -> None:
     assert max(errors.values()) < 1e-20
 
 
+def test_an_expert_without_states_of_its_own_is_refused() -> None:
+    problem = Problem(count=4)
+    with torch.no_grad():
+        for value in problem.experts["b"].base_model.parameters():
+            value.zero_()
+    with pytest.raises(UserError, match="layer 0 cannot be calibrated, as an expert's states"):
+        problem.calibrated()
+
+
 def test_the_answers_of_a_disturbed_encoder_come_back() -> None:
     problem = Problem(count=200)
     expert = problem.experts["a"]

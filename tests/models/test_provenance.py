@@ -125,6 +125,11 @@ def test_an_expert_far_from_its_base_is_a_doubt(bert: Path, tmp_path: Path) -> N
     assert note.startswith(f"{far}: perhaps it was not fine-tuned from the base {bert}: ")
 
 
+def test_an_expert_with_its_bases_encoder_is_a_doubt(bert: Path) -> None:
+    (note,) = check_base(bert, bert)
+    assert f"has the encoder of the base {bert}, weight for weight" in note
+
+
 def test_one_file_as_two_experts_is_a_doubt(bert: Path, tmp_path: Path) -> None:
     expert, again = (moved(bert, tmp_path / name, 0.1) for name in ("a", "b"))
     (note,) = check_common_base({"sst2": expert, "imdb": again}, bert)

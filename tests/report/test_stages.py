@@ -138,6 +138,7 @@ def test_the_page_says_when_with_what_and_which_model_is_registered(
         '<th scope="col" class="chosen">merged <span class="badge">registered</span></th>' in page
     )
     assert '<a href="http://127.0.0.1:5000/#/models/my%20model">a version of my model</a>' in page
+    assert "so it knows no champion: the copy beside the model's version" in page
     assert re.search(r"<dt>written</dt><dd>20\d\d-\d\d-\d\d \d\d:\d\d UTC</dd>", page)
     assert f"<dt>fmn</dt><dd>version {__version__}</dd>" in page
     assert "<dt>model</dt><dd>merged: mask-fisher, mapping structured, normalise kind" in page
@@ -167,6 +168,10 @@ def test_what_does_not_belong_together_is_refused(run: Run, tmp_path: Path) -> N
         ({"merged": {}}, "no metrics file of a merged model"),
         ({"merged": {"expert": merged["merged"]}}, "choose another"),
         ({"models": {"other": models["merged"]}}, "no metrics of it"),
+        (
+            {"experts": {"sst2": run["experts"]["cola"]}},
+            "--expert sst2=.*: the metrics of cola, not of",
+        ),
         ({"headline": "other"}, "--headline other: no metrics of it"),
         ({"models": {"merged": models["base"]}}, r"merged.json: not the metrics of .*base"),
         ({"fisher": {"sst2": run["fisher"]["cola"]}}, "cola.parquet: not the Fisher that merged"),

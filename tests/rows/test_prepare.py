@@ -191,7 +191,7 @@ def test_what_is_odd_is_a_warning(tmp_path: Path) -> None:
     ("rows", "fields", "message"),
     [
         ([], {}, "there are no rows"),
-        ([ROW, {"text": None, "label": "y"}], {}, "is None in row 1, not a text .* drop the row"),
+        ([ROW, {"text": None, "label": "y"}], {}, "is null in row 1, not a text .* drop the row"),
         ([ROW, *[{"text": 5, "label": "y"}] * 2], {}, r"is 5 in row 1, not a text \(2 of 3"),
         ([ROW, {"text": "a\0b", "label": "y"}], {}, r"column text is .a.x00b. in row 1"),
         ([ROW, {"text": "\ud800", "label": "y"}], {}, r"is .\\ud800. in row 1"),
