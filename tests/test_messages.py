@@ -235,7 +235,7 @@ REPORT = f"report {OUT} --merged"
         (f"fetch 'bad/list config' {OUT}", "config.json: not a JSON object|get the file again"),
         (f"fetch 'bad/latin config' {OUT}", "config.json: not JSON|0xe9|get the file again"),
         (f"fetch 'bad/unknown model' {OUT}", "bad/unknown model: config.json|florb|for example"),
-        (f"fetch 'bad/nan weights' {OUT}", f"bad/nan weights: |{TENSOR} are NaN or infinite|earlier"),
+        (f"fetch 'bad/nan weights' {OUT}", f"nan weights: |{TENSOR} are NaN or|earlier"),
         (f"fetch bad/wider {OUT}", "word_embeddings.weight is (30522, 16)|32) in config.json"),
         (f"fetch 'bad/more layers' {OUT}", "encoder.layer.2.|is missing|config.json"),
         (f"fetch 'bad/odd heads' {OUT}", "bad/odd heads: config.json|16|attention heads (3)"),

@@ -244,6 +244,7 @@ def plan_merge(
     # If the models have heads, the base is read as its own kind: it may have a pooler or not.
     base_kind = None if KINDS[kind].has_head else kind
     based = stored_tensors(base, base_kind)[0] if base and needs_base else None
+    _drop_zero_bias([*encoders.values(), *([based] if based else [])])
     tokens = {f"expert {task}": _tokens(experts[task]) for task in tasks}
     tokens |= {"base": _tokens(base)} if base and needs_base else {}
     is_same = len(set(tokens.values())) == 1
@@ -274,6 +275,15 @@ def plan_merge(
     heads = {task: head for task, (_, head) in stored.items()}
     widest = max(tasks, key=lambda task: tokens[f"expert {task}"].used)
     return Plan(settings, tuning, tasks, lambdas, scale, parameters, heads, claims, nodes, widest)
+
+
+def _drop_zero_bias(encoders: Sequence[dict[str, TensorHeader]]) -> None:
+    """Drop a bias that is zero from encoders where some of them have none, as BartModel has."""
+    if not all(checkpoints.ZERO_BIAS in encoder for encoder in encoders):
+        for encoder in encoders:
+            bias = encoder.get(checkpoints.ZERO_BIAS)
+            if bias and checkpoints.is_zero(bias):
+                del encoder[checkpoints.ZERO_BIAS]
 
 
 class Tokens(NamedTuple):
@@ -316,8 +326,6 @@ def stored_tensors(
         if (dtype := headers[stored].dtype) not in DTYPES:
             raise UserError(f"{folder}: tensor {stored} has dtype {dtype}; convert it to float32")
     encoder = {name: headers[stored] for name, stored in names.encoder.items()}
-    if (bias := encoder.get(checkpoints.ZERO_BIAS)) and checkpoints.is_zero(bias):
-        del encoder[checkpoints.ZERO_BIAS]  # as in files that have none
     return encoder, {name: headers[stored] for name, stored in names.head.items()}
 
 
