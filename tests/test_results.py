@@ -47,6 +47,7 @@ def test_what_a_benchmark_leaves_is_stored_with_its_origin(
     assert results.spread(results.summary([3.0, 1.0, 2.0])) == "2.00 (1.00 to 3.00)"
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_gpus_runs_whole_with_tiny_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
