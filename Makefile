@@ -40,7 +40,7 @@ mlflow: $(VENV)/installed ## the pages of the registry, on loopback; MLFLOW_PORT
 	  MLFLOW_BACKEND_STORE_URI="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" exec mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1; esac
 
 test: lint types ## lint, types, tests
-	pytest -n 3 --dist loadfile
+	pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed ## the tests that take long
 	pytest -m slow

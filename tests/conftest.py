@@ -32,6 +32,14 @@ settings.register_profile("fmn", deadline=None)  # a busy machine is no failure
 settings.load_profile("fmn")
 
 
+# Files of few tests that take long: where several processes share the tests, these begin first.
+LONG = ("test_pipeline.py", "test_end_to_end.py", "test_workers.py", "test_tracking.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def wait_until(happened: Callable[[], object], seconds: float = 300) -> None:
     """Wait until something has happened, and fail if it does not in time."""
     deadline = time.monotonic() + seconds
