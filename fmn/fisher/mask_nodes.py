@@ -172,8 +172,7 @@ def estimate(
             share); None or at least N: all, in file order.
         dtype: "float32", "float64", "bfloat16" (of matrix products; sums, normalisations and
             residuals stay in float32), "auto" (bfloat16 where the hardware multiplies it).
-        recompute: compute each layer's activations again in the backward pass, which takes less
-            memory and more time (`fmn.fisher.runner.recomputed`).
+        recompute: save memory at the price of time (`fmn.fisher.runner.recomputed`).
         progress: gets the number of examples done, and to do.
         resume: sums of a killed run with the same arguments, to go on from; on a CPU to the same
             bits as without a break.

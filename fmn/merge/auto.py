@@ -15,7 +15,7 @@ The plain average is the first candidate, so the choice is never worse than it b
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -83,8 +83,7 @@ def choose(
         experts: checkpoint folders by task.
         examples: unlabeled texts of each task, at least two.
         settings: the settings of all merges, and how to measure.
-        base: the folder of the model that the experts were tuned from; without it, methods that
-            need it are not tried, and the scale is 1.
+        base: their base's folder; without it, what needs it is not tried, and the scale is 1.
         statistics: mask Fisher, Gram matrices, or both; methods that need others are not tried.
         progress: called with the number of measured merges, and with their largest number.
 
@@ -122,13 +121,12 @@ def choose(
             attempt(name, best, scale)
     if (scale := lowest(_errors(tried, name))) not in _errors(tried, name):
         attempt(name, best, scale)
-    auto = Auto(
-        heads=settings.auto_heads,
-        seed=settings.seed,
-        dtype=settings.dtype,
-        texts={task: len(goal.examples) for task, goal in goals.items()},
-        candidates=tried,
-    )
+    shared: dict[str, Any] = {
+        "heads": settings.auto_heads,
+        "seed": settings.seed,
+        "dtype": settings.dtype,
+    }
+    auto = Auto(**shared, texts={t: len(g.examples) for t, g in goals.items()}, candidates=tried)
     return Choice(auto, _scaled(best, origin, auto.chosen.scale))
 
 

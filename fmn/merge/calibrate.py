@@ -133,8 +133,7 @@ def calibrated_encoder(
         encoder: the merged encoder's tensors by names in the base model.
         examples: texts by task; labels are not read.
         last: how many of the last layers are calibrated; None: all.
-        device, dtype: as for `fmn.models.predict.predict`. Sums are in float32, or in float64 if
-            the models are.
+        device, dtype: as for `fmn.models.predict.predict`. Sums are at least float32.
         progress: called with the number of calibrated layers and of all layers.
 
     Returns:
@@ -142,20 +141,15 @@ def calibrated_encoder(
         squared difference from the expert's states, divided by the variance of those.
 
     Raises:
-        UserError: the layers are not a chain in which each has its own parameters, or a task has
-            no texts.
+        UserError: layers share parameters or are not a chain, or a task has no texts.
     """
     target = resolve_device(device)
-    compute_dtype = resolve_dtype(dtype, target)
     first = next(iter(experts.values()))
     paths = _layer_paths(first)
     merged = _with_encoder(first.base_model, encoder)
     start = 0 if last is None else len(paths) - last
 
     def start_task(name: str) -> _Task:
-        """Run a task's texts up to the first layer, and weigh their tokens."""
-        if not len(examples[name]):
-            raise UserError(f"{name}: there are no training texts to calibrate on; add some")
         expert, model = experts[name], _shared_copy(merged)
         batches = list(by_length(examples[name], tokens=tokens_at_once(expert, target)))
         layers, own = ([m.get_submodule(p) for p in paths] for m in (model, expert.base_model))
@@ -167,7 +161,10 @@ def calibrated_encoder(
         in_own = [_before_layers(expert.base_model, own, batch) for batch in batches]
         return _Task(own, layers, in_merged, in_own, weights, shares)
 
-    with _ready([merged, *experts.values()], target, compute_dtype):
+    for name in experts:
+        if not len(examples[name]):
+            raise UserError(f"{name}: there are no training texts to calibrate on; add some")
+    with _ready([merged, *experts.values()], target, resolve_dtype(dtype, target)):
         tasks = list(side_by_side(start_task, experts, target))
         with torch.no_grad():
             for number in range(len(paths)):
@@ -176,9 +173,8 @@ def calibrated_encoder(
                         _calibrate_layer(number, tasks, settings.ridge, target)
                 list(side_by_side(partial(_advance, number), tasks, target))
                 progress(number + 1, len(paths))
-    each = zip(experts, map(_error, tasks), strict=True)
-    errors = {name: error for name, error in each if error is not None}
-    return _tensors_of(merged, encoder), errors
+    errors = zip(experts, map(_error, tasks), strict=True)
+    return _tensors_of(merged, encoder), {name: e for name, e in errors if e is not None}
 
 
 @contextmanager

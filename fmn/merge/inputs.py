@@ -241,9 +241,7 @@ def plan_merge(
     encoders = {f"expert {task}": encoder for task, (encoder, _) in stored.items()}
     config = checkpoints.load_config(experts[tasks[0]])
     kind = checkpoints.kind_in(experts[tasks[0]], config)
-    # If the models have heads, the base is read as its own kind: it may have a pooler or not.
-    base_kind = None if KINDS[kind].has_head else kind
-    based = stored_tensors(base, base_kind)[0] if base and needs_base else None
+    based = _base_tensors(base, kind) if base and needs_base else None
     _drop_zero_bias([*encoders.values(), *([based] if based else [])])
     tokens = {f"expert {task}": _tokens(experts[task]) for task in tasks}
     tokens |= {"base": _tokens(base)} if base and needs_base else {}
@@ -275,6 +273,14 @@ def plan_merge(
     heads = {task: head for task, (_, head) in stored.items()}
     widest = max(tasks, key=lambda task: tokens[f"expert {task}"].used)
     return Plan(settings, tuning, tasks, lambdas, scale, parameters, heads, claims, nodes, widest)
+
+
+def _base_tensors(base: Path, kind: KindName) -> dict[str, TensorHeader]:
+    """The stored tensors of the base of models of a kind, by names in the base model.
+
+    If the models have heads, it is read as its own kind: it may have a pooler or not.
+    """
+    return stored_tensors(base, None if KINDS[kind].has_head else kind)[0]
 
 
 def _drop_zero_bias(encoders: Sequence[dict[str, TensorHeader]]) -> None:

@@ -359,9 +359,8 @@ def realign(
 ) -> Outcome[Recipe]:
     """Re-align a merged model's heads with its encoder, on unlabeled training texts.
 
-    Each task may have its expert's own parts of the encoder: the pooler, and last layers. Tasks
-    without a head do not change. The result is a new merged model; files that do not change are
-    hard links.
+    Each task may have its expert's own pooler and last layers. Tasks without a head do not change.
+    The result is a new merged model; files that do not change are hard links.
 
     Args:
         model: the merged model's folder
@@ -370,8 +369,7 @@ def realign(
         out: the new model's folder
 
     Raises:
-        UserError: an expert is missing, or is not the one that was merged; or the encoder has
-            fewer layers.
+        UserError: an expert is missing or was not merged, or the encoder has fewer layers.
     """
     merged = read_recipe(model)
     definitions, rows, reads = _fit_inputs(model, merged, experts, data, out)

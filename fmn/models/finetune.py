@@ -106,8 +106,7 @@ def finetune(
     and falls linearly to zero, `HEAD_RATE` times as high for the head. The loss is Transformers';
     for regression on values of mean 0 and variance 1, so that one rate suits every scale; for pairs
     of texts on scores from 0 to 1, the least and the highest of them. The same arguments, threads
-    and hardware repeat it exactly. `epochs` may be a fraction; `progress` gets (steps done, all
-    steps).
+    and hardware repeat it exactly. `epochs` may be a fraction; `progress` gets (steps done, all).
 
     Raises:
         UserError: there are no examples, all pairs have one score, or the loss diverges.

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,22 +101,13 @@ def register(
         out: file that records name, version and run
 
     Raises:
-        UserError: the metrics are not the model's, the served model answers differently, or the
-            store refuses.
+        UserError: the metrics are another model's, served answers differ, or MLflow refuses.
     """
     from fmn.registry import tracking
 
     started = time.monotonic()
-    if out:
-        reads = [model, metrics, data, report, card, params]
-        stage.check_output(out, reads, is_folder=False, stage="register")
-    if data:
-        artifacts.check_folder(data)
-    for path in (report and report / "report.html", card):
-        if path and not path.is_file():
-            raise UserError(f"{path}: no such file; make it with `fmn report`")
+    _check_files(out, [model, metrics, data, report, card, params], report, card, data)
     recipe, scores, definitions = _read(model, metrics)
-    card_text = (card or model / CARD).read_text()
     inputs = {"model": artifacts.digest_folder(model), "metrics": artifacts.digest_file(metrics)}
     names = {"name": settings.name, "experiment": settings.experiment}
     key = artifacts.content_key("register", REGISTER, names, inputs)
@@ -127,7 +118,7 @@ def register(
             raise NotCurrentError(settings.name)
         if version is None:
             with tracking.new_run(client, settings.experiment, key, settings.name):
-                _log_files(card_text, report)
+                _log_files((card or model / CARD).read_text(), report)
                 _log_lineage(model, recipe, scores, params)
                 served = _log_model(model, metrics, scores, definitions, data, baselines)
                 tags = version_tags(scores, recipe, definitions, baselines)
@@ -140,12 +131,34 @@ def register(
         if is_new and report:
             _log_page(registered.run, report, registered, scores, before)
     if out:
-        stage.run_stage(
-            "register", REGISTER, out, lambda job: stage.write_record(job.path, registered),
-            # A version that was deleted in MLflow and registered anew has another run.
-            reads=inputs, settings={"registered": registered}, summary=str,
-        )  # fmt: skip
+        _write_registered(out, registered, inputs)
     return Outcome("register", out or model, is_new, time.monotonic() - started, registered)
+
+
+def _check_files(
+    out: Path | None,
+    reads: Sequence[Path | None],
+    report: Path | None,
+    card: Path | None,
+    data: Path | None,
+) -> None:
+    """Refuse an output that is an input, and inputs that do not exist, with a `UserError`."""
+    if out:
+        stage.check_output(out, reads, is_folder=False, stage="register")
+    if data:
+        artifacts.check_folder(data)
+    for path in (report and report / "report.html", card):
+        if path and not path.is_file():
+            raise UserError(f"{path}: no such file; make it with `fmn report`")
+
+
+def _write_registered(out: Path, registered: Registered, inputs: Mapping[str, str]) -> None:
+    """Write the record of a version, unless the file has it already."""
+    stage.run_stage(
+        "register", REGISTER, out, lambda job: stage.write_record(job.path, registered),
+        # A version that was deleted in MLflow and registered anew has another run.
+        reads=inputs, settings={"registered": registered}, summary=str,
+    )  # fmt: skip
 
 
 def _log_files(card: str, report: Path | None) -> None:

@@ -98,8 +98,7 @@ def fetch(
 
     With a task, it is an expert of that task, and the copy is aligned with it: its outputs have
     the task's names and order, and its task.json is the task's definition. A LoRA adapter becomes
-    the full model that it makes of its base. Statistics that are published beside an expert come
-    along.
+    the full model of its base. Statistics that are published beside an expert come along.
 
     Args:
         source: hf://org/name@revision, a folder, models:/name@alias or package:module/path
@@ -122,10 +121,7 @@ def fetch(
     pinned = origin.pin(source)
     reads: dict[str, Any] = {"folder": origin.folder_files(pinned), "base": base}
     keys = {"source": pinned, **({"architecture": architecture} if architecture else {})}
-    # An expert that fmn fine-tuned has its task's definition in its folder.
-    definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
-    if definition and definition.name != task:
-        raise UserError(f"{source}: an expert of {definition.name}, not {task}; correct --task")
+    definition = _definition(task, data, pinned)
     if task:
         keys |= {"task": definition or task, "fetch": settings.labels}
     if data and definition and labels.can_check(data, definition):
@@ -147,6 +143,14 @@ def fetch(
         reads=reads, settings=keys, summary=partial(stage.read_info, record=CheckpointInfo),
         is_folder=True, is_timed=False,
     )  # fmt: skip
+
+
+def _definition(task: str, data: Path | None, pinned: str) -> Task | None:
+    """The definition of an expert's task, from its rows; or from its folder, if fmn tuned it."""
+    definition = (load_task(data, task) if data else read_task(Path(pinned))) if task else None
+    if definition and definition.name != task:
+        raise UserError(f"{pinned}: an expert of {definition.name}, not {task}; correct --task")
+    return definition
 
 
 def _align(
