@@ -170,9 +170,9 @@ def few_embeddings(
 ) -> Iterator[Callable[[float], object]]:
     """In the block, a model has only the embeddings of the examples' tokens; then all again.
 
-    The optimizer updates every embedding in every step, which takes a fifth of the time, although
-    it only decays those of other tokens. Embeddings that are also used elsewhere, such as in a tied
-    output, all stay.
+    The optimizer updates every embedding in every step, which takes up to a fifth of the time with
+    short texts, although it only decays those of other tokens. Embeddings that are also used
+    elsewhere, such as in a tied output, all stay.
 
     Yields:
         a function to call with the factor by which each step decays weights; at the end of the

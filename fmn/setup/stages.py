@@ -34,8 +34,8 @@ def write_quickstart(params_file: Path) -> list[Path]:
     """Write what the quick start needs into a working folder that has no settings file.
 
     Args:
-        params_file: the settings file of the run; nothing is written unless it is the default
-            one, `params.yaml`, and the folder has no YAML file, which may be somebody's settings.
+        params_file: the settings file of the run; nothing is written unless its name is
+            `params.yaml`, the default, and the folder has no YAML file, which may hold settings.
 
     Returns:
         what was written.

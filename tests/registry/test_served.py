@@ -243,10 +243,12 @@ def test_the_scoring_server_takes_csv(
     monkeypatch.setattr(scoring_server, "parse_csv_input", None)
     monkeypatch.setenv("__pyfunc_model_path__", "x")
     model = load(packed)
-    own = SimpleNamespace(
-        metadata=SimpleNamespace(signature=None),
-        predict=lambda table, params=None: model.predict(None, table, params),  # type: ignore[arg-type]
-    )
+    context: Any = None
+
+    def predict(table: pd.DataFrame, params: Any = None) -> Any:
+        return model.predict(context, table, params)
+
+    own = SimpleNamespace(metadata=SimpleNamespace(signature=None), predict=predict)
     answer: Any = scoring_server.invocations
     if status == 200:
         assert words in answer(content, "text/csv", own, None).response
