@@ -39,7 +39,7 @@ from fmn.tasks.task import Task
 RIDGES = tuple(10 ** (half / 2) for half in range(-12, 9))
 """The ridges that "auto" chooses from."""
 MOST = 2**15  # words that a head is fitted to at most, so that memory is bounded
-OWN_TEXTS = 512  # texts that an expert's own layers are calibrated on
+OWN_TEXTS = 256  # texts that an expert's own layers are calibrated on
 _CHUNK = 128
 
 

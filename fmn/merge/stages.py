@@ -49,9 +49,9 @@ __all__ = [
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
 SPEED = 1e9  # bytes a second that a disk reads or writes: an assumption, for estimates
-MERGE = 11
-CALIBRATE = 3
-REALIGN = 7
+MERGE = 12
+CALIBRATE = 4
+REALIGN = 8
 
 
 class CalibrateSettings(CalibrationSettings):
