@@ -36,11 +36,11 @@ TEXTS = 256  # number of texts of each task
 AVERAGE = "average"
 TRIED = {
     **{AVERAGE: 0.0, "mask-fisher": 0.2, "regmean": 0.2, "fisher-regmean": 0.2},
-    **{"wudi": 0.0, "fisher-wudi": 0.0, "tsv-m": 0.2},
+    **{"tsv-m": 0.2, "fisher-tsv-m": 0.2},
 }
 """The methods, each with a power of the effective number of task vectors, which is its scale."""
+WITHOUT_FISHER = ("tsv-m",)  # tried only without Fisher information, with which it is better
 GROWTHS = (0.0, 0.2, 0.4)  # the best method is then tried at all of these powers
-WITHOUT_GRAMS = ("wudi", "fisher-wudi")  # tried only without Gram matrices, which are better
 Encoder = Mapping[str, Tensor]  # tensors by names in the base model
 
 
@@ -147,7 +147,7 @@ def _errors(candidates: Sequence[Candidate], method: str) -> dict[float, float]:
 
 
 def _is_tried(method: Method, statistics: Statistics, base: Path | None) -> bool:
-    if method.name in WITHOUT_GRAMS and statistics.grams:
+    if method.name in WITHOUT_FISHER and statistics.fisher:
         return False
     needs = {"fisher": method.fisher, "gram": method.gram, "base": method.base}
     at_hand = {"fisher": statistics.fisher, "gram": statistics.grams, "base": base}

@@ -259,6 +259,22 @@ def tsv_m(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
     return base + left * torch.cat(scaled) @ right
 
 
+# Its tuning was chosen on training texts: docs/results.md.
+@method("fisher-tsv-m", paper="2412.00081", fisher="nodes", base=True, auto=Tuning("kind", 0.25))
+def fisher_tsv_m(
+    experts: Tensors, base: Tensor, coefficients: Coefficients, fisher: Tensors
+) -> Tensor:
+    """TSV-M of task vectors whose entries are weighed by the Fisher information of all experts.
+
+    So the rank goes to the mask nodes that matter; the merged task vector is unweighted again.
+    """
+    from fmn.merge.rules import importance, task_vectors
+
+    weights, start = importance(fisher), base.double()
+    weighted = [start + weights * vector for vector in task_vectors(experts, base)]
+    return start + (tsv_m(weighted, start, coefficients) - start) / weights
+
+
 @method("iso-c", paper="2502.04959", base=True)
 def iso_c(experts: Tensors, base: Tensor, coefficients: Coefficients) -> Tensor:
     """The sum of the task matrices with each singular value replaced by their mean (eq. 4).

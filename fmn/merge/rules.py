@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 RIDGE = 1e-6  # times the mean diagonal entry; without inputs in a direction, W stays the mean there
 STEP = 0.25  # weights are rounded to powers of 2^STEP, so that similar rows share a factorisation
 SYSTEMS = 2**26  # entries of the systems of equations that a GPU solves at a time
+LEAST = 1e-3  # smallest importance of a mask node
 SMALLEST = -20.0  # logarithm to base 2 of the smallest weight relative to the largest
 
 
@@ -152,6 +153,16 @@ def leading_svd(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     rank = int((s > s[:1] * 1e-7)[:most].sum())
     v = v.flip(1)[:, :rank]
     return matrix @ v / s[:rank], s[:rank], v.mT
+
+
+def importance(fisher: Sequence[Tensor]) -> Tensor:
+    """The sum of the experts' Fisher information, divided by its mean; positive, float64.
+
+    Without any Fisher information it is one.
+    """
+    total = torch.stack([each.double() for each in fisher]).sum(0)
+    mean = total.mean()
+    return (total / mean).clamp(min=LEAST) if mean > 0 else torch.ones_like(total)
 
 
 def nearest_orthonormal(matrix: Tensor) -> Tensor:

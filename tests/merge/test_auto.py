@@ -158,9 +158,9 @@ def test_what_is_tried_depends_on_what_there_is_and_is_what_would_be_written(
     assert {each.scale for each in weighed.candidates} == {1}
     assert methods(tried(None, Statistics(grams=gram))) == ["average", "regmean"]
     full = tried(base, Statistics(fisher, gram))
-    weighted = ["average", "mask-fisher", "regmean", "fisher-regmean", "tsv-m"]
+    weighted = ["average", "mask-fisher", "regmean", "fisher-regmean", "fisher-tsv-m"]
     assert methods(full) == weighted
-    assert methods(tried(base, Statistics())) == ["average", "wudi", "tsv-m"]
+    assert methods(tried(base, Statistics())) == ["average", "tsv-m"]
     scales = [each.scale for each in full.candidates if each.method == full.chosen.method]
     number = model.effective_number_of(experts, base)
     assert set(np.round(number ** np.array(auto.GROWTHS), 3)) <= set(scales)

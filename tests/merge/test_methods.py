@@ -168,6 +168,21 @@ def test_fisher_wudi_weighs_the_rows_of_each_interference(shape: tuple[int, int]
     np.testing.assert_allclose((merged - base).numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("fisher", [[4.0, 0.0, 1.0, 0.1], [2.0] * 4, [0.0] * 4])
+def test_fisher_tsv_weighs_task_vectors_by_the_fisher_information_of_all(
+    fisher: list[float],
+) -> None:
+    experts, base = [random((4, 6), seed).double() for seed in range(2)], random((4, 6), 9).double()
+    column = torch.tensor(fisher, dtype=torch.float64)[:, None]
+    inputs = {"experts": experts, "base": base, "coefficients": [1.0, 0.5]}
+    merged = METHODS["fisher-tsv-m"](fisher=[column, 3 * column], **inputs)
+    relative = np.array(fisher) / np.mean(fisher) if any(fisher) else np.ones(4)
+    weights = np.maximum(relative, 1e-3)[:, None]
+    vectors = np.stack([(expert - base).numpy() for expert in experts]) * weights
+    expected = task_singular_vectors(vectors, np.array([4 / 3, 2 / 3])) / weights
+    np.testing.assert_allclose((merged - base).numpy(), expected, atol=1e-9)
+
+
 def test_equal_experts_are_the_result_of_wudi_and_a_silent_one_leaves_the_other() -> None:
     base, expert = random((9, 6), 9), random((9, 6), 1)
     np.testing.assert_allclose(run("wudi", [expert] * 3, base), expert.double(), atol=1e-12)
@@ -183,7 +198,7 @@ def test_rows_that_no_task_changed_stay_under_iso_c() -> None:
 
 
 def test_the_table_holds_the_methods_needs() -> None:
-    assert len(METHODS) == 12
+    assert len(METHODS) == 13
     for name, method in METHODS.items():
         assert method.name == name
         assert method.base == ("base" in method.arguments)
