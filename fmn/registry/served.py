@@ -232,9 +232,11 @@ class Embedder(torch.nn.Module):
             for flag in flags
         ]
         self.modes = [modes] if isinstance(modes, str) else modes or ["mean"]
-        self.normalises = "2_Normalize" in [
-            each["path"] for each in _content_of(folder / "modules.json", [])
-        ]
+        paths = [each["path"] for each in _content_of(folder / "modules.json", [])]
+        self.normalises = any(path.endswith("_Normalize") for path in paths)
+        self.dense = torch.nn.Sequential(
+            *(_dense(folder / path) for path in paths if path.endswith("_Dense"))
+        )
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: torch.Tensor
@@ -243,9 +245,20 @@ class Embedder(torch.nn.Module):
         states = self.encoder(input_ids, attention_mask=attention_mask, **others).last_hidden_state
         mask = attention_mask[..., None].to(states.dtype)  # [B, T, 1]
         embedding = torch.cat([_pooled(states, mask, mode) for mode in self.modes], -1)
+        embedding = self.dense(embedding)
         if self.normalises:
             embedding = torch.nn.functional.normalize(embedding, dim=-1)
         return SimpleNamespace(logits=embedding)
+
+
+def _dense(folder: Path) -> torch.nn.Module:
+    """A dense layer of Sentence Transformers: a linear map and its activation."""
+    settings, tensors = _content_of(folder / "config.json"), load_file(folder / "model.safetensors")
+    weight, bias = tensors["linear.weight"].float(), tensors.get("linear.bias")
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    activation = settings.get("activation_function", "Tanh").rpartition(".")[2]
+    return torch.nn.Sequential(linear, getattr(torch.nn, activation)())
 
 
 def _pooled(states: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
