@@ -44,7 +44,7 @@ TIMEOUT = "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"
 BATCH = "mlflow models predict -m models:/NAME/VERSION --env-manager local -i FILE -t json"
 PATIENCE = 2  # seconds before the run time of a request is estimated
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-DEEP_MODES = ("I", "F")  # first letters of Pillow's modes with more than 8 bits a channel
+DEEP_MODES = ("I", "F")  # Pillow's modes of 32 bits a channel
 AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
@@ -625,8 +625,11 @@ def _image(label: Any, value: Any) -> Any:
         if image.width * image.height > PIXELS:
             size = f"{image.width} x {image.height}"
             _refuse(f"{place} has {size} pixels, more than {PIXELS}; give a smaller one")
-        if image.mode.startswith(DEEP_MODES):
-            _refuse(f"{place} has the mode {image.mode}; give one of 8 bits a channel")
+        if image.mode in DEEP_MODES:
+            _refuse(f"{place} has the mode {image.mode}; give one of 8 or 16 bits a channel")
+        if image.mode.startswith("I;16"):
+            upright = np.asarray(ImageOps.exif_transpose(image))
+            return Image.fromarray((upright >> 8).astype(np.uint8)).convert("RGB")
         return ImageOps.exif_transpose(image).convert("RGB")
     except MlflowException:
         raise

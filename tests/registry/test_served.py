@@ -629,6 +629,16 @@ def test_images_are_answered_as_by_plain_transformers(flowers: Kinds) -> None:
         answered = [list(row.values()) for row in answers["probabilities"]]
         np.testing.assert_allclose(answered, shares, atol=1e-5)
     assert ask(served, {"image": forms}, "*").task.tolist() == ["flowers", "other"] * 3
+    grey, streams = (
+        np.arange(400, dtype=np.uint16).reshape(20, 20) % 256,
+        [io.BytesIO(), io.BytesIO()],
+    )
+    Image.fromarray(grey << 8).save(streams[0], format="PNG")  # of 16 bits
+    Image.fromarray(grey.astype(np.uint8)).save(streams[1], format="PNG")
+    deep, plain_grey = ask(served, {"image": [each.getvalue() for each in streams]}, "flowers")[
+        "score"
+    ]
+    assert deep == plain_grey
 
 
 def bomb() -> bytes:
