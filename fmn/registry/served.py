@@ -152,6 +152,8 @@ class Task(NamedTuple):
         problem_type: as in the model's configuration.
         threshold: probability from which on a label of several is predicted.
         labels: the names of the outputs.
+        chat: whether a text is a user's message, or a list of messages as JSON, of which the
+            tokenizer's chat template makes the prompt.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Task(NamedTuple):
     problem_type: str
     threshold: float
     labels: list[str]
+    chat: bool = False
 
 
 def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
@@ -202,6 +205,7 @@ def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
             problem_type=definition["problem_type"] or config.problem_type or problem,
             threshold=definition["threshold"],
             labels=labels,
+            chat=definition.get("chat", False),
         )
     return tasks, memory
 
@@ -637,6 +641,24 @@ def _image(label: Any, value: Any) -> Any:
         _refuse(f"{place} is no {', '.join(FORMATS)} that can be read ({type(error).__name__})")
 
 
+def _chat_prompt(tokenizer: Any, text: str, place: str) -> str:
+    """The text that a chat template makes of a user's message, or of messages in JSON."""
+    messages = [{"role": "user", "content": text}]
+    try:
+        read = json.loads(text)
+        if isinstance(read, list) and read and all({"role", "content"} <= {*each} for each in read):
+            messages = read
+    except (TypeError, ValueError):
+        pass
+    try:
+        prompt: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template raises any exception
+        _refuse(f"{place}: the chat template does not take this ({error!s:.100}); change it")
+    return prompt
+
+
 def _words_of(text: str) -> Words:
     """Divide a text into words: runs of letters and digits, and every other sign by itself."""
     return Words(text, [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)])
@@ -908,6 +930,8 @@ class MergedModel(PythonModel):
         tokenizer, is_causal = task.processor, task.kind == "text-generation"
         with self.lock:
             cut = {} if is_causal else {"truncation": True, "max_length": task.max_length}
+            if task.chat:
+                prompt, cut = _chat_prompt(tokenizer, prompt, place), {"add_special_tokens": False}
             ids = tokenizer(prompt, **cut)["input_ids"]
         if is_causal and ids[-1:] == [tokenizer.eos_token_id]:
             ids = ids[:-1]  # some tokenizers add it
