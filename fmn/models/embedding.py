@@ -224,8 +224,15 @@ def read_dense(folder: Path) -> nn.Sequential:
     listed = _listed(folder) if (folder / MODULES).is_file() else []
     for path in (path for kind, path in listed if kind == "Dense"):
         file, settings = folder / path / WEIGHTS, read_json(folder / path / "config.json")
-        activation = str(settings.get("activation_function", "Tanh")).rpartition(".")[2]
-        if activation not in _ACTIVATIONS or settings.get("use_residual"):
+        place, _, activation = str(settings.get("activation_function", "torch.Tanh")).rpartition(
+            "."
+        )
+        # SentenceTransformer takes Tanh for another library's, with a warning.
+        if (
+            activation not in _ACTIVATIONS
+            or not f"{place}.".startswith("torch.")
+            or settings.get("use_residual")
+        ):
             problem = f"the activation {activation:.40} or a residual connection"
             raise _refused(folder / path, problem, f"give a model with {', '.join(_ACTIVATIONS)}")
         try:

@@ -78,12 +78,12 @@ def prepare(
     splits = {"train" if split == train else split: read_files(used[split]) for split in used}
     if not splits:
         raise UserError(f"{place}: neither training nor validation rows; name a split in `splits`")
-    first, is_chat = next(iter(splits.values())), False
+    first = next(iter(splits.values()))
+    is_chat = has_messages(definition, first)
+    if is_chat:
+        splits = {split: as_prompts(definition, table) for split, table in splits.items()}
+        first = next(iter(splits.values()))
     if definition.kind in GENERATORS:
-        is_chat = definition.columns.completion not in first.columns and MESSAGES in first.columns
-        if is_chat:
-            splits = {split: _as_prompts(definition, table) for split, table in splits.items()}
-            first = next(iter(splits.values()))
         label, columns, notes = None, *_generation_columns(definition, first)
     else:
         label, notes = _label_column(definition, first)
@@ -178,7 +178,14 @@ def _generation_columns(definition: TaskSettings, first: Table) -> tuple[dict[st
     return columns, [f"no prompts: there is no column prompt in {first.place}; texts have none"]
 
 
-def _as_prompts(definition: TaskSettings, table: Table) -> Table:
+def has_messages(definition: TaskSettings, table: Table) -> bool:
+    """Whether the rows of a task that generates texts are conversations."""
+    columns = table.columns
+    is_other = definition.kind not in GENERATORS or definition.columns.completion in columns
+    return MESSAGES in columns and not is_other
+
+
+def as_prompts(definition: TaskSettings, table: Table) -> Table:
     """A table with a column of messages as prompts, in JSON, and completions: the last messages.
 
     Raises:

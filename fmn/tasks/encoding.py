@@ -282,12 +282,17 @@ def _messages(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def _from_template(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
+def check_template(tokenizer: Any) -> None:
+    """Raise a UserError if a tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer has no chat template, which messages need;"
             " add the chat_template.jinja of its base, or write the columns prompt and completion"
         )
+
+
+def _from_template(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
+    check_template(tokenizer)
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template raises any exception

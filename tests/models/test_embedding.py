@@ -152,7 +152,7 @@ def _dense(**changes: Any) -> Any:
         (_dense(), "2_Dense/model.safetensors: its weights do not fit its config.json: No such"),
         (_dense(out_features=3), "size mismatch"),
         (_dense(out_features="x"), "do not fit its config.json: invalid literal"),
-        (_dense(activation_function="my.Own"), "the activation Own or a residual connection"),
+        (_dense(activation_function="my.ReLU"), "the activation ReLU or a residual connection"),
         (_dense(use_residual=True), "a residual connection"),
         (_dense(module_input_name="token_embeddings"), "2_Dense: it is of tokens"),
         (
