@@ -109,13 +109,19 @@ def tiny_expert(folder: Path, task: Task, seed: int = 0) -> PreTrainedModel:
 
 
 def _write_modules(folder: Path) -> None:
-    """Make a folder of Sentence Transformers of an encoder's: mean pooling, then length one."""
+    """Add what makes an encoder a Sentence Transformer: mean pooling, a dense layer, length one."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import (
+        Dense,
+        Normalize,
+        Pooling,
+        Transformer,
+    )
 
     encoder = Transformer(str(folder))
-    pooling = Pooling(encoder.get_embedding_dimension())
-    SentenceTransformer(modules=[encoder, pooling, Normalize()], device="cpu").save(str(folder))
+    size = encoder.get_embedding_dimension()
+    modules = [encoder, Pooling(size), Dense(size, 10), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
     piece_tokenizer(folder)  # the same as that of the other kinds
 
 

@@ -39,6 +39,26 @@ def embedding_model(
     return folder
 
 
+def add_dense(
+    folder: Path, activation: str = "Tanh", size: int = 16, width: int = 12, *, bias: bool = True
+) -> Path:
+    """Put a dense layer, as Sentence Transformers saves it, before the end of a model."""
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    modules = json.loads((folder / "modules.json").read_text())
+    ends = [each for each in modules if each["type"].endswith("Normalize")]
+    modules = [each for each in modules if each not in ends]
+    place = f"{len(modules)}_Dense"
+    layer = Dense(size, width, bias=bias, activation_function=getattr(torch.nn, activation)())
+    (folder / place).mkdir()
+    layer.save(str(folder / place))
+    modules.append({"path": place, "type": "sentence_transformers.models.Dense"})
+    modules += [{**each, "path": f"{len(modules)}_Normalize"} for each in ends]
+    modules = [{**each, "idx": n, "name": str(n)} for n, each in enumerate(modules)]
+    write_json(folder / "modules.json", modules)
+    return folder
+
+
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content))

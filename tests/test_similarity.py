@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fmn.errors import UserError
@@ -26,13 +27,15 @@ from fmn.merge.stages import (
 )
 from fmn.models.loading import load_model, load_processor
 from fmn.models.predict import predict
+from fmn.models.stages import Embedding
+from fmn.models.stages import predict as answer_of
 from fmn.report.stages import report
 from fmn.sources.stages import fetch
 from fmn.tasks.dataset import read_split
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import load_task
 from tests.pipeline import CPU, METHODS, make_expert, merge_inputs, prepare, score
-from tests.sentences import TEXTS, WORDS, embedding_model, encoded, write_json
+from tests.sentences import TEXTS, WORDS, add_dense, embedding_model, encoded, write_json
 
 NEAR = ("alike", "near")  # embedding models
 TASKS = (*NEAR, "mood")
@@ -188,6 +191,33 @@ def test_a_classifier_and_embedding_models_become_one_encoder(work: Path) -> Non
         is_own = name.startswith("pooler.")  # of the classifier, as it was re-aligned
         assert torch.equal(encoder[name], tensor) != is_own
     assert set(read_metrics(score(out, work, "mixed")).tasks) == set(TASKS)
+
+
+def test_each_task_has_its_own_dense_layers(work: Path, tmp_path: Path) -> None:
+    source = add_dense(embedding_model(tmp_path / "source", {"pooling_mode": "mean"}))
+    layer = source / "2_Dense/model.safetensors"
+    torch.save(load_file(layer), source / "2_Dense/pytorch_model.bin")
+    layer.unlink()  # as LaBSE is stored
+    fetch(str(source), out=tmp_path / "base")
+    before = load_file(tmp_path / "base/2_Dense/model.safetensors")["linear.weight"]
+    (tmp_path / "data").symlink_to(work / "data")
+    for task in NEAR:
+        make_expert(tmp_path, task, tmp_path / "base", epochs=0.5, learning_rate=3e-3, batch_size=9)
+    inputs, out = merge_inputs(tmp_path, NEAR, tmp_path / "base"), tmp_path / "merged"
+    merge(**inputs, out=out, settings=MergeSettings(method="mask-fisher"))
+    modules = list(SentenceTransformer(str(out / "encoder"), device="cpu"))
+    assert len(modules) == 3  # without the layer, which is a task's
+    states = SentenceTransformer(modules=modules[:2], device="cpu").encode(TEXTS)
+    for task, expert in inputs["experts"].items():
+        own = load_file(expert / "2_Dense/model.safetensors")
+        assert not torch.equal(own["linear.weight"], before)
+        layer_output = np.tanh(states @ own["linear.weight"].T.numpy() + own["linear.bias"].numpy())
+        by_hand = layer_output / np.linalg.norm(layer_output, axis=1, keepdims=True)
+        np.testing.assert_allclose(encoded(out / "tasks" / task, TEXTS), by_hand, atol=1e-6)
+        answer = answer_of(out, TEXTS[0], task=task)
+        assert isinstance(answer, Embedding)
+        np.testing.assert_allclose(answer.embedding, by_hand[0], atol=1e-5)
+    score(out, tmp_path, "merged")
 
 
 def test_texts_alone_suffice_to_merge_and_other_pooling_is_refused(

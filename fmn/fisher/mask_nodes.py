@@ -273,6 +273,12 @@ def _terms(runner: Runner, run: _Run, batch: Batch, rows: np.ndarray) -> Tensor:
     terms, tokens = torch.zeros_like(gradients), batch.tokens
     with torch.enable_grad(), _mask_gradients(runner.model, run.sites, gradients, tokens) as leaves:
         logits = runner.logits(batch)
+        if not leaves:  # MRA without its kernels
+            config = runner.model.config
+            raise UserError(
+                f"{config.name_or_path}: the attention of this {config.model_type} computes nothing"
+                " on this device; take another, or a model of another architecture"
+            )
         directions = run.loss.directions(logits, batch.labels, rows)
         # A copy of `leaves`: with `recompute`, the backward pass appends to it.
         for _ in backward_passes(logits, tuple(leaves), directions):

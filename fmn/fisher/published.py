@@ -15,7 +15,7 @@ from fmn.errors import UserError
 from fmn.fisher import files
 from fmn.fisher.files import GramMetadata, Metadata
 from fmn.models import checkpoints, loading
-from fmn.models.checkpoints import FISHER, GRAM, VOCABULARY_FILES
+from fmn.models.checkpoints import EMBEDDING_FILES, FISHER, GRAM, VOCABULARY_FILES
 from fmn.store import artifacts
 from fmn.store.headers import TensorHeader, tensor_headers
 from fmn.tasks.task import Task
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 NAMES: Mapping[str, str] = {"fisher": FISHER, "gram": GRAM}
 """Where the statistic of a stage lies beside an expert."""
-_FILES = (*VOCABULARY_FILES, "preprocessor_config.json", "1_Pooling/config.json")
+_DENSE = tuple(name for name in EMBEDDING_FILES if "Dense" in name)
+_FILES = (*VOCABULARY_FILES, "preprocessor_config.json", "1_Pooling/config.json", *_DENSE)
 _CHUNK = 1 << 24
 PROBE = "It's a Fine film at the caf\u00e9 \u6f22\u5b57"
 """A text whose tokens tell how case, accents, Chinese letters and the ends of texts are read."""

@@ -17,6 +17,7 @@ from fmn.fisher.architectures import mask_sites
 from fmn.models.checkpoints import names_in_base
 from fmn.models.devices import (
     autocast,
+    forward_explained,
     known_padding,
     passing_on,
     plain_float32,
@@ -117,6 +118,7 @@ def prepared(
             set_until(restored, config, "pad_token_id", examples.pad.get("input_ids"))
         in_float(restored, [linear[path] for path in linear.keys() - encoder], device)
         restored.enter_context(plain_float32())
+        restored.enter_context(forward_explained(model, dtype))
         yield Runner(model, tensors, device, dtype)
 
 

@@ -32,6 +32,7 @@ from fmn.merge.stream import DTYPES, NAMES, WORKING_SET, Files, Read, row_slices
 from fmn.models import checkpoints, labels
 from fmn.models.checkpoints import CONFIG, SMALL_FILES, read_config
 from fmn.models.devices import resolve_device, side_by_side
+from fmn.models.embedding import leave_out_dense
 from fmn.store.artifacts import digest_file, remember_digest, visible
 from fmn.store.headers import INDEX, TensorHeader, file_headers, tensor_headers, write_json
 from fmn.store.stage import Progress, no_progress, write_record
@@ -450,6 +451,7 @@ def _write_encoder_settings(encoder: Path, expert: Path, files: Files, tokens: i
     if isinstance(architecture, type):
         config["architectures"] = [architecture.__name__]
     _write_settings(encoder, expert, config)
+    leave_out_dense(encoder)  # each task has its own
     if len(files) > 1:
         write_json(encoder / INDEX, stream.index(files))
 

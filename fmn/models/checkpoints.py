@@ -45,12 +45,18 @@ TOKENIZER_FILES = (
 )
 FISHER, GRAM = "fmn/fisher.parquet", "fmn/gram.safetensors"
 """Statistics that may be published beside an expert (docs/statistics.md)."""
+EMBEDDING_FILES = (
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("1_Pooling/config.json", "2_Normalize/config.json", "3_Normalize/config.json"),
+    *("4_Normalize/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
+    *("3_Dense/config.json", "3_Dense/model.safetensors"),
+)
+"""What makes a checkpoint an embedding model of Sentence Transformers."""
 # Files that a kind of model needs besides its configuration and weights.
 SMALL_FILES = (
     *TOKENIZER_FILES,
     *("chat_template.jinja", "generation_config.json", "preprocessor_config.json"),
-    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
-    *("1_Pooling/config.json", "2_Normalize/config.json"),
+    *EMBEDDING_FILES,
 )
 # The largest number that a configuration may have, by what its key ends with. Beyond that, even
 # describing the model takes all time and memory.

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -23,7 +24,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, masking_utils
 
-from fmn.errors import UserError
+from fmn.errors import UserError, system_error
+from fmn.store.headers import first_words
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,11 +74,34 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
         # In float64 eager attention would compute its softmax in float32 (`fmn.fisher.runner`).
         if device.type == "cpu" and attention == "sdpa" and dtype != torch.float64:
             model.set_attn_implementation("eager")
-        with plain_float32():
+        with plain_float32(), forward_explained(model, dtype):
             yield
     finally:
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
+
+
+@contextmanager
+def forward_explained(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Raise UserError in place of an exception of Transformers' code, such as a forward pass.
+
+    Some models cannot compute in some dtypes, or as their config.json says.
+    """
+    try:
+        yield
+    except Exception as error:
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+        last = next((name for name in reversed(modules) if not name.startswith("torch.")), "")
+        if not last.startswith("transformers.") or system_error(error):
+            raise
+        name = str(dtype).removeprefix("torch.")
+        remedy = "correct its config.json, or give a model of another architecture"
+        if dtype != torch.float32:
+            remedy = f"take the dtype float32, {remedy}"
+        raise UserError(
+            f"{model.config.name_or_path}: this {model.config.model_type} cannot compute in {name}:"
+            f" {first_words(error)}; {remedy}"
+        ) from error
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -1,5 +1,6 @@
 """Embedding models in the format of Sentence Transformers: encoder, pooling, normalisation."""
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -8,22 +9,29 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fmn.errors import UserError
-from fmn.store.headers import json_value, read_json
+from fmn.models.checkpoints import EMBEDDING_FILES, finite
+from fmn.store.headers import WEIGHTS, first_words, json_value, read_json, write_json
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 TEXT_SETTINGS = "sentence_bert_config.json"
-FOLDERS = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
-FILES = (MODULES, SETTINGS, TEXT_SETTINGS, "1_Pooling/config.json", "2_Normalize/config.json")
-"""What makes a checkpoint an embedding model."""
+POOLING = "1_Pooling/config.json"
+_PLACES = re.compile(
+    "Transformer: Pooling:1_Pooling( Dense:2_Dense( Dense:3_Dense)?)?( Normalize:[2-4]_Normalize)?"
+)
+_ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")
 
 
 class Modules(NamedTuple):
     """The steps of an embedding model after its encoder; merged experts must have the same.
+
+    Not among them are dense layers, which belong to each task, like a classifier's head.
 
     Attributes:
         pooling: the modes; the embeddings of several modes are concatenated.
@@ -93,6 +101,7 @@ class SentenceEncoder(nn.Module):
     def __init__(self, encoder: PreTrainedModel, modules: Modules, folder: Path) -> None:
         super().__init__()
         self.encoder, self.modules_read, self.folder = encoder, modules, folder
+        self.dense = read_dense(folder)
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -110,7 +119,7 @@ class SentenceEncoder(nn.Module):
 
     def forward(self, **inputs: Tensor) -> SimpleNamespace:
         states = self.encoder(**inputs).last_hidden_state  # [B, T, D]
-        own = pooled(states, inputs["attention_mask"], self.modules_read.pooling)
+        own = self.dense(pooled(states, inputs["attention_mask"], self.modules_read.pooling))
         unit = nn.functional.normalize(own, dim=-1)
         embedding = unit if self.modules_read.normalise else own
         return SimpleNamespace(logits=unit, sentence_embedding=embedding)
@@ -118,10 +127,16 @@ class SentenceEncoder(nn.Module):
     def save_pretrained(self, folder: Path, **options: Any) -> None:
         """Write the model as Transformers does, with the files that make it an embedding model."""
         self.encoder.save_pretrained(folder, **options)
-        for name in FILES:
+        for name in EMBEDDING_FILES:
             if (self.folder / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.folder / name, folder / name)
+        for path, layer in self.dense.named_children():
+            tensors = {
+                f"linear.{name}": tensor
+                for name, tensor in layer.get_submodule("0").state_dict().items()
+            }
+            save_file(tensors, folder / path / WEIGHTS, {"format": "pt"})
 
 
 def sentence_encoder(encoder: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -167,26 +182,83 @@ def _modules(folder: Path) -> Modules:
             problem = f"a {first} without {MODULES} has no embedding of its own"
             raise UserError(f"{folder}: {problem}; save it with SentenceTransformer")
         return Modules()
-    listed = [(each.get("type"), each.get("path")) for each in json_value(folder / MODULES)]
-    modules = [(str(kind).rpartition(".")[2], path) for kind, path in listed]
-    if modules not in (list(FOLDERS.items())[:2], list(FOLDERS.items())):
+    modules = _listed(folder)
+    places = " ".join(f"{kind}:{path}" for kind, path in modules)
+    if not _PLACES.fullmatch(places):
         names = ", ".join(f"{kind} in {path or '.'}" for kind, path in modules)
-        known = "Transformer, Pooling in 1_Pooling and perhaps Normalize in 2_Normalize"
+        known = "Transformer, Pooling in 1_Pooling, perhaps one or two Dense, perhaps Normalize"
         raise _refused(folder / MODULES, f"its modules are {names:.200}", f"give one of {known}")
+    is_normalised = modules[-1][0] == "Normalize"
     if settings.get("truncate_dim") is not None:
         raise _refused(folder / SETTINGS, "truncate_dim cuts embeddings", "leave it out")
-    normalise, text = _read(folder, "2_Normalize/config.json"), _read(folder, TEXT_SETTINGS)
-    if normalise.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-        raise _refused(folder / FILES[4], "it normalises tokens", "give another model")
+    text = _read(folder, TEXT_SETTINGS)
+    for _, path in modules[2:]:
+        own = _read(folder, f"{path}/config.json")
+        names_read = {own.get(f"module_{end}_name") for end in ("input", "output")}
+        if not names_read <= {None, "sentence_embedding"}:
+            raise _refused(folder / path, "it is of tokens", "give another model")
     methods = {each.get("method") for each in text.get("modality_config", {}).values()}
     is_encoder = text.get("transformer_task", "feature-extraction") == "feature-extraction"
     if not is_encoder or not methods <= {"forward"}:
         raise _refused(folder / TEXT_SETTINGS, "it is of no text encoder", "give another model")
     prompts = {name: str(prompt) for name, prompt in (settings.get("prompts") or {}).items()}
     default = prompts.get(settings.get("default_prompt_name") or "", "")
-    pooling = _pooling(folder / FILES[3], is_prompted=bool(default))
+    pooling = _pooling(folder / POOLING, is_prompted=bool(default))
     named = tuple(sorted((name, prompt) for name, prompt in prompts.items() if prompt))
-    return Modules(pooling, len(modules) == 3, default, named)
+    return Modules(pooling, is_normalised, default, named)
+
+
+def _listed(folder: Path) -> list[tuple[str, Any]]:
+    """The modules in a folder's `modules.json`, as (kind, path)."""
+    listed = [(each.get("type"), each.get("path")) for each in json_value(folder / MODULES)]
+    return [(str(kind).rpartition(".")[2], path) for kind, path in listed]
+
+
+def read_dense(folder: Path) -> nn.Sequential:
+    """The dense layers of the embedding model in a folder, by the names of their folders.
+
+    Raises:
+        UserError: one has an unknown activation, or weights that do not fit its settings.
+    """
+    layers = nn.Sequential()
+    listed = _listed(folder) if (folder / MODULES).is_file() else []
+    for path in (path for kind, path in listed if kind == "Dense"):
+        file, settings = folder / path / WEIGHTS, read_json(folder / path / "config.json")
+        place, _, activation = str(settings.get("activation_function", "torch.Tanh")).rpartition(
+            "."
+        )
+        # SentenceTransformer takes Tanh for another library's, with a warning.
+        if (
+            activation not in _ACTIVATIONS
+            or not f"{place}.".startswith("torch.")
+            or settings.get("use_residual")
+        ):
+            problem = f"the activation {activation:.40} or a residual connection"
+            raise _refused(folder / path, problem, f"give a model with {', '.join(_ACTIVATIONS)}")
+        try:
+            width, size = (int(settings[name]) for name in ("in_features", "out_features"))
+            linear = nn.Linear(width, size, bias=settings.get("bias", True))
+            tensors = load_file(file)
+            linear.load_state_dict({n.removeprefix("linear."): t for n, t in tensors.items()})
+        except (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+            problem = f"its weights do not fit its config.json: {first_words(error)}"
+            raise UserError(f"{file}: {problem}; save the model again") from error
+        if not all(map(finite, linear.parameters())):
+            raise UserError(f"{file}: it holds NaN or Inf; save the model again")
+        layers.add_module(path, nn.Sequential(linear, getattr(nn, activation)()))
+    return layers
+
+
+def leave_out_dense(folder: Path) -> None:
+    """Remove the dense layers from an embedding model's folder."""
+    if not (folder / MODULES).is_file():
+        return
+    modules = json_value(folder / MODULES)
+    dense = [path for kind, path in _listed(folder) if kind == "Dense"]
+    for path in dense:
+        shutil.rmtree(folder / path)
+    if dense:
+        write_json(folder / MODULES, [each for each in modules if each["path"] not in dense])
 
 
 def _pooling(path: Path, is_prompted: bool) -> tuple[str, ...]:

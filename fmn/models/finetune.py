@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from fmn.errors import UserError
 from fmn.models.checkpoints import check_tensors, last_linear, load_config, names_in_base, quiet
 from fmn.models.devices import autocast, placed, resolve_device, resolve_dtype
+from fmn.models.embedding import SentenceEncoder
 from fmn.models.labels import output_entries
 from fmn.models.loading import load_model, load_weights
 from fmn.models.predict import answered_only
@@ -271,7 +272,8 @@ def _head(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
 
 def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:
     """Parameters for AdamW: only matrices decay, the head learns `HEAD_RATE` times as fast."""
-    head = {name for name, _ in _head(model)}
+    # An embedding model's dense layers are no fresh head.
+    head = set() if isinstance(model, SentenceEncoder) else {name for name, _ in _head(model)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         groups.setdefault((name in head, parameter.ndim > 1), []).append(parameter)

@@ -24,6 +24,7 @@ from fmn.models.devices import (
 )
 from fmn.store.stage import Progress, no_progress
 from fmn.tasks.batches import IGNORED, MULTIPLE, Batch, Examples, by_length, pad_batch
+from fmn.tasks.encoding import chat_prompt
 from fmn.tasks.task import Task
 
 LINEAR = (nn.Linear, Conv1D)
@@ -289,6 +290,8 @@ def complete(
     """
     is_causal = task.task == "text-generation"
     cut = {} if is_causal else {"truncation": True, "max_length": task.max_length}
+    if task.chat:
+        prompt, cut = chat_prompt(tokenizer, prompt), {"add_special_tokens": False}
     ids = tokenizer(prompt, **cut)["input_ids"]
     if is_causal and ids[-1:] == [tokenizer.eos_token_id]:
         ids = ids[:-1]  # some tokenizers add an end token

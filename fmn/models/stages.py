@@ -195,6 +195,8 @@ def answers(model: Path, inputs: Iterable[Input], *, task: str) -> Iterator[Answ
         tasks = in_a_line(sorted(each.name for each in model.glob("tasks/*")))
         has = f"; its tasks are {tasks}" if tasks else "; give one, and its task"
         raise UserError(f"{model}: not a merged model of task {task}{has}")
+    from fmn.models.devices import forward_explained
+
     definition = labels.expert_task(folder, task)
     expert: labels.Expert | None = None
     for text, text_pair, image in inputs:
@@ -202,7 +204,9 @@ def answers(model: Path, inputs: Iterable[Input], *, task: str) -> Iterator[Answ
         if expert is None:
             stage.check_intact(model)
             expert = labels.load_expert(folder, definition, None, "cpu")
-        yield _answer(expert, texts, image)
+        with forward_explained(expert.model):
+            answer = _answer(expert, texts, image)
+        yield answer
 
 
 def _answer(expert: labels.Expert, texts: Sequence[str], image: Path | None) -> Answer:

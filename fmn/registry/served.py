@@ -44,7 +44,7 @@ TIMEOUT = "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT"
 BATCH = "mlflow models predict -m models:/NAME/VERSION --env-manager local -i FILE -t json"
 PATIENCE = 2  # seconds before the run time of a request is estimated
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-DEEP_MODES = ("I", "F")  # first letters of Pillow's modes with more than 8 bits a channel
+DEEP_MODES = ("I", "F")  # Pillow's modes of 32 bits a channel
 AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
@@ -152,6 +152,8 @@ class Task(NamedTuple):
         problem_type: as in the model's configuration.
         threshold: probability from which on a label of several is predicted.
         labels: the names of the outputs.
+        chat: whether a text is a user's message, or a list of messages as JSON, of which the
+            tokenizer's chat template makes the prompt.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Task(NamedTuple):
     problem_type: str
     threshold: float
     labels: list[str]
+    chat: bool = False
 
 
 def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
@@ -202,6 +205,7 @@ def load_tasks(folder: Path) -> tuple[dict[str, Task], Memory]:
             problem_type=definition["problem_type"] or config.problem_type or problem,
             threshold=definition["threshold"],
             labels=labels,
+            chat=definition.get("chat", False),
         )
     return tasks, memory
 
@@ -232,9 +236,11 @@ class Embedder(torch.nn.Module):
             for flag in flags
         ]
         self.modes = [modes] if isinstance(modes, str) else modes or ["mean"]
-        self.normalises = "2_Normalize" in [
-            each["path"] for each in _content_of(folder / "modules.json", [])
-        ]
+        paths = [each["path"] for each in _content_of(folder / "modules.json", [])]
+        self.normalises = any(path.endswith("_Normalize") for path in paths)
+        self.dense = torch.nn.Sequential(
+            *(_dense(folder / path) for path in paths if path.endswith("_Dense"))
+        )
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: torch.Tensor
@@ -243,9 +249,20 @@ class Embedder(torch.nn.Module):
         states = self.encoder(input_ids, attention_mask=attention_mask, **others).last_hidden_state
         mask = attention_mask[..., None].to(states.dtype)  # [B, T, 1]
         embedding = torch.cat([_pooled(states, mask, mode) for mode in self.modes], -1)
+        embedding = self.dense(embedding)
         if self.normalises:
             embedding = torch.nn.functional.normalize(embedding, dim=-1)
         return SimpleNamespace(logits=embedding)
+
+
+def _dense(folder: Path) -> torch.nn.Module:
+    """A dense layer of Sentence Transformers: a linear map and its activation."""
+    settings, tensors = _content_of(folder / "config.json"), load_file(folder / "model.safetensors")
+    weight, bias = tensors["linear.weight"].float(), tensors.get("linear.bias")
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    activation = settings.get("activation_function", "Tanh").rpartition(".")[2]
+    return torch.nn.Sequential(linear, getattr(torch.nn, activation)())
 
 
 def _pooled(states: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
@@ -612,13 +629,34 @@ def _image(label: Any, value: Any) -> Any:
         if image.width * image.height > PIXELS:
             size = f"{image.width} x {image.height}"
             _refuse(f"{place} has {size} pixels, more than {PIXELS}; give a smaller one")
-        if image.mode.startswith(DEEP_MODES):
-            _refuse(f"{place} has the mode {image.mode}; give one of 8 bits a channel")
+        if image.mode in DEEP_MODES:
+            _refuse(f"{place} has the mode {image.mode}; give one of 8 or 16 bits a channel")
+        if image.mode.startswith("I;16"):
+            upright = np.asarray(ImageOps.exif_transpose(image))
+            return Image.fromarray((upright >> 8).astype(np.uint8)).convert("RGB")
         return ImageOps.exif_transpose(image).convert("RGB")
     except MlflowException:
         raise
     except Exception as error:  # Pillow raises any exception on a broken file
         _refuse(f"{place} is no {', '.join(FORMATS)} that can be read ({type(error).__name__})")
+
+
+def _chat_prompt(tokenizer: Any, text: str, place: str) -> str:
+    """The text that a chat template makes of a user's message, or of messages in JSON."""
+    messages = [{"role": "user", "content": text}]
+    try:
+        read = json.loads(text)
+        if isinstance(read, list) and read and all({"role", "content"} <= {*each} for each in read):
+            messages = read
+    except (TypeError, ValueError):
+        pass
+    try:
+        prompt: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template raises any exception
+        _refuse(f"{place}: the chat template does not take this ({error!s:.100}); change it")
+    return prompt
 
 
 def _words_of(text: str) -> Words:
@@ -892,6 +930,8 @@ class MergedModel(PythonModel):
         tokenizer, is_causal = task.processor, task.kind == "text-generation"
         with self.lock:
             cut = {} if is_causal else {"truncation": True, "max_length": task.max_length}
+            if task.chat:
+                prompt, cut = _chat_prompt(tokenizer, prompt, place), {"add_special_tokens": False}
             ids = tokenizer(prompt, **cut)["input_ids"]
         if is_causal and ids[-1:] == [tokenizer.eos_token_id]:
             ids = ids[:-1]  # some tokenizers add it

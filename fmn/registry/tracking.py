@@ -99,7 +99,7 @@ OUTPUTS_OF_KIND: dict[str, dict[str, str | Array | Map]] = {
 }
 """The outputs of kinds whose outputs differ from `OUTPUTS`."""
 IF_ASKED = {"task": "string", "row": "long"}
-PROCESSOR_FILES = (*TOKENIZER_FILES, "preprocessor_config.json")
+PROCESSOR_FILES = (*TOKENIZER_FILES, "chat_template.jinja", "preprocessor_config.json")
 REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas", "numpy")
 
 

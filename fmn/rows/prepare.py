@@ -1,5 +1,6 @@
 """Read and check the rows of a user's task, and complete its definition."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from fmn.rows.sources import File, used_splits
 from fmn.store.records import shortened
 from fmn.tasks.batches import random_order
 from fmn.tasks.dataset import label_array
-from fmn.tasks.kinds import KINDS, REGRESSION, SINGLE
+from fmn.tasks.kinds import GENERATORS, KINDS, REGRESSION, SINGLE
 from fmn.tasks.metrics import default_metrics
 from fmn.tasks.rows import schema
 from fmn.tasks.task import (
@@ -41,6 +42,7 @@ SHARE = 0.1  # of the rows are split off for validation, if the data have no spl
 # Classes; with more, the column may be something else than a label. So it may with some, where
 # rows are few.
 MANY, SOME = 50, 8
+MESSAGES = "messages"  # the column of a conversation
 
 
 class Prepared(NamedTuple):
@@ -77,7 +79,11 @@ def prepare(
     if not splits:
         raise UserError(f"{place}: neither training nor validation rows; name a split in `splits`")
     first = next(iter(splits.values()))
-    if definition.kind in ("text-generation", "text2text-generation"):
+    is_chat = has_messages(definition, first)
+    if is_chat:
+        splits = {split: as_prompts(definition, table) for split, table in splits.items()}
+        first = next(iter(splits.values()))
+    if definition.kind in GENERATORS:
         label, columns, notes = None, *_generation_columns(definition, first)
     else:
         label, notes = _label_column(definition, first)
@@ -92,7 +98,7 @@ def prepare(
             definition = definition.model_copy(update={"problem_type": SINGLE})
             known = [tag for each in known for tag in each]
         labels = read_labels(known, first.classes.get(label, ()), definition, first.place)
-    task = _task(name, definition, columns, labels, validation)
+    task = _task(name, definition, columns, labels, validation, is_chat)
     tables = {}
     for split, table in splits.items():
         content = _inputs(task, columns, table)
@@ -164,11 +170,6 @@ def _label_column(definition: TaskSettings, first: Table) -> tuple[str | None, l
 def _generation_columns(definition: TaskSettings, first: Table) -> tuple[dict[str, str], list[str]]:
     """The columns of prompts and completions, and notes if there are no prompts."""
     columns = definition.columns.of_kind(definition.kind)
-    if columns["completion"] not in first.columns and "messages" in first.columns:
-        raise UserError(
-            f"{first.place}: has lists of messages, which are not read; write the texts that your"
-            " chat template makes of them into two columns, prompt and completion"
-        )
     is_optional = "prompt" in KINDS[definition.kind].optional
     is_named = "prompt" in definition.columns.model_fields_set
     if not is_optional or is_named or "prompt" in first.columns:
@@ -177,23 +178,66 @@ def _generation_columns(definition: TaskSettings, first: Table) -> tuple[dict[st
     return columns, [f"no prompts: there is no column prompt in {first.place}; texts have none"]
 
 
+def has_messages(definition: TaskSettings, table: Table) -> bool:
+    """Whether the rows of a task that generates texts are conversations."""
+    columns = table.columns
+    is_other = definition.kind not in GENERATORS or definition.columns.completion in columns
+    return MESSAGES in columns and not is_other
+
+
+def as_prompts(definition: TaskSettings, table: Table) -> Table:
+    """A table with a column of messages as prompts, in JSON, and completions: the last messages.
+
+    Raises:
+        UserError: the model is no causal one, or a row is no list of messages that ends in one of
+            the assistant.
+    """
+    if definition.kind != "text-generation":
+        problem = f"{table.place}: has lists of messages, which are not read for {definition.kind}"
+        raise UserError(f"{problem}; write the columns prompt and completion")
+    prompts, completions = [], []
+    for row, value in enumerate(table.values(MESSAGES, definition.kind)):
+        try:
+            plain = [{k: v for k, v in each.items() if v is not None} for each in value]
+            is_plain = all(
+                {*each} == {"role", "content"} and all(map(is_text, each.values()))
+                for each in plain
+            )
+            is_answered = len(plain) > 1 and plain[-1]["role"] == "assistant"
+        except (AttributeError, KeyError, TypeError):
+            is_plain = is_answered = False
+        if not is_plain or not is_answered:
+            raise UserError(
+                f"{table.place}: column {MESSAGES} is {shortened(value, 80)} in row {row}, not two"
+                " or more messages, each of role and content (a text), the last of the role"
+                " assistant; write it so, or drop the row"
+            )
+        prompts.append(json.dumps(plain[:-1], ensure_ascii=False))
+        completions.append(plain[-1]["content"])
+    names = definition.columns.of_kind(definition.kind)
+    columns = {names.get("prompt", "prompt"): prompts, names["completion"]: completions}
+    return table._replace(columns=columns)
+
+
 def _task(
     name: str,
     definition: TaskSettings,
     columns: Mapping[str, str],
     labels: Labels | None,
     validation: Sequence[str],
+    is_chat: bool,
 ) -> Task:
     """The whole definition, with what the data tell. UserError if metrics do not fit it.
 
     Args:
         columns: the names of the columns in the data, by key.
+        is_chat: whether prompts are lists of messages.
     """
     if {*columns.values()} & {"label", "idx"}:  # the rows have columns of these names
         columns = {key: key for key in columns}
     kind = labels.problem_type if labels else definition.problem_type
     names = labels.names if labels else tuple(definition.label_names)
-    has_labels = labels or definition.kind in ("text-generation", "text2text-generation")
+    has_labels = labels or definition.kind in GENERATORS
     metrics = default_metrics(definition.kind, kind) if has_labels else ()
     if metrics == ("seqeval_f1",) and no_span_tag(names):
         metrics = ("accuracy",)
@@ -206,6 +250,7 @@ def _task(
         metrics=tuple(definition.metrics) or metrics,
         validation=tuple(validation),
         threshold=definition.threshold,
+        chat=is_chat,
         **definition.model_dump(include={"max_length"}, exclude_unset=True),
     )
 

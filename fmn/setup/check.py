@@ -21,10 +21,11 @@ from fmn.merge.inputs import plan_merge, stored_tensors
 from fmn.merge.methods import needs_of
 from fmn.merge.recipe import MergeSettings
 from fmn.merge.stages import SPEED
-from fmn.models import checkpoints, labels, provenance
+from fmn.models import checkpoints, labels, loading, provenance
 from fmn.models.embedding import check_agreement
 from fmn.params import Params
 from fmn.rows.formats import Table
+from fmn.rows.prepare import as_prompts, has_messages
 from fmn.rows.sources import hub_name, local_files
 from fmn.rows.stages import find_source
 from fmn.setup.outline import Outline, outline
@@ -34,6 +35,7 @@ from fmn.sources.origin import pin
 from fmn.store.records import Record
 from fmn.store.yaml_file import line_of, read_yaml
 from fmn.tasks.dataset import HUB
+from fmn.tasks.encoding import check_template
 from fmn.tasks.kinds import KINDS, KindName
 from fmn.tasks.rows import INPUTS
 from fmn.tasks.task import (
@@ -240,6 +242,8 @@ def _elsewhere(
 def _check_columns(name: str, definition: TaskSettings, table: Table) -> int | None:
     """Check the columns and texts of the first rows; returns the number of labels, if known."""
     kind, settings = KINDS[definition.kind], definition.columns
+    if has_messages(definition, table):
+        table = as_prompts(definition, table)
     columns = settings.of_kind(definition.kind)
     if kind.problem_types and settings.label:
         columns["label"] = settings.label
@@ -355,6 +359,8 @@ def _check_head(kind: KindName, folder: Path, task: Task | int | None, names: li
     if isinstance(task, Task):
         checkpoints.check_kind(folder, config, task)
     checkpoints.check_tensors(folder, config, head=True, kind=kind)
+    if isinstance(task, Task) and task.chat:
+        check_template(loading.load_tokenizer(folder, config))
     if not KINDS[kind].has_head:
         return
     if isinstance(task, Task):

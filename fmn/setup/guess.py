@@ -16,6 +16,7 @@ from fmn.errors import UserError, visible
 from fmn.models.checkpoints import CONFIG
 from fmn.models.labels import output_names
 from fmn.models.provenance import training_metadata
+from fmn.rows.prepare import has_messages
 from fmn.rows.sources import FORMATS
 from fmn.setup.preview import first_rows
 from fmn.sources import forms, origin
@@ -23,7 +24,15 @@ from fmn.sources.forms import ADAPTER_CONFIG
 from fmn.sources.origin import SCHEMES, Origin
 from fmn.store.headers import read_json
 from fmn.tasks.kinds import KINDS, KindName, kind_of_class
-from fmn.tasks.task import DEFINITION, TASKS, DatasetSettings, Task, read_task, task_settings
+from fmn.tasks.task import (
+    DEFINITION,
+    TASKS,
+    DatasetSettings,
+    Task,
+    TaskSettings,
+    read_task,
+    task_settings,
+)
 
 CARD = "README.md"
 MODULES = "modules.json"  # of Sentence Transformers
@@ -261,6 +270,8 @@ def _find_rows(result: Guess, rows: Mapping[str, Any], definition: Task | None) 
     except UserError as error:
         tables, unknown["dataset"] = {}, str(error)
     present = list(next(iter(tables.values())).columns) if tables else []
+    if any(has_messages(TaskSettings(task=kind), table) for table in tables.values()):
+        return
     for use, likely in names.items():
         column = next((name for name in likely if name in present), None)
         if column is None and use == "label" and result.name in present:

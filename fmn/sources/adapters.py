@@ -7,6 +7,7 @@ adapter is used; otherwise the adapter is refused.
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
@@ -418,8 +419,26 @@ def _merged(
     own = [name for name in result.missing_keys if re.search(r"\.(lora_|modules_to_save\.)", name)]
     if own:
         raise UserError(f"lacks {sorted(own)[0]}, which its configuration asks for; get it again")
+    _untie(adapted)
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return merged.eval()
+
+
+def _untie(adapted: Any) -> None:
+    """Give each adapted module a weight of its own.
+
+    PEFT would merge what it adds to one of two tied weights into both (peft#2018), although the
+    adapted model adds it to one.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    uses = Counter(id(weight) for _, weight in adapted.named_parameters(remove_duplicate=False))
+    for module in adapted.modules():
+        layer = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        weight = getattr(layer, "weight", None)
+        if layer is not None and uses[id(weight)] > 1:
+            layer.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
 def _save(
@@ -432,6 +451,11 @@ def _save(
     tied = getattr(merged, "all_tied_weights_keys", None) or {}
     state = merged.state_dict()
     apart = [t for t, s in tied.items() if not torch.equal(state[t], state[s])]
+    if apart and config.is_encoder_decoder:
+        raise UserError(
+            f"{adapter}: changes {apart[0]} apart from what it is tied to, which a"
+            f" {config.model_type} does not store; train it again without its embeddings"
+        )
     if apart:
         config.tie_word_embeddings = False
         merged.all_tied_weights_keys = {}

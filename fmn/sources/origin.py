@@ -22,7 +22,7 @@ from fmn.models.provenance import CheckpointInfo, lineage
 from fmn.sources import adapters, doubts, forms, names, weights
 from fmn.sources.forms import ADAPTER_CONFIG
 from fmn.store import headers, hub
-from fmn.store.headers import INDEX, WEIGHTS, names_in, write_json
+from fmn.store.headers import INDEX, PICKLED, WEIGHTS, names_in, write_json
 from fmn.store.stage import Progress, no_progress
 
 SCHEMES = ("hf://", "models:", "package:")  # a source without one of these is a folder
@@ -154,6 +154,8 @@ def copy_origin(
             _merge_adapter(origin, folder, scratch, base, notes)
         else:
             _copy_files(origin, files, folder, notes)
+        for dense in folder.glob("*_Dense"):  # of an embedding model
+            weights.unpickle_files(dense)
         names.normalise(folder, notes)
         config = checkpoints.load_config(folder)
         checkpoints.check_tensors(folder, config, head=False)
@@ -336,7 +338,9 @@ def _small_files(origin: Origin) -> list[str]:
     """The files, besides weights, of a checkpoint or adapter, and files of statistics."""
     if CONFIG not in origin.names and not origin.is_adapter:
         raise UserError(f"{origin.source}: {forms.no_checkpoint(origin.names)}")
-    small = (ADAPTER_CONFIG, CONFIG, *SMALL_FILES, FISHER, GRAM)
+    small = [ADAPTER_CONFIG, CONFIG, *SMALL_FILES, FISHER, GRAM]
+    inside = [name for name in SMALL_FILES if name.endswith(f"/{WEIGHTS}")]
+    small += [name.replace(WEIGHTS, PICKLED) for name in inside if name not in origin.names]
     return [name for name in small if name in origin.names]
 
 

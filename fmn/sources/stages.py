@@ -20,7 +20,7 @@ from fmn.tasks import dataset
 from fmn.tasks.kinds import ARCHITECTURE
 from fmn.tasks.task import TASKS, Task, load_task, read_task
 
-FETCH = 7
+FETCH = 8
 
 
 class ArchitectureSettings(Settings):

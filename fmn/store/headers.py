@@ -7,7 +7,7 @@ JSON header of that length, then the tensors' bytes without gaps).
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -129,8 +129,8 @@ def first_words(error: BaseException) -> str:
     return shorten(str(error), 160, placeholder=" ...") or type(error).__name__
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object as Transformers does: indented, with a newline at the end."""
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write JSON as Transformers does: indented, with a newline at the end."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

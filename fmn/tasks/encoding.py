@@ -1,11 +1,13 @@
 """Convert the rows of a task to a model's inputs."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fmn.errors import UserError
+from fmn.store.headers import first_words
 from fmn.tasks.batches import IGNORED, Examples
 from fmn.tasks.dataset import label_array
 from fmn.tasks.images import ImageReader, Pixels
@@ -186,19 +188,24 @@ def _of_continuations(
     """
     wanted = _wanted(table, rows)
     prompts, completions = _prompts(task, table, wanted), _completions(task, table, wanted)
+    if task.chat:
+        pairs = zip(prompts, completions, strict=True)
+        texts = [(chat_prompt(tokenizer, p), _chat_answer(tokenizer, p, text)) for p, text in pairs]
+        prompts, completions = [list(each) for each in zip(*texts, strict=True)] or ([], [])
     together = [prompt + text for prompt, text in zip(prompts, completions, strict=True)]
-    wholes = tokenizer(together, return_attention_mask=False)["input_ids"]
-    alone = tokenizer(prompts, return_attention_mask=False)["input_ids"]
+    options = {"return_attention_mask": False, "add_special_tokens": not task.chat}
+    wholes = tokenizer(together, **options)["input_ids"]
+    alone = tokenizer(prompts, **options)["input_ids"]
     apart = tokenizer(completions, add_special_tokens=False, return_attention_mask=False)
     end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
     sequences, answers = [], []
     for whole, prompt, completion in zip(wholes, alone, apart["input_ids"], strict=True):
         prompt = _without(prompt, end)
         if whole[: len(prompt)] == prompt:
-            completion = _without(whole[len(prompt) :], end)
+            completion = whole[len(prompt) :]
         # Otherwise a token spans both: use the completion tokenised by itself.
-        if end is not None:
-            completion = [*completion, end]
+        if end is not None and not task.chat:  # a chat template has its own end
+            completion = [*_without(completion, end), end]
         completion = completion[: max(1, task.max_length - min(1, len(prompt)))]
         room = task.max_length - len(completion)
         if len(prompt) > room:
@@ -239,6 +246,59 @@ def _of_translations(
     }
     pad = dict.fromkeys(inputs, padding(tokenizer)["input_ids"])
     return Examples(inputs, _labels_at(wanted, labels, table.num_rows), pad)
+
+
+def chat_prompt(tokenizer: Any, prompt: str) -> str:
+    """The text that a chat template makes of messages in JSON, or of a user's only message.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or it does not fit the messages.
+    """
+    return _from_template(tokenizer, _messages(prompt), add_generation_prompt=True)
+
+
+def _chat_answer(tokenizer: Any, prompt: str, completion: str) -> str:
+    """The text that a chat template makes of the answer to messages, up to its end of text."""
+    answer = {"role": "assistant", "content": completion}
+    start, whole = chat_prompt(tokenizer, prompt), [*_messages(prompt), answer]
+    text = _from_template(tokenizer, whole)
+    if not text.startswith(start):
+        raise UserError(
+            f"{tokenizer.name_or_path}: its chat template does not put an answer right behind its"
+            " prompt; write the columns prompt and completion in place of messages"
+        )
+    text, end = text[len(start) :], tokenizer.eos_token
+    return text[: text.rindex(end) + len(end)] if end and end in text else text
+
+
+def _messages(prompt: str) -> list[dict[str, str]]:
+    try:
+        messages = json.loads(prompt)
+        are_messages = all({"role", "content"} <= {*each} for each in messages)
+        if isinstance(messages, list) and messages and are_messages:
+            return messages
+    except (TypeError, ValueError):
+        pass
+    return [{"role": "user", "content": prompt}]
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise a UserError if a tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template, which messages need;"
+            " add the chat_template.jinja of its base, or write the columns prompt and completion"
+        )
+
+
+def _from_template(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
+    check_template(tokenizer)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template raises any exception
+        problem = f"its chat template does not take these messages: {first_words(error)}"
+        raise UserError(f"{tokenizer.name_or_path}: {problem}; change the rows") from error
+    return text
 
 
 def _prompts(task: Task, table: "pa.Table", rows: list[int]) -> list[str]:

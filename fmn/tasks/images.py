@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Modes with 8 bits a channel; Pillow would clip the values of others.
+# Modes of 8 bits a channel; Pillow would clip the values of others.
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
 
 
@@ -36,6 +36,9 @@ def decoded(content: bytes) -> "Image":
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 mode = image.mode
+                if mode.startswith("I;16"):  # as Pillow does with 16 bits a channel of colours
+                    upright = np.asarray(ImageOps.exif_transpose(image))
+                    return Image.fromarray((upright >> 8).astype(np.uint8)).convert("RGB")
                 if mode in _MODES:
                     return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
@@ -44,7 +47,7 @@ def decoded(content: bytes) -> "Image":
         raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except Exception as error:  # Pillow raises anything on a broken file
         raise ValueError(f"is damaged ({' '.join(str(error).split()):.80})") from error
-    raise ValueError(f"has the mode {mode}, not 8 bits a channel")
+    raise ValueError(f"has the mode {mode}, not 8 or 16 bits a channel")
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,8 @@ class Task(Record):
         max_length: most tokens of an example, special tokens included; longer texts are cut.
             Embedding models may have a lower limit.
         threshold: probability from which on a label is predicted, in multi-label classification.
+        chat: whether prompts are lists of messages, as JSON; the chat template of the checkpoint's
+            tokenizer makes texts of them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -296,6 +298,7 @@ class Task(Record):
         )
     )
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    chat: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "Task":

@@ -1,5 +1,6 @@
 """Embedding models give what Sentence Transformers gives, or are refused in one line."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fmn.models.loading import load_model, load_processor
 from fmn.tasks.batches import Examples, pad_batch
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import Columns, Task
-from tests.sentences import TEXTS, TYPES, embedding_model, encoded, write_json
+from tests.sentences import TEXTS, TYPES, add_dense, embedding_model, encoded, write_json
 
 TASK = Task(
     name="near",
@@ -69,6 +70,37 @@ def test_what_sentence_transformers_saves_today_is_read(paths: Any, tmp_path: Pa
     torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_normalised", [True, False])
+@pytest.mark.parametrize(
+    "layers", [[("Tanh", 12, True)], [("Identity", 20, False), ("GELU", 16, True)]]
+)
+def test_dense_layers_are_part_of_the_embedding(
+    layers: list[tuple[str, int, bool]], is_normalised: bool, tmp_path: Path
+) -> None:
+    paths = tuple(TYPES) if is_normalised else tuple(TYPES)[:2]
+    folder = embedding_model(tmp_path / "m", {"pooling_mode": "mean"}, paths=paths)
+    size = 16
+    for activation, width, bias in layers:
+        add_dense(folder, activation, size, width, bias=bias)
+        size = width
+    wanted = torch.from_numpy(encoded(folder, TEXTS))
+    model = load_model(folder)
+    batch = pad_batch(examples_of(folder, TEXTS), np.arange(len(TEXTS)))
+    with torch.inference_mode():
+        own = model(**batch.inputs).sentence_embedding
+    torch.testing.assert_close(own, wanted, rtol=0, atol=1e-5)
+    assert read_modules(folder).normalise == is_normalised
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(tmp_path / "saved")
+    load_processor(folder).save_pretrained(tmp_path / "saved")
+    with torch.inference_mode():
+        own = model(**batch.inputs).sentence_embedding
+    saved = torch.from_numpy(encoded(tmp_path / "saved", TEXTS))
+    torch.testing.assert_close(own, saved, rtol=0, atol=1e-5)
+
+
 def test_a_default_prompt_begins_every_text(tmp_path: Path) -> None:
     folder = embedding_model(tmp_path / "m", {"pooling_mode": "mean"})
     prompts = {"prompts": {"query": "a film ", "plain": ""}, "default_prompt_name": "query"}
@@ -94,17 +126,35 @@ def test_a_plain_folder_is_mean_pooling_and_that_is_said(tmp_path: Path) -> None
     torch.testing.assert_close(own, torch.from_numpy(encoded(folder, TEXTS)), rtol=0, atol=1e-5)
 
 
-def _dense(folder: Path) -> None:
-    kinds = {**TYPES, "2_Normalize": "Dense"}
+def _layer_norm(folder: Path) -> None:
+    kinds = {**TYPES, "2_Normalize": "LayerNorm"}
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"}
                for path, kind in kinds.items()]  # fmt: skip
     write_json(folder / "modules.json", modules)
 
 
+def _dense(**changes: Any) -> Any:
+    """Add a dense layer with these settings; without settings, its weights are not there."""
+
+    def change(folder: Path) -> None:
+        file = add_dense(folder) / "2_Dense/config.json"
+        write_json(file, json.loads(file.read_text()) | changes)
+        if not changes:
+            (folder / "2_Dense/model.safetensors").unlink()
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_dense, "Dense in 2_Normalize"),
+        (_layer_norm, "LayerNorm in 2_Normalize"),
+        (_dense(), "2_Dense/model.safetensors: its weights do not fit its config.json: No such"),
+        (_dense(out_features=3), "size mismatch"),
+        (_dense(out_features="x"), "do not fit its config.json: invalid literal"),
+        (_dense(activation_function="my.ReLU"), "the activation ReLU or a residual connection"),
+        (_dense(use_residual=True), "a residual connection"),
+        (_dense(module_input_name="token_embeddings"), "2_Dense: it is of tokens"),
         (
             lambda folder: write_json(folder / "modules.json", [{"type": 1}]),
             "its modules are 1 in .",

@@ -30,8 +30,10 @@ from transformers import (
 )
 
 from fmn.fisher.architectures import mask_sites, own_parts
+from fmn.models.labels import load_expert
+from fmn.models.predict import complete
 from fmn.registry import tracking
-from fmn.tasks.task import Columns, Task, get_task
+from fmn.tasks.task import Columns, Task, get_task, load_task
 from tests.conftest import TASKS
 from tests.kinds import TASKS as OF_KINDS
 from tests.kinds import TEXTS as PIECES
@@ -629,6 +631,16 @@ def test_images_are_answered_as_by_plain_transformers(flowers: Kinds) -> None:
         answered = [list(row.values()) for row in answers["probabilities"]]
         np.testing.assert_allclose(answered, shares, atol=1e-5)
     assert ask(served, {"image": forms}, "*").task.tolist() == ["flowers", "other"] * 3
+    grey, streams = (
+        np.arange(400, dtype=np.uint16).reshape(20, 20) % 256,
+        [io.BytesIO(), io.BytesIO()],
+    )
+    Image.fromarray(grey << 8).save(streams[0], format="PNG")  # of 16 bits
+    Image.fromarray(grey.astype(np.uint8)).save(streams[1], format="PNG")
+    deep, plain_grey = ask(served, {"image": [each.getvalue() for each in streams]}, "flowers")[
+        "score"
+    ]
+    assert deep == plain_grey
 
 
 def bomb() -> bytes:
@@ -681,6 +693,22 @@ def test_texts_are_generated_as_by_plain_transformers(name: str, auto: Any, tmp_
         output = output[ids.shape[1] :] if name == "chat" else output
         assert answer == tokenizer.decode(output, skip_special_tokens=True)
     assert any(answers["text"])
+    if name == "chat":  # messages of a template
+        own = served.tasks[name]._replace(chat=True)
+        own.processor.chat_template = "{% for m in messages %}{{ m.content }} . {% endfor %}"
+        served.tasks[name] = own
+        asked = json.dumps([{"role": "user", "content": text} for text in PIECES[:2]])
+        prompt = tokenizer(f"{PIECES[0]} . {PIECES[1]} . ", add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            output = plain.generate(torch.tensor([prompt]), max_length=24, do_sample=False)[0]
+        text = tokenizer.decode(output[len(prompt) :], skip_special_tokens=True)
+        assert ask(served, {"text": [asked]}, name)["text"].tolist() == [text]
+        folder = merged / "tasks" / name
+        stored = load_task(folder.parent, name).model_copy(update={"chat": True})
+        expert = load_expert(folder, stored, None, "cpu")
+        expert.processor.chat_template = own.processor.chat_template
+        assert complete(expert.model, expert.processor, stored, asked) == text
+        served.tasks[name] = own._replace(chat=False)
     table = pd.DataFrame({"text": PIECES})
     params = {"task": name, "max_new_tokens": 2}
     short = served.predict(None, table, params)["text"]  # type: ignore[arg-type]

@@ -107,7 +107,7 @@ def test_parquet_holds_bytes_or_what_datasets_writes(is_struct: bool, tmp_path: 
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no image of PNG, JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image of PNG, JPEG"),
         (encoded(Image.new("RGB", (4, 4)), "ICO"), "is no image of PNG, JPEG"),
-        (encoded(Image.fromarray(np.full((4, 4), 999, np.uint16))), "has the mode I;16"),
+        (encoded(Image.fromarray(np.full((4, 4), 9, np.float32)), "TIFF"), "has the mode F, not 8"),
         (b"", "is no image of PNG, JPEG"),
     ],
 )
@@ -159,6 +159,13 @@ def test_images_are_upright_and_without_transparency() -> None:
     np.testing.assert_array_equal(np.array(turned), np.rot90(pixels, -1))
     for mode in ("1", "L", "LA", "P", "RGBA"):
         assert decoded(encoded(image.convert(mode))).mode == "RGB"
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_the_upper_half_of_16_bits_is_read(format: str) -> None:
+    grey = np.arange(0, 2**16, 2**12, dtype=np.uint16).reshape(4, 4)
+    pixels = np.asarray(decoded(encoded(Image.fromarray(grey), format)))
+    np.testing.assert_array_equal(pixels, (grey >> 8)[..., None].repeat(3, -1))
 
 
 @pytest.mark.parametrize("is_saved", [True, False])

@@ -232,8 +232,36 @@ def test_generated_texts_have_prompts_where_the_rows_have_and_no_labels(tmp_path
         prepared(tmp_path, columns={"completion": "label", "prompt": "own"})
 
 
-def test_lists_of_messages_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "hello"}]
-    write(tmp_path, train=[{"messages": messages}] * 3)
-    with pytest.raises(UserError, match="lists of messages, which are not read; write the texts"):
-        prepared(tmp_path, task="text-generation")
+HELLO = {"role": "user", "content": "hello"}
+ANSWER = {"role": "assistant", "content": "bye"}
+
+
+def test_messages_are_prompts_and_their_last_answers(tmp_path: Path) -> None:
+    rows = [{"id": n, "messages": [HELLO, ANSWER, {**HELLO, "name": None}, ANSWER]} for n in "ab"]
+    write(tmp_path, train=rows, validation=rows[:1])
+    result = prepared(tmp_path, task="text-generation")
+    assert result.task.chat
+    row = result.tables["train"].to_pylist()[0]
+    assert json.loads(row["prompt"]) == [HELLO, ANSWER, HELLO]
+    assert row["completion"] == "bye"
+
+
+@pytest.mark.parametrize(
+    ("messages", "kind", "message"),
+    [
+        ([HELLO], "text-generation", "in row 1, not two or more messages"),
+        ([ANSWER], "text-generation", "in row 1"),
+        ([HELLO, ANSWER, HELLO], "text-generation", "the last of the role assistant; write it so"),
+        ([HELLO, {**ANSWER, "tool_calls": [{"name": "f"}]}], "text-generation", "in row 1"),
+        ([{**HELLO, "content": [{"type": "text"}]}, ANSWER], "text-generation", "in row 1"),
+        ("hello", "text-generation", "column messages is 'hello' in row 1"),
+        (None, "text-generation", "in row 1"),
+        ([HELLO, ANSWER], "text2text-generation", "not read for text2text-generation; write the"),
+    ],
+)
+def test_other_messages_are_refused_with_what_to_do(
+    messages: Any, kind: str, message: str, tmp_path: Path
+) -> None:
+    write(tmp_path, train=[{"messages": [HELLO, ANSWER]}, {"messages": messages}])
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path, task=kind)

@@ -145,6 +145,15 @@ def test_rows_on_the_hub_are_checked_by_the_first_ones(project: dict[str, Any], 
     assert problems(project) == []
     project["tasks"]["two"] = rows | {"columns": {"label": "stars"}}
     assert any("no column stars for two; there are text, label" in x for x in problems(project))
+    lines = [{"role": role, "content": "fine"} for role in ("user", "assistant")]
+    for messages, is_right in ((lines, True), (lines[:1], False)):
+        row = json.dumps({"messages": messages}).encode()
+        hub.add(
+            "datasets", f"org/chat{is_right}", {"train.jsonl": row + b"\n" + row, "test.jsonl": row}
+        )
+        chat = {"dataset": {"path": f"org/chat{is_right}"}, "task": "text-generation"}
+        project["tasks"]["two"] = chat
+        assert any("the last of the role assistant" in x for x in problems(project)) != is_right
     project["tasks"]["two"] = rows | {"labels": ["a", "b", "c"]}
     assert any("2 outputs, and the task 3 labels" in line for line in problems(project))
 

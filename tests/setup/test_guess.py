@@ -182,6 +182,15 @@ def test_what_is_unknown_is_marked_at_its_line_and_told(tmp_path: Path) -> None:
     )
 
 
+def test_conversations_need_no_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    messages = [{"role": role, "content": "fine"} for role in ("user", "assistant")]
+    Path("data").mkdir()
+    Path("data/chat.jsonl").write_text(json.dumps({"messages": messages}))
+    result = guess(folder(tmp_path / "chat", config("LlamaForCausalLM")))
+    assert result.task == {"task": "text-generation", "dataset": {"path": "data/chat.jsonl"}}
+
+
 def test_a_definition_in_the_folder_says_all_but_the_rows(tmp_path: Path) -> None:
     expert = folder(tmp_path / "x", config("BertForSequenceClassification", "LABEL_0", "LABEL_1"))
     write_task(Path(expert), make_task(["low", "high"], metrics=("f1_macro",), max_length=64))

@@ -1,5 +1,6 @@
 """Generated texts as a model's inputs: what is labelled, and what is cut."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
+from fmn.errors import UserError
 from fmn.tasks.batches import IGNORED, by_length, pad_batch
-from fmn.tasks.encoding import encode
+from fmn.tasks.encoding import chat_prompt, encode
 from fmn.tasks.kinds import KindName
 from fmn.tasks.task import Columns, Task
 
@@ -68,6 +70,36 @@ def test_what_is_labelled_is_the_completion_and_the_end(
 ) -> None:
     wanted = [IGNORED if letter == "." else ids(letter)[0] for letter in answers]
     assert encoded(prompt, completion, single=single) == (ids(tokens), wanted)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ 'a' if m.role == 'user' else 'b' }}{{ m.content }}"
+    "{{ eos_token if m.role != 'user' }}h{% endfor %}{{ 'b' if add_generation_prompt }}"
+)
+
+
+def test_a_chat_template_makes_prompt_and_answer() -> None:
+    tokenizer = letters("<s> $A </s>")  # the template has its own
+    earlier = [{"role": "user", "content": "cd"}, {"role": "assistant", "content": "e"}]
+    earlier.append({"role": "user", "content": "f"})
+    table = pa.table({"prompt": [json.dumps(earlier)], "completion": ["gg"]})
+    chat = task().model_copy(update={"chat": True})
+    with pytest.raises(UserError, match="no chat template, which messages need; add the chat_temp"):
+        encode(tokenizer, chat, table)
+    tokenizer.chat_template = TEMPLATE
+    examples = encode(tokenizer, chat, table)
+    whole = tokenizer.apply_chat_template([*earlier, {"role": "assistant", "content": "gg"}])
+    assert examples.inputs["input_ids"] == [whole["input_ids"][:-1]] == [ids("^a#hbe$hafhbgg$")]
+    assert examples.labels[0].tolist() == [*[IGNORED] * 11, *ids("gg$"), IGNORED]
+    assert chat_prompt(tokenizer, "cd") == "<s>acdhb"
+    assert chat_prompt(tokenizer, "[]") == "<s>a[]hb"
+    for template, problem in (
+        ("{{ raise_exception('roles must alternate') }}", "not take these messages: roles must"),
+        ("{{ 'x' if add_generation_prompt else 'y' }}", "does not put an answer right behind"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=problem):
+            encode(tokenizer, chat, table)
 
 
 @pytest.mark.parametrize(
