@@ -153,6 +153,7 @@ def estimate(
     samples: int | None = None,
     stratified: bool = False,
     seed: int = 0,
+    part: tuple[int, int] = (1, 1),
     device: str = "auto",
     dtype: str = "auto",
     recompute: bool = False,
@@ -170,6 +171,7 @@ def estimate(
         estimator: one of `fmn.fisher.loss.ESTIMATORS`.
         samples: examples, drawn without replacement by `seed` (`stratified`: every label in its
             share); None or at least N: all, in file order.
+        part: (i, n): the i-th of n parts of these examples alone (see `combined`).
         dtype: "float32", "float64", "bfloat16" (of matrix products; sums, normalisations and
             residuals stay in float32), "auto" (bfloat16 where the hardware multiplies it).
         recompute: save memory at the price of time (`fmn.fisher.runner.recomputed`).
@@ -184,7 +186,7 @@ def estimate(
     """
     loss = Loss(estimator, problem_type, seed)
     loss.check(examples.labels, outputs_of(model))
-    rows = select(examples.labels, samples, seed, stratified)
+    rows = _part(select(examples.labels, samples, seed, stratified), part, estimator)
     target = resolve_device(device)
     logits = outputs_of(model) if model.can_generate() else 0
     compute_dtype = resolve_dtype(dtype, target)
@@ -204,6 +206,35 @@ def estimate(
                 save(sums.copy_to("cpu"))
                 saved = time.monotonic()
     return _summary(run, sums)
+
+
+def _part(rows: np.ndarray, part: tuple[int, int], estimator: str) -> np.ndarray:
+    """The rows of a part, possibly none; batches of the estimator "batch" stay whole."""
+    size = BATCH_SIZE if estimator == "batch" else 1
+    number, parts = part
+    start, end = (-(-len(rows) // size) * each // parts * size for each in (number - 1, number))
+    return rows[start:end]
+
+
+def combined(parts: Sequence[Estimate], estimator: str) -> Estimate:
+    """The estimate from all examples, of the estimates from every part of them.
+
+    Squared deviations from the mean add up as in Chan, Golub and LeVeque (1979), equation 2.1.
+    """
+    counts = [part.samples for part in parts]
+    count, fisher, stderr = sum(counts), NodeValues(), NodeValues()
+    for site in parts[0].fisher:
+        values = np.array([part.fisher[site] for part in parts])  # [parts, nodes]
+        if estimator == "batch":
+            fisher[site] = values.sum(0)
+            continue
+        fisher[site] = mean = np.average(values, 0, counts)
+        deviations = np.array(counts) @ (values - mean) ** 2
+        for part in parts:
+            if part.stderr:
+                deviations += part.samples * (part.samples - 1) * part.stderr[site] ** 2
+        stderr[site] = np.sqrt(deviations / max(count - 1, 1) / count)
+    return Estimate(fisher, stderr if stderr and count > 1 else None, count)
 
 
 def checked_dtype(
@@ -363,7 +394,7 @@ def _tokens_that_fit(run: _Run, examples: Examples) -> int:
     feed-forward block 3 per neuron, and the loss of generated text 3 per logit.
     """
     lengths = examples.lengths[run.rows]
-    longest, by_layer, read = int(lengths.max()), defaultdict[str, int](int), 0
+    longest, by_layer, read = int(lengths.max(initial=1)), defaultdict[str, int](int), 0
     for site in run.sites:
         is_neuron = site.site.node == "neuron"
         positions = 2 * longest if run.device.type == "cpu" else 0  # sdpa keeps no products
@@ -374,7 +405,7 @@ def _tokens_that_fit(run: _Run, examples: Examples) -> int:
     values = float(max(by_layer.values()) + read if run.recompute else sum(by_layer.values()))
     if run.logits:
         labelled = (examples.labels[run.rows] != IGNORED).sum(1)
-        values += 3 * run.logits * float((labelled / np.maximum(lengths, 1)).max())
+        values += 3 * run.logits * float((labelled / np.maximum(lengths, 1)).max(initial=0))
     # For bfloat16 too: its activations are kept beside their casts.
     fitting = free_memory(run.device) / 2 / (float_dtype(run.dtype).itemsize * values)
     return min(1 << (max(int(fitting), 1).bit_length() - 1), max_batch_tokens(run.device))
@@ -389,7 +420,7 @@ def _summary(run: _Run, sums: PartialSums) -> Estimate:
     total, squares, count = sums.total.cpu().numpy(), sums.squares.cpu().numpy(), sums.done
     if run.loss.estimator == "batch":
         return Estimate(by_site(total), None, count)
-    mean = total / count
+    mean = total / max(count, 1)
     if count < 2:
         return Estimate(by_site(mean), None, count)
     stderr = np.sqrt(np.maximum(squares - count * mean**2, 0) / (count - 1) / count)

@@ -1,5 +1,6 @@
 """The estimators against brute force, and what they promise about batches, breaks and the model."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
@@ -16,7 +17,14 @@ from fmn.errors import UserError
 from fmn.fisher import mask_nodes
 from fmn.fisher.architectures import mask_sites
 from fmn.fisher.loss import ESTIMATORS, uniform_draws
-from fmn.fisher.mask_nodes import BATCH_SIZE, Estimate, PartialSums, checked_dtype, estimate
+from fmn.fisher.mask_nodes import (
+    BATCH_SIZE,
+    Estimate,
+    PartialSums,
+    checked_dtype,
+    combined,
+    estimate,
+)
 from fmn.models.embedding import Modules, SentenceEncoder
 from fmn.models.predict import hooked
 from fmn.tasks.batches import IGNORED, Examples, select
@@ -259,6 +267,23 @@ def test_the_result_does_not_depend_on_batches(
     monkeypatch.setattr(mask_nodes, "CHUNK", 2 * BATCH_SIZE)
     monkeypatch.setattr(mask_nodes, "max_batch_tokens", lambda device: 30)
     np.testing.assert_allclose(flat(run(model, examples, estimator)), before, rtol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_parts_of_the_examples_combine_to_the_whole(estimator: str) -> None:
+    model, examples = tiny_model("bert"), tiny_examples("bert", 75)
+    whole: dict[int, Estimate] = {}
+    for samples, count in ((70, 2), (70, 3), (70, 4), (4, 4)):  # 70: three batches of 32
+        compute = partial(run, model, examples, estimator, samples=samples, seed=3)
+        whole.setdefault(samples, compute())
+        parts = [compute(part=(number + 1, count)) for number in range(count)]
+        result = combined(parts, estimator)
+        assert result.samples == whole[samples].samples == samples
+        np.testing.assert_allclose(flat(result), flat(whole[samples]), rtol=1e-10)
+        if estimator == "batch":
+            assert result.stderr is None
+        else:
+            np.testing.assert_allclose(errors(result), errors(whole[samples]), rtol=1e-7)
 
 
 def test_a_sample_is_the_rows_that_select_names_and_their_order_does_not_matter() -> None:

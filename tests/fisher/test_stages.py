@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from fmn.errors import UserError
@@ -66,6 +68,57 @@ def test_the_fisher_artifact_says_what_it_was_computed_from(
             site: len(nodes) for site, nodes in stderr.items()
         }
     assert not run(stages.fisher, tiny_work, out, settings=settings).computed
+
+
+def test_a_fisher_in_parts_is_that_of_one_stage(tiny_work: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    parts = {f"{number}": tmp_path / f"{number}.parquet" for number in (1, 2, 3)}
+
+    def compute(number: int) -> Outcome:
+        option = {"part": (number, 3), "whole": out, "settings": FISHER}
+        return run(stages.fisher_part, tiny_work, parts[f"{number}"], **option)
+
+    assert [compute(number).summary.samples for number in (1, 2, 3)] == [10, 11, 11]
+    parts["2"].unlink()
+    assert [compute(number).computed for number in (1, 2, 3)] == [False, True, False]
+    parts["3"].unlink()
+    before = parts["1"].stat()
+    assert run(stages.fisher_of_parts, tiny_work, out, parts=parts, settings=FISHER).computed
+    assert parts["1"].stat() == before
+    assert parts["3"].is_file(), "what is missing is computed"
+
+    run(stages.fisher, tiny_work, whole, settings=FISHER)
+    (values, errors, metadata), (others, other_errors, other) = map(read_fisher, (whole, out))
+    assert metadata.model_copy(update={"relative_stderr": other.relative_stderr}) == other
+    assert errors is not None
+    assert other_errors is not None
+    for site, nodes in values.items():
+        np.testing.assert_allclose(others[site], nodes, rtol=1e-5)
+        np.testing.assert_allclose(other_errors[site], errors[site], rtol=1e-5)
+    assert pq.read_schema(whole).remove_metadata() == pq.read_schema(out).remove_metadata()
+    for path in parts.values():
+        path.unlink()
+    assert not run(stages.fisher, tiny_work, out, settings=FISHER).computed, "of the same key"
+    assert not compute(1).computed, "the whole is there"
+    assert not parts["1"].exists()
+
+
+def test_parts_in_two_dtypes_are_refused(
+    tiny_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = FisherSettings(samples=8, device="cpu", dtype="auto")
+    parts = {f"{number}": tmp_path / f"{number}.parquet" for number in (1, 2)}
+    for number, has_bfloat16 in ((1, True), (2, False)):
+        monkeypatch.setattr(devices, "_has_native_bfloat16", lambda device, has=has_bfloat16: has)
+        monkeypatch.setattr(mask_nodes, "MAX_ERROR", 1e9)
+        monkeypatch.setattr(mask_nodes, "MIN_RANK_CORRELATION", -1.0)
+        options: Any = {"part": (number, 2), "whole": tmp_path / "f.parquet", "settings": settings}
+        run(stages.fisher_part, tiny_work, parts[f"{number}"], **options)
+    with pytest.raises(UserError, match="sst2: machines chose bfloat16 and float32"):
+        run(
+            stages.fisher_of_parts, tiny_work, tmp_path / "f.parquet", parts=parts,
+            settings=settings,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "dtype"), [(1e9, "bfloat16"), (0.0, "float32")])
