@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 
 # DVC reads these: it does not see chained assignments.
-FISHER = 7
+FISHER = 8
 FULL_FISHER = 5
 GRAM = 5
+MAX_ROUNDING = 0.02  # mean relative error that bfloat16 may leave where dtype auto chose it
 SAVE_SECONDS = 5.0  # from one save of partial sums to the next
 
 
@@ -187,23 +188,37 @@ def _part(out: Path, inputs: "_Inputs") -> Outcome[FisherMetadata]:
 
 def _estimate(out: Path, inputs: "_Inputs", path: Path, sample: "_Sample") -> None:
     """Write the Fisher information of `inputs.part` to `path`; partial sums are beside `out`."""
-    from fmn.fisher.mask_nodes import checked_dtype, estimate
+    from fmn.fisher.mask_nodes import HEAVIEST, estimate
 
-    arguments, metadata = _arguments(inputs, sample), sample.metadata
+    metadata, is_checked = sample.metadata, False
     if inputs.settings.dtype == "auto" and metadata["dtype"] == "bfloat16":
-        own = {name: arguments[name] for name in arguments.keys() - {"dtype", "progress"}}
-        arguments["dtype"], metadata["precision"] = checked_dtype(**own)
-        metadata["dtype"] = arguments["dtype"]
+        is_checked = metadata["estimator"] != "batch"
+        if not is_checked:  # its terms are not those of examples
+            metadata |= {"dtype": "float32", "precision": "float32, as always for batch"}
+    arguments = _arguments(inputs, sample)
     saved = out.with_name(f".{out.name}.partial-sums")
-    key = "{key} {device} {dtype}".format(**metadata)
-    result = estimate(
-        **arguments,
-        part=inputs.part,
-        recompute=getattr(inputs.settings, "recompute", False),
-        resume=_read_sums(saved, key),
-        save=lambda sums: _write_sums(saved, key, sums),
-        save_seconds=SAVE_SECONDS,
-    )
+
+    def compute(heaviest: int = 0) -> "Estimate":
+        key = "{key} {device} {dtype}".format(**metadata)
+        return estimate(
+            **{**arguments, "dtype": metadata["dtype"]},
+            part=inputs.part,
+            heaviest=heaviest,
+            recompute=getattr(inputs.settings, "recompute", False),
+            resume=_read_sums(saved, key),
+            save=lambda sums: _write_sums(saved, key, sums),
+            save_seconds=SAVE_SECONDS,
+        )
+
+    result = compute(HEAVIEST if is_checked else 0)
+    if is_checked:
+        rounding, count = result.rounding, min(HEAVIEST, result.samples)
+        error = "" if rounding is None else f"; rounding of the others: about {rounding:.2%}"
+        metadata["precision"] = f"bfloat16, and float32 for the {count} heaviest examples{error}"
+        if rounding is not None and rounding > MAX_ROUNDING:
+            metadata["dtype"] = "float32"
+            metadata["precision"] = f"float32, as bfloat16 was too far off{error}"
+            result = compute()
     _write(path, result, metadata)
     artifacts.discard(saved)
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fmn.errors import UserError
-from fmn.fisher import mask_nodes, read_fisher, stages
+from fmn.fisher import read_fisher, stages
 from fmn.fisher.files import GramMetadata, StatisticMetadata, read_statistic
 from fmn.fisher.stages import Estimator, FisherSettings, FullFisherSettings, GramSettings
 from fmn.models import devices
@@ -110,8 +110,7 @@ def test_parts_in_two_dtypes_are_refused(
     parts = {f"{number}": tmp_path / f"{number}.parquet" for number in (1, 2)}
     for number, has_bfloat16 in ((1, True), (2, False)):
         monkeypatch.setattr(devices, "_has_native_bfloat16", lambda device, has=has_bfloat16: has)
-        monkeypatch.setattr(mask_nodes, "MAX_ERROR", 1e9)
-        monkeypatch.setattr(mask_nodes, "MIN_RANK_CORRELATION", -1.0)
+        monkeypatch.setattr(stages, "MAX_ROUNDING", 1e9)
         options: Any = {"part": (number, 2), "whole": tmp_path / "f.parquet", "settings": settings}
         run(stages.fisher_part, tiny_work, parts[f"{number}"], **options)
     with pytest.raises(UserError, match="sst2: machines chose bfloat16 and float32"):
@@ -121,18 +120,25 @@ def test_parts_in_two_dtypes_are_refused(
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("error", "dtype"), [(1e9, "bfloat16"), (0.0, "float32")])
+@pytest.mark.parametrize(
+    ("limit", "estimator", "dtype", "precision"),
+    [
+        (1e9, "empirical", "bfloat16", "bfloat16, and float32 for the 32 heaviest examples; rou"),
+        (0.0, "empirical", "float32", "float32, as bfloat16 was too far off; rounding of the o"),
+        (0.0, "sampled", "bfloat16", "bfloat16, and float32 for the 32 heaviest examples"),
+        (1e9, "batch", "float32", "float32, as always for batch"),
+    ],
+)
 def test_a_dtype_that_is_chosen_is_checked_and_the_artifact_says_so(
-    tiny_work: Path, tmp_path: Path, error: float, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_work: Path, tmp_path: Path, limit: float, estimator: Estimator, dtype: str,
+    precision: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(devices, "_has_native_bfloat16", lambda device: True)
-    monkeypatch.setattr(mask_nodes, "MAX_ERROR", error)
-    monkeypatch.setattr(mask_nodes, "MIN_RANK_CORRELATION", -1.0)
-    settings = FisherSettings(samples=32, device="cpu", dtype="auto")
+    monkeypatch.setattr(stages, "MAX_ROUNDING", limit)
+    settings = FisherSettings(samples=40, device="cpu", dtype="auto", estimator=estimator)
     metadata = run(stages.fisher, tiny_work, tmp_path / "f.parquet", settings=settings).summary
-    assert metadata.dtype == dtype
-    assert metadata.precision.startswith(f"{dtype}, ")
-    settings = FisherSettings(samples=32, device="cpu", dtype="bfloat16")  # as it is asked for
+    assert (metadata.dtype, metadata.precision[:55]) == (dtype, precision)
+    settings = settings.model_copy(update={"dtype": "bfloat16"})  # as it is asked for
     metadata = run(stages.fisher, tiny_work, tmp_path / "g.parquet", settings=settings).summary
     assert (metadata.dtype, metadata.precision) == ("bfloat16", None)
 
