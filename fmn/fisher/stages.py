@@ -169,13 +169,9 @@ def fisher_of_parts(
             values, errors, record = files.read_fisher(part)
             estimates.append(Estimate(values, errors, record.samples))
             records.append(record)
-        if len(dtypes := sorted({record.dtype for record in records})) > 1:
-            raise UserError(
-                f"{inputs.task.name}: machines chose {' and '.join(dtypes)} for parts of its"
-                " Fisher information; set `dtype` in the section fisher"
-            )
+        roughest = min(records, key=lambda record: record.dtype)  # bfloat16, if a machine chose it
         of_machine = ("dtype", "precision", "device", "threads")
-        sample.metadata.update({name: getattr(records[0], name) for name in of_machine})
+        sample.metadata.update({name: getattr(roughest, name) for name in of_machine})
         _write(path, combined(estimates, inputs.options["estimator"]), sample.metadata)
 
     return _run("fisher", FISHER, out, inputs, compute, files.read_fisher)

@@ -103,21 +103,19 @@ def test_a_fisher_in_parts_is_that_of_one_stage(tiny_work: Path, tmp_path: Path)
     assert not parts["1"].exists()
 
 
-def test_parts_in_two_dtypes_are_refused(
+def test_a_fisher_of_which_a_part_is_in_bfloat16_says_so(
     tiny_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = FisherSettings(samples=8, device="cpu", dtype="auto")
-    parts = {f"{number}": tmp_path / f"{number}.parquet" for number in (1, 2)}
-    for number, has_bfloat16 in ((1, True), (2, False)):
-        monkeypatch.setattr(devices, "_has_native_bfloat16", lambda device, has=has_bfloat16: has)
+    options: Any = {"settings": FisherSettings(samples=40, device="cpu", dtype="auto")}
+    parts, out = {f"{n}": tmp_path / f"{n}.parquet" for n in (1, 2)}, tmp_path / "f.parquet"
+    for number in (1, 2):
+        monkeypatch.setattr(devices, "_has_native_bfloat16", lambda device, n=number: n == 2)
         monkeypatch.setattr(stages, "MAX_ROUNDING", 1e9)
-        options: Any = {"part": (number, 2), "whole": tmp_path / "f.parquet", "settings": settings}
-        run(stages.fisher_part, tiny_work, parts[f"{number}"], **options)
-    with pytest.raises(UserError, match="sst2: machines chose bfloat16 and float32"):
-        run(
-            stages.fisher_of_parts, tiny_work, tmp_path / "f.parquet", parts=parts,
-            settings=settings,
-        )  # fmt: skip
+        own = {"part": (number, 2), "whole": out, **options}
+        run(stages.fisher_part, tiny_work, parts[f"{number}"], **own)
+    metadata = run(stages.fisher_of_parts, tiny_work, out, parts=parts, **options).summary
+    assert (metadata.dtype, metadata.samples) == ("bfloat16", 40)
+    assert metadata.precision.startswith("bfloat16, and float32 for the 20 heaviest examples; ")
 
 
 @pytest.mark.parametrize(
