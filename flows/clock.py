@@ -17,6 +17,7 @@ TYPICAL = {
     "gram": 10.0,
     "compare": 10.0,
     "fisher": 8.0,
+    "fisher-part": 8.0,
     "register": 8.0,
     "evaluate-expert": 4.0,
     "report": 3.0,

@@ -28,7 +28,7 @@ from fmn.params import Params
 from fmn.store import artifacts, stage
 from fmn.store.stage import Outcome, Progress
 
-STAGES = ("finetune", "fisher", "full_fisher", "gram", "evaluate", "compare")
+STAGES = ("finetune", "fisher", "fisher_part", "full_fisher", "gram", "evaluate", "compare")
 TIMEOUT = 15.0  # seconds that a scheduler, or its first worker, has to answer
 MAX_STAGES = 256  # stages that wait for the cluster at once
 _POLL = 0.5  # seconds between two looks at a stage, and between two reports of its progress

@@ -129,7 +129,8 @@ def nodes(settings: Params, comparing: CompareSettings, profile: Path, title: st
                 "settings": statistic.settings[name],
             }
             title_of = f"{name} {statistic.label}"
-            listed.append(Node(statistic.stage, title_of, statistic.function, arguments))
+            node = Node(statistic.stage, title_of, statistic.function, arguments)
+            listed += graph.in_parts(node, settings)
     cells: dict[str, Path] = {}
     for chosen, members in grid.sets(names, comparing.sets).items():
         for method, merging in methods.items():

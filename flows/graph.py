@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from fmn import params
 from fmn.errors import UserError, hint
 from fmn.evaluate.stages import evaluate
-from fmn.fisher.stages import fisher, gram
+from fmn.fisher.stages import fisher, fisher_of_parts, fisher_part, gram
 from fmn.merge.stages import calibrate, merge, realign
 from fmn.models.stages import finetune
 from fmn.params import Params
@@ -177,7 +177,27 @@ def _row_nodes(row: Row, settings: Params, profile: Path) -> Iterator[Node]:
             arguments["task"] = name
         if row.function is register:
             arguments["params"] = profile
-        yield Node(row.name, name, row.function, arguments)
+        yield from in_parts(Node(row.name, name, row.function, arguments), settings)
+
+
+def in_parts(node: Node, settings: Params) -> list[Node]:
+    """A node, or for a Fisher in parts (`fisher.parts`) the nodes of these, and their combination.
+
+    The parts are beside the folder of statistics, as they are no outputs of DVC's stages.
+    """
+    count, arguments = settings.fisher.parts, node.arguments
+    if node.function is not fisher or count == 1:
+        return [node]
+    out: Path = arguments["out"]
+    folder = Path(settings.work) / "parts"
+    parts = {f"{n}": folder / f"{out.stem}-{n}-of-{count}.parquet" for n in range(1, count + 1)}
+    computing = [
+        Node("fisher-part", f"{node.name} {number}", fisher_part,
+             {**arguments, "out": part, "whole": out, "part": (int(number), count)})
+        for number, part in parts.items()
+    ]  # fmt: skip
+    combining = {**arguments, "parts": parts}
+    return [*computing, Node(node.stage, node.name, fisher_of_parts, combining)]
 
 
 def _sections(row: Row, name: str) -> dict[str, str]:
@@ -238,7 +258,8 @@ def find_nodes(settings: Params, profile: Path, stage: str, name: str = "") -> l
 
 def needs(node: Node, listed: Iterable[Node]) -> list[Node]:
     """The nodes among `listed` whose outputs a node reads; nodes that only log have no output."""
-    reads = {name: value for name, value in node.arguments.items() if name != "out"}
+    own = ("out", "whole")
+    reads = {name: value for name, value in node.arguments.items() if name not in own}
     paths = list(_paths_in(reads))
 
     def is_read(out: Path) -> bool:

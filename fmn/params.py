@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
 
@@ -64,6 +64,19 @@ class ExpertsSettings(Settings):
         return tasks
 
 
+class DividedFisherSettings(FisherSettings):
+    """As for one stage, and how many stages share the work, on which the result hardly depends."""
+
+    runtime: ClassVar[set[str]] = {*FisherSettings.runtime, "parts"}
+    parts: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="stages that share an expert's examples and run side by side; the sum differs"
+        " only in rounding",
+    )
+
+
 class NotifySettings(Settings):
     webhook: SecretStr | None = Field(
         None,
@@ -107,7 +120,7 @@ class Params(Settings):
         description="TASK: how its expert is fine-tuned from the base, if none is published",
     )
     data: DataSettings = DataSettings()
-    fisher: FisherSettings = FisherSettings()
+    fisher: DividedFisherSettings = DividedFisherSettings()
     gram: dict[str, GramSettings] = Field(
         default_factory=dict,
         description="TASK: how its expert's Gram matrices are computed, if not by the defaults;"
@@ -378,7 +391,8 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
         out: the JSON file
     """
     settings = load(params)
-    content = settings.model_dump(mode="json", exclude={"notify", "runner", "address", "storage"})
+    where = dict.fromkeys(("notify", "runner", "address", "storage"), True)
+    content = settings.model_dump(mode="json", exclude={**where, "fisher": {"parts"}})
     content["tasks"] = {name: _described(name, settings) for name in settings.experts.tasks}
     content["pins"] = _pins(settings)
     text = redacted(json.dumps(content, indent=1))

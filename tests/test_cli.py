@@ -86,7 +86,7 @@ def test_the_schema_of_the_settings_describes_every_one(
     fmn("schema")
     schema = json.loads(capsys.readouterr().out)
     assert {"tasks", "experts", "merge"} <= set(schema["properties"])
-    for name in ("DatasetSettings", "ColumnSettings", "TaskSettings", "FisherSettings"):
+    for name in ("DatasetSettings", "ColumnSettings", "TaskSettings", "DividedFisherSettings"):
         fields = schema["$defs"][name]["properties"]
         described = {
             field for field, about in fields.items() if "$ref" in about or "description" in about

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from fmn import params
 from fmn.errors import UserError
-from fmn.fisher.stages import FisherSettings
 from fmn.models.stages import FinetuneSettings
 from fmn.sources.stages import ExpertSource
 from tests.conftest import ROOT
@@ -57,7 +56,7 @@ def test_the_papers_models_have_profiles() -> None:
 def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
     profile = load(tmp_path, GOOD)
     assert profile.finetune["mrpc"] == FinetuneSettings(epochs=2)
-    assert profile.fisher == FisherSettings()
+    assert profile.fisher == params.DividedFisherSettings()
     assert profile.merge.coefficients == {}
     assert profile.runner == "local"
 
@@ -309,6 +308,7 @@ def test_settings_are_written_with_their_defaults_and_without_secrets(
     out = tmp_path / "settings.json"
     assert params.write_settings(tmp_path / "params.yaml", out=out).computed
     assert '"estimator": "empirical"' in out.read_text()
+    assert '"parts"' not in out.read_text(), "which only says how the work is divided"
     assert "https://host/hook" not in out.read_text()
     assert not params.write_settings(tmp_path / "params.yaml", out=out).computed
 

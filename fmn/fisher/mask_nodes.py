@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -46,8 +46,7 @@ from fmn.tasks.batches import IGNORED, Batch, Examples, by_length, halved, selec
 from fmn.tasks.task import LossName
 
 BATCH_SIZE = 32  # examples in a batch of the estimator "batch", as in the released code
-CHECKED = 32  # examples on which bfloat16 is compared with float32
-MAX_ERROR, MIN_RANK_CORRELATION = 0.02, 0.999  # limits for choosing bfloat16 instead of float32
+HEAVIEST = 32  # examples of a run in bfloat16 whose terms float32 replaces
 CHUNK = 4096  # examples that are sorted by length together; a multiple of BATCH_SIZE
 
 
@@ -59,11 +58,13 @@ class Estimate:
         fisher: mean over examples of the squared mask gradient; for "batch" the sum over batches.
         stderr: standard error of that mean; None for "batch", and for a single example.
         samples: examples that it was estimated from.
+        rounding: mean relative error of `fisher` due to bfloat16, where it is known.
     """
 
     fisher: NodeValues
     stderr: NodeValues | None
     samples: int
+    rounding: float | None = None
 
     @property
     def relative_error(self) -> float | None:
@@ -83,6 +84,8 @@ class PartialSums:
         total: [P], of the squared gradients.
         squares: [P], of their squares.
         pending: [G, P], for "batch" the gradients of the mean losses of the chunk's G batches.
+        heavy: [H, P], the terms of the H examples with the largest sums of terms; zeros at first.
+        heavy_rows: [H], their rows; -1 at first.
         done: examples summed up.
         batch_tokens: tokens of the largest batch that is computed at once.
     """
@@ -90,20 +93,28 @@ class PartialSums:
     total: Tensor
     squares: Tensor
     pending: Tensor
+    heavy: Tensor
+    heavy_rows: Tensor
     done: int
     batch_tokens: int
 
     def copy_to(self, device: torch.device | str) -> "PartialSums":
-        tensors = (self.total, self.squares, self.pending)
-        total, squares, pending = (tensor.to(device, copy=True) for tensor in tensors)
-        return PartialSums(total, squares, pending, self.done, self.batch_tokens)
+        tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
+        copies = {name: each.to(device, copy=True) for name, each in tensors.items()}
+        return replace(self, **copies)  # type: ignore[arg-type]
 
-    def add(self, terms: Tensor, places: np.ndarray, chunk: int) -> None:
-        """Add the terms [B, P] of the examples at `places` [B] of a chunk of so many examples.
+    def add(self, terms: Tensor, rows: np.ndarray, places: np.ndarray, chunk: int) -> None:
+        """Add the terms [B, P] of the examples `rows` [B], at `places` [B] of a chunk of so many.
 
         All is computed before anything is changed, so that running out of memory leaves the sums
         as they were.
         """
+        heavy, heavy_rows = self.heavy, self.heavy_rows
+        if len(heavy):
+            every = torch.cat([heavy, terms])
+            every_row = torch.cat([heavy_rows, to_device(torch.from_numpy(rows), terms.device)])
+            heaviest = every.sum(1).topk(len(heavy)).indices
+            heavy, heavy_rows = every[heaviest], every_row[heaviest]
         terms = terms.double()
         if len(self.pending):
             batches = places // BATCH_SIZE
@@ -114,6 +125,7 @@ class PartialSums:
             total, squares = terms.sum(0), terms.square_().sum(0)
             self.total += total
             self.squares += squares
+        self.heavy, self.heavy_rows = heavy, heavy_rows
         self.done += len(places)
 
     def complete_batches(self) -> None:
@@ -133,6 +145,7 @@ class _Run:
     dtype: torch.dtype
     logits: int = 0  # logits of each labelled token, for generated texts
     recompute: bool = False
+    heaviest: int = 0  # examples whose terms are held
 
     @property
     def layers(self) -> list[str]:
@@ -153,8 +166,10 @@ def estimate(
     samples: int | None = None,
     stratified: bool = False,
     seed: int = 0,
+    part: tuple[int, int] = (1, 1),
     device: str = "auto",
     dtype: str = "auto",
+    heaviest: int = 0,
     recompute: bool = False,
     progress: Callable[[int, int], None] | None = None,
     resume: PartialSums | None = None,
@@ -170,8 +185,12 @@ def estimate(
         estimator: one of `fmn.fisher.loss.ESTIMATORS`.
         samples: examples, drawn without replacement by `seed` (`stratified`: every label in its
             share); None or at least N: all, in file order.
+        part: (i, n): the i-th of n parts of these examples alone (see `combined`).
         dtype: "float32", "float64", "bfloat16" (of matrix products; sums, normalisations and
             residuals stay in float32), "auto" (bfloat16 where the hardware multiplies it).
+        heaviest: so many examples, those with the largest gradients, are computed again in float32.
+            A few examples make up most of the sum of an expert that is sure of its answers.
+            Not for the estimator "batch".
         recompute: save memory at the price of time (`fmn.fisher.runner.recomputed`).
         progress: gets the number of examples done, and to do.
         resume: sums of a killed run with the same arguments, to go on from; on a CPU to the same
@@ -184,65 +203,87 @@ def estimate(
     """
     loss = Loss(estimator, problem_type, seed)
     loss.check(examples.labels, outputs_of(model))
-    rows = select(examples.labels, samples, seed, stratified)
+    rows = _part(select(examples.labels, samples, seed, stratified), part, estimator)
     target = resolve_device(device)
     logits = outputs_of(model) if model.can_generate() else 0
     compute_dtype = resolve_dtype(dtype, target)
-    run = _Run(mask_sites(model), loss, rows, target, compute_dtype, logits, recompute)
-    sums = resume.copy_to(target) if resume else _no_sums(run, examples)
-    saved = time.monotonic()
+    run = _Run(mask_sites(model), loss, rows, target, compute_dtype, logits, recompute, heaviest)
+    sums, saved = resume.copy_to(target) if resume else _no_sums(run, examples), time.monotonic()
+    for _ in _steps(model, examples, run, sums):
+        if progress:
+            progress(sums.done, len(rows))
+        if save and time.monotonic() - saved >= save_seconds:
+            save(sums.copy_to("cpu"))
+            saved = time.monotonic()
+    rounding = _replace_heaviest(model, examples, run, sums) if heaviest else None
+    return replace(_summary(run, sums), rounding=rounding)
+
+
+def _replace_heaviest(
+    model: PreTrainedModel, examples: Examples, run: _Run, sums: PartialSums
+) -> float | None:
+    """Replace the terms of the heaviest examples by their terms in float32.
+
+    Returns:
+        the mean relative error that the other examples leave, if theirs is like that of the
+        heaviest; None where it is unknown, as labels are drawn, and other logits draw other ones.
+    """
+    is_row = (sums.heavy_rows >= 0).cpu()
+    rows, rough = sums.heavy_rows.cpu()[is_row].numpy(), sums.heavy[is_row].double()
+    again = replace(run, rows=rows, dtype=torch.float32, heaviest=0)
+    exact = _no_sums(again, examples)
+    for _ in _steps(model, examples, again, exact):
+        pass
+    # The difference of sums may be a rounding error below zero.
+    sums.total += exact.total - rough.sum(0)
+    sums.total.clamp_(min=0)
+    sums.squares += exact.squares - rough.square().sum(0)
+    if run.loss.estimator == "sampled" and run.loss.problem_type != "embedding":
+        return None
+    error = (rough.sum(0) / exact.total - 1).abs()[exact.total > 0].mean()
+    return float(error * (1 - exact.total.sum() / sums.total.sum()).clamp(min=0))
+
+
+def _steps(
+    model: PreTrainedModel, examples: Examples, run: _Run, sums: PartialSums
+) -> Iterator[None]:
+    """Prepare the model, and add the examples that `sums` lacks; yields after every batch."""
     with (
         prepared(model, examples, run.device, run.dtype) as runner,
         shared_casts(runner),
         first_token_only(model, runner.logits, examples),
         recomputed(runner, run.layers),
     ):
-        for _ in _add_batches(runner, run, examples, sums):
-            if progress:
-                progress(sums.done, len(rows))
-            if save and time.monotonic() - saved >= save_seconds:
-                save(sums.copy_to("cpu"))
-                saved = time.monotonic()
-    return _summary(run, sums)
+        yield from _add_batches(runner, run, examples, sums)
 
 
-def checked_dtype(
-    model: PreTrainedModel,
-    examples: Examples,
-    *,
-    estimator: str,
-    problem_type: LossName,
-    samples: int | None = None,
-    stratified: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-) -> tuple[str, str]:
-    """Choose bfloat16 or float32: bfloat16 is compared with float32 on the shortest examples.
+def _part(rows: np.ndarray, part: tuple[int, int], estimator: str) -> np.ndarray:
+    """The rows of a part, possibly none; batches of the estimator "batch" stay whole."""
+    size = BATCH_SIZE if estimator == "batch" else 1
+    number, parts = part
+    start, end = (-(-len(rows) // size) * each // parts * size for each in (number - 1, number))
+    return rows[start:end]
 
-    The comparison uses a loss without random draws. A few examples are a strict test, because
-    rounding errors average out over more examples. Arguments as for `estimate`.
 
-    Returns:
-        "bfloat16" or "float32", and why.
+def combined(parts: Sequence[Estimate], estimator: str) -> Estimate:
+    """The estimate from all examples, of the estimates from every part of them.
+
+    Squared deviations from the mean add up as in Chan, Golub and LeVeque (1979), equation 2.1.
     """
-    sample = examples.take(select(examples.labels, samples, seed, stratified))
-    few = sample.take(np.argsort(sample.lengths, kind="stable")[:CHECKED])
-    if estimator == "batch" or (estimator == "sampled" and problem_type == "tokens"):
-        estimator = "empirical"
-    elif estimator == "sampled" and problem_type != "embedding":
-        estimator = "expected"
-    compute = partial(estimate, estimator=estimator, problem_type=problem_type, device=device)
-    results = (compute(model, few, dtype=dtype).fisher for dtype in ("bfloat16", "float32"))
-    rough, exact = (np.concatenate(list(fisher.values())) for fisher in results)
-    positive = exact > 0
-    error = float(np.mean(np.abs(rough[positive] / exact[positive] - 1)))
-    ranks = [values.argsort().argsort() for values in (rough, exact)]
-    correlation = float(np.corrcoef(ranks[0], ranks[1])[0][1])
-    is_near = error <= MAX_ERROR and correlation >= MIN_RANK_CORRELATION
-    distance = f"mean error {error:.2%}, rank correlation {correlation:.5f} to float32"
-    if is_near:
-        return "bfloat16", f"bfloat16, on {len(few)} examples: {distance}"
-    return "float32", f"float32, as bfloat16 was too far off on {len(few)} examples: {distance}"
+    counts = [part.samples for part in parts]
+    count, fisher, stderr = sum(counts), NodeValues(), NodeValues()
+    for site in parts[0].fisher:
+        values = np.array([part.fisher[site] for part in parts])  # [parts, nodes]
+        if estimator == "batch":
+            fisher[site] = values.sum(0)
+            continue
+        fisher[site] = mean = np.average(values, 0, counts)
+        deviations = np.array(counts) @ (values - mean) ** 2
+        for part in parts:
+            if part.stderr:
+                deviations += part.samples * (part.samples - 1) * part.stderr[site] ** 2
+        stderr[site] = np.sqrt(deviations / max(count - 1, 1) / count)
+    return Estimate(fisher, stderr if stderr and count > 1 else None, count)
 
 
 def _add_batches(
@@ -257,7 +298,7 @@ def _add_batches(
             batch = next(by_length(chunk, sums.batch_tokens, done, multiple))
             try:
                 terms = _terms(runner, run, batch, rows[batch.rows])
-                sums.add(terms, batch.rows, len(rows))
+                sums.add(terms, rows[batch.rows], batch.rows, len(rows))
             except (MemoryError, RuntimeError) as error:
                 sums.batch_tokens = halved(batch, error)
                 continue
@@ -359,7 +400,10 @@ def _no_sums(run: _Run, examples: Examples) -> PartialSums:
     batches = CHUNK // BATCH_SIZE if run.loss.estimator == "batch" else 0
     zeros = partial(torch.zeros, dtype=torch.float64, device=run.device)
     tokens = _tokens_that_fit(run, examples)
-    return PartialSums(zeros(run.nodes), zeros(run.nodes), zeros(batches, run.nodes), 0, tokens)
+    heavy = torch.zeros(run.heaviest, run.nodes, dtype=float_dtype(run.dtype), device=run.device)
+    none = torch.full((run.heaviest,), -1, device=run.device)
+    sums = (zeros(run.nodes), zeros(run.nodes), zeros(batches, run.nodes), heavy, none)
+    return PartialSums(*sums, 0, tokens)
 
 
 def _tokens_that_fit(run: _Run, examples: Examples) -> int:
@@ -369,7 +413,7 @@ def _tokens_that_fit(run: _Run, examples: Examples) -> int:
     feed-forward block 3 per neuron, and the loss of generated text 3 per logit.
     """
     lengths = examples.lengths[run.rows]
-    longest, by_layer, read = int(lengths.max()), defaultdict[str, int](int), 0
+    longest, by_layer, read = int(lengths.max(initial=1)), defaultdict[str, int](int), 0
     for site in run.sites:
         is_neuron = site.site.node == "neuron"
         positions = 2 * longest if run.device.type == "cpu" else 0  # sdpa keeps no products
@@ -380,7 +424,7 @@ def _tokens_that_fit(run: _Run, examples: Examples) -> int:
     values = float(max(by_layer.values()) + read if run.recompute else sum(by_layer.values()))
     if run.logits:
         labelled = (examples.labels[run.rows] != IGNORED).sum(1)
-        values += 3 * run.logits * float((labelled / np.maximum(lengths, 1)).max())
+        values += 3 * run.logits * float((labelled / np.maximum(lengths, 1)).max(initial=0))
     # For bfloat16 too: its activations are kept beside their casts.
     fitting = free_memory(run.device) / 2 / (float_dtype(run.dtype).itemsize * values)
     return min(1 << (max(int(fitting), 1).bit_length() - 1), max_batch_tokens(run.device))
@@ -395,7 +439,7 @@ def _summary(run: _Run, sums: PartialSums) -> Estimate:
     total, squares, count = sums.total.cpu().numpy(), sums.squares.cpu().numpy(), sums.done
     if run.loss.estimator == "batch":
         return Estimate(by_site(total), None, count)
-    mean = total / count
+    mean = total / max(count, 1)
     if count < 2:
         return Estimate(by_site(mean), None, count)
     stderr = np.sqrt(np.maximum(squares - count * mean**2, 0) / (count - 1) / count)

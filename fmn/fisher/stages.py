@@ -1,6 +1,7 @@
 """The stages that compute statistics of one expert on its task's training split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from fmn.models import checkpoints, labels, loading, provenance
 from fmn.models.stages import Device, Dtype
 from fmn.store import artifacts
 from fmn.store.records import Settings, at_least_one
-from fmn.store.stage import Job, Outcome, Progress, no_progress, run_stage
+from fmn.store.stage import Job, Outcome, Progress, if_current, no_progress, run_stage
 from fmn.tasks.dataset import label_array, read_split, split_files
 from fmn.tasks.encoding import encode
 from fmn.tasks.task import Task, load_task
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from fmn.fisher.mask_nodes import PartialSums
+    from fmn.fisher.mask_nodes import Estimate, PartialSums
 
 Estimator = Literal["empirical", "expected", "sampled", "batch"]
 
 # DVC reads these: it does not see chained assignments.
-FISHER = 7
+FISHER = 8
 FULL_FISHER = 5
 GRAM = 5
+MAX_ROUNDING = 0.02  # mean relative error that bfloat16 may leave where dtype auto chose it
 SAVE_SECONDS = 5.0  # from one save of partial sums to the next
 
 
@@ -100,36 +102,133 @@ def fisher(
         data: folder of the task's data, or of several tasks'
         out: the Parquet file
     """
+    expert = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
+    return _run("fisher", FISHER, out, expert, partial(_estimate, out, expert), files.read_fisher)
 
-    def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
-        from fmn.fisher.mask_nodes import checked_dtype, estimate
 
-        if settings.dtype == "auto" and metadata["dtype"] == "bfloat16":
-            own = {name: arguments[name] for name in arguments.keys() - {"dtype", "progress"}}
-            arguments["dtype"], metadata["precision"] = checked_dtype(**own)
-            metadata["dtype"] = arguments["dtype"]
-        saved = out.with_name(f".{out.name}.partial-sums")
+def fisher_part(
+    checkpoint: Path,
+    *,
+    task: str,
+    data: Path,
+    out: Path,
+    whole: Path,
+    part: tuple[int, int],
+    settings: FisherSettings,
+    progress: Progress = no_progress,
+) -> Outcome[FisherMetadata]:
+    """Compute the Fisher information from one of several parts of an expert's sample.
+
+    It computes nothing if the Fisher information from the whole sample is there.
+
+    Args:
+        checkpoint: the expert's folder
+        task: its task
+        data: folder of the task's data, or of several tasks'
+        out: the part's Parquet file, for `fisher_of_parts`
+        whole: the output of `fisher_of_parts`
+        part: the number of the part, from 1, and of all parts
+        settings: of the whole
+    """
+    inputs = _Inputs(checkpoint, load_task(data, task), data, settings, progress, part)
+    outcome = if_current(partial(fisher, checkpoint, task=task, data=data, out=whole,
+                                 settings=settings)) or _part(out, inputs)  # fmt: skip
+    # The whole one tells of a published statistic.
+    return replace(outcome, summary=outcome.summary.model_copy(update={"published": None}))
+
+
+def fisher_of_parts(
+    checkpoint: Path,
+    *,
+    task: str,
+    data: Path,
+    out: Path,
+    parts: Mapping[str, Path],
+    settings: FisherSettings,
+    progress: Progress = no_progress,
+) -> Outcome[FisherMetadata]:
+    """Combine the outputs of `fisher_part` into that of `fisher`, equal except for rounding.
+
+    Parts that are not there are computed here.
+
+    Args:
+        checkpoint: the expert's folder
+        task: its task
+        data: folder of the task's data, or of several tasks'
+        out: the Parquet file
+        parts: the file of each part, in order
+    """
+    inputs = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
+
+    def compute(path: Path, sample: _Sample) -> None:
+        from fmn.fisher.mask_nodes import Estimate, combined
+
+        estimates, records = [], []
+        for number, part in enumerate(parts.values(), 1):
+            _part(part, inputs._replace(part=(number, len(parts))))
+            values, errors, record = files.read_fisher(part)
+            estimates.append(Estimate(values, errors, record.samples))
+            records.append(record)
+        roughest = min(records, key=lambda record: record.dtype)  # bfloat16, if a machine chose it
+        of_machine = ("dtype", "precision", "device", "threads")
+        sample.metadata.update({name: getattr(roughest, name) for name in of_machine})
+        _write(path, combined(estimates, inputs.options["estimator"]), sample.metadata)
+
+    return _run("fisher", FISHER, out, inputs, compute, files.read_fisher)
+
+
+def _part(out: Path, inputs: "_Inputs") -> Outcome[FisherMetadata]:
+    compute = partial(_estimate, out, inputs)
+    return _run("fisher-part", FISHER, out, inputs, compute, files.read_fisher)
+
+
+def _estimate(out: Path, inputs: "_Inputs", path: Path, sample: "_Sample") -> None:
+    """Write the Fisher information of `inputs.part` to `path`; partial sums are beside `out`."""
+    from fmn.fisher.mask_nodes import HEAVIEST, estimate
+
+    metadata, is_checked = sample.metadata, False
+    if inputs.settings.dtype == "auto" and metadata["dtype"] == "bfloat16":
+        is_checked = metadata["estimator"] != "batch"
+        if not is_checked:  # its terms are not those of examples
+            metadata |= {"dtype": "float32", "precision": "float32, as always for batch"}
+    arguments = _arguments(inputs, sample)
+    saved = out.with_name(f".{out.name}.partial-sums")
+
+    def compute(heaviest: int = 0) -> "Estimate":
         key = "{key} {device} {dtype}".format(**metadata)
-        result = estimate(
-            **arguments,
-            recompute=settings.recompute,
+        return estimate(
+            **{**arguments, "dtype": metadata["dtype"]},
+            part=inputs.part,
+            heaviest=heaviest,
+            recompute=getattr(inputs.settings, "recompute", False),
             resume=_read_sums(saved, key),
             save=lambda sums: _write_sums(saved, key, sums),
             save_seconds=SAVE_SECONDS,
         )
-        counts = {site: len(nodes) for site, nodes in result.fisher.items()}
-        record = FisherMetadata(
-            **metadata,
-            layers=len({site.layer for site in counts}),
-            heads=max(count for site, count in counts.items() if site.node == "head"),
-            neurons=max(count for site, count in counts.items() if site.node == "neuron"),
-            relative_stderr=result.relative_error,
-        )
-        files.write_fisher(path, result.fisher, result.stderr, record)
-        artifacts.discard(saved)
 
-    expert = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
-    return _run("fisher", FISHER, out, expert, compute, files.read_fisher)
+    result = compute(HEAVIEST if is_checked else 0)
+    if is_checked:
+        rounding, count = result.rounding, min(HEAVIEST, result.samples)
+        error = "" if rounding is None else f"; rounding of the others: about {rounding:.2%}"
+        metadata["precision"] = f"bfloat16, and float32 for the {count} heaviest examples{error}"
+        if rounding is not None and rounding > MAX_ROUNDING:
+            metadata["dtype"] = "float32"
+            metadata["precision"] = f"float32, as bfloat16 was too far off{error}"
+            result = compute()
+    _write(path, result, metadata)
+    artifacts.discard(saved)
+
+
+def _write(path: Path, result: "Estimate", metadata: dict[str, Any]) -> None:
+    counts = {site: len(nodes) for site, nodes in result.fisher.items()}
+    record = FisherMetadata(
+        **metadata | {"samples": result.samples},
+        layers=len({site.layer for site in counts}),
+        heads=max(count for site, count in counts.items() if site.node == "head"),
+        neurons=max(count for site, count in counts.items() if site.node == "neuron"),
+        relative_stderr=result.relative_error,
+    )
+    files.write_fisher(path, result.fisher, result.stderr, record)
 
 
 def full_fisher(
@@ -150,12 +249,14 @@ def full_fisher(
         out: the safetensors file
     """
 
-    def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
+    expert = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
+
+    def compute(path: Path, sample: _Sample) -> None:
         from fmn.fisher.parameters import estimate
 
-        files.write_statistic(path, estimate(**arguments), StatisticMetadata(**metadata))
+        values = estimate(**_arguments(expert, sample))
+        files.write_statistic(path, values, StatisticMetadata(**sample.metadata))
 
-    expert = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
     read = partial(files.read_statistic, record=StatisticMetadata)
     return _run("full-fisher", FULL_FISHER, out, expert, compute, read)
 
@@ -178,27 +279,32 @@ def gram(
         out: the safetensors file
     """
 
-    def compute(path: Path, arguments: dict[str, Any], metadata: dict[str, Any]) -> None:
+    expert = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
+
+    def compute(path: Path, sample: _Sample) -> None:
         from fmn.fisher.gram import estimate
 
-        grams = estimate(**arguments)
+        grams = estimate(**_arguments(expert, sample))
         transposed = sorted(grams.transposed)
-        record = GramMetadata(**metadata, inputs=grams.inputs, transposed=transposed)
+        record = GramMetadata(**sample.metadata, inputs=grams.inputs, transposed=transposed)
         files.write_statistic(path, grams.moments, record)
 
-    expert = _Inputs(checkpoint, load_task(data, task), data, settings, progress)
     read = partial(files.read_statistic, record=GramMetadata)
     return _run("gram", GRAM, out, expert, compute, read)
 
 
 class _Inputs(NamedTuple):
-    """The inputs of a statistic: an expert, and the rows of its task in `data`."""
+    """The inputs of a statistic: an expert, and the rows of its task in `data`.
+
+    `part`: which part of the sample, and of how many.
+    """
 
     checkpoint: Path
     task: Task
     data: Path
     settings: SampleSettings
     progress: Progress
+    part: tuple[int, int] = (1, 1)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -216,10 +322,10 @@ def _run(
     version: int,
     out: Path,
     inputs: _Inputs,
-    compute: Callable[[Path, dict[str, Any], dict[str, Any]], None],
+    compute: Callable[[Path, "_Sample"], None],
     read: Callable[[Path], tuple[Any, ...]],
 ) -> Outcome[Any]:
-    """Run a stage: `compute` writes a file from arguments and metadata; `read` ends in these."""
+    """Run a stage: `compute` writes a file for a sample; `read` ends in the metadata."""
     task, estimator = inputs.task, inputs.options.get("estimator")
     if estimator in ("empirical", "batch") and not task.has_labels and task.loss != "embedding":
         raise UserError(
@@ -230,17 +336,18 @@ def _run(
 
     def write(job: Job) -> None:
         sample = _sample(job, inputs)
-        path = inputs.checkpoint / published.NAMES.get(name, "")
+        path = inputs.checkpoint / published.NAMES.get(name.removesuffix("-part"), "")
         if not (path.is_file() and _take(path, job, inputs, sample)):
-            compute(job.path, _arguments(inputs, sample), sample.metadata)
+            compute(job.path, sample)
 
+    part = {"part": inputs.part} if name == "fisher-part" else {}
     return run_stage(
         name,
         version,
         out,
         write,
         reads={"checkpoint": inputs.checkpoint, "train": train},
-        settings={"task": task, "settings": inputs.settings},
+        settings={"task": task, "settings": inputs.settings, **part},
         summary=lambda path: read(path)[-1],
     )
 
@@ -260,7 +367,7 @@ def _sample(job: Job, inputs: _Inputs) -> _Sample:
     from fmn.models.devices import resolve_device, resolve_dtype
     from fmn.tasks.batches import select
 
-    checkpoint, task, data, settings, _ = inputs
+    checkpoint, task, data, settings, *_ = inputs
     table = read_split(data, task, "train", labelled=not isinstance(settings, GramSettings))
     samples = None if settings.samples == "all" else settings.samples
     is_stratified = inputs.options.get("stratified", False)
@@ -314,7 +421,7 @@ def _arguments(inputs: _Inputs, sample: _Sample) -> dict[str, Any]:
     """
     from fmn.models.devices import resolve_device
 
-    checkpoint, task, data, settings, progress = inputs
+    checkpoint, task, data, settings, progress, _ = inputs
     device = resolve_device(settings.device)
     # A narrow model stays narrow on a GPU: a float32 copy would take twice its memory.
     is_narrow = device.type != "cpu" or sample.metadata["dtype"] == "bfloat16"

@@ -28,6 +28,7 @@ from fmn.tasks.encoding import chat_prompt
 from fmn.tasks.task import Task
 
 LINEAR = (nn.Linear, Conv1D)
+MAPS = 8  # linear maps from the last backwards that may get the first token alone
 LOGITS = 2**28  # logits of generated text held at once: a gigabyte in float32
 Reduce = Callable[[Tensor, Batch], Tensor]
 
@@ -110,44 +111,37 @@ def first_token_only(
     def cut(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][:, :1].contiguous(), *args[1:])  # a strided input would copy the weights
 
-    if not model.can_generate() and not examples.has_token_labels:
-        _refuse_padding_that_is_read(model, run, examples)
     lengths = examples.lengths
-    rows = [row for row in np.argsort(lengths) if lengths[row] > 1 or not examples.pad][:1]
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 1] if examples.pad else order
     with ExitStack() as hooks:
-        if rows and not model.can_generate() and not examples.has_token_labels:
-            batch = pad_batch(examples, np.array(rows))
+        if len(order) and not model.can_generate() and not examples.has_token_labels:
+            # A longer text behind the shortest one shows what padding does.
+            longer = np.searchsorted(lengths[order], lengths[order[0]], side="right")
+            pair = order[[0, longer]] if examples.pad and longer < len(order) else order[:1]
+            beside, alone = (pad_batch(examples, rows) for rows in (pair, order[:1]))
             try:
+                logits, maps = _only_first_token_read(model, partial(run, alone))
                 with torch.no_grad():
-                    logits, maps = _only_first_token_read(model, partial(run, batch))
                     hooks.enter_context(hooked((module, cut) for module in maps))
-                    is_right = _is_near(run(batch), logits)
+                    if not _is_near(run(beside)[:1], logits):
+                        hooks.close()
+                        _refuse_padding_that_is_read(model, run(beside)[:1], logits)
             except (MemoryError, RuntimeError):  # for example, an attention checks a shape
-                is_right = False
-            if not is_right:
                 hooks.close()
         yield
 
 
-def _refuse_padding_that_is_read(
-    model: PreTrainedModel, run: Callable[[Batch], Tensor], examples: Examples
-) -> None:
+def _refuse_padding_that_is_read(model: PreTrainedModel, beside: Tensor, alone: Tensor) -> None:
     """Refuse a model that answers otherwise to a short text beside a longer one, as XLNet does.
 
     XLNet reads a text's last position, and its own tokenizer puts padding before the text.
+
+    Args:
+        beside, alone: the logits [1, C] of a text beside a longer one, and by itself.
     """
-    lengths = examples.lengths
-    if not examples.pad or not len(lengths) or lengths.min() == lengths.max():
-        return
-    order = np.argsort(lengths, kind="stable")
-    pair = order[[0, np.searchsorted(lengths[order], lengths.min(), side="right")]]
-    try:
-        with torch.no_grad():
-            alone, beside = (run(pad_batch(examples, n))[:1].float() for n in (pair[:1], pair))
-        is_read = bool((alone - beside).abs().max() > 0.05 + 0.05 * alone.abs().max())
-    except (MemoryError, RuntimeError):  # as it is said where batches are run
-        return
-    if is_read:
+    alone, beside = alone.float(), beside.float()
+    if (alone - beside).abs().max() > 0.05 + 0.05 * alone.abs().max():
         raise UserError(
             f"the answers of this {model.config.model_type} depend on the padding behind a text;"
             " give a model of another architecture"
@@ -162,30 +156,36 @@ def _is_near(values: Tensor, others: Tensor) -> bool:
 def _only_first_token_read(
     model: nn.Module, run: Callable[[], Tensor]
 ) -> tuple[Tensor, list[nn.Module]]:
-    """The logits, and those last linear maps whose inputs [B, T, n] matter at the first token only.
+    """The logits, and those last linear maps whose inputs [1, T, n] matter at the first token only.
 
-    To see this, the inputs at the other tokens become NaN, which reaches the logits if they matter.
+    There the logits' gradient is zero at the other tokens.
     """
 
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args[0].ndim == 3 and len(args[0]) == 1 < args[0].shape[1]:  # some have tokens first
-            calls.append(module)
+    def record(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        activation = args[0]
+        if activation.ndim == 3 and len(activation) == 1 < activation.shape[1]:
+            if not activation.requires_grad:
+                activation = activation.detach().requires_grad_()
+            calls.append((module, activation))  # some have tokens first, and are left out
+        return (activation, *args[1:])
 
-    def poison(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        poisoned = args[0].clone()
-        poisoned[:, 1:] = torch.nan
-        return (poisoned, *args[1:])
-
-    calls: list[nn.Module] = []
-    with hooked((module, record) for module in model.modules() if isinstance(module, nn.Linear)):
+    calls: list[tuple[nn.Module, Tensor]] = []
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+    with torch.enable_grad(), hooked((module, record) for module in linear):
         logits = run()
+        if not calls:
+            return logits.detach(), []
+        direction = torch.linspace(1, 2, logits.numel()).to(logits).view_as(logits)
+        last = calls[-MAPS:]
+        inputs = [activation for _, activation in last]
+        gradients = torch.autograd.grad(logits, inputs, direction, allow_unused=True)
+    every = [module for module, _ in calls]
     maps: list[nn.Module] = []
-    for module in reversed(calls):
-        with hooked([(module, poison)]):
-            if calls.count(module) > 1 or not run().isfinite().all():
-                break
+    for (module, _), gradient in reversed(list(zip(last, gradients, strict=True))):
+        if every.count(module) > 1 or gradient is None or gradient[:, 1:].any():
+            break
         maps.append(module)
-    return logits, maps
+    return logits.detach(), maps
 
 
 def token_scores(logits: Tensor, batch: Batch) -> Tensor:

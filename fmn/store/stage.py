@@ -241,6 +241,17 @@ def run_stage(
         return Outcome(name, out, computed, seconds, summary(out))
 
 
+def if_current(function: Callable[[], Outcome[R]]) -> Outcome[R] | None:
+    """The outcome of a stage, or None if it would have to compute its output."""
+    allowed = only_current.set(True)
+    try:
+        return function()
+    except NotCurrentError:
+        return None
+    finally:
+        only_current.reset(allowed)
+
+
 def _is_current(out: Path, key: str) -> bool:
     """Whether an output has this content key and is intact."""
     sidecar = read_sidecar(out)

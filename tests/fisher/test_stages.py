@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from fmn.errors import UserError
-from fmn.fisher import mask_nodes, read_fisher, stages
+from fmn.fisher import read_fisher, stages
 from fmn.fisher.files import GramMetadata, StatisticMetadata, read_statistic
 from fmn.fisher.stages import Estimator, FisherSettings, FullFisherSettings, GramSettings
 from fmn.models import devices
@@ -68,18 +70,73 @@ def test_the_fisher_artifact_says_what_it_was_computed_from(
     assert not run(stages.fisher, tiny_work, out, settings=settings).computed
 
 
-@pytest.mark.parametrize(("error", "dtype"), [(1e9, "bfloat16"), (0.0, "float32")])
-def test_a_dtype_that_is_chosen_is_checked_and_the_artifact_says_so(
-    tiny_work: Path, tmp_path: Path, error: float, dtype: str, monkeypatch: pytest.MonkeyPatch
+def test_a_fisher_in_parts_is_that_of_one_stage(tiny_work: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    parts = {f"{number}": tmp_path / f"{number}.parquet" for number in (1, 2, 3)}
+
+    def compute(number: int) -> Outcome:
+        option = {"part": (number, 3), "whole": out, "settings": FISHER}
+        return run(stages.fisher_part, tiny_work, parts[f"{number}"], **option)
+
+    assert [compute(number).summary.samples for number in (1, 2, 3)] == [10, 11, 11]
+    parts["2"].unlink()
+    assert [compute(number).computed for number in (1, 2, 3)] == [False, True, False]
+    parts["3"].unlink()
+    before = parts["1"].stat()
+    assert run(stages.fisher_of_parts, tiny_work, out, parts=parts, settings=FISHER).computed
+    assert parts["1"].stat() == before
+    assert parts["3"].is_file(), "what is missing is computed"
+
+    run(stages.fisher, tiny_work, whole, settings=FISHER)
+    (values, errors, metadata), (others, other_errors, other) = map(read_fisher, (whole, out))
+    assert metadata.model_copy(update={"relative_stderr": other.relative_stderr}) == other
+    assert errors is not None
+    assert other_errors is not None
+    for site, nodes in values.items():
+        np.testing.assert_allclose(others[site], nodes, rtol=1e-5)
+        np.testing.assert_allclose(other_errors[site], errors[site], rtol=1e-5)
+    assert pq.read_schema(whole).remove_metadata() == pq.read_schema(out).remove_metadata()
+    for path in parts.values():
+        path.unlink()
+    assert not run(stages.fisher, tiny_work, out, settings=FISHER).computed, "of the same key"
+    assert not compute(1).computed, "the whole is there"
+    assert not parts["1"].exists()
+
+
+def test_a_fisher_of_which_a_part_is_in_bfloat16_says_so(
+    tiny_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options: Any = {"settings": FisherSettings(samples=40, device="cpu", dtype="auto")}
+    parts, out = {f"{n}": tmp_path / f"{n}.parquet" for n in (1, 2)}, tmp_path / "f.parquet"
+    for number in (1, 2):
+        monkeypatch.setattr(devices, "_has_native_bfloat16", lambda device, n=number: n == 2)
+        monkeypatch.setattr(stages, "MAX_ROUNDING", 1e9)
+        own = {"part": (number, 2), "whole": out, **options}
+        run(stages.fisher_part, tiny_work, parts[f"{number}"], **own)
+    metadata = run(stages.fisher_of_parts, tiny_work, out, parts=parts, **options).summary
+    assert (metadata.dtype, metadata.samples) == ("bfloat16", 40)
+    assert metadata.precision.startswith("bfloat16, and float32 for the 20 heaviest examples; ")
+
+
+@pytest.mark.parametrize(
+    ("limit", "estimator", "dtype", "precision"),
+    [
+        (1e9, "empirical", "bfloat16", "bfloat16, and float32 for the 32 heaviest examples; rou"),
+        (0.0, "empirical", "float32", "float32, as bfloat16 was too far off; rounding of the o"),
+        (0.0, "sampled", "bfloat16", "bfloat16, and float32 for the 32 heaviest examples"),
+        (1e9, "batch", "float32", "float32, as always for batch"),
+    ],
+)
+def test_a_dtype_that_is_chosen_is_checked_and_the_artifact_says_so(
+    tiny_work: Path, tmp_path: Path, limit: float, estimator: Estimator, dtype: str,
+    precision: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(devices, "_has_native_bfloat16", lambda device: True)
-    monkeypatch.setattr(mask_nodes, "MAX_ERROR", error)
-    monkeypatch.setattr(mask_nodes, "MIN_RANK_CORRELATION", -1.0)
-    settings = FisherSettings(samples=32, device="cpu", dtype="auto")
+    monkeypatch.setattr(stages, "MAX_ROUNDING", limit)
+    settings = FisherSettings(samples=40, device="cpu", dtype="auto", estimator=estimator)
     metadata = run(stages.fisher, tiny_work, tmp_path / "f.parquet", settings=settings).summary
-    assert metadata.dtype == dtype
-    assert metadata.precision.startswith(f"{dtype}, ")
-    settings = FisherSettings(samples=32, device="cpu", dtype="bfloat16")  # as it is asked for
+    assert (metadata.dtype, metadata.precision[:55]) == (dtype, precision)
+    settings = settings.model_copy(update={"dtype": "bfloat16"})  # as it is asked for
     metadata = run(stages.fisher, tiny_work, tmp_path / "g.parquet", settings=settings).summary
     assert (metadata.dtype, metadata.precision) == ("bfloat16", None)
 

@@ -291,7 +291,9 @@ def test_a_worker_that_is_killed_in_a_fisher_changes_nothing(
     local, far = (projects.make_project(tmp_path / name, tiny_base) for name in ("local", "far"))
     for folder in (local, far):
         settings = folder / "params.yaml"
-        text = settings.read_text().replace("empirical, samples: 32", "expected, samples: all")
+        text = settings.read_text().replace(
+            "empirical, samples: 32", "expected, samples: all, parts: 2"
+        )
         settings.write_text(text)
     torture.finish(torture.flow(local))
 
@@ -301,8 +303,8 @@ def test_a_worker_that_is_killed_in_a_fisher_changes_nothing(
     dask.worker("one")
     dask.worker("two")
     flow = torture.flow(far)
-    wait_until(lambda: dask.at_work("sst2.parquet") or flow.poll() is not None)
-    victim = dask.at_work("sst2.parquet")
+    wait_until(lambda: dask.at_work("sst2-1-of-2.parquet") or flow.poll() is not None)
+    victim = dask.at_work("sst2-1-of-2.parquet")
     assert victim is not None, torture.finish(flow)
     dask.kill(victim)
     torture.finish(flow)

@@ -100,6 +100,19 @@ def test_a_node_needs_those_that_write_what_it_reads() -> None:
     assert all(order.index(need) < order.index(title) for title in needs for need in needs[title])
 
 
+def test_a_fisher_in_parts_is_one_more_stage_for_each_part() -> None:
+    nodes = listed(fisher={"parts": 2, "samples": 9})
+    assert [title for title in titles(nodes) if title.startswith("fisher")] == [
+        *("fisher-part sst2 1", "fisher-part sst2 2", "fisher sst2"),
+        *("fisher-part mrpc 1", "fisher-part mrpc 2", "fisher mrpc"),
+    ]
+    needs = {node.title: titles(graph.needs(node, nodes)) for node in nodes}
+    assert needs["fisher-part sst2 2"] == ["data sst2", "fetch sst2"]
+    assert needs["fisher sst2"][-2:] == ["fisher-part sst2 1", "fisher-part sst2 2"]
+    for node in nodes:
+        inspect.signature(node.function).bind(**node.arguments)
+
+
 @pytest.mark.parametrize(
     ("changes", "columns", "source", "model"),
     [
