@@ -32,7 +32,7 @@ run: $(VENV)/installed ## the whole pipeline; PARAMS=params/PROFILE.yaml for ano
 	@fmn run --params $(PARAMS)
 
 schedule: $(VENV)/installed ## Prefect's server, a worker and the deployments of prefect.yaml, until Ctrl-C
-	@python -m flows.schedule
+	@fmn schedule
 
 mlflow: $(VENV)/installed ## the pages of the registry, on loopback; MLFLOW_PORT=5001 for another port
 	@python -c "from fmn.registry import tracking; print(tracking.page($(MLFLOW_PORT)))"
@@ -85,7 +85,7 @@ trials: $(VENV)/installed ## the settings in which trials (dvc exp run) differ, 
 	@dvc exp show --no-pager --only-changed --drop '(data|fmn)/|pins|architecture'
 
 dvc: $(VENV)/installed ## write dvc.yaml from flows/graph.py
-	python -c 'from flows.graph import dvc_yaml; print(dvc_yaml(), end="")' > dvc.yaml
+	@fmn dvc
 
 results: $(VENV)/installed ## write the tables of docs/ anew from stored results
 	python -m benchmarks.results

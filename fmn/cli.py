@@ -227,6 +227,34 @@ def run(
         print_json(results)
 
 
+@_command(commands.AGAIN)
+def schedule() -> None:
+    """Run params.yaml every night, or on demand, with a Prefect server on loopback, until Ctrl-C.
+
+    It deploys prefect.yaml, and writes that file in a folder that has none.
+    """
+    loading()
+    from flows.schedule import main
+
+    main()
+
+
+@_command(commands.AGAIN)
+def dvc(*, as_json: Json = False) -> None:
+    """Write dvc.yaml, the pipeline of params.yaml for `dvc repro`; in a new folder, `dvc init` too.
+
+    What `fmn run` computed before is not repeated.
+    """
+    loading()
+    from flows.dvc import describe
+
+    written = describe()
+    if as_json:
+        print_json({"written": list(map(str, written))})
+        return
+    say(f"dvc: {', '.join(map(str, written))}", "  next: dvc repro")
+
+
 @_command(commands.MERGE)
 def compare(
     name: str,

@@ -7,7 +7,7 @@ stage's command. This module combines the sections.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from fmn.tasks.task import (
     task_settings,
 )
 
-SETTINGS = 4  # version of the stage
+SETTINGS = 5  # version of the stage
 WEBHOOK = "FMN_WEBHOOK"  # environment variable of the webhook's address
 MERGED, CALIBRATED, REALIGNED = "merged", "calibrated", "realigned"
 BOUNDS = {
@@ -365,8 +365,8 @@ def load(path: Path) -> Params:
     return validate(content, str(path), partial(line_of, path))
 
 
-def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
-    """Write the settings with every default filled in, as JSON.
+def write_settings(params: Path, *, versions: Mapping[str, int], out: Path) -> Outcome[Params]:
+    """Write the settings with every default filled in, and the stages' versions, as JSON.
 
     Each task of the experts is there in full, GLUE's too, with the digests of the files that its
     rows come from. Sources and data sets that may float stand beside it, with what they name now.
@@ -375,12 +375,14 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
 
     Args:
         params: the settings file
+        versions: of the stages, by name
         out: the JSON file
     """
     settings = load(params)
     content = settings.model_dump(mode="json", exclude={"notify", "runner", "address", "storage"})
     content["tasks"] = {name: _described(name, settings) for name in settings.experts.tasks}
     content["pins"] = _pins(settings)
+    content["versions"] = dict(versions)
     text = redacted(json.dumps(content, indent=1))
 
     def compute(job: Job) -> None:

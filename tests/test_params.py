@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -307,10 +308,13 @@ def test_settings_are_written_with_their_defaults_and_without_secrets(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load(tmp_path, GOOD + "notify: {webhook: 'https://host/hook'}\n")
     out = tmp_path / "settings.json"
-    assert params.write_settings(tmp_path / "params.yaml", out=out).computed
+    write = partial(params.write_settings, tmp_path / "params.yaml", out=out)
+    assert write(versions={"MERGE": 1}).computed
     assert '"estimator": "empirical"' in out.read_text()
     assert "https://host/hook" not in out.read_text()
-    assert not params.write_settings(tmp_path / "params.yaml", out=out).computed
+    assert not params.write_settings(
+        tmp_path / "params.yaml", versions={"MERGE": 1}, out=out
+    ).computed
 
 
 def test_written_settings_tell_each_task_and_the_digests_of_its_files(
@@ -324,7 +328,7 @@ def test_written_settings_tell_each_task_and_the_digests_of_its_files(
 
     def written() -> dict[str, Any]:
         load(tmp_path, own(TASK + "data: {source: glue}\n"))
-        params.write_settings(Path("params.yaml"), out=out)
+        params.write_settings(Path("params.yaml"), versions={}, out=out)
         tasks: dict[str, Any] = json.loads(out.read_text())["tasks"]
         return tasks
 
