@@ -6,7 +6,6 @@ run in progress; its finished stages are kept.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import httpx
 import psutil
 
 from fmn import params
-from fmn.errors import UserError
+from fmn.errors import UserError, refuse_taken_port
 from fmn.rows.stages import quickstart_files
 from fmn.store import artifacts
 from fmn.terminal import say
@@ -48,11 +47,7 @@ def main() -> None:
         signal.signal(number, _interrupt)
     os.environ |= {"PREFECT_API_URL": API, _MARK: str(os.getpid())}
     try:
-        with suppress(OSError), socket.create_connection((HOST, int(PORT)), timeout=1):
-            raise UserError(
-                f"port {PORT} is taken, perhaps by another Prefect server;"
-                " stop it, or set PREFECT_SERVER_API_PORT"
-            )
+        refuse_taken_port(int(PORT), "PREFECT_SERVER_API_PORT")
         _run()
     except KeyboardInterrupt:
         say("stopped")

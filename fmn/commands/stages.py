@@ -125,6 +125,7 @@ EXAMPLES: Mapping[str, str] = {
     " models:/fmn/1 --task sst2 --file texts.txt --json",
     "register": "fmn register merged --metrics metrics/merged.json --name fmn -p params.yaml",
     "rollback": "fmn rollback fmn",
+    "mlflow": "fmn mlflow --port 5001",
     "reproduce": "fmn reproduce models:/fmn@champion --run",
     "push": "fmn push merged hf://org/merged",
     "stage": "fmn stage fisher sst2 -p params.yaml",

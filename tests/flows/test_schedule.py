@@ -41,7 +41,7 @@ def test_a_taken_port_is_reported(tmp_path: Path) -> None:
         with start(tmp_path, *SCHEDULE, **variables) as process:
             output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (2, "")
-    assert errors.startswith(f"fmn: port {port} is taken")
+    assert errors.startswith(f"fmn: port {port}: is taken")
     assert errors.count("\n") == 1
 
 
