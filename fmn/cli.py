@@ -394,7 +394,6 @@ def mlflow(
     loading()
     from fmn.registry import tracking
 
-    say(tracking.page(port))
     tracking.serve_pages(port)
 
 

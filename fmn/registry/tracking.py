@@ -31,6 +31,7 @@ from fmn.registry.version import EXAMPLE, takes
 from fmn.store import artifacts
 from fmn.tasks.kinds import GENERATORS
 from fmn.tasks.task import Task, write_task
+from fmn.terminal import say
 
 # MLflow reads these when it is imported. It retries a request that fails: here for half a minute
 # instead of four; without any answer, for three minutes in all instead of twenty.
@@ -122,15 +123,18 @@ def page(port: int) -> str:
 
 
 def serve_pages(port: int) -> None:
-    """Become MLflow's server of a local store, on loopback; return if the store has a server.
+    """Print the address of the registry's page; for a local store, become MLflow's server of it.
 
     Raises:
         UserError: another program listens at the port.
     """
     uri = tracking_uri()
-    if uri.startswith("http"):
+    is_served = uri.startswith("http")
+    if not is_served:
+        refuse_taken_port(port, "--port")
+    say(page(port))
+    if is_served:
         return
-    refuse_taken_port(port, "--port")
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
