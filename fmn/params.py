@@ -165,6 +165,9 @@ class Params(Settings):
 
     @model_validator(mode="after")
     def _check_cluster(self) -> "Params":
+        if self.runner != "dask" and (self.address or self.storage):
+            name = "address" if self.address else "storage"
+            raise ValueError(f"{name}: is for runner dask; add `runner: dask`, or remove it")
         if self.runner == "dask":
             if self.address is None:
                 raise ValueError(
@@ -176,6 +179,13 @@ class Params(Settings):
                     " file:///mnt/fmn"
                 )
         return self
+
+    @field_validator("realign", mode="before")
+    @classmethod
+    def _check_realign(cls, realign: Any) -> Any:
+        if isinstance(realign, dict) and any(isinstance(each, int) for each in realign.values()):
+            raise ValueError("holds models by name; write `realign: {realigned: {texts: 256}}`")
+        return realign
 
     @field_validator("tasks")
     @classmethod
@@ -470,8 +480,16 @@ def problems(
         line: gives the line of a setting there, if it is known.
     """
     ordered = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    lines = []
+    messages: dict[tuple[str, str], str] = {}
     for setting, message in map(_problem, ordered):
+        wanted, _, value = message.partition(", not ")
+        key = setting, value or message
+        if value and key in messages:  # an error for each type that the value could have
+            before = messages[key].partition(", not ")[0]
+            message = f"{before} or {wanted.removeprefix('must be ')}, not {value}"
+        messages[key] = message
+    lines = []
+    for (setting, _), message in messages.items():
         number = line(setting.split("."))
         lines.append(": ".join(filter(None, (f"{place}:{number}" if number else place, setting,
                                              message))))  # fmt: skip

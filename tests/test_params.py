@@ -92,6 +92,9 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("merge: {coefficient: [mrpc=nan]}", "mrpc=nan: not a finite number"),
         ("merge: {coefficient: [rte=2]}", "'rte' is not one of experts.tasks"),
         ("merge: {scale: .inf}", "finite"),
+        ("merge: {scale: half}", "merge.scale: must be a number or 'auto', not 'half'"),
+        ("realign: {texts: 100}", "realign: holds models by name; write `realign: {realigned: "),
+        ("address: tcp://host:8786", "address: is for runner dask; add `runner: dask`"),
         (comparison("sets: [sst2+rte]"), "sst2+rte"),
         (comparison("sets: [sst2]"), "'sst2' is neither one of pairs"),
         (comparison("rows: {rte: 9}"), "'rte' is not one of experts.tasks"),
@@ -110,7 +113,7 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ),
         ("tasks: {a: {dataset: {path: x, splits: {trian: y}}}}", "did you mean 'train'?"),
         ("tasks: {a: {dataset: {name: x}}}", "tasks.a.dataset.path: missing"),
-        ("tasks: {a: {labels: 3}}", "tasks.a.labels: must be a list, [A, B], not 3"),
+        ("tasks: {a: {labels: 3}}", "tasks.a.labels: must be a list, [A, B] or a section of settings, NAME: VALUE, not 3"),
         ("tasks: {a/b: {}}", "tasks: 'a/b' must be of letters, digits, underscores and dashes"),
         ("tasks: {-a: {}}", "tasks: '-a' must be of letters"),
         ("tasks: {a.b: {}}", "tasks: 'a.b' must be of letters"),
@@ -204,7 +207,7 @@ def test_a_task_without_labels_is_merged_but_neither_fine_tuned_nor_alone(tmp_pa
 MISTAKES = {
     "a word for a number": (
         "fisher: {samples: many}",
-        "fisher.samples: must be a whole number, not 'many'",
+        "fisher.samples: must be a whole number or 'all', not 'many'",
     ),
     "a misspelt choice": (
         "evaluate: {dtype: bfloat61}",
