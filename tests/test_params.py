@@ -113,7 +113,10 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ),
         ("tasks: {a: {dataset: {path: x, splits: {trian: y}}}}", "did you mean 'train'?"),
         ("tasks: {a: {dataset: {name: x}}}", "tasks.a.dataset.path: missing"),
-        ("tasks: {a: {labels: 3}}", "tasks.a.labels: must be a list, [A, B] or a section of settings, NAME: VALUE, not 3"),
+        (
+            "tasks: {a: {labels: 3}}",
+            "tasks.a.labels: must be a list, [A, B] or a section of settings, NAME: VALUE, not 3",
+        ),
         ("tasks: {a/b: {}}", "tasks: 'a/b' must be of letters, digits, underscores and dashes"),
         ("tasks: {-a: {}}", "tasks: '-a' must be of letters"),
         ("tasks: {a.b: {}}", "tasks: 'a.b' must be of letters"),
