@@ -32,12 +32,10 @@ run: $(VENV)/installed ## the whole pipeline; PARAMS=params/PROFILE.yaml for ano
 	@fmn run --params $(PARAMS)
 
 schedule: $(VENV)/installed ## Prefect's server, a worker and the deployments of prefect.yaml, until Ctrl-C
-	@python -m flows.schedule
+	@fmn schedule
 
 mlflow: $(VENV)/installed ## the pages of the registry, on loopback; MLFLOW_PORT=5001 for another port
-	@python -c "from fmn.registry import tracking; print(tracking.page($(MLFLOW_PORT)))"
-	@case "$$MLFLOW_TRACKING_URI" in http*) ;; *) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-	  MLFLOW_BACKEND_STORE_URI="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" exec mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1; esac
+	@fmn mlflow --port $(MLFLOW_PORT)
 
 test: lint types ## lint, types, tests
 	pytest -n 3 --dist loadfile --no-loadscope-reorder
@@ -82,10 +80,10 @@ lock: $(VENV)/installed ## resolve the dependencies anew into constraints.txt
 	  --no-annotate -o constraints.txt
 
 trials: $(VENV)/installed ## the settings in which trials (dvc exp run) differ, and their scores
-	@dvc exp show --no-pager --only-changed --drop '(data|fmn)/|pins|architecture'
+	@dvc exp show --no-pager --only-changed --drop 'data/|pins|architecture|versions'
 
 dvc: $(VENV)/installed ## write dvc.yaml from flows/graph.py
-	python -c 'from flows.graph import dvc_yaml; print(dvc_yaml(), end="")' > dvc.yaml
+	@fmn dvc
 
 results: $(VENV)/installed ## write the tables of docs/ anew from stored results
 	python -m benchmarks.results

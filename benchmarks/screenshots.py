@@ -1,8 +1,8 @@
 """The README's pictures of Prefect, DVC and MLflow, as a browser shows their pages.
 
-    make schedule &        # Prefect's server; then in the folder of a run:
+    fmn schedule &        # Prefect's server; then in the folder of a run:
     PREFECT_API_URL=http://127.0.0.1:4200/api fmn run
-    dvc plots show; make mlflow &
+    dvc plots show; fmn mlflow &
     python -m benchmarks.screenshots \
         --prefect http://127.0.0.1:4200/runs/flow-run/ID --dvc dvc_plots/index.html \
         --mlflow "http://127.0.0.1:5000/#/models/fmn-quickstart/versions/1"

@@ -1,16 +1,16 @@
 """The table of the pipeline: its stages, their inputs and outputs, and the names they run for.
 
 The Prefect flow submits the `nodes` of `PIPELINE`, `fmn stage` runs one of them, and ``dvc.yaml``
-is rendered from it (`make dvc`). Paths are below the folder `work` of the settings.
+is rendered from it (`fmn dvc`). Paths are below the folder `work` of the settings.
 """
 
 import io
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import getsourcefile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,8 +153,19 @@ def nodes(settings: Params, profile: Path) -> list[Node]:
         profile: the settings file, which the registry stores with the model.
     """
     out = Path(settings.work) / SETTINGS
-    first = Node("settings", "", params.write_settings, {"params": profile, "out": out})
+    versions = {_version_name(row): _version(row) for row in PIPELINE}
+    arguments = {"params": profile, "versions": versions, "out": out}
+    first = Node("settings", "", params.write_settings, arguments)
     return [first, *(node for row in PIPELINE for node in _row_nodes(row, settings, profile))]
+
+
+def _version_name(row: Row) -> str:
+    """The name of the constant that holds the version of a row's stage."""
+    return row.function.__name__.upper()
+
+
+def _version(row: Row) -> int:
+    return int(getattr(sys.modules[row.function.__module__], _version_name(row)))
 
 
 def _row_nodes(row: Row, settings: Params, profile: Path) -> Iterator[Node]:
@@ -319,8 +330,8 @@ def register_nothing(trial: str, out: Path) -> Outcome:
     )  # fmt: skip
 
 
-_HEADER = """\
-# Written by `make dvc` from flows/graph.py; a test holds the two equal.
+DVC_HEADER = "# Written by `fmn dvc` from the table in flows/graph.py: change that instead.\n"
+_COMMENT = """\
 # Commands name a stage of the settings and read them: no setting reaches a shell. What floats is
 # looked at by the stage settings, which always runs. The results of one task come back from DVC's
 # cache with settings of before; others persist, so that a stage sees for itself what is there. What
@@ -376,9 +387,9 @@ def dvc_yaml() -> str:
     text = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = None
-    yaml.width = 100
+    yaml.width = 140
     yaml.dump(content, text)
-    return _HEADER + text.getvalue() + _PLOTS
+    return DVC_HEADER + _COMMENT + text.getvalue() + _PLOTS
 
 
 def _dvc_stage(rows: Sequence[Row], settings_file: str) -> dict[str, Any]:
@@ -386,7 +397,7 @@ def _dvc_stage(rows: Sequence[Row], settings_file: str) -> dict[str, Any]:
     first = rows[0]
     name = FOREACH.get(first.names, "")
     fill = partial(str.format, name=name) if name else _folder
-    sections, paths, versions = list[str](), list[str](), dict[str, list[str]]()
+    sections, paths = list[str](), list[str]()
     for row in rows:
         if row.name in PINS:
             sections.append(PINS[row.name].format(name=name))
@@ -397,16 +408,13 @@ def _dvc_stage(rows: Sequence[Row], settings_file: str) -> dict[str, Any]:
             sections.append("experts")
         for template in row.reads.values():
             paths.append(_folder(template.path) if isinstance(template, Each) else fill(template))
-        source = Path(getsourcefile(row.function) or "").resolve()
-        module = source.relative_to(Path(__file__).resolve().parents[1]).as_posix()
-        versions.setdefault(module, []).append(row.function.__name__.upper())
+    versions = dict.fromkeys(f"versions.{_version_name(row)}" for row in rows)
     commands = [f"fmn stage {row.name} {name}".strip() for row in rows]
     body: dict[str, Any] = {"cmd": commands if len(commands) > 1 else commands[0]}
     out = fill(first.out) if name or first.names == ONCE else first.out.partition("/")[0]
     if deps := _outermost([out, *paths], "/")[1:]:
         body["deps"] = [f"${{work}}/{path}" for path in deps]
-    modules = [{module: list(dict.fromkeys(names))} for module, names in versions.items()]
-    body["params"] = [{settings_file: _outermost(sections, ".")}, *modules]
+    body["params"] = [{settings_file: _outermost([*sections, *versions], ".")}]
     outs = [out, f"{out}.fmn.json"] if Path(out).suffix else [out]
     is_cached = first.function not in (fetch, merge, register)
     # DVC takes back from its cache only what does not persist.

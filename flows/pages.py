@@ -25,7 +25,7 @@ from fmn.store.stage import Outcome, Progress
 from fmn.terminal import complain
 
 LONG = 10.0  # seconds after which a stage gets a progress page
-MLFLOW = "http://127.0.0.1:5000"  # the pages of `make mlflow`, for a store without a server
+MLFLOW = "http://127.0.0.1:5000"  # the pages of `fmn mlflow`, for a store without a server
 _POLL = 5.0  # seconds between two updates of a progress page
 
 
@@ -78,7 +78,7 @@ def show_summary(
         f"[its run]({mlflow}/#/runs/{version.run})",
         f"[the report, among the run's artifacts]({mlflow}/#/runs/{version.run}/artifacts)",
     ]
-    where = "" if version.store.startswith("http") else " (`make mlflow` serves these pages)"
+    where = "" if version.store.startswith("http") else " (`fmn mlflow` serves these pages)"
     costs = [
         [outcome.stage, outcome.out.stem, f"{outcome.seconds:.1f}"]
         for outcome in sorted(computed, key=lambda each: -each.seconds)

@@ -1,4 +1,4 @@
-"""`make schedule`: a Prefect server, a worker and the deployments of prefect.yaml, until Ctrl-C.
+"""`fmn schedule`: a Prefect server, a worker and the deployments of prefect.yaml, until Ctrl-C.
 
 The server listens on loopback. A server or worker that ends is started again. Ctrl-C ends a flow
 run in progress; its finished stages are kept.
@@ -6,7 +6,6 @@ run in progress; its finished stages are kept.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +15,11 @@ from pathlib import Path
 import httpx
 import psutil
 
-from fmn.errors import UserError
-from fmn.terminal import complain, say
+from fmn import params
+from fmn.errors import UserError, refuse_taken_port
+from fmn.rows.stages import quickstart_files
+from fmn.store import artifacts
+from fmn.terminal import say
 
 HOST, PORT = "127.0.0.1", os.environ.get("PREFECT_SERVER_API_PORT", "4200")
 API = f"http://{HOST}:{PORT}/api"
@@ -26,31 +28,42 @@ COMMANDS = {
     "server": ["server", "start", "--host", HOST, "--port", PORT],
     "worker": ["worker", "start", "--pool", "fmn", "--type", "process"],
 }
+DEPLOYMENTS = Path("prefect.yaml")
+_ONLY_HERE = "\n  - name: comparison"  # a deployment whose settings are in the checkout alone
 _MARK = "FMN_SCHEDULE"  # environment variable of all processes that this process starts
 _PATIENCE = 60.0  # seconds for the server to come up, and for processes to end
 _POLL = 2.0  # seconds between two looks at the processes
 
 
 def main() -> None:
-    """Start everything, report on it, and end all processes at the end."""
+    """Start everything, report on it, and end all processes at the end.
+
+    A folder without prefect.yaml gets the two deployments of its params.yaml.
+
+    Raises:
+        UserError: the port is taken, the server does not come up, or there are no settings.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     os.environ |= {"PREFECT_API_URL": API, _MARK: str(os.getpid())}
     try:
-        with suppress(OSError), socket.create_connection((HOST, int(PORT)), timeout=1):
-            raise UserError(
-                f"port {PORT} is taken, perhaps by another Prefect server;"
-                " stop it, or set PREFECT_SERVER_API_PORT"
-            )
+        refuse_taken_port(int(PORT), "PREFECT_SERVER_API_PORT")
         _run()
-    except UserError as error:
-        complain(str(error))
-        raise SystemExit(2) from error
     except KeyboardInterrupt:
         say("stopped")
     finally:
         _end("prefect.engine")  # flow runs first, as they report to the server
         _end("")
+
+
+def _write_deployments() -> None:
+    if DEPLOYMENTS.exists():
+        return
+    params.load(Path("params.yaml"))  # which they run
+    text = (quickstart_files() / DEPLOYMENTS).read_text()
+    with artifacts.atomic_file(DEPLOYMENTS) as partial:
+        partial.write_text(text[: text.index(_ONLY_HERE)])
+    say(f"written    {DEPLOYMENTS}, with a run of params.yaml every night and one on demand")
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -59,6 +72,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _run() -> None:
+    _write_deployments()
     say(f"starting   the server, whose pages come up at http://{HOST}:{PORT} in half a minute")
     running = {"server": _start("server")}
     _wait_for_server(running["server"])
@@ -117,7 +131,3 @@ def _end(word: str) -> None:
     for process in psutil.wait_procs(processes, timeout=_PATIENCE)[1]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-if __name__ == "__main__":
-    main()

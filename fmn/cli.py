@@ -23,7 +23,7 @@ from fmn.commands.predict import predict
 from fmn.commands.shown import print_json
 from fmn.commands.tasks import show_view, tokens_of
 from fmn.environment import keep_freed_memory, settle_environment
-from fmn.errors import UserError, system_error
+from fmn.errors import UserError, hint, system_error
 from fmn.registry.stages import compare_digests, read_lineage, settings_again
 from fmn.rows.view import describe, known_tasks
 from fmn.setup import stages as setup
@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error), 2)
     except cyclopts.CycloptsError as error:
-        _fail(f"{_one_line(error)}; see `fmn --help`", 2)
+        command = " ".join(["fmn", *(error.command_chain or ())])
+        _fail(f"{_one_line(error)}; see `{command} --help`", 2)
     except KeyboardInterrupt:
         _fail(INTERRUPTED, 130)
     except Exception as error:
@@ -96,6 +97,20 @@ def _one_line(error: cyclopts.CycloptsError) -> str:
         # Without an option it is of several together.
         message = message.removesuffix("?").removeprefix(f"{option}: ")
         return f"--{option.replace('_', '-')}: {message}" if option else message
+    if isinstance(error, cyclopts.MissingArgumentError) and error.argument:
+        if error.keyword:
+            return f"{error.keyword}: its value is missing"
+        name = error.argument.name
+        return (
+            f"{name.lstrip('-').upper() if error.argument.index is not None else name}: is missing"
+        )
+    if isinstance(error, cyclopts.UnknownCommandError) and error.unused_tokens:
+        name = error.unused_tokens[0]
+        return f"{name}: no such command{hint(name, app).rstrip('?')}"
+    if isinstance(error, cyclopts.UnknownOptionError):
+        name = error.token.keyword or error.token.value
+        known = [each for argument in error.argument_collection for each in argument.names]
+        return f"{name}: no such option{hint(name, known).rstrip('?')}"
     if isinstance(error, cyclopts.UnusedCliTokensError):
         return f"{' '.join(error.unused_tokens or ())}: no argument of this command"
     text = " ".join(str(error).split())
@@ -227,6 +242,34 @@ def run(
         print_json(results)
 
 
+@_command(commands.AGAIN)
+def schedule() -> None:
+    """Run params.yaml every night, or on demand, with a Prefect server on loopback, until Ctrl-C.
+
+    It deploys prefect.yaml, and writes that file in a folder that has none.
+    """
+    loading()
+    from flows.schedule import main
+
+    main()
+
+
+@_command(commands.AGAIN)
+def dvc(*, as_json: Json = False) -> None:
+    """Write dvc.yaml, the pipeline of params.yaml for `dvc repro`; in a new folder, `dvc init` too.
+
+    What `fmn run` computed before is not repeated.
+    """
+    loading()
+    from flows.dvc import describe
+
+    written = describe()
+    if as_json:
+        print_json({"written": list(map(str, written))})
+        return
+    say(f"dvc: {', '.join(map(str, written))}", "  next: dvc repro")
+
+
 @_command(commands.MERGE)
 def compare(
     name: str,
@@ -340,6 +383,18 @@ def schema() -> None:
     A first line `# yaml-language-server: $schema=FILE` in params.yaml names the file of it.
     """
     print_json(params.Params.model_json_schema())
+
+
+@_command(commands.REGISTRY)
+def mlflow(
+    *,
+    port: Annotated[int, Parameter(env_var="MLFLOW_PORT", help="the server's port")] = 5000,
+) -> None:
+    """Serve the registry's pages with MLflow on loopback, until Ctrl-C."""
+    loading()
+    from fmn.registry import tracking
+
+    tracking.serve_pages(port)
 
 
 @_command(commands.REGISTRY)

@@ -9,9 +9,10 @@ import errno
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -84,6 +85,12 @@ def hint(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known name, if one is similar."""
     close = difflib.get_close_matches(name[:100], list(islice(known, 1000)), n=1)  # fast enough
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def refuse_taken_port(port: int, setting: str) -> None:
+    """Raise UserError if a program listens at a port of loopback; `setting` names another port."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        raise UserError(f"port {port}: is taken by another program; end that, or set {setting}")
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -7,7 +7,7 @@ stage's command. This module combines the sections.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from fmn.tasks.task import (
     task_settings,
 )
 
-SETTINGS = 4  # version of the stage
+SETTINGS = 5  # version of the stage
 WEBHOOK = "FMN_WEBHOOK"  # environment variable of the webhook's address
 MERGED, CALIBRATED, REALIGNED = "merged", "calibrated", "realigned"
 BOUNDS = {
@@ -178,6 +178,9 @@ class Params(Settings):
 
     @model_validator(mode="after")
     def _check_cluster(self) -> "Params":
+        if self.runner != "dask" and (self.address or self.storage):
+            name = "address" if self.address else "storage"
+            raise ValueError(f"{name}: is for runner dask; add `runner: dask`, or remove it")
         if self.runner == "dask":
             if self.address is None:
                 raise ValueError(
@@ -189,6 +192,13 @@ class Params(Settings):
                     " file:///mnt/fmn"
                 )
         return self
+
+    @field_validator("realign", mode="before")
+    @classmethod
+    def _check_realign(cls, realign: Any) -> Any:
+        if isinstance(realign, dict) and any(isinstance(each, int) for each in realign.values()):
+            raise ValueError("holds models by name; write `realign: {realigned: {texts: 256}}`")
+        return realign
 
     @field_validator("tasks")
     @classmethod
@@ -378,8 +388,8 @@ def load(path: Path) -> Params:
     return validate(content, str(path), partial(line_of, path))
 
 
-def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
-    """Write the settings with every default filled in, as JSON.
+def write_settings(params: Path, *, versions: Mapping[str, int], out: Path) -> Outcome[Params]:
+    """Write the settings with every default filled in, and the stages' versions, as JSON.
 
     Each task of the experts is there in full, GLUE's too, with the digests of the files that its
     rows come from. Sources and data sets that may float stand beside it, with what they name now.
@@ -388,6 +398,7 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
 
     Args:
         params: the settings file
+        versions: of the stages, by name
         out: the JSON file
     """
     settings = load(params)
@@ -395,6 +406,7 @@ def write_settings(params: Path, *, out: Path) -> Outcome[Params]:
     content = settings.model_dump(mode="json", exclude={**where, "fisher": {"parts"}})
     content["tasks"] = {name: _described(name, settings) for name in settings.experts.tasks}
     content["pins"] = _pins(settings)
+    content["versions"] = dict(versions)
     text = redacted(json.dumps(content, indent=1))
 
     def compute(job: Job) -> None:
@@ -482,8 +494,16 @@ def problems(
         line: gives the line of a setting there, if it is known.
     """
     ordered = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    lines = []
+    messages: dict[tuple[str, str], str] = {}
     for setting, message in map(_problem, ordered):
+        wanted, _, value = message.partition(", not ")
+        key = setting, value or message
+        if value and key in messages:  # an error for each type that the value could have
+            before = messages[key].partition(", not ")[0]
+            message = f"{before} or {wanted.removeprefix('must be ')}, not {value}"
+        messages[key] = message
+    lines = []
+    for (setting, _), message in messages.items():
         number = line(setting.split("."))
         lines.append(": ".join(filter(None, (f"{place}:{number}" if number else place, setting,
                                              message))))  # fmt: skip

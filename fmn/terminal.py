@@ -103,7 +103,9 @@ def say(*lines: object, wrap: bool = False) -> None:
 
 
 def show_table(header: Sequence[str], body: Sequence[Sequence[str]], words: int = 1) -> None:
-    """Print a table; the first `words` columns are text, the others numbers."""
+    """Print a table, if it has rows; the first `words` columns are text, the others numbers."""
+    if not body:
+        return
     loaded()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(header):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -94,6 +95,22 @@ def test_the_quick_start_runs_where_no_checkout_is(fmn: Path, quick: Path) -> No
     results = json.loads(call(fmn, quick, "fmn", "run", "--json"))
     assert results["registered"]["version"] == "1"
     assert (quick / "data/quickstart/report/report.html").is_file()
+
+
+def test_dvc_needs_no_checkout_and_repeats_nothing_of_a_run(fmn: Path, quick: Path) -> None:
+    call(fmn, quick, "fmn", "dvc")
+
+    def stages_run() -> list[str]:
+        printed = call(fmn, quick, "python", "-m", "dvc", "repro")
+        return re.findall(r"Running stage '(.*)'", printed)
+
+    assert stages_run() == ["settings"]
+    params = quick / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("samples: 32", "samples: 16"))
+    assert {"fisher@sst2", "models", "register"} <= set(stages_run())
+    params.write_text(before)
+    assert "finetune@sst2" not in stages_run()
 
 
 def test_the_notebook_goes_through(fmn: Path, quick: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ("merge: {coefficient: [mrpc=nan]}", "mrpc=nan: not a finite number"),
         ("merge: {coefficient: [rte=2]}", "'rte' is not one of experts.tasks"),
         ("merge: {scale: .inf}", "finite"),
+        ("merge: {scale: half}", "merge.scale: must be a number or 'auto', not 'half'"),
+        ("realign: {texts: 100}", "realign: holds models by name; write `realign: {realigned: "),
+        ("address: tcp://host:8786", "address: is for runner dask; add `runner: dask`"),
         (comparison("sets: [sst2+rte]"), "sst2+rte"),
         (comparison("sets: [sst2]"), "'sst2' is neither one of pairs"),
         (comparison("rows: {rte: 9}"), "'rte' is not one of experts.tasks"),
@@ -108,7 +112,10 @@ def test_a_cluster_is_named_by_its_address_and_a_storage(tmp_path: Path) -> None
         ),
         ("tasks: {a: {dataset: {path: x, splits: {trian: y}}}}", "did you mean 'train'?"),
         ("tasks: {a: {dataset: {name: x}}}", "tasks.a.dataset.path: missing"),
-        ("tasks: {a: {labels: 3}}", "tasks.a.labels: must be a list, [A, B], not 3"),
+        (
+            "tasks: {a: {labels: 3}}",
+            "tasks.a.labels: must be a list, [A, B] or a section of settings, NAME: VALUE, not 3",
+        ),
         ("tasks: {a/b: {}}", "tasks: 'a/b' must be of letters, digits, underscores and dashes"),
         ("tasks: {-a: {}}", "tasks: '-a' must be of letters"),
         ("tasks: {a.b: {}}", "tasks: 'a.b' must be of letters"),
@@ -202,7 +209,7 @@ def test_a_task_without_labels_is_merged_but_neither_fine_tuned_nor_alone(tmp_pa
 MISTAKES = {
     "a word for a number": (
         "fisher: {samples: many}",
-        "fisher.samples: must be a whole number, not 'many'",
+        "fisher.samples: must be a whole number or 'all', not 'many'",
     ),
     "a misspelt choice": (
         "evaluate: {dtype: bfloat61}",
@@ -306,11 +313,14 @@ def test_settings_are_written_with_their_defaults_and_without_secrets(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load(tmp_path, GOOD + "notify: {webhook: 'https://host/hook'}\n")
     out = tmp_path / "settings.json"
-    assert params.write_settings(tmp_path / "params.yaml", out=out).computed
+    write = partial(params.write_settings, tmp_path / "params.yaml", out=out)
+    assert write(versions={"MERGE": 1}).computed
     assert '"estimator": "empirical"' in out.read_text()
     assert '"parts"' not in out.read_text(), "which only says how the work is divided"
     assert "https://host/hook" not in out.read_text()
-    assert not params.write_settings(tmp_path / "params.yaml", out=out).computed
+    assert not params.write_settings(
+        tmp_path / "params.yaml", versions={"MERGE": 1}, out=out
+    ).computed
 
 
 def test_written_settings_tell_each_task_and_the_digests_of_its_files(
@@ -324,7 +334,7 @@ def test_written_settings_tell_each_task_and_the_digests_of_its_files(
 
     def written() -> dict[str, Any]:
         load(tmp_path, own(TASK + "data: {source: glue}\n"))
-        params.write_settings(Path("params.yaml"), out=out)
+        params.write_settings(Path("params.yaml"), versions={}, out=out)
         tasks: dict[str, Any] = json.loads(out.read_text())["tasks"]
         return tasks
 

@@ -119,7 +119,7 @@ def test_what_make_starts_listens_on_loopback_alone(which: str, project: Path) -
         ["make", "-n", "-o", ".venv/installed", which, "MLFLOW_PORT=5391"],
         cwd=project, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    command = printed[printed.index("python -") :]
+    command = printed[printed.index("fmn ") :]
     variables = {"PREFECT_SERVER_API_PORT": "5392", **SECRETS}
     with projects.start(project, "bash", "-c", command, **variables) as process:
         try:

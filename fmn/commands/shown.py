@@ -115,7 +115,8 @@ def show_report(summary: Any) -> None:
 def answer_lines(answer: Any) -> list[str]:
     """The lines of an answer of `predict`, by kind of task."""
     if isinstance(answer, Prediction):
-        return [f"{answer.label} ({answer.score:.3f})"]
+        is_value = not (answer.probabilities or answer.labels)  # of a regression task
+        return [f"{answer.score:.3f}" if is_value else f"{answer.label} ({answer.score:.3f})"]
     if isinstance(answer, Tags):
         return [f"{each.text}: {each.entity} ({each.score:.3f})" for each in answer.spans]
     if isinstance(answer, Completion):

@@ -22,11 +22,12 @@ from fmn.sources.stages import fetch
 from fmn.store.stage import Outcome
 from fmn.tasks.dataset import DataInfo
 
-START, EXPERTS, STATISTIC, MERGE, RESULTS, REGISTRY, PROGRAMS = (
+START, AGAIN, EXPERTS, STATISTIC, MERGE, RESULTS, REGISTRY, PROGRAMS = (
     Group(name, sort_key=number)
     for number, name in enumerate(
         (
             "Start here",
+            "Run it again and again",
             "Experts and data",
             "Statistics of an expert",
             "Merging",
@@ -104,6 +105,8 @@ EXAMPLES: Mapping[str, str] = {
     "init": "fmn init hf://org/sentiment hf://org/topics -o params.yaml",
     "check": "fmn check -p params.yaml",
     "run": "fmn run -p params.yaml",
+    "schedule": "fmn schedule",
+    "dvc": "fmn dvc",
     "compare": "fmn compare study -p params/study-0.yaml",
     "tasks": "fmn tasks sst2",
     "fetch": "fmn fetch hf://org/sentiment@main --task sst2 --data rows -o experts/sst2",
@@ -122,6 +125,7 @@ EXAMPLES: Mapping[str, str] = {
     " models:/fmn/1 --task sst2 --file texts.txt --json",
     "register": "fmn register merged --metrics metrics/merged.json --name fmn -p params.yaml",
     "rollback": "fmn rollback fmn",
+    "mlflow": "fmn mlflow --port 5001",
     "reproduce": "fmn reproduce models:/fmn@champion --run",
     "push": "fmn push merged hf://org/merged",
     "stage": "fmn stage fisher sst2 -p params.yaml",

@@ -11,6 +11,7 @@ from fmn.errors import UserError
 from fmn.models import checkpoints, labels, loading
 from fmn.models.provenance import TrainingInfo, lineage
 from fmn.store import stage
+from fmn.store.artifacts import absent
 from fmn.store.records import Record, Settings, at_least_one
 from fmn.store.stage import Job, Outcome, Progress, no_progress
 from fmn.tasks import dataset
@@ -193,8 +194,9 @@ def answers(model: Path, inputs: Iterable[Input], *, task: str) -> Iterator[Answ
     folder = model / "tasks" / task
     if not folder.is_dir():
         tasks = in_a_line(sorted(each.name for each in model.glob("tasks/*")))
-        has = f"; its tasks are {tasks}" if tasks else "; give one, and its task"
-        raise UserError(f"{model}: not a merged model of task {task}{has}")
+        problem = f"has no task {task}" if tasks else "not a merged model"
+        remedy = f"its tasks are {tasks}" if tasks else "name its folder, or models:/NAME/VERSION"
+        raise UserError(f"{model}: {problem if model.is_dir() else absent(model)}; {remedy}")
     from fmn.models.devices import forward_explained
 
     definition = labels.expert_task(folder, task)

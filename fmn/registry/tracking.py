@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sqlite3
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from fmn.errors import UserError, causes, redacted, system_errors_explained
+from fmn.errors import UserError, causes, redacted, refuse_taken_port, system_errors_explained
 from fmn.models.checkpoints import CONFIG, SMALL_FILES, TOKENIZER_FILES
 from fmn.registry import promotion
 from fmn.registry.check import Serve, as_base64, generated_images
@@ -30,6 +31,7 @@ from fmn.registry.version import EXAMPLE, takes
 from fmn.store import artifacts
 from fmn.tasks.kinds import GENERATORS
 from fmn.tasks.task import Task, write_task
+from fmn.terminal import say
 
 # MLflow reads these when it is imported. It retries a request that fails: here for half a minute
 # instead of four; without any answer, for three minutes in all instead of twenty.
@@ -118,6 +120,25 @@ def page(port: int) -> str:
         return f"{redacted(uri).rstrip('/')}/#/models"
     with connection():
         return f"http://127.0.0.1:{port}/#/models"
+
+
+def serve_pages(port: int) -> None:
+    """Print the address of the registry's page; for a local store, become MLflow's server of it.
+
+    Raises:
+        UserError: another program listens at the port.
+    """
+    uri = tracking_uri()
+    is_served = uri.startswith("http")
+    if not is_served:
+        refuse_taken_port(port, "--port")
+    say(page(port))
+    if is_served:
+        return
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, [*command, "--workers", "1"])  # noqa: S606  # nosec B606
 
 
 @contextmanager

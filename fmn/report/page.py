@@ -74,7 +74,7 @@ def facts(content: Report | Comparison) -> dict[str, tuple[str, str]]:
 
 
 def registry_page(name: str, version: str = "") -> str:
-    """The address of a registered model's page, on the tracking server or on `make mlflow`'s.
+    """The address of a registered model's page, on the tracking server or on `fmn mlflow`'s.
 
     The latter's port is in MLFLOW_PORT; default: 5000.
     """

@@ -149,6 +149,10 @@ def check(file: Path) -> Checked:
     except ValidationError as error:
         lines = params.problems(error, str(file), partial(line_of, file))
         return Checked(findings=findings or [Finding.of(line) for line in lines])
+    if settings.notify.webhook and not settings.notify.address:
+        name = settings.notify.webhook.get_secret_value()
+        problem = f"notify.webhook: {name} is not set; export it where the run starts"
+        findings.append(Finding.of(problem, is_error=False))
     with tempfile.TemporaryDirectory() as scratch:
         data, tasks, download = _check_data(settings, findings)
         outlines = _outlines(settings, Path(scratch), findings)

@@ -95,6 +95,8 @@ def in_words(problem: Mapping[str, Any]) -> str:
     near = ""
     if problem["type"] == "literal_error" and isinstance(value, str):
         near = hint(value, re.findall(r"'([^']*)'", context["expected"]))
+    if problem["type"] == "literal_error" and " or " not in context["expected"]:
+        wanted = "{expected}"
     return f"must be {wanted.format(**context)}, not {shortened(value)}{near}"
 
 

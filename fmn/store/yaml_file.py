@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fmn.errors import UserError
+from fmn.store.artifacts import absent
 
 _MAX_DEPTH = 20  # sections within sections of a settings file
 
@@ -36,6 +37,10 @@ def read_yaml(path: Path, option: str = "--params") -> Any:
                 line = event.start_mark.line + 1
                 raise UserError(f"{path}:{line}: {kinds} are not read; write plain values")
         return YAML(typ="safe", pure=True).load(text)
+    except FileNotFoundError as error:
+        remedy = f"name another with {option}"
+        remedy += ", or let `fmn init` write one" if option == "--params" else ""
+        raise UserError(f"{path}: {absent(path, 'file')}; {remedy}") from error
     except OSError as error:
         remedy = f"check the path that {option} names"
         raise UserError(f"{path}: {error.strerror or error}; {remedy}") from error

@@ -89,7 +89,7 @@ def check_metrics(
     for name in metrics:
         if name not in METRICS:
             raise ValueError(
-                f"unknown metric {name!r}{hint(name, METRICS)}; {_known(problem_type, kind)}"
+                f"unknown metric {name!r}; {_known(problem_type, kind)}{hint(name, METRICS)}"
             )
         if kind not in METRICS[name].kinds:
             raise ValueError(f"metric {name} is not for {kind}; {_known(problem_type, kind)}")

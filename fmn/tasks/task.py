@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from fmn.errors import UserError, hint
+from fmn.store.artifacts import absent
 from fmn.store.records import Record, Settings, in_words
 from fmn.store.stage import read_record, write_record
 from fmn.store.yaml_file import read_yaml
@@ -411,8 +412,12 @@ def load_task(data: Path, name: str) -> Task:
     """
     folder = task_folder(data, name)
     task = read_task(folder)
+    if task is None and name in TASKS:
+        return TASKS[name]
     if task is None:
-        return get_task(name)
+        problem = f"has no task {name}" if data.is_dir() else absent(data)
+        remedy = f"let `fmn data {name} --out {data / name}` write its rows there"
+        raise UserError(f"--data {data}: {problem}; {remedy}")
     if task.name != name:
         place = folder / DEFINITION
         raise UserError(f"{place}: defines the task {task.name}, not {name}; check --data")

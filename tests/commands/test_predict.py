@@ -88,7 +88,7 @@ def test_files_that_cannot_be_answered_are_a_line(
     ("text", "task", "message"),
     [
         ("caf\udce9", "sst2", r"text 'caf\udce9': is not UTF-8; write it as UTF-8"),
-        ("good", "nothing", "not a merged model of task nothing; its tasks are mrpc, sst2"),
+        ("good", "nothing", "has no task nothing; its tasks are mrpc, sst2"),
     ],
 )
 def test_what_is_no_text_or_no_task(

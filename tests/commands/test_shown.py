@@ -62,6 +62,7 @@ def test_rows_notes_and_champions_are_shown(capsys: pytest.CaptureFixture[str]) 
     [
         (Prediction(label="good", labels=["good"], score=0.9, probabilities={"good": 0.9}),
          ["good (0.900)"]),
+        (Prediction(label="score", score=3.7609), ["3.761"]),
         (Tags(labels=["B-A"], spans=[Span(entity="A", text="Bo", start=0, end=2, score=0.5)]),
          ["Bo: A (0.500)"]),
         (Completion(text="and so on"), ["and so on"]),

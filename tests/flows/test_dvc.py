@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from flows import dvc
+from fmn.errors import UserError
 
+SETTINGS = """
+base: base
+experts: {tasks: [sst2, mrpc]}
+sources: {sst2: models/sst2, mrpc: models/mrpc}
+registry: {name: x}
+"""
 STAGES = "stages: {one: {cmd: 'echo 1 > out', outs: [out: {persist: true}]}}\n"
 
 
@@ -57,6 +64,28 @@ def test_dvc_has_nothing_to_do_after_a_flow(project: Path) -> None:
     assert Path("dvc.lock").stat().st_mtime == 2e9, "what is in step is left alone"
 
 
+@pytest.mark.parametrize("is_git", [True, False])
+def test_a_folder_becomes_a_project_of_dvc(
+    is_git: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    if is_git:  # whose root is another folder
+        run("git", "init", "-q", str(tmp_path))
+    Path("params.yaml").write_text(SETTINGS)
+    with pytest.raises(UserError, match="lacks work"):
+        dvc.describe()
+    Path("params.yaml").write_text(f"work: data/x\n{SETTINGS}")
+    assert list(map(str, dvc.describe())) == ["dvc.yaml", ".dvc", ".dvcignore"]
+    assert list(map(str, dvc.describe())) == ["dvc.yaml"], "again"
+    listing = run(sys.executable, "-m", "dvc", "stage", "list", "--name-only").split()
+    assert {"settings", "fetch@sst2", "fisher@mrpc", "models"} <= set(listing)
+    Path("dvc.yaml").write_text("stages: {}\n")
+    with pytest.raises(UserError, match="was not written by fmn"):
+        dvc.describe()
+
+
 def test_only_the_settings_that_dvc_describes_are_its_business(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,10 +99,10 @@ def test_only_the_settings_that_dvc_describes_are_its_business(
 
 
 def test_a_busy_dvc_is_waited_for(project: Path) -> None:
-    threading.Timer(3, hold_lock(project, os.getpid()).unlink).start()
+    threading.Timer(1, hold_lock(project, os.getpid()).unlink).start()
     started = time.monotonic()
     keep_in_step()
-    assert time.monotonic() - started > 3
+    assert time.monotonic() - started > 1
     assert Path("dvc.lock").is_file()
 
 

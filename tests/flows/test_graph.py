@@ -180,14 +180,17 @@ def test_every_argument_is_one_of_the_stage_function() -> None:
         inspect.signature(node.function).bind(**node.arguments)
 
 
-@pytest.mark.parametrize("row", PIPELINE, ids=lambda row: row.name)
-def test_a_stage_has_a_version_that_dvc_compares(row: graph.Row) -> None:
-    source = Path(inspect.getsourcefile(row.function) or "").read_text()
-    assert re.search(rf"^{row.function.__name__.upper()} = \d+$", source, re.MULTILINE)
+def test_the_settings_for_dvc_hold_the_version_of_every_stage() -> None:
+    versions = listed()[0].arguments["versions"]
+    for row in PIPELINE:
+        name = row.function.__name__.upper()
+        source = Path(inspect.getsourcefile(row.function) or "").read_text()
+        assert re.search(rf"^{name} = {versions[name]}\b", source, re.MULTILINE)
+        assert f"versions.{name}" in graph.dvc_yaml()
 
 
 def test_dvc_yaml_is_what_the_table_says() -> None:
-    assert (ROOT / "dvc.yaml").read_text() == graph.dvc_yaml(), "run `make dvc`"
+    assert (ROOT / "dvc.yaml").read_text() == graph.dvc_yaml(), "run `fmn dvc`"
 
 
 def test_no_setting_reaches_a_shell_but_names_that_were_checked() -> None:

@@ -1,8 +1,7 @@
-"""`make schedule`: deployments that can run, runs that really come due, and nothing left behind."""
+"""`fmn schedule`: deployments that can run, runs that really come due, and nothing left behind."""
 
 import importlib
 import inspect
-import re
 import signal
 import socket
 import subprocess
@@ -18,14 +17,14 @@ from tests.conftest import ROOT, wait_until
 from tests.projects import make_project, start, take_folders_as_experts
 from tests.test_floating import retune
 
-SCHEDULE = (sys.executable, "-u", "-m", "flows.schedule")
+SCHEDULE = (sys.executable, "-u", "-m", "fmn", "schedule")
 
 
 @pytest.mark.parametrize("file", ["prefect.yaml", "docs/kubernetes/prefect.yaml"])
 def test_every_deployment_names_a_flow_and_its_parameters(file: str) -> None:
     for item in YAML(typ="safe").load(ROOT / file)["deployments"]:
-        module, name = re.split(r"\.py:|\.(?=\w+$)", item["entrypoint"])
-        flow = getattr(importlib.import_module(module.replace("/", ".")), name)
+        module, name = item["entrypoint"].rsplit(".", 1)
+        flow = getattr(importlib.import_module(module), name)
         inspect.signature(flow.fn).bind(**item["parameters"])
         profile = item["parameters"]["profile"]
         assert (ROOT / profile).is_file() or profile == "settings/params.yaml", "a cluster's own"
@@ -42,7 +41,7 @@ def test_a_taken_port_is_reported(tmp_path: Path) -> None:
         with start(tmp_path, *SCHEDULE, **variables) as process:
             output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (2, "")
-    assert errors.startswith(f"fmn: port {port} is taken")
+    assert errors.startswith(f"fmn: port {port}: is taken")
     assert errors.count("\n") == 1
 
 

@@ -241,7 +241,7 @@ def of_options(task: str = "stars", source: str | None = None, **options: Any) -
         ({"validation_size": 3}, "task stars: dataset.path: "),
         ({"dataset": "x", "validation": "y", "validation_size": 3}, "validation_size .*contradict"),
         ({"dataset": "x.csv", "metric": ["acc"]}, "task stars: unknown metric 'acc'"),
-        ({"definition": "nowhere.yaml"}, "nowhere.yaml: No such file"),
+        ({"definition": "nowhere.yaml"}, "nowhere.yaml: no such file"),
     ],
 )
 def test_options_that_contradict_one_another_are_refused(options: Any, message: str) -> None:
