@@ -300,7 +300,7 @@ def cpu_seconds(node: Node) -> float:
 
 def in_parts(pool: ProcessPoolExecutor, work: Path, parts: int) -> dict[str, float]:
     """What a Fisher in so many parts takes: seconds; CPU seconds on its longest way, and of all."""
-    options = {"samples": 512, "device": "cpu", "dtype": "float32", "parts": parts}
+    options = {"samples": 1024, "device": "cpu", "dtype": "float32", "parts": parts}
     content = {
         "work": str(work), "base": "base", "experts": {"tasks": ["mrpc"]}, "fisher": options,
         "sources": {"mrpc": "expert"}, "registry": {"name": "none"},
@@ -347,7 +347,7 @@ def divided(stored: dict[str, Any]) -> str:
         times = [spread(summary(values), 1) for values in (before, after)]
         rows.append([title, *times, spread(ratio(before, after))])
     return f"""`python -m benchmarks.scale --parts`, {stored["machine"]}, {stored["date"]}, load \
-{stored["load"]:.1f} on {stored["cores"]} cores; MiniLM, 512 examples of mrpc in float32, two \
+{stored["load"]:.1f} on {stored["cores"]} cores; MiniLM, 1024 examples of mrpc in float32, two \
 processes of one thread, {len(one)} rounds.
 
 {markdown(["", "one part", "two parts", "one / two"], rows).strip()}"""

@@ -190,7 +190,7 @@ def estimate(
             residuals stay in float32), "auto" (bfloat16 where the hardware multiplies it).
         heaviest: so many examples, those with the largest gradients, are computed again in float32.
             A few examples make up most of the sum of an expert that is sure of its answers.
-            Not for the estimator "batch".
+            Not for the estimator "batch", nor for labels of tokens that are drawn.
         recompute: save memory at the price of time (`fmn.fisher.runner.recomputed`).
         progress: gets the number of examples done, and to do.
         resume: sums of a killed run with the same arguments, to go on from; on a CPU to the same
@@ -240,7 +240,10 @@ def _replace_heaviest(
     sums.squares += exact.squares - rough.square().sum(0)
     if run.loss.estimator == "sampled" and run.loss.problem_type != "embedding":
         return None
-    error = (rough.sum(0) / exact.total - 1).abs()[exact.total > 0].mean()
+    positive = exact.total > 0
+    if not positive.any():
+        return 0.0
+    error = (rough.sum(0)[positive] / exact.total[positive] - 1).abs().mean()
     return float(error * (1 - exact.total.sum() / sums.total.sum()).clamp(min=0))
 
 
