@@ -128,7 +128,8 @@ def finetune(
     steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
     losses: list[float] = []
     batches: list[np.ndarray] = []
-    with placed(model, target, compute_dtype), few_embeddings(model, examples) as decay:
+    longest = examples.longest
+    with placed(model, target, compute_dtype, longest), few_embeddings(model, examples) as decay:
         model.train()
         optimizer = torch.optim.AdamW(_groups(model), fused=True)
         for step in range(steps):
