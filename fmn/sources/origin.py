@@ -159,6 +159,7 @@ def copy_origin(
         names.normalise(folder, notes)
         config = checkpoints.load_config(folder)
         checkpoints.check_tensors(folder, config, head=False)
+        notes += doubts.unused_tensors(folder, config)
         if any((folder / name).is_file() for name in VOCABULARY_FILES):
             doubts.settle_tokens(folder, config, notes)
             loading.load_tokenizer(folder, config)

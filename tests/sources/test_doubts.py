@@ -143,3 +143,25 @@ def test_a_head_that_is_not_of_the_task_is_refused(named: str, bert: Path, tmp_p
         save(copy, {n: value for n, value in weights(copy).items() if "classifier" not in n})
     with pytest.raises(UserError, match=f"is a {named}|has no classification head"):
         fetch(str(copy), out=tmp_path / "a", task="sst2")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_told"),
+    [
+        ("crf.transitions", True),
+        ("lstm.weight_ih_l0", True),
+        ("bert.embeddings.adapter.weight", True),
+        ("cls.predictions.bias", False),
+        ("bert.pooler.extra.weight", False),
+        ("bert.embeddings.position_ids", False),
+    ],
+)
+def test_tensors_that_the_class_has_not_are_told(
+    name: str, is_told: bool, bert: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bert, tmp_path / "copy"))
+    save(copy, weights(copy) | {name: torch.ones(3, 3)})
+    notes = fetch(str(copy), out=tmp_path / "out").summary.notes
+    assert [f"no such tensors: {name};" in note for note in notes] == [True] * is_told
+    edit_config(copy, architectures=["BertForMaskedLM"])  # a base, whose head nobody needs
+    assert fetch(str(copy), out=tmp_path / "base").summary.notes == []
