@@ -205,10 +205,21 @@ def test_each_task_has_its_own_dense_layers(work: Path, tmp_path: Path) -> None:
         make_expert(tmp_path, task, tmp_path / "base", epochs=0.5, learning_rate=3e-3, batch_size=9)
     inputs, out = merge_inputs(tmp_path, NEAR, tmp_path / "base"), tmp_path / "merged"
     merge(**inputs, out=out, settings=MergeSettings(method="mask-fisher"))
+    own = {"experts": inputs["experts"], "data": work / "data"}
+    calibrated, realigned = tmp_path / "calibrated", tmp_path / "realigned"
+    calibrate(out, **own, out=calibrated, settings=CalibrateSettings(texts=8, **CPU))
+    realign(calibrated, **own, out=realigned, settings=RealignSettings())
+    for folder in (out, calibrated, realigned):
+        _check_dense(folder, inputs["experts"], before)
+    score(realigned, tmp_path, "realigned")
+
+
+def _check_dense(out: Path, experts: dict[str, Path], before: torch.Tensor) -> None:
+    """Check that tasks have their experts' dense layers on a common encoder."""
     modules = list(SentenceTransformer(str(out / "encoder"), device="cpu"))
     assert len(modules) == 3  # without the layer, which is a task's
     states = SentenceTransformer(modules=modules[:2], device="cpu").encode(TEXTS)
-    for task, expert in inputs["experts"].items():
+    for task, expert in experts.items():
         own = load_file(expert / "2_Dense/model.safetensors")
         assert not torch.equal(own["linear.weight"], before)
         layer_output = np.tanh(states @ own["linear.weight"].T.numpy() + own["linear.bias"].numpy())
@@ -217,7 +228,6 @@ def test_each_task_has_its_own_dense_layers(work: Path, tmp_path: Path) -> None:
         answer = answer_of(out, TEXTS[0], task=task)
         assert isinstance(answer, Embedding)
         np.testing.assert_allclose(answer.embedding, by_hand[0], atol=1e-5)
-    score(out, tmp_path, "merged")
 
 
 def test_texts_alone_suffice_to_merge_and_other_pooling_is_refused(

@@ -150,7 +150,10 @@ def write_calibrated(
     names = sorted(file.name for file in (model / "encoder").glob("*.safetensors"))
     shards = stream.shard_names(len(names) + 1)[:-1]  # their names in a task's folder
     for name, source in visible(model, ("encoder", "tasks")).items():
-        if source.name not in (*names, *shards):
+        is_inner = len(Path(name).parts) > (
+            2 if name.startswith("encoder/") else 3
+        )  # a dense layer
+        if is_inner or source.name not in (*names, *shards):
             digest = digest_file(source)
             stream.link(source, folder / name)
             remember_digest(folder / name, digest)  # a link changes the file's status

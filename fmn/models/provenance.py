@@ -25,7 +25,6 @@ from fmn.tasks.task import Task, in_a_line
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig
 
 SAMPLE = 1 << 14  # values of each matrix that are compared
 # After fine-tuning, weights mostly correlate with the base above 0.95. Unrelated models correlate
@@ -361,10 +360,12 @@ def check_vocabularies(folders: Mapping[str, Path]) -> list[str]:
 
 
 @cache
-def _entries(config_class: "type[PretrainedConfig]") -> frozenset[str]:
-    """The entries of a class of configurations; none if it has no defaults."""
+def _entries(model_type: str) -> frozenset[str]:
+    """The entries of the configurations of a type of models; none if it has no defaults."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     try:
-        return frozenset(config_class().to_dict())
+        return frozenset(CONFIG_MAPPING[model_type]().to_dict())
     except Exception:  # these classes raise many kinds of errors
         return frozenset()
 
@@ -379,7 +380,7 @@ def _traits(folder: Path, task: Task | None, kind: KindName | None) -> dict[str,
     if task is not None and not checkpoints.is_single_logit(config, task):
         checkpoints.check_head(folder, config, task)
     sizes = {name: getattr(config, name, None) for name in _TRAITS}
-    known = _entries(type(config))  # this version of Transformers does not read others
+    known = _entries(config.model_type)  # this version of Transformers does not read others
     entries = config.to_dict().items()
     sizes |= {name: value for name, value in entries if name in known and _COMPUTED.match(name)}
     # Vocabularies may differ (`check_vocabularies`).

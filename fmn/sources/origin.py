@@ -304,6 +304,7 @@ def _registered(source: str, scratch: Path) -> Origin:
     """The only checkpoint in a registered model; if fmn registered it, the merged encoder."""
     pinned = str(import_module(_REGISTRY).download(source, scratch))
     folders = [file.parent for file in sorted(scratch.rglob(CONFIG)) if _has_weights(file.parent)]
+    folders = [each for each in folders if not each.name.endswith("_Dense")]  # of embedding models
     if len(folders) != 1:
         listed = ", ".join(str(path.relative_to(scratch)) for path in folders) or "none"
         problem = f"not one checkpoint is in it but {listed}"
