@@ -1,6 +1,7 @@
 """Embedding models through all stages, alone and in one encoder with a text classifier."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,16 @@ def test_a_classifier_and_embedding_models_become_one_encoder(work: Path) -> Non
         is_own = name.startswith("pooler.")  # of the classifier, as it was re-aligned
         assert torch.equal(encoder[name], tensor) != is_own
     assert set(read_metrics(score(out, work, "mixed")).tasks) == set(TASKS)
+
+
+def test_the_encoder_pools_whatever_the_names_of_tasks(work: Path, tmp_path: Path) -> None:
+    experts = {"a": tmp_path / "a", "near": work / "experts/near"}  # a classifier comes first
+    shutil.copytree(work / "experts/mood", experts["a"])
+    for name in ("fmn.json", "task.json"):
+        (experts["a"] / name).unlink()
+    merge(experts=experts, out=tmp_path / "out", settings=MergeSettings(method="average"))
+    whole, own = (encoded(tmp_path / "out" / name, TEXTS) for name in ("encoder", "tasks/near"))
+    np.testing.assert_array_equal(whole, own)
 
 
 def test_each_task_has_its_own_dense_layers(work: Path, tmp_path: Path) -> None:
