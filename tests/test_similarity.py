@@ -1,6 +1,7 @@
 """Embedding models through all stages, alone and in one encoder with a text classifier."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,16 @@ def test_a_classifier_and_embedding_models_become_one_encoder(work: Path) -> Non
     assert set(read_metrics(score(out, work, "mixed")).tasks) == set(TASKS)
 
 
+def test_the_encoder_pools_whatever_the_names_of_tasks(work: Path, tmp_path: Path) -> None:
+    experts = {"a": tmp_path / "a", "near": work / "experts/near"}  # a classifier comes first
+    shutil.copytree(work / "experts/mood", experts["a"])
+    for name in ("fmn.json", "task.json"):
+        (experts["a"] / name).unlink()
+    merge(experts=experts, out=tmp_path / "out", settings=MergeSettings(method="average"))
+    whole, own = (encoded(tmp_path / "out" / name, TEXTS) for name in ("encoder", "tasks/near"))
+    np.testing.assert_array_equal(whole, own)
+
+
 def test_each_task_has_its_own_dense_layers(work: Path, tmp_path: Path) -> None:
     source = add_dense(embedding_model(tmp_path / "source", {"pooling_mode": "mean"}))
     layer = source / "2_Dense/model.safetensors"
@@ -205,10 +216,21 @@ def test_each_task_has_its_own_dense_layers(work: Path, tmp_path: Path) -> None:
         make_expert(tmp_path, task, tmp_path / "base", epochs=0.5, learning_rate=3e-3, batch_size=9)
     inputs, out = merge_inputs(tmp_path, NEAR, tmp_path / "base"), tmp_path / "merged"
     merge(**inputs, out=out, settings=MergeSettings(method="mask-fisher"))
+    own = {"experts": inputs["experts"], "data": work / "data"}
+    calibrated, realigned = tmp_path / "calibrated", tmp_path / "realigned"
+    calibrate(out, **own, out=calibrated, settings=CalibrateSettings(texts=8, **CPU))
+    realign(calibrated, **own, out=realigned, settings=RealignSettings())
+    for folder in (out, calibrated, realigned):
+        _check_dense(folder, inputs["experts"], before)
+    score(realigned, tmp_path, "realigned")
+
+
+def _check_dense(out: Path, experts: dict[str, Path], before: torch.Tensor) -> None:
+    """Check that tasks have their experts' dense layers on a common encoder."""
     modules = list(SentenceTransformer(str(out / "encoder"), device="cpu"))
     assert len(modules) == 3  # without the layer, which is a task's
     states = SentenceTransformer(modules=modules[:2], device="cpu").encode(TEXTS)
-    for task, expert in inputs["experts"].items():
+    for task, expert in experts.items():
         own = load_file(expert / "2_Dense/model.safetensors")
         assert not torch.equal(own["linear.weight"], before)
         layer_output = np.tanh(states @ own["linear.weight"].T.numpy() + own["linear.bias"].numpy())
@@ -217,7 +239,6 @@ def test_each_task_has_its_own_dense_layers(work: Path, tmp_path: Path) -> None:
         answer = answer_of(out, TEXTS[0], task=task)
         assert isinstance(answer, Embedding)
         np.testing.assert_allclose(answer.embedding, by_hand[0], atol=1e-5)
-    score(out, tmp_path, "merged")
 
 
 def test_texts_alone_suffice_to_merge_and_other_pooling_is_refused(

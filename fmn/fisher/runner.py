@@ -118,7 +118,7 @@ def prepared(
             set_until(restored, config, "pad_token_id", examples.pad.get("input_ids"))
         in_float(restored, [linear[path] for path in linear.keys() - encoder], device)
         restored.enter_context(plain_float32())
-        restored.enter_context(forward_explained(model, dtype))
+        restored.enter_context(forward_explained(model, dtype, examples.longest))
         yield Runner(model, tensors, device, dtype)
 
 

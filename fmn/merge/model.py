@@ -30,7 +30,7 @@ from fmn.merge.recipe import CARD, RECIPE, MergeSettings, Recipe, card
 from fmn.merge.rules import generator
 from fmn.merge.stream import DTYPES, NAMES, WORKING_SET, Files, Read, row_slices
 from fmn.models import checkpoints, labels
-from fmn.models.checkpoints import CONFIG, SMALL_FILES, read_config
+from fmn.models.checkpoints import CONFIG, EMBEDDING_FILES, SMALL_FILES, read_config
 from fmn.models.devices import resolve_device, side_by_side
 from fmn.models.embedding import leave_out_dense
 from fmn.store.artifacts import digest_file, remember_digest, visible
@@ -92,7 +92,7 @@ def write_model(
         digests = {
             name: stream.write_file(encoder / name, part, pieces) for name, part in files.items()
         }
-    _write_encoder_settings(encoder, experts[plan.widest], files, plan.tokens)
+    _write_encoder_settings(encoder, experts[plan.widest], first, files, plan.tokens)
     for task in plan.tasks:
         definition = (definitions or {}).get(task)
         target, head = folder / "tasks" / task, plan.heads[task]
@@ -150,7 +150,10 @@ def write_calibrated(
     names = sorted(file.name for file in (model / "encoder").glob("*.safetensors"))
     shards = stream.shard_names(len(names) + 1)[:-1]  # their names in a task's folder
     for name, source in visible(model, ("encoder", "tasks")).items():
-        if source.name not in (*names, *shards):
+        is_inner = len(Path(name).parts) > (
+            2 if name.startswith("encoder/") else 3
+        )  # a dense layer
+        if is_inner or source.name not in (*names, *shards):
             digest = digest_file(source)
             stream.link(source, folder / name)
             remember_digest(folder / name, digest)  # a link changes the file's status
@@ -443,14 +446,20 @@ def _counted(plan: Plan, pieces: Iterator[Tensor], progress: Progress) -> Iterat
         yield piece
 
 
-def _write_encoder_settings(encoder: Path, expert: Path, files: Files, tokens: int | None) -> None:
+def _write_encoder_settings(
+    encoder: Path, expert: Path, first: Path, files: Files, tokens: int | None
+) -> None:
+    """Write an encoder's small files: of the expert with all tokens, and of the first expert those
+    that make it an embedding model."""
     config = {k: v for k, v in _config(expert, files, tokens).items() if k not in _HEAD_SETTINGS}
     kind = KINDS[checkpoints.kind_in(expert)]
     auto = getattr(transformers, "AutoModel" if kind.has_head else kind.auto_class)
     architecture = auto._model_mapping.get(type(checkpoints.load_config(expert)), None)
     if isinstance(architecture, type):
         config["architectures"] = [architecture.__name__]
-    _write_settings(encoder, expert, config)
+    write_json(encoder / CONFIG, config)
+    _copy_files(expert, encoder, [name for name in SMALL_FILES if name not in EMBEDDING_FILES])
+    _copy_files(first, encoder, EMBEDDING_FILES)
     leave_out_dense(encoder)  # each task has its own
     if len(files) > 1:
         write_json(encoder / INDEX, stream.index(files))
@@ -504,10 +513,15 @@ def _config(expert: Path, files: Files, tokens: int | None) -> dict[str, Any]:
 def _write_settings(folder: Path, expert: Path, config: Mapping[str, Any]) -> None:
     """Write a checkpoint's configuration, and copy its other small files."""
     write_json(folder / CONFIG, config)
-    for name in SMALL_FILES:
-        if (expert / name).is_file():
+    _copy_files(expert, folder, SMALL_FILES)
+
+
+def _copy_files(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy files by name, as far as they exist."""
+    for name in names:
+        if (source / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(expert / name, folder / name)
+            shutil.copyfile(source / name, folder / name)
 
 
 def _write_recipe(folder: Path, recipe: Recipe) -> Recipe:

@@ -49,7 +49,7 @@ __all__ = [
 Reads = dict[str, Path | list[Path] | None]  # what a stage reads, by name
 
 SPEED = 1e9  # bytes a second that a disk reads or writes: an assumption, for estimates
-MERGE = 12
+MERGE = 13
 CALIBRATE = 4
 REALIGN = 8
 

@@ -62,7 +62,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def placed(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, longest: int = 0
+) -> Iterator[None]:
     """Move a model to a device; its weights become float64 for float64, otherwise float32.
 
     They stay so. Meanwhile a CPU computes attention with plain matrix products: for short texts
@@ -74,7 +76,7 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
         # In float64 eager attention would compute its softmax in float32 (`fmn.fisher.runner`).
         if device.type == "cpu" and attention == "sdpa" and dtype != torch.float64:
             model.set_attn_implementation("eager")
-        with plain_float32(), forward_explained(model, dtype):
+        with plain_float32(), forward_explained(model, dtype, longest):
             yield
     finally:
         if model.config._attn_implementation != attention:
@@ -82,10 +84,13 @@ def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
 
 
 @contextmanager
-def forward_explained(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+def forward_explained(
+    model: PreTrainedModel, dtype: torch.dtype = torch.float32, longest: int = 0
+) -> Iterator[None]:
     """Raise UserError in place of an exception of Transformers' code, such as a forward pass.
 
-    Some models cannot compute in some dtypes, or as their config.json says.
+    Some models cannot compute in some dtypes, as their config.json says, or with texts of more
+    tokens than they have positions for. `longest`: the tokens of the longest text, if known.
     """
     try:
         yield
@@ -96,7 +101,10 @@ def forward_explained(model: PreTrainedModel, dtype: torch.dtype = torch.float32
             raise
         name = str(dtype).removeprefix("torch.")
         remedy = "correct its config.json, or give a model of another architecture"
-        if dtype != torch.float32:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions and longest > positions - 3:  # some models use one or two otherwise
+            remedy = f"a text has {longest} tokens: set max_length of the task below {positions}"
+        elif dtype != torch.float32:
             remedy = f"take the dtype float32, {remedy}"
         raise UserError(
             f"{model.config.name_or_path}: this {model.config.model_type} cannot compute in {name}:"

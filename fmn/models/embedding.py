@@ -147,13 +147,22 @@ def sentence_encoder(encoder: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """
     if encoder.config.is_encoder_decoder:
         raise _refused(folder / "config.json", "the model has a decoder", "give another model")
+    model = SentenceEncoder(encoder, read_modules(folder), folder)
+    width = encoder.config.hidden_size * len(model.modules_read.pooling)
+    for path, layer in model.dense.named_children():
+        weight = layer.get_parameter("0.weight")
+        if weight.shape[1] != width:
+            problem = f"it takes {weight.shape[1]} numbers, and what is before it gives {width}"
+            raise UserError(f"{folder / path}: {problem}; save the model again")
+        width = weight.shape[0]
     # It has the methods of a Transformers model that fmn calls.
-    return cast("PreTrainedModel", SentenceEncoder(encoder, read_modules(folder), folder).eval())
+    return cast("PreTrainedModel", model.eval())
 
 
 def notes(folder: Path) -> list[str]:
-    """Notes about an embedding model, for the user. Raises as `read_modules`."""
+    """Notes about an embedding model, for the user. Raises as `read_modules` and `read_dense`."""
     read_modules(folder)
+    read_dense(folder)
     if (folder / MODULES).is_file():
         return []
     return [f"it has no {MODULES}: its embedding is the plain mean over the tokens"]

@@ -126,9 +126,9 @@ def finetune(
         head = model.get_submodule(last_linear(model))
         examples, shift, scale = _standardized(examples, head)
     steps = max(1, round(epochs * math.ceil(len(lengths) / batch_size)))
-    losses: list[float] = []
-    batches: list[np.ndarray] = []
-    with placed(model, target, compute_dtype), few_embeddings(model, examples) as decay:
+    losses, batches = list[float](), list[np.ndarray]()
+    longest = examples.longest
+    with placed(model, target, compute_dtype, longest), few_embeddings(model, examples) as decay:
         model.train()
         optimizer = torch.optim.AdamW(_groups(model), fused=True)
         for step in range(steps):

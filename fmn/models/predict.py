@@ -257,7 +257,7 @@ def predict(
     head = linear.keys() - names_in_base(model, linear).keys()
     with (
         ExitStack() as restored,
-        placed(model, target, compute_dtype),
+        placed(model, target, compute_dtype, examples.longest),
         torch.no_grad(),  # in inference mode autocast would cast the weights for every batch
         autocast(target, compute_dtype),
         first_token_only(model, run, examples),

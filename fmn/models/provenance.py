@@ -3,7 +3,9 @@
 Both come from the sidecar in its folder. Its weights show whether the base named there can be true.
 """
 
+import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import combinations
 from math import prod, sqrt
 from pathlib import Path
@@ -35,6 +37,16 @@ _TRAITS = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "intermediate_size"),
     *("max_position_embeddings", "type_vocab_size", "hidden_act"),
+)
+# Further entries of a configuration that change what the encoder computes from the same weights.
+_COMPUTED = re.compile(
+    "(?!classifier|summary|pooler)"
+    "((rope|rotary|no_rope|sliding_window|layer_types|attention_(types|window)|window_size"
+    "|local_attention|is_decoder|use_bidirectional|scale|query_pre_attn|relative|max_relative"
+    "|pos_att|position_b|alibi|use_parallel|parallel_attn|qk_layernorm|do_layer_norm"
+    "|apply_residual|feed_forward_proj)"
+    r"|\w*(eps|epsilon|_act|act_fn|activation|activation_function|softcapping|multiplier"
+    r"|logits?_scal\w+)$)"
 )
 
 
@@ -347,6 +359,17 @@ def check_vocabularies(folders: Mapping[str, Path]) -> list[str]:
     return [f"vocabularies differ: {words}; embeddings of such tokens come from those with them"]
 
 
+@cache
+def _entries(model_type: str) -> frozenset[str]:
+    """The entries of the configurations of a type of models; none if it has no defaults."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return frozenset(CONFIG_MAPPING[model_type]().to_dict())
+    except Exception:  # these classes raise many kinds of errors
+        return frozenset()
+
+
 def _traits(folder: Path, task: Task | None, kind: KindName | None) -> dict[str, Any]:
     """What must be equal among checkpoints that are merged, by what messages call it."""
     config = checkpoints.load_config(folder)
@@ -357,6 +380,9 @@ def _traits(folder: Path, task: Task | None, kind: KindName | None) -> dict[str,
     if task is not None and not checkpoints.is_single_logit(config, task):
         checkpoints.check_head(folder, config, task)
     sizes = {name: getattr(config, name, None) for name in _TRAITS}
+    known = _entries(config.model_type)  # this version of Transformers does not read others
+    entries = config.to_dict().items()
+    sizes |= {name: value for name, value in entries if name in known and _COMPUTED.match(name)}
     # Vocabularies may differ (`check_vocabularies`).
     tensors = checkpoints.shapes_but_vocabulary(config, kind)
     shapes = {name: shape for name, shape in tensors.items() if not name.startswith("pooler.")}

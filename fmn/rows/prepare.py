@@ -78,11 +78,9 @@ def prepare(
     splits = {"train" if split == train else split: read_files(used[split]) for split in used}
     if not splits:
         raise UserError(f"{place}: neither training nor validation rows; name a split in `splits`")
-    first = next(iter(splits.values()))
-    is_chat = has_messages(definition, first)
-    if is_chat:
+    if is_chat := any(has_messages(definition, table) for table in splits.values()):
         splits = {split: as_prompts(definition, table) for split, table in splits.items()}
-        first = next(iter(splits.values()))
+    first = next(iter(splits.values()))
     if definition.kind in GENERATORS:
         label, columns, notes = None, *_generation_columns(definition, first)
     else:

@@ -435,9 +435,9 @@ def _untie(adapted: Any) -> None:
 
     uses = Counter(id(weight) for _, weight in adapted.named_parameters(remove_duplicate=False))
     for module in adapted.modules():
-        layer = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else None
         weight = getattr(layer, "weight", None)
-        if layer is not None and uses[id(weight)] > 1:
+        if weight is not None and uses[id(weight)] > 1:
             layer.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 

@@ -1,4 +1,4 @@
-"""Contradictions between the files of a checkpoint, about its tokenizer and its head."""
+"""Contradictions between the files of a checkpoint, about tokenizer, head and other tensors."""
 
 import json
 import re
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from fmn.errors import UserError
 from fmn.models import checkpoints, loading
 from fmn.models.checkpoints import TOKENIZER_CONFIG
+from fmn.sources import forms, names
 from fmn.store.headers import read_json, tensor_headers, write_json
 from fmn.tasks.kinds import kind_of_class
-from fmn.tasks.task import Task
+from fmn.tasks.task import Task, in_a_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 PROBE = "It's a fine film"
 HEADS = r"(\w*classifier|score|qa_outputs|classification_head|logits_proj|sequence_summary)\b"
 """How the names of the heads begin that Transformers fine-tunes."""
+UNUSED = re.compile(
+    r"^(cls|lm_head|vocab_\w+|generator_\w+|discriminator_predictions|mlm_head|predictions|qa_outputs"
+    r"|decoder\.(bias|weight)|final_logits_bias|mask_predictions|lm_predictions)(\.|$)"
+    r"|(^|\.)pooler\.|(position_ids|token_type_ids|inv_freq|masked_bias|attn\.bias|mask_token"
+    r"|num_batches_tracked|embed_positions\.weights|relative_position_index)$"
+)
+"""Tensors of checkpoints that no answer needs: heads of pretraining, poolers and buffers."""
 
 
 def settle_tokens(folder: Path, config: "PretrainedConfig", notes: list[str]) -> None:
@@ -97,3 +105,18 @@ def about_head(folder: Path, config: "PretrainedConfig", task: Task) -> list[str
     if others := sorted(name for name in unused if re.match(HEADS, name)):
         notes.append(f"the weights hold another head too, which is not used: {others[0]}")
     return [f"{task.name}: {note}" for note in notes]
+
+
+def unused_tensors(folder: Path, config: "PretrainedConfig") -> list[str]:
+    """A note about tensors that the class of a fine-tuned model does not have, such as a CRF's."""
+    model_class = forms.architecture(config.architectures)
+    if model_class is None or kind_of_class(model_class.__name__) is None:
+        return []
+    model = names.layout(config, model_class)
+    known = {*model.shapes, *model.base, *(model.prefix + name for name in model.base)}
+    others = (name for name in tensor_headers(folder) if name not in known)
+    unused = [n for n in others if not (UNUSED.search(n) or re.match(HEADS, n))]  # `about_head`
+    what = (
+        f"not used, as {model_class.__name__} has no such tensors: {in_a_line(sorted(unused), 5)}"
+    )
+    return [f"{what}; its author's program may answer otherwise"] if unused else []

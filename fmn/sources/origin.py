@@ -159,6 +159,7 @@ def copy_origin(
         names.normalise(folder, notes)
         config = checkpoints.load_config(folder)
         checkpoints.check_tensors(folder, config, head=False)
+        notes += doubts.unused_tensors(folder, config)
         if any((folder / name).is_file() for name in VOCABULARY_FILES):
             doubts.settle_tokens(folder, config, notes)
             loading.load_tokenizer(folder, config)
@@ -303,6 +304,7 @@ def _registered(source: str, scratch: Path) -> Origin:
     """The only checkpoint in a registered model; if fmn registered it, the merged encoder."""
     pinned = str(import_module(_REGISTRY).download(source, scratch))
     folders = [file.parent for file in sorted(scratch.rglob(CONFIG)) if _has_weights(file.parent)]
+    folders = [each for each in folders if not each.name.endswith("_Dense")]  # of embedding models
     if len(folders) != 1:
         listed = ", ".join(str(path.relative_to(scratch)) for path in folders) or "none"
         problem = f"not one checkpoint is in it but {listed}"

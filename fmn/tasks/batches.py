@@ -61,6 +61,11 @@ class Examples:
         return total
 
     @property
+    def longest(self) -> int:
+        """The tokens of the longest sequence; 0 if there are no sequences."""
+        return max((int(each.max(initial=0)) for each in self.sequences.values()), default=0)
+
+    @property
     def has_token_labels(self) -> bool:
         """Whether there is a label for each token."""
         return self.labels.ndim == 2 and self.labels.dtype == np.int64

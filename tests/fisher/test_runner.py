@@ -60,6 +60,13 @@ fisher_of_tokens = partial(estimate, estimator="empirical", problem_type="tokens
         ("xglm", "float32", predict, None),
         ("mra", "float64", fisher_of_labels, "this mra cannot compute in float64: mat1 and mat2"),
         ("mra", "float32", fisher_of_labels, "the attention of this mra computes nothing on"),
+        (
+            "bert",
+            "float32",
+            fisher_of_labels,
+            "a text has .* tokens: set max_length of the task below 2",
+        ),
+        ("bert", "float64", predict, "set max_length of the task below 2"),
         ("xmod", "float32", gram.estimate, r"Please call .*\(\)`; correct its config.json, or"),
         ("xmod", "float32", predict, "cannot compute in float32: Input language unknown"),
         ("xmod", "float32", partial(finetune, **TRAINING, **LABELS), "Input language unknown"),
@@ -70,7 +77,8 @@ def test_what_transformers_cannot_compute_is_one_line(
 ) -> None:
     is_generator = kind == "xglm"
     auto: Any = AutoModelForCausalLM if is_generator else AutoModelForSequenceClassification
-    config = CONFIG_MAPPING[kind](**SIZES, name_or_path="a checkpoint")
+    sizes = SIZES | ({"max_position_embeddings": 2} if kind == "bert" else {})
+    config = CONFIG_MAPPING[kind](**sizes, name_or_path="a checkpoint")
     model, examples = auto.from_config(config), tiny_examples("bert", 4)
     examples = tiny_texts("gpt2", 4) if is_generator else examples
     if message is None:

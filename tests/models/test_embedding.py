@@ -151,6 +151,10 @@ def _dense(**changes: Any) -> Any:
         (_layer_norm, "LayerNorm in 2_Normalize"),
         (_dense(), "2_Dense/model.safetensors: its weights do not fit its config.json: No such"),
         (_dense(out_features=3), "size mismatch"),
+        (
+            lambda folder: add_dense(folder, size=20),
+            "2_Dense: it takes 20 numbers, and .* gives 16",
+        ),
         (_dense(out_features="x"), "do not fit its config.json: invalid literal"),
         (_dense(activation_function="my.ReLU"), "the activation ReLU or a residual connection"),
         (_dense(use_residual=True), "a residual connection"),

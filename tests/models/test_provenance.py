@@ -26,8 +26,11 @@ from fmn.models.provenance import (
 from fmn.store.artifacts import digest_folder
 from fmn.store.stage import read_sidecar
 from fmn.tasks.task import TASKS as DEFINITIONS
+from fmn.tasks.task import Columns, make_task
 from tests.conftest import TASKS, TUNING
-from tests.folders import WORDS, save, tiny_bert, weights
+from tests.folders import WORDS, edit_config, save, tiny_bert, weights
+from tests.kinds import piece_tokenizer
+from tests.tiny import GENERATORS, tiny_generator, tiny_model
 
 
 def test_provenance_says_where_an_expert_comes_from(
@@ -176,6 +179,43 @@ def test_experts_that_do_not_fit_are_named(
         check_experts({"mrpc": bert, "rte": other}, DEFINITIONS)
     assert str(caught.value).startswith(f"rte: {other}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "trait"),
+    [
+        ("bert", {"layer_norm_eps": 0.1}, "layer_norm_eps"),
+        ("bert", {"is_decoder": True}, "is_decoder"),
+        ("bert", {"hidden_dropout_prob": 0.3, "classifier_dropout": 0.2, "not_read": "x"}, None),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_param"),
+        ("llama", {"rope_theta": 10000, "rms_norm_eps": 1e-6, "pad_token_id": 2}, None),
+        ("llama", {"rms_norm_eps": 1e-2}, "rms_norm_eps"),
+        ("mistral", {"sliding_window": 9}, "sliding_window"),
+        ("gemma2", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping"),  # a classifier
+        ("bart", {"scale_embedding": True}, "scale_embedding"),
+        ("t5", {"dense_act_fn": "gelu"}, "dense_act_fn"),
+    ],
+)
+def test_entries_that_change_what_is_computed_are_the_same(
+    kind: str, changes: dict[str, Any], trait: str | None, tmp_path: Path
+) -> None:
+    """Merged weights would be read by one configuration, and the others without a word."""
+    generates = kind in GENERATORS
+    model = tiny_generator(kind) if generates else tiny_model(kind, 2)
+    columns = Columns(prompt="p", completion="c", label=None)
+    own = {"task": "text2text-generation" if kind in ("t5", "bart") else "text-generation"}
+    tasks = {n: make_task(n, columns=columns, **own) for n in "ab"} if generates else DEFINITIONS
+    names = [*tasks][:2]
+    folders = {name: tmp_path / name for name in names}
+    for folder in folders.values():
+        model.save_pretrained(folder)
+        piece_tokenizer(folder)
+    edit_config(folders[names[1]], **changes)
+    if trait is None:
+        check_experts(folders, tasks)
+        return
+    with pytest.raises(UserError, match=f"were not fine-tuned from one base: {trait}"):
+        check_experts(folders, tasks)
 
 
 def test_vocabularies_may_differ_by_tokens_and_by_padding(bert: Path, tmp_path: Path) -> None:

@@ -697,17 +697,17 @@ def test_texts_are_generated_as_by_plain_transformers(name: str, auto: Any, tmp_
         own = served.tasks[name]._replace(chat=True)
         own.processor.chat_template = "{% for m in messages %}{{ m.content }} . {% endfor %}"
         served.tasks[name] = own
-        asked = json.dumps([{"role": "user", "content": text} for text in PIECES[:2]])
+        messages = json.dumps([{"role": "user", "content": text} for text in PIECES[:2]])
         prompt = tokenizer(f"{PIECES[0]} . {PIECES[1]} . ", add_special_tokens=False)["input_ids"]
         with torch.inference_mode():
             output = plain.generate(torch.tensor([prompt]), max_length=24, do_sample=False)[0]
         text = tokenizer.decode(output[len(prompt) :], skip_special_tokens=True)
-        assert ask(served, {"text": [asked]}, name)["text"].tolist() == [text]
+        assert ask(served, {"text": [messages]}, name)["text"].tolist() == [text]
         folder = merged / "tasks" / name
         stored = load_task(folder.parent, name).model_copy(update={"chat": True})
         expert = load_expert(folder, stored, None, "cpu")
         expert.processor.chat_template = own.processor.chat_template
-        assert complete(expert.model, expert.processor, stored, asked) == text
+        assert complete(expert.model, expert.processor, stored, messages) == text
         served.tasks[name] = own._replace(chat=False)
     table = pd.DataFrame({"text": PIECES})
     params = {"task": name, "max_new_tokens": 2}

@@ -121,7 +121,7 @@ def test_tokens_that_depend_on_a_default_are_told(tmp_path: Path) -> None:
     assert re.match(words, own[0])
 
 
-def test_an_expert_with_another_head_than_it_names_is_told(bert: Path, tmp_path: Path) -> None:
+def test_an_expert_with_another_head_than_it_names_is_noted(bert: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bert, tmp_path / "copy"))
     edit_config(
         copy, architectures=["BertForQuestionAnswering"], id2label={0: "negative", 1: "positive"}
@@ -143,3 +143,25 @@ def test_a_head_that_is_not_of_the_task_is_refused(named: str, bert: Path, tmp_p
         save(copy, {n: value for n, value in weights(copy).items() if "classifier" not in n})
     with pytest.raises(UserError, match=f"is a {named}|has no classification head"):
         fetch(str(copy), out=tmp_path / "a", task="sst2")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_noted"),
+    [
+        ("crf.transitions", True),
+        ("lstm.weight_ih_l0", True),
+        ("bert.embeddings.adapter.weight", True),
+        ("cls.predictions.bias", False),
+        ("bert.pooler.extra.weight", False),
+        ("bert.embeddings.position_ids", False),
+    ],
+)
+def test_tensors_that_the_class_has_not_are_told(
+    name: str, is_noted: bool, bert: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bert, tmp_path / "copy"))
+    save(copy, weights(copy) | {name: torch.ones(3, 3)})
+    notes = fetch(str(copy), out=tmp_path / "out").summary.notes
+    assert [f"no such tensors: {name};" in note for note in notes] == [True] * is_noted
+    edit_config(copy, architectures=["BertForMaskedLM"])  # a base, whose head nobody needs
+    assert fetch(str(copy), out=tmp_path / "base").summary.notes == []
