@@ -114,7 +114,8 @@ def settings(recipe: Recipe) -> str:
     if recipe.calibrate:
         words.append(f"encoder calibrated on {recipe.calibrate.texts} texts of each task")
     if realigned := recipe.realign:
-        layers = [f"last {realigned.own_layers} layers"] * bool(realigned.own_layers)
+        count = realigned.own_layers
+        layers = [f"last {count} layers" if count > 1 else "last layer"] * bool(count)
         own = wording.listed(["pooler"] * realigned.own_pooler + layers)
         words.append("heads re-aligned")
         words += [f"each task with its expert's {own}"] if own != "nothing" else []
