@@ -5,6 +5,7 @@ and switches between scores and shares; without it, the page still shows everyth
 """
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 def render(template: str, **values: Any) -> str:
     """Fill a template with values; a name without a value is an error."""
-    return _templates().get_template(template).render(values)
+    text = _templates().get_template(template).render(values)
+    # A number and its unit stay in one line.
+    return re.sub(r"(\d) %", "\\1\N{NO-BREAK SPACE}%", text) if template.endswith("html") else text
 
 
 @cache
