@@ -6,9 +6,10 @@ stage reports.
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager, nullcontext, redirect_stdout
+from contextlib import chdir, contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,6 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{_one_line(error)}; see `{command} --help`", 2)
     except KeyboardInterrupt:
         _fail(INTERRUPTED, 130)
+    except BrokenPipeError as error:  # whoever reads the output has ended, such as `head`
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from error  # as a shell says it of SIGPIPE
     except Exception as error:
         if explanation := system_error(error):
             _fail(str(explanation), 1)
