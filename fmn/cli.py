@@ -45,6 +45,7 @@ Verbose = Annotated[
     Parameter(
         name=["--verbose", "-v"],
         help="show what the libraries print, which otherwise goes to run.log in `work`",
+        show_default=False,
     ),
 ]
 app = App(
@@ -186,7 +187,9 @@ def init(
         "params.yaml"
     ),
     base: Annotated[str | None, Parameter(help="their base; default: as their files say")] = None,
-    force: Annotated[bool, Parameter(help="replace a file that is there")] = False,
+    force: Annotated[
+        bool, Parameter(help="replace a file that is there", show_default=False)
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a settings file for experts; what their files do not tell is marked "fill in".
@@ -407,7 +410,9 @@ def reproduce(
     version: str,
     /,
     *,
-    run: Annotated[bool, Parameter(help="rebuild it from those sources and settings")] = False,
+    run: Annotated[
+        bool, Parameter(help="rebuild it from those sources and settings", show_default=False)
+    ] = False,
     out: Annotated[
         Path | None,
         Parameter(
