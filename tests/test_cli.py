@@ -15,7 +15,7 @@ COMMANDS = (
     *("run", "compare", "stage", "fetch", "data", "finetune", "fisher", "full-fisher", "gram"),
     *("search", "merge", "realign", "evaluate", "report", "predict"),
     *("register", "rollback", "reproduce", "tasks", "init", "check", "push"),
-    *("schedule", "dvc", "mlflow"),
+    "dvc",
 )
 
 
@@ -45,7 +45,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     fmn("--help")
     help_text = capsys.readouterr().out
-    for command in (*COMMANDS, "schema"):
+    for command in (*COMMANDS, "schema", "schedule", "mlflow"):
         assert f" {command} " in help_text
 
 
