@@ -10,7 +10,8 @@ WORKDIR /src
 RUN python3 -m venv /opt/fmn
 COPY constraints.txt ./
 RUN /opt/fmn/bin/pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} torch==2.13.0
-COPY pyproject.toml README.md LICENSE params.yaml ./
+COPY pyproject.toml README.md LICENSE params.yaml prefect.yaml .dvcignore ./
+COPY .dvc/config .dvc/config
 COPY fmn fmn
 COPY flows flows
 COPY data/miniature_glue data/miniature_glue

@@ -41,6 +41,11 @@ def describe() -> list[Path]:
     if STAGES.exists() and not STAGES.read_text().startswith(DVC_HEADER[:14]):
         raise UserError(f"{STAGES}: was not written by fmn; move it away")
     written = [STAGES]
+    ignore = Path(settings.work) / ".gitignore"  # DVC itself ignores only what it caches
+    if not ignore.exists():
+        ignore.parent.mkdir(parents=True, exist_ok=True)
+        ignore.write_text("*\n!.gitignore\n")
+        written.append(ignore)
     with artifacts.atomic_file(STAGES) as partial:
         partial.write_text(dvc_yaml())
     if not any((folder / ".dvc").is_dir() for folder in (Path.cwd(), *Path.cwd().parents)):

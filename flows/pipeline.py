@@ -71,7 +71,7 @@ def run_node(node: Node, clock: Clock | None = None) -> Outcome[Any]:
         run = cluster.run if on_cluster else workers.run
         outcome = run(node.function, node.arguments, progress)
     seconds = f"{outcome.seconds:7.1f} s" if outcome.computed else "already there"
-    line = f"{outcome.stage:<9} {node.name or node.stage:<12} {seconds}"
+    line = f"{outcome.stage:<9} {node.name:<12} {seconds}"
     progressed = clock.count(node, outcome) if clock else ""
     get_run_logger().info(f"{line}   {progressed}".rstrip())
     if outcome.computed:

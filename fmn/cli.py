@@ -6,9 +6,10 @@ stage reports.
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager, nullcontext, redirect_stdout
+from contextlib import chdir, contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,7 @@ Verbose = Annotated[
     Parameter(
         name=["--verbose", "-v"],
         help="show what the libraries print, which otherwise goes to run.log in `work`",
+        show_default=False,
     ),
 ]
 app = App(
@@ -81,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{_one_line(error)}; see `{command} --help`", 2)
     except KeyboardInterrupt:
         _fail(INTERRUPTED, 130)
+    except BrokenPipeError as error:  # whoever reads the output has ended, such as `head`
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from error  # as a shell says it of SIGPIPE
     except Exception as error:
         if explanation := system_error(error):
             _fail(str(explanation), 1)
@@ -181,7 +187,9 @@ def init(
         "params.yaml"
     ),
     base: Annotated[str | None, Parameter(help="their base; default: as their files say")] = None,
-    force: Annotated[bool, Parameter(help="replace a file that is there")] = False,
+    force: Annotated[
+        bool, Parameter(help="replace a file that is there", show_default=False)
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a settings file for experts; what their files do not tell is marked "fill in".
@@ -402,7 +410,9 @@ def reproduce(
     version: str,
     /,
     *,
-    run: Annotated[bool, Parameter(help="rebuild it from those sources and settings")] = False,
+    run: Annotated[
+        bool, Parameter(help="rebuild it from those sources and settings", show_default=False)
+    ] = False,
     out: Annotated[
         Path | None,
         Parameter(

@@ -1,6 +1,8 @@
 """The command line: explicit paths, JSON for machines, one line for a mistake."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ COMMANDS = (
     *("run", "compare", "stage", "fetch", "data", "finetune", "fisher", "full-fisher", "gram"),
     *("search", "merge", "realign", "evaluate", "report", "predict"),
     *("register", "rollback", "reproduce", "tasks", "init", "check", "push"),
+    "dvc",
 )
 
 
@@ -42,7 +45,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     fmn("--help")
     help_text = capsys.readouterr().out
-    for command in (*COMMANDS, "schema"):
+    for command in (*COMMANDS, "schema", "schedule", "mlflow"):
         assert f" {command} " in help_text
 
 
@@ -221,3 +224,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     assert message in mistake(capsys, *command.split())
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+def test_a_reader_that_ends_early_is_no_mistake() -> None:
+    command = f"{sys.executable} -m fmn schema | true; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (141, "")

@@ -58,7 +58,8 @@ def call(fmn: Path, folder: Path, *command: str) -> str:
 def test_the_wheel_holds_the_licence_and_the_quick_start(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert "fmn/quickstart/params.yaml" in names
+    for name in ("params.yaml", "prefect.yaml", ".dvc/config", ".dvcignore"):
+        assert f"fmn/quickstart/{name}" in names
     assert "fmn/quickstart/data/miniature_glue/topics/train.csv" in names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fmn", "flows"}

@@ -19,7 +19,9 @@ from fmn.store.records import Record, Settings, pairs
 from fmn.store.stage import Outcome
 from fmn.terminal import complain, loading, progress_bar, say
 
-Json = Annotated[bool, Parameter(name="--json", help="print the summary as JSON")]
+Json = Annotated[
+    bool, Parameter(name="--json", help="print the summary as JSON", show_default=False)
+]
 NAMES: Mapping[str, str | tuple[str, ...]] = {
     "experts": "--expert",
     "models": "--model",
@@ -128,7 +130,7 @@ def print_outcome(outcome: Outcome[Any] | Record, as_json: bool, show: Show) -> 
 def _as_option(parameter: inspect.Parameter) -> inspect.Parameter:
     """Convert a stage's argument to an option of the command line."""
     annotation, default = parameter.annotation, parameter.default
-    option = Parameter(name=NAMES.get(parameter.name))
+    option = Parameter(name=NAMES.get(parameter.name), show_default=None if default else False)
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         option = Parameter(name="*")
     elif _is_mapping(parameter):

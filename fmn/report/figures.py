@@ -239,7 +239,7 @@ def scores(report: Report) -> Drawn:
 
 
 def frontier(report: Report) -> Drawn:
-    """What more parameters keep.
+    """What larger models keep.
 
     Each model's share of the experts' scores above the parameters that it stores for all tasks
     together, in units of one encoder; the grey line is the most that is kept by so many.
@@ -461,7 +461,7 @@ def pairs(comparison: Comparison) -> Drawn:
     figure, axes = _figure(3.8, 1, 2)
     for axis, title, grid, form, options, is_dark in (
         (axes[0, 0], best, after, "{:.0f}", {"vmin": 0, "vmax": 1.2}, after < DARK * 1.2),
-        (axes[0, 1], f"{best} less {first}", change, "{:+.0f}", gains, abs(change) > 0.6 * most),
+        (axes[0, 1], f"{best} − {first}", change, "{:+.0f}", gains, abs(change) > 0.6 * most),
     ):
 
         def tip(row: int, column: int, grid: np.ndarray = grid, title: str = title) -> str:
@@ -484,7 +484,7 @@ def pairs(comparison: Comparison) -> Drawn:
 
 RUN_PICTURES: Mapping[Callable[[Report], Drawn], str] = {
     scores: "Scores",
-    frontier: "What more parameters keep",
+    frontier: "What larger models keep",
     heads: "Where the experts' information lies",
     owners: "Who owns what",
     costs: "What it cost",

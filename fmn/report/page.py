@@ -5,6 +5,7 @@ and switches between scores and shares; without it, the page still shows everyth
 """
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 def render(template: str, **values: Any) -> str:
     """Fill a template with values; a name without a value is an error."""
-    return _templates().get_template(template).render(values)
+    text = _templates().get_template(template).render(values)
+    # A number and its unit stay in one line.
+    return re.sub(r"(\d) %", "\\1\N{NO-BREAK SPACE}%", text) if template.endswith("html") else text
 
 
 @cache
@@ -114,7 +117,8 @@ def settings(recipe: Recipe) -> str:
     if recipe.calibrate:
         words.append(f"encoder calibrated on {recipe.calibrate.texts} texts of each task")
     if realigned := recipe.realign:
-        layers = [f"last {realigned.own_layers} layers"] * bool(realigned.own_layers)
+        count = realigned.own_layers
+        layers = [f"last {count} layers" if count > 1 else "last layer"] * bool(count)
         own = wording.listed(["pooler"] * realigned.own_pooler + layers)
         words.append("heads re-aligned")
         words += [f"each task with its expert's {own}"] if own != "nothing" else []

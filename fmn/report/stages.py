@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fmn.report.figures import Picture
     from fmn.report.results import Table
 
-REPORT = 12
+REPORT = 13
 COMPARISON = 7
 Paths = Mapping[str, Path]
 

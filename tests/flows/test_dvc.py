@@ -77,8 +77,12 @@ def test_a_folder_becomes_a_project_of_dvc(
     with pytest.raises(UserError, match="lacks work"):
         dvc.describe()
     Path("params.yaml").write_text(f"work: data/x\n{SETTINGS}")
-    assert list(map(str, dvc.describe())) == ["dvc.yaml", ".dvc", ".dvcignore"]
+    names = ["dvc.yaml", "data/x/.gitignore", ".dvc", ".dvcignore"]
+    assert list(map(str, dvc.describe())) == names
     assert list(map(str, dvc.describe())) == ["dvc.yaml"], "again"
+    Path("data/x/base").mkdir()
+    Path("data/x/base/model.safetensors").write_text("large")
+    assert not is_git or "safetensors" not in run("git", "add", "--dry-run", "--all")
     listing = run(sys.executable, "-m", "dvc", "stage", "list", "--name-only").split()
     assert {"settings", "fetch@sst2", "fisher@mrpc", "models"} <= set(listing)
     Path("dvc.yaml").write_text("stages: {}\n")

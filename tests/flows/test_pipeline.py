@@ -43,7 +43,7 @@ def test_flow_and_dvc_never_repeat_each_other(project: Path) -> None:
     assert re.search(r"\nThe model realigned keeps \d+\.\d % of the experts' scores", first)
     assert re.search(r"\nmodel +data/tiny/models/realigned\n", first)
     page = (project / "data/tiny/report/report.html").read_text()
-    for words in ("The model realigned keeps", "What more parameters keep", "What it cost"):
+    for words in ("The model realigned keeps", "What larger models keep", "What it cost"):
         assert words in page
     assert "Who owns what" in page, "by the Fisher information of the merge"
 

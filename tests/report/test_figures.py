@@ -56,7 +56,7 @@ def test_pictures_name_what_they_show(drawn: dict[str, Picture]) -> None:
         "owners": (*NAMES, "Share of the attention heads, % of each layer"),
         "costs": ("fisher", "118 s", "seconds"),
         "methods": ("base", "average", "mask-fisher", "expert"),
-        "pairs": (*NAMES, "mask-fisher less average", "merged with"),
+        "pairs": (*NAMES, "mask-fisher − average", "merged with"),
     }
     assert drawn.keys() == expected.keys()
     for name, words in expected.items():

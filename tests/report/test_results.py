@@ -114,7 +114,9 @@ def test_an_expert_without_a_score_is_not_100_percent_of_it(table: results.Table
     shown = page.render(
         "report.html", report=replace(reports.report(FOUR), table=lost), pictures={}
     )
-    assert shown.count('<small class="relative only">100 %</small>') == 4, "three tasks, the mean"
+    assert shown.count('<small class="relative only">100\N{NO-BREAK SPACE}%</small>') == 4, (
+        "three tasks, the mean"
+    )
     assert shown.count('<small class="relative only">–</small>') == 1
 
 
