@@ -335,7 +335,7 @@ def measure_parts(rounds: int = 3) -> dict[str, Any]:
 
 def divided(stored: dict[str, Any]) -> str:
     """The text and table of a Fisher in parts."""
-    one, two = stored["parts"]["1"], stored["parts"]["2"]
+    whole, halves = stored["parts"]["1"], stored["parts"]["2"]
     what = {
         "seconds, by the clock": "seconds",
         "CPU seconds of the longest way": "longest way",
@@ -343,7 +343,7 @@ def divided(stored: dict[str, Any]) -> str:
     }
     rows = []
     for title, name in what.items():
-        before, after = ([each[name] for each in rounds] for rounds in (one, two))
+        before, after = ([each[name] for each in rounds] for rounds in (whole, halves))
         times = [spread(summary(values), 1) for values in (before, after)]
         rows.append([title, *times, spread(ratio(before, after))])
     return f"""`python -m benchmarks.scale --parts`, {stored["machine"]}, {stored["date"]}, load \
