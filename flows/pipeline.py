@@ -91,12 +91,14 @@ def _notes(outcome: Outcome[Any]) -> list[str]:
 
 
 def tags(node: Node) -> set[str]:
-    """The tag of a stage that computes on a device of this machine.
+    """The tag of a stage that computes on a GPU of this machine.
 
     `prefect concurrency-limit create fmn-gpu 1` limits such stages, over all runs of a server.
+    Prefect takes two seconds to look for the limit of a tag.
     """
     device = getattr(node.arguments.get("settings"), "device", "cpu")
-    return set() if device == "cpu" or cluster.takes(node.function) else {"fmn-gpu"}
+    is_on_gpu = workers.gpus() > 0 if device == "auto" else device != "cpu"
+    return {"fmn-gpu"} if is_on_gpu and not cluster.takes(node.function) else set()
 
 
 def _run_all(nodes: Sequence[Node], clock: Clock) -> dict[Key, PrefectFuture[Outcome[Any]]]:

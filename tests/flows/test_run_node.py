@@ -93,11 +93,16 @@ def test_a_stage_that_waits_for_others_keeps_no_stage_from_running(tmp_path: Pat
     assert run_all() == [pipeline.key_of(node) for node in nodes]
 
 
-def test_stages_that_compute_on_a_device_have_a_tag_that_a_server_can_limit() -> None:
+def test_stages_that_compute_on_a_gpu_have_a_tag_that_a_server_can_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def tags(**settings: Any) -> set[str]:
         return pipeline.tags(Node("x", "", fails_at_first, settings))
 
-    assert tags(settings=EvaluateSettings(device="auto")) == {"fmn-gpu"}
+    assert tags(settings=EvaluateSettings(device="cuda:0")) == {"fmn-gpu"}
+    for gpus, expected in (0, set()), (1, {"fmn-gpu"}):
+        monkeypatch.setattr("flows.workers.gpus", lambda gpus=gpus: gpus)
+        assert tags(settings=EvaluateSettings(device="auto")) == expected
     assert tags(settings=EvaluateSettings(device="cpu")) == tags() == set()
 
 
