@@ -348,7 +348,7 @@ def divided(stored: dict[str, Any]) -> str:
         rows.append([title, *times, spread(ratio(before, after))])
     return f"""`python -m benchmarks.scale --parts`, {stored["machine"]}, {stored["date"]}, load \
 {stored["load"]:.1f} on {stored["cores"]} cores; MiniLM, 1024 examples of mrpc in float32, two \
-processes of one thread, {len(one)} rounds.
+processes of one thread, {len(whole)} rounds.
 
 {markdown(["", "one part", "two parts", "one / two"], rows).strip()}"""
 
