@@ -105,7 +105,7 @@ SETTINGS: dict[str, Any] = {
     },
     "registry": {"name": "demo", "experiment": "demo"},
     "notify": {"webhook": "http://127.0.0.1:9/x"},
-    "runner": "local",
+    "runner": "dask",
     "address": "tcp://host:1",
     "storage": "file:///mnt",
 }
