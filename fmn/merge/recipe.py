@@ -388,8 +388,8 @@ def card(recipe: Recipe) -> str:
     paper = METHODS[recipe.method].paper
     source = f" (arXiv {paper})" if paper else ""
     heads = "re-aligned with it" if recipe.realign else "the expert's own"
-    if recipe.realign and recipe.realign.own_layers:
-        heads += f", above the expert's own last {recipe.realign.own_layers} layers"
+    if recipe.realign and (layers := recipe.realign.own_layers):
+        heads += f", above the expert's own last {f'{layers} layers' if layers > 1 else 'layer'}"
     how = f" It was {recipe.auto.in_words}." if recipe.auto else ""
     if calibrated := recipe.calibrate:
         how += f" The encoder was calibrated on {calibrated.texts} texts of each task."
