@@ -512,7 +512,9 @@ def problems(
 
 def _problem(problem: Any) -> tuple[str, str]:
     """A setting, or "" where several do not fit one another, and what is wrong with it."""
-    place = [str(part) for part in problem["loc"] if part != "[key]"]  # of a name in a section
+    place = [str(part) for part in problem["loc"]]
+    if place[-1:] == ["[key]"] and problem["type"] != "extra_forbidden":
+        place.pop()  # pydantic's mark for the name in a section
     path, known, about = _walk(Params, place)
     setting = ".".join(path)
     if problem["type"] == "extra_forbidden":

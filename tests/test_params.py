@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fmn import params
@@ -289,6 +289,8 @@ JSON = st.recursive(
 SECTIONS = st.sampled_from([*params.Params.model_fields, "other"])
 
 
+@example({"[key]": None})  # pydantic marks names so
+@example({"sources": {"[key]": {"[key]": None}, "?": ""}})
 @given(st.dictionaries(SECTIONS, JSON, max_size=4) | JSON)
 def test_no_content_at_all_raises_anything_but_a_user_error(content: object) -> None:
     try:
