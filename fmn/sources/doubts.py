@@ -20,8 +20,8 @@ PROBE = "It's a fine film"
 HEADS = r"(\w*classifier|score|qa_outputs|classification_head|logits_proj|sequence_summary)\b"
 """How the names of the heads begin that Transformers fine-tunes."""
 UNUSED = re.compile(
-    r"^(cls|lm_head|vocab_\w+|generator_\w+|discriminator_predictions|mlm_head|predictions|qa_outputs"
-    r"|decoder\.(bias|weight)|final_logits_bias|mask_predictions|lm_predictions)(\.|$)"
+    r"^(cls|lm_head|vocab_\w+|generator_\w+|discriminator_predictions|mlm_head|predictions"
+    r"|qa_outputs|decoder\.(bias|weight)|final_logits_bias|mask_predictions|lm_predictions)(\.|$)"
     r"|(^|\.)pooler\.|(position_ids|token_type_ids|inv_freq|masked_bias|attn\.bias|mask_token"
     r"|num_batches_tracked|embed_positions\.weights|relative_position_index)$"
 )
